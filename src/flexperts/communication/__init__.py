@@ -1,0 +1,1 @@
+"""Messages between clients and server: encoding, averaging, byte counts."""

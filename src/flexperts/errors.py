@@ -1,0 +1,63 @@
+"""The exception tree. Every refusal says value, rule and remedy in one line.
+
+FlexpertsError (ValueError)
+├── ConfigError      a recipe, an override, a command-line value
+├── DataError        a data file, its columns, its rows
+├── ModelError       a base model that cannot be loaded or grafted
+├── GraftError       selection, attachment or a personal state that does not fit
+├── SplitError       a parameter that is not exactly one of shared / personal / frozen
+├── PrivacyError     an attempt to encode something that must stay on the client
+├── ArtifactError    a run directory or file that is missing, foreign or damaged
+└── FederationError  a round that cannot go on
+"""
+
+from __future__ import annotations
+
+
+class FlexpertsError(ValueError):
+    """Base of all errors a user can cause and mend.
+
+    Args:
+        value: What was found, with its name.
+        rule: The rule it breaks.
+        remedy: What to do about it.
+    """
+
+    def __init__(self, value: str, rule: str, remedy: str) -> None:
+        super().__init__(f"{value}: {rule}; {remedy}")
+        self.value, self.rule, self.remedy = value, rule, remedy
+
+    def __reduce__(self) -> tuple[type[FlexpertsError], tuple[str, str, str]]:
+        return type(self), (self.value, self.rule, self.remedy)
+
+
+class ConfigError(FlexpertsError):
+    """A recipe, an override or a command-line value breaks a rule."""
+
+
+class DataError(FlexpertsError):
+    """A data file, its columns or its rows break a rule."""
+
+
+class ModelError(FlexpertsError):
+    """A base model cannot be loaded, or has nothing to graft."""
+
+
+class GraftError(FlexpertsError):
+    """Selection, attachment or a personal state does not fit the model."""
+
+
+class SplitError(FlexpertsError):
+    """A parameter is not exactly one of shared, personal, frozen."""
+
+
+class PrivacyError(FlexpertsError):
+    """Something that must stay on the client was about to be encoded."""
+
+
+class ArtifactError(FlexpertsError):
+    """A run directory or file is missing, foreign or damaged."""
+
+
+class FederationError(FlexpertsError):
+    """A round cannot go on."""

@@ -1,0 +1,1 @@
+"""Scores of one client: ROUGE-L and response NLL."""

@@ -1,0 +1,1 @@
+"""Flower apps, the in-process grid and the run."""

@@ -1,0 +1,1 @@
+"""Selecting a pretrained expert and growing a personal one beside the router."""

@@ -1,0 +1,1 @@
+"""What is inside a MoE model: experts modules, attention projections, routing."""

@@ -1,0 +1,1 @@
+"""Who owns which parameter: shared, personal or frozen; and personal state at rest."""

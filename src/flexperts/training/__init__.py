@@ -1,0 +1,1 @@
+"""The local step of one client."""
