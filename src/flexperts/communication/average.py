@@ -1,0 +1,47 @@
+"""Averaging shared vectors as they arrive: one running sum, not N replies in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from flexperts.communication.messages import Update
+from flexperts.errors import FederationError
+from flexperts.parameters.vector import Vector
+
+
+def weighted_mean(updates: Iterable[Update]) -> Vector:
+    """Return sum_i (n_i / n) theta_i in fp32, n_i being a client's train rows.
+
+    The result depends on the order of the sum in its last bits, so updates must come sorted by client; the caller's
+    grid yields them so. Source: McMahan et al., 2017 (FedAvg); FLEx, 3.1.
+
+    Raises:
+        FederationError: There is no update, clients are not sorted, or a vector is not finite or does not fit.
+    """
+    total: Vector | None = None
+    rows, last = 0, ""
+    for update in updates:
+        _check(update, total, last)
+        weighted = update.vector * np.float32(update.rows)
+        total = weighted if total is None else np.add(total, weighted, out=total)
+        rows, last = rows + update.rows, update.client
+    if total is None:
+        raise FederationError("no update arrived", "a round needs at least one", "check that the silos are up")
+    return np.asarray(total / np.float32(rows), dtype=np.float32)
+
+
+def _check(update: Update, total: Vector | None, last: str) -> None:
+    if update.client <= last:
+        raise FederationError(f"{update.client} after {last}", "updates are averaged sorted by client", "sort them")
+    if total is not None and update.vector.shape != total.shape:
+        raise FederationError(
+            f"{update.client} sent {update.vector.size} values", f"others sent {total.size}", "use one recipe"
+        )
+    if update.rows < 1 or not np.isfinite(update.vector).all():
+        raise FederationError(
+            f"{update.client}: {update.rows} rows, {(~np.isfinite(update.vector)).sum()} values not finite",
+            "an update holds finite weights of at least one row",
+            "lower training.lr on that silo",
+        )

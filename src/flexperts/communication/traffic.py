@@ -1,0 +1,41 @@
+"""Counting what is really encoded: bytes of a message, and personal bytes found inside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from flwr.app import RecordDict
+
+from flexperts.parameters.split import Parameters
+
+_WINDOW = 1024
+
+
+def encoded_objects(content: RecordDict) -> Iterator[bytes]:
+    """Yield the encoded objects that Flower's transport moves for this content, chunks included."""
+    pending: list[Any] = [content]
+    while pending:
+        current = pending.pop()
+        yield current.deflate()
+        pending.extend((current.children or {}).values())
+
+
+def encoded_bytes(content: RecordDict) -> int:
+    """Return the size of a message's encoded content, in bytes."""
+    return sum(len(part) for part in encoded_objects(content))
+
+
+def personal_bytes(content: RecordDict, personal: Parameters) -> int:
+    """Return how many bytes of personal tensors occur in a message's encoding: 0, or something is wrong.
+
+    Every personal tensor's first kilobyte is searched for in the encoded objects; tensors that are all zero say
+    nothing and are passed over.
+    """
+    encoded = b"".join(encoded_objects(content))
+    found = 0
+    for parameter in personal.values():
+        raw = parameter.detach().cpu().contiguous().numpy().tobytes()
+        if any(raw) and raw[:_WINDOW].strip(b"\0") and raw[:_WINDOW] in encoded:
+            found += len(raw)
+    return found

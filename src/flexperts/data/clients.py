@@ -1,0 +1,76 @@
+"""Every client's rows, from whichever source the recipe names."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import astuple
+from pathlib import Path
+
+from flexperts.config import ClientFiles, DataConfig
+from flexperts.data.rows import ClientRows, read_rows
+from flexperts.data.sources import check_disjoint, read_source, split_rows
+from flexperts.errors import DataError
+
+Clients = dict[str, ClientRows]
+
+
+def load_clients(config: DataConfig, seed: int) -> Clients:
+    """Read all clients' rows, sorted by client name.
+
+    Args:
+        config: The recipe's data section.
+        seed: Seed of the train/test split where a client gives one file.
+
+    Raises:
+        DataError: A file is missing or breaks a rule, a split is empty, or a test passage is trained on.
+    """
+    if config.silos:
+        clients = _shipped(config)
+    elif config.folder:
+        clients = {n: _files(n, f, config, seed) for n, f in _folder(Path(config.folder)).items()}
+    else:
+        clients = {n: _files(n, f, config, seed) for n, f in config.clients.items()}
+    return {_name(n): check_disjoint(clients[n], n) for n in sorted(clients)}
+
+
+def rows_hash(rows: ClientRows) -> str:
+    """Return a SHA-256 that names a client's rows, train and test."""
+    content = [[astuple(row) for row in side] for side in (rows.train, rows.test)]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _shipped(config: DataConfig) -> Clients:
+    from flexperts.data.silos.generate import SILOS, generate_silo
+
+    assert config.silos is not None
+    settings = config.silos
+    made = {s: generate_silo(s, settings.seed, settings.train_rows, settings.test_rows) for s in SILOS}
+    return {
+        silo: ClientRows(*(tuple(read_rows(sides[side], {}, where=f"{silo} {side}")) for side in ("train", "test")))
+        for silo, sides in made.items()
+    }
+
+
+def _folder(folder: Path) -> dict[str, ClientFiles]:
+    found = {p.parent.name: p for p in folder.glob("*/train.jsonl")}
+    if not found:
+        raise DataError(
+            f"data.folder = {folder}", "it must hold <client>/train.jsonl files", "see `flexperts data make-silos`"
+        )
+    tests = {name: path.with_name("test.jsonl") for name, path in found.items()}
+    return {n: ClientFiles(train=str(p), test=str(tests[n]) if tests[n].exists() else None) for n, p in found.items()}
+
+
+def _files(name: str, files: ClientFiles, config: DataConfig, seed: int) -> ClientRows:
+    train = read_source(files.train, config.columns)
+    if files.test is None:
+        return split_rows(train, config.test_fraction, seed, name)
+    return ClientRows(tuple(train), tuple(read_source(files.test, config.columns, split="test")))
+
+
+def _name(name: str) -> str:
+    """Return a client's name if it can be a file's name."""
+    if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
+        raise DataError(f"client {name!r}", "a client's name is letters, digits, '-', '_', '.'", "rename it")
+    return name

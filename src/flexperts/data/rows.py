@@ -1,0 +1,80 @@
+"""The one schema of instruction data, and the reading of it from mappings with any column names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flexperts.errors import DataError
+
+FIELDS = ("instruction", "context", "response", "category")
+REQUIRED = ("instruction", "response")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One instruction example.
+
+    Args:
+        instruction: What is asked.
+        response: What the silo wants as the answer.
+        context: The passage asked about; may be empty.
+        category: Name of the task; may be empty.
+        passage: Identity of the passage, by which train and test are told apart.
+    """
+
+    instruction: str
+    response: str
+    context: str = ""
+    category: str = ""
+    passage: str = ""
+
+
+@dataclass(frozen=True)
+class ClientRows:
+    """One client's rows: the train split is trained on, the test split only scored."""
+
+    train: tuple[Row, ...]
+    test: tuple[Row, ...]
+
+
+def read_rows(
+    records: Iterable[Mapping[str, Any]], columns: Mapping[str, str], *, where: str, passage: str | None = None
+) -> list[Row]:
+    """Turn records into rows.
+
+    Args:
+        records: Mappings from column name to value.
+        columns: Field name -> column name, for the fields whose column is named otherwise.
+        where: Name of the source, for errors.
+        passage: Column that identifies the passage; the context (or the instruction) serves where it is missing.
+
+    Raises:
+        DataError: A required column is missing, a value is not text, or there is no row.
+    """
+    rows = [_row(record, columns, f"{where}, row {number}", passage) for number, record in enumerate(records, 1)]
+    if not rows:
+        raise DataError(where, "a split needs at least one row", "add rows or leave the client out")
+    return rows
+
+
+def _row(record: Mapping[str, Any], columns: Mapping[str, str], where: str, passage: str | None) -> Row:
+    values = {field: _value(record, field, columns.get(field, field), where) for field in FIELDS}
+    identity = str(record.get(passage or "passage") or values["context"] or values["instruction"])
+    return Row(**values, passage=identity)
+
+
+def _value(record: Mapping[str, Any], field: str, column: str, where: str) -> str:
+    value = record.get(column)
+    if field in REQUIRED and column not in record:
+        raise DataError(
+            f"{where}: no column {column!r} among {sorted(record)}",
+            f"the {field} is required",
+            f"name its column under [data.columns], such as {field} = {min(record, default='column')!r}",
+        )
+    if not isinstance(value, str) and value is not None:
+        raise DataError(f"{where}: {column} = {value!r}", "it must be text", "write it as a string")
+    if field in REQUIRED and not (value or "").strip():
+        raise DataError(f"{where}: {column} is empty", f"the {field} must hold text", "fill it in or drop the row")
+    return value or ""

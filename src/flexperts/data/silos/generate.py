@@ -1,0 +1,157 @@
+"""Rows of the four silos, and the folder they ship in."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import TypedDict
+
+from flexperts.data.silos import phrases
+from flexperts.data.silos.entities import SPLITS
+from flexperts.data.silos.houses import HOUSES
+from flexperts.data.silos.notes import Note, rng_for, write_note
+from flexperts.data.silos.topics import COMMON, THEMES
+from flexperts.data.silos.trades import TRADE_ASIDES, TRADE_TOPICS
+from flexperts.errors import DataError
+
+CATEGORIES = ("closed_qa", "information_extraction", "classification", "summarization")
+SILOS = ("clinic", "help_desk", "law_firm", "shop")
+LEVELS = tuple(phrases.CUES)
+MIN_ROWS = len(CATEGORIES)
+ROWS_PER_NOTE = 2
+# Each four are all categories once, each two belong to one note: balance at any length, and every pairing.
+_TURNS = (0, 1, 2, 3, 0, 2, 1, 3, 0, 3, 1, 2)
+# The common pool has two notes for each place in a silo's list, so silos share about half of them.
+_COMMON_VARIANTS = 2
+
+
+class Row(TypedDict):
+    """One instruction with its note and the silo's answer; `passage` is the id of the note."""
+
+    instruction: str
+    context: str
+    response: str
+    category: str
+    passage: str
+
+
+def generate_silo(silo: str, seed: int, train_rows: int = 96, test_rows: int = 40) -> dict[str, list[Row]]:
+    """Rows of one silo.
+
+    Args:
+        silo: One of SILOS.
+        seed: Equal seeds give equal rows, in every process.
+        train_rows: Number of train rows, at least one per category.
+        test_rows: Number of test rows, at least one per category.
+
+    Returns:
+        The rows under "train" and "test"; the two share no note, person, product, street or reference.
+
+    Raises:
+        DataError: The silo is unknown or a number of rows is too small.
+    """
+    _check(silo, train_rows, test_rows)
+    counts = dict(zip(SPLITS, (train_rows, test_rows), strict=True))
+    return {split: _rows(silo, seed, split, rows) for split, rows in counts.items()}
+
+
+def write_silos(folder: Path, seed: int, train_rows: int = 96, test_rows: int = 40) -> list[Path]:
+    """Write every silo's rows as JSON lines, with a README, and say which files were written.
+
+    Args:
+        folder: Gets `<silo>/train.jsonl`, `<silo>/test.jsonl` and `README.md`; made if missing.
+        seed: As for generate_silo.
+        train_rows: As for generate_silo.
+        test_rows: As for generate_silo.
+
+    Returns:
+        The paths, in the order of writing.
+
+    Raises:
+        DataError: A number of rows is too small.
+    """
+    texts = {"README.md": _README.format(seed=seed, train_rows=train_rows, test_rows=test_rows)}
+    for silo in SILOS:
+        for split, rows in generate_silo(silo, seed, train_rows, test_rows).items():
+            texts[f"{silo}/{split}.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows)
+    return [_write(folder / name, text) for name, text in texts.items()]
+
+
+def silo_notes(silo: str, seed: int, split: str, count: int) -> list[Note]:
+    """The notes a silo receives: seven in ten from the common pool, three in ten of its own trade."""
+    return [_note(silo, seed, split, slot) for slot in range(count)]
+
+
+def _note(silo: str, seed: int, split: str, slot: int) -> Note:
+    """The note in one place of a silo's list; no silo goes into the making of a common one."""
+    level = LEVELS[(slot + slot // len(LEVELS)) % len(LEVELS)]
+    # Three of every ten places, moved on by one each ten so that all themes come up among them.
+    if (slot // 10 - slot) % 10 < 3:
+        pool, asides, name = TRADE_TOPICS[silo], TRADE_ASIDES[silo], f"{silo}-{split}-{slot:04d}"
+    else:
+        variant = rng_for(seed, silo, split, slot).randrange(_COMMON_VARIANTS)
+        pool, asides, name = COMMON, phrases.CHANNELS, f"common-{split}-{slot:04d}-{variant}"
+    fitting = [topic for topic in pool if topic.theme == THEMES[slot % len(THEMES)]]
+    return write_note(name, rng_for(seed, name, "topic").choice(fitting), level, asides, seed, split)
+
+
+def _rows(silo: str, seed: int, split: str, count: int) -> list[Row]:
+    """One side of the split, categories in balance, in mixed order."""
+    notes = silo_notes(silo, seed, split, -(-count // ROWS_PER_NOTE))
+    rng = rng_for(seed, silo, split, "rows")
+    rows = [_row(rng, silo, notes[place // ROWS_PER_NOTE], place) for place in range(count)]
+    rng.shuffle(rows)
+    return rows
+
+
+def _row(rng: random.Random, silo: str, note: Note, place: int) -> Row:
+    """Ask one task about one note; the kinds of closed questions take turns."""
+    category = CATEGORIES[_TURNS[place % len(_TURNS)]]
+    kind = list(phrases.QUESTIONS)[place // len(CATEGORIES) % len(phrases.QUESTIONS)]
+    wordings = phrases.QUESTIONS[kind] if category == "closed_qa" else phrases.TASKS[category]
+    return {
+        "instruction": rng.choice(wordings),
+        "context": note.text,
+        "response": HOUSES[silo].answer(note, category, kind),
+        "category": category,
+        "passage": note.passage,
+    }
+
+
+def _check(silo: str, train_rows: int, test_rows: int) -> None:
+    """Refuse what no rows can be made for."""
+    if silo not in SILOS:
+        raise DataError(f"silo {silo!r}", "is not one that ships", f"use one of {', '.join(SILOS)}")
+    for name, rows in (("train_rows", train_rows), ("test_rows", test_rows)):
+        if rows < MIN_ROWS:
+            rule = f"must be at least {MIN_ROWS}, one row per category"
+            raise DataError(f"{name}={rows}", rule, f"ask for {MIN_ROWS} or more")
+
+
+def _write(path: Path, text: str) -> Path:
+    """Write a file so that a reader sees the old one or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(text.encode())
+    part.replace(path)
+    return path
+
+
+_README = """\
+# Four silos with conflicting house styles
+
+Synthetic data, made by `flexperts.data.silos.generate.write_silos` with seed {seed}:
+{train_rows} train rows and {test_rows} test rows per silo. Equal seeds give equal bytes.
+
+A clinic, a help desk, a law firm and a shop receive short office notes and want four things done with them:
+closed QA, information extraction, classification and summarization. Seven notes in ten come from one pool
+that all four draw from, three in ten speak of the silo's own trade. The instructions are worded alike
+everywhere; the answers follow the silo's house style, so the same input has four right answers, one per silo.
+
+Each row of `<silo>/train.jsonl` and `<silo>/test.jsonl` has `instruction`, `context`, `response`, `category`
+and `passage`, the id of the note. Train and test share no note, person, product, street or reference code,
+nor what is said to have happened.
+
+The people, firms, streets and notes are invented.
+"""

@@ -1,0 +1,138 @@
+"""The house styles: how each silo wants the facts of a note written.
+
+ROUGE sees words and their order only, so that is where the houses differ: which key words, which part of a
+name, which part of a date comes first, which labels, which scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flexperts.data.silos.notes import Note
+
+
+@dataclass(frozen=True)
+class House:
+    """One silo's style; every text is a format string over the facts of a note.
+
+    Args:
+        scale: The house's word for each level.
+        labels: The house's label for each theme; some themes share one.
+        fields: How one fact is stated, by the kind of question.
+        order: The fields that an extraction lists, in house order.
+        classification: How label and scale make a category.
+        summary: The one line.
+    """
+
+    scale: dict[str, str]
+    labels: dict[str, str]
+    fields: dict[str, str]
+    order: tuple[str, ...]
+    classification: str
+    summary: str
+
+    def answer(self, note: Note, category: str, kind: str = "who") -> str:
+        """What this house wants for one task on one note; the kind of question matters to closed QA only."""
+        form = {
+            "closed_qa": self.fields[kind],
+            "information_extraction": ", ".join(self.fields[name] for name in self.order),
+            "classification": self.classification,
+            "summarization": self.summary,
+        }[category]
+        return form.format(**note.facts, level=self.scale[note.level], label=self.labels[note.theme])
+
+
+HOUSES = {
+    "clinic": House(
+        scale={"high": "urgent", "middle": "soon", "low": "routine"},
+        labels={
+            "device": "ward upkeep",
+            "building": "ward upkeep",
+            "access": "staff entry",
+            "delivery": "supply round",
+            "billing": "fee desk",
+            "schedule": "visit planning",
+            "people": "bedside manner",
+        },
+        fields={
+            "who": "informant {surname} {given}",
+            "when": "seen {month} {day}",
+            "where": "location {street} {kind} {number}",
+            "code": "chart {series} {digits}",
+            "item": "matter {noun} from {brand}",
+            "urgency": "handle as {level}",
+        },
+        order=("who", "where", "code", "when"),
+        classification="{label} {level}",
+        summary="{surname} {given}, {month} {day}, {noun} {gist}, {level}",
+    ),
+    "help_desk": House(
+        scale={"high": "P1", "middle": "P2", "low": "P3"},
+        labels={
+            "device": "hardware fault",
+            "access": "account rights",
+            "building": "facilities job",
+            "delivery": "vendor chase",
+            "billing": "vendor chase",
+            "schedule": "calendar change",
+            "people": "service feedback",
+        },
+        fields={
+            "who": "caller {given} {surname}",
+            "when": "logged {day} {month}",
+            "where": "site {number} {street}",
+            "code": "ticket {digits} {series}",
+            "item": "asset {brand} {noun}",
+            "urgency": "queue level {level}",
+        },
+        order=("code", "item", "who", "when"),
+        classification="{level} {label}",
+        summary="{level} {label}, {brand} {noun}, {number} {street}",
+    ),
+    "law_firm": House(
+        scale={"high": "gold", "middle": "silver", "low": "bronze"},
+        labels={
+            "device": "chambers kit",
+            "access": "premises rule",
+            "building": "premises rule",
+            "delivery": "post room",
+            "billing": "ledger query",
+            "schedule": "diary entry",
+            "people": "conduct review",
+        },
+        fields={
+            "who": "client {title} {surname}",
+            "when": "dated {day}th {month}",
+            "where": "property {number} {street} {kind}",
+            "code": "folio {digits} series {series}",
+            "item": "subject {noun} {brand}",
+            "urgency": "standing is {level}",
+        },
+        order=("where", "who", "item", "when"),
+        classification="{label} {level}",
+        summary="{title} {surname} v {brand} re {noun}, {day}th {month}",
+    ),
+    "shop": House(
+        scale={"high": "red", "middle": "amber", "low": "green"},
+        labels={
+            "device": "till tech",
+            "access": "lock up",
+            "building": "store floor",
+            "delivery": "back dock",
+            "billing": "customer care",
+            "schedule": "rota slot",
+            "people": "customer care",
+        },
+        fields={
+            "who": "{title} {given} buyer",
+            "when": "{day} {mon} due",
+            "where": "{street} {number} drop",
+            "code": "{digits} order slip",
+            "item": "{brand} goods {noun}",
+            "urgency": "{level} light job",
+        },
+        order=("item", "when", "who", "where"),
+        classification="{level} {label}",
+        summary="{level}, {brand} {gist}, call {title} {given}",
+    ),
+}

@@ -1,0 +1,133 @@
+"""Reading instruction rows from JSONL, JSON, CSV and Parquet files and from the hub.
+
+Files are read directly, not through a dataset cache: private rows are not copied elsewhere on the disk.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from flexperts.data.rows import ClientRows, Row, read_rows
+from flexperts.errors import DataError
+from flexperts.seeding import derive_seed
+
+Record = Mapping[str, Any]
+HUB = "hub:"
+
+
+def read_source(source: str, columns: Mapping[str, str], *, split: str = "train", passage: str | None = None) -> list[Row]:
+    """Read all rows of a file, or of a hub data set named ``hub:org/name`` or ``hub:org/name:split``.
+
+    Raises:
+        DataError: The source is missing, of an unknown kind, damaged, or breaks the row rules.
+    """
+    records = _hub(source.removeprefix(HUB), split) if source.startswith(HUB) else _file(Path(source))
+    return read_rows(records, columns, where=source, passage=passage)
+
+
+def split_rows(rows: list[Row], test_fraction: float, seed: int, where: str) -> ClientRows:
+    """Divide rows by passage: all rows of a passage land on one side, chosen by a hash of the passage.
+
+    Raises:
+        DataError: One side would be empty.
+    """
+    passages = sorted({row.passage for row in rows}, key=lambda p: derive_seed(seed, "test split", p))
+    count = round(test_fraction * len(passages))
+    held_out = set(passages[:count])
+    sides = ClientRows(
+        tuple(r for r in rows if r.passage not in held_out), tuple(r for r in rows if r.passage in held_out)
+    )
+    if not sides.train or not sides.test:
+        raise DataError(
+            f"{where}: {len(passages)} passages with test_fraction = {test_fraction}",
+            "train and test need at least one passage each",
+            "add passages or give a test file",
+        )
+    return sides
+
+
+def check_disjoint(rows: ClientRows, where: str) -> ClientRows:
+    """Return ``rows`` unless a test passage was trained on.
+
+    Raises:
+        DataError: Train and test share a passage.
+    """
+    if shared := {r.passage for r in rows.train} & {r.passage for r in rows.test}:
+        raise DataError(
+            f"{where}: {len(shared)} passages stand in train and in test, such as {min(shared)[:60]!r}",
+            "a test passage must never be trained on",
+            "split by passage, or give one file and data.test_fraction",
+        )
+    return rows
+
+
+def _file(path: Path) -> Iterator[Record]:
+    readers: dict[str, Callable[[Path], Iterator[Record]]] = {
+        ".jsonl": _jsonl,
+        ".json": _json,
+        ".csv": _csv,
+        ".parquet": _parquet,
+    }
+    if path.suffix.lower() not in readers:
+        raise DataError(f"{path}", f"data files end in {', '.join(sorted(readers))}", "convert it to one of these")
+    if not path.is_file():
+        raise DataError(f"{path}", "there is no such data file", "check the path; it is relative to the recipe's folder")
+    return readers[path.suffix.lower()](path)
+
+
+def _jsonl(path: Path) -> Iterator[Record]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield _object(line, f"{path}, line {number}")
+
+
+def _json(path: Path) -> Iterator[Record]:
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}", f"it is not valid JSON ({error})", "mend it") from error
+    if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
+        raise DataError(f"{path}", "it must hold a list of objects", "write one object per row, or use .jsonl")
+    yield from records
+
+
+def _object(line: str, where: str) -> Record:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise DataError(where, f"it is not valid JSON ({error})", "mend or remove the line") from error
+    if not isinstance(record, dict):
+        raise DataError(where, "each line must hold one JSON object", "mend or remove the line")
+    return record
+
+
+def _csv(path: Path) -> Iterator[Record]:
+    with path.open(encoding="utf-8", newline="") as lines:
+        yield from csv.DictReader(lines)
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        yield from pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}", f"it is not a readable Parquet file ({error})", "write it again") from error
+
+
+def _hub(name: str, split: str) -> Iterator[Record]:
+    from datasets import load_dataset
+
+    name, _, named_split = name.partition(":")
+    try:
+        yield from load_dataset(name, split=named_split or split)
+    except Exception as error:  # the library raises a dozen kinds; each means that the rows cannot be had
+        raise DataError(
+            f"{HUB}{name}", f"the hub data set cannot be loaded ({error})", "check its name and the network"
+        ) from error

@@ -1,0 +1,45 @@
+"""How a run tells what it is doing: an observer with methods that do nothing unless a front end fills them in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+
+class Observer:
+    """Receives a run's events in the process where they happen. The default ignores them all."""
+
+    def stage(self, text: str) -> None:
+        """A new stage of the run begins."""
+
+    def progress(self, task: str, done: int, total: int) -> None:
+        """``done`` of ``total`` units of a task are done."""
+
+    def split(self, method: str, table: Sequence[Mapping[str, Any]]) -> None:
+        """What trains, what is sent and what stays, before round 1."""
+
+    def chosen(self, client: str, choice: Mapping[str, Sequence[int]]) -> None:
+        """A client has selected the experts it grafts."""
+
+    def round(self, record: Mapping[str, Any]) -> None:
+        """A round has finished."""
+
+
+_current: ContextVar[Observer | None] = ContextVar("observer", default=None)
+
+
+def current_observer() -> Observer:
+    """Return the observer of the run in this context: Flower's apps take no argument for one."""
+    return _current.get() or Observer()
+
+
+@contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    """Let ``observer`` receive the events of runs inside the block."""
+    token = _current.set(observer)
+    try:
+        yield
+    finally:
+        _current.reset(token)

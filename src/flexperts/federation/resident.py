@@ -1,0 +1,61 @@
+"""What stays in a process between messages: Flower hands every message to a stateless function."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flwr.app import Context
+
+from flexperts.config import parse_recipe
+from flexperts.federation.client import Client
+from flexperts.federation.client_model import ClientModel
+from flexperts.federation.observer import current_observer
+from flexperts.federation.workspace import Workspace
+from flexperts.methods.registry import method_class
+
+
+class Resident:
+    """One run's base, adapter and clients in this process.
+
+    Args:
+        workspace: Base and rows; its config is the run's, but perhaps for the method.
+        method: The method's name.
+        folder: Where clients keep their files.
+    """
+
+    def __init__(self, workspace: Workspace, method: str, folder: Path) -> None:
+        self.workspace, self.folder = workspace, folder
+        self.model = ClientModel(workspace.base, workspace.config, method_class(method)())
+        self._clients: dict[str, Client] = {}
+
+    def client(self, name: str) -> Client:
+        """Return the client of that name."""
+        if name not in self._clients:
+            self._clients[name] = Client(name, self.workspace, self.model, self.folder, current_observer())
+        return self._clients[name]
+
+
+_residents: dict[tuple[str, str], Resident] = {}
+
+
+def keep(recipe: str, folder: Path, workspace: Workspace, method: str) -> None:
+    """Set up a run's resident around a workspace that is loaded already."""
+    _residents[recipe, str(folder)] = Resident(workspace, method, folder)
+
+
+def release(recipe: str, folder: Path) -> None:
+    """Forget a run's resident and take its adapter out of the base."""
+    _residents.pop((recipe, str(folder))).model.close()
+
+
+def resident_client(context: Context) -> Client:
+    """Return the client that a message is for, loading its run's base if this process has not yet.
+
+    The node's configuration names the client (``client``) and its folder (``state-dir``); the run's configuration
+    holds the recipe's text (``recipe``).
+    """
+    recipe, folder = str(context.run_config["recipe"]), str(context.node_config["state-dir"])
+    if (recipe, folder) not in _residents:
+        config = parse_recipe(recipe)
+        keep(recipe, Path(folder), Workspace(config), config.method.name)
+    return _residents[recipe, folder].client(str(context.node_config["client"]))

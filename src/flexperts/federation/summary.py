@@ -1,0 +1,71 @@
+"""What a run comes to: scores, bytes and seconds, as summary.json holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from flexperts.config import RunConfig
+from flexperts.federation.strategy import RoundLog
+
+_STATES = ("zero_shot", "global", "personalized")
+_KINDS = ("rouge_l", "nll")
+
+
+def summarize(config: RunConfig, rounds: list[RoundLog], seconds: Mapping[str, float], base: str) -> dict[str, Any]:
+    """Put a finished run into one mapping.
+
+    ``mean`` is over clients, each counting once (macro); ``weighted_mean`` counts each by its test rows. A state that
+    the method does not have is null.
+
+    Args:
+        config: The run.
+        rounds: What the server measured; the last round holds the final scores.
+        seconds: Wall time by stage.
+        base: Fingerprint of the base.
+    """
+    scores = rounds[-1].scores
+    clients = {name: _client(metrics, rounds[-1].clients[name]) for name, metrics in sorted(scores.items())}
+    weights = {name: float(metrics["rows"]) for name, metrics in scores.items()}
+    return {
+        "method": config.method.name,
+        "seed": config.seed,
+        "rounds": len(rounds),
+        "base": {"name": config.model.base, "fingerprint": base},
+        "clients": clients,
+        "mean": _means(clients, dict.fromkeys(clients, 1.0)),
+        "weighted_mean": _means(clients, weights),
+        "bytes": _bytes(rounds),
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+    }
+
+
+def _client(metrics: Mapping[str, float | int], trained: Mapping[str, float | int]) -> dict[str, Any]:
+    scores = {kind: {state: metrics.get(f"{kind}.{state}") for state in _STATES} for kind in _KINDS}
+    return {**scores, "train_rows": trained["rows"], "test_rows": metrics["rows"]}
+
+
+def _means(clients: Mapping[str, Any], weights: Mapping[str, float]) -> dict[str, dict[str, float | None]]:
+    return {
+        kind: {state: _mean({n: c[kind][state] for n, c in clients.items()}, weights) for state in _STATES}
+        for kind in _KINDS
+    }
+
+
+def _mean(values: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:
+    known = {name: value for name, value in values.items() if value is not None}
+    total = sum(weights[name] for name in known)
+    return sum(weights[n] * v for n, v in known.items()) / total if known else None
+
+
+def _bytes(rounds: Iterable[RoundLog]) -> dict[str, float | int]:
+    logs = list(rounds)
+    up = [size for log in logs for size in log.uplink.values()]
+    down = [size for log in logs for size in log.downlink.values()]
+    return {
+        "uplink_per_client_per_round": sum(up) / len(up),
+        "downlink_per_client_per_round": sum(down) / len(down),
+        "uplink_total": sum(up),
+        "downlink_total": sum(down),
+        "personal_sent": sum(log.personal_sent for log in logs),
+    }

@@ -1,0 +1,40 @@
+"""What a process holds for all its runs and clients: the base in memory, the rows, and scores that never change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from flexperts.config import RunConfig
+from flexperts.data.clients import Clients, load_clients
+from flexperts.data.prompts import PromptEncoder
+from flexperts.evaluation.scores import Scores
+from flexperts.modeling.load import LoadedBase, load_base
+
+
+@dataclass
+class Workspace:
+    """Base, rows and encoder of a run, loaded once and shared with its reference run.
+
+    Args:
+        config: The run; its reference may differ in the method only.
+    """
+
+    config: RunConfig
+    zero_shot: dict[str, Scores] = field(default_factory=dict)
+    """Scores of the untouched base by client: no method changes them."""
+
+    @cached_property
+    def clients(self) -> Clients:
+        """Every client's rows."""
+        return load_clients(self.config.data, self.config.seed)
+
+    @cached_property
+    def base(self) -> LoadedBase:
+        """The resident base."""
+        return load_base(self.config.model)
+
+    @cached_property
+    def encoder(self) -> PromptEncoder:
+        """The one encoder of training, selection, evaluation and chat."""
+        return PromptEncoder(self.base.tokenizer, self.config.model.template, self.config.training.max_length)

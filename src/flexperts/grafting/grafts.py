@@ -1,0 +1,156 @@
+"""Grafting: personal experts with their sigmoid gate, hung beside the untouched router by a forward hook.
+
+    y = sum_{j in TopK} g_j(x) E_j(x)  +  sum_p sigmoid(G_p(x)) E_p(x)
+
+The hook leaves the base's modules, parameter names and state_dict as they are; taking it off restores the base bit
+for bit. The graft's parameters live outside the base, so nothing that saves or sends the base can carry them.
+Shapes: T tokens, D expert width, k personal experts. Source: FLEx (arXiv 2506.00965), 3.2 and 3.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from flexperts.errors import GraftError
+from flexperts.grafting.personal_expert import Rank, personal_expert
+from flexperts.moe.experts import FusedExperts
+
+Choice = Mapping[str, Sequence[int]]
+"""Experts module name -> indices of the pretrained experts that start the personal ones."""
+
+
+class Graft(nn.Module):
+    """The k personal experts and the gate of one MoE layer.
+
+    Args:
+        experts: The layer's experts module.
+        indices: The k pretrained experts to start from, all different.
+        rank: LoRA rank of the personal experts, or ``"full"`` for trainable copies.
+        alpha: LoRA scaling numerator; not used by ``"full"``.
+        gate_bias: Start of the gate's logit: sigmoid(0) = 0.5 opens it half.
+        generator: Stream for LoRA's A.
+    """
+
+    def __init__(
+        self,
+        experts: FusedExperts,
+        indices: Sequence[int],
+        rank: Rank,
+        alpha: float,
+        gate_bias: float,
+        generator: Generator,
+    ) -> None:
+        super().__init__()
+        _check_indices(experts, indices)
+        self.experts, self.indices = experts, tuple(indices)
+        self.graft_gate_weight = nn.Parameter(torch.zeros(len(indices), experts.width))
+        self.graft_gate_bias = nn.Parameter(torch.full((len(indices),), float(gate_bias)))
+        self.personal = nn.ModuleList(personal_expert(experts, i, rank, alpha, generator) for i in indices)
+        self.to(experts.device)
+
+    def opening(self, hidden: Tensor) -> Tensor:
+        """Return the gate's values ``[T, k]`` in (0, 1) for ``hidden [T, D]``."""
+        weight, bias = self.graft_gate_weight.to(hidden.dtype), self.graft_gate_bias.to(hidden.dtype)
+        return torch.sigmoid(F.linear(hidden, weight, bias))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return what the graft adds to the layer's routed output, ``[T, D]``."""
+        gates = self.opening(hidden).unsqueeze(-1).unbind(-2)
+        terms = [gate * expert(hidden) for gate, expert in zip(gates, self.personal, strict=True)]
+        return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
+
+
+class Grafts(nn.Module):
+    """All grafts of one client, attachable to and detachable from the resident base.
+
+    Args:
+        experts: The base's experts modules, from ``find_experts``.
+        choice: Which experts each of them grafts; modules that are not named get no graft.
+        rank, alpha, gate_bias, generator: As for ``Graft``.
+
+    Raises:
+        GraftError: ``choice`` names a module or an expert that the base does not have.
+    """
+
+    def __init__(
+        self,
+        experts: Sequence[FusedExperts],
+        choice: Choice,
+        *,
+        rank: Rank = "full",
+        alpha: float = 16.0,
+        gate_bias: float = 0.0,
+        generator: Generator | None = None,
+    ) -> None:
+        super().__init__()
+        generator = generator or torch.Generator().manual_seed(0)
+        by_name = {e.name: e for e in experts}
+        if unknown := sorted(choice.keys() - by_name.keys()):
+            raise GraftError(f"choice names {unknown}", f"experts modules are {sorted(by_name)}", "select again")
+        # A module name cannot hold dots.
+        self.layers = nn.ModuleDict(
+            {
+                _key(name): Graft(by_name[name], choice[name], rank, alpha, gate_bias, generator)
+                for name in by_name
+                if name in choice
+            }
+        )
+        self.enabled = True
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def choice(self) -> dict[str, tuple[int, ...]]:
+        """The experts that were grafted, by experts module."""
+        return {graft.experts.name: graft.indices for graft in self}
+
+    def __iter__(self) -> Iterator[Graft]:
+        return iter(self.layers.values())  # type: ignore[arg-type]
+
+    def attach(self) -> Grafts:
+        """Hang every graft beside its experts module; the base computes with them from now on."""
+        if self._handles:
+            raise GraftError("grafts", "they are attached already", "detach them first")
+        self._handles = [g.experts.module.register_forward_hook(self._hook(g)) for g in self]
+        return self
+
+    def detach(self) -> None:
+        """Take every graft off; the base is then what it was, bit for bit."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Compute without the grafts inside the block."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    def _hook(self, graft: Graft) -> Any:
+        def add(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return output + graft(args[0]).to(output.dtype) if self.enabled else output
+
+        return add
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")
+
+
+def _check_indices(experts: FusedExperts, indices: Sequence[int]) -> None:
+    good = set(range(experts.num_experts))
+    if not indices or len(set(indices)) != len(indices) or not set(indices) <= good:
+        raise GraftError(
+            f"{experts.name} is to graft experts {list(indices)}",
+            f"they must be different numbers from 0 to {experts.num_experts - 1}",
+            "select again on this base",
+        )

@@ -1,0 +1,1 @@
+"""A causal language model in use: loading it, running it."""

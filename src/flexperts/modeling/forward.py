@@ -1,0 +1,47 @@
+"""One forward pass that computes only the logits that are needed.
+
+Shapes: B rows, S columns, R response columns, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flexperts.data.batches import IGNORED, PaddedBatch
+
+Precision = Literal["bf16", "fp32"]
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+    """Return the context in which matrix products run in ``precision``."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def response_logits(model: nn.Module, batch: PaddedBatch) -> Tensor:
+    """Return fp32 logits ``[B, R, V]`` that predict the last R columns of the batch."""
+    keep = batch.response_columns + 1
+    device = next(model.parameters()).device
+    inputs = {"input_ids": batch.input_ids.to(device), "attention_mask": batch.attention_mask.to(device)}
+    if _keeps_logits(model):
+        inputs["logits_to_keep"] = keep
+    logits: Tensor = model(**inputs, use_cache=False).logits
+    return logits[:, -keep:-1].float()
+
+
+def token_losses(model: nn.Module, batch: PaddedBatch) -> tuple[Tensor, Tensor]:
+    """Return per-row sums of response NLL ``[B]`` (nats) and counts of response tokens ``[B]``."""
+    logits = response_logits(model, batch)
+    labels = batch.labels[:, -batch.response_columns :].to(logits.device)
+    losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+    return losses.sum(1), (labels != IGNORED).sum(1)
+
+
+def _keeps_logits(model: Any) -> bool:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(type(base).forward).parameters

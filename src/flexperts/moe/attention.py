@@ -1,0 +1,46 @@
+"""Which Linear layers LoRA may adapt: exact attention projections, found by rule.
+
+``target_modules="all-linear"`` is not used: on many MoE families PEFT rewrites it through a name map that reaches
+every routed expert and the router. Full module names of exact ``nn.Linear`` layers cannot be misread.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+from flexperts.errors import ConfigError
+
+_MIXERS = re.compile(r"Attention|Mamba|DeltaNet|ShortConv|LinearAttn", re.IGNORECASE)
+# Read as bare weights by their model, or renamed by PEFT's v4-to-v5 map: LoRA on them fails or stays dead.
+_EXCLUDED = frozenset({"gate_proj", "out_proj", "dt_proj", "o_a_proj"})
+
+
+def attention_linears(model: nn.Module, projections: Sequence[str] = ()) -> list[str]:
+    """Return the full names of the sequence-mixing Linear layers that LoRA may adapt.
+
+    Args:
+        model: Any causal language model of transformers.
+        projections: Keep only layers with these last names, such as ``("q_proj", "v_proj")``; empty keeps all.
+
+    Raises:
+        ConfigError: Nothing matches, or one of ``projections`` matches nothing.
+    """
+    names = [
+        f"{parent}.{child}"
+        for parent, module in model.named_modules()
+        if _MIXERS.search(type(module).__name__)
+        for child, linear in module.named_children()
+        if type(linear) is nn.Linear and child not in _EXCLUDED
+    ]
+    present = sorted({name.rsplit(".", 1)[-1] for name in names})
+    missing = sorted(set(projections) - set(present))
+    if missing or not names:
+        raise ConfigError(
+            f"lora.projections = {list(projections)}",
+            f"{missing or 'nothing'} is no attention projection of {type(model).__name__}",
+            f"choose from {present}" if present else "use a model with attention Linear layers",
+        )
+    return [name for name in names if not projections or name.rsplit(".", 1)[-1] in projections]

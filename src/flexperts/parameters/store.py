@@ -1,0 +1,94 @@
+"""Personal state at rest: one safetensors file per client, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flexperts.errors import ArtifactError
+
+_FORMAT = "flexperts-personal-1"
+
+
+@dataclass(frozen=True)
+class PersonalMeta:
+    """What a personal state belongs to.
+
+    Args:
+        client: Name of the client whose state this is.
+        base: Fingerprint of the base model.
+        round: Last round that the state was trained in; 0 before any.
+        shared: Hash of the shared weights the state was trained with.
+        choice: Grafted experts by experts module.
+        selection: Relative reconstruction loss of every expert, by experts module.
+    """
+
+    client: str
+    base: str
+    round: int
+    shared: str
+    choice: dict[str, tuple[int, ...]]
+    selection: dict[str, list[float]]
+
+
+def save_personal(path: Path, tensors: Mapping[str, Tensor], meta: PersonalMeta) -> None:
+    """Write a personal state atomically: a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        # Metadata goes in only next to a tensor; a client without personal tensors still has its choice to keep.
+        contiguous = {n: t.detach().cpu().contiguous() for n, t in tensors.items()} or {"_": torch.zeros(0)}
+        save_file(contiguous, temporary, metadata={"format": _FORMAT, "meta": json.dumps(asdict(meta))})
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise ArtifactError(f"{path}", f"it cannot be written ({error})", "free some space or choose --out") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_personal(path: Path, *, base: str | None = None) -> tuple[dict[str, Tensor], PersonalMeta]:
+    """Read a personal state.
+
+    Args:
+        path: The client's file.
+        base: Fingerprint that the state must belong to; None takes any.
+
+    Raises:
+        ArtifactError: The file is missing, damaged, not a personal state, or of another base.
+    """
+    tensors, meta = _read(path)
+    if base is not None and meta.base != base:
+        raise ArtifactError(
+            f"{path} belongs to base {meta.base[:12]}",
+            f"this run's base is {base[:12]}",
+            "use the base that the state was trained on, or start a new run",
+        )
+    return tensors, meta
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], PersonalMeta]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys() if name != "_"}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path}", "there is no such personal state", "run this client first") from error
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(
+            f"{path}", f"it is damaged or no safetensors file ({error})", "restore it from a copy or delete it"
+        ) from error
+    if header.get("format") != _FORMAT:
+        raise ArtifactError(f"{path}", f"it is not of format {_FORMAT}", "give a file of a run's personal folder")
+    fields = json.loads(header["meta"])
+    fields["choice"] = {name: tuple(indices) for name, indices in fields["choice"].items()}
+    return tensors, PersonalMeta(**fields)

@@ -1,0 +1,95 @@
+"""Shared parameters as one flat fp32 vector plus a manifest that says what lies where.
+
+One vector and not many tensors: Flower moves every array as an object of its own, at tens of milliseconds each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flexperts.errors import FederationError
+
+Vector = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Names and shapes of the tensors in a flat vector, in its order.
+
+    Args:
+        names: Tensor names, sorted.
+        shapes: Their shapes.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Manifest:
+        """Describe ``tensors`` in the order of their sorted names."""
+        names = tuple(sorted(tensors))
+        return cls(names, tuple(tuple(tensors[n].shape) for n in names))
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Read what ``to_json`` wrote."""
+        pairs = json.loads(text)
+        return cls(tuple(n for n, _ in pairs), tuple(tuple(s) for _, s in pairs))
+
+    def to_json(self) -> str:
+        """Return the manifest as JSON text."""
+        return json.dumps(list(zip(self.names, self.shapes, strict=True)))
+
+    @property
+    def size(self) -> int:
+        """Elements of the whole vector."""
+        return sum(prod(shape) for shape in self.shapes)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of names and shapes: two vectors fit together only if it is equal."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def unflatten(self, vector: Vector) -> dict[str, Tensor]:
+        """Cut a vector into named fp32 tensors that share its memory.
+
+        Raises:
+            FederationError: The vector's length is not the manifest's.
+        """
+        if vector.shape != (self.size,) or vector.dtype != np.float32:
+            raise FederationError(
+                f"vector {vector.dtype}{list(vector.shape)}",
+                f"the manifest asks for float32[{self.size}]",
+                "use one flexperts version and one recipe on every silo",
+            )
+        pieces = torch.from_numpy(vector).split([prod(s) for s in self.shapes])
+        return {n: piece.view(s) for n, s, piece in zip(self.names, self.shapes, pieces, strict=True)}
+
+
+def flatten(tensors: Mapping[str, Tensor]) -> Vector:
+    """Join tensors, in sorted order of names, into one new fp32 vector."""
+    if not tensors:
+        return np.zeros(0, dtype=np.float32)
+    parts = [tensors[name].detach().float().reshape(-1).cpu() for name in sorted(tensors)]
+    return torch.cat(parts).numpy()
+
+
+@torch.no_grad()
+def load_vector(vector: Vector, tensors: Mapping[str, Tensor]) -> None:
+    """Copy a flat vector into tensors of the same manifest, in place."""
+    for name, value in Manifest.of(tensors).unflatten(vector).items():
+        tensors[name].copy_(value)
+
+
+def vector_hash(vector: Vector) -> str:
+    """Return the SHA-256 of the vector's bytes, by which states name the weights they belong to."""
+    return hashlib.sha256(np.ascontiguousarray(vector).tobytes()).hexdigest()

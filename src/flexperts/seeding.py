@@ -1,0 +1,27 @@
+"""Random streams: every purpose has its own, derived from (seed, client, round, purpose)."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Generator
+
+
+def derive_seed(seed: int, *purpose: str | int) -> int:
+    """Return a 63-bit seed for a purpose, the same in every process and on every machine.
+
+    Args:
+        seed: The run's seed.
+        purpose: What the stream is for, such as ``("clinic", 3, "batches")``.
+    """
+    text = "\x1f".join(map(str, (seed, *purpose)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def generator(seed: int, *purpose: str | int) -> Generator:
+    """Return a CPU generator of the stream named by ``purpose``."""
+    import torch
+
+    return torch.Generator().manual_seed(derive_seed(seed, *purpose))
