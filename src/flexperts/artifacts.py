@@ -1,13 +1,13 @@
 """The run directory: what a run leaves behind, and the only thing that reports read.
 
-    config.toml            the whole recipe, defaults written out
-    environment.json       versions and machine
-    rounds.jsonl           one line per finished round
-    summary.json           scores, bytes and seconds; written last, so that it marks a finished run
-    shared/                the averaged LoRA as an ordinary PEFT adapter folder
-    personal/NAME.safetensors   each client's personal state (in a deployed run it lies at the client)
-    predictions/NAME.jsonl      each client's generated answers (likewise)
-    reference/             the reference method's run, laid out the same way
+config.toml            the whole recipe, defaults written out
+environment.json       versions and machine
+rounds.jsonl           one line per finished round
+summary.json           scores, bytes and seconds; written last, so that it marks a finished run
+shared/                the averaged LoRA as an ordinary PEFT adapter folder
+personal/NAME.safetensors   each client's personal state (in a deployed run it lies at the client)
+predictions/NAME.jsonl      each client's generated answers (likewise)
+reference/             the reference method's run, laid out the same way
 """
 
 from __future__ import annotations
@@ -23,7 +23,17 @@ from typing import Any
 
 from flexperts.errors import ArtifactError
 
-_PACKAGES = ("flexperts", "torch", "transformers", "peft", "accelerate", "flwr", "numpy", "safetensors", "rouge-score")
+_PACKAGES = (
+    "flexperts",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "flwr",
+    "numpy",
+    "safetensors",
+    "rouge-score",
+)
 
 
 @dataclass(frozen=True)
@@ -37,14 +47,23 @@ class RunDirectory:
     path: Path
 
     @classmethod
+    def check_free(cls, path: Path) -> None:
+        """Refuse a path that already holds a run.
+
+        Raises:
+            ArtifactError: It does.
+        """
+        if (path / "config.toml").exists():
+            raise ArtifactError(f"{path}", "it already holds a run", "choose another --out, or delete it")
+
+    @classmethod
     def create(cls, path: Path, config_toml: str) -> RunDirectory:
         """Start a run directory with its recipe and environment.
 
         Raises:
             ArtifactError: It already holds a run, or cannot be written.
         """
-        if (path / "config.toml").exists():
-            raise ArtifactError(f"{path}", "it already holds a run", "choose another --out, or delete it")
+        cls.check_free(path)
         run = cls(path)
         write_text(run.path / "config.toml", config_toml)
         write_json(run.path / "environment.json", environment())
@@ -58,7 +77,9 @@ class RunDirectory:
             ArtifactError: There is no run.
         """
         if not (path / "config.toml").is_file():
-            raise ArtifactError(f"{path}", "it holds no run (no config.toml)", "give the --out of a `flexperts run`")
+            raise ArtifactError(
+                f"{path}", "it holds no run (no config.toml)", "give the --out of a `flexperts run`"
+            )
         return cls(path)
 
     @property
@@ -70,11 +91,6 @@ class RunDirectory:
     def shared(self) -> Path:
         """Folder of the shared PEFT adapter."""
         return self.path / "shared"
-
-    @property
-    def clients(self) -> Path:
-        """Folder under which clients keep personal states and predictions."""
-        return self.path
 
     @property
     def reference(self) -> Path:
@@ -151,4 +167,7 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )

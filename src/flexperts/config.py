@@ -214,7 +214,9 @@ def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
     return parse_recipe(text, overrides, folder=path.parent, where=str(path))
 
 
-def parse_recipe(text: str, overrides: Iterable[str] = (), *, folder: Path | None = None, where: str = "recipe") -> RunConfig:
+def parse_recipe(
+    text: str, overrides: Iterable[str] = (), *, folder: Path | None = None, where: str = "recipe"
+) -> RunConfig:
     """Parse a recipe's text; see ``load_recipe``."""
     try:
         tree = tomllib.loads(text)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import fcntl
 import json
-import os
 import re
 import shutil
 import sys
@@ -152,9 +151,7 @@ def _build_into(name: str, folder: Path, source: str | None, report: Report) -> 
     report(f"built {name} in {folder}")
 
 
-def write_base(
-    folder: Path, name: str = "smol-moe", source: str | None = None, report: Report = to_stderr
-) -> None:
+def write_base(folder: Path, name: str = "smol-moe", source: str | None = None, report: Report = to_stderr) -> None:
     """Build a shipped base into a folder, not atomically; the stamp is written last.
 
     Args:

@@ -107,7 +107,8 @@ def _record(mlp: Any, tape: _Tape) -> list[Any]:
 
 def contribution(layer: Observed) -> torch.Tensor:
     """How much each neuron adds to the layer's output at each token: |h| * ||down||, [tokens, ffn]."""
-    return layer.hidden.abs() * layer.down.norm(dim=0)
+    added: torch.Tensor = layer.hidden.abs() * layer.down.norm(dim=0)
+    return added
 
 
 def profiles(layer: Observed, neurons: torch.Tensor) -> Floats:
@@ -213,16 +214,17 @@ def fit_router(layer: Observed, routed: torch.Tensor, ridge: float) -> torch.Ten
     """
     import torch
 
-    energies = torch.stack([_strength(layer, ids.long()) for ids in routed], dim=1)
-    energies = (energies - energies.mean(dim=0)) / energies.std(dim=0)
+    strengths = torch.stack([_strength(layer, ids.long()) for ids in routed], dim=1)
+    strengths = (strengths - strengths.mean(dim=0)) / strengths.std(dim=0)
     gram = layer.inputs.T @ layer.inputs
     penalty = ridge * gram.diagonal().mean() * torch.eye(len(gram))
-    weights = torch.linalg.solve(gram + penalty, layer.inputs.T @ energies).T
+    weights: torch.Tensor = torch.linalg.solve(gram + penalty, layer.inputs.T @ strengths).T
     return weights / (layer.inputs @ weights.T).std()
 
 
 def _strength(layer: Observed, ids: torch.Tensor) -> torch.Tensor:
-    return (layer.hidden[:, ids] @ layer.down[:, ids].T).norm(dim=1)
+    norms: torch.Tensor = (layer.hidden[:, ids] @ layer.down[:, ids].T).norm(dim=1)
+    return norms
 
 
 def read_texts(folder: Path = TEXTS) -> dict[str, str]:

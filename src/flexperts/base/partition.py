@@ -89,6 +89,7 @@ def save_partition(partition: Partition, path: Path) -> None:
     }
     tensors = {name: getattr(partition, name).contiguous() for name in TENSORS}
     save_file(tensors, path, metadata={META_KEY: json.dumps(about, sort_keys=True)})
+    path.chmod(0o644)  # safetensors writes 0600
 
 
 def load_partition(path: Path) -> Partition:

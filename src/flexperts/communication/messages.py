@@ -1,13 +1,14 @@
 """What crosses the wire: shared vectors and small records, and nothing else.
 
-A message's arrays can be built from a ``ParameterSplit``'s shared group only; personal and frozen parameters have no
-way in. Requests: ``query.join`` (who are you), ``train``, ``evaluate``.
+A message's arrays can be built from a ``ParameterSplit``'s shared group only; personal and frozen parameters
+have no way in. Requests: ``query.join`` (who are you), ``train``, ``evaluate``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -19,8 +20,8 @@ from flexperts.parameters.vector import Manifest, Vector, flatten
 SHARED = "shared"
 _INFO, _METRICS = "info", "metrics"
 
-Info = Mapping[str, str | int | list[str]]
-Metrics = Mapping[str, float | int]
+Info = Mapping[str, Any]
+Metrics = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,9 @@ def encode_shared(split: ParameterSplit) -> Vector:
     """
     if not isinstance(split, ParameterSplit):
         raise PrivacyError(
-            f"{type(split).__name__} given to the encoder", "only a ParameterSplit is encoded", "split the parameters"
+            f"{type(split).__name__} given to the encoder",
+            "only a ParameterSplit is encoded",
+            "split the parameters",
         )
     if leaked := aliases(split):
         raise PrivacyError(
@@ -74,7 +77,7 @@ def info_of(message: Message) -> Info:
 
 def metrics_of(message: Message) -> Metrics:
     """Return a message's numeric fields."""
-    return dict(message.content.metric_records[_METRICS])
+    return dict(message.content.metric_records[_METRICS].items())
 
 
 def vector_of(message: Message, size: int, sender: str) -> Vector:
@@ -88,14 +91,18 @@ def vector_of(message: Message, size: int, sender: str) -> Vector:
     Raises:
         FederationError: The message holds another array than the shared vector, or one that does not fit.
     """
-    arrays = {f"{r}/{a}": array for r, record in message.content.array_records.items() for a, array in record.items()}
+    arrays = {
+        f"{r}/{a}": array for r, record in message.content.array_records.items() for a, array in record.items()
+    }
     if not size and not arrays:
         return np.zeros(0, dtype=np.float32)
     if set(arrays) != {f"{SHARED}/{SHARED}"}:
         raise FederationError(
-            f"{sender} sent arrays {sorted(arrays)}", "a message carries the shared vector and no other", "refuse it"
+            f"{sender} sent arrays {sorted(arrays)}",
+            "a message carries the shared vector and no other",
+            "refuse it",
         )
-    vector = arrays[f"{SHARED}/{SHARED}"].numpy()
+    vector: Vector = arrays[f"{SHARED}/{SHARED}"].numpy()
     if vector.dtype != np.float32 or vector.shape != (size,):
         raise FederationError(
             f"{sender} sent {vector.dtype}{list(vector.shape)}",

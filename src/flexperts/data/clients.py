@@ -56,10 +56,14 @@ def _folder(folder: Path) -> dict[str, ClientFiles]:
     found = {p.parent.name: p for p in folder.glob("*/train.jsonl")}
     if not found:
         raise DataError(
-            f"data.folder = {folder}", "it must hold <client>/train.jsonl files", "see `flexperts data make-silos`"
+            f"data.folder = {folder}",
+            "it must hold <client>/train.jsonl files",
+            "see `flexperts data make-silos`",
         )
     tests = {name: path.with_name("test.jsonl") for name, path in found.items()}
-    return {n: ClientFiles(train=str(p), test=str(tests[n]) if tests[n].exists() else None) for n, p in found.items()}
+    return {
+        n: ClientFiles(train=str(p), test=str(tests[n]) if tests[n].exists() else None) for n, p in found.items()
+    }
 
 
 def _files(name: str, files: ClientFiles, config: DataConfig, seed: int) -> ClientRows:

@@ -119,6 +119,8 @@ def _set_pad_token(tokenizer: Any) -> None:
     others = [t for t in special if t is not None and t != tokenizer.eos_token]
     if not others:
         raise ConfigError(
-            "the tokenizer's pad token", "it must differ from EOS, and no other special token exists", "add one"
+            "the tokenizer's pad token",
+            "it must differ from EOS, and no other special token exists",
+            "add one",
         )
     tokenizer.pad_token = others[0]

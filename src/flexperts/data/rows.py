@@ -40,7 +40,11 @@ class ClientRows:
 
 
 def read_rows(
-    records: Iterable[Mapping[str, Any]], columns: Mapping[str, str], *, where: str, passage: str | None = None
+    records: Iterable[Mapping[str, Any]],
+    columns: Mapping[str, str],
+    *,
+    where: str,
+    passage: str | None = None,
 ) -> list[Row]:
     """Turn records into rows.
 

@@ -19,7 +19,9 @@ Record = Mapping[str, Any]
 HUB = "hub:"
 
 
-def read_source(source: str, columns: Mapping[str, str], *, split: str = "train", passage: str | None = None) -> list[Row]:
+def read_source(
+    source: str, columns: Mapping[str, str], *, split: str = "train", passage: str | None = None
+) -> list[Row]:
     """Read all rows of a file, or of a hub data set named ``hub:org/name`` or ``hub:org/name:split``.
 
     Raises:
@@ -75,7 +77,9 @@ def _file(path: Path) -> Iterator[Record]:
     if path.suffix.lower() not in readers:
         raise DataError(f"{path}", f"data files end in {', '.join(sorted(readers))}", "convert it to one of these")
     if not path.is_file():
-        raise DataError(f"{path}", "there is no such data file", "check the path; it is relative to the recipe's folder")
+        raise DataError(
+            f"{path}", "there is no such data file", "check the path; it is relative to the recipe's folder"
+        )
     return readers[path.suffix.lower()](path)
 
 

@@ -48,7 +48,11 @@ def generate(
 
 
 def _batch(
-    model: Any, encoder: PromptEncoder, prompts: list[Sequence[int]], config: GenerationConfig, precision: Precision
+    model: Any,
+    encoder: PromptEncoder,
+    prompts: list[Sequence[int]],
+    config: GenerationConfig,
+    precision: Precision,
 ) -> list[str]:
     pad = encoder.tokenizer.pad_token_id
     batch = pad_batch([Example(tuple(p), len(p)) for p in prompts], pad)

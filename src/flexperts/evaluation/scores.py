@@ -74,7 +74,9 @@ def evaluate(
         on_rows=on_rows,
     )
     points = rouge_l(predictions, [row.response for row in rows])
-    return Scores(sum(points) / len(points), response_nll(model, encoder, rows, settings), len(rows), tuple(predictions))
+    return Scores(
+        sum(points) / len(points), response_nll(model, encoder, rows, settings), len(rows), tuple(predictions)
+    )
 
 
 @torch.no_grad()

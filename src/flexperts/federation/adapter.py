@@ -44,5 +44,7 @@ def read_adapter(folder: Path, manifest: Manifest) -> Vector:
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path}", f"it is damaged ({error})", "restore it from a copy or run again") from error
     if Manifest.of(tensors) != manifest:
-        raise ArtifactError(f"{path}", "its tensors are not those of the run's recipe", "use the run's own config.toml")
+        raise ArtifactError(
+            f"{path}", "its tensors are not those of the run's recipe", "use the run's own config.toml"
+        )
     return flatten(tensors)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,17 +15,15 @@ from torch import Tensor
 
 from flexperts.artifacts import write_text
 from flexperts.communication.messages import Update, encode_shared
-from flexperts.data.batches import pad_batch
 from flexperts.data.prompts import Example
 from flexperts.data.rows import ClientRows, Row
 from flexperts.evaluation.scores import EvaluationSettings, Scores, evaluate
 from flexperts.federation.client_model import ClientModel
 from flexperts.federation.observer import Observer
 from flexperts.federation.workspace import Workspace
+from flexperts.grafting.calibration import CalibrationSettings, score_experts
 from flexperts.grafting.grafts import Grafts
-from flexperts.grafting.selection import Batch, reconstruction_scores
 from flexperts.methods.base import State
-from flexperts.modeling.forward import autocast
 from flexperts.parameters.split import ParameterSplit
 from flexperts.parameters.store import PersonalMeta, load_personal, save_personal
 from flexperts.parameters.vector import Vector, load_vector, vector_hash
@@ -58,7 +56,12 @@ class Client:
     """
 
     def __init__(
-        self, name: str, workspace: Workspace, model: ClientModel, folder: Path, observer: Observer | None = None
+        self,
+        name: str,
+        workspace: Workspace,
+        model: ClientModel,
+        folder: Path,
+        observer: Observer | None = None,
     ) -> None:
         self.name, self.workspace, self.model, self.folder = name, workspace, model, folder
         self.observer = observer or Observer()
@@ -107,11 +110,12 @@ class Client:
         grafts, personal, meta = self._state()
         settings = self._local_settings(round_number)
         stream = generator(self.config.seed, self.name, round_number, "batches")
+        count = self._counter(f"{self.name}: round {round_number}", settings.steps)
         with self.model.lend(grafts, personal) as split, torch.random.fork_rng(devices=[]):
             load_vector(vector, split.shared)
             torch.manual_seed(stream.initial_seed())  # dropout draws from the global stream
             result = self.model.method.train(
-                self.model.model, split, self.examples, settings, stream, self._progress(round_number, settings.steps)
+                self.model.model, split, self.examples, settings, stream, lambda loss: count(1)
             )
             kept = PersonalMeta(
                 self.name, meta.base, round_number, vector_hash(vector), meta.choice, meta.selection
@@ -121,51 +125,59 @@ class Client:
             return Trained(Update(self.name, encode_shared(split), result.rows, metrics), split)
 
     def evaluate(self, vector: Vector, states: Sequence[State]) -> dict[State, Scores]:
-        """Score model states on the client's own test rows; answers stay in the client's folder.
+        """Score model states on the client's own test rows.
 
         Args:
             vector: The shared weights.
             states: Which of zero_shot, global, personalized.
         """
-        rows = self.rows.test[: self.config.evaluation.rows]
+        return {state: self._score(vector, state) for state in states}
+
+    @contextmanager
+    def in_state(self, vector: Vector, state: State) -> Iterator[Any]:
+        """Yield the model as this client uses it in a state, inside the block.
+
+        Args:
+            vector: The shared weights.
+            state: zero_shot is the untouched base, global the shared weights alone, personalized all.
+        """
         grafts, personal, _ = self._state()
-        with self.model.lend(grafts, personal) as split:
+        with self.model.lend(grafts, personal) as split, ExitStack() as stack:
             load_vector(vector, split.shared)
-            scores = {state: self._score(state, rows, grafts) for state in states}
-        self._write_predictions(rows, scores)
-        return scores
+            if state == "zero_shot":
+                stack.enter_context(self.model.model.disable_adapter())
+            if state != "personalized" and grafts is not None:
+                stack.enter_context(grafts.disabled())
+            yield self.model.model
 
-    def _score(self, state: State, rows: Sequence[Row], grafts: Grafts | None) -> Scores:
-        """Score one state of the model that is lent now."""
-        if state == "zero_shot":
-            if self.name not in self.workspace.zero_shot:
-                with self._bare(grafts):
-                    self.workspace.zero_shot[self.name] = self._run_evaluation(state, rows)
-            return self.workspace.zero_shot[self.name]
-        if state == "global" and grafts is not None:
-            with grafts.disabled():
-                return self._run_evaluation(state, rows)
-        return self._run_evaluation(state, rows)
+    def write_predictions(self, scores: Mapping[State, Scores]) -> None:
+        """Keep the generated answers beside the rows, in the client's own folder."""
+        lines = [
+            json.dumps(
+                {"instruction": row.instruction, "context": row.context, "response": row.response}
+                | {state: score.predictions[index] for state, score in scores.items()}
+            )
+            for index, row in enumerate(self._test_rows)
+        ]
+        write_text(self.folder / "predictions" / f"{self.name}.jsonl", "\n".join(lines) + "\n")
 
-    def _bare(self, grafts: Grafts | None) -> ExitStack:
-        """Compute as the untouched base does: without LoRA and without grafts."""
-        stack = ExitStack()
-        stack.enter_context(self.model.model.disable_adapter())
-        if grafts is not None:
-            stack.enter_context(grafts.disabled())
-        return stack
+    @property
+    def _test_rows(self) -> tuple[Row, ...]:
+        return self.rows.test[: self.config.evaluation.rows]
 
-    def _run_evaluation(self, state: State, rows: Sequence[Row]) -> Scores:
+    def _score(self, vector: Vector, state: State) -> Scores:
+        """Score one state; the untouched base is scored once per workspace."""
+        known = self.workspace.zero_shot.get(self.name) if state == "zero_shot" else None
+        if known is not None:
+            return known
         settings = self.config.evaluation
-        done = 0
-
-        def report(count: int) -> None:
-            nonlocal done
-            done += count
-            self.observer.progress(f"{self.name}: {state} answers", done, len(rows))
-
         wanted = EvaluationSettings(settings.max_new_tokens, settings.batch_size, self.config.model.precision)
-        return evaluate(self.model.model, self.workspace.encoder, rows, wanted, report)
+        report = self._counter(f"{self.name}: {state} answers", len(self._test_rows))
+        with self.in_state(vector, state) as model:
+            scores = evaluate(model, self.workspace.encoder, self._test_rows, wanted, report)
+        if state == "zero_shot":
+            self.workspace.zero_shot[self.name] = scores
+        return scores
 
     def _state(self) -> tuple[Grafts | None, dict[str, Tensor], PersonalMeta]:
         """Return the client's grafts, stored personal tensors and their meta, selecting experts on first call."""
@@ -184,27 +196,20 @@ class Client:
 
     def _select(self) -> tuple[dict[str, tuple[int, ...]], dict[str, list[float]]]:
         """Pick the experts to graft on the client's own train rows, with the base as it was pretrained."""
-        settings = self.config.graft
+        graft = self.config.graft
+        settings = CalibrationSettings(
+            rows=graft.calibration_rows,
+            tokens=graft.calibration_tokens,
+            batch_size=self.config.evaluation.batch_size,
+            pad_token_id=self.workspace.encoder.tokenizer.pad_token_id,
+            precision=self.config.model.precision,
+        )
         stream = generator(self.config.seed, self.name, "calibration")
-        order = torch.randperm(len(self.examples), generator=stream).tolist()[: settings.calibration_rows]
-        examples = sorted((self.examples[i] for i in order), key=lambda e: len(e.input_ids))
-        size, pad = self.config.evaluation.batch_size, self.workspace.encoder.tokenizer.pad_token_id
-        padded = (pad_batch(examples[s : s + size], pad) for s in range(0, len(examples), size))
-        with self.model.model.disable_adapter(), autocast(self.model.device, self.config.model.precision):
-            layers = reconstruction_scores(
-                self._forward,
-                self.model.experts,
-                [{"input_ids": b.input_ids, "attention_mask": b.attention_mask} for b in padded],
-                max_tokens=settings.calibration_tokens,
-                generator=stream,
-            )
-        choice = {layer.name: layer.best(settings.experts) for layer in layers}
+        with self.model.model.disable_adapter():
+            layers = score_experts(self.model.base.model, self.model.experts, self.examples, settings, stream)
+        choice = {layer.name: layer.best(graft.experts) for layer in layers}
         self.observer.chosen(self.name, choice)
         return choice, {layer.name: layer.relative.tolist() for layer in layers}
-
-    def _forward(self, batch: Batch) -> object:
-        inputs = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
-        return self.model.model.get_base_model().base_model(**inputs, use_cache=False)
 
     def _local_settings(self, round_number: int) -> LocalSettings:
         training, rounds = self.config.training, self.config.federation.rounds
@@ -226,22 +231,13 @@ class Client:
             pad_token_id=self.workspace.encoder.tokenizer.pad_token_id,
         )
 
-    def _progress(self, round_number: int, steps: int) -> Callable[[float], None]:
+    def _counter(self, task: str, total: int) -> Callable[[int], None]:
+        """Return a function that adds to the progress of a task."""
         done = 0
 
-        def report(loss: float) -> None:
+        def add(count: int) -> None:
             nonlocal done
-            done += 1
-            self.observer.progress(f"{self.name}: round {round_number}, loss {loss:.3f}", done, steps)
+            done += count
+            self.observer.progress(task, done, total)
 
-        return report
-
-    def _write_predictions(self, rows: Sequence[Row], scores: dict[State, Scores]) -> None:
-        lines = [
-            json.dumps(
-                {"instruction": row.instruction, "context": row.context, "response": row.response}
-                | {state: score.predictions[index] for state, score in scores.items()}
-            )
-            for index, row in enumerate(rows)
-        ]
-        write_text(self.folder / "predictions" / f"{self.name}.jsonl", "\n".join(lines) + "\n")
+        return add

@@ -37,7 +37,7 @@ def train(message: Message, context: Context) -> Message:
     leaked = personal_bytes(content, trained.split.personal)
     if leaked:
         raise PrivacyError(f"{client.name}: {leaked} personal bytes", "no personal byte is sent", "report this bug")
-    content["metrics"]["personal_sent"] = leaked
+    content.metric_records["metrics"]["personal_sent"] = leaked
     return Message(content, reply_to=message)
 
 
@@ -48,6 +48,7 @@ def evaluate(message: Message, context: Context) -> Message:
     manifest = client.model.manifest
     check_manifest(message, manifest, client.name)
     scores = client.evaluate(vector_of(message, manifest.size, "server"), info_of(message)["states"])
+    client.write_predictions(scores)
     metrics = {f"{kind}.{state}": getattr(s, kind) for state, s in scores.items() for kind in ("rouge_l", "nll")}
     rows = next(iter(scores.values())).rows
     return Message(records({"client": client.name}, metrics | {"rows": rows}), reply_to=message)

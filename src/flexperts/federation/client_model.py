@@ -69,7 +69,7 @@ class ClientModel:
     @property
     def device(self) -> torch.device:
         """Where the base computes."""
-        return next(self.base.model.parameters()).device
+        return torch.device(next(self.base.model.parameters()).device)
 
     @property
     def manifest(self) -> Manifest:

@@ -1,7 +1,7 @@
 """Every name of Flower that is not public by Flower's own rule, in one place.
 
-Only ``flwr.app``, ``flwr.clientapp`` and ``flwr.serverapp`` are public in Flower 1.41. The in-process grid needs three
-things more; ``tests/contract/test_flower_private.py`` fails when a release moves them.
+Only ``flwr.app``, ``flwr.clientapp`` and ``flwr.serverapp`` are public in Flower 1.41. The in-process grid needs
+three things more; ``tests/contract/test_flower_private.py`` fails when a release moves them.
 """
 
 from __future__ import annotations

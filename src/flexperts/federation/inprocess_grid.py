@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
@@ -28,15 +28,19 @@ class InProcessGrid(Grid):
     def __init__(
         self,
         client_app: ClientApp,
-        node_configs: Mapping[int, dict[str, str | int | float | bool]],
-        run_config: Mapping[str, str | int | float | bool],
+        node_configs: Mapping[int, UserConfig],
+        run_config: UserConfig,
     ) -> None:
         assume_identity(_RUN_ID)
         self._app = client_app
         self._run = empty_run(_RUN_ID)
         self._contexts = {
             node: Context(
-                run_id=_RUN_ID, node_id=node, node_config=config, state=RecordDict(), run_config=dict(run_config)
+                run_id=_RUN_ID,
+                node_id=node,
+                node_config=config,
+                state=RecordDict(),
+                run_config=dict(run_config),
             )
             for node, config in sorted(node_configs.items())
         }
@@ -52,7 +56,12 @@ class InProcessGrid(Grid):
         return self._run
 
     def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
     ) -> Message:
         """Build a message to a node."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)

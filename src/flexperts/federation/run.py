@@ -1,6 +1,6 @@
 """The main path: a recipe becomes a finished run directory.
 
-    recipe -> rows and base -> clients join and select -> rounds -> scores -> summary
+recipe -> rows and base -> clients join and select -> rounds -> scores -> summary
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, RecordDict
+from flwr.app import Context, RecordDict, UserConfig
 
 from flexperts.artifacts import RunDirectory
 from flexperts.config import RunConfig
@@ -35,10 +35,11 @@ def run_federation(config: RunConfig, out: Path, observer: Observer | None = Non
         The summary that also lies in ``out/summary.json``; a reference method's stands under ``reference``.
 
     Raises:
-        FlexpertsError: Something in recipe, data or base breaks a rule; nothing is written before these are checked.
+        FlexpertsError: Recipe, data or base break a rule; these are checked before anything is written.
     """
     started = time.monotonic()
     observer = observer or Observer()
+    RunDirectory.check_free(out)
     logging.getLogger("flwr").setLevel(logging.WARNING)  # Flower narrates every round
     workspace = _prepare(config, observer)
     loading = time.monotonic() - started
@@ -67,8 +68,10 @@ def _prepare(config: RunConfig, observer: Observer) -> Workspace:
 def _run_method(workspace: Workspace, config: RunConfig, out: Path) -> dict[str, Any]:
     """Run one method on Flower's apps over the in-process grid, and return its summary."""
     recipe = config.to_toml()
-    nodes = {i: {"client": name, "state-dir": str(out)} for i, name in enumerate(workspace.clients, 1)}
-    run_config = {"recipe": recipe, "out": str(out)}
+    nodes: dict[int, UserConfig] = {
+        number: {"client": name, "state-dir": str(out)} for number, name in enumerate(workspace.clients, 1)
+    }
+    run_config: UserConfig = {"recipe": recipe, "out": str(out)}
     keep(recipe, out, workspace, config.method.name)
     try:
         grid = InProcessGrid(client_app, nodes, run_config)

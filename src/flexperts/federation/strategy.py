@@ -1,4 +1,4 @@
-"""The server's side of a round, as a Flower Strategy: broadcast, stream replies into the method's rule, evaluate."""
+"""The server's side of a round, as a Flower Strategy: broadcast, stream replies, evaluate."""
 
 from __future__ import annotations
 
@@ -141,11 +141,15 @@ class FlexpertsStrategy(Strategy):
     def _sender(self, reply: Message) -> str:
         if reply.has_error():
             raise FederationError(
-                f"a client's reply is an error: {reply.error.reason}", "every client must answer", "see that silo's log"
+                f"a client's reply is an error: {reply.error.reason}",
+                "every client must answer",
+                "see that silo's log",
             )
         name = self.nodes[reply.metadata.src_node_id]
         if info_of(reply)["client"] != name:
             raise FederationError(
-                f"node of {name} answers as {info_of(reply)['client']}", "a node is one client", "check node configs"
+                f"node of {name} answers as {info_of(reply)['client']}",
+                "a node is one client",
+                "check node configs",
             )
         return name

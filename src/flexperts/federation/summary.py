@@ -15,8 +15,8 @@ _KINDS = ("rouge_l", "nll")
 def summarize(config: RunConfig, rounds: list[RoundLog], seconds: Mapping[str, float], base: str) -> dict[str, Any]:
     """Put a finished run into one mapping.
 
-    ``mean`` is over clients, each counting once (macro); ``weighted_mean`` counts each by its test rows. A state that
-    the method does not have is null.
+    ``mean`` is over clients, each counting once (macro); ``weighted_mean`` counts each by its test rows. A state
+    that the method does not have is null.
 
     Args:
         config: The run.

@@ -10,7 +10,7 @@ class Flex(Method):
 
     Source: arXiv 2506.00965, sections 3.1 to 3.3.
     Trained: attention LoRA, the k personal experts of every MoE layer and their sigmoid gate, together.
-    Sent and averaged by rows: attention LoRA. Stays: experts and gate. Frozen: pretrained experts, router, the rest.
+    Sent and averaged by rows: attention LoRA. Stays: experts and gate. Frozen: all pretrained weights.
     Inference: last global LoRA with the client's own experts and gate.
     Left open by the source: the gate's start (ours: weight 0, bias ``graft.gate_bias``), and whether the personal
     expert trains whole or by a low-rank update (``graft.rank``).

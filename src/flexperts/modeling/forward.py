@@ -27,7 +27,10 @@ def response_logits(model: nn.Module, batch: PaddedBatch) -> Tensor:
     """Return fp32 logits ``[B, R, V]`` that predict the last R columns of the batch."""
     keep = batch.response_columns + 1
     device = next(model.parameters()).device
-    inputs = {"input_ids": batch.input_ids.to(device), "attention_mask": batch.attention_mask.to(device)}
+    inputs: dict[str, Any] = {
+        "input_ids": batch.input_ids.to(device),
+        "attention_mask": batch.attention_mask.to(device),
+    }
     if _keeps_logits(model):
         inputs["logits_to_keep"] = keep
     logits: Tensor = model(**inputs, use_cache=False).logits

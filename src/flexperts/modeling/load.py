@@ -47,7 +47,9 @@ def load_base(config: ModelConfig) -> LoadedBase:
     except (OSError, ValueError, RuntimeError, AttributeError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"model.base = {config.base!r}", f"it cannot be loaded ({first_line})", "check the name and the network"
+            f"model.base = {config.base!r}",
+            f"it cannot be loaded ({first_line})",
+            "check the name and the network",
         ) from error
     _freeze(model)
     return LoadedBase(model, tokenizer, fingerprint(model), source)

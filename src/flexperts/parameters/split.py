@@ -57,8 +57,14 @@ def split_parameters(parameters: Parameters, shared: Iterable[str], personal: It
     claimed = claims["shared"] | claims["personal"]
     _refuse(claims["shared"] & claims["personal"], "claimed as shared and as personal")
     _refuse(claimed - parameters.keys(), "claimed but not in the model")
-    _refuse((n for n in claimed & parameters.keys() if not parameters[n].requires_grad), "claimed but not trainable")
-    _refuse((n for n, p in parameters.items() if p.requires_grad and n not in claimed), "trainable but not claimed")
+    _refuse(
+        (n for n in claimed & parameters.keys() if not parameters[n].requires_grad),
+        "claimed but not trainable",
+    )
+    _refuse(
+        (n for n, p in parameters.items() if p.requires_grad and n not in claimed),
+        "trainable but not claimed",
+    )
     groups = (claims["shared"], claims["personal"], parameters.keys() - claimed)
     split = ParameterSplit(*(MappingProxyType({n: p for n, p in parameters.items() if n in g}) for g in groups))
     _refuse(aliases(split), "shared, but its storage belongs to a personal or frozen parameter")

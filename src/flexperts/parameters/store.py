@@ -51,7 +51,9 @@ def save_personal(path: Path, tensors: Mapping[str, Tensor], meta: PersonalMeta)
             os.fsync(handle.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise ArtifactError(f"{path}", f"it cannot be written ({error})", "free some space or choose --out") from error
+        raise ArtifactError(
+            f"{path}", f"it cannot be written ({error})", "free some space or choose --out"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -85,7 +87,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], PersonalMeta]:
         raise ArtifactError(f"{path}", "there is no such personal state", "run this client first") from error
     except (SafetensorError, OSError) as error:
         raise ArtifactError(
-            f"{path}", f"it is damaged or no safetensors file ({error})", "restore it from a copy or delete it"
+            f"{path}",
+            f"it is damaged or no safetensors file ({error})",
+            "restore it from a copy or delete it",
         ) from error
     if header.get("format") != _FORMAT:
         raise ArtifactError(f"{path}", f"it is not of format {_FORMAT}", "give a file of a run's personal folder")

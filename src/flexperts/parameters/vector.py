@@ -54,6 +54,10 @@ class Manifest:
         """Elements of the whole vector."""
         return sum(prod(shape) for shape in self.shapes)
 
+    def zeros(self) -> Vector:
+        """Return a vector of this manifest filled with zeros."""
+        return np.zeros(self.size, dtype=np.float32)
+
     @property
     def digest(self) -> str:
         """SHA-256 of names and shapes: two vectors fit together only if it is equal."""
@@ -71,7 +75,7 @@ class Manifest:
                 f"the manifest asks for float32[{self.size}]",
                 "use one flexperts version and one recipe on every silo",
             )
-        pieces = torch.from_numpy(vector).split([prod(s) for s in self.shapes])
+        pieces = torch.split(torch.from_numpy(vector), [prod(s) for s in self.shapes])
         return {n: piece.view(s) for n, s, piece in zip(self.names, self.shapes, pieces, strict=True)}
 
 

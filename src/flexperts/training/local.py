@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-
 from accelerate import Accelerator
 from torch import Generator, Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -16,8 +15,8 @@ from transformers import get_cosine_schedule_with_warmup
 from flexperts.data.batches import pad_batch, training_batches
 from flexperts.data.prompts import Example
 from flexperts.errors import FederationError
-from flexperts.parameters.split import ParameterSplit
 from flexperts.modeling.forward import Precision, autocast, token_losses
+from flexperts.parameters.split import ParameterSplit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +131,9 @@ def _optimizer(split: ParameterSplit, settings: LocalSettings) -> tuple[Optimize
 def _finite(loss: float, settings: LocalSettings) -> float:
     if not math.isfinite(loss):
         raise FederationError(
-            f"training loss = {loss}", "it must be finite", f"lower training.lr (now {settings.lr:g}) or personal_lr"
+            f"training loss = {loss}",
+            "it must be finite",
+            f"lower training.lr (now {settings.lr:g}) or personal_lr",
         )
     return loss
 
@@ -140,5 +141,3 @@ def _finite(loss: float, settings: LocalSettings) -> float:
 def steps_per_round(rows: int, batch_size: int, local_steps: int | None, local_epochs: float) -> int:
     """Return a client's optimizer steps per round: ``local_steps`` where given, else its epochs."""
     return local_steps or max(1, math.ceil(local_epochs * math.ceil(rows / batch_size)))
-
-

@@ -110,8 +110,7 @@ def test_a_passage_is_the_same_note_for_every_silo(silos):
 def test_no_name_is_on_both_sides(pool, silos):
     names = set(getattr(entities, pool))
     seen = [
-        names & set(re.findall(r"\w+", " ".join(r["context"] for r in all_rows(silos, s))))
-        for s in entities.SPLITS
+        names & set(re.findall(r"\w+", " ".join(r["context"] for r in all_rows(silos, s)))) for s in entities.SPLITS
     ]
     assert all(seen)
     assert seen[0].isdisjoint(seen[1])
@@ -177,10 +176,7 @@ def test_common_notes_and_instructions_name_no_trade():
 
 def test_instructions_come_from_one_pool(silos):
     pool = {
-        wording
-        for one in (phrases.QUESTIONS, phrases.TASKS)
-        for wordings in one.values()
-        for wording in wordings
+        wording for one in (phrases.QUESTIONS, phrases.TASKS) for wordings in one.values() for wording in wordings
     }
     for split in entities.SPLITS:
         assert {row["instruction"] for row in all_rows(silos, split)} <= pool

@@ -1,0 +1,126 @@
+"""What a run looks like in a terminal: stages, progress bars, tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from flexperts.federation.observer import Observer
+
+
+class RunDisplay(Observer):
+    """Shows a run's events with rich; plain lines where the output is no terminal."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+        columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=self.console, transient=True)
+        self._chosen: dict[str, Mapping[str, Sequence[int]]] = {}
+        self._task: Any = None
+        self._started: tuple[int, int] = (0, 0)
+
+    def __enter__(self) -> RunDisplay:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def stage(self, text: str) -> None:
+        """Print the stage that begins."""
+        self.console.print(f"[bold]{text}[/bold]")
+
+    def progress(self, task: str, done: int, total: int) -> None:
+        """Move the one bar; a new unit of work starts it afresh."""
+        if self._task is None or done <= self._started[0]:
+            if self._task is not None:
+                self._progress.remove_task(self._task)
+            self._task = self._progress.add_task(task, total=total)
+        self._started = (done, total)
+        self._progress.update(self._task, description=task, completed=done, total=total)
+
+    def chosen(self, client: str, choice: Mapping[str, Sequence[int]]) -> None:
+        """Print the experts that a client grafts, layer by layer."""
+        experts = " ".join("+".join(map(str, indices)) for indices in choice.values())
+        self.console.print(f"  {client} grafts experts {experts}")
+
+    def split(self, method: str, table: Sequence[Mapping[str, Any]]) -> None:
+        """Print what trains, what is sent and what stays."""
+        self.console.print(split_table(f"{method}: parameters of one client", table))
+
+    def round(self, record: Mapping[str, Any]) -> None:
+        """Print one line for a finished round."""
+        losses = [c["loss"] for c in record["clients"].values()]
+        sent = sum(record["uplink"].values())
+        self.console.print(
+            f"  mean loss {sum(losses) / len(losses):.3f}, {megabytes(sent)} sent by {len(losses)} clients, "
+            f"training {record['seconds']['training']:.0f} s"
+        )
+
+    def result(self, summary: Mapping[str, Any], out: Path) -> None:
+        """Print the final table, bytes and times."""
+        self.console.print(score_table(summary))
+        sent = summary["bytes"]
+        self.console.print(
+            f"per client and round: {megabytes(sent['uplink_per_client_per_round'])} up, "
+            f"{megabytes(sent['downlink_per_client_per_round'])} down, {sent['personal_sent']} personal bytes sent"
+        )
+        total = summary["seconds"]["total"] + summary.get("reference", {}).get("seconds", {}).get("total", 0.0)
+        self.console.print(f"{total:.0f} s in all; everything is in {out}")
+
+
+def split_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the table of a parameter split."""
+    table = Table(title=title, title_justify="left")
+    for column in ("group", "tensors", "parameters", "size", "trained", "leaves"):
+        table.add_column(column, justify="right" if column in ("tensors", "parameters", "size") else "left")
+    for row in rows:
+        numbers = (str(row["tensors"]), f"{row['parameters']:,}", megabytes(row["bytes"]))
+        table.add_row(str(row["group"]), *numbers, str(row["trained"]), str(row["leaves"]))
+    return table
+
+
+def score_table(summary: Mapping[str, Any]) -> Table:
+    """Return ROUGE-L and NLL of every client in every state, with the reference method's beside them."""
+    columns = _columns(summary)
+    table = Table(title="ROUGE-L (NLL) on each client's own test split", title_justify="left")
+    table.add_column("client")
+    for title, _, _ in columns:
+        table.add_column(title, justify="right")
+    for client in summary["clients"]:
+        table.add_row(client, *(_cell(source["clients"][client], state) for _, source, state in columns))
+    table.add_section()
+    table.add_row("mean", *(_cell(source["mean"], state) for _, source, state in columns))
+    return table
+
+
+def _columns(summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], str]]:
+    method, reference = summary["method"], summary.get("reference")
+    columns: list[tuple[str, Mapping[str, Any], str]] = [("zero-shot", summary, "zero_shot")]
+    sources = [(reference["method"], reference)] if reference else []
+    for name, source in [*sources, (method, summary)]:
+        for state in ("global", "personalized"):
+            if source["mean"]["rouge_l"][state] is not None:
+                columns.append((f"{name} {state}", source, state))
+    return columns
+
+
+def _cell(scores: Mapping[str, Any], state: str) -> str:
+    return f"{scores['rouge_l'][state]:.1f} ({scores['nll'][state]:.2f})"
+
+
+def megabytes(size: float) -> str:
+    """Return a size in bytes as text: B, kB, MB or GB (powers of 1,000)."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"

@@ -1,0 +1,32 @@
+"""`flexperts evaluate`: score a finished run's models again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def command(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
+    """Score every client's model of a finished run again, from its files, on the recipe's test rows."""
+    from flexperts.artifacts import RunDirectory
+
+    RunDirectory.open(run).summary()  # say what is wrong with the path before anything heavy loads
+
+    from flexperts.cli.display import RunDisplay
+    from flexperts.federation.trained import TrainedRun
+
+    with RunDisplay() as display:
+        scores = TrainedRun(run).evaluate(display)
+    display.console.print(_table(scores))
+
+
+def _table(scores: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    states = list(next(iter(scores.values())))
+    table = Table("client", *states, title="ROUGE-L (NLL) on each client's own test split", title_justify="left")
+    for client, by_state in scores.items():
+        table.add_row(client, *(f"{by_state[s].rouge_l:.1f} ({by_state[s].nll:.2f})" for s in states))
+    return table

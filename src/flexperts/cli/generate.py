@@ -1,0 +1,28 @@
+"""`flexperts generate`: ask one client's model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+
+def command(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    instruction: Annotated[str, typer.Argument(help="What to ask.")],
+    client: Annotated[str, typer.Option(help="Whose model answers.")],
+    context: Annotated[str, typer.Option(help="Passage that the question is about.")] = "",
+    state: Annotated[
+        Optional[str],  # noqa: UP045 - typer reads this at run time
+        typer.Option(help="zero_shot, global or personalized.", show_default="the most personal one"),
+    ] = None,
+) -> None:
+    """Print one client's answer to an instruction."""
+    from flexperts.artifacts import RunDirectory
+
+    RunDirectory.open(run).summary()  # say what is wrong with the path before anything heavy loads
+
+    from flexperts.federation.trained import TrainedRun
+
+    typer.echo(TrainedRun(run).generate(client, instruction, context, state))

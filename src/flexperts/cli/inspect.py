@@ -1,0 +1,46 @@
+"""`flexperts inspect`: what a model offers to grafting, and what a recipe would train."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="A shipped base, a transformers folder or a hub id.")],
+    method: Annotated[str, typer.Option(help="Method whose split is shown.")] = "flex",
+    settings: Annotated[
+        list[str],
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, such as lora.rank=16."),
+    ] = [],  # noqa: B006 - typer copies it
+) -> None:
+    """Show a model's experts modules, its attention projections, and the split of its parameters."""
+    from flexperts.config import parse_recipe
+    from flexperts.federation.client_model import ClientModel
+    from flexperts.methods.registry import method_class
+    from flexperts.modeling.load import load_base
+
+    chosen = method_class(method)()
+    config = parse_recipe("data.silos = {}", [*settings, f"model.base={model!r}"])
+    base = load_base(config.model)
+    _show(base, ClientModel(base, config, chosen))
+
+
+def _show(base: Any, model: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from flexperts.cli.display import split_table
+
+    console = Console()
+    console.print(f"{type(base.model).__name__} from {base.source}, fingerprint {base.fingerprint[:12]}")
+    table = Table("experts module", "experts", "width", "type", "weights")
+    for experts in model.experts:
+        kind = type(experts.module).__name__
+        table.add_row(experts.name, str(experts.num_experts), str(experts.width), kind, str(experts.dtype))
+    if model.experts:
+        console.print(table)
+    grafts = model.grafts("inspect", {e.name: range(model.config.graft.experts) for e in model.experts})
+    with model.lend(grafts if model.experts else None, {}) as split:
+        console.print(split_table(f"{model.method.name}: parameters of one client", split.describe()))

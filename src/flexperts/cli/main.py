@@ -1,0 +1,44 @@
+"""The `flexperts` command: one file per command, and nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import typer
+from rich.console import Console
+
+from flexperts.cli import base, data, evaluate, generate, inspect, methods, run
+from flexperts.errors import FlexpertsError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Personalized federated fine-tuning of Mixture-of-Experts language models.",
+)
+app.command("run")(run.command)
+app.command("evaluate")(evaluate.command)
+app.command("generate")(generate.command)
+app.command("inspect")(inspect.command)
+app.command("methods")(methods.command)
+app.add_typer(base.app, name="base")
+app.add_typer(data.app, name="data")
+
+
+def main() -> None:
+    """Run the command line; a broken rule is one line on stderr and exit code 2."""
+    # Libraries announce their own future to their developers; users of this command cannot act on it.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    warnings.simplefilter("ignore", FutureWarning)
+    try:
+        app()
+    except FlexpertsError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[red]error:[/red] {_escaped(error)}")
+        sys.exit(2)
+
+
+def _escaped(error: FlexpertsError) -> str:
+    from rich.markup import escape
+
+    return escape(" ".join(str(error).split()))

@@ -1,0 +1,36 @@
+"""`flexperts run`: a recipe becomes a run directory."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+
+def command(
+    recipe: Annotated[Path, typer.Argument(help="Recipe (TOML), such as recipes/quickstart.toml.")],
+    settings: Annotated[
+        Optional[list[str]],  # noqa: UP045 - typer reads this at run time
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Override a setting, such as training.lr=1e-3. Repeatable."
+        ),
+    ] = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Run directory to create.", show_default="runs/<recipe>-<time>"),
+    ] = None,
+) -> None:
+    """Run a recipe: train, average, evaluate, and write a run directory."""
+    from flexperts.config import load_recipe
+
+    config = load_recipe(recipe, settings or ())
+    out = out or Path("runs") / f"{recipe.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+
+    from flexperts.cli.display import RunDisplay
+    from flexperts.federation.run import run_federation
+
+    with RunDisplay() as display:
+        summary = run_federation(config, out, display)
+    display.result(summary, out)

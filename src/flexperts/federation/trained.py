@@ -1,0 +1,102 @@
+"""A finished run in use: its clients' models, loaded again from the run directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flexperts.artifacts import RunDirectory
+from flexperts.config import parse_recipe
+from flexperts.errors import ConfigError
+from flexperts.evaluation.generation import generate
+from flexperts.evaluation.scores import Scores
+from flexperts.federation.adapter import read_adapter
+from flexperts.federation.client import Client
+from flexperts.federation.client_model import ClientModel
+from flexperts.federation.observer import Observer
+from flexperts.federation.workspace import Workspace
+from flexperts.methods.base import State
+from flexperts.methods.registry import method_class
+from flexperts.parameters.store import load_personal
+
+
+class TrainedRun:
+    """The models of a run directory.
+
+    Args:
+        path: The run directory.
+
+    Raises:
+        ArtifactError: The directory holds no finished run, or its files do not fit the base.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.run = RunDirectory.open(path)
+        self.summary = self.run.summary()
+        self.config = parse_recipe(self.run.config_toml, where=str(path / "config.toml"))
+        self.workspace = Workspace(self.config)
+        self.model = ClientModel(self.workspace.base, self.config, method_class(self.config.method.name)())
+        manifest = self.model.manifest
+        self.vector = read_adapter(self.run.shared, manifest) if manifest.size else manifest.zeros()
+
+    @property
+    def clients(self) -> list[str]:
+        """Names of the run's clients."""
+        return sorted(self.summary["clients"])
+
+    def client(self, name: str, observer: Observer | None = None) -> Client:
+        """Return a client on its stored personal state.
+
+        Args:
+            name: The client.
+            observer: Receives progress.
+
+        Raises:
+            ConfigError: The run has no such client.
+            ArtifactError: Its personal state is missing, damaged or of another base.
+        """
+        if name not in self.clients:
+            raise ConfigError(f"client {name!r}", f"the run's clients are {', '.join(self.clients)}", "choose one")
+        client = Client(name, self.workspace, self.model, self.run.path, observer)
+        load_personal(
+            client.state_file, base=self.workspace.base.fingerprint
+        )  # a missing one must not start afresh
+        return client
+
+    def state(self, name: str | None) -> State:
+        """Return a model state by name, the most personal one by default.
+
+        Raises:
+            ConfigError: The method has no such state.
+        """
+        states = self.model.method.states
+        if name is None:
+            return states[-1]
+        for state in states:
+            if state == name:
+                return state
+        raise ConfigError(
+            f"state {name!r}",
+            f"{self.model.method.name} has the states {', '.join(states)}",
+            "choose one of these",
+        )
+
+    def generate(self, client: str, instruction: str, context: str = "", state: str | None = None) -> str:
+        """Return a client's greedy answer to one instruction."""
+        owner, wanted = self.client(client), self.state(state)
+        encoder = self.workspace.encoder
+        with owner.in_state(self.vector, wanted) as model:
+            answers = generate(
+                model,
+                encoder,
+                [encoder.prompt(instruction, context)],
+                max_new_tokens=self.config.evaluation.max_new_tokens,
+                batch_size=1,
+                precision=self.config.model.precision,
+            )
+        return answers[0]
+
+    def evaluate(self, observer: Observer | None = None) -> dict[str, dict[State, Scores]]:
+        """Score every client in every state of the method, on the test rows that the recipe names."""
+        states: Any = self.model.method.states
+        return {name: self.client(name, observer).evaluate(self.vector, states) for name in self.clients}
