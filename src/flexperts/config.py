@@ -6,7 +6,7 @@ import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,7 +17,7 @@ from flexperts.errors import ConfigError
 class Section(BaseModel):
     """Base of all sections: frozen, and unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class ModelConfig(Section):
@@ -211,6 +211,8 @@ def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}", "there is no such recipe", "see the recipes folder") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}", f"it is not UTF-8 text ({error})", "save it as UTF-8") from error
     return parse_recipe(text, overrides, folder=path.parent, where=str(path))
 
 
@@ -271,9 +273,13 @@ def _offence(detail: Mapping[str, Any]) -> str:
 def _keys_at(path: list[str]) -> list[str]:
     schema: Any = RunConfig
     for part in path:
+        if get_origin(schema) is dict:  # any name may stand here, such as a client's
+            schema = get_args(schema)[1]
+            continue
         field = schema.model_fields.get(part) if hasattr(schema, "model_fields") else None
         schema = field.annotation if field else None
-        schema = next((a for a in getattr(schema, "__args__", ()) if hasattr(a, "model_fields")), schema)
+        if get_origin(schema) is not dict:
+            schema = next((a for a in get_args(schema) if hasattr(a, "model_fields")), schema)
     return sorted(getattr(schema, "model_fields", {}))
 
 

@@ -60,15 +60,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """Model type -> what its tiny config needs beside the common sizes."""
 
 
-def tiny_model(family: str = "qwen2_moe", *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+def tiny_model(
+    family: str = "qwen2_moe", *, seed: int = 0, dtype: torch.dtype = torch.float32, **settings: Any
+) -> Any:
     """Return a random two-layer MoE causal language model of a family, in eval mode, weights frozen.
 
     Args:
         family: A key of ``FAMILIES``.
         seed: Seed of the weights.
         dtype: Storage type.
+        settings: Config values on top of the family's.
     """
-    config = AutoConfig.for_model(family, **{**_SIZES, **FAMILIES[family]})
+    config = AutoConfig.for_model(family, **{**_SIZES, **FAMILIES[family], **settings})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -92,9 +95,11 @@ def byte_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def save_tiny_base(folder: Path, family: str = "qwen2_moe", *, seed: int = 0, chat: bool = True) -> Path:
+def save_tiny_base(
+    folder: Path, family: str = "qwen2_moe", *, seed: int = 0, chat: bool = True, **settings: Any
+) -> Path:
     """Save a tiny model with its tokenizer as an ordinary transformers folder, and return it."""
-    tiny_model(family, seed=seed).save_pretrained(folder)
+    tiny_model(family, seed=seed, **settings).save_pretrained(folder)
     byte_tokenizer(chat=chat).save_pretrained(folder)
     return folder
 

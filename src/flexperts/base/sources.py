@@ -29,6 +29,7 @@ PATH_VARIABLE = "FLEXPERTS_SMOLLM2"
 HUB_TIMEOUT_S = 3.0
 PIP_TIMEOUT_S = 900.0
 HUB_FILES = ("*.json", "*.safetensors", "merges.txt")
+HUB_NEEDED = ("config.json", "tokenizer.json", "model.safetensors")
 _CHUNK = 1 << 20
 
 
@@ -145,17 +146,38 @@ def from_hub(report: Report) -> DenseSource:
         SourceUnavailable: The hub cannot be reached within a few seconds, or is switched off. An answer
             that is not the model (an HTTP error) is reported too.
     """
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import errors
 
     try:
-        folder = snapshot_download(HUB_ID, etag_timeout=HUB_TIMEOUT_S, allow_patterns=list(HUB_FILES))
+        folder = _hub_cached() or _hub_download(report)
     except (errors.LocalEntryNotFoundError, _http_error(), ConnectionError, TimeoutError) as error:
         cause = error.__cause__ or error
-        if isinstance(cause, errors.HfHubHTTPError):
-            report(f"the hub refused {HUB_ID}: {_first_line(cause)}; going on with the package index")
         raise SourceUnavailable(f"hub {HUB_ID}: {type(cause).__name__}: {_first_line(cause)}") from error
     report(f"dense weights from the hub: {HUB_ID}")
-    return DenseSource("hub", Path(folder), _folder_sha256(Path(folder)))
+    return DenseSource("hub", folder, _folder_sha256(folder))
+
+
+def _hub_cached() -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(HUB_ID, local_files_only=True, allow_patterns=list(HUB_FILES)))
+    except LocalEntryNotFoundError:
+        return None
+    return folder if all((folder / name).is_file() for name in HUB_NEEDED) else None
+
+
+def _hub_download(report: Report) -> Path:
+    from huggingface_hub import constants, get_session, snapshot_download
+
+    # One request without retries: snapshot_download alone tries a silent hub for over a minute.
+    url = f"{constants.ENDPOINT}/api/models/{HUB_ID}"
+    status = get_session().get(url, timeout=HUB_TIMEOUT_S).status_code
+    if status >= 400:
+        report(f"the hub answered HTTP {status} for {HUB_ID}; going on with the package index")
+        raise SourceUnavailable(f"hub {HUB_ID}: HTTP {status}")
+    return Path(snapshot_download(HUB_ID, etag_timeout=HUB_TIMEOUT_S, allow_patterns=list(HUB_FILES)))
 
 
 def _http_error() -> type[Exception]:

@@ -84,15 +84,18 @@ def _file(path: Path) -> Iterator[Record]:
 
 
 def _jsonl(path: Path) -> Iterator[Record]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield _object(line, f"{path}, line {number}")
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _object(line, f"{path}, line {number}")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}", f"it is not UTF-8 text ({error})", "save it as UTF-8") from error
 
 
 def _json(path: Path) -> Iterator[Record]:
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
+        records = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise DataError(f"{path}", f"it is not valid JSON ({error})", "mend it") from error
     if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
@@ -111,8 +114,19 @@ def _object(line: str, where: str) -> Record:
 
 
 def _csv(path: Path) -> Iterator[Record]:
-    with path.open(encoding="utf-8", newline="") as lines:
-        yield from csv.DictReader(lines)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            reader = csv.DictReader(lines)
+            for record in reader:
+                if None in record:
+                    raise DataError(
+                        f"{path}, line {reader.line_num}",
+                        f"it has more cells than the {len(reader.fieldnames or ())} columns of the header",
+                        "quote cells that hold commas",
+                    )
+                yield record
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}", f"it is not a readable CSV file ({error})", "save it as UTF-8 CSV") from error
 
 
 def _parquet(path: Path) -> Iterator[Record]:
@@ -121,7 +135,7 @@ def _parquet(path: Path) -> Iterator[Record]:
 
     try:
         yield from pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}", f"it is not a readable Parquet file ({error})", "write it again") from error
 
 

@@ -70,8 +70,12 @@ def _batch(
 def _greedy(model: Any, encoder: PromptEncoder, max_new_tokens: int) -> GenerationConfig:
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends]) | {encoder.tokenizer.eos_token_id}
+    # What is left unset, generate() takes from the base's own generation_config.json.
     return GenerationConfig(
         do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
         max_new_tokens=max_new_tokens,
         pad_token_id=encoder.tokenizer.pad_token_id,
         eos_token_id=sorted(e for e in ends if e is not None),

@@ -55,15 +55,15 @@ class ClientModel:
             self.model: Any = get_peft_model(base.model, self._lora)
         self.model.eval()
         if config.training.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-            self.model.enable_input_require_grads()
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
         self._initial = {n: p.detach().clone() for n, p in self._lora_parameters().items()}
         self._lent = False
 
     def close(self) -> None:
         """Take LoRA out of the base again."""
         if self.config.training.gradient_checkpointing:
-            self.model.gradient_checkpointing_disable()
+            self.base.model.activation_checkpointing_disable()
+            self.base.model.disable_input_require_grads()  # enabled by PEFT and transformers behind our back
         self.model.unload()
 
     @property

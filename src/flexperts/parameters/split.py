@@ -73,7 +73,8 @@ def split_parameters(parameters: Parameters, shared: Iterable[str], personal: It
 
 def aliases(split: ParameterSplit) -> list[str]:
     """Return the names of shared parameters whose memory also belongs to another group."""
-    kept = {_storage(p) for group in (split.personal, split.frozen) for p in group.values()}
+    # Empty tensors have no memory to share: their address is 0.
+    kept = {_storage(p) for group in (split.personal, split.frozen) for p in group.values()} - {0}
     return [name for name, p in split.shared.items() if _storage(p) in kept]
 
 

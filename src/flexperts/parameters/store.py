@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,21 +42,23 @@ class PersonalMeta:
 
 def save_personal(path: Path, tensors: Mapping[str, Tensor], meta: PersonalMeta) -> None:
     """Write a personal state atomically: a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         # Metadata goes in only next to a tensor; a client without personal tensors still has its choice to keep.
         contiguous = {n: t.detach().cpu().contiguous() for n, t in tensors.items()} or {"_": torch.zeros(0)}
-        save_file(contiguous, temporary, metadata={"format": _FORMAT, "meta": json.dumps(asdict(meta))})
+        # One key only: safetensors writes several in random order, and equal states must be equal files.
+        save_file(contiguous, temporary, metadata={_FORMAT: json.dumps(asdict(meta))})
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
         temporary.replace(path)
-    except OSError as error:
+    except (SafetensorError, OSError) as error:
         raise ArtifactError(
             f"{path}", f"it cannot be written ({error})", "free some space or choose --out"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def load_personal(path: Path, *, base: str | None = None) -> tuple[dict[str, Tensor], PersonalMeta]:
@@ -91,8 +94,13 @@ def _read(path: Path) -> tuple[dict[str, Tensor], PersonalMeta]:
             f"it is damaged or no safetensors file ({error})",
             "restore it from a copy or delete it",
         ) from error
-    if header.get("format") != _FORMAT:
+    if _FORMAT not in header:
         raise ArtifactError(f"{path}", f"it is not of format {_FORMAT}", "give a file of a run's personal folder")
-    fields = json.loads(header["meta"])
-    fields["choice"] = {name: tuple(indices) for name, indices in fields["choice"].items()}
-    return tensors, PersonalMeta(**fields)
+    try:
+        fields = json.loads(header[_FORMAT])
+        fields["choice"] = {name: tuple(indices) for name, indices in fields["choice"].items()}
+        return tensors, PersonalMeta(**fields)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(
+            f"{path}", f"its metadata is damaged ({error!r})", "restore it from a copy or delete it"
+        ) from error

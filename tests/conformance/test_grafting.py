@@ -1,0 +1,246 @@
+"""Every family, every form of personal expert: one matrix of promises.
+
+A row is (family, storage type, form of the personal experts). Families come from ``flexperts.testing``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from flexperts.grafting.grafts import Graft, Grafts
+from flexperts.moe.attention import attention_linears
+from flexperts.moe.experts import FusedExperts, find_experts
+from flexperts.parameters.store import PersonalMeta, load_personal, save_personal
+from flexperts.testing import FAMILIES, tiny_model
+
+REQUIRED = {"qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "gpt_oss", "granitemoe", "phimoe"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FORMS: dict[str, dict[str, Any]] = {"low_rank": {"rank": 3}, "full": {"rank": "full"}}
+CLOSED = -200.0  # sigmoid underflows to exactly 0
+
+
+def test_the_matrix_is_what_it_claims() -> None:
+    assert FAMILIES.keys() >= REQUIRED
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=sorted(DTYPES))
+def model(family: str, request: pytest.FixtureRequest) -> Any:
+    return tiny_model(family, dtype=DTYPES[request.param])
+
+
+@pytest.fixture(params=sorted(FORMS))
+def form(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return FORMS[request.param]
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(0, 250, (2, 11), generator=torch.Generator().manual_seed(0))
+
+
+def grafts_of(model: Any, indices: tuple[int, ...] = (1,), **settings: Any) -> Grafts:
+    experts = find_experts(model)
+    return Grafts(experts, {e.name: indices for e in experts}, **settings)
+
+
+def disturb(grafts: Grafts) -> None:
+    """Move every personal parameter off its start, so that no path hides behind a zero."""
+    stream = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in grafts.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=stream))
+
+
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def layers(grafts: Grafts) -> Iterator[tuple[FusedExperts, Graft]]:
+    for graft in grafts:
+        yield graft.experts, graft
+
+
+def test_closed_gate_is_the_base_bit_for_bit(model: Any, form: dict[str, Any], ids: torch.Tensor) -> None:
+    before = logits(model, ids)
+    grafts = grafts_of(model, **form, gate_bias=CLOSED).attach()
+    assert torch.equal(logits(model, ids), before)
+    for graft in grafts:
+        graft.graft_gate_bias.data.zero_()
+    assert not torch.equal(logits(model, ids), before)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_untrained_graft_at_gate_g_is_the_experts_module_run_on_that_expert(
+    family: str, form: dict[str, Any], implementation: str
+) -> None:
+    model = tiny_model(family)
+    model.set_experts_implementation(implementation)
+    bias = 0.7
+    for experts, graft in layers(grafts_of(model, (2,), **form, gate_bias=bias)):
+        hidden = torch.randn(13, experts.width, generator=torch.Generator().manual_seed(1))
+        index = torch.full((13, 1), 2)
+        weight = torch.full((13, 1), float(torch.sigmoid(torch.tensor(bias))))
+        with torch.no_grad():
+            torch.testing.assert_close(graft(hidden), experts.module(hidden, index, weight), rtol=2e-5, atol=1e-6)
+
+
+def test_k_experts_add_up(family: str, form: dict[str, Any]) -> None:
+    model = tiny_model(family)
+    experts = find_experts(model)[0]
+    hidden = torch.randn(7, experts.width, generator=torch.Generator().manual_seed(2))
+    alone = [Graft(experts, (i,), form["rank"], 8.0, 0.3, torch.Generator().manual_seed(0)) for i in (3, 0)]
+    together = Graft(experts, (3, 0), form["rank"], 8.0, 0.3, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(together(hidden), alone[0](hidden) + alone[1](hidden))
+
+
+def test_low_rank_delta_in_activations_equals_the_delta_in_weights(family: str) -> None:
+    """W x + s B (A x) must be (W + s B A) x, in the layout and through the activation of each family."""
+    model = tiny_model(family)
+    grafts = grafts_of(model, rank=3, alpha=6.0)
+    disturb(grafts)
+    for experts, graft in layers(grafts):
+        expert: Any = graft.personal[0]
+        hidden = torch.randn(5, experts.width, generator=torch.Generator().manual_seed(3))
+        frozen = dict(expert.frozen.items())
+        for name in ("up", "down"):
+            delta = 2.0 * getattr(expert, f"{name}_lora_B") @ getattr(expert, f"{name}_lora_A")
+            frozen[name] = frozen[name] + (delta.T if experts.is_transposed else delta)
+        with torch.no_grad():
+            merged = experts.run(hidden, type(expert.frozen)(**frozen))
+            torch.testing.assert_close(expert(hidden), merged, rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_expert_is_read_in_place(model: Any) -> None:
+    for experts, graft in layers(grafts_of(model, (3,), rank=2)):
+        name = "gate_up_proj" if experts.has_gate else "up_proj"
+        fused = getattr(experts.module, name)
+        expert: Any = graft.personal[0]
+        assert expert.frozen.up.data_ptr() == fused[3].data_ptr()
+        assert expert.frozen.down.data_ptr() == experts.module.down_proj[3].data_ptr()
+        own = sum(p.numel() for p in expert.parameters())
+        assert own < fused[3].numel()
+
+
+def test_gradients_reach_gate_and_personal_experts_and_nothing_frozen(
+    model: Any, form: dict[str, Any], ids: torch.Tensor
+) -> None:
+    grafts = grafts_of(model, (0, 2), **form).attach()
+    disturb(grafts)
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    for name, parameter in grafts.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_no_gradient_enters_the_base_through_the_graft_even_if_it_asks(family: str, form: dict[str, Any]) -> None:
+    model = tiny_model(family).requires_grad_(True)
+    grafts = grafts_of(model, **form)
+    disturb(grafts)
+    for experts, graft in layers(grafts):
+        graft(torch.randn(4, experts.width)).sum().backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_cached_generation_equals_uncached(model: Any, form: dict[str, Any], ids: torch.Tensor) -> None:
+    grafts = grafts_of(model, **form).attach()
+    disturb(grafts)
+    answers = [
+        model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=GenerationConfig(
+                max_new_tokens=6, do_sample=False, use_cache=cached, pad_token_id=258, eos_token_id=None
+            ),
+        )
+        for cached in (True, False)
+    ]
+    assert answers[0].shape == (2, 17)
+    assert torch.equal(*answers)
+
+
+def test_personal_state_round_trip_is_bit_equal(
+    model: Any, form: dict[str, Any], ids: torch.Tensor, tmp_path: Path
+) -> None:
+    grafts = grafts_of(model, **form).attach()
+    disturb(grafts)
+    expected = logits(model, ids)
+    meta = PersonalMeta("a", "base", 1, "hash", grafts.choice, {})
+    save_personal(tmp_path / "a.safetensors", dict(grafts.named_parameters()), meta)
+    grafts.detach()
+
+    tensors, read = load_personal(tmp_path / "a.safetensors", base="base")
+    again = grafts_of(model, read.choice[grafts_names(grafts)[0]], **form).attach()
+    with torch.no_grad():
+        for name, parameter in again.named_parameters():
+            parameter.copy_(tensors[name])
+    assert read == meta
+    assert torch.equal(logits(model, ids), expected)
+
+
+def grafts_names(grafts: Grafts) -> list[str]:
+    return list(grafts.choice)
+
+
+def test_detach_restores_the_base(model: Any, form: dict[str, Any], ids: torch.Tensor, tmp_path: Path) -> None:
+    before, weights = logits(model, ids), {n: t.clone() for n, t in model.state_dict().items()}
+    grafts = grafts_of(model, **form).attach()
+    disturb(grafts)
+    assert model.state_dict().keys() == weights.keys()
+    with grafts.disabled():
+        assert torch.equal(logits(model, ids), before)
+    assert not torch.equal(logits(model, ids), before)
+    grafts.detach()
+    assert torch.equal(logits(model, ids), before)
+    assert all(torch.equal(t, weights[n]) for n, t in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_saving_with_grafts_attached_saves_the_base(family: str, ids: torch.Tensor, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    before = logits(model, ids)
+    grafts = grafts_of(model, rank=2).attach()
+    disturb(grafts)
+    model.save_pretrained(tmp_path)
+    reloaded = type(model).from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(reloaded, ids), before, rtol=0, atol=0)
+
+
+def test_gradient_checkpointing_changes_no_gradient(
+    family: str, form: dict[str, Any], ids: torch.Tensor
+) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model(family)
+        grafts = grafts_of(model, **form).attach()
+        disturb(grafts)
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+            model.train()
+            for module in model.modules():
+                if hasattr(module, "router_jitter_noise"):
+                    module.router_jitter_noise = 0.0
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append([p.grad for p in grafts.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def test_lora_targets_are_exact_attention_linears(family: str) -> None:
+    names = attention_linears(tiny_model(family))
+    assert names
+    assert all(".experts" not in name and "router" not in name and name.split(".")[-2] == "self_attn" for name in names)

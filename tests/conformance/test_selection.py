@@ -1,0 +1,119 @@
+"""Selection against a reference that stores everything and loops over everything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from flexperts.errors import GraftError
+from flexperts.grafting.calibration import CalibrationSettings, score_experts
+from flexperts.grafting.selection import LayerScores, reconstruction_scores
+from flexperts.moe.experts import find_experts
+from flexperts.testing import FAMILIES, tiny_model
+
+MASK = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1, 1]])
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 250, MASK.shape, generator=torch.Generator().manual_seed(7))
+
+
+def brute_force(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+    """Store every module's inputs and outputs, then run its own forward on one expert at weight 1."""
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    handles = [
+        e.module.register_forward_hook(lambda _m, args, out, name=e.name: seen.update({name: (args[0], out)}))
+        for e in find_experts(model)
+    ]
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask)
+    for handle in handles:
+        handle.remove()
+    return [_errors(e, *seen[e.name], mask.bool().reshape(-1)) for e in find_experts(model)]
+
+
+def _errors(experts: Any, hidden: torch.Tensor, output: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    hidden, output = (t.reshape(-1, t.shape[-1])[keep] for t in (hidden, output))
+    one = torch.ones(len(hidden), 1)
+    with torch.no_grad():
+        runs = [experts.module(hidden, torch.full_like(one, e, dtype=torch.long), one) for e in range(4)]
+    return torch.stack([(output - run).double().square().sum() for run in runs])
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_scores_equal_brute_force_without_padding(family: str) -> None:
+    model, ids = tiny_model(family), tokens()
+    batches = [{"input_ids": ids, "attention_mask": MASK}]
+    layers = reconstruction_scores(
+        lambda batch: model(**batch), find_experts(model), batches, max_tokens=10**6, generator=torch.Generator()
+    )
+    expected = brute_force(model, ids, MASK)
+    assert len(layers) == len(expected) == 2
+    for layer, errors in zip(layers, expected, strict=True):
+        torch.testing.assert_close(layer.errors, errors, rtol=1e-4, atol=1e-9)
+        assert layer.best(1) == (int(errors.argmin()),)
+        assert layer.best(3) == tuple(errors.argsort()[:3].tolist())
+        assert layer.tokens == int(MASK.sum())
+
+
+def test_batching_does_not_change_the_sums() -> None:
+    model, ids = tiny_model(), tokens()
+    whole = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+    rows = [{"input_ids": i[None], "attention_mask": torch.ones_like(i[None])} for i in ids]
+    one, many = (
+        reconstruction_scores(
+            lambda b: model(**b), find_experts(model), batches, max_tokens=10**6, generator=torch.Generator()
+        )
+        for batches in (whole, rows)
+    )
+    for a, b in zip(one, many, strict=True):
+        torch.testing.assert_close(a.errors, b.errors, rtol=1e-5, atol=0)
+
+
+def test_token_budget_is_kept_and_spread() -> None:
+    model, ids = tiny_model(), tokens()
+    batches = [{"input_ids": i[None], "attention_mask": m[None]} for i, m in zip(ids, MASK, strict=True)]
+    layers = reconstruction_scores(
+        lambda b: model(**b), find_experts(model), batches, max_tokens=9, generator=torch.Generator().manual_seed(0)
+    )
+    assert all(6 <= layer.tokens <= 12 for layer in layers)
+
+
+def test_nothing_is_left_on_the_model_even_after_an_error() -> None:
+    model = tiny_model()
+    with pytest.raises(ZeroDivisionError):
+        reconstruction_scores(
+            lambda b: 1 / 0,
+            find_experts(model),
+            [{"attention_mask": MASK}],
+            max_tokens=5,
+            generator=torch.Generator(),
+        )
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_empty_calibration_is_refused() -> None:
+    with pytest.raises(GraftError, match="no token"):
+        reconstruction_scores(print, find_experts(tiny_model()), [], max_tokens=5, generator=torch.Generator())
+
+
+def test_more_experts_than_there_are_is_refused() -> None:
+    with pytest.raises(GraftError, match=r"graft\.experts = 5"):
+        LayerScores("layer", torch.zeros(4)).best(5)
+
+
+def test_rows_are_drawn_from_the_stream() -> None:
+    """With fewer rows than there are, another stream reads other rows; the same stream, the same."""
+    from flexperts.data.prompts import Example
+
+    model = tiny_model()
+    rows = [Example(tuple(torch.randint(0, 250, (9,)).tolist()), 4) for _ in range(12)]
+    settings = CalibrationSettings(rows=3, tokens=1000, batch_size=2, pad_token_id=258, precision="fp32")
+    errors = [
+        score_experts(model, find_experts(model), rows, settings, torch.Generator().manual_seed(s))[0].errors
+        for s in (1, 1, 2)
+    ]
+    assert torch.equal(errors[0], errors[1])
+    assert not torch.equal(errors[0], errors[2])

@@ -1,0 +1,42 @@
+"""Fixtures that several test folders share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flexperts.config import RunConfig, parse_recipe
+from flexperts.testing import save_tiny_base
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tiny qwen2_moe with a byte tokenizer and a chat template."""
+    return save_tiny_base(tmp_path_factory.mktemp("base") / "tiny", max_position_embeddings=1024)
+
+
+@pytest.fixture
+def recipe(tiny_base: Path) -> Callable[..., RunConfig]:
+    """Return a function that makes a recipe of a few seconds on the tiny base, with overrides on top."""
+
+    def make(*overrides: str) -> RunConfig:
+        text = f"""
+            [model]
+            base = "{tiny_base}"
+            dtype = "float32"
+            precision = "fp32"
+            [data.silos]
+            train_rows = 8
+            test_rows = 4
+            [training]
+            max_length = 640
+            [federation]
+            rounds = 2
+            [evaluation]
+            max_new_tokens = 4
+        """
+        return parse_recipe(text, overrides)
+
+    return make

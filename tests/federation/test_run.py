@@ -1,0 +1,153 @@
+"""A whole run on a tiny base: what it writes, what it repeats, what it leaves alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from flexperts.config import RunConfig, parse_recipe
+from flexperts.federation.run import run_federation
+from flexperts.federation.trained import TrainedRun
+from flexperts.federation.workspace import Workspace
+from flexperts.methods.registry import method_names
+
+Recipe = Callable[..., RunConfig]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    kept = ("*.safetensors", "rounds.jsonl", "predictions/*")
+    return {str(p.relative_to(folder)): p.read_bytes() for k in kept for p in sorted(folder.rglob(k))}
+
+
+def without_seconds(folder: Path) -> list[dict[str, object]]:
+    lines = (folder / "rounds.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_two_runs_with_one_seed_are_bit_identical(recipe: Recipe, tmp_path: Path, method: str) -> None:
+    config = recipe(f"method.name={method}", "lora.dropout=0.1")
+    for name in ("a", "b"):
+        run_federation(config, tmp_path / name)
+    first, second = files(tmp_path / "a"), files(tmp_path / "b")
+    del first["rounds.jsonl"], second["rounds.jsonl"]
+    assert len(first) >= 8
+    assert first == second
+    assert without_seconds(tmp_path / "a") == without_seconds(tmp_path / "b")
+
+
+def test_another_seed_gives_other_weights(recipe: Recipe, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        run_federation(recipe(f"seed={seed}"), tmp_path / str(seed))
+    weights = [(tmp_path / s / "shared" / "adapter_model.safetensors").read_bytes() for s in "01"]
+    assert weights[0] != weights[1]
+
+
+def test_summary_has_what_is_promised(recipe: Recipe, tmp_path: Path) -> None:
+    summary = run_federation(recipe("method.reference=fedavg"), tmp_path / "run")
+    assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["method"] == "flex"
+    assert summary["seed"] == 0
+    assert len(summary["base"]["fingerprint"]) == 64
+    assert sorted(summary["clients"]) == ["clinic", "help_desk", "law_firm", "shop"]
+    states = {"zero_shot", "global", "personalized"}
+    for kind in ("rouge_l", "nll"):
+        assert summary["mean"][kind].keys() == summary["weighted_mean"][kind].keys() == states
+        assert all(client[kind].keys() == states for client in summary["clients"].values())
+    assert summary["bytes"]["personal_sent"] == 0
+    assert summary["seconds"].keys() == {"setup", "training", "evaluation", "total"}
+    reference = summary["reference"]
+    assert reference["method"] == "fedavg"
+    assert reference["mean"]["rouge_l"]["personalized"] is None
+    assert reference["mean"]["nll"]["zero_shot"] == summary["mean"]["nll"]["zero_shot"]
+
+
+def test_bytes_are_payload_plus_little(recipe: Recipe, tmp_path: Path) -> None:
+    """On the tiny base the payload is 8 kB, so the fixed part of a message shows; on real ones it vanishes."""
+    sizes = run_federation(recipe(), tmp_path / "run")["bytes"]
+    adapter = load_file(tmp_path / "run" / "shared" / "adapter_model.safetensors")
+    payload = 4 * sum(tensor.numel() for tensor in adapter.values())
+    for direction in ("uplink", "downlink"):
+        assert payload < sizes[f"{direction}_per_client_per_round"] < payload + 2048
+        assert sizes[f"{direction}_total"] == 8 * sizes[f"{direction}_per_client_per_round"]
+
+
+def test_local_sends_nothing(recipe: Recipe, tmp_path: Path) -> None:
+    sizes = run_federation(recipe("method.name=local"), tmp_path / "run")["bytes"]
+    assert sizes["uplink_per_client_per_round"] < 2048
+    assert not (tmp_path / "run" / "shared").exists()
+
+
+def test_the_base_is_bit_identical_after_a_run(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = recipe("method.reference=local", "training.gradient_checkpointing=true")
+    resident = Workspace(config)
+    before = {name: tensor.clone() for name, tensor in resident.base.model.state_dict().items()}
+    monkeypatch.setattr("flexperts.federation.run.Workspace", lambda config: resident)
+    run_federation(config, tmp_path / "run")
+    after = resident.base.model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert not any(m._forward_hooks for m in resident.base.model.modules())
+
+
+def test_training_learns_and_moves_only_what_it_should(recipe: Recipe, tmp_path: Path) -> None:
+    config = recipe("federation.rounds=6", "training.lr=0.05")
+    summary = run_federation(config, tmp_path / "run")
+    nll = summary["mean"]["nll"]
+    assert nll["global"] < nll["zero_shot"] - 0.03
+    assert nll["personalized"] < nll["global"]
+    losses = [np.mean([c["loss"] for c in r["clients"].values()]) for r in without_seconds(tmp_path / "run")]
+    assert losses[-1] < losses[0]
+
+
+def test_shared_adapter_is_an_ordinary_peft_folder(recipe: Recipe, tmp_path: Path, tiny_base: Path) -> None:
+    """Loaded by PEFT alone, without flexperts, it computes what the run's global state computes."""
+    run_federation(recipe("training.lr=0.02"), tmp_path / "run")
+    trained = TrainedRun(tmp_path / "run")
+    ids = torch.arange(40).reshape(2, 20)
+    with trained.client("shop").in_state(trained.vector, "global") as model, torch.no_grad():
+        ours = model(input_ids=ids).logits
+    base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    with torch.no_grad():
+        plain = base(input_ids=ids).logits
+        theirs = PeftModel.from_pretrained(base, tmp_path / "run" / "shared").eval()(input_ids=ids).logits
+    assert torch.equal(ours, theirs)
+    assert not torch.equal(ours, plain)
+
+
+def test_evaluating_again_from_files_gives_the_same_scores(recipe: Recipe, tmp_path: Path) -> None:
+    summary = run_federation(recipe("training.lr=0.02"), tmp_path / "run")
+    again = TrainedRun(tmp_path / "run").evaluate()
+    for client, states in again.items():
+        for state, scores in states.items():
+            assert scores.rouge_l == summary["clients"][client]["rouge_l"][state]
+            assert scores.nll == summary["clients"][client]["nll"][state]
+
+
+def test_rounds_can_be_evaluated_on_the_way(recipe: Recipe, tmp_path: Path) -> None:
+    run_federation(recipe("federation.rounds=3", "evaluation.every=2"), tmp_path / "run")
+    assert [bool(r["scores"]) for r in without_seconds(tmp_path / "run")] == [False, True, True]
+
+
+def test_a_run_is_rebuilt_from_its_config(recipe: Recipe, tmp_path: Path) -> None:
+    config = recipe("graft.rank=2", "graft.experts=2")
+    run_federation(config, tmp_path / "run")
+    assert parse_recipe((tmp_path / "run" / "config.toml").read_text()) == config
+
+
+def test_gradient_accumulation_equals_one_large_batch(recipe: Recipe, tmp_path: Path) -> None:
+    """1 x 4 and 4 x 1 rows per step give the same weights but for the rounding of sums."""
+    for size in (4, 1):
+        run_federation(recipe(f"training.micro_batch_size={size}"), tmp_path / str(size))
+    one, many = (load_file(tmp_path / s / "shared" / "adapter_model.safetensors") for s in "41")
+    assert all(torch.allclose(one[name], many[name], atol=2e-4) for name in one)

@@ -1,0 +1,245 @@
+"""Recipes: what is refused and how it is said, overrides, the round trip, paths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexperts.config import DataConfig, RunConfig, load_recipe, parse_recipe
+from flexperts.errors import ConfigError
+
+SILOS = "[data.silos]\n"
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
+
+
+def refusal(text: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_recipe(text, overrides)
+    return str(caught.value)
+
+
+def test_defaults_of_a_recipe_that_only_names_its_data() -> None:
+    config = parse_recipe(SILOS)
+    assert (config.method.name, config.graft.rank, config.federation.rounds) == ("flex", "full", 3)
+    assert config.data.silos is not None
+    assert config.data.silos.train_rows == 96
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("trainign = 1\n" + SILOS, "unknown key 'trainign' (did you mean 'training'?)"),
+        (SILOS + "[training]\nlearning = 1", "unknown key 'training.learning'"),
+        (SILOS + "[lora]\nrnak = 4", "unknown key 'lora.rnak' (did you mean 'lora.rank'?)"),
+        (SILOS + "tset_rows = 4", "unknown key 'data.silos.tset_rows' (did you mean 'data.silos.test_rows'?)"),
+        (
+            "[data.clients.bank]\ntrain = 'a.csv'\ntset = 'b.csv'",
+            "unknown key 'data.clients.bank.tset' (did you mean 'data.clients.bank.test'?)",
+        ),
+        ("[data.clients.bank]\ntrain = 'a.csv'\nzzz = 1", "(known: ['test', 'train'])"),
+    ],
+)
+def test_unknown_keys_name_the_close_one(text: str, said: str) -> None:
+    assert said in refusal(text)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("lora.rank=0", "lora.rank = 0"),
+        ("lora.alpha=0", "lora.alpha = 0"),
+        ("lora.dropout=1", "lora.dropout = 1"),
+        ("graft.experts=0", "graft.experts = 0"),
+        ("graft.rank=0", "rank = 0 must be at least 1 or 'full'"),
+        ("graft.rank=half", "graft.rank"),
+        ("graft.gate_bias=nan", "graft.gate_bias = nan"),
+        ("graft.calibration_rows=0", "graft.calibration_rows = 0"),
+        ("data.silos.train_rows=3", "data.silos.train_rows = 3"),
+        ("data.test_fraction=1", "data.test_fraction = 1"),
+        ("model.dtype=float16", "model.dtype = 'float16'"),
+        ("model.precision=fp16", "model.precision = 'fp16'"),
+        ("model.template=vicuna", "model.template = 'vicuna'"),
+        ("training.lr=0", "training.lr = 0"),
+        ("training.lr=inf", "training.lr = inf"),
+        ("training.personal_lr=-1", "training.personal_lr = -1"),
+        ("training.local_steps=0", "training.local_steps = 0"),
+        ("training.batch_size=0", "training.batch_size = 0"),
+        ("training.batch_size=2.5", "training.batch_size = 2.5"),
+        ("training.micro_batch_size=0", "training.micro_batch_size = 0"),
+        ("training.max_length=15", "training.max_length = 15"),
+        ("training.warmup_ratio=1", "training.warmup_ratio = 1"),
+        ("training.max_grad_norm=0", "training.max_grad_norm = 0"),
+        ("federation.rounds=0", "federation.rounds = 0"),
+        ("evaluation.every=0", "evaluation.every = 0"),
+        ("evaluation.batch_size=none", "evaluation.batch_size = 'none'"),
+        ("data.columns.answer=x", "columns maps ['answer']"),
+        ("seed=one", "seed = 'one'"),
+        ("training=1", "training = 1"),
+    ],
+)
+def test_each_rule_is_checked_and_names_its_key(override: str, key: str) -> None:
+    assert key in refusal(SILOS, override)
+
+
+def test_all_offences_are_reported_at_once() -> None:
+    said = refusal(SILOS, "lora.rank=0", "federation.rounds=-1", "nonsense=1", "model.dtype=int8")
+    for offence in ("lora.rank = 0", "federation.rounds = -1", "'nonsense'", "model.dtype = 'int8'"):
+        assert offence in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("text", "now"),
+    [
+        ("[data]", "none"),
+        ("[data.silos]\n[data.clients.a]\ntrain = 'a.csv'", "silos, clients"),
+        ("[data]\nfolder = 'x'\n[data.silos]", "silos, folder"),
+    ],
+)
+def test_data_has_exactly_one_source(text: str, now: str) -> None:
+    assert f"exactly one of silos, folder, clients (now: {now})" in refusal(text)
+
+
+def test_data_section_is_required() -> None:
+    assert "data: Field required" in refusal("seed = 1")
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("seed=7", "seed", 7),
+        ("training.lr=1e-3", "training.lr", 0.001),
+        ("training.lr = 0.5", "training.lr", 0.5),
+        ("method.name=fedavg", "method.name", "fedavg"),
+        ("method.name='local'", "method.name", "local"),
+        ("model.base=/some/folder with spaces", "model.base", "/some/folder with spaces"),
+        ("model.base=org/name", "model.base", "org/name"),
+        ("model.device=cuda:1", "model.device", "cuda:1"),
+        ("training.gradient_checkpointing=true", "training.gradient_checkpointing", True),
+        ("lora.projections=['o_proj']", "lora.projections", ("o_proj",)),
+        ("lora.projections=[]", "lora.projections", ()),
+        ("graft.rank=4", "graft.rank", 4),
+        ("graft.rank=full", "graft.rank", "full"),
+        ("method.options.mu=0.01", "method.options", {"mu": 0.01}),
+        ("method.options.on=true", "method.options", {"on": True}),
+        ("method.options.n=1", "method.options", {"n": 1}),
+    ],
+)
+def test_overrides_are_toml_values_or_plain_text(override: str, path: str, value: Any) -> None:
+    found: Any = parse_recipe(SILOS, [override])
+    for part in path.split("."):
+        found = getattr(found, part)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_the_last_override_wins_over_the_recipe() -> None:
+    assert parse_recipe("seed = 1\n" + SILOS, ["seed=2", "seed=3"]).seed == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("training.lr", "an override is key=value"),
+        ("seed.x=1", "seed is a value, not a section"),
+        ("=1", "unknown key ''"),
+        ("lora.rang=1", "did you mean 'lora.rank'?"),
+        ("data.folder=x", "exactly one of"),
+    ],
+)
+def test_bad_overrides(override: str, said: str) -> None:
+    assert said in refusal("seed = 1\n" + SILOS, override)
+
+
+@given(
+    seed=st.integers(-(2**62), 2**62),
+    lr=st.floats(1e-8, 10),
+    rank=st.one_of(st.just("full"), st.integers(1, 99)),
+    text=st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1),
+    options=st.dictionaries(st.text(min_size=1), st.one_of(st.booleans(), st.integers(-9, 9), st.floats(-1, 1))),
+    steps=st.none() | st.integers(1, 99),
+    clients=st.dictionaries(st.text(min_size=1), st.text(), min_size=1, max_size=3),
+)
+def test_toml_round_trip_is_the_same_config(
+    seed: int,
+    lr: float,
+    rank: Any,
+    text: str,
+    options: dict[str, Any],
+    steps: int | None,
+    clients: dict[str, str],
+) -> None:
+    config = RunConfig.model_validate(
+        {
+            "seed": seed,
+            "model": {"base": text},
+            "graft": {"rank": rank},
+            "data": {"clients": {name: {"train": file} for name, file in clients.items()}},
+            "method": {"options": options},
+            "training": {"lr": lr, "local_steps": steps},
+        }
+    )
+    assert parse_recipe(config.to_toml()) == config
+
+
+def test_written_toml_holds_the_defaults() -> None:
+    text = parse_recipe(SILOS).to_toml()
+    for line in ('base = "smol-moe"', "rank = 8", "max_grad_norm = 1.0", "train_rows = 96"):
+        assert line in text.splitlines()
+
+
+def test_data_paths_are_relative_to_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "recipes").mkdir()
+    monkeypatch.chdir(tmp_path / "recipes")  # the current folder must not matter
+    path = tmp_path / "recipes" / "r.toml"
+    path.write_text(
+        "[data.clients.a]\ntrain = '../data/a.csv'\n[data.clients.b]\ntrain = 'hub:o/n:s'\ntest = '/abs/b.csv'\n"
+    )
+    monkeypatch.chdir("/")
+    clients = load_recipe(path).data.clients
+    assert clients["a"].train == str(tmp_path / "data" / "a.csv")
+    assert clients["a"].test is None
+    assert (clients["b"].train, clients["b"].test) == ("hub:o/n:s", "/abs/b.csv")
+    path.write_text("[data]\nfolder = 'silos'\ntest_fraction = 0.5\n")
+    assert load_recipe(path).data == DataConfig(folder=str(tmp_path / "recipes" / "silos"), test_fraction=0.5)
+
+
+def test_overridden_data_paths_are_resolved_too(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text("[data]\nfolder = 'a'")
+    assert load_recipe(tmp_path / "r.toml", ["data.folder=b"]).data.folder == str(tmp_path / "b")
+
+
+def test_files_that_are_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no such recipe"):
+        load_recipe(tmp_path / "none.toml")
+    with pytest.raises(ConfigError, match="there is no such recipe"):
+        load_recipe(tmp_path)
+    (tmp_path / "latin.toml").write_bytes(b"[model]\nbase = '\xe9'")
+    with pytest.raises(ConfigError, match=r"latin\.toml: it is not UTF-8 text"):
+        load_recipe(tmp_path / "latin.toml")
+    (tmp_path / "bad.toml").write_text("seed = \n")
+    with pytest.raises(ConfigError, match=r"bad\.toml: it is not valid TOML .*line 1"):
+        load_recipe(tmp_path / "bad.toml")
+
+
+def test_configs_are_frozen() -> None:
+    config = parse_recipe(SILOS)
+    with pytest.raises(ValueError, match="frozen"):
+        config.training.lr = 1.0
+
+
+def test_the_reference_differs_in_the_method_only() -> None:
+    config = parse_recipe("seed = 5\n[method]\nname = 'flex'\nreference = 'fedavg'\noptions.a = 1\n" + SILOS)
+    other = config.with_method("fedavg")
+    assert (other.method.name, other.method.reference, other.method.options) == ("fedavg", None, {})
+    assert other.model_copy(update={"method": config.method}) == config
+
+
+@pytest.mark.parametrize("path", RECIPES or [None], ids=lambda path: path.name if path else "none")
+def test_shipped_recipes_parse(path: Path | None) -> None:
+    assert path is not None, "no recipe ships"
+    assert load_recipe(path).federation.rounds >= 1
