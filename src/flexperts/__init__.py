@@ -1,3 +1,70 @@
-"""Personalized federated fine-tuning of Mixture-of-Experts language models."""
+"""Personalized federated fine-tuning of Mixture-of-Experts language models.
+
+The names below are imported when they are first used, so that ``import flexperts`` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flexperts.base.build import build_base
+    from flexperts.config import RunConfig, load_recipe, parse_recipe
+    from flexperts.errors import FlexpertsError
+    from flexperts.federation.observer import Observer
+    from flexperts.federation.run import run_federation
+    from flexperts.federation.trained import TrainedRun
+    from flexperts.grafting.grafts import Grafts
+    from flexperts.grafting.selection import reconstruction_scores
+    from flexperts.methods.base import Method
+    from flexperts.methods.registry import method_names, register_method
+    from flexperts.moe.experts import find_experts
+    from flexperts.parameters.split import split_parameters
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "FlexpertsError": "errors",
+    "Grafts": "grafting.grafts",
+    "Method": "methods.base",
+    "Observer": "federation.observer",
+    "RunConfig": "config",
+    "TrainedRun": "federation.trained",
+    "build_base": "base.build",
+    "find_experts": "moe.experts",
+    "load_recipe": "config",
+    "method_names": "methods.registry",
+    "parse_recipe": "config",
+    "reconstruction_scores": "grafting.selection",
+    "register_method": "methods.registry",
+    "run_federation": "federation.run",
+    "split_parameters": "parameters.split",
+}
+__all__ = [
+    "FlexpertsError",
+    "Grafts",
+    "Method",
+    "Observer",
+    "RunConfig",
+    "TrainedRun",
+    "build_base",
+    "find_experts",
+    "load_recipe",
+    "method_names",
+    "parse_recipe",
+    "reconstruction_scores",
+    "register_method",
+    "run_federation",
+    "split_parameters",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'flexperts' has no attribute {name!r}")
+    return getattr(import_module(f"flexperts.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

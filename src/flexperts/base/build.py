@@ -222,7 +222,7 @@ def write_partition(
     from flexperts.base.dense import load_dense
     from flexperts.base.partition import save_partition
 
-    report("observing the dense model on the shipped texts (about 1 min)")
+    report("observing the dense model on the shipped texts (one to a few minutes)")
     partition = compute_partition(load_dense(found), read_texts(), seed)
     command = f"flexperts base partition {name} --seed {seed}"
     save_partition(replace(partition, metadata={**partition.metadata, "command": command}), out or spec.asset)

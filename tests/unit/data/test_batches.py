@@ -11,21 +11,21 @@ from hypothesis import strategies as st
 from flexperts.data.batches import pad_batch, training_batches
 from flexperts.data.prompts import Example
 
-_ = -100
+NO = -100
 
 
 def test_padding_by_hand() -> None:
     batch = pad_batch([Example((1, 2, 3, 4, 5), 3), Example((6, 7), 1)], pad_token_id=9)
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5], [9, 9, 9, 6, 7]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]]
-    assert batch.labels.tolist() == [[_, _, _, 4, 5], [_, _, _, _, 7]]
+    assert batch.labels.tolist() == [[NO, NO, NO, 4, 5], [NO, NO, NO, NO, 7]]
     assert batch.response_columns == 2
     assert batch.input_ids.dtype == batch.labels.dtype == torch.long
 
 
 def test_a_prompt_alone_has_no_labels() -> None:
     batch = pad_batch([Example((1, 2), 2)], pad_token_id=9)
-    assert batch.labels.tolist() == [[_, _]]
+    assert batch.labels.tolist() == [[NO, NO]]
     assert batch.response_columns == 0
 
 
@@ -44,10 +44,10 @@ def test_padding_keeps_every_token_and_labels_only_responses(examples: list[Exam
         assert tuple(ids[real].tolist()) == example.input_ids
         assert not ids[~real].any()
         assert bool(real[-1])  # rows end in one column
-        labelled = batch.labels[row] != _
+        labelled = batch.labels[row] != NO
         assert tuple(batch.labels[row][labelled].tolist()) == example.input_ids[example.prompt_length :]
         assert not labelled[: -batch.response_columns].any()
-    assert (batch.labels != _)[:, -batch.response_columns].any()
+    assert (batch.labels != NO)[:, -batch.response_columns].any()
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 60), st.integers(0, 999))

@@ -22,6 +22,7 @@ def encoder(template: Template = "auto", *, chat: bool = True, max_length: int =
     return PromptEncoder(byte_tokenizer(chat=chat), template, max_length)
 
 
+ENCODERS = {"chat": encoder("chat"), "alpaca": encoder("alpaca")}
 templates = pytest.mark.parametrize("template", ["chat", "alpaca"])
 
 
@@ -58,7 +59,9 @@ def test_chat_without_a_template_is_refused() -> None:
 
 @templates
 @given(
-    instruction=st.text(min_size=1, max_size=20), context=st.text(max_size=20), response=st.text(min_size=1, max_size=20)
+    instruction=st.text(min_size=1, max_size=20),
+    context=st.text(max_size=20),
+    response=st.text(min_size=1, max_size=20),
 )
 def test_the_training_prompt_is_the_evaluation_prompt(
     template: Template, instruction: str, context: str, response: str
@@ -69,9 +72,6 @@ def test_the_training_prompt_is_the_evaluation_prompt(
     assert list(example.input_ids) == made.prompt(instruction, context) + made.response(response)
     assert made.tokenizer.decode(example.input_ids[example.prompt_length : -1]) == response
     assert made.cut == 0
-
-
-ENCODERS = {name: encoder(name) for name in ("chat", "alpaca")}  # type: ignore[arg-type]
 
 
 @templates
@@ -88,11 +88,9 @@ def test_eos_is_the_last_label_and_survives_padding(template: Template) -> None:
 
 
 def with_pad(pad: str | None, *others: str) -> PreTrainedTokenizerFast:
-    tokenizer = byte_tokenizer()
-    # The set-up drops names through the constructor, as from_pretrained does.
     settings: dict[str, Any] = {"eos_token": "</s>", "pad_token": pad}
     settings |= dict(zip(("bos_token", "unk_token"), others, strict=False))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **settings)
+    return PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer().backend_tokenizer, **settings)
 
 
 @pytest.mark.parametrize(

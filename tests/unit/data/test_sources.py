@@ -225,7 +225,9 @@ def test_null_is_empty(tmp_path: Path, kind: str) -> None:
     assert "response is empty" in refusal(path)
 
 
-@pytest.mark.parametrize(("name", "content"), [("a.jsonl", "\n"), ("a.json", "[]"), ("a.csv", "instruction,response\n")])
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.jsonl", "\n"), ("a.json", "[]"), ("a.csv", "instruction,response\n")]
+)
 def test_file_without_rows(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
     assert "a split needs at least one row" in refusal(tmp_path / name)
@@ -310,9 +312,7 @@ def test_clients_come_sorted_with_their_own_rows(tmp_path: Path) -> None:
 def test_a_folder_of_clients(tmp_path: Path) -> None:
     for name in ("shop", "bank"):
         (tmp_path / name).mkdir()
-        write_jsonl(
-            tmp_path / name / "train.jsonl", [{"instruction": f"t{i}", "response": "a"} for i in range(5)]
-        )
+        write_jsonl(tmp_path / name / "train.jsonl", [{"instruction": f"t{i}", "response": "a"} for i in range(5)])
     write_jsonl(tmp_path / "bank" / "test.jsonl", [{"instruction": "test", "response": "a"}])
     clients = load_clients(DataConfig(folder=str(tmp_path)), seed=0)
     assert {n: (len(c.train), len(c.test)) for n, c in clients.items()} == {"bank": (5, 1), "shop": (4, 1)}
@@ -349,14 +349,15 @@ def test_empty_test_file(tmp_path: Path) -> None:
         load_clients(DataConfig.model_validate({"clients": {"bank": files_of_bank}}), seed=0)
 
 
-def test_local_files_are_read_without_a_dataset_cache(tmp_path: Path) -> None:
+def test_local_files_are_read_without_a_dataset_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Private rows must not be copied elsewhere on the disk."""
-    before = set(sys.modules)
+    monkeypatch.setitem(sys.modules, "datasets", None)  # importing it fails from here on
     for kind, write in WRITERS.items():
         write(tmp_path / f"rows.{kind}", RECORDS)
         read_source(str(tmp_path / f"rows.{kind}"), {})
-    assert "datasets" not in set(sys.modules) - before
     assert {p.name for p in tmp_path.iterdir()} == {f"rows.{kind}" for kind in WRITERS}
+    with pytest.raises(ImportError):
+        read_source("hub:org/name", {})
 
 
 def test_rows_hash_names_the_rows() -> None:

@@ -1,0 +1,41 @@
+# Everything starts here: `make run` and `make test` set up .venv on first use.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help setup run test slow check format clean
+
+help:  ## Show the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+setup: $(STAMP)  ## Create .venv with the tested versions
+
+# torch goes first: resolved later, another package may pull in a build with gigabytes of GPU libraries.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flexperts needs Python 3.11 or newer")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+run: setup  ## Personalize a pretrained MoE for four silos, FedAvg beside it (about eight minutes on two cores)
+	$(BIN)/flexperts run recipes/quickstart.toml
+
+test: setup  ## Run the default tests
+	$(BIN)/python -m pytest
+
+slow: setup  ## Run the tests that need the real base
+	$(BIN)/python -m pytest -m slow
+
+check: setup  ## Formatting, lint, types, architecture
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+format: setup  ## Format and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## Remove caches and the environment
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

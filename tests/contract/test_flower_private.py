@@ -1,0 +1,70 @@
+"""What `federation/flower_private.py` takes from Flower's inside still works as it is used."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from flexperts.federation.flower_private import Run, assume_identity, empty_run, stamp
+from flexperts.federation.inprocess_grid import InProcessGrid
+
+
+def message(node: int = 7) -> Message:
+    return Message(RecordDict({"info": ConfigRecord({"n": node})}), node, "train")
+
+
+def test_the_version_is_one_that_was_tested() -> None:
+    assert version("flwr").startswith("1.41.")
+
+
+def test_messages_can_be_built_and_stamped() -> None:
+    assume_identity(1)
+    sent = message()
+    assert sent.metadata.message_id == ""
+    assert stamp(sent) == sent.metadata.message_id != ""
+    reply = Message(RecordDict(), reply_to=sent)
+    assert reply.metadata.reply_to_message_id == sent.metadata.message_id
+    assert reply.metadata.src_node_id == 7
+
+
+def test_run_information_is_empty_but_for_its_id() -> None:
+    assert isinstance(empty_run(5), Run)
+    assert empty_run(5).run_id == 5
+
+
+@pytest.fixture
+def grid() -> InProcessGrid:
+    app = ClientApp()
+
+    @app.train()
+    def train(msg: Message, context: Context) -> Message:
+        calls.append(context.node_config["client"])
+        return Message(RecordDict({"info": ConfigRecord({"client": context.node_config["client"]})}), reply_to=msg)
+
+    calls: list[object] = []
+    made = InProcessGrid(app, {2: {"client": "b"}, 1: {"client": "a"}}, {"recipe": ""})
+    made.calls = calls  # type: ignore[attr-defined]
+    return made
+
+
+def test_replies_come_lazily_and_in_order(grid: InProcessGrid) -> None:
+    calls = grid.calls  # type: ignore[attr-defined]
+    replies = grid.send_and_receive([grid.create_message(RecordDict(), "train", n, "1") for n in (1, 2)])
+    assert calls == []
+    next(iter(replies))
+    assert calls == ["a"]
+
+
+def test_pushed_messages_are_pulled_sorted_by_node_and_once(grid: InProcessGrid) -> None:
+    ids = list(grid.push_messages([grid.create_message(RecordDict(), "train", n, "1") for n in (2, 1)]))
+    assert [m.content.config_records["info"]["client"] for m in grid.pull_messages(ids)] == ["a", "b"]
+    assert list(grid.pull_messages(ids)) == []
+
+
+def test_the_grid_knows_its_nodes_and_run(grid: InProcessGrid) -> None:
+    assert list(grid.get_node_ids()) == [1, 2]
+    grid.set_run(empty_run(9))
+    assert grid.run.run_id == 9

@@ -1,0 +1,103 @@
+"""Counting bytes of the real encoding, and finding personal ones in it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from torch.nn import Parameter
+
+from flexperts.communication.messages import records
+from flexperts.communication.traffic import encoded_bytes, encoded_objects, personal_bytes
+
+MEGABYTE = 250_000  # fp32 values
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_count_is_the_payload_and_at_most_one_percent_more() -> None:
+    size = encoded_bytes(records({"client": "bank"}, {"loss": 1.0}, normal(MEGABYTE).numpy()))
+    assert 1_000_000 < size <= 1_010_000
+
+
+def test_chunked_vectors_are_counted_whole() -> None:
+    """Flower cuts arrays into chunks of 5 MiB, objects of their own."""
+    content = records({"client": "bank"}, {}, normal(10 * MEGABYTE).numpy())
+    assert len(list(encoded_objects(content))) > 4
+    assert 10_000_000 < encoded_bytes(content) <= 10_100_000
+
+
+def test_the_payload_is_in_the_encoding() -> None:
+    vector = normal(1000).numpy()
+    assert vector.tobytes() in b"".join(encoded_objects(records({}, None, vector)))
+
+
+def test_a_message_without_arrays_is_small() -> None:
+    assert 0 < encoded_bytes(records({"client": "bank"}, {"loss": 1.0})) < 1000
+
+
+PERSONAL = {
+    "graft.up": Parameter(normal(40, 30, seed=1)),
+    "graft.gate": Parameter(normal(1, 32, seed=2)),
+    "graft.zero": Parameter(torch.zeros(50)),
+    "graft.bias": Parameter(torch.tensor([0.25])),
+    "graft.late": Parameter(torch.cat([torch.zeros(400), normal(9, seed=3)])),
+    "graft.half": Parameter(normal(33, seed=4).bfloat16()),
+}
+
+
+def test_honest_messages_hold_no_personal_bytes() -> None:
+    assert personal_bytes(records({"client": "bank"}, {"loss": 1.0}, normal(5000).numpy()), PERSONAL) == 0
+    assert personal_bytes(records({}), PERSONAL) == 0
+    assert personal_bytes(records({}), {}) == 0
+
+
+def test_a_shared_weight_equal_to_a_lone_bias_is_no_leak() -> None:
+    """Four bytes recur by chance: in a million weights of the same size, once in a hundred messages."""
+    vector = normal(5000).numpy()
+    vector[1234] = 0.25
+    assert personal_bytes(records({}, None, vector), PERSONAL) == 0
+
+
+def test_untrained_zeros_are_no_leak() -> None:
+    assert personal_bytes(records({}, None, np.zeros(5000, np.float32)), PERSONAL) == 0
+
+
+def raw(name: str) -> np.ndarray:
+    return np.frombuffer(PERSONAL[name].detach().reshape(-1).view(torch.uint8).numpy().tobytes(), np.uint8)
+
+
+@pytest.mark.parametrize("name", ["graft.up", "graft.gate", "graft.late", "graft.half"])
+@pytest.mark.parametrize("record", ["shared", "metrics2"])
+def test_a_smuggled_array_is_found(name: str, record: str) -> None:
+    content = records({"client": "bank"}, {}, normal(100).numpy())
+    content[record] = ArrayRecord({"shared": Array(raw(name))})
+    assert personal_bytes(content, PERSONAL) == PERSONAL[name].numel() * PERSONAL[name].element_size()
+
+
+def test_all_smuggled_tensors_are_added_up() -> None:
+    names = ["graft.up", "graft.gate"]
+    content = RecordDict({n: ArrayRecord({"x": Array(PERSONAL[n].detach().numpy())}) for n in names})
+    assert personal_bytes(content, PERSONAL) == 4 * (1200 + 32)
+
+
+def test_a_tensor_inside_the_shared_vector_is_found() -> None:
+    vector = np.concatenate(
+        [normal(77).numpy(), PERSONAL["graft.gate"].detach().numpy().ravel(), normal(9).numpy()]
+    )
+    assert personal_bytes(records({}, None, vector), PERSONAL) == 128
+
+
+def test_a_tensor_hidden_in_text_bytes_is_found() -> None:
+    content = RecordDict({"info": ConfigRecord({"note": raw("graft.up").tobytes()})})
+    assert personal_bytes(content, PERSONAL) == 4800
+
+
+def test_a_transposed_personal_tensor_is_searched_in_its_own_order() -> None:
+    turned = {"t": Parameter(normal(30, 40, seed=5).T)}
+    assert not turned["t"].is_contiguous()
+    content = RecordDict({"a": ArrayRecord({"x": Array(np.ascontiguousarray(turned["t"].detach().numpy()))})})
+    assert personal_bytes(content, turned) == 4800

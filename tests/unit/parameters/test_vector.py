@@ -1,0 +1,115 @@
+"""The flat vector and its manifest."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flexperts.errors import FederationError
+from flexperts.parameters.vector import Manifest, flatten, load_vector, vector_hash
+
+SHAPES = st.dictionaries(st.text(max_size=4), st.lists(st.integers(0, 3), max_size=3).map(tuple), max_size=6)
+
+
+def filled(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
+    stream = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=stream).to(dtype) for name, shape in shapes.items()}
+
+
+@given(SHAPES, st.sampled_from([torch.float32, torch.bfloat16]))
+def test_round_trip_is_exact(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+    tensors = filled(shapes, dtype)
+    manifest, vector = Manifest.of(tensors), flatten(tensors)
+    assert vector.dtype == np.float32
+    assert vector.shape == (manifest.size,)
+    back = manifest.unflatten(vector)
+    assert list(back) == sorted(tensors)
+    for name, tensor in tensors.items():
+        assert back[name].dtype == torch.float32
+        assert back[name].shape == tensor.shape
+        assert torch.equal(back[name].to(dtype), tensor)
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+@given(SHAPES, st.randoms())
+def test_order_of_the_mapping_does_not_matter(shapes: dict[str, tuple[int, ...]], random: object) -> None:
+    tensors = filled(shapes, torch.float32)
+    names = list(tensors)
+    random.shuffle(names)  # type: ignore[attr-defined]
+    shuffled = {name: tensors[name] for name in names}
+    assert np.array_equal(flatten(shuffled), flatten(tensors))
+    assert Manifest.of(shuffled).digest == Manifest.of(tensors).digest
+
+
+def test_layout_by_hand() -> None:
+    tensors = {
+        "b": torch.tensor([[1.0, 2.0], [3.0, 4.0]]).T,  # not contiguous
+        "a": torch.tensor(9.0),
+        "c": torch.tensor([5.0]),
+        "B": torch.tensor([7.0], requires_grad=True),
+    }
+    assert flatten(tensors).tolist() == [7, 9, 1, 3, 2, 4, 5]
+    assert Manifest.of(tensors) == Manifest(("B", "a", "b", "c"), ((1,), (), (2, 2), (1,)))
+    assert Manifest.of(tensors).zeros().tolist() == [0] * 7
+
+
+def test_flattening_copies_and_cutting_does_not() -> None:
+    tensor = torch.ones(3)
+    vector = flatten({"a": tensor})
+    vector[0] = 5
+    assert tensor.tolist() == [1, 1, 1]
+    piece = Manifest.of({"a": tensor}).unflatten(vector)["a"]
+    piece[1] = 6
+    assert vector.tolist() == [5, 6, 1]
+
+
+def test_digest_tells_names_and_shapes_apart() -> None:
+    shapes = [
+        {"a": (2, 3)},
+        {"a": (3, 2)},
+        {"a": (6,)},
+        {"b": (2, 3)},
+        {"a": (2,), "b": (3,)},
+        {"a": (3,), "b": (2,)},
+        {"a": (2, 3), "b": (0,)},
+        {},
+    ]
+    digests = {Manifest.of(filled(s, torch.float32)).digest for s in shapes}
+    assert len(digests) == len(shapes)
+    other_values = Manifest.of(filled(shapes[0], torch.bfloat16, seed=1))
+    assert other_values.digest == Manifest.of(filled(shapes[0], torch.float32)).digest
+
+
+@pytest.mark.parametrize(
+    "vector",
+    [np.zeros(5, np.float32), np.zeros(7, np.float32), np.zeros((6, 1), np.float32), np.zeros(6, np.float64)],
+)
+def test_vectors_that_do_not_fit_are_refused(vector: np.ndarray) -> None:
+    tensors = {"a": torch.ones(2, 3)}
+    with pytest.raises(FederationError, match=r"the manifest asks for float32\[6\]"):
+        Manifest.of(tensors).unflatten(vector)
+    with pytest.raises(FederationError):
+        load_vector(vector, tensors)
+    assert torch.equal(tensors["a"], torch.ones(2, 3))
+
+
+def test_loading_is_in_place_and_in_the_targets_type() -> None:
+    target = {"w": torch.nn.Parameter(torch.zeros(2)), "h": torch.zeros(1, dtype=torch.bfloat16)}
+    memory = target["w"].data_ptr()
+    load_vector(np.array([1.00390625, 2, 3], np.float32), target)
+    assert target["h"].tolist() == [1.0]  # bf16 holds 8 bits
+    assert target["w"].tolist() == [2, 3]
+    assert target["w"].data_ptr() == memory
+    assert target["w"].requires_grad
+
+
+def test_hash_names_the_bytes() -> None:
+    vector = np.arange(6, dtype=np.float32)
+    assert vector_hash(vector) == vector_hash(np.arange(12, dtype=np.float32)[::2] / 2)
+    changed = vector.copy()
+    changed[3] = np.nextafter(changed[3], np.float32(9))
+    assert vector_hash(changed) != vector_hash(vector)
