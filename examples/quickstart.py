@@ -1,7 +1,7 @@
 """The quick start as a library call: four silos, one resident base, personal experts that stay at home.
 
-    python examples/quickstart.py                                          # the shipped base, minutes
-    python examples/quickstart.py model.base=FOLDER federation.rounds=1    # any MoE, other settings
+python examples/quickstart.py                                          # the shipped base, minutes
+python examples/quickstart.py model.base=FOLDER federation.rounds=1    # any MoE, other settings
 """
 
 import sys
@@ -18,7 +18,9 @@ def main(out: Path, *overrides: str) -> None:
         print(f"{state:14s} {points:5.1f} ROUGE-L")
     print(f"personal bytes sent: {summary['bytes']['personal_sent']}")
 
-    note = "The Tandem printer has run dry, reports Mr Otto Lind from 12 Cedar Street. Logged on 3 March as RX 4410."
+    note = (
+        "The Tandem printer has run dry, reports Mr Otto Lind from 12 Cedar Street. Logged on 3 March as RX 4410."
+    )
     models = TrainedRun(out)
     for client in models.clients:
         print(f"{client:10s} {models.generate(client, 'Extract the details.', note)}")

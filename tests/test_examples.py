@@ -20,9 +20,7 @@ SMALL = (
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda p: p.stem)
-def test_example_runs(
-    example: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_example_runs(example: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(example))["main"](tmp_path / "run", f"model.base={tiny_base}", *SMALL)
     printed = capsys.readouterr().out
     assert "zero_shot" in printed

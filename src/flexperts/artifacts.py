@@ -115,12 +115,17 @@ class RunDirectory:
         """Return the summary.
 
         Raises:
-            ArtifactError: The run has not finished.
+            ArtifactError: The run has not finished, or the file is damaged.
         """
         path = self.path / "summary.json"
         if not path.exists():
             raise ArtifactError(f"{self.path}", "the run has not finished (no summary.json)", "run it again")
-        loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ArtifactError(
+                f"{path}", f"it is damaged ({error})", "restore it from a copy or run again"
+            ) from error
         return loaded
 
 
@@ -136,6 +141,7 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise ArtifactError(f"{path}", f"it cannot be written ({error})", "choose another --out") from error
 
 

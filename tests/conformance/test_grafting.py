@@ -220,9 +220,7 @@ def test_saving_with_grafts_attached_saves_the_base(family: str, ids: torch.Tens
     torch.testing.assert_close(logits(reloaded, ids), before, rtol=0, atol=0)
 
 
-def test_gradient_checkpointing_changes_no_gradient(
-    family: str, form: dict[str, Any], ids: torch.Tensor
-) -> None:
+def test_gradient_checkpointing_changes_no_gradient(family: str, form: dict[str, Any], ids: torch.Tensor) -> None:
     gradients = []
     for checkpointing in (False, True):
         model = tiny_model(family)
@@ -243,4 +241,6 @@ def test_gradient_checkpointing_changes_no_gradient(
 def test_lora_targets_are_exact_attention_linears(family: str) -> None:
     names = attention_linears(tiny_model(family))
     assert names
-    assert all(".experts" not in name and "router" not in name and name.split(".")[-2] == "self_attn" for name in names)
+    assert all(
+        ".experts" not in name and "router" not in name and name.split(".")[-2] == "self_attn" for name in names
+    )

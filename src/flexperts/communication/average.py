@@ -27,6 +27,7 @@ def weighted_mean(updates: Iterable[Update]) -> Vector:
         weighted = update.vector * np.float32(update.rows)
         total = weighted if total is None else np.add(total, weighted, out=total)
         rows, last = rows + update.rows, update.client
+        del update, weighted  # before the next one arrives
     if total is None:
         raise FederationError("no update arrived", "a round needs at least one", "check that the silos are up")
     return np.asarray(total / np.float32(rows), dtype=np.float32)

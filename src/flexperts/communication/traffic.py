@@ -35,7 +35,9 @@ def personal_bytes(content: RecordDict, personal: Parameters) -> int:
     objects. What is left of under 16 bytes says nothing and is passed over: among a million shared weights, one is
     often equal to a lone gate bias by chance.
     """
-    encoded = b"".join(encoded_objects(content))
+    # The arrays whole as well: what is sent is cut into chunks, and a cut could fall into the window.
+    whole = [array.data for record in content.array_records.values() for array in record.values()]
+    encoded = b"".join([*encoded_objects(content), *whole])
     found = 0
     for parameter in personal.values():
         raw = parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -53,6 +53,10 @@ class PromptEncoder:
     def __init__(self, tokenizer: Any, template: Template = "auto", max_length: int = 512) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
         has_chat = bool(tokenizer.chat_template)
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(
+                "the tokenizer", "it has no EOS token, so nothing could learn to stop", "set eos_token"
+            )
         if template == "chat" and not has_chat:
             raise ConfigError("model.template = 'chat'", "the tokenizer has no chat template", "use 'alpaca'")
         self.chat = has_chat if template == "auto" else template == "chat"

@@ -64,17 +64,19 @@ def read_rows(
 
 
 def _row(record: Mapping[str, Any], columns: Mapping[str, str], where: str, passage: str | None) -> Row:
-    values = {field: _value(record, field, columns.get(field, field), where) for field in FIELDS}
+    values = {field: _value(record, field, columns, where) for field in FIELDS}
     identity = str(record.get(passage or "passage") or values["context"] or values["instruction"])
     return Row(**values, passage=identity)
 
 
-def _value(record: Mapping[str, Any], field: str, column: str, where: str) -> str:
+def _value(record: Mapping[str, Any], field: str, columns: Mapping[str, str], where: str) -> str:
+    column = columns.get(field, field)
     value = record.get(column)
-    if field in REQUIRED and column not in record:
+    # A column that the recipe names must exist: a misspelt one would leave the field empty in silence.
+    if (field in REQUIRED or field in columns) and column not in record:
         raise DataError(
             f"{where}: no column {column!r} among {sorted(record)}",
-            f"the {field} is required",
+            f"the {field} is to come from there",
             f"name its column under [data.columns], such as {field} = {min(record, default='column')!r}",
         )
     if not isinstance(value, str) and value is not None:

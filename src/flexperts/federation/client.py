@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +71,10 @@ class Client:
         """The client's rows."""
         return self.workspace.clients[self.name]
 
-    @cached_property
+    @property
     def examples(self) -> list[Example]:
         """Its train rows, encoded."""
-        return self.workspace.encoder.encode_all(self.rows.train)
+        return self.workspace.examples[self.name]
 
     @property
     def state_file(self) -> Path:
@@ -200,7 +199,7 @@ class Client:
         settings = CalibrationSettings(
             rows=graft.calibration_rows,
             tokens=graft.calibration_tokens,
-            batch_size=self.config.evaluation.batch_size,
+            batch_size=self.config.training.micro_batch_size or self.config.training.batch_size,
             pad_token_id=self.workspace.encoder.tokenizer.pad_token_id,
             precision=self.config.model.precision,
         )

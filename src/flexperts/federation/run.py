@@ -54,14 +54,15 @@ def run_federation(config: RunConfig, out: Path, observer: Observer | None = Non
 
 
 def _prepare(config: RunConfig, observer: Observer) -> Workspace:
-    """Load rows before the base: what is most often wrong is found soonest."""
-    for name in filter(None, (config.method.name, config.method.reference)):
-        method_class(name)
+    """Load and check everything that can be wrong, rows first: mistakes there are found without the base."""
+    methods = [method_class(name) for name in (config.method.name, config.method.reference) if name]
     workspace = Workspace(config)
     observer.stage("reading rows")
     _ = workspace.clients
     observer.stage(f"loading {config.model.base}")
-    _ = workspace.base, workspace.encoder
+    workspace.check(grafts=any(method.grafts for method in methods))
+    if workspace.encoder.cut:
+        observer.stage(f"{workspace.encoder.cut} contexts cut to training.max_length {config.training.max_length}")
     return workspace
 
 

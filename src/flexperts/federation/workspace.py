@@ -7,9 +7,12 @@ from functools import cached_property
 
 from flexperts.config import RunConfig
 from flexperts.data.clients import Clients, load_clients
-from flexperts.data.prompts import PromptEncoder
+from flexperts.data.prompts import Example, PromptEncoder
+from flexperts.errors import GraftError
 from flexperts.evaluation.scores import Scores
 from flexperts.modeling.load import LoadedBase, load_base
+from flexperts.moe.attention import attention_linears
+from flexperts.moe.experts import find_experts
 
 
 @dataclass
@@ -33,6 +36,31 @@ class Workspace:
     def base(self) -> LoadedBase:
         """The resident base."""
         return load_base(self.config.model)
+
+    @cached_property
+    def examples(self) -> dict[str, list[Example]]:
+        """Every client's train rows, encoded."""
+        return {name: self.encoder.encode_all(rows.train) for name, rows in self.clients.items()}
+
+    def check(self, *, grafts: bool) -> None:
+        """Refuse what would otherwise fail in the middle of a run.
+
+        Args:
+            grafts: Whether some method of the run grafts.
+
+        Raises:
+            FlexpertsError: A row does not fit, the base cannot be grafted, or has too few experts or projections.
+        """
+        _ = self.examples
+        for rows in self.clients.values():
+            self.encoder.encode_all(rows.test)
+        attention_linears(self.base.model, self.config.lora.projections)
+        wanted = self.config.graft.experts
+        for experts in find_experts(self.base.model) if grafts else []:
+            if wanted > experts.num_experts:
+                raise GraftError(
+                    f"graft.experts = {wanted}", f"{experts.name} has {experts.num_experts}", "ask for fewer"
+                )
 
     @cached_property
     def encoder(self) -> PromptEncoder:

@@ -32,7 +32,9 @@ def response_logits(model: nn.Module, batch: PaddedBatch) -> Tensor:
         "attention_mask": batch.attention_mask.to(device),
     }
     if _keeps_logits(model):
-        inputs["logits_to_keep"] = keep
+        # Indices, not a number: on a slice's strides torch copies the vocabulary matrix once per row.
+        columns = batch.input_ids.shape[1]
+        inputs["logits_to_keep"] = torch.arange(max(0, columns - keep), columns, device=device)
     logits: Tensor = model(**inputs, use_cache=False).logits
     return logits[:, -keep:-1].float()
 

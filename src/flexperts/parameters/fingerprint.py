@@ -20,7 +20,7 @@ def fingerprint(model: nn.Module) -> str:
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
         flat = parameter.detach().reshape(-1)
-        step = max(1, flat.numel() // _SAMPLES)
-        sample = flat[::step][:_SAMPLES].cpu().contiguous()
+        step = max(1, -(-flat.numel() // _SAMPLES))
+        sample = flat[::step].cpu().contiguous()
         digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -40,6 +40,13 @@ def test_name_type_and_shape_show() -> None:
     assert len({fingerprint(m) for m in [small(), *others]}) == 4
 
 
+def test_types_of_equal_bytes_show() -> None:
+    halves = [nn.Linear(4, 4, bias=False, dtype=dtype) for dtype in (torch.float16, torch.bfloat16)]
+    for half in halves:
+        nn.init.zeros_(half.weight)
+    assert fingerprint(halves[0]) != fingerprint(halves[1])
+
+
 def test_large_tensors_are_sampled_to_their_end() -> None:
     """Every 4th of 4,096 values is read: a change of 4 neighbours anywhere shows."""
 
