@@ -42,8 +42,8 @@ def write_note(passage: str, topic: Topic, level: str, asides: Sequence[str], se
     rng = rng_for(seed, passage)
     facts = _people(rng, split) | _dates(rng) | _places(rng, split) | _thing(rng, split, topic)
     parts = [rng.choice(phrases.SETTINGS), rng.choice(phrases.REFERENCES), rng.choice(phrases.CUES[level])]
-    # One aside at least, so that the shortest notes stay in range.
-    parts += rng.sample([rng.choice(asides), rng.choice(phrases.DISTRACTORS)], rng.choice((1, 2, 2)))
+    # Something to overlook in most notes, so that a question cannot be answered by shape alone.
+    parts += rng.sample([rng.choice(asides), rng.choice(phrases.DISTRACTORS)], rng.choice((0, 1, 1)))
     rng.shuffle(parts)
     text = " ".join([rng.choice(phrases.OPENINGS), *parts]).format(**facts)
     return Note(passage, text, topic.theme, level, facts)

@@ -89,24 +89,6 @@ QUESTIONS = {
         "What is the place?",
         "At which address should we look?",
     ),
-    "code": (
-        "What is the reference?",
-        "Which reference should we quote?",
-        "Under which number is it filed?",
-        "Give the reference of the note.",
-    ),
-    "item": (
-        "What thing is it about?",
-        "Which thing does the note concern?",
-        "What does the message refer to?",
-        "Name the thing in question.",
-    ),
-    "urgency": (
-        "How urgent is it?",
-        "How soon must this be done?",
-        "What priority does this have?",
-        "How pressing is the note?",
-    ),
 }
 TASKS = {
     "information_extraction": (
