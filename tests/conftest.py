@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from flexperts.config import RunConfig, parse_recipe
+from flexperts.config import RunConfig
+from flexperts.recipe import parse_recipe
 from flexperts.testing import save_tiny_base
 
 

@@ -18,7 +18,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
     {"errors"},
     {"config", "seeding", "artifacts"},
-    {"base", "moe", "parameters", "data"},
+    {"recipe", "base", "moe", "parameters", "data"},
     {"modeling"},
     {"grafting", "training", "evaluation", "communication"},
     {"methods"},

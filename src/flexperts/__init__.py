@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flexperts.base.build import build_base
-    from flexperts.config import RunConfig, load_recipe, parse_recipe
+    from flexperts.config import RunConfig
     from flexperts.errors import FlexpertsError
     from flexperts.federation.observer import Observer
     from flexperts.federation.run import run_federation
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from flexperts.methods.registry import method_names, register_method
     from flexperts.moe.experts import find_experts
     from flexperts.parameters.split import split_parameters
+    from flexperts.recipe import load_recipe, parse_recipe
 
 __version__ = "0.1.0"
 
@@ -33,9 +34,9 @@ _HOMES = {
     "TrainedRun": "federation.trained",
     "build_base": "base.build",
     "find_experts": "moe.experts",
-    "load_recipe": "config",
+    "load_recipe": "recipe",
     "method_names": "methods.registry",
-    "parse_recipe": "config",
+    "parse_recipe": "recipe",
     "reconstruction_scores": "grafting.selection",
     "register_method": "methods.registry",
     "run_federation": "federation.run",

@@ -136,7 +136,7 @@ def test_run_shows_its_stages_and_scores(finished: tuple[Path, str]) -> None:
     out, printed = finished
     summary = json.loads((out / "summary.json").read_text())
     lines = printed.splitlines()
-    for stage in ("reading rows", "clients join and select their experts", "round 1 of 1"):
+    for stage in ("reading rows", "flex: clients join", "round 1 of 1"):
         assert stage in lines
     assert lines[-1].endswith(f"everything is in {out}")  # whole, however long
     assert "0 personal bytes sent" in printed
@@ -424,7 +424,7 @@ def test_make_silos_refuses_too_few_rows(tmp_path: Path, option: str) -> None:
 
 
 def test_the_run_directory_reads_back(finished: tuple[Path, str], work: Path, tiny_base: Path) -> None:
-    from flexperts.config import load_recipe, parse_recipe
+    from flexperts.recipe import load_recipe, parse_recipe
 
     run = RunDirectory.open(finished[0])
     config = load_recipe(work / "recipe.toml")

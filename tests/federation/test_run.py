@@ -13,11 +13,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from flexperts.config import RunConfig, parse_recipe
+from flexperts.config import RunConfig
 from flexperts.federation.run import run_federation
 from flexperts.federation.trained import TrainedRun
 from flexperts.federation.workspace import Workspace
 from flexperts.methods.registry import method_names
+from flexperts.recipe import parse_recipe
 
 Recipe = Callable[..., RunConfig]
 

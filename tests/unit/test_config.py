@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexperts.config import DataConfig, RunConfig, load_recipe, parse_recipe
+from flexperts.config import DataConfig, RunConfig
 from flexperts.errors import ConfigError
+from flexperts.recipe import load_recipe, parse_recipe
 
 SILOS = "[data.silos]\n"
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
@@ -124,9 +125,6 @@ def test_data_section_is_required() -> None:
         ("lora.projections=[]", "lora.projections", ()),
         ("graft.rank=4", "graft.rank", 4),
         ("graft.rank=full", "graft.rank", "full"),
-        ("method.options.mu=0.01", "method.options", {"mu": 0.01}),
-        ("method.options.on=true", "method.options", {"on": True}),
-        ("method.options.n=1", "method.options", {"n": 1}),
     ],
 )
 def test_overrides_are_toml_values_or_plain_text(override: str, path: str, value: Any) -> None:
@@ -160,7 +158,6 @@ def test_bad_overrides(override: str, said: str) -> None:
     lr=st.floats(1e-8, 10),
     rank=st.one_of(st.just("full"), st.integers(1, 99)),
     text=st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1),
-    options=st.dictionaries(st.text(min_size=1), st.one_of(st.booleans(), st.integers(-9, 9), st.floats(-1, 1))),
     steps=st.none() | st.integers(1, 99),
     clients=st.dictionaries(st.text(min_size=1), st.text(), min_size=1, max_size=3),
 )
@@ -169,7 +166,6 @@ def test_toml_round_trip_is_the_same_config(
     lr: float,
     rank: Any,
     text: str,
-    options: dict[str, Any],
     steps: int | None,
     clients: dict[str, str],
 ) -> None:
@@ -179,7 +175,6 @@ def test_toml_round_trip_is_the_same_config(
             "model": {"base": text},
             "graft": {"rank": rank},
             "data": {"clients": {name: {"train": file} for name, file in clients.items()}},
-            "method": {"options": options},
             "training": {"lr": lr, "local_steps": steps},
         }
     )
@@ -233,9 +228,9 @@ def test_configs_are_frozen() -> None:
 
 
 def test_the_reference_differs_in_the_method_only() -> None:
-    config = parse_recipe("seed = 5\n[method]\nname = 'flex'\nreference = 'fedavg'\noptions.a = 1\n" + SILOS)
+    config = parse_recipe("seed = 5\n[method]\nname = 'flex'\nreference = 'fedavg'\n" + SILOS)
     other = config.with_method("fedavg")
-    assert (other.method.name, other.method.reference, other.method.options) == ("fedavg", None, {})
+    assert (other.method.name, other.method.reference) == ("fedavg", None)
     assert other.model_copy(update={"method": config.method}) == config
 
 

@@ -16,10 +16,10 @@ def command(
     ] = [],  # noqa: B006 - typer copies it
 ) -> None:
     """Show a model's experts modules, its attention projections, and the split of its parameters."""
-    from flexperts.config import parse_recipe
     from flexperts.federation.client_model import ClientModel
     from flexperts.methods.registry import method_class
     from flexperts.modeling.load import load_base
+    from flexperts.recipe import parse_recipe
 
     chosen = method_class(method)()
     config = parse_recipe("data.silos = {}", [*settings, f"model.base={model!r}"])

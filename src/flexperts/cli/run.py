@@ -23,7 +23,7 @@ def command(
     ] = None,
 ) -> None:
     """Run a recipe: train, average, evaluate, and write a run directory."""
-    from flexperts.config import load_recipe
+    from flexperts.recipe import load_recipe
 
     config = load_recipe(recipe, settings or ())
     out = out or Path("runs") / f"{recipe.stem}-{datetime.now():%Y%m%d-%H%M%S}"

@@ -76,7 +76,7 @@ def _value(record: Mapping[str, Any], field: str, columns: Mapping[str, str], wh
     if (field in REQUIRED or field in columns) and column not in record:
         raise DataError(
             f"{where}: no column {column!r} among {sorted(record)}",
-            f"the {field} is to come from there",
+            f"the {field} is required" if field in REQUIRED else f"the recipe takes the {field} from there",
             f"name its column under [data.columns], such as {field} = {min(record, default='column')!r}",
         )
     if not isinstance(value, str) and value is not None:

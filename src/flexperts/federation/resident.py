@@ -6,12 +6,12 @@ from pathlib import Path
 
 from flwr.app import Context
 
-from flexperts.config import parse_recipe
 from flexperts.federation.client import Client
 from flexperts.federation.client_model import ClientModel
 from flexperts.federation.observer import current_observer
 from flexperts.federation.workspace import Workspace
 from flexperts.methods.registry import method_class
+from flexperts.recipe import parse_recipe
 
 
 class Resident:

@@ -49,7 +49,7 @@ def serve(grid: Grid, config: RunConfig, run: RunDirectory, observer: Observer) 
         FederationError: Clients disagree on base or recipe, or a reply cannot be used.
     """
     started = time.monotonic()
-    observer.stage("clients join and select their experts")
+    observer.stage(f"{config.method.name}: clients join")
     federation = meet(grid)
     setup = time.monotonic() - started
     info = next(iter(federation.infos.values()))

@@ -8,9 +8,9 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from flexperts.artifacts import RunDirectory
-from flexperts.config import parse_recipe
 from flexperts.federation.observer import current_observer
 from flexperts.federation.server import serve
+from flexperts.recipe import parse_recipe
 
 app = ServerApp()
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from flexperts.artifacts import RunDirectory
-from flexperts.config import parse_recipe
 from flexperts.errors import ConfigError
 from flexperts.evaluation.generation import generate
 from flexperts.evaluation.scores import Scores
@@ -18,6 +17,7 @@ from flexperts.federation.workspace import Workspace
 from flexperts.methods.base import State
 from flexperts.methods.registry import method_class
 from flexperts.parameters.store import load_personal
+from flexperts.recipe import parse_recipe
 
 
 class TrainedRun:

@@ -161,6 +161,7 @@ from pathlib import Path
 import torch
 from flexperts.parameters.store import PersonalMeta, load_personal, save_personal
 
+torch.set_num_threads(1)  # a forked child cannot use its parent's thread pool
 path = Path(sys.argv[1])
 meta = PersonalMeta("bank", "b", 0, "", {}, {})
 save = lambda version: save_personal(path, {"x": torch.full((1_000_000,), float(version))}, meta)
@@ -191,6 +192,7 @@ def test_a_writer_killed_in_the_middle_leaves_a_whole_file(tmp_path: Path) -> No
         capture_output=True,
         text=True,
         check=False,
+        timeout=100,
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.rpartition(":")[2]) >= 1

@@ -1,0 +1,39 @@
+"""The promises of the quick start on the real base, at a size of minutes: run with `make slow`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from flexperts.federation.run import run_federation
+from flexperts.federation.workspace import Workspace
+from flexperts.parameters.store import load_personal
+from flexperts.recipe import load_recipe
+
+pytestmark = pytest.mark.slow
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.toml"
+SMALL = ("federation.rounds=1", "training.local_steps=2", "evaluation.rows=2", "evaluation.max_new_tokens=4")
+
+
+def test_two_runs_are_bit_identical_and_leave_the_base_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_recipe(RECIPE, SMALL)
+    resident = Workspace(config)
+    before = {name: tensor.clone() for name, tensor in resident.base.model.state_dict().items()}
+    monkeypatch.setattr("flexperts.federation.run.Workspace", lambda config: resident)
+    for name in ("a", "b"):
+        summary = run_federation(config, tmp_path / name)
+        assert summary["bytes"]["personal_sent"] == 0
+    files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*.safetensors"))
+    assert len(files) == 10  # five of the method, five of its reference
+    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+    after = resident.base.model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+    choices = [load_personal(p)[1].choice for p in (tmp_path / "a" / "personal").glob("*.safetensors")]
+    assert len({str(choice) for choice in choices}) > 1

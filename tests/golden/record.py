@@ -1,0 +1,65 @@
+"""Records the golden trajectories: losses and scores of a tiny run of each method.
+
+    python tests/golden/record.py        # after a change that is meant to change numbers; say why in the commit
+
+Rounding differs between processors, so tests compare with a tolerance far below what a real change does.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from flexperts.federation.run import run_federation
+from flexperts.methods.registry import method_names
+from flexperts.recipe import parse_recipe
+from flexperts.testing import save_tiny_base
+
+REFERENCES = Path(__file__).with_name("trajectories.json")
+_RECIPE = """
+[model]
+base = "{base}"
+dtype = "float32"
+precision = "fp32"
+[method]
+name = "{method}"
+[data.silos]
+train_rows = 8
+test_rows = 4
+[training]
+max_length = 640
+lr = 0.02
+[federation]
+rounds = 3
+[evaluation]
+every = 1
+max_new_tokens = 2
+"""
+
+
+def trajectory(method: str, folder: Path) -> dict[str, Any]:
+    """Return losses and NLL of every round and client of a tiny run."""
+    base = save_tiny_base(folder / "base", max_position_embeddings=1024)
+    run_federation(parse_recipe(_RECIPE.format(base=base, method=method)), folder / "run")
+    rounds = [json.loads(line) for line in (folder / "run" / "rounds.jsonl").read_text().splitlines()]
+    return {
+        "loss": [{n: c["loss"] for n, c in r["clients"].items()} for r in rounds],
+        "nll": [
+            {n: {k: v for k, v in s.items() if k.startswith("nll")} for n, s in r["scores"].items()} for r in rounds
+        ],
+    }
+
+
+def record() -> None:
+    """Write the references anew."""
+    made = {}
+    for method in method_names():
+        with tempfile.TemporaryDirectory() as folder:
+            made[method] = trajectory(method, Path(folder))
+    REFERENCES.write_text(json.dumps(made, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    record()

@@ -1,0 +1,41 @@
+"""No change of numbers goes unnoticed: every method's tiny run follows its recorded trajectory."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexperts.methods.registry import method_names
+
+_spec = importlib.util.spec_from_file_location("record", Path(__file__).with_name("record.py"))
+assert _spec
+assert _spec.loader
+record = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(record)
+
+REFERENCES: dict[str, Any] = json.loads(record.REFERENCES.read_text())
+
+
+def numbers(tree: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """Yield every number in a tree with its path."""
+    if isinstance(tree, float):
+        yield path, tree
+    else:
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from numbers(value, f"{path}/{key}")
+
+
+def test_every_method_has_a_reference() -> None:
+    assert sorted(REFERENCES) == method_names()
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_trajectory(method: str, tmp_path: Path) -> None:
+    found, expected = (dict(numbers(t)) for t in (record.trajectory(method, tmp_path), REFERENCES[method]))
+    assert len(expected) > 20
+    assert found == pytest.approx(expected, rel=2e-4)
