@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import warnings
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from flexperts import __version__
 from flexperts.cli import base, data, evaluate, generate, inspect, methods, run
 from flexperts.errors import FlexpertsError
 
@@ -17,6 +19,15 @@ app = typer.Typer(
     add_completion=False,
     help="Personalized federated fine-tuning of Mixture-of-Experts language models.",
 )
+
+
+@app.callback(invoke_without_command=True)
+def _top(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 app.command("run")(run.command)
 app.command("evaluate")(evaluate.command)
 app.command("generate")(generate.command)

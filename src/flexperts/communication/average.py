@@ -15,7 +15,7 @@ def weighted_mean(updates: Iterable[Update]) -> Vector:
     """Return sum_i (n_i / n) theta_i in fp32, n_i being a client's train rows.
 
     The result depends on the order of the sum in its last bits, so updates must come sorted by client; the caller's
-    grid yields them so. Source: McMahan et al., 2017 (FedAvg); FLEx, 3.1.
+    grid yields them so. Source: McMahan et al., 2017 (FedAvg).
 
     Raises:
         FederationError: There is no update, clients are not sorted, or a vector is not finite or does not fit.

@@ -4,7 +4,7 @@
 
 The hook leaves the base's modules, parameter names and state_dict as they are; taking it off restores the base bit
 for bit. The graft's parameters live outside the base, so nothing that saves or sends the base can carry them.
-Shapes: T tokens, D expert width, k personal experts. Source: FLEx (arXiv 2506.00965), 3.2 and 3.3.
+Shapes: T tokens, D expert width, k personal experts. Source: FLEx (arXiv 2506.00965).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One personal expert: a frozen pretrained expert read in place, plus what the client trains.
 
-Shapes: T tokens, D expert width, I intermediate, U up-projection width, r rank. Source: FLEx (arXiv 2506.00965),
-3.2; the low-rank form is its released code's, computed here on activations: no weight-sized delta ever exists.
+Shapes: T tokens, D expert width, I intermediate, U up-projection width, r rank. Source: FLEx (arXiv 2506.00965);
+the low-rank form is its released code's, computed here on activations: no weight-sized delta ever exists.
 """
 
 from __future__ import annotations

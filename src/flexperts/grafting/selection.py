@@ -4,7 +4,7 @@
 
 With one expert kept, its re-normalised router weight is 1. All layers are scored in ONE forward pass: hooks add to
 per-expert float64 sums and store nothing. Shapes: T tokens, D width, N experts.
-Source: FLEx (arXiv 2506.00965), 3.2, after the layer-wise criterion of Lu et al., ACL 2024.
+Source: FLEx (arXiv 2506.00965), after the layer-wise criterion of Lu et al., ACL 2024.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from flexperts.methods.base import Method
 class Flex(Method):
     """Personal experts beside shared attention LoRA.
 
-    Source: arXiv 2506.00965, sections 3.1 to 3.3.
+    Source: arXiv 2506.00965 (selective aggregation, expert grafting, adaptive gate).
     Trained: attention LoRA, the k personal experts of every MoE layer and their sigmoid gate, together.
     Sent and averaged by rows: attention LoRA. Stays: experts and gate. Frozen: all pretrained weights.
     Inference: last global LoRA with the client's own experts and gate.
