@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Any
 
 import typer
@@ -32,6 +33,7 @@ def _show(base: Any, model: Any) -> None:
     from rich.table import Column, Table
 
     from flexperts.cli.display import split_table
+    from flexperts.moe.attention import attention_linears
 
     console = Console()
     kind = type(base.model).__name__
@@ -42,6 +44,8 @@ def _show(base: Any, model: Any) -> None:
         table.add_row(experts.name, str(experts.num_experts), str(experts.width), kind, str(experts.dtype))
     if model.experts:
         console.print(table)
+    targets = Counter(name.rsplit(".", 1)[-1] for name in attention_linears(base.model))
+    console.print("attention projections:", ", ".join(f"{count} {name}" for name, count in targets.items()))
     grafts = model.grafts("inspect", {e.name: range(model.config.graft.experts) for e in model.experts})
     with model.lend(grafts if model.experts else None, {}) as split:
         console.print(split_table(f"{model.method.name}: parameters of one client", split.describe()))
