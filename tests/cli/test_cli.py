@@ -190,6 +190,7 @@ def test_inspect_shows_modules_and_split(tiny_base: Path) -> None:
     assert rows["shared"] == ["12", "640", "2.6 kB"]
     # per layer an expert's [32, 32] and [32, 16], the gate's 32 weights and its bias
     assert rows["personal"] == ["8", "3,138", "12.6 kB"]
+    assert "attention projections: 2 q_proj, 2 k_proj, 2 v_proj, 2 o_proj" in " ".join(printed.split())
 
 
 def test_inspect_without_grafts(tiny_base: Path) -> None:

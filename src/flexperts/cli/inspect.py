@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -20,20 +21,21 @@ def command(
     from flexperts.federation.client_model import ClientModel
     from flexperts.methods.registry import method_class
     from flexperts.modeling.load import load_base
+    from flexperts.moe.attention import attention_linears
     from flexperts.recipe import parse_recipe
 
     chosen = method_class(method)()
     config = parse_recipe("data.silos = {}", [*settings, f"model.base={model!r}"])
     base = load_base(config.model)
-    _show(base, ClientModel(base, config, chosen))
+    projections = attention_linears(base.model)  # before LoRA takes their place
+    _show(base, ClientModel(base, config, chosen), projections)
 
 
-def _show(base: Any, model: Any) -> None:
+def _show(base: Any, model: Any, projections: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
     from flexperts.cli.display import split_table
-    from flexperts.moe.attention import attention_linears
 
     console = Console()
     kind = type(base.model).__name__
@@ -44,7 +46,7 @@ def _show(base: Any, model: Any) -> None:
         table.add_row(experts.name, str(experts.num_experts), str(experts.width), kind, str(experts.dtype))
     if model.experts:
         console.print(table)
-    targets = Counter(name.rsplit(".", 1)[-1] for name in attention_linears(base.model))
+    targets = Counter(name.rsplit(".", 1)[-1] for name in projections)
     console.print("attention projections:", ", ".join(f"{count} {name}" for name, count in targets.items()))
     grafts = model.grafts("inspect", {e.name: range(model.config.graft.experts) for e in model.experts})
     with model.lend(grafts if model.experts else None, {}) as split:
