@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from flwr.app import Message
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from flexperts.config import RunConfig
+from flexperts.federation.inprocess_grid import InProcessGrid
 from flexperts.federation.run import run_federation
 from flexperts.federation.trained import TrainedRun
 from flexperts.federation.workspace import Workspace
@@ -50,6 +52,24 @@ def test_another_seed_gives_other_weights(recipe: Recipe, tmp_path: Path) -> Non
         run_federation(recipe(f"seed={seed}"), tmp_path / str(seed))
     weights = [(tmp_path / s / "shared" / "adapter_model.safetensors").read_bytes() for s in "01"]
     assert weights[0] != weights[1]
+
+
+class ListGrid(InProcessGrid):
+    """Answers as Flower's own grids do: with a list, in the order of arrival."""
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        return list(super().send_and_receive(messages, timeout=timeout))[::-1]
+
+
+def test_the_order_of_arrival_changes_nothing(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_federation(recipe(), tmp_path / "lazy")
+    monkeypatch.setattr("flexperts.federation.run.InProcessGrid", ListGrid)
+    run_federation(recipe(), tmp_path / "list")
+    lazy, listed = files(tmp_path / "lazy"), files(tmp_path / "list")
+    del lazy["rounds.jsonl"], listed["rounds.jsonl"]
+    assert lazy == listed
 
 
 def test_summary_has_what_is_promised(recipe: Recipe, tmp_path: Path) -> None:

@@ -21,9 +21,8 @@ class RunDisplay(Observer):
         self.console = console or Console()
         columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._progress = Progress(*columns, console=self.console, transient=True)
-        self._chosen: dict[str, Mapping[str, Sequence[int]]] = {}
         self._task: Any = None
-        self._started: tuple[int, int] = (0, 0)
+        self._done = 0
 
     def __enter__(self) -> RunDisplay:
         self._progress.start()
@@ -40,11 +39,11 @@ class RunDisplay(Observer):
 
     def progress(self, task: str, done: int, total: int) -> None:
         """Move the one bar; a new unit of work starts it afresh."""
-        if self._task is None or done <= self._started[0]:
+        if self._task is None or done <= self._done:
             if self._task is not None:
                 self._progress.remove_task(self._task)
             self._task = self._progress.add_task(task, total=total)
-        self._started = (done, total)
+        self._done = done
         self._progress.update(self._task, description=task, completed=done, total=total)
 
     def chosen(self, client: str, choice: Mapping[str, Sequence[int]]) -> None:

@@ -113,7 +113,7 @@ class FlexpertsStrategy(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Collect the clients' scores and write the round down."""
         log = self.rounds[-1]
-        for reply in replies:
+        for reply in self._in_order(replies):
             log.scores[self._sender(reply)] = dict(metrics_of(reply))
         log.seconds["evaluation"] = time.monotonic() - self._started
         record = vars(log)
@@ -130,13 +130,17 @@ class FlexpertsStrategy(Strategy):
 
     def _updates(self, replies: Iterable[Message]) -> Iterator[Update]:
         log = self.rounds[-1]
-        for reply in replies:
+        for reply in self._in_order(replies):
             name = self._sender(reply)
             metrics = dict(metrics_of(reply))
             log.uplink[name] = encoded_bytes(reply.content)
             log.personal_sent += int(metrics.pop("personal_sent"))
             log.clients[name] = metrics
             yield Update(name, vector_of(reply, self.manifest.size, name), int(metrics["rows"]), metrics)
+
+    def _in_order(self, replies: Iterable[Message]) -> Iterable[Message]:
+        """Return replies sorted by client; a lazy grid has them in the order of the requests, which is the same."""
+        return sorted(replies, key=self._sender) if isinstance(replies, list | tuple) else replies
 
     def _sender(self, reply: Message) -> str:
         if reply.has_error():

@@ -85,17 +85,17 @@ def train_local(
     Raises:
         FederationError: The loss is not finite.
     """
-    accelerator = Accelerator(gradient_accumulation_steps=1)
+    accelerator = Accelerator()
     optimizer, schedule = _optimizer(split, settings)
     losses, tokens = [], 0
     model.train()
     for rows in training_batches(examples, settings.batch_size, settings.steps, generator):
-        loss = _backward(accelerator, model, rows, settings)
+        loss = _finite(_backward(accelerator, model, rows, settings), settings)
         accelerator.clip_grad_norm_(split.trained.values(), settings.max_grad_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        losses.append(_finite(loss, settings))
+        losses.append(loss)
         tokens += sum(len(row.input_ids) for row in rows)
         on_step(loss)
     model.eval()
