@@ -3,7 +3,8 @@
 config.toml            the whole recipe, defaults written out
 environment.json       versions and machine
 rounds.jsonl           one line per finished round
-summary.json           scores, bytes and seconds; written last, so that it marks a finished run
+summary.json           scores, bytes and seconds; written when the method's rounds are done, and once more with
+                       the reference's when those are
 shared/                the averaged LoRA as an ordinary PEFT adapter folder
 personal/NAME.safetensors   each client's personal state (in a deployed run it lies at the client)
 predictions/NAME.jsonl      each client's generated answers (likewise)
@@ -16,6 +17,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -48,11 +50,13 @@ class RunDirectory:
 
     @classmethod
     def check_free(cls, path: Path) -> None:
-        """Refuse a path that already holds a run.
+        """Refuse a path that already holds a run or cannot hold one.
 
         Raises:
-            ArtifactError: It does.
+            ArtifactError: It does, or it lies in a file.
         """
+        if any(place.is_file() for place in (path, *path.parents)):
+            raise ArtifactError(f"{path}", "a file stands in its place", "choose another --out")
         if (path / "config.toml").exists():
             raise ArtifactError(f"{path}", "it already holds a run", "choose another --out, or delete it")
 
@@ -141,7 +145,8 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise ArtifactError(f"{path}", f"it cannot be written ({error})", "choose another --out") from error
 
 

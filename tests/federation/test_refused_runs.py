@@ -38,12 +38,21 @@ def dense_base(tmp_path: Path) -> Path:
         "method.name=fedavgg",
         "method.reference=fedavgg",
         "model.base=/nowhere/at/all",
+        "model.device=banana",
     ],
 )
 def test_a_refused_run_leaves_nothing(recipe: Recipe, tmp_path: Path, override: str) -> None:
     with pytest.raises(FlexpertsError):
         run_federation(recipe(override), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_a_file_in_the_place_of_the_run_directory_is_refused(recipe: Recipe, tmp_path: Path, out: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ArtifactError, match="a file stands in its place"):
+        run_federation(recipe(), tmp_path / out)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_dense_base_is_refused_even_if_only_the_reference_grafts(

@@ -146,6 +146,16 @@ def test_shared_adapter_is_an_ordinary_peft_folder(recipe: Recipe, tmp_path: Pat
     assert not torch.equal(ours, plain)
 
 
+def test_adapter_config_is_the_same_on_every_machine(recipe: Recipe, tmp_path: Path, tiny_base: Path) -> None:
+    """Clients must agree on its text: no set in random order, no local path."""
+    run_federation(recipe(), tmp_path / "run")
+    text = (tmp_path / "run" / "shared" / "adapter_config.json").read_text()
+    config = json.loads(text)
+    assert config["target_modules"] == sorted(config["target_modules"])
+    assert config["base_model_name_or_path"] == tiny_base.name
+    assert str(tiny_base.parent) not in text
+
+
 def test_evaluating_again_from_files_gives_the_same_scores(recipe: Recipe, tmp_path: Path) -> None:
     summary = run_federation(recipe("training.lr=0.02"), tmp_path / "run")
     again = TrainedRun(tmp_path / "run").evaluate()

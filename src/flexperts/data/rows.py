@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -77,10 +78,16 @@ def _value(record: Mapping[str, Any], field: str, columns: Mapping[str, str], wh
         raise DataError(
             f"{where}: no column {column!r} among {sorted(record)}",
             f"the {field} is required" if field in REQUIRED else f"the recipe takes the {field} from there",
-            f"name its column under [data.columns], such as {field} = {min(record, default='column')!r}",
+            f"name its column under [data.columns], such as {field} = {_closest(column, record)!r}",
         )
     if not isinstance(value, str) and value is not None:
         raise DataError(f"{where}: {column} = {value!r}", "it must be text", "write it as a string")
     if field in REQUIRED and not (value or "").strip():
         raise DataError(f"{where}: {column} is empty", f"the {field} must hold text", "fill it in or drop the row")
     return value or ""
+
+
+def _closest(column: str, record: Mapping[str, Any]) -> str:
+    """Return the column that a misspelt one most likely means."""
+    close: list[str] = difflib.get_close_matches(column, list(record), n=1, cutoff=0.0)
+    return close[0] if close else "column"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -27,7 +28,8 @@ def write_adapter(folder: Path, config_json: str, manifest: Manifest, vector: Ve
         temporary.write_bytes(weights)
         temporary.replace(folder / "adapter_model.safetensors")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise ArtifactError(f"{folder}", f"it cannot be written ({error})", "choose another --out") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -117,10 +118,17 @@ class ClientModel:
             self._lent = False
 
     def adapter_config(self) -> str:
-        """Return the text of PEFT's adapter_config.json for the shared adapter."""
+        """Return the text of PEFT's adapter_config.json for the shared adapter, the same on every client.
+
+        PEFT writes sets in random order and the base as a local path: neither may differ or be told.
+        """
         with tempfile.TemporaryDirectory() as folder:
             self.model.peft_config["default"].save_pretrained(folder)
-            return (Path(folder) / "adapter_config.json").read_text(encoding="utf-8")
+            config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+        config["target_modules"] = sorted(config["target_modules"])
+        base = self.config.model.base
+        config["base_model_name_or_path"] = Path(base).name if Path(base).is_absolute() else base
+        return json.dumps(config, indent=2, sort_keys=True)
 
     def _lora_parameters(self) -> dict[str, Parameter]:
         """LoRA's parameters under the names that PEFT's own adapter files use."""

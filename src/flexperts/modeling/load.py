@@ -38,13 +38,14 @@ def load_base(config: ModelConfig) -> LoadedBase:
     Raises:
         ModelError: Nothing can be loaded under that name, or the device does not exist.
     """
+    device = _device(config.device)
     source = resolve_base(config.base)
     transformers_logging.disable_progress_bar()  # transformers' bar would fight with the run's own display
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, config.dtype))
-        model = model.to(_device(config.device))
-    except (OSError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
+        model = model.to(device)
+    except (OSError, ValueError, RuntimeError, AttributeError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"model.base = {config.base!r}",
@@ -58,7 +59,13 @@ def load_base(config: ModelConfig) -> LoadedBase:
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"model.device = {name!r}", f"torch cannot use it ({reason})", "use auto or cpu"
+        ) from error
 
 
 def _freeze(model: Any) -> None:

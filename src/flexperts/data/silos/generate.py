@@ -131,10 +131,13 @@ def _check(silo: str, train_rows: int, test_rows: int) -> None:
 
 def _write(path: Path, text: str) -> Path:
     """Write a file so that a reader sees the old one or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(text.encode())
-    part.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        part.write_bytes(text.encode())
+        part.replace(path)
+    except OSError as error:
+        raise DataError(f"{path}", f"it cannot be written ({error})", "choose another folder") from error
     return path
 
 
