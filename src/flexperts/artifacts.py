@@ -133,21 +133,31 @@ class RunDirectory:
         return loaded
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file atomically.
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: a reader sees the old file or the new one, never a part.
 
     Raises:
-        ArtifactError: It cannot be written.
+        ArtifactError: It cannot be written; the old file, if there was one, still stands.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise ArtifactError(f"{path}", f"it cannot be written ({error})", "choose another --out") from error
+        raise ArtifactError(
+            f"{path}", f"it cannot be written ({error})", "free some space or choose another folder"
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as ``write_bytes`` does."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

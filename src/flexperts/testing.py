@@ -1,18 +1,15 @@
-"""Tiny random models, a byte tokenizer and toy rows: for tests of this package and of code that builds on it.
+"""Tiny random models and a byte tokenizer: for tests of this package and of code that builds on it.
 
 Nothing in the package imports this module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-
-from flexperts.data.rows import ClientRows, Row
 
 VOCABULARY = 260
 _CHAT = (
@@ -102,15 +99,3 @@ def save_tiny_base(
     tiny_model(family, seed=seed, **settings).save_pretrained(folder)
     byte_tokenizer(chat=chat).save_pretrained(folder)
     return folder
-
-
-def toy_rows(client: str, count: int = 6, answer: Callable[[int], str] = lambda i: f"yes {i}") -> ClientRows:
-    """Return a few short rows for a client, train and test with passages of their own."""
-
-    def row(side: str, number: int) -> Row:
-        passage = f"{client} {side} note {number}"
-        return Row("Answer.", answer(number), passage, "toy", passage)
-
-    return ClientRows(
-        tuple(row("train", i) for i in range(count)), tuple(row("test", i) for i in range(max(1, count // 2)))
-    )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from flexperts.artifacts import write_text
+from flexperts.artifacts import write_bytes, write_text
 from flexperts.errors import ArtifactError
 from flexperts.parameters.vector import Manifest, Vector, flatten
 
@@ -23,14 +22,7 @@ def write_adapter(folder: Path, config_json: str, manifest: Manifest, vector: Ve
         return
     write_text(folder / "adapter_config.json", config_json)
     weights = save({n: t.contiguous() for n, t in manifest.unflatten(vector).items()}, metadata={"format": "pt"})
-    temporary = folder / ".adapter_model.safetensors"
-    try:
-        temporary.write_bytes(weights)
-        temporary.replace(folder / "adapter_model.safetensors")
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise ArtifactError(f"{folder}", f"it cannot be written ({error})", "choose another --out") from error
+    write_bytes(folder / "adapter_model.safetensors", weights)
 
 
 def read_adapter(folder: Path, manifest: Manifest) -> Vector:

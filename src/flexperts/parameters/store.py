@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from flexperts.artifacts import write_bytes
 from flexperts.errors import ArtifactError
 
 _FORMAT = "flexperts-personal-1"
@@ -41,24 +39,14 @@ class PersonalMeta:
 
 
 def save_personal(path: Path, tensors: Mapping[str, Tensor], meta: PersonalMeta) -> None:
-    """Write a personal state atomically: a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Metadata goes in only next to a tensor; a client without personal tensors still has its choice to keep.
-        contiguous = {n: t.detach().cpu().contiguous() for n, t in tensors.items()} or {"_": torch.zeros(0)}
-        # One key only: safetensors writes several in random order, and equal states must be equal files.
-        save_file(contiguous, temporary, metadata={_FORMAT: json.dumps(asdict(meta))})
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(
-            f"{path}", f"it cannot be written ({error})", "free some space or choose --out"
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+    """Write a personal state whole or not at all.
+
+    Raises:
+        ArtifactError: It cannot be written; the old state, if there was one, still stands.
+    """
+    contiguous = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+    # One key only: safetensors writes several in random order, and equal states must be equal files.
+    write_bytes(path, save(contiguous, metadata={_FORMAT: json.dumps(asdict(meta))}))
 
 
 def load_personal(path: Path, *, base: str | None = None) -> tuple[dict[str, Tensor], PersonalMeta]:
@@ -85,7 +73,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], PersonalMeta]:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys() if name != "_"}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}", "there is no such personal state", "run this client first") from error
     except (SafetensorError, OSError) as error:

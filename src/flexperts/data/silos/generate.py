@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import TypedDict
 
+from flexperts.artifacts import write_text
 from flexperts.data.silos import phrases
 from flexperts.data.silos.entities import SPLITS
 from flexperts.data.silos.houses import HOUSES
@@ -70,12 +71,15 @@ def write_silos(folder: Path, seed: int, train_rows: int = 96, test_rows: int = 
 
     Raises:
         DataError: A number of rows is too small.
+        ArtifactError: The folder cannot be written.
     """
     texts = {"README.md": _README.format(seed=seed, train_rows=train_rows, test_rows=test_rows)}
     for silo in SILOS:
         for split, rows in generate_silo(silo, seed, train_rows, test_rows).items():
             texts[f"{silo}/{split}.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows)
-    return [_write(folder / name, text) for name, text in texts.items()]
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    return [folder / name for name in texts]
 
 
 def silo_notes(silo: str, seed: int, split: str, count: int) -> list[Note]:
@@ -127,18 +131,6 @@ def _check(silo: str, train_rows: int, test_rows: int) -> None:
         if rows < MIN_ROWS:
             rule = f"must be at least {MIN_ROWS}, one row per category"
             raise DataError(f"{name}={rows}", rule, f"ask for {MIN_ROWS} or more")
-
-
-def _write(path: Path, text: str) -> Path:
-    """Write a file so that a reader sees the old one or the new one, never a part."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(text.encode())
-        part.replace(path)
-    except OSError as error:
-        raise DataError(f"{path}", f"it cannot be written ({error})", "choose another folder") from error
-    return path
 
 
 _README = """\
