@@ -2,15 +2,12 @@
 
     y = sum_{j in TopK} g_j(x) E_j(x)  +  sum_p sigmoid(G_p(x)) E_p(x)
 
-The hook leaves the base's modules, parameter names and state_dict as they are; taking it off restores the base bit
-for bit. The graft's parameters live outside the base, so nothing that saves or sends the base can carry them.
 Shapes: T tokens, D expert width, k personal experts. Source: FLEx (arXiv 2506.00965).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +16,7 @@ from torch import Generator, Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from flexperts.errors import GraftError
+from flexperts.grafting.part import Part, key
 from flexperts.grafting.personal_expert import Rank, personal_expert
 from flexperts.moe.experts import FusedExperts
 
@@ -67,7 +65,7 @@ class Graft(nn.Module):
         return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
 
 
-class Grafts(nn.Module):
+class Grafts(Part):
     """All grafts of one client, attachable to and detachable from the resident base.
 
     Args:
@@ -97,13 +95,11 @@ class Grafts(nn.Module):
         # A module name cannot hold dots.
         self.layers = nn.ModuleDict(
             {
-                _key(name): Graft(by_name[name], choice[name], rank, alpha, gate_bias, generator)
+                key(name): Graft(by_name[name], choice[name], rank, alpha, gate_bias, generator)
                 for name in by_name
                 if name in choice
             }
         )
-        self.enabled = True
-        self._handles: list[RemovableHandle] = []
 
     @property
     def choice(self) -> dict[str, tuple[int, ...]]:
@@ -113,37 +109,16 @@ class Grafts(nn.Module):
     def __iter__(self) -> Iterator[Graft]:
         return iter(self.layers.values())  # type: ignore[arg-type]
 
-    def attach(self) -> Grafts:
-        """Hang every graft beside its experts module; the base computes with them from now on."""
-        if self._handles:
-            raise GraftError("grafts", "they are attached already", "detach them first")
-        self._handles = [g.experts.module.register_forward_hook(self._hook(g)) for g in self]
-        return self
-
-    def detach(self) -> None:
-        """Take every graft off; the base is then what it was, bit for bit."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Compute without the grafts inside the block."""
-        before, self.enabled = self.enabled, False
-        try:
-            yield
-        finally:
-            self.enabled = before
+    def hooks(self) -> Iterator[RemovableHandle]:
+        """Hang every graft beside its experts module."""
+        for graft in self:
+            yield graft.experts.module.register_forward_hook(self._hook(graft))
 
     def _hook(self, graft: Graft) -> Any:
         def add(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             return output + graft(args[0]).to(output.dtype) if self.enabled else output
 
         return add
-
-
-def _key(name: str) -> str:
-    return name.replace(".", "/")
 
 
 def _check_indices(experts: FusedExperts, indices: Sequence[int]) -> None:
