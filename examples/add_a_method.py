@@ -8,13 +8,14 @@ single broken silo cannot drag away (Yin et al., ICML 2018).
 
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from flexperts import Method, load_recipe, register_method, run_federation
 from flexperts.communication.messages import Update
-from flexperts.parameters.vector import Vector
+from flexperts.methods.server import Server
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
 
@@ -26,8 +27,9 @@ class MedianLora(Method):
     summary = "attention LoRA, median over clients; nothing personal"
     source = "Yin et al., ICML 2018"
 
-    def aggregate(self, current: Vector, updates: Iterable[Update]) -> Vector:
-        return np.median(np.stack([update.vector for update in updates]), axis=0).astype(np.float32)
+    def aggregate(self, server: Server, updates: Iterable[Update]) -> None:
+        median = np.median(np.stack([update.vector for update in updates]), axis=0)
+        server.shared = replace(server.shared, vector=median.astype(np.float32))
 
 
 def main(out: Path, *overrides: str) -> None:

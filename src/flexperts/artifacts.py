@@ -6,7 +6,10 @@ rounds.jsonl           one line per finished round
 summary.json           scores, bytes and seconds; written when the method's rounds are done, and once more with
                        the reference's when those are
 shared/                the averaged LoRA as an ordinary PEFT adapter folder
-personal/NAME.safetensors   each client's personal state (in a deployed run it lies at the client)
+checkpoint.safetensors the server's whole state after the last finished round, from which a run is resumed and used
+partition.json         who had which rows: counts and hashes
+personal/NAME.safetensors   each client's personal state, and NAME.before the one of the round before it
+                       (in a deployed run they lie at the client)
 predictions/NAME.jsonl      each client's generated answers (likewise)
 reference/             the reference method's run, laid out the same way
 """
@@ -74,6 +77,22 @@ class RunDirectory:
         return run
 
     @classmethod
+    def create_or_resume(cls, path: Path, config_toml: str) -> RunDirectory:
+        """Start a run directory, or take up the one that is there if its recipe is the same.
+
+        Raises:
+            ArtifactError: It holds a run of another recipe, or cannot be written.
+        """
+        if not (path / "config.toml").exists():
+            return cls.create(path, config_toml)
+        run = cls.open(path)
+        if run.config_toml != config_toml:
+            raise ArtifactError(
+                f"{path}", "it holds a run of another recipe", "resume with the recipe and --set of the first start"
+            )
+        return run
+
+    @classmethod
     def open(cls, path: Path) -> RunDirectory:
         """Open an existing run.
 
@@ -97,6 +116,11 @@ class RunDirectory:
         return self.path / "shared"
 
     @property
+    def checkpoint(self) -> Path:
+        """The server's state."""
+        return self.path / "checkpoint.safetensors"
+
+    @property
     def reference(self) -> Path:
         """Folder of the reference run."""
         return self.path / "reference"
@@ -110,6 +134,12 @@ class RunDirectory:
         """Return all finished rounds."""
         path = self.path / "rounds.jsonl"
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+    def keep_rounds(self, count: int) -> list[dict[str, Any]]:
+        """Return the first rounds and forget later ones: the checkpoint is behind them after a break."""
+        kept = self.rounds()[:count]
+        write_text(self.path / "rounds.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+        return kept
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the summary, which marks the run as finished."""

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 
 class Section(BaseModel):
@@ -57,11 +64,41 @@ class GraftConfig(Section):
     """Train rows whose tokens the selection reads."""
     calibration_tokens: int = Field(4096, ge=1)
     """Token budget of the selection, per layer."""
+    selection: Literal[
+        "reconstruction", "scaled", "frequency", "router_weight", "random", "greedy", "exhaustive"
+    ] = "reconstruction"
+    """Rule that picks the experts to graft; the method's own is reconstruction."""
+    layers: tuple[int, ...] = ()
+    """MoE layers that get a graft, counted from 0, negative from the end; empty = all."""
+    scale: float | Literal["least_squares"] = 1.0
+    """Factor on a personal expert's output; least_squares = the coefficients that best rebuild the routed output
+    from the chosen experts."""
+    place: Literal["beside", "in_place"] = "beside"
+    """beside = one expert more, with a gate; in_place = the chosen expert itself is adapted, no gate."""
+    sharing: Literal["personal", "shared", "both"] = "personal"
+    """Who owns the grafted expert: the client, the federation (averaged), or one each."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of training batches without the graft, so that the shared part learns to stand alone."""
 
     @model_validator(mode="after")
     def _positive_rank(self) -> Self:
         if self.rank != "full" and self.rank < 1:
             raise ValueError(f"rank = {self.rank} must be at least 1 or 'full'")
+        return self
+
+    @model_validator(mode="after")
+    def _positive_scale(self) -> Self:
+        if self.scale != "least_squares" and self.scale <= 0:
+            raise ValueError(f"scale = {self.scale} must be above 0 or 'least_squares'")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_beside_when_in_place(self) -> Self:
+        if self.place != "in_place":
+            return self
+        for name, only in (("scale", 1.0), ("sharing", "personal"), ("dropout", 0.0)):
+            if (value := getattr(self, name)) != only:
+                raise ValueError(f"{name} = {value!r} must be {only!r} with place = 'in_place'")
         return self
 
 
@@ -85,8 +122,52 @@ class ClientFiles(Section):
     """Test file; without it, data.test_fraction of the passages is held out."""
 
 
+class PartitionConfig(Section):
+    """One pooled data set, divided over the clients; every row goes to exactly one of them."""
+
+    source: str
+    """File (.jsonl, .json, .csv, .parquet) or hub:org/name[:split] with all rows."""
+    test: str | None = None
+    """Test file; without it, data.test_fraction of each client's passages is held out."""
+    by: Literal["pathological", "dirichlet", "natural", "iid"]
+    """A few categories per client, a Dirichlet draw per category, a column of client ids, or at random."""
+    clients: int | None = Field(None, ge=1)
+    """Clients; with natural, the column's values are the clients."""
+    column: str = Field("category", min_length=1)
+    """What rows are told apart by: the field category, or any column of the source."""
+    categories_per_client: int = Field(1, ge=1)
+    """Categories of each client (pathological)."""
+    alpha: float = Field(0.5, gt=0)
+    """Concentration (dirichlet): the smaller, the more the clients differ."""
+    min_rows: int = Field(8, ge=1)
+    """Fewest rows a client may get, before test rows are held out."""
+
+    @model_validator(mode="after")
+    def _applying(self) -> Self:
+        if idle := sorted(self._idle() & self.model_fields_set):
+            raise ValueError(f"{', '.join(idle)} does not apply to by = {self.by!r}; leave it out")
+        if self.clients is None and self.by != "natural":
+            raise ValueError(f"by = {self.by!r} needs clients, the number of them")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_idle(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A saved run must be readable again, and settings that do not apply are refused when given."""
+        return {name: value for name, value in write(self).items() if name not in self._idle()}
+
+    def _idle(self) -> set[str]:
+        """Settings that mean nothing for this ``by``."""
+        used = {
+            "pathological": {"clients", "column", "categories_per_client"},
+            "dirichlet": {"clients", "column", "alpha"},
+            "natural": {"column"},
+            "iid": {"clients"},
+        }
+        return set().union(*used.values()) - used[self.by]
+
+
 class DataConfig(Section):
-    """Who has which rows: exactly one of silos, folder, clients."""
+    """Who has which rows: exactly one of silos, folder, clients, partition."""
 
     silos: SilosConfig | None = None
     """The shipped silos."""
@@ -94,6 +175,8 @@ class DataConfig(Section):
     """A folder with one sub-folder per client that holds train.jsonl and test.jsonl."""
     clients: dict[str, ClientFiles] = {}
     """Client name -> its files."""
+    partition: PartitionConfig | None = None
+    """One pooled data set, divided over clients."""
     columns: dict[str, str] = {}
     """Field (instruction, context, response, category) -> column, where it is named otherwise."""
     test_fraction: float = Field(0.2, gt=0, lt=1)
@@ -101,9 +184,10 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        given = [n for n in ("silos", "folder", "clients") if getattr(self, n)]
+        sources = ("silos", "folder", "clients", "partition")
+        given = [n for n in sources if getattr(self, n)]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of silos, folder, clients (now: {', '.join(given) or 'none'})")
+            raise ValueError(f"give exactly one of {', '.join(sources)} (now: {', '.join(given) or 'none'})")
         if unknown := set(self.columns) - {"instruction", "context", "response", "category"}:
             raise ValueError(f"columns maps {sorted(unknown)}; fields are instruction, context, response, category")
         return self
@@ -114,8 +198,10 @@ class MethodConfig(Section):
 
     name: str = "flex"
     """See `flexperts methods`."""
+    options: dict[str, Any] = {}
+    """The method's own settings, such as FedProx's mu; see docs/methods.md."""
     reference: str | None = None
-    """A second method, run with the same budget and seed and reported beside the first."""
+    """A second method, run at the same budget and seed and reported beside the first; its options are defaults."""
 
 
 class TrainingConfig(Section):
@@ -131,6 +217,8 @@ class TrainingConfig(Section):
     """Rows per forward pass; gradients accumulate to batch_size. Lower it to save memory."""
     max_length: int = Field(512, ge=16)
     """Longest example in tokens."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Optimizer of the local step; sgd is without momentum."""
     lr: float = Field(2e-3, gt=0)
     """Peak learning rate of the shared parameters."""
     personal_lr: float | None = Field(None, gt=0)
@@ -149,7 +237,9 @@ class FederationConfig(Section):
     """The rounds."""
 
     rounds: int = Field(3, ge=1)
-    """Rounds; every client takes part in each."""
+    """Rounds."""
+    participation: float = Field(1.0, gt=0, le=1)
+    """Share of the clients that is drawn to train in each round; all are evaluated."""
 
 
 class EvaluationConfig(Section):

@@ -113,4 +113,6 @@ def _absolute(config: RunConfig, folder: Path) -> RunConfig:
     data["clients"] = {
         n: {"train": resolve(f.train), "test": resolve(f.test)} for n, f in config.data.clients.items()
     }
+    if pool := config.data.partition:
+        data["partition"] |= {"source": resolve(pool.source), "test": resolve(pool.test)}
     return config.model_copy(update={"data": DataConfig.model_validate(data)})

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from flexperts.errors import GraftError
 from flexperts.grafting.grafts import Graft, Grafts
 from flexperts.moe.attention import attention_linears
 from flexperts.moe.experts import FusedExperts, find_experts
@@ -104,6 +105,45 @@ def test_k_experts_add_up(family: str, form: dict[str, Any]) -> None:
     together = Graft(experts, (3, 0), form["rank"], 8.0, 0.3, torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(together(hidden), alone[0](hidden) + alone[1](hidden))
+
+
+def test_scales_multiply_each_experts_term(family: str, form: dict[str, Any]) -> None:
+    experts = find_experts(tiny_model(family))[0]
+    hidden = torch.randn(7, experts.width, generator=torch.Generator().manual_seed(2))
+
+    def graft(indices: tuple[int, ...], scales: tuple[float, ...] | None = None) -> torch.Tensor:
+        with torch.no_grad():
+            return Graft(experts, indices, form["rank"], 8.0, 0.3, torch.Generator(), scales)(hidden)
+
+    expected = 0.25 * graft((3,)) - 1.5 * graft((0,))
+    torch.testing.assert_close(graft((3, 0), (0.25, -1.5)), expected)
+    assert torch.equal(graft((3, 0), (1.0, 1)), graft((3, 0)))
+
+
+def test_scales_are_given_by_module(ids: torch.Tensor) -> None:
+    model = tiny_model()
+    first, second = (e.name for e in find_experts(model))
+    before = logits(model, ids)
+    plain = grafts_of(model).attach()
+    grafted = logits(model, ids)
+    plain.detach()
+    scaled = grafts_of(model, scales={second: (0.5,)}).attach()
+    assert scaled.scales == {first: (1.0,), second: (0.5,)}
+    assert not torch.equal(logits(model, ids), grafted)
+    scaled.detach()
+    with grafts_of(model, scales={first: [1], second: [1.0]}).attach().disabled():
+        assert torch.equal(logits(model, ids), before)
+    assert torch.equal(logits(model, ids), grafted)
+
+
+@pytest.mark.parametrize("scales", [(), (1.0, 2.0), (float("nan"),), (float("inf"),)])
+def test_scales_that_do_not_fit_are_refused(scales: tuple[float, ...]) -> None:
+    model = tiny_model()
+    experts = find_experts(model)
+    with pytest.raises(GraftError, match="one finite number for each of its 1"):
+        grafts_of(model, scales={experts[0].name: scales})
+    with pytest.raises(GraftError, match="scales name"):
+        Grafts(experts, {experts[0].name: (1,)}, scales={experts[1].name: (1.0,)})
 
 
 def test_low_rank_delta_in_activations_equals_the_delta_in_weights(family: str) -> None:

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from flexperts.errors import GraftError
+from flexperts.grafting import selection
 from flexperts.grafting.calibration import CalibrationSettings, score_experts
+from flexperts.grafting.rules import RULES, coefficients, select, subset_error
 from flexperts.grafting.selection import LayerScores, reconstruction_scores
 from flexperts.moe.experts import find_experts
 from flexperts.testing import FAMILIES, tiny_model
@@ -72,6 +74,65 @@ def test_batching_does_not_change_the_sums() -> None:
         torch.testing.assert_close(a.errors, b.errors, rtol=1e-5, atol=0)
 
 
+def scores(model: Any, mask: torch.Tensor = MASK) -> list[LayerScores]:
+    batches = [{"input_ids": tokens(), "attention_mask": mask}]
+    return reconstruction_scores(
+        lambda b: model(**b), find_experts(model), batches, max_tokens=10**6, generator=torch.Generator()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_do_not_change_the_sums(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    model = tiny_model(dtype=dtype)
+    whole = scores(model)
+    monkeypatch.setattr(selection, "_STACK", 4 * 32 * 5)  # five tokens at a time; 21 are scored
+    for a, b in zip(whole, scores(model), strict=True):
+        assert a.tokens == b.tokens == 21
+        torch.testing.assert_close((b.gram, b.cross, b.energy), (a.gram, a.cross, a.energy), rtol=1e-5, atol=1e-9)
+        assert torch.equal(a.counts, b.counts)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_counts_and_weights_are_those_of_the_router(family: str) -> None:
+    model = tiny_model(family)
+    routed: list[tuple[torch.Tensor, torch.Tensor]] = []
+    handles = [
+        e.module.register_forward_hook(lambda _m, args, _out: routed.append(args[1:])) for e in find_experts(model)
+    ]
+    layers = scores(model)
+    for handle in handles:
+        handle.remove()
+    for layer, (index, weight) in zip(layers, routed, strict=True):
+        counts, weights = [0] * 4, [0.0] * 4
+        for token in MASK.reshape(-1).nonzero().flatten().tolist():
+            for expert, given in zip(index[token].tolist(), weight[token].tolist(), strict=True):
+                counts[expert] += 1
+                weights[expert] += given
+        assert layer.counts.tolist() == counts
+        assert sum(counts) == 2 * layer.tokens
+        assert layer.weights.tolist() == pytest.approx(weights)
+
+
+def test_bf16_products_are_summed_in_float64() -> None:
+    """Under autocast the experts may compute in bf16; the sums over tokens must not."""
+    model = tiny_model()
+    with torch.autocast("cpu", torch.bfloat16):
+        layers, expected = scores(model), brute_force(model, tokens(), MASK)
+    for layer, errors in zip(layers, expected, strict=True):
+        assert layer.gram.dtype == layer.cross.dtype == torch.float64
+        assert torch.linalg.eigvalsh(layer.gram).min() > 0
+        torch.testing.assert_close(layer.errors, errors, rtol=2e-2, atol=1e-9)
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_rules_work_on_a_models_sums(rule: str) -> None:
+    for layer in scores(tiny_model()):
+        chosen = select(rule, layer, 2, torch.Generator().manual_seed(0))
+        assert len(set(chosen)) == len(coefficients(layer, chosen)) == 2
+        best = subset_error(layer, select("exhaustive", layer, 2, torch.Generator()))
+        assert best <= subset_error(layer, chosen) <= layer.energy
+
+
 def test_token_budget_is_kept_and_spread() -> None:
     model, ids = tiny_model(), tokens()
     batches = [{"input_ids": i[None], "attention_mask": m[None]} for i, m in zip(ids, MASK, strict=True)]
@@ -101,7 +162,7 @@ def test_empty_calibration_is_refused() -> None:
 
 def test_more_experts_than_there_are_is_refused() -> None:
     with pytest.raises(GraftError, match=r"graft\.experts = 5"):
-        LayerScores("layer", torch.zeros(4)).best(5)
+        LayerScores.empty("layer", 4).best(5)
 
 
 def test_rows_are_drawn_from_the_stream() -> None:

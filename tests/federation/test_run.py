@@ -136,7 +136,7 @@ def test_shared_adapter_is_an_ordinary_peft_folder(recipe: Recipe, tmp_path: Pat
     run_federation(recipe("training.lr=0.02"), tmp_path / "run")
     trained = TrainedRun(tmp_path / "run")
     ids = torch.arange(40).reshape(2, 20)
-    with trained.client("shop").in_state(trained.vector, "global") as model, torch.no_grad():
+    with trained.client("shop").in_state(trained.request("shop"), "global") as (model, _), torch.no_grad():
         ours = model(input_ids=ids).logits
     base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     with torch.no_grad():

@@ -238,3 +238,39 @@ def test_the_reference_differs_in_the_method_only() -> None:
 def test_shipped_recipes_parse(path: Path | None) -> None:
     assert path is not None, "no recipe ships"
     assert load_recipe(path).federation.rounds >= 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["graft.selection=gredy"], "graft.selection = 'gredy'"),
+        (["graft.layers=[0.5]"], "graft.layers.0 = 0.5"),
+        (["graft.scale=0"], "scale = 0.0 must be above 0 or 'least_squares'"),
+        (["graft.scale=-2.5"], "scale = -2.5 must be above 0 or 'least_squares'"),
+        (["graft.scale=inf"], "graft.scale"),
+        (["graft.scale=least"], "graft.scale"),
+        (["graft.place=above"], "graft.place = 'above'"),
+        (["graft.sharing=all"], "graft.sharing = 'all'"),
+        (["graft.dropout=1"], "graft.dropout = 1"),
+        (["graft.dropout=-0.1"], "graft.dropout = -0.1"),
+        (["graft.place=in_place", "graft.scale=2"], "scale = 2.0 must be 1.0 with place = 'in_place'"),
+        (
+            ["graft.place=in_place", "graft.scale=least_squares"],
+            "scale = 'least_squares' must be 1.0 with place = 'in_place'",
+        ),
+        (["graft.place=in_place", "graft.sharing=both"], "sharing = 'both' must be 'personal'"),
+        (["graft.place=in_place", "graft.dropout=0.5"], "dropout = 0.5 must be 0.0 with place = 'in_place'"),
+    ],
+)
+def test_graft_variants_that_cannot_be(overrides: list[str], said: str) -> None:
+    assert said in refusal(SILOS, *overrides)
+
+
+def test_graft_variants_survive_toml() -> None:
+    config = parse_recipe(
+        SILOS,
+        ["graft.layers=[0, -1]", "graft.scale=least_squares", "graft.selection=greedy", "graft.sharing=both"],
+    )
+    assert (config.graft.layers, config.graft.scale) == ((0, -1), "least_squares")
+    assert parse_recipe(config.to_toml()) == config
+    assert parse_recipe(SILOS, ["graft.place=in_place"]).graft.scale == 1.0

@@ -19,13 +19,13 @@ def command(
 ) -> None:
     """Show a model's experts modules, its attention projections, and the split of its parameters."""
     from flexperts.federation.client_model import ClientModel
-    from flexperts.methods.registry import method_class
+    from flexperts.methods.registry import make_method
     from flexperts.modeling.load import load_base
     from flexperts.moe.attention import attention_linears
     from flexperts.recipe import parse_recipe
 
-    chosen = method_class(method)()
-    config = parse_recipe("data.silos = {}", [*settings, f"model.base={model!r}"])
+    config = parse_recipe("data.silos = {}", [f"method.name={method}", *settings, f"model.base={model!r}"])
+    chosen = make_method(config.method)
     base = load_base(config.model)
     projections = attention_linears(base.model)  # before LoRA takes their place
     _show(base, ClientModel(base, config, chosen), projections)
@@ -36,6 +36,7 @@ def _show(base: Any, model: Any, projections: Sequence[str]) -> None:
     from rich.table import Column, Table
 
     from flexperts.cli.display import split_table
+    from flexperts.methods.turn import Prepared
 
     console = Console()
     kind = type(base.model).__name__
@@ -48,6 +49,7 @@ def _show(base: Any, model: Any, projections: Sequence[str]) -> None:
         console.print(table)
     targets = Counter(name.rsplit(".", 1)[-1] for name in projections)
     console.print("attention projections:", ", ".join(f"{count} {name}" for name, count in targets.items()))
-    grafts = model.grafts("inspect", {e.name: range(model.config.graft.experts) for e in model.experts})
-    with model.lend(grafts if model.experts else None, {}) as split:
+    # Which experts a client would choose depends on its rows; how many parameters that is does not.
+    first = {e.name: tuple(range(model.config.graft.experts)) for e in model.experts}
+    with model.lend(model.site("inspect", [], Prepared(first)), {}) as (split, _):
         console.print(split_table(f"{model.method.name}: parameters of one client", split.describe()))

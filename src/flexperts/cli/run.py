@@ -21,6 +21,7 @@ def command(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Run directory to create.", show_default="runs/<recipe>-<time>"),
     ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Take up the broken-off run that --out holds.")] = False,
 ) -> None:
     """Run a recipe: train, average, evaluate, and write a run directory."""
     from flexperts.recipe import load_recipe
@@ -32,5 +33,5 @@ def command(
     from flexperts.federation.run import run_federation
 
     with RunDisplay() as display:
-        summary = run_federation(config, out, display)
+        summary = run_federation(config, out, display, resume=resume)
     display.result(summary, out)

@@ -1,10 +1,11 @@
-"""Averaging shared vectors as they arrive: one running sum, not N replies in memory."""
+"""Averaging payloads as they arrive: one running sum, not N replies in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
+from torch import Tensor
 
 from flexperts.communication.messages import Update
 from flexperts.errors import FederationError
@@ -31,6 +32,33 @@ def weighted_mean(updates: Iterable[Update]) -> Vector:
     if total is None:
         raise FederationError("no update arrived", "a round needs at least one", "check that the silos are up")
     return np.asarray(total / np.float32(rows), dtype=np.float32)
+
+
+def holders_mean(current: Mapping[str, Tensor], updates: Iterable[Update]) -> dict[str, Tensor]:
+    """Return every tensor's mean over the clients that sent it, weighted by rows; what nobody sent stays as it was.
+
+    The rule of all methods whose clients hold different parts: held by nobody -> unchanged, by one -> copied, by
+    several -> averaged.
+
+    Args:
+        current: The tensors before the round.
+        updates: Sorted by client; each may hold any subset of ``current``'s names.
+
+    Raises:
+        FederationError: As ``weighted_mean``, or a client sent a name that does not exist.
+    """
+    sums: dict[str, Tensor] = {}
+    rows: dict[str, int] = {}
+    last = ""
+    for update in updates:
+        _check(update, None, last)
+        for name, tensor in update.tensors().items():
+            if name not in current or tensor.shape != current[name].shape:
+                raise FederationError(f"{update.client} sent {name}", "no such tensor is shared", "use one recipe")
+            sums[name] = sums[name] + tensor * update.rows if name in sums else tensor * update.rows
+            rows[name] = rows.get(name, 0) + update.rows
+        last = update.client
+    return {n: sums[n] / rows[n] if n in sums else t for n, t in current.items()}
 
 
 def _check(update: Update, total: Vector | None, last: str) -> None:

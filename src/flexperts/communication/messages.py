@@ -1,24 +1,30 @@
-"""What crosses the wire: shared vectors and small records, and nothing else.
+"""What crosses the wire: one payload of declared tensors, small records, and nothing else.
 
-A message's arrays can be built from a ``ParameterSplit``'s shared group only; personal and frozen parameters
-have no way in. Requests: ``query.join`` (who are you), ``train``, ``evaluate``.
+A payload is built from a ``ParameterSplit``'s shared group and from what a method declares that it derives;
+personal and frozen parameters have no way in. Requests: ``query.join`` (who are you), ``query.initial`` (your
+initial shared weights), ``train``, ``evaluate``.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from torch import Tensor
 
 from flexperts.errors import FederationError, PrivacyError
-from flexperts.parameters.split import ParameterSplit, aliases
-from flexperts.parameters.vector import Manifest, Vector, flatten
+from flexperts.parameters.payload import Payload
+from flexperts.parameters.split import ParameterSplit, kept_storages, storage
+from flexperts.parameters.vector import Manifest, Vector
 
 SHARED = "shared"
-_INFO, _METRICS = "info", "metrics"
+DERIVED = "derived."
+"""Start of the names of what is computed from training and sent beside shared parameters."""
+_INFO, _METRICS, _MANIFEST = "info", "metrics", "manifest"
 
 Info = Mapping[str, Any]
 Metrics = Mapping[str, Any]
@@ -30,22 +36,37 @@ class Update:
 
     Args:
         client: Name of the client.
-        vector: Its shared weights after local training, flat.
+        payload: What it sends: its shared weights after local training, and what the method derives.
         rows: Its train rows: the weight in the average.
         metrics: What it reports of its training.
     """
 
     client: str
-    vector: Vector
+    payload: Payload
     rows: int
     metrics: Metrics
 
+    @property
+    def vector(self) -> Vector:
+        """The payload's values, flat."""
+        return self.payload.vector
 
-def encode_shared(split: ParameterSplit) -> Vector:
-    """Return the shared group of a split as one flat vector: the only road from parameters to the wire.
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the payload's named tensors."""
+        return self.payload.tensors()
+
+
+def encode(split: ParameterSplit, tensors: Mapping[str, Tensor] | None = None) -> Payload:
+    """Return a payload: the only road from parameters to the wire.
+
+    Args:
+        split: Who owns what.
+        tensors: What is sent: shared parameters or parts of them under their own names, and values computed from
+            training under names that start with ``derived.``; None sends the whole shared group.
 
     Raises:
-        PrivacyError: The argument is no split, or a shared tensor shares memory with a personal or frozen one.
+        PrivacyError: The first argument is no split, a name is neither, or a tensor shares memory with a personal
+            or frozen parameter.
     """
     if not isinstance(split, ParameterSplit):
         raise PrivacyError(
@@ -53,20 +74,28 @@ def encode_shared(split: ParameterSplit) -> Vector:
             "only a ParameterSplit is encoded",
             "split the parameters",
         )
-    if leaked := aliases(split):
-        raise PrivacyError(
-            f"shared {leaked[0]}", "its memory belongs to a parameter that stays on the client", "split again"
-        )
-    return flatten(split.shared)
+    sent: Mapping[str, Tensor] = split.shared if tensors is None else tensors
+    kept = kept_storages(split)
+    for name, tensor in sent.items():
+        if name not in split.shared and not name.startswith(DERIVED):
+            raise PrivacyError(f"{name}", "it is not in the shared group", "send shared parameters only")
+        if storage(tensor) in kept:
+            raise PrivacyError(
+                f"shared {name}", "its memory belongs to a parameter that stays on the client", "split again"
+            )
+    return Payload.of(sent)
 
 
-def records(info: Info, metrics: Metrics | None = None, vector: Vector | None = None) -> RecordDict:
-    """Build a message's content: text and numbers, and at most the one shared vector."""
-    content = RecordDict({_INFO: ConfigRecord(dict(info))})
+def records(info: Info, metrics: Metrics | None = None, payload: Payload | None = None) -> RecordDict:
+    """Build a message's content: text and numbers, and at most one payload."""
+    fields = dict(info)
+    content = RecordDict()
+    if payload is not None and payload.size:
+        fields[_MANIFEST] = zlib.compress(payload.manifest.to_json().encode())
+        content[SHARED] = ArrayRecord({SHARED: Array(np.ascontiguousarray(payload.vector, dtype=np.float32))})
+    content[_INFO] = ConfigRecord(fields)
     if metrics is not None:
         content[_METRICS] = MetricRecord(dict(metrics))
-    if vector is not None and vector.size:
-        content[SHARED] = ArrayRecord({SHARED: Array(np.ascontiguousarray(vector, dtype=np.float32))})
     return content
 
 
@@ -80,47 +109,42 @@ def metrics_of(message: Message) -> Metrics:
     return dict(message.content.metric_records[_METRICS].items())
 
 
-def vector_of(message: Message, size: int, sender: str) -> Vector:
-    """Return a message's shared vector, checked on arrival.
+def payload_of(message: Message, sender: str) -> Payload:
+    """Return a message's payload, checked on arrival.
 
     Args:
         message: A request or a reply.
-        size: Elements that the manifest asks for; 0 where the method sends nothing.
         sender: Who sent it, for errors.
 
     Raises:
-        FederationError: The message holds another array than the shared vector, or one that does not fit.
+        FederationError: The message holds another array than the payload, or one that does not fit its manifest.
     """
     arrays = {
         f"{r}/{a}": array for r, record in message.content.array_records.items() for a, array in record.items()
     }
-    if not size and not arrays:
-        return np.zeros(0, dtype=np.float32)
+    if not arrays:
+        return Payload.empty()
     if set(arrays) != {f"{SHARED}/{SHARED}"}:
         raise FederationError(
-            f"{sender} sent arrays {sorted(arrays)}",
-            "a message carries the shared vector and no other",
-            "refuse it",
+            f"{sender} sent arrays {sorted(arrays)}", "a message carries one payload and no other", "refuse it"
         )
     vector: Vector = arrays[f"{SHARED}/{SHARED}"].numpy()
-    if vector.dtype != np.float32 or vector.shape != (size,):
+    manifest = _manifest(message, sender)
+    if vector.dtype != np.float32 or vector.shape != (manifest.size,):
         raise FederationError(
             f"{sender} sent {vector.dtype}{list(vector.shape)}",
-            f"the manifest asks for float32[{size}]",
+            f"its manifest says float32[{manifest.size}]",
             "use one flexperts version and one recipe on every silo",
         )
-    return vector
+    return Payload(manifest, vector)
 
 
-def check_manifest(message: Message, manifest: Manifest, receiver: str) -> None:
-    """Refuse a request that was built for other shared weights than the receiver's.
-
-    Raises:
-        FederationError: The digests differ.
-    """
-    if info_of(message).get("manifest") != manifest.digest:
+def _manifest(message: Message, sender: str) -> Manifest:
+    try:
+        return Manifest.from_json(zlib.decompress(info_of(message)[_MANIFEST]).decode())
+    except (KeyError, TypeError, ValueError, zlib.error) as error:
         raise FederationError(
-            f"{receiver}: the server's manifest differs from this client's",
-            "names and shapes of the shared weights must agree",
-            "use one flexperts version and one recipe on every silo",
-        )
+            f"{sender} sent an array without a readable manifest ({error!r})",
+            "a payload says what it holds",
+            "use one flexperts version on every silo",
+        ) from error

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 from flexperts.config import ClientFiles, DataConfig
+from flexperts.data.partition import load_partition
 from flexperts.data.rows import ClientRows, read_rows
 from flexperts.data.sources import check_disjoint, read_source, split_rows
 from flexperts.errors import DataError
@@ -20,15 +23,18 @@ def load_clients(config: DataConfig, seed: int) -> Clients:
 
     Args:
         config: The recipe's data section.
-        seed: Seed of the train/test split where a client gives one file.
+        seed: Seed of a partition, and of the train/test split where there is no test file.
 
     Raises:
-        DataError: A file is missing or breaks a rule, a split is empty, or a test passage is trained on.
+        DataError: A file is missing or breaks a rule, a split is empty, a test passage is trained on, or a pooled
+            data set cannot be divided as the recipe says.
     """
     if config.silos:
         clients = _shipped(config)
     elif config.folder:
         clients = {n: _files(n, f, config, seed) for n, f in _folder(Path(config.folder)).items()}
+    elif config.partition:
+        clients = load_partition(config, seed)
     else:
         clients = {n: _files(n, f, config, seed) for n, f in config.clients.items()}
     return {_name(n): check_disjoint(clients[n], n) for n in sorted(clients)}
@@ -38,6 +44,29 @@ def rows_hash(rows: ClientRows) -> str:
     """Return a SHA-256 that names a client's rows, train and test."""
     content = [[astuple(row) for row in side] for side in (rows.train, rows.test)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def partition_manifest(clients: Clients) -> dict[str, Any]:
+    """Return who has which rows, in counts (rows) and SHA-256 hashes, without any text but the categories' names.
+
+    Returns:
+        ``{"sha256": of all clients, "clients": {name: {"train_rows", "test_rows", "categories", "train_sha256",
+        "test_sha256"}}}``; ``categories`` counts train rows. The clients stand in a dictionary of their own, as any
+        name may be a client's.
+    """
+    entries = {name: _entry(clients[name]) for name in sorted(clients)}
+    total = hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+    return {"sha256": total, "clients": entries}
+
+
+def _entry(rows: ClientRows) -> dict[str, Any]:
+    return {
+        "train_rows": len(rows.train),
+        "test_rows": len(rows.test),
+        "categories": dict(sorted(Counter(row.category for row in rows.train).items())),
+        "train_sha256": rows_hash(ClientRows(rows.train, ())),
+        "test_sha256": rows_hash(ClientRows((), rows.test)),
+    }
 
 
 def _shipped(config: DataConfig) -> Clients:

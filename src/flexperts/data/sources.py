@@ -27,8 +27,16 @@ def read_source(
     Raises:
         DataError: The source is missing, of an unknown kind, damaged, or breaks the row rules.
     """
-    records = _hub(source.removeprefix(HUB), split) if source.startswith(HUB) else _file(Path(source))
-    return read_rows(records, columns, where=source, passage=passage)
+    return read_rows(read_records(source, split), columns, where=source, passage=passage)
+
+
+def read_records(source: str, split: str = "train") -> Iterator[Record]:
+    """Read a source's records with all their columns; see ``read_source``.
+
+    Raises:
+        DataError: The source is missing, of an unknown kind, or damaged.
+    """
+    return _hub(source.removeprefix(HUB), split) if source.startswith(HUB) else _file(Path(source))
 
 
 def split_rows(rows: list[Row], test_fraction: float, seed: int, where: str) -> ClientRows:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from flexperts.data.batches import pad_batch
+from flexperts.data.batches import PaddedBatch, pad_batch
 from flexperts.data.prompts import Example, PromptEncoder
 from flexperts.modeling.forward import Precision, autocast
 
@@ -23,6 +23,7 @@ def generate(
     batch_size: int,
     precision: Precision,
     on_rows: Callable[[int], None] = lambda rows: None,
+    on_batch: Callable[[PaddedBatch], None] | None = None,
 ) -> list[str]:
     """Return the greedy answer to each prompt, in the order of the prompts.
 
@@ -34,28 +35,35 @@ def generate(
         batch_size: Prompts generated together; neighbours in length share a batch.
         precision: As in training.
         on_rows: Gets the number of rows after each batch.
+        on_batch: Gets the prompts of each batch before it is generated.
     """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers = [""] * len(prompts)
     config = _greedy(model, encoder, max_new_tokens)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        texts = _batch(model, encoder, [prompts[i] for i in chosen], config, precision)
+        batch = prompt_batch([prompts[i] for i in chosen], encoder)
+        if on_batch:
+            on_batch(batch)
+        texts = _batch(model, encoder, batch, config, precision)
         for index, text in zip(chosen, texts, strict=True):
             answers[index] = text
         on_rows(len(chosen))
     return answers
 
 
+def prompt_batch(prompts: Sequence[Sequence[int]], encoder: PromptEncoder) -> PaddedBatch:
+    """Return prompts without responses as one batch."""
+    return pad_batch([Example(tuple(p), len(p)) for p in prompts], encoder.tokenizer.pad_token_id)
+
+
 def _batch(
     model: Any,
     encoder: PromptEncoder,
-    prompts: list[Sequence[int]],
+    batch: PaddedBatch,
     config: GenerationConfig,
     precision: Precision,
 ) -> list[str]:
-    pad = encoder.tokenizer.pad_token_id
-    batch = pad_batch([Example(tuple(p), len(p)) for p in prompts], pad)
     device = next(model.parameters()).device
     with autocast(device, precision):
         output = model.generate(

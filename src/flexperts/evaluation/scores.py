@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from flexperts.data.batches import pad_batch
+from flexperts.data.batches import PaddedBatch, pad_batch
 from flexperts.data.prompts import PromptEncoder
 from flexperts.data.rows import Row
-from flexperts.evaluation.generation import generate
+from flexperts.evaluation.generation import generate, prompt_batch
 from flexperts.evaluation.rouge import rouge_l
 from flexperts.modeling.forward import Precision, autocast, token_losses
 
@@ -54,6 +54,7 @@ def evaluate(
     rows: Sequence[Row],
     settings: EvaluationSettings,
     on_rows: Callable[[int], None] = lambda rows: None,
+    on_batch: Callable[[PaddedBatch], None] | None = None,
 ) -> Scores:
     """Generate an answer to every row and score it against the row's response.
 
@@ -63,6 +64,7 @@ def evaluate(
         rows: Test rows, at least one.
         settings: Lengths, batch size, precision.
         on_rows: Gets the number of rows after each generated batch.
+        on_batch: Gets the prompts of every batch before it is generated or scored.
     """
     predictions = generate(
         model,
@@ -72,20 +74,29 @@ def evaluate(
         batch_size=settings.batch_size,
         precision=settings.precision,
         on_rows=on_rows,
+        on_batch=on_batch,
     )
     points = rouge_l(predictions, [row.response for row in rows])
-    return Scores(
-        sum(points) / len(points), response_nll(model, encoder, rows, settings), len(rows), tuple(predictions)
-    )
+    nll = response_nll(model, encoder, rows, settings, on_batch)
+    return Scores(sum(points) / len(points), nll, len(rows), tuple(predictions))
 
 
 @torch.no_grad()
-def response_nll(model: Any, encoder: PromptEncoder, rows: Sequence[Row], settings: EvaluationSettings) -> float:
+def response_nll(
+    model: Any,
+    encoder: PromptEncoder,
+    rows: Sequence[Row],
+    settings: EvaluationSettings,
+    on_batch: Callable[[PaddedBatch], None] | None = None,
+) -> float:
     """Return the mean negative log-likelihood of the rows' responses, in nats per token."""
     examples = sorted(encoder.encode_all(rows), key=lambda e: len(e.input_ids))
     total, tokens = 0.0, 0
     for start in range(0, len(examples), settings.batch_size):
-        batch = pad_batch(examples[start : start + settings.batch_size], encoder.tokenizer.pad_token_id)
+        chosen = examples[start : start + settings.batch_size]
+        if on_batch:
+            on_batch(prompt_batch([e.prompt for e in chosen], encoder))
+        batch = pad_batch(chosen, encoder.tokenizer.pad_token_id)
         with autocast(next(model.parameters()).device, settings.precision):
             sums, counts = token_losses(model, batch)
         total += sums.double().sum().item()

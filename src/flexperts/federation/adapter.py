@@ -1,45 +1,36 @@
-"""The shared weights as an ordinary PEFT adapter folder, written without a model."""
+"""The shared LoRA as an ordinary PEFT adapter folder, written without a model."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
+from torch import Tensor
 
 from flexperts.artifacts import write_bytes, write_text
-from flexperts.errors import ArtifactError
-from flexperts.parameters.vector import Manifest, Vector, flatten
 
 
-def write_adapter(folder: Path, config_json: str, manifest: Manifest, vector: Vector) -> None:
-    """Write adapter_config.json and adapter_model.safetensors; a method that shares nothing writes nothing.
+def write_adapter(folder: Path, config_json: str, tensors: Mapping[str, Tensor]) -> None:
+    """Write adapter_config.json and adapter_model.safetensors; a method without shared LoRA writes nothing.
+
+    The rank is that of the tensors: some methods' global adapter is larger than a client's, at the same scaling.
+
+    Args:
+        folder: Where the adapter goes.
+        config_json: PEFT's configuration of a client's adapter.
+        tensors: The adapter's factors by PEFT's names.
 
     Raises:
         ArtifactError: The folder cannot be written.
     """
-    if not manifest.size:
+    if not tensors:
         return
-    write_text(folder / "adapter_config.json", config_json)
-    weights = save({n: t.contiguous() for n, t in manifest.unflatten(vector).items()}, metadata={"format": "pt"})
+    config = json.loads(config_json)
+    rank = next(t.shape[0] for n, t in sorted(tensors.items()) if ".lora_A." in n)
+    config["lora_alpha"] *= rank / config["r"]
+    config["r"] = rank
+    write_text(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True))
+    weights = save({n: t.contiguous().clone() for n, t in tensors.items()}, metadata={"format": "pt"})
     write_bytes(folder / "adapter_model.safetensors", weights)
-
-
-def read_adapter(folder: Path, manifest: Manifest) -> Vector:
-    """Read a shared adapter back as the flat vector of ``manifest``.
-
-    Raises:
-        ArtifactError: The folder holds no adapter, a damaged one, or one of other shapes.
-    """
-    path = folder / "adapter_model.safetensors"
-    try:
-        tensors = load_file(path)
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{path}", "there is no shared adapter", "give a finished run's directory") from error
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path}", f"it is damaged ({error})", "restore it from a copy or run again") from error
-    if Manifest.of(tensors) != manifest:
-        raise ArtifactError(
-            f"{path}", "its tensors are not those of the run's recipe", "use the run's own config.toml"
-        )
-    return flatten(tensors)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,38 @@ import torch
 from torch import Tensor
 
 from flexperts.artifacts import write_text
-from flexperts.communication.messages import Update, encode_shared
+from flexperts.communication.messages import Update, encode
 from flexperts.data.prompts import Example
 from flexperts.data.rows import ClientRows, Row
 from flexperts.evaluation.scores import EvaluationSettings, Scores, evaluate
 from flexperts.federation.client_model import ClientModel
 from flexperts.federation.observer import Observer
 from flexperts.federation.workspace import Workspace
-from flexperts.grafting.calibration import CalibrationSettings, score_experts
-from flexperts.grafting.grafts import Grafts
-from flexperts.methods.base import State
+from flexperts.methods.base import OnBatch, State
+from flexperts.methods.turn import Prepared, Turn
+from flexperts.parameters.payload import Payload
 from flexperts.parameters.split import ParameterSplit
-from flexperts.parameters.store import PersonalMeta, load_personal, save_personal
-from flexperts.parameters.vector import Vector, load_vector, vector_hash
+from flexperts.parameters.store import PersonalMeta, PersonalStore
+from flexperts.parameters.vector import vector_hash
 from flexperts.seeding import generator
 from flexperts.training.local import LocalSettings, steps_per_round
+
+_MEMORY = "memory."
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the server asks a client with.
+
+    Args:
+        payload: The weights that came along.
+        agreement: What the server made of all clients' reports.
+        round: The round to train; for an evaluation, the last one that is finished.
+    """
+
+    payload: Payload
+    agreement: Any
+    round: int
 
 
 @dataclass(frozen=True)
@@ -64,90 +82,71 @@ class Client:
     ) -> None:
         self.name, self.workspace, self.model, self.folder = name, workspace, model, folder
         self.observer = observer or Observer()
-        self.config = model.config
+        self.config, self.method = model.config, model.method
+        self.store = PersonalStore(folder / "personal" / f"{name}.safetensors", model.base.fingerprint)
 
     @property
     def rows(self) -> ClientRows:
         """The client's rows."""
         return self.workspace.clients[self.name]
 
-    @property
+    @cached_property
     def examples(self) -> list[Example]:
-        """Its train rows, encoded."""
-        return self.workspace.examples[self.name]
+        """The train rows that it trains on, encoded."""
+        owners = self.workspace.examples if self.method.pools_rows else [self.name]
+        return [example for owner in owners for example in self.workspace.examples[owner]]
 
-    @property
-    def state_file(self) -> Path:
-        """Where its personal state lies."""
-        return self.folder / "personal" / f"{self.name}.safetensors"
-
-    def join(self) -> tuple[Vector, list[dict[str, Any]]]:
-        """Select the experts to graft, and return the initial shared weights and the split's table."""
-        state = self._state()
-        with self.model.lend(*state[:2]) as split:
-            return encode_shared(split), split.describe()
-
-    def describe(self, table: list[dict[str, Any]]) -> dict[str, str | int]:
-        """Return what the server may know of this client: names, sizes and hashes, no rows and no weights."""
+    def join(self) -> dict[str, str | int]:
+        """Prepare, and return what the server may know of this client: names, sizes, the method's report."""
+        _, meta = self._stored(0)
+        site = self.model.site(self.name, self.examples, _prepared(meta))
         return {
             "client": self.name,
             "base": self.model.base.fingerprint,
-            "manifest": self.model.manifest.to_json(),
-            "adapter": self.model.adapter_config(),
-            "split": json.dumps(table),
             "train_rows": len(self.rows.train),
             "test_rows": len(self.rows.test),
+            "report": json.dumps(self.method.report(site)),
         }
 
-    def train(self, vector: Vector, round_number: int) -> Trained:
-        """Train one round from the given shared weights; the personal part is kept on disk.
+    def initial(self, agreement: Any) -> tuple[Payload, dict[str, str]]:
+        """Return the shared weights before any training, and texts that describe them."""
+        with self._lent(agreement, 0) as (split, *_):
+            table = json.dumps(split.describe())
+            adapter = self.model.lora.config_json(self.config.model.base)
+            return encode(split), {"split": table, "adapter": adapter}
 
-        Args:
-            vector: The round's shared weights, flat.
-            round_number: From 1.
-        """
-        grafts, personal, meta = self._state()
-        settings = self._local_settings(round_number)
-        stream = generator(self.config.seed, self.name, round_number, "batches")
-        count = self._counter(f"{self.name}: round {round_number}", settings.steps)
-        with self.model.lend(grafts, personal) as split, torch.random.fork_rng(devices=[]):
-            load_vector(vector, split.shared)
-            torch.manual_seed(stream.initial_seed())  # dropout draws from the global stream
-            result = self.model.method.train(
-                self.model.model, split, self.examples, settings, stream, lambda loss: count(1)
-            )
-            kept = PersonalMeta(
-                self.name, meta.base, round_number, vector_hash(vector), meta.choice, meta.selection
-            )
-            save_personal(self.state_file, split.personal, kept)
-            metrics = {"loss": result.loss, "steps": result.steps, "tokens": result.tokens}
-            return Trained(Update(self.name, encode_shared(split), result.rows, metrics), split)
+    def train(self, request: Request) -> Trained:
+        """Train one round from what the server sent; the personal part is kept on disk."""
+        with self._turn(request, request.round - 1) as (turn, meta), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(turn.stream.initial_seed())  # dropout draws from the global stream
+            self.method.receive(turn)
+            result = self.method.train(turn)
+            sent = encode(turn.split, self.method.outgoing(turn))
+            self._keep(turn, meta, vector_hash(request.payload.vector))
+        metrics = {"loss": result.loss, "steps": result.steps, "tokens": result.tokens}
+        return Trained(Update(self.name, sent, len(self.examples), metrics), turn.split)
 
-    def evaluate(self, vector: Vector, states: Sequence[State]) -> dict[State, Scores]:
+    def evaluate(self, request: Request, states: Sequence[State]) -> dict[State, Scores]:
         """Score model states on the client's own test rows.
 
         Args:
-            vector: The shared weights.
+            request: The finished global model.
             states: Which of zero_shot, global, personalized.
         """
-        return {state: self._score(vector, state) for state in states}
+        return {state: self._score(request, state) for state in states}
 
     @contextmanager
-    def in_state(self, vector: Vector, state: State) -> Iterator[Any]:
-        """Yield the model as this client uses it in a state, inside the block.
+    def in_state(self, request: Request, state: State) -> Iterator[tuple[Any, OnBatch | None]]:
+        """Yield the model as this client uses it in a state, and what to call before every batch.
 
         Args:
-            vector: The shared weights.
+            request: The finished global model.
             state: zero_shot is the untouched base, global the shared weights alone, personalized all.
         """
-        grafts, personal, _ = self._state()
-        with self.model.lend(grafts, personal) as split, ExitStack() as stack:
-            load_vector(vector, split.shared)
-            if state == "zero_shot":
-                stack.enter_context(self.model.model.disable_adapter())
-            if state != "personalized" and grafts is not None:
-                stack.enter_context(grafts.disabled())
-            yield self.model.model
+        with self._turn(request, request.round) as (turn, _):
+            self.method.receive(turn)
+            with self.method.in_state(turn, state) as on_batch:
+                yield turn.model, on_batch
 
     def write_predictions(self, scores: Mapping[State, Scores]) -> None:
         """Keep the generated answers beside the rows, in the client's own folder."""
@@ -164,7 +163,7 @@ class Client:
     def _test_rows(self) -> tuple[Row, ...]:
         return self.rows.test[: self.config.evaluation.rows]
 
-    def _score(self, vector: Vector, state: State) -> Scores:
+    def _score(self, request: Request, state: State) -> Scores:
         """Score one state; the untouched base is scored once per workspace."""
         known = self.workspace.zero_shot.get(self.name) if state == "zero_shot" else None
         if known is not None:
@@ -172,48 +171,69 @@ class Client:
         settings = self.config.evaluation
         wanted = EvaluationSettings(settings.max_new_tokens, settings.batch_size, self.config.model.precision)
         report = self._counter(f"{self.name}: {state} answers", len(self._test_rows))
-        with self.in_state(vector, state) as model:
-            scores = evaluate(model, self.workspace.encoder, self._test_rows, wanted, report)
+        with self.in_state(request, state) as (model, on_batch):
+            scores = evaluate(model, self.workspace.encoder, self._test_rows, wanted, report, on_batch)
         if state == "zero_shot":
             self.workspace.zero_shot[self.name] = scores
         return scores
 
-    def _state(self) -> tuple[Grafts | None, dict[str, Tensor], PersonalMeta]:
-        """Return the client's grafts, stored personal tensors and their meta, selecting experts on first call."""
-        fingerprint = self.model.base.fingerprint
-        if self.state_file.exists():
-            personal, meta = load_personal(self.state_file, base=fingerprint)
-        else:
-            personal, meta = {}, self._first_meta(fingerprint)
-            save_personal(self.state_file, {}, meta)
-        grafts = self.model.grafts(self.name, meta.choice) if self.model.method.grafts else None
-        return grafts, personal, meta
+    @contextmanager
+    def _lent(self, agreement: Any, up_to: int) -> Iterator[tuple[Any, ...]]:
+        """Yield split, parts, site, memory and meta with the model lent to this client."""
+        tensors, meta = self._stored(up_to)
+        device = self.model.device
+        memory = {n.removeprefix(_MEMORY): t.to(device) for n, t in tensors.items() if n.startswith(_MEMORY)}
+        personal = {n: t for n, t in tensors.items() if not n.startswith(_MEMORY)}
+        site = self.model.site(self.name, self.examples, _prepared(meta), agreement)
+        with self.model.lend(site, personal) as (split, parts):
+            yield split, parts, site, memory, meta
 
-    def _first_meta(self, fingerprint: str) -> PersonalMeta:
-        choice, selection = self._select() if self.model.method.grafts else ({}, {})
-        return PersonalMeta(self.name, fingerprint, 0, "", choice, selection)
+    @contextmanager
+    def _turn(self, request: Request, up_to: int) -> Iterator[tuple[Turn, PersonalMeta]]:
+        settings = self._local_settings(request.round)
+        count = self._counter(f"{self.name}: round {request.round}", settings.steps)
+        stream = generator(self.config.seed, self.name, request.round, "batches")
+        with self._lent(request.agreement, up_to) as (split, parts, site, memory, meta):
+            received = {n: t.to(self.model.device) for n, t in request.payload.tensors().items()}
+            turn = Turn(
+                site, request.round, split, parts, received, memory, settings, stream, lambda loss: count(1)
+            )
+            yield turn, meta
 
-    def _select(self) -> tuple[dict[str, tuple[int, ...]], dict[str, list[float]]]:
-        """Pick the experts to graft on the client's own train rows, with the base as it was pretrained."""
-        graft = self.config.graft
-        settings = CalibrationSettings(
-            rows=graft.calibration_rows,
-            tokens=graft.calibration_tokens,
-            batch_size=self.config.training.micro_batch_size or self.config.training.batch_size,
-            pad_token_id=self.workspace.encoder.tokenizer.pad_token_id,
-            precision=self.config.model.precision,
-        )
-        stream = generator(self.config.seed, self.name, "calibration")
-        with self.model.model.disable_adapter():
-            layers = score_experts(self.model.base.model, self.model.experts, self.examples, settings, stream)
-        choice = {layer.name: layer.best(graft.experts) for layer in layers}
-        self.observer.chosen(self.name, choice)
-        return choice, {layer.name: layer.relative.tolist() for layer in layers}
+    def _keep(self, turn: Turn, meta: PersonalMeta, shared: str) -> None:
+        kept: dict[str, Tensor] = {**turn.split.personal, **{f"{_MEMORY}{n}": t for n, t in turn.memory.items()}}
+        new = PersonalMeta(self.name, meta.base, turn.round, shared, meta.choice, meta.selection, meta.scales)
+        self.store.save(kept, new)
+
+    def _stored(self, up_to: int) -> tuple[dict[str, Tensor], PersonalMeta]:
+        """Return the client's stored tensors and their meta; it prepares on first call."""
+        stored = self.store.load(up_to)
+        if stored is None:
+            prepared = self._prepare()
+            meta = PersonalMeta(
+                self.name, self.model.base.fingerprint, 0, "", prepared.choice, prepared.selection, prepared.scales
+            )
+            self.store.save({}, meta)
+            stored = {}, meta
+        return stored
+
+    def _prepare(self) -> Prepared:
+        prepared = self.method.prepare(self.model.site(self.name, self.examples))
+        if prepared.choice:
+            self.observer.chosen(self.name, prepared.choice)
+        return prepared
 
     def _local_settings(self, round_number: int) -> LocalSettings:
         training, rounds = self.config.training, self.config.federation.rounds
-        steps = steps_per_round(
-            len(self.examples), training.batch_size, training.local_steps, training.local_epochs
+        owners = self.workspace.examples if self.method.pools_rows else [self.name]
+        steps = sum(
+            steps_per_round(
+                len(self.workspace.examples[owner]),
+                training.batch_size,
+                training.local_steps,
+                training.local_epochs,
+            )
+            for owner in owners
         )
         return LocalSettings(
             steps=steps,
@@ -228,6 +248,7 @@ class Client:
             warmup_steps=round(training.warmup_ratio * rounds * steps),
             precision=self.config.model.precision,
             pad_token_id=self.workspace.encoder.tokenizer.pad_token_id,
+            optimizer=training.optimizer,
         )
 
     def _counter(self, task: str, total: int) -> Callable[[int], None]:
@@ -240,3 +261,7 @@ class Client:
             self.observer.progress(task, done, total)
 
         return add
+
+
+def _prepared(meta: PersonalMeta) -> Prepared:
+    return Prepared(meta.choice, meta.selection, meta.scales)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from flexperts.communication.messages import check_manifest, info_of, records, vector_of
+from flexperts.communication.messages import info_of, payload_of, records
 from flexperts.communication.traffic import personal_bytes
 from flexperts.errors import PrivacyError
+from flexperts.federation.client import Request
 from flexperts.federation.resident import resident_client
 
 app = ClientApp()
@@ -15,25 +18,25 @@ app = ClientApp()
 
 @app.query("join")
 def join(message: Message, context: Context) -> Message:
-    """Tell the server who this client is; one client is asked for the initial shared weights."""
-    client = resident_client(context)
-    vector, table = client.join()
-    info = client.describe(table)
-    wanted = vector if info_of(message)["send_initial"] else None
-    return Message(records(info, {}, wanted), reply_to=message)
+    """Tell the server who this client is."""
+    return Message(records(resident_client(context).join(), {}), reply_to=message)
+
+
+@app.query("initial")
+def initial(message: Message, context: Context) -> Message:
+    """Send the shared weights that round 1 starts from; one client is asked."""
+    payload, texts = resident_client(context).initial(json.loads(info_of(message)["agreement"]))
+    return Message(records(texts, {}, payload), reply_to=message)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train one round and send the shared weights back."""
+    """Train one round and send back what the method shares."""
     client = resident_client(context)
-    manifest = client.model.manifest
-    check_manifest(message, manifest, client.name)
-    vector = vector_of(message, manifest.size, "server")
-    trained = client.train(vector, int(info_of(message)["round"]))
+    trained = client.train(_request(message))
     update = trained.update
     metrics = dict(update.metrics) | {"rows": update.rows}
-    content = records({"client": client.name}, metrics, update.vector)
+    content = records({"client": client.name}, metrics, update.payload)
     leaked = personal_bytes(content, trained.split.personal)
     if leaked:
         raise PrivacyError(f"{client.name}: {leaked} personal bytes", "no personal byte is sent", "report this bug")
@@ -45,10 +48,13 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Score model states on the client's own test rows; only the scores are sent."""
     client = resident_client(context)
-    manifest = client.model.manifest
-    check_manifest(message, manifest, client.name)
-    scores = client.evaluate(vector_of(message, manifest.size, "server"), info_of(message)["states"])
+    scores = client.evaluate(_request(message), info_of(message)["states"])
     client.write_predictions(scores)
     metrics = {f"{kind}.{state}": getattr(s, kind) for state, s in scores.items() for kind in ("rouge_l", "nll")}
     rows = next(iter(scores.values())).rows
     return Message(records({"client": client.name}, metrics | {"rows": rows}), reply_to=message)
+
+
+def _request(message: Message) -> Request:
+    info = info_of(message)
+    return Request(payload_of(message, "server"), json.loads(info["agreement"]), int(info["round"]))

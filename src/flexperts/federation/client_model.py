@@ -1,29 +1,26 @@
-"""The model that clients take turns on: one resident base, one LoRA adapter, and the current client's grafts."""
+"""The model that clients take turns on: one resident base, its adapters, and the current client's parts."""
 
 from __future__ import annotations
 
-import json
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn import Parameter
 
 from flexperts.config import RunConfig
+from flexperts.data.prompts import Example
 from flexperts.errors import GraftError
-from flexperts.grafting.grafts import Choice, Grafts
-from flexperts.methods.base import GRAFT_PREFIX, Method
+from flexperts.grafting.part import Part
+from flexperts.methods.base import Method, named_parameters
+from flexperts.methods.turn import Prepared, Site
 from flexperts.modeling.load import LoadedBase
-from flexperts.moe.attention import attention_linears
+from flexperts.modeling.lora import LoraAdapters
 from flexperts.moe.experts import find_experts
 from flexperts.parameters.split import ParameterSplit, split_parameters
-from flexperts.parameters.vector import Manifest
-from flexperts.seeding import derive_seed, generator
+from flexperts.seeding import derive_seed
 
 
 class ClientModel:
@@ -32,69 +29,58 @@ class ClientModel:
     Args:
         base: The resident base; LoRA is put into it until ``close``.
         config: The run.
-        method: Decides whether clients graft, and who owns what.
+        method: Decides what is hung onto the base, and who owns what.
 
     Raises:
-        ModelError: The method grafts and the base has no experts that can be grafted.
+        ModelError: The method needs experts and the base has none that can be reached.
         ConfigError: No attention layer fits ``lora.projections``.
     """
 
     def __init__(self, base: LoadedBase, config: RunConfig, method: Method) -> None:
         self.base, self.config, self.method = base, config, method
-        self.experts = find_experts(base.model) if method.grafts else []
-        targets = attention_linears(base.model, config.lora.projections)
-        self._lora = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=config.lora.rank,
-            lora_alpha=config.lora.alpha,
-            lora_dropout=config.lora.dropout,
-            target_modules=targets,
+        self.experts = find_experts(base.model) if method.needs_experts else []
+        self.lora = LoraAdapters(
+            base.model,
+            rank=config.lora.rank,
+            alpha=config.lora.alpha,
+            dropout=config.lora.dropout,
+            projections=config.lora.projections,
+            seed=derive_seed(config.seed, "lora"),
+            personal=method.has_personal_lora,
+            checkpointing=config.training.gradient_checkpointing,
         )
-        with torch.random.fork_rng(devices=[]):
-            # Every silo draws the same A, so that the first average starts from one model.
-            torch.manual_seed(derive_seed(config.seed, "lora"))
-            self.model: Any = get_peft_model(base.model, self._lora)
-        self.model.eval()
-        if config.training.gradient_checkpointing:
-            self.model.activation_checkpointing_enable({"use_reentrant": False})
-        self._initial = {n: p.detach().clone() for n, p in self._lora_parameters().items()}
         self._lent = False
 
     def close(self) -> None:
         """Take LoRA out of the base again."""
-        if self.config.training.gradient_checkpointing:
-            self.base.model.activation_checkpointing_disable()
-            self.base.model.disable_input_require_grads()  # enabled by PEFT and transformers behind our back
-        self.model.unload()
+        self.lora.close()
 
     @property
     def device(self) -> torch.device:
         """Where the base computes."""
         return torch.device(next(self.base.model.parameters()).device)
 
-    @property
-    def manifest(self) -> Manifest:
-        """Names and shapes of the shared weights."""
-        return Manifest.of({n: p for n, p in self._lora_parameters().items() if self.method.is_shared(n)})
-
-    def grafts(self, client: str, choice: Choice) -> Grafts:
-        """Make a client's grafts as they are before any training."""
-        settings = self.config.graft
-        return Grafts(
+    def site(
+        self, client: str, examples: Sequence[Example], prepared: Prepared | None = None, agreement: Any = None
+    ) -> Site:
+        """Return a client's place on the base."""
+        return Site(
+            client,
+            self.config,
+            self.lora,
             self.experts,
-            choice,
-            rank=settings.rank,
-            alpha=settings.alpha,
-            gate_bias=settings.gate_bias,
-            generator=generator(self.config.seed, client, "graft"),
+            examples,
+            self.base.tokenizer.pad_token_id,
+            prepared or Prepared(),
+            agreement,
         )
 
     @contextmanager
-    def lend(self, grafts: Grafts | None, personal: Mapping[str, Tensor]) -> Iterator[ParameterSplit]:
-        """Set the model up for one client inside the block: initial LoRA, its grafts, its personal state.
+    def lend(self, site: Site, personal: Mapping[str, Tensor]) -> Iterator[tuple[ParameterSplit, dict[str, Part]]]:
+        """Set the model up for one client inside the block: initial LoRA, its parts, its personal state.
 
         Args:
-            grafts: The client's grafts, or None for a method without.
+            site: The client's place.
             personal: Its stored personal tensors; empty before its first round.
 
         Raises:
@@ -103,49 +89,32 @@ class ClientModel:
         if self._lent:
             raise GraftError("the resident model", "it is lent to another client", "wait for its turn to end")
         self._lent = True
+        parts: dict[str, Part] = {}
         try:
-            with torch.no_grad():
-                for name, parameter in self._lora_parameters().items():
-                    parameter.copy_(self._initial[name])
-            split = self._split(grafts)
-            load_tensors(personal, split.personal)
-            if grafts is not None:
-                grafts.attach()
-            yield split
+            self.lora.reset()
+            parts = {name: part.to(self.device) for name, part in self.method.parts(site).items()}
+            split = self._split(parts)
+            load_personal_tensors(personal, split.personal)
+            for part in parts.values():
+                part.attach()
+            yield split, parts
         finally:
-            if grafts is not None:
-                grafts.detach()
+            for part in parts.values():
+                part.detach()
             self._lent = False
 
-    def adapter_config(self) -> str:
-        """Return the text of PEFT's adapter_config.json for the shared adapter, the same on every client.
-
-        PEFT writes sets in random order and the base as a local path: neither may differ or be told.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            self.model.peft_config["default"].save_pretrained(folder)
-            config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-        config["target_modules"] = sorted(config["target_modules"])
-        base = self.config.model.base
-        config["base_model_name_or_path"] = Path(base).name if Path(base).is_absolute() else base
-        return json.dumps(config, indent=2, sort_keys=True)
-
-    def _lora_parameters(self) -> dict[str, Parameter]:
-        """LoRA's parameters under the names that PEFT's own adapter files use."""
-        named = self.model.named_parameters()
-        return {n.replace(".default.", "."): p for n, p in named if ".default." in n and "lora_" in n}
-
-    def _split(self, grafts: Grafts | None) -> ParameterSplit:
-        parameters = {n.replace(".default.", "."): p for n, p in self.model.named_parameters()}
-        if grafts is not None:
-            parameters |= {f"{GRAFT_PREFIX}{n}": p for n, p in grafts.named_parameters()}
-        trainable = [n for n, p in parameters.items() if p.requires_grad]
-        shared = [n for n in trainable if self.method.is_shared(n)]
-        return split_parameters(parameters, shared, set(trainable) - set(shared))
+    def _split(self, parts: Mapping[str, Part]) -> ParameterSplit:
+        added = self.lora.parameters() | named_parameters(parts)
+        for name, parameter in added.items():
+            parameter.requires_grad_(self.method.trains(name))
+        parameters = self.lora.frozen() | added
+        trained = {n for n, p in parameters.items() if p.requires_grad}
+        shared = self.method.shared(trained)
+        return split_parameters(parameters, shared, trained - shared)
 
 
 @torch.no_grad()
-def load_tensors(source: Mapping[str, Tensor], target: Mapping[str, Parameter]) -> None:
+def load_personal_tensors(source: Mapping[str, Tensor], target: Mapping[str, Parameter]) -> None:
     """Copy stored personal tensors into a split's personal group; an empty source leaves the initial values.
 
     Raises:

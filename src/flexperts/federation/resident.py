@@ -6,11 +6,12 @@ from pathlib import Path
 
 from flwr.app import Context
 
+from flexperts.config import RunConfig
 from flexperts.federation.client import Client
 from flexperts.federation.client_model import ClientModel
 from flexperts.federation.observer import current_observer
 from flexperts.federation.workspace import Workspace
-from flexperts.methods.registry import method_class
+from flexperts.methods.registry import make_method
 from flexperts.recipe import parse_recipe
 
 
@@ -18,14 +19,14 @@ class Resident:
     """One run's base, adapter and clients in this process.
 
     Args:
-        workspace: Base and rows; its config is the run's, but perhaps for the method.
-        method: The method's name.
+        workspace: Base and rows.
+        config: The run; it may differ from the workspace's in the method only.
         folder: Where clients keep their files.
     """
 
-    def __init__(self, workspace: Workspace, method: str, folder: Path) -> None:
+    def __init__(self, workspace: Workspace, config: RunConfig, folder: Path) -> None:
         self.workspace, self.folder = workspace, folder
-        self.model = ClientModel(workspace.base, workspace.config, method_class(method)())
+        self.model = ClientModel(workspace.base, config, make_method(config.method))
         self._clients: dict[str, Client] = {}
 
     def client(self, name: str) -> Client:
@@ -38,9 +39,9 @@ class Resident:
 _residents: dict[tuple[str, str], Resident] = {}
 
 
-def keep(recipe: str, folder: Path, workspace: Workspace, method: str) -> None:
+def keep(recipe: str, folder: Path, workspace: Workspace, config: RunConfig) -> None:
     """Set up a run's resident around a workspace that is loaded already."""
-    _residents[recipe, str(folder)] = Resident(workspace, method, folder)
+    _residents[recipe, str(folder)] = Resident(workspace, config, folder)
 
 
 def release(recipe: str, folder: Path) -> None:
@@ -57,5 +58,5 @@ def resident_client(context: Context) -> Client:
     recipe, folder = str(context.run_config["recipe"]), str(context.node_config["state-dir"])
     if (recipe, folder) not in _residents:
         config = parse_recipe(recipe)
-        keep(recipe, Path(folder), Workspace(config), config.method.name)
+        keep(recipe, Path(folder), Workspace(config), config)
     return _residents[recipe, folder].client(str(context.node_config["client"]))

@@ -12,24 +12,28 @@ from typing import Any
 
 from flwr.app import Context, RecordDict, UserConfig
 
-from flexperts.artifacts import RunDirectory
+from flexperts.artifacts import RunDirectory, write_json
 from flexperts.config import RunConfig
+from flexperts.data.clients import partition_manifest
 from flexperts.federation.client_app import app as client_app
 from flexperts.federation.inprocess_grid import InProcessGrid
 from flexperts.federation.observer import Observer, observing
 from flexperts.federation.resident import keep, release
 from flexperts.federation.server_app import app as server_app
 from flexperts.federation.workspace import Workspace
-from flexperts.methods.registry import method_class
+from flexperts.methods.registry import make_method
 
 
-def run_federation(config: RunConfig, out: Path, observer: Observer | None = None) -> dict[str, Any]:
+def run_federation(
+    config: RunConfig, out: Path, observer: Observer | None = None, *, resume: bool = False
+) -> dict[str, Any]:
     """Run a recipe with all clients in this process, around one resident base.
 
     Args:
         config: The run.
-        out: The run directory to create; it must not hold a run.
+        out: The run directory to create; it must not hold a run, but for ``resume``.
         observer: Receives progress; none by default.
+        resume: Take up the run that ``out`` holds after its last finished round; ``config`` must be its own.
 
     Returns:
         The summary that also lies in ``out/summary.json``; a reference method's stands under ``reference``.
@@ -39,7 +43,8 @@ def run_federation(config: RunConfig, out: Path, observer: Observer | None = Non
     """
     started = time.monotonic()
     observer = observer or Observer()
-    RunDirectory.check_free(out)
+    if not (resume and (out / "config.toml").exists()):
+        RunDirectory.check_free(out)
     logging.getLogger("flwr").setLevel(logging.WARNING)  # Flower narrates every round
     workspace = _prepare(config, observer)
     loading = time.monotonic() - started
@@ -55,25 +60,34 @@ def run_federation(config: RunConfig, out: Path, observer: Observer | None = Non
 
 def _prepare(config: RunConfig, observer: Observer) -> Workspace:
     """Load and check everything that can be wrong, rows first: mistakes there are found without the base."""
-    methods = [method_class(name) for name in (config.method.name, config.method.reference) if name]
+    configs = [config, *([config.with_method(config.method.reference)] if config.method.reference else [])]
+    methods = [make_method(c.method) for c in configs]
+    for method, its_config in zip(methods, configs, strict=True):
+        method.check(its_config)
     workspace = Workspace(config)
     observer.stage("reading rows")
     _ = workspace.clients
     observer.stage(f"loading {config.model.base}")
-    workspace.check(grafts=any(method.grafts for method in methods))
+    workspace.check(needs_experts=any(method.needs_experts for method in methods))
     if workspace.encoder.cut:
         observer.stage(f"{workspace.encoder.cut} contexts cut to training.max_length {config.training.max_length}")
     return workspace
 
 
 def _run_method(workspace: Workspace, config: RunConfig, out: Path) -> dict[str, Any]:
-    """Run one method on Flower's apps over the in-process grid, and return its summary."""
+    """Run one method on Flower's apps over the in-process grid, and return its summary.
+
+    A method whose summary is there has finished before the run was resumed.
+    """
+    if (out / "summary.json").exists():
+        return RunDirectory.open(out).summary()
     recipe = config.to_toml()
     nodes: dict[int, UserConfig] = {
         number: {"client": name, "state-dir": str(out)} for number, name in enumerate(workspace.clients, 1)
     }
     run_config: UserConfig = {"recipe": recipe, "out": str(out)}
-    keep(recipe, out, workspace, config.method.name)
+    keep(recipe, out, workspace, config)
+    write_json(out / "partition.json", partition_manifest(workspace.clients))
     try:
         grid = InProcessGrid(client_app, nodes, run_config)
         context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=run_config)

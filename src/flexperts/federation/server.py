@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
 
 from flexperts.artifacts import RunDirectory
-from flexperts.communication.messages import Info, info_of, records, vector_of
+from flexperts.communication.messages import Info, info_of, payload_of, records
 from flexperts.config import RunConfig
 from flexperts.errors import FederationError
 from flexperts.federation.adapter import write_adapter
+from flexperts.federation.checkpoint import load_server, save_server
 from flexperts.federation.observer import Observer
-from flexperts.federation.strategy import FlexpertsStrategy
+from flexperts.federation.strategy import FlexpertsStrategy, RoundLog
 from flexperts.federation.summary import summarize
-from flexperts.methods.registry import method_class
-from flexperts.parameters.vector import Manifest, Vector
-
-_MUST_AGREE = ("base", "manifest", "adapter")
+from flexperts.methods.base import Method
+from flexperts.methods.registry import make_method
+from flexperts.methods.server import Server
 
 
 @dataclass(frozen=True)
@@ -32,81 +32,95 @@ class Federation:
     Args:
         nodes: Node id -> client name.
         infos: Client name -> what it told about itself.
-        manifest: Names and shapes of the shared weights.
-        initial: The shared weights that round 1 starts from.
     """
 
     nodes: dict[int, str]
     infos: dict[str, Info]
-    manifest: Manifest
-    initial: Vector
+
+    @property
+    def base(self) -> str:
+        """Fingerprint of the base that all of them have."""
+        return str(next(iter(self.infos.values()))["base"])
 
 
 def serve(grid: Grid, config: RunConfig, run: RunDirectory, observer: Observer) -> None:
     """Run a method's rounds over a grid and write rounds, shared adapter and summary.
 
+    A run directory that holds a checkpoint is taken up after its last finished round.
+
     Raises:
-        FederationError: Clients disagree on base or recipe, or a reply cannot be used.
+        FederationError: Clients disagree on the base, or a reply cannot be used.
     """
     started = time.monotonic()
+    method = make_method(config.method)
     observer.stage(f"{config.method.name}: clients join")
     federation = meet(grid)
+    server, texts = open_server(grid, method, federation, config)
+    if run.checkpoint.exists():
+        server = load_server(run.checkpoint, federation.infos)
+    observer.split(config.method.name, json.loads(texts["split"]))
     setup = time.monotonic() - started
-    info = next(iter(federation.infos.values()))
-    observer.split(config.method.name, json.loads(str(info["split"])))
-    strategy = FlexpertsStrategy(
-        method_class(config.method.name)(),
-        config,
-        federation.nodes,
-        federation.manifest,
-        federation.initial,
-        run,
-        observer,
-    )
-    strategy.start(grid, ArrayRecord(), num_rounds=config.federation.rounds)
-    write_adapter(run.shared, str(info["adapter"]), federation.manifest, strategy.vector)
+    finished = [RoundLog(**record) for record in run.keep_rounds(server.round)]
+    strategy = FlexpertsStrategy(method, config, federation.nodes, server, run, observer, finished)
+    save_server(run.checkpoint, server)
+    strategy.start(grid, ArrayRecord(), num_rounds=strategy.rounds_total - server.round)
+    write_adapter(run.shared, texts["adapter"], method.adapter(server))
     seconds = {"setup": setup, **strategy.seconds(), "total": time.monotonic() - started}
-    run.write_summary(summarize(config, strategy.rounds, seconds, str(info["base"])))
+    run.write_summary(summarize(config, strategy.rounds, seconds, federation.base, server.clients))
 
 
 def meet(grid: Grid) -> Federation:
-    """Ask every node who it is; the first one also supplies the initial shared weights.
+    """Ask every node who it is.
 
     Raises:
-        FederationError: Two nodes have one name, or clients disagree on base, shared weights or adapter.
+        FederationError: Two nodes have one name, or clients disagree on the base.
     """
-    node_ids = sorted(grid.get_node_ids())
-    requests = (_join_request(grid, node, send_initial=node == node_ids[0]) for node in node_ids)
+    requests = (grid.create_message(records({}), "query.join", n, "join") for n in sorted(grid.get_node_ids()))
     nodes: dict[int, str] = {}
     infos: dict[str, Info] = {}
-    initial: Vector = np.zeros(0, dtype=np.float32)
     for reply in grid.send_and_receive(requests, timeout=None):
         info = _joined(reply, infos)
-        name, node = str(info["client"]), reply.metadata.src_node_id
-        nodes[node], infos[name] = name, info
-        if node == node_ids[0]:
-            initial = vector_of(reply, Manifest.from_json(str(info["manifest"])).size, name)
-    first = next(iter(infos.values()))
-    return Federation(nodes, dict(sorted(infos.items())), Manifest.from_json(str(first["manifest"])), initial)
+        nodes[reply.metadata.src_node_id], infos[str(info["client"])] = str(info["client"]), info
+    return Federation(nodes, dict(sorted(infos.items())))
 
 
-def _join_request(grid: Grid, node: int, *, send_initial: bool) -> Message:
-    return grid.create_message(records({"send_initial": int(send_initial)}), "query.join", node, "join")
+def open_server(
+    grid: Grid, method: Method, federation: Federation, config: RunConfig
+) -> tuple[Server, Mapping[str, str]]:
+    """Return the server's state before round 1, and the texts that describe the shared part.
+
+    The first client supplies the initial shared weights: all draw the same.
+    """
+    reports = {name: json.loads(str(info["report"])) for name, info in federation.infos.items()}
+    agreement = method.agree(reports)
+    node = min(federation.nodes, key=lambda n: federation.nodes[n])
+    request = grid.create_message(records({"agreement": json.dumps(agreement)}), "query.initial", node, "join")
+    (reply,) = grid.send_and_receive([request], timeout=None)
+    _answered(reply)
+    info: Any = info_of(reply)
+    clients = {name: int(i["train_rows"]) for name, i in federation.infos.items()}
+    payload = payload_of(reply, federation.nodes[node])
+    server = Server(payload, clients, reports, agreement, seed=config.seed)
+    method.start(server)
+    return server, info
 
 
 def _joined(reply: Message, others: dict[str, Info]) -> Info:
     """Check one client's introduction against those before it."""
-    if reply.has_error():
-        raise FederationError(f"a client cannot join: {reply.error.reason}", "all must join", "see that silo's log")
+    _answered(reply)
     info = info_of(reply)
     if info["client"] in others:
         raise FederationError(f"two nodes say they are {info['client']}", "client names differ", "rename one")
     first: Any = next(iter(others.values()), info)
-    for key in _MUST_AGREE:
-        if info[key] != first[key]:
-            raise FederationError(
-                f"{key} of {info['client']} differs from that of {first['client']}",
-                "all clients start from one base and one recipe",
-                "install the same base and flexperts version on every silo",
-            )
+    if info["base"] != first["base"]:
+        raise FederationError(
+            f"the base of {info['client']} differs from that of {first['client']}",
+            "all clients start from one base",
+            "install the same base on every silo",
+        )
     return info
+
+
+def _answered(reply: Message) -> None:
+    if reply.has_error():
+        raise FederationError(f"a client cannot join: {reply.error.reason}", "all must join", "see that silo's log")

@@ -19,5 +19,5 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Serve the run named by the configuration's ``recipe`` (its text) and ``out`` (the run directory)."""
     config = parse_recipe(str(context.run_config["recipe"]))
-    run = RunDirectory.create(Path(str(context.run_config["out"])), config.to_toml())
+    run = RunDirectory.create_or_resume(Path(str(context.run_config["out"])), config.to_toml())
     serve(grid, config, run, current_observer())

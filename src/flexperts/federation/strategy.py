@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from flexperts.artifacts import RunDirectory
-from flexperts.communication.messages import Update, info_of, metrics_of, records, vector_of
+from flexperts.communication.messages import Update, info_of, metrics_of, payload_of, records
 from flexperts.communication.traffic import encoded_bytes
 from flexperts.config import RunConfig
 from flexperts.errors import FederationError
+from flexperts.federation.checkpoint import save_server
 from flexperts.federation.observer import Observer
 from flexperts.methods.base import Method
-from flexperts.parameters.vector import Manifest, Vector
+from flexperts.methods.server import Server
+from flexperts.seeding import generator
 
 
 @dataclass
@@ -30,6 +34,7 @@ class RoundLog:
         clients: What each client reported: loss, steps, tokens, rows.
         uplink: Encoded bytes that each client sent.
         downlink: Encoded bytes sent to each client.
+        declared: What the method declares for both directions: payload bytes by client.
         personal_sent: Personal bytes that clients found in their own encoded messages.
         scores: Client -> metrics of its evaluation, in rounds that evaluate.
         seconds: Wall time of training and evaluation.
@@ -39,6 +44,7 @@ class RoundLog:
     clients: dict[str, dict[str, float | int]] = field(default_factory=dict)
     uplink: dict[str, int] = field(default_factory=dict)
     downlink: dict[str, int] = field(default_factory=dict)
+    declared: dict[str, dict[str, int]] = field(default_factory=lambda: {"uplink": {}, "downlink": {}})
     personal_sent: int = 0
     scores: dict[str, dict[str, float | int]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: {"training": 0.0, "evaluation": 0.0})
@@ -51,10 +57,10 @@ class FlexpertsStrategy(Strategy):
         method: The method.
         config: The run.
         nodes: Node id -> client name.
-        manifest: Names and shapes of the shared weights.
-        vector: The shared weights that round 1 starts from.
+        server: The state that the rounds start from.
         run: Where finished rounds are written.
         observer: Receives progress.
+        finished: Rounds that were done before, when a run is resumed.
     """
 
     def __init__(
@@ -62,16 +68,16 @@ class FlexpertsStrategy(Strategy):
         method: Method,
         config: RunConfig,
         nodes: dict[int, str],
-        manifest: Manifest,
-        vector: Vector,
+        server: Server,
         run: RunDirectory,
         observer: Observer,
+        finished: Sequence[RoundLog] = (),
     ) -> None:
-        self.method, self.config, self.manifest = method, config, manifest
+        self.method, self.config, self.server = method, config, server
         self.nodes = dict(sorted(nodes.items(), key=lambda item: item[1]))
         self.run, self.observer = run, observer
-        self.rounds: list[RoundLog] = []
-        self.vector = vector
+        self.rounds: list[RoundLog] = list(finished)
+        self.rounds_total = config.federation.rounds + method.extra_rounds(config.federation.rounds)
         self._started = 0.0
 
     def seconds(self) -> dict[str, float]:
@@ -84,18 +90,18 @@ class FlexpertsStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterator[Message]:
-        """Yield one request per client, sorted by client, each with records of its own."""
+        """Yield one request per participant, sorted by client, each with records of its own."""
         self._started = time.monotonic()
-        self.rounds.append(RoundLog(server_round))
-        info = {"round": server_round, "manifest": self.manifest.digest}
-        self.observer.stage(f"round {server_round} of {self.config.federation.rounds}")
-        return self._requests("train", info, server_round, grid)
+        self.rounds.append(RoundLog(self.server.round + 1))
+        self.observer.stage(f"round {self.server.round + 1} of {self.rounds_total}")
+        return self._train_requests(grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Stream the replies through the method's rule into the next shared weights."""
-        self.vector = self.method.aggregate(self.vector, self._updates(replies))
+        """Stream the replies through the method's rule into the server's next state."""
+        self.method.aggregate(self.server, self._updates(replies))
+        self.server.round += 1
         self.rounds[-1].seconds["training"] = time.monotonic() - self._started
         return None, None
 
@@ -104,11 +110,10 @@ class FlexpertsStrategy(Strategy):
     ) -> Iterator[Message]:
         """Yield one evaluation request per client in rounds that evaluate."""
         self._started = time.monotonic()
-        every, last = self.config.evaluation.every, self.config.federation.rounds
-        if server_round != last and not (every and server_round % every == 0):
+        every = self.config.evaluation.every
+        if self.server.round != self.rounds_total and not (every and self.server.round % every == 0):
             return iter(())
-        info: dict[str, Any] = {"states": list(self.method.states), "manifest": self.manifest.digest}
-        return self._requests("evaluate", info, server_round, grid)
+        return self._evaluate_requests(grid)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Collect the clients' scores and write the round down."""
@@ -118,25 +123,47 @@ class FlexpertsStrategy(Strategy):
         log.seconds["evaluation"] = time.monotonic() - self._started
         record = vars(log)
         self.run.append_round(record)
+        save_server(self.run.checkpoint, self.server)
         self.observer.round(record)
         return None
 
-    def _requests(self, kind: str, info: dict[str, Any], server_round: int, grid: Grid) -> Iterator[Message]:
+    def _participants(self) -> list[str]:
+        """Return who trains in the coming round, sorted."""
+        clients = list(self.nodes.values())
+        count = max(1, round(self.config.federation.participation * len(clients)))
+        stream = generator(self.config.seed, "participants", self.server.round + 1)
+        drawn = torch.randperm(len(clients), generator=stream)[:count].tolist()
+        return sorted(self.method.participants(self.server, sorted(clients[i] for i in drawn)))
+
+    def _train_requests(self, grid: Grid) -> Iterator[Message]:
+        log = self.rounds[-1]
+        participants = set(self._participants())
         for node, name in self.nodes.items():
-            content = records(info, vector=self.vector)
-            if kind == "train":
-                self.rounds[-1].downlink[name] = encoded_bytes(content)
-            yield grid.create_message(content, kind, node, str(server_round))
+            if name in participants:
+                payload = self.method.broadcast(self.server, name)
+                content = records(self._info(self.server.round + 1), payload=payload)
+                log.downlink[name], log.declared["downlink"][name] = encoded_bytes(content), 4 * payload.size
+                yield grid.create_message(content, "train", node, str(log.number))
+
+    def _evaluate_requests(self, grid: Grid) -> Iterator[Message]:
+        for node, name in self.nodes.items():
+            info = self._info(self.server.round) | {"states": list(self.method.states)}
+            content = records(info, payload=self.method.final(self.server, name))
+            yield grid.create_message(content, "evaluate", node, str(self.server.round))
+
+    def _info(self, number: int) -> dict[str, Any]:
+        return {"round": number, "agreement": json.dumps(self.server.agreement)}
 
     def _updates(self, replies: Iterable[Message]) -> Iterator[Update]:
         log = self.rounds[-1]
         for reply in self._in_order(replies):
             name = self._sender(reply)
             metrics = dict(metrics_of(reply))
-            log.uplink[name] = encoded_bytes(reply.content)
+            expected = self.method.uplink(self.server, name)
+            log.uplink[name], log.declared["uplink"][name] = encoded_bytes(reply.content), 4 * expected.size
             log.personal_sent += int(metrics.pop("personal_sent"))
             log.clients[name] = metrics
-            yield Update(name, vector_of(reply, self.manifest.size, name), int(metrics["rows"]), metrics)
+            yield Update(name, payload_of(reply, name).check(expected, name), int(metrics["rows"]), metrics)
 
     def _in_order(self, replies: Iterable[Message]) -> Iterable[Message]:
         """Return replies sorted by client; a lazy grid has them in the order of the requests, which is the same."""

@@ -12,7 +12,13 @@ _STATES = ("zero_shot", "global", "personalized")
 _KINDS = ("rouge_l", "nll")
 
 
-def summarize(config: RunConfig, rounds: list[RoundLog], seconds: Mapping[str, float], base: str) -> dict[str, Any]:
+def summarize(
+    config: RunConfig,
+    rounds: list[RoundLog],
+    seconds: Mapping[str, float],
+    base: str,
+    train_rows: Mapping[str, int],
+) -> dict[str, Any]:
     """Put a finished run into one mapping.
 
     ``mean`` is over clients, each counting once (macro); ``weighted_mean`` counts each by its test rows. A state
@@ -23,9 +29,10 @@ def summarize(config: RunConfig, rounds: list[RoundLog], seconds: Mapping[str, f
         rounds: What the server measured; the last round holds the final scores.
         seconds: Wall time by stage.
         base: Fingerprint of the base.
+        train_rows: Client -> its train rows.
     """
     scores = rounds[-1].scores
-    clients = {name: _client(metrics, rounds[-1].clients[name]) for name, metrics in sorted(scores.items())}
+    clients = {name: _client(metrics, train_rows[name]) for name, metrics in sorted(scores.items())}
     weights = {name: float(metrics["rows"]) for name, metrics in scores.items()}
     return {
         "method": config.method.name,
@@ -40,9 +47,9 @@ def summarize(config: RunConfig, rounds: list[RoundLog], seconds: Mapping[str, f
     }
 
 
-def _client(metrics: Mapping[str, float | int], trained: Mapping[str, float | int]) -> dict[str, Any]:
+def _client(metrics: Mapping[str, float | int], train_rows: int) -> dict[str, Any]:
     scores = {kind: {state: metrics.get(f"{kind}.{state}") for state in _STATES} for kind in _KINDS}
-    return {**scores, "train_rows": trained["rows"], "test_rows": metrics["rows"]}
+    return {**scores, "train_rows": train_rows, "test_rows": metrics["rows"]}
 
 
 def _means(clients: Mapping[str, Any], weights: Mapping[str, float]) -> dict[str, dict[str, float | None]]:
@@ -63,8 +70,8 @@ def _bytes(rounds: Iterable[RoundLog]) -> dict[str, float | int]:
     up = [size for log in logs for size in log.uplink.values()]
     down = [size for log in logs for size in log.downlink.values()]
     return {
-        "uplink_per_client_per_round": sum(up) / len(up),
-        "downlink_per_client_per_round": sum(down) / len(down),
+        "uplink_per_client_per_round": sum(up) / max(1, len(up)),
+        "downlink_per_client_per_round": sum(down) / max(1, len(down)),
         "uplink_total": sum(up),
         "downlink_total": sum(down),
         "personal_sent": sum(log.personal_sent for log in logs),

@@ -9,13 +9,13 @@ from flexperts.artifacts import RunDirectory
 from flexperts.errors import ConfigError
 from flexperts.evaluation.generation import generate
 from flexperts.evaluation.scores import Scores
-from flexperts.federation.adapter import read_adapter
-from flexperts.federation.client import Client
+from flexperts.federation.checkpoint import load_server
+from flexperts.federation.client import Client, Request
 from flexperts.federation.client_model import ClientModel
 from flexperts.federation.observer import Observer
 from flexperts.federation.workspace import Workspace
 from flexperts.methods.base import State
-from flexperts.methods.registry import method_class
+from flexperts.methods.registry import make_method
 from flexperts.parameters.store import load_personal
 from flexperts.recipe import parse_recipe
 
@@ -35,9 +35,8 @@ class TrainedRun:
         self.summary = self.run.summary()
         self.config = parse_recipe(self.run.config_toml, where=str(path / "config.toml"))
         self.workspace = Workspace(self.config)
-        self.model = ClientModel(self.workspace.base, self.config, method_class(self.config.method.name)())
-        manifest = self.model.manifest
-        self.vector = read_adapter(self.run.shared, manifest) if manifest.size else manifest.zeros()
+        self.model = ClientModel(self.workspace.base, self.config, make_method(self.config.method))
+        self.server = load_server(self.run.checkpoint)
 
     @property
     def clients(self) -> list[str]:
@@ -59,9 +58,13 @@ class TrainedRun:
             raise ConfigError(f"client {name!r}", f"the run's clients are {', '.join(self.clients)}", "choose one")
         client = Client(name, self.workspace, self.model, self.run.path, observer)
         load_personal(
-            client.state_file, base=self.workspace.base.fingerprint
+            client.store.path, base=self.workspace.base.fingerprint
         )  # a missing one must not start afresh
         return client
+
+    def request(self, name: str) -> Request:
+        """Return what the server would send a client now, so that it computes with the finished model."""
+        return Request(self.model.method.final(self.server, name), self.server.agreement, self.server.round)
 
     def state(self, name: str | None) -> State:
         """Return a model state by name, the most personal one by default.
@@ -85,7 +88,7 @@ class TrainedRun:
         """Return a client's greedy answer to one instruction."""
         owner, wanted = self.client(client), self.state(state)
         encoder = self.workspace.encoder
-        with owner.in_state(self.vector, wanted) as model:
+        with owner.in_state(self.request(client), wanted) as (model, on_batch):
             answers = generate(
                 model,
                 encoder,
@@ -93,10 +96,11 @@ class TrainedRun:
                 max_new_tokens=self.config.evaluation.max_new_tokens,
                 batch_size=1,
                 precision=self.config.model.precision,
+                on_batch=on_batch,
             )
         return answers[0]
 
     def evaluate(self, observer: Observer | None = None) -> dict[str, dict[State, Scores]]:
         """Score every client in every state of the method, on the test rows that the recipe names."""
         states: Any = self.model.method.states
-        return {name: self.client(name, observer).evaluate(self.vector, states) for name in self.clients}
+        return {name: self.client(name, observer).evaluate(self.request(name), states) for name in self.clients}

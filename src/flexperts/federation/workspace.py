@@ -42,11 +42,11 @@ class Workspace:
         """Every client's train rows, encoded."""
         return {name: self.encoder.encode_all(rows.train) for name, rows in self.clients.items()}
 
-    def check(self, *, grafts: bool) -> None:
+    def check(self, *, needs_experts: bool) -> None:
         """Refuse what would otherwise fail in the middle of a run.
 
         Args:
-            grafts: Whether some method of the run grafts.
+            needs_experts: Whether some method of the run works on experts.
 
         Raises:
             FlexpertsError: A row does not fit, the base cannot be grafted, or has too few experts or projections.
@@ -56,7 +56,7 @@ class Workspace:
             self.encoder.encode_all(rows.test)
         attention_linears(self.base.model, self.config.lora.projections)
         wanted = self.config.graft.experts
-        for experts in find_experts(self.base.model) if grafts else []:
+        for experts in find_experts(self.base.model) if needs_experts else []:
             if wanted > experts.num_experts:
                 raise GraftError(
                     f"graft.experts = {wanted}", f"{experts.name} has {experts.num_experts}", "ask for fewer"

@@ -1,12 +1,14 @@
 """Grafting: personal experts with their sigmoid gate, hung beside the untouched router by a forward hook.
 
-    y = sum_{j in TopK} g_j(x) E_j(x)  +  sum_p sigmoid(G_p(x)) E_p(x)
+    y = sum_{j in TopK} g_j(x) E_j(x)  +  sum_p c_p sigmoid(G_p(x)) E_p(x)
 
-Shapes: T tokens, D expert width, k personal experts. Source: FLEx (arXiv 2506.00965).
+c_p is a constant: 1, or what the caller sets. Shapes: T tokens, D expert width, k personal experts.
+Source: FLEx (arXiv 2506.00965).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +24,8 @@ from flexperts.moe.experts import FusedExperts
 
 Choice = Mapping[str, Sequence[int]]
 """Experts module name -> indices of the pretrained experts that start the personal ones."""
+Scales = Mapping[str, Sequence[float]]
+"""Experts module name -> the constant factor of each of its personal experts."""
 
 
 class Graft(nn.Module):
@@ -34,6 +38,10 @@ class Graft(nn.Module):
         alpha: LoRA scaling numerator; not used by ``"full"``.
         gate_bias: Start of the gate's logit: sigmoid(0) = 0.5 opens it half.
         generator: Stream for LoRA's A.
+        scales: k constant factors on the personal experts' outputs; None is 1 for each.
+
+    Raises:
+        GraftError: ``indices`` or ``scales`` do not fit the layer.
     """
 
     def __init__(
@@ -44,10 +52,12 @@ class Graft(nn.Module):
         alpha: float,
         gate_bias: float,
         generator: Generator,
+        scales: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         _check_indices(experts, indices)
         self.experts, self.indices = experts, tuple(indices)
+        self.scales = _checked_scales(experts, indices, scales)
         self.graft_gate_weight = nn.Parameter(torch.zeros(len(indices), experts.width))
         self.graft_gate_bias = nn.Parameter(torch.full((len(indices),), float(gate_bias)))
         self.personal = nn.ModuleList(personal_expert(experts, i, rank, alpha, generator) for i in indices)
@@ -61,7 +71,9 @@ class Graft(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Return what the graft adds to the layer's routed output, ``[T, D]``."""
         gates = self.opening(hidden).unsqueeze(-1).unbind(-2)
-        terms = [gate * expert(hidden) for gate, expert in zip(gates, self.personal, strict=True)]
+        # A factor of 1 is left out: no work, and no bit differs from a graft without factors.
+        factors = [g if c == 1 else g * c for g, c in zip(gates, self.scales, strict=True)]
+        terms = [factor * expert(hidden) for factor, expert in zip(factors, self.personal, strict=True)]
         return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
 
 
@@ -72,9 +84,11 @@ class Grafts(Part):
         experts: The base's experts modules, from ``find_experts``.
         choice: Which experts each of them grafts; modules that are not named get no graft.
         rank, alpha, gate_bias, generator: As for ``Graft``.
+        scales: Constant factors of the personal experts' outputs; modules that are not named have 1.
 
     Raises:
-        GraftError: ``choice`` names a module or an expert that the base does not have.
+        GraftError: ``choice`` names a module or an expert that the base does not have, or ``scales`` does not fit
+            ``choice``.
     """
 
     def __init__(
@@ -86,16 +100,20 @@ class Grafts(Part):
         alpha: float = 16.0,
         gate_bias: float = 0.0,
         generator: Generator | None = None,
+        scales: Scales | None = None,
     ) -> None:
         super().__init__()
         generator = generator or torch.Generator().manual_seed(0)
         by_name = {e.name: e for e in experts}
         if unknown := sorted(choice.keys() - by_name.keys()):
             raise GraftError(f"choice names {unknown}", f"experts modules are {sorted(by_name)}", "select again")
+        scales = scales or {}
+        if stray := sorted(scales.keys() - choice.keys()):
+            raise GraftError(f"scales name {stray}", f"grafted are {sorted(choice)}", "scale grafted modules only")
         # A module name cannot hold dots.
         self.layers = nn.ModuleDict(
             {
-                key(name): Graft(by_name[name], choice[name], rank, alpha, gate_bias, generator)
+                key(name): Graft(by_name[name], choice[name], rank, alpha, gate_bias, generator, scales.get(name))
                 for name in by_name
                 if name in choice
             }
@@ -105,6 +123,11 @@ class Grafts(Part):
     def choice(self) -> dict[str, tuple[int, ...]]:
         """The experts that were grafted, by experts module."""
         return {graft.experts.name: graft.indices for graft in self}
+
+    @property
+    def scales(self) -> dict[str, tuple[float, ...]]:
+        """The constant factors of the personal experts, by experts module."""
+        return {graft.experts.name: graft.scales for graft in self}
 
     def __iter__(self) -> Iterator[Graft]:
         return iter(self.layers.values())  # type: ignore[arg-type]
@@ -129,3 +152,17 @@ def _check_indices(experts: FusedExperts, indices: Sequence[int]) -> None:
             f"they must be different numbers from 0 to {experts.num_experts - 1}",
             "select again on this base",
         )
+
+
+def _checked_scales(
+    experts: FusedExperts, indices: Sequence[int], scales: Sequence[float] | None
+) -> tuple[float, ...]:
+    if scales is None:
+        return (1.0,) * len(indices)
+    if len(scales) != len(indices) or not all(map(math.isfinite, scales)):
+        raise GraftError(
+            f"{experts.name} is to scale its personal experts by {list(scales)}",
+            f"there must be one finite number for each of its {len(indices)}",
+            "select again on this base",
+        )
+    return tuple(float(scale) for scale in scales)

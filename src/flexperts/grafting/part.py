@@ -1,20 +1,28 @@
 """What a method hangs onto the frozen base: a module of its own parameters that works through hooks.
 
-Hooks leave the base's modules, parameter names and state_dict as they are; taking a part off restores the base bit for
-bit. A part's parameters live outside the base, so nothing that saves or sends the base can carry them.
+Hooks leave the base's modules, parameter names and state_dict as they are; taking a part off restores the base bit
+for bit. A part's parameters live outside the base, so nothing that saves or sends the base can carry them.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Self
+from typing import Protocol, Self
 
-from torch import nn
-from torch.utils.hooks import RemovableHandle
+import torch
+from torch import Generator, nn
 
 from flexperts.errors import GraftError
+
+
+class Removable(Protocol):
+    """What takes one change of the base back: a torch hook's handle, or an object of a part's own."""
+
+    def remove(self) -> None:
+        """Undo the change."""
 
 
 class Part(nn.Module, ABC):
@@ -23,10 +31,10 @@ class Part(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.enabled = True
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Removable] = []
 
     @abstractmethod
-    def hooks(self) -> Iterator[RemovableHandle]:
+    def hooks(self) -> Iterator[Removable]:
         """Hang the part onto the base and yield the handle of each hook; a hook heeds ``enabled``."""
 
     def attach(self) -> Self:
@@ -59,3 +67,23 @@ class Part(nn.Module, ABC):
 def key(name: str) -> str:
     """Return a module name in the form that ``nn.ModuleDict`` takes: without dots."""
     return name.replace(".", "/")
+
+
+def uniform_matrix(rows: int, fan_in: int, generator: Generator) -> nn.Parameter:
+    """Return ``[rows, fan_in]``, uniform within 1 / sqrt(fan_in) as peft starts LoRA's A, from its own stream."""
+    bound = 1 / math.sqrt(fan_in)
+    return nn.Parameter((torch.rand(rows, fan_in, generator=generator) * 2 - 1) * bound)
+
+
+def submodule(model: nn.Module, name: str) -> nn.Module:
+    """Return the module of that qualified name.
+
+    Raises:
+        GraftError: The model has none of that name.
+    """
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise GraftError(
+            f"module {name!r}", f"{type(model).__name__} has none of that name", "name a module of this base"
+        ) from error

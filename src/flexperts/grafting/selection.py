@@ -1,9 +1,10 @@
-"""Choosing the pretrained expert that best reproduces a layer's routed output on a client's own tokens.
+"""What the selection of experts reads: how a layer's routed output and its experts relate on a client's own tokens.
 
     s* = argmin_s  sum_x || F(x) - E_s(x) ||^2        F(x) = sum_{j in TopK} g_j(x) E_j(x)
 
-With one expert kept, its re-normalised router weight is 1. All layers are scored in ONE forward pass: hooks add to
-per-expert float64 sums and store nothing. Shapes: T tokens, D width, N experts.
+With one expert kept, its re-normalised router weight is 1. All layers are scored in ONE forward pass: hooks add
+inner products in float64 and store no output. Every rule in ``rules`` works on these sums alone.
+Shapes: T tokens, D width, N experts, K experts per token.
 Source: FLEx (arXiv 2506.00965), after the layer-wise criterion of Lu et al., ACL 2024.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Generator, Tensor, nn
@@ -19,23 +21,42 @@ from flexperts.errors import GraftError
 from flexperts.moe.experts import FusedExperts
 
 Batch = Mapping[str, Tensor]
+_STACK = 2**26
+"""Values of all experts' outputs that are held at once; 512 MiB in float64."""
 
 
 @dataclass
 class LayerScores:
-    """Reconstruction sums of one experts module over the calibration tokens.
+    """Sums of one experts module over the calibration tokens x; all tensors are float64 on the CPU.
 
     Args:
         name: Experts module name.
-        errors: ``[N]`` float64, sum over tokens of ||F - E_s||^2.
-        energy: Sum over tokens of ||F||^2.
+        gram: ``[N, N]``, sum of E_s(x) . E_t(x).
+        cross: ``[N]``, sum of F(x) . E_s(x).
+        energy: Sum of ||F(x)||^2.
+        counts: ``[N]``, tokens that the router sent to each expert.
+        weights: ``[N]``, sum of the router weights that each expert got.
         tokens: Calibration tokens that were scored.
     """
 
     name: str
-    errors: Tensor
-    energy: float = 0.0
-    tokens: int = 0
+    gram: Tensor
+    cross: Tensor
+    energy: float
+    counts: Tensor
+    weights: Tensor
+    tokens: int
+
+    @classmethod
+    def empty(cls, name: str, num_experts: int) -> Self:
+        """Return the sums before any token."""
+        cross, counts, weights = torch.zeros(3, num_experts, dtype=torch.float64)
+        return cls(name, torch.zeros(num_experts, num_experts, dtype=torch.float64), cross, 0.0, counts, weights, 0)
+
+    @property
+    def errors(self) -> Tensor:
+        """``[N]`` float64, sum over tokens of ||F - E_s||^2."""
+        return (self.energy - 2 * self.cross + self.gram.diagonal()).clamp_min(0)
 
     @property
     def relative(self) -> Tensor:
@@ -43,10 +64,44 @@ class LayerScores:
         return self.errors / max(self.energy, 1e-30)
 
     def best(self, k: int) -> tuple[int, ...]:
-        """Return the k experts with the smallest error, best first."""
-        if not 1 <= k <= len(self.errors):
-            raise GraftError(f"graft.experts = {k}", f"{self.name} has {len(self.errors)} experts", "ask for fewer")
+        """Return the k experts with the smallest error, best first.
+
+        Raises:
+            GraftError: k is not from 1 to N.
+        """
+        self.check_count(k)
         return tuple(int(i) for i in self.errors.argsort(stable=True)[:k])
+
+    def check_count(self, k: int) -> None:
+        """Refuse to choose k of the N experts where that cannot be done.
+
+        Raises:
+            GraftError: k is not from 1 to N.
+        """
+        if not 1 <= k <= len(self.cross):
+            rule = f"{self.name} has {len(self.cross)} experts"
+            raise GraftError(f"graft.experts = {k}", rule, f"ask for 1 to {len(self.cross)}")
+
+    def add_products(self, target: Tensor, outputs: Tensor) -> None:
+        """Add tokens' inner products.
+
+        Args:
+            target: F, ``[T, D]``.
+            outputs: Every expert's own output, ``[N, T, D]``.
+        """
+        stacked = torch.cat([outputs, target[None]]).double().flatten(1)
+        products = (stacked @ stacked.T).cpu()
+        self.gram += products[:-1, :-1]
+        self.cross += products[:-1, -1]
+        self.energy += products[-1, -1].item()
+        self.tokens += len(target)
+
+    def add_routing(self, index: Tensor, weight: Tensor) -> None:
+        """Add what the router did with tokens: ``index`` and ``weight``, both ``[T, K]``."""
+        # On the CPU, because CUDA adds up a bin in no fixed order.
+        chosen, given, N = index.flatten().cpu(), weight.flatten().double().cpu(), len(self.cross)
+        self.counts += torch.bincount(chosen, minlength=N)[:N]
+        self.weights += torch.bincount(chosen, given, minlength=N)[:N]
 
 
 @dataclass
@@ -57,22 +112,21 @@ class _Probe:
     positions: Tensor | None = None
 
     def hook(self, experts: FusedExperts) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        self.scores[experts.name] = LayerScores(experts.name, torch.zeros(experts.num_experts, dtype=torch.float64))
+        layer = self.scores[experts.name] = LayerScores.empty(experts.name, experts.num_experts)
+        chunk = max(1, _STACK // (experts.num_experts * experts.width))
 
         def score(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            hidden = args[0].reshape(-1, args[0].shape[-1])[self.positions]
-            target = output.reshape(-1, output.shape[-1])[self.positions].float()
-            self._add(experts, hidden, target)
+            hidden, index, weight, target = (t.reshape(-1, t.shape[-1])[self.positions] for t in (*args, output))
+            layer.add_routing(index, weight)
+            for tokens, part in zip(torch.split(hidden, chunk), torch.split(target, chunk), strict=True):
+                layer.add_products(part, _outputs(experts, tokens))
 
         return score
 
-    def _add(self, experts: FusedExperts, hidden: Tensor, target: Tensor) -> None:
-        layer = self.scores[experts.name]
-        layer.tokens += len(hidden)
-        layer.energy += target.double().square().sum().item()
-        for index in range(experts.num_experts):
-            output = experts.run(hidden, experts.expert(index)).float()
-            layer.errors[index] += (target - output).square().sum(dtype=torch.float64).cpu()
+
+def _outputs(experts: FusedExperts, hidden: Tensor) -> Tensor:
+    """Return every expert's output ``[N, T, D]``, whatever the router says."""
+    return torch.stack([experts.run(hidden, experts.expert(i)) for i in range(experts.num_experts)])
 
 
 @torch.no_grad()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from flexperts.methods.base import Method
+from collections.abc import Collection
+from typing import ClassVar
+
+from flexperts.methods.base import State
+from flexperts.methods.flex import Flex
 
 
-class Local(Method):
+class Local(Flex):
     """Each client alone, with LoRA and graft of its own.
 
     Source: the local bound of arXiv 2506.00965's comparison.
@@ -15,10 +19,10 @@ class Local(Method):
 
     name = "local"
     summary = "LoRA and graft trained on the client's own rows; nothing is sent"
-    source = "arXiv 2506.00965"
-    grafts = True
-    states = ("zero_shot", "personalized")
+    sends = "nothing"
+    keeps = "attention LoRA, grafted experts and their gate"
+    states: ClassVar[tuple[State, ...]] = ("zero_shot", "personalized")
 
-    def is_shared(self, name: str) -> bool:
+    def shared(self, names: Collection[str]) -> set[str]:
         """Nothing is shared."""
-        return False
+        return set()

@@ -6,9 +6,12 @@ import difflib
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from pydantic import ValidationError
+
 from flexperts.errors import ConfigError
 
 if TYPE_CHECKING:
+    from flexperts.config import MethodConfig
     from flexperts.methods.base import Method
 
 _METHODS: dict[str, str] = {
@@ -58,3 +61,30 @@ def method_class(name: str) -> type[Method]:
         module, _, attribute = _METHODS[name].partition(":")
         _LOADED[name] = getattr(import_module(module), attribute)
     return _LOADED[name]
+
+
+def make_method(config: MethodConfig) -> Method:
+    """Return the method that a recipe names, with its options.
+
+    Raises:
+        ConfigError: No such method, or an option breaks a rule.
+    """
+    method = method_class(config.name)
+    try:
+        return method(method.Options.model_validate(config.options))
+    except ValidationError as error:
+        raise ConfigError("method.options", _offences(error, method), "mend the keys named") from error
+
+
+def _offences(error: ValidationError, method: type[Method]) -> str:
+    known = sorted(method.Options.model_fields)
+    parts = []
+    for offence in error.errors():
+        key = ".".join(map(str, offence["loc"]))
+        if offence["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known) or 'none'}"
+            parts.append(f"{method.name} has no option {key!r} ({hint})")
+        else:
+            parts.append(f"{key} = {offence['input']!r}: {offence['msg'].removeprefix('Value error, ')}")
+    return "; ".join(parts)

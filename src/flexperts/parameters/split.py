@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from torch import Tensor
 from torch.nn import Parameter
 
 from flexperts.errors import SplitError
@@ -73,13 +74,19 @@ def split_parameters(parameters: Parameters, shared: Iterable[str], personal: It
 
 def aliases(split: ParameterSplit) -> list[str]:
     """Return the names of shared parameters whose memory also belongs to another group."""
+    kept = kept_storages(split)
+    return [name for name, p in split.shared.items() if storage(p) in kept]
+
+
+def kept_storages(split: ParameterSplit) -> set[int]:
+    """Return the addresses of all memory that personal and frozen parameters own."""
     # Empty tensors have no memory to share: their address is 0.
-    kept = {_storage(p) for group in (split.personal, split.frozen) for p in group.values()} - {0}
-    return [name for name, p in split.shared.items() if _storage(p) in kept]
+    return {storage(p) for group in (split.personal, split.frozen) for p in group.values()} - {0}
 
 
-def _storage(parameter: Parameter) -> int:
-    return parameter.untyped_storage().data_ptr()
+def storage(tensor: Tensor) -> int:
+    """Return the address of a tensor's memory, the same for all views of it."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def _refuse(names: Iterable[str], why: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -28,6 +28,7 @@ class PersonalMeta:
         shared: Hash of the shared weights the state was trained with.
         choice: Grafted experts by experts module.
         selection: Relative reconstruction loss of every expert, by experts module.
+        scales: Factors on the chosen experts' outputs, by experts module; empty means 1.
     """
 
     client: str
@@ -36,6 +37,7 @@ class PersonalMeta:
     shared: str
     choice: dict[str, tuple[int, ...]]
     selection: dict[str, list[float]]
+    scales: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 def save_personal(path: Path, tensors: Mapping[str, Tensor], meta: PersonalMeta) -> None:
@@ -69,6 +71,49 @@ def load_personal(path: Path, *, base: str | None = None) -> tuple[dict[str, Ten
     return tensors, meta
 
 
+class PersonalStore:
+    """A client's personal state from round to round: the newest, and the one before it.
+
+    Two generations, because a run that breaks off within a round is taken up again at the round's start, and some
+    clients have trained in it already.
+
+    Args:
+        path: Where the newest state lies.
+        base: Fingerprint that states must belong to.
+    """
+
+    def __init__(self, path: Path, base: str) -> None:
+        self.path, self.base = path, base
+        self.older = path.with_name(f"{path.stem}.before{path.suffix}")
+
+    def load(self, up_to: int) -> tuple[dict[str, Tensor], PersonalMeta] | None:
+        """Return the newest state of a round not later than ``up_to``, or None before a client has any.
+
+        Raises:
+            ArtifactError: A file is damaged or foreign, or all states are of later rounds.
+        """
+        newest: int | None = None
+        for path in (self.path, self.older):
+            if path.exists():
+                state = load_personal(path, base=self.base)
+                if state[1].round <= up_to:
+                    return state
+                newest = newest or state[1].round
+        if newest is not None:
+            raise ArtifactError(
+                f"{self.path} is of round {newest}",
+                f"the server asks for round {up_to} or before",
+                "resume with the server's own run directory, or start a new run",
+            )
+        return None
+
+    def save(self, tensors: Mapping[str, Tensor], meta: PersonalMeta) -> None:
+        """Write the state of a round; a state of an earlier round becomes the one before."""
+        if self.path.exists() and load_personal(self.path)[1].round < meta.round:
+            self.path.replace(self.older)
+        save_personal(self.path, tensors, meta)
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], PersonalMeta]:
     try:
         with safe_open(path, framework="pt") as file:
@@ -86,7 +131,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], PersonalMeta]:
         raise ArtifactError(f"{path}", f"it is not of format {_FORMAT}", "give a file of a run's personal folder")
     try:
         fields = json.loads(header[_FORMAT])
-        fields["choice"] = {name: tuple(indices) for name, indices in fields["choice"].items()}
+        for key in ("choice", "scales"):
+            fields[key] = {name: tuple(values) for name, values in fields.get(key, {}).items()}
         return tensors, PersonalMeta(**fields)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(

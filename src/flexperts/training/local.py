@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from accelerate import Accelerator
 from torch import Generator, Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_cosine_schedule_with_warmup
 
@@ -36,6 +38,7 @@ class LocalSettings:
         warmup_steps: Steps of linear warm-up at the start of the run.
         precision: ``"bf16"`` computes under autocast; trained weights and their updates stay fp32.
         pad_token_id: Token that fills short rows.
+        optimizer: ``"adamw"``, or ``"sgd"`` without momentum.
     """
 
     steps: int
@@ -50,6 +53,35 @@ class LocalSettings:
     warmup_steps: int
     precision: Precision
     pad_token_id: int
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+
+    def part(self, share: float) -> LocalSettings:
+        """Return the settings of a phase that takes a share of every round's steps, at least one."""
+        steps = max(1, round(share * self.steps))
+        scaled = {
+            name: round(getattr(self, name) * steps / self.steps)
+            for name in ("first_step", "total_steps", "warmup_steps")
+        }
+        return replace(self, steps=steps, **scaled)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepHooks:
+    """What a method adds to every optimizer step.
+
+    Args:
+        penalty: Returns a scalar that is added to the loss, once per step.
+        correct: Changes the gradients in place, after clipping.
+        around_batch: Returns a context in which one step's forward and backward passes run.
+    """
+
+    penalty: Callable[[], Tensor] | None = None
+    correct: Callable[[], None] | None = None
+    around_batch: Callable[[], AbstractContextManager[object]] = nullcontext
+
+
+Objective = Callable[[nn.Module, Sequence[Example], LocalSettings], Iterator[Tensor]]
+"""Yields the parts of a batch's loss, one per micro-batch; their sum is what is minimised."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +93,25 @@ class TrainResult:
         steps: Optimizer steps done.
         rows: Rows in the client's train split: its weight in the average.
         tokens: Tokens processed, padding left out.
+        lr_sum: Sum of the shared parameters' learning rates over the steps.
     """
 
     loss: float
     steps: int
     rows: int
     tokens: int
+    lr_sum: float = 0.0
+
+
+def response_loss(model: nn.Module, rows: Sequence[Example], settings: LocalSettings) -> Iterator[Tensor]:
+    """Yield the batch's mean response NLL (nats per token), cut into its micro-batches' shares."""
+    size = settings.micro_batch_size
+    total = sum(len(row.input_ids) - row.prompt_length for row in rows)
+    for start in range(0, len(rows), size):
+        batch = pad_batch(rows[start : start + size], settings.pad_token_id)
+        with autocast(next(model.parameters()).device, settings.precision):
+            sums, _ = token_losses(model, batch)
+        yield sums.sum() / total
 
 
 def train_local(
@@ -76,22 +121,31 @@ def train_local(
     settings: LocalSettings,
     generator: Generator,
     on_step: Callable[[float], None] = lambda loss: None,
+    *,
+    hooks: StepHooks | None = None,
+    objective: Objective = response_loss,
 ) -> TrainResult:
     """Train the shared and personal parameters of ``model`` in place.
 
     The optimizer starts afresh every round, as in the paper's code base: its moments belong to weights that the
-    average has replaced. ``on_step`` gets each step's loss.
+    average has replaced. ``on_step`` gets each step's loss, penalty left out.
 
     Raises:
         FederationError: The loss is not finite.
     """
+    hooks = hooks or StepHooks()
     accelerator = Accelerator()
     optimizer, schedule = _optimizer(split, settings)
-    losses, tokens = [], 0
+    losses, tokens, lr_sum = [], 0, 0.0
     model.train()
     for rows in training_batches(examples, settings.batch_size, settings.steps, generator):
-        loss = _finite(_backward(accelerator, model, rows, settings), settings)
+        with hooks.around_batch():
+            parts = objective(model, rows, settings)
+            loss = _finite(_backward(accelerator, parts, hooks.penalty), settings)
         accelerator.clip_grad_norm_(split.trained.values(), settings.max_grad_norm)
+        if hooks.correct:
+            hooks.correct()
+        lr_sum += optimizer.param_groups[0]["lr"]
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -99,28 +153,26 @@ def train_local(
         tokens += sum(len(row.input_ids) for row in rows)
         on_step(loss)
     model.eval()
-    return TrainResult(sum(losses) / len(losses), len(losses), len(examples), tokens)
+    return TrainResult(sum(losses) / len(losses), len(losses), len(examples), tokens, lr_sum)
 
 
-def _backward(accelerator: Accelerator, model: nn.Module, rows: list[Example], settings: LocalSettings) -> float:
-    """Add up the gradient of the batch's mean token loss over its micro-batches."""
-    size = settings.micro_batch_size
-    total = sum(len(row.input_ids) - row.prompt_length for row in rows)
+def _backward(accelerator: Accelerator, parts: Iterator[Tensor], penalty: Callable[[], Tensor] | None) -> float:
+    """Add up the gradients of the loss's parts and of the penalty; return the loss."""
     loss = 0.0
-    for start in range(0, len(rows), size):
-        batch = pad_batch(rows[start : start + size], settings.pad_token_id)
-        with autocast(next(model.parameters()).device, settings.precision):
-            sums, _ = token_losses(model, batch)
-        part: Tensor = sums.sum() / total
-        accelerator.backward(part)
+    for part in parts:
+        if part.requires_grad:  # a batch without the only trained part has nothing to learn
+            accelerator.backward(part)
         loss += part.item()
+    if penalty:
+        accelerator.backward(penalty())
     return loss
 
 
 def _optimizer(split: ParameterSplit, settings: LocalSettings) -> tuple[Optimizer, LRScheduler]:
     rates = ((split.shared, settings.lr), (split.personal, settings.personal_lr))
     groups = [{"params": list(ps.values()), "lr": lr, "initial_lr": lr} for ps, lr in rates if ps]
-    optimizer = AdamW(groups, weight_decay=settings.weight_decay, fused=True)
+    kind = AdamW if settings.optimizer == "adamw" else SGD
+    optimizer = kind(groups, weight_decay=settings.weight_decay, fused=True)
     # initial_lr and last_epoch put the fresh schedule where the previous round left off.
     schedule = get_cosine_schedule_with_warmup(
         optimizer, settings.warmup_steps, settings.total_steps, last_epoch=settings.first_step - 1

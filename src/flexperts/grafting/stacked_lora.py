@@ -1,0 +1,70 @@
+"""A frozen low-rank delta of any rank on Linear layers: y = W x + scale * B (A x), never merged into W.
+
+Such deltas come out of federations that stack clients' LoRA factors instead of averaging them. Shapes: R stacked
+rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flexperts.errors import GraftError
+from flexperts.grafting.part import Part, Removable, key, submodule
+
+
+class StackedLora(Part):
+    """Frozen factors on named modules; they are buffers, so nothing trains them and no split counts them.
+
+    Args:
+        model: The base, with or without PEFT's wrappers around its Linear layers.
+        factors: Module name -> (A ``[R, in]``, B ``[out, R]``); the module maps ``[..., in]`` to ``[..., out]``.
+            Empty: nothing is hung on.
+        scale: Factor of B A.
+
+    Raises:
+        GraftError: A module is not in the model, or two factors do not share their rank.
+    """
+
+    def __init__(self, model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self._sites = {name: submodule(model, name) for name in factors}
+        self.layers = nn.ModuleDict({key(n): _Factors(n, *pair) for n, pair in factors.items()})
+        for name, module in self._sites.items():
+            self.layers[key(name)].to(next(module.parameters()).device)
+
+    def hooks(self) -> Iterator[Removable]:
+        """Add every delta to its module's output."""
+        for name, module in self._sites.items():
+            yield module.register_forward_hook(self._hook(self.layers[key(name)]))
+
+    def _hook(self, delta: nn.Module) -> Any:
+        def add(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return output + self.scale * delta(args[0].to(output.dtype)) if self.enabled else output
+
+        return add
+
+
+class _Factors(nn.Module):
+    """B (A x) for one module."""
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, name: str, A: Tensor, B: Tensor) -> None:
+        super().__init__()
+        if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
+            raise GraftError(
+                f"{name} gets A {list(A.shape)} and B {list(B.shape)}",
+                "they must be [R, in] and [out, R]",
+                "give factors of one rank",
+            )
+        self.register_buffer("A", A.detach())
+        self.register_buffer("B", B.detach())
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(F.linear(hidden, self.A.to(hidden.dtype)), self.B.to(hidden.dtype))

@@ -1,0 +1,162 @@
+"""LoRA on the base's attention layers, by PEFT: one adapter that methods share, and a second one on demand."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from flexperts.moe.attention import attention_linears
+
+SHARED_PREFIX = "base_model."
+"""Start of the names of the first adapter's parameters: those of PEFT's own adapter files."""
+PERSONAL_PREFIX = "personal."
+"""Start of the names of the second adapter's parameters."""
+_ADAPTERS = {"shared": "default", "personal": "personal"}
+
+Weight = float | Tensor
+"""Factor on an adapter's output: one number, or one per row of the batch, ``[B]``."""
+
+
+class LoraAdapters:
+    """The adapters in one resident base, from construction until ``close``.
+
+    Args:
+        base: The base model.
+        rank, alpha, dropout: LoRA's settings, alike for both adapters.
+        projections: Last names of the attention layers to adapt; empty adapts all that the rule finds.
+        seed: Seed of A; the two adapters start alike, B at zero.
+        personal: Whether there is a second adapter.
+        checkpointing: Recompute activations in the backward pass.
+
+    Raises:
+        ConfigError: No attention layer fits ``projections``.
+    """
+
+    def __init__(
+        self,
+        base: Any,
+        *,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        projections: tuple[str, ...],
+        seed: int,
+        personal: bool = False,
+        checkpointing: bool = False,
+    ) -> None:
+        self.base, self.rank, self.scale, self.checkpointing = base, rank, alpha / rank, checkpointing
+        self.sites = attention_linears(base, projections)
+        self._config = LoraConfig(
+            task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=self.sites
+        )
+        with torch.random.fork_rng(devices=[]):
+            # Every silo draws the same A, so that the first average starts from one model.
+            torch.manual_seed(seed)
+            self.model: Any = get_peft_model(base, self._config)
+            if personal:
+                torch.manual_seed(seed)
+                self.model.add_adapter("personal", self._config)
+        self.model.eval()
+        if checkpointing:
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
+        self._initial = {n: p.detach().clone() for n, p in self.parameters().items()}
+        self.reset()
+
+    def close(self) -> None:
+        """Take LoRA out of the base again."""
+        if self.checkpointing:
+            self.base.activation_checkpointing_disable()
+            self.base.disable_input_require_grads()  # enabled by PEFT and transformers behind our back
+        self.model.unload()
+
+    def parameters(self) -> dict[str, Parameter]:
+        """Return both adapters' parameters by name."""
+        return {_name(n): p for n, p in self.model.named_parameters() if "lora_" in n}
+
+    def frozen(self) -> dict[str, Parameter]:
+        """Return every other parameter of the model."""
+        return {n: p for n, p in self.model.named_parameters() if "lora_" not in n}
+
+    def module(self, site: str) -> nn.Module:
+        """Return the adapted layer of a site: what maps the layer's input to its output, LoRA included."""
+        module: nn.Module = self.base.get_submodule(site)
+        return module
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Put all adapters back to what they were before training: all trainable, only the shared one in use."""
+        for name, parameter in self.parameters().items():
+            parameter.copy_(self._initial[name])
+            parameter.requires_grad_(True)
+            parameter.grad = None
+        self._activate(["shared"])
+
+    @contextmanager
+    def use(self, **weights: Weight) -> Iterator[None]:
+        """Compute with ``shared`` and ``personal`` at the given weights inside the block; who is not named is off.
+
+        The weighted outputs are added: W0 x + a dW_shared x + b dW_personal x.
+        """
+        before = [name for name, adapter in _ADAPTERS.items() if adapter in self.model.active_adapters]
+        with ExitStack() as stack:
+            stack.callback(self._activate, before)
+            self._activate(list(weights))
+            for name, weight in weights.items():
+                if isinstance(weight, Tensor) or weight != 1.0:
+                    stack.enter_context(self._weighted(name, weight))
+            if not weights:
+                stack.enter_context(self.model.disable_adapter())
+            yield
+
+    def config_json(self, base: str) -> str:
+        """Return the text of PEFT's adapter_config.json for the shared adapter, the same on every client.
+
+        PEFT writes sets in random order and the base as a local path: neither may differ or be told.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.model.peft_config["default"].save_pretrained(folder)
+            config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+        config["target_modules"] = sorted(config["target_modules"])
+        config["base_model_name_or_path"] = Path(base).name if Path(base).is_absolute() else base
+        return json.dumps(config, indent=2, sort_keys=True)
+
+    def _activate(self, names: list[str]) -> None:
+        """Switch adapters without PEFT's own idea of what trains."""
+        if not names:
+            return
+        trains = {n: p.requires_grad for n, p in self.parameters().items()}
+        self.model.base_model.set_adapter([_ADAPTERS[name] for name in names])
+        for name, parameter in self.parameters().items():
+            parameter.requires_grad_(trains[name])
+
+    @contextmanager
+    def _weighted(self, name: str, weight: Weight) -> Iterator[None]:
+        """Multiply an adapter's contribution, where PEFT computes it last."""
+
+        def scale(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
+            if isinstance(weight, Tensor):
+                return output * weight.to(output).view(-1, *[1] * (output.dim() - 1))
+            return output * weight
+
+        handles = [self.module(s).lora_B[_ADAPTERS[name]].register_forward_hook(scale) for s in self.sites]  # type: ignore[index,union-attr]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _name(name: str) -> str:
+    """Return an adapter parameter's name as messages and files use it."""
+    if ".personal." in name:
+        return PERSONAL_PREFIX + name.replace(".personal.", ".")
+    return name.replace(".default.", ".")
