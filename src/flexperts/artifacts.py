@@ -8,7 +8,7 @@ summary.json           scores, bytes and seconds; written when the method's roun
 shared/                the averaged LoRA as an ordinary PEFT adapter folder
 checkpoint.safetensors the server's whole state after the last finished round, from which a run is resumed and used
 partition.json         who had which rows: counts and hashes
-personal/NAME.safetensors   each client's personal state, and NAME.before the one of the round before it
+personal/NAME.safetensors   each client's personal state, and in personal/before the one of the round before it
                        (in a deployed run they lie at the client)
 predictions/NAME.jsonl      each client's generated answers (likewise)
 reference/             the reference method's run, laid out the same way

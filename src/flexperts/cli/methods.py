@@ -2,16 +2,61 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
+from typing import Annotated, Any
 
-def command() -> None:
+import typer
+
+_HEAD = """# Methods
+
+Made by `flexperts methods --markdown` from the methods' own docstrings; a test keeps it current.
+
+A recipe names a method under `[method]` and its settings under `[method.options]`:
+
+```toml
+[method]
+name = "fedprox"
+options = {mu = 0.01}
+```
+"""
+
+
+def command(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the whole of docs/methods.md.")] = False,
+) -> None:
     """List the federated methods: what they do, what is sent, what stays, source."""
+    if markdown:
+        typer.echo(methods_page(), nl=False)
+        return
     from rich.console import Console
     from rich.table import Table
 
+    table = Table("method", "what it does", "sent", "stays", "source", show_lines=True)
+    for method in _methods():
+        table.add_row(method.name, method.summary, method.sends, method.keeps, method.source)
+    Console().print(table)
+
+
+def methods_page() -> str:
+    """Return docs/methods.md: a table of all methods, and each one's docstring and options."""
+    rows = [f"| [{m.name}](#{m.name}) | {m.summary} | {m.sends} | {m.keeps} |" for m in _methods()]
+    table = ["| method | what it does | sent | stays |", "|---|---|---|---|", *rows]
+    return "\n".join([_HEAD, *table, *(line for method in _methods() for line in _section(method))]) + "\n"
+
+
+def _methods() -> list[Any]:
     from flexperts.methods.registry import method_class, method_names
 
-    table = Table("method", "what it does", "sent", "stays", "source", show_lines=True)
-    for name in method_names():
-        method = method_class(name)
-        table.add_row(name, method.summary, method.sends, method.keeps, method.source)
-    Console().print(table)
+    return [method_class(name) for name in method_names()]
+
+
+def _section(method: Any) -> Iterator[str]:
+    yield f"\n## {method.name}\n"
+    yield f"Source: {method.source}. States that are evaluated: {', '.join(method.states)}.\n"
+    yield f"```text\n{inspect.cleandoc(method.__doc__)}\n```"
+    fields = method.Options.model_fields
+    if fields:
+        yield "\n| option | default | meaning |\n|---|---|---|"
+        for name, field in fields.items():
+            yield f"| `{name}` | `{field.get_default(call_default_factory=True)!r}` | {field.description} |"

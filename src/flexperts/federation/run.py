@@ -25,7 +25,12 @@ from flexperts.methods.registry import make_method
 
 
 def run_federation(
-    config: RunConfig, out: Path, observer: Observer | None = None, *, resume: bool = False
+    config: RunConfig,
+    out: Path,
+    observer: Observer | None = None,
+    *,
+    resume: bool = False,
+    workspace: Workspace | None = None,
 ) -> dict[str, Any]:
     """Run a recipe with all clients in this process, around one resident base.
 
@@ -34,6 +39,8 @@ def run_federation(
         out: The run directory to create; it must not hold a run, but for ``resume``.
         observer: Receives progress; none by default.
         resume: Take up the run that ``out`` holds after its last finished round; ``config`` must be its own.
+        workspace: Base and rows that are loaded already, of a recipe with the same seed, model, data, evaluation and
+            longest example; many runs can share one.
 
     Returns:
         The summary that also lies in ``out/summary.json``; a reference method's stands under ``reference``.
@@ -45,8 +52,10 @@ def run_federation(
     observer = observer or Observer()
     if not (resume and (out / "config.toml").exists()):
         RunDirectory.check_free(out)
+    elif (summary := _finished(config, out)) is not None:
+        return summary
     logging.getLogger("flwr").setLevel(logging.WARNING)  # Flower narrates every round
-    workspace = _prepare(config, observer)
+    workspace = _prepare(config, observer, workspace or Workspace(config))
     loading = time.monotonic() - started
     with observing(observer):
         summary = _run_method(workspace, config, out)
@@ -58,13 +67,21 @@ def run_federation(
     return summary
 
 
-def _prepare(config: RunConfig, observer: Observer) -> Workspace:
+def _finished(config: RunConfig, out: Path) -> dict[str, Any] | None:
+    """Return the summary of the recipe's run in ``out`` if nothing of it is left to do; refuse another recipe's."""
+    run = RunDirectory.create_or_resume(out, config.to_toml())
+    if not (out / "summary.json").exists():
+        return None
+    summary = run.summary()
+    return summary if not config.method.reference or "reference" in summary else None
+
+
+def _prepare(config: RunConfig, observer: Observer, workspace: Workspace) -> Workspace:
     """Load and check everything that can be wrong, rows first: mistakes there are found without the base."""
     configs = [config, *([config.with_method(config.method.reference)] if config.method.reference else [])]
     methods = [make_method(c.method) for c in configs]
     for method, its_config in zip(methods, configs, strict=True):
         method.check(its_config)
-    workspace = Workspace(config)
     observer.stage("reading rows")
     _ = workspace.clients
     observer.stage(f"loading {config.model.base}")

@@ -84,6 +84,13 @@ class Method:
         """Build what is hung onto the base, by name; a part's parameters are called ``<name>.<its own name>``."""
         return {}
 
+    def initial_site(self, site: Site) -> Site:
+        """Return the site whose parts hold every shared tensor of the run; the first client sends them for round 1.
+
+        By default the client's own; a method whose clients hold different parts returns one that holds all.
+        """
+        return site
+
     def shared(self, names: Collection[str]) -> set[str]:
         """Return which trained parameters are shared; the others are personal. By default, LoRA is shared."""
         return {name for name in names if name.startswith(SHARED_PREFIX)}
@@ -103,17 +110,22 @@ class Method:
         return turn.fit()
 
     def outgoing(self, turn: Turn) -> Mapping[str, Tensor]:
-        """Return what is sent after training: shared parameters, and ``derived.`` values."""
-        return turn.split.shared
+        """Return what is sent after training: shared parameters, and what training has derived."""
+        return {**turn.split.shared, **turn.derived}
 
     @contextmanager
     def in_state(self, turn: Turn, state: State) -> Iterator[OnBatch | None]:
-        """Let the model compute in a state inside the block; what is yielded is called before every batch."""
+        """Let the model compute in a state inside the block; what is yielded is called before every batch.
+
+        By default the global state leaves out every part that holds something personal.
+        """
         with ExitStack() as stack:
             if state == "zero_shot":
                 stack.enter_context(turn.site.lora.use())
-            for part in turn.parts.values() if state != "personalized" else ():
-                stack.enter_context(part.disabled())
+            for name, part in turn.parts.items():
+                personal = any(p.startswith(f"{name}.") for p in turn.split.personal)
+                if state == "zero_shot" or (state == "global" and personal):
+                    stack.enter_context(part.disabled())
             yield None
 
     # The server.

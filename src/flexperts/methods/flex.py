@@ -1,27 +1,48 @@
-"""FLEx: selective aggregation, expert grafting, adaptive gate."""
+"""FLEx: selective aggregation, expert grafting, adaptive gate; and its variants."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, Literal
 
+import numpy as np
+import torch
+from pydantic import Field
+
+from flexperts.grafting.expert_adapters import ExpertAdapters
 from flexperts.grafting.grafts import Grafts
 from flexperts.grafting.part import Part
 from flexperts.grafting.rules import coefficients, pick_layers, select
 from flexperts.grafting.selection import LayerScores
+from flexperts.methods import base
 from flexperts.methods.base import Method, State
-from flexperts.methods.turn import Prepared, Site
+from flexperts.methods.proximal import proximal
+from flexperts.methods.turn import Prepared, Site, Turn
+from flexperts.modeling.lora import SHARED_PREFIX
+from flexperts.training.local import StepHooks, TrainResult, joined
+
+_COMMON = "common_graft"
 
 
 class Flex(Method):
     """Personal experts beside shared attention LoRA.
 
     Source: arXiv 2506.00965 (selective aggregation, expert grafting, adaptive gate).
+    y = sum_{j in TopK} g_j(x) E_j(x) + sum_p c_p sigmoid(G_p(x)) E_p(x), with c_p = 1 (``graft.scale``); E_p starts
+    as the pretrained expert that best rebuilds the layer's output on the client's rows (``graft.selection``).
     Trained: attention LoRA, the k personal experts of every MoE layer and their sigmoid gate, together.
-    Sent and averaged by rows: attention LoRA. Stays: experts and gate. Frozen: all pretrained weights.
+    Sent: attention LoRA. Aggregated: its mean by rows. Stays: experts and gate. Frozen: all pretrained weights.
     Inference: last global LoRA with the client's own experts and gate.
-    Left open by the source: the gate's start (ours: weight 0, bias ``graft.gate_bias``), and whether the personal
-    expert trains whole or by a low-rank update (``graft.rank``).
+    Open choices: the source leaves open how the gate starts (ours: weight 0, bias ``graft.gate_bias``), and whether
+    the personal expert trains whole or by a low-rank update (``graft.rank``).
+    Variants beyond the paper: ``graft.experts`` (k), ``graft.selection``, ``graft.layers``, ``graft.scale``;
+    ``graft.place = "in_place"`` adapts the chosen expert itself, without a gate; ``graft.sharing = "shared"``
+    averages the grafted expert and its gate over clients, ``"both"`` keeps a personal one beside it: all clients
+    start that expert from the pretrained one of least mean reconstruction loss, so each reports its losses.
+    To keep the shared part useful alone: ``graft.dropout``; ``phases = "alternating"``, first the personal part, then
+    the shared one with the personal frozen, as FedRep; ``pull``, a proximal term that holds the shared part near
+    what the server sent.
     """
 
     name = "flex"
@@ -31,6 +52,16 @@ class Flex(Method):
     needs_experts = True
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "global", "personalized")
 
+    class Options(base.Options):
+        """Settings of the local step."""
+
+        phases: Literal["joint", "alternating"] = "joint"
+        """Train both parts together, or the personal part first and then the shared one."""
+        personal_share: float = Field(0.5, gt=0, lt=1)
+        """Share of a round's steps that the personal phase takes, where phases alternate."""
+        pull: float = Field(0.0, ge=0)
+        """Strength of the proximal term on the shared part."""
+
     def prepare(self, site: Site) -> Prepared:
         """Select the experts to graft on the client's own rows, by the rule that the recipe names."""
         graft, stream = site.config.graft, site.generator("selection")
@@ -38,19 +69,60 @@ class Flex(Method):
         choice = {s.name: select(graft.selection, s, graft.experts, stream) for s in layers}
         return Prepared(choice, {s.name: s.relative.tolist() for s in layers}, _scales(graft.scale, layers, choice))
 
+    def report(self, site: Site) -> Any:
+        """Tell the reconstruction losses where a common expert has to be chosen."""
+        return site.prepared.selection if site.config.graft.sharing != "personal" else None
+
+    def agree(self, reports: Mapping[str, Any]) -> Any:
+        """Rank every layer's experts by their mean loss over the clients, where these were told."""
+        told = [report for report in reports.values() if report]
+        if not told:
+            return None
+        means = {layer: np.mean([report[layer] for report in told], axis=0) for layer in told[0]}
+        return {layer: np.argsort(losses, kind="stable").tolist() for layer, losses in means.items()}
+
     def parts(self, site: Site) -> dict[str, Part]:
-        """Graft the chosen experts."""
-        graft = site.config.graft
-        grafts = Grafts(
-            site.experts,
-            site.prepared.choice,
-            rank=graft.rank,
-            alpha=graft.alpha,
-            gate_bias=graft.gate_bias,
-            scales=site.prepared.scales or None,
-            generator=site.generator("graft"),
-        )
-        return {"graft": grafts}
+        """Graft the client's own experts, the common ones, or both."""
+        graft, prepared = site.config.graft, site.prepared
+        if graft.place == "in_place":
+            stream = site.generator("graft")
+            return {"graft": ExpertAdapters(site.experts, prepared.choice, graft.rank, graft.alpha, stream)}
+        parts: dict[str, Part] = {}
+        if graft.sharing != "personal":
+            # Before the clients have agreed, any expert tells the names and shapes.
+            common = site.agreement or {layer: range(graft.experts) for layer in prepared.choice}
+            choice = {layer: tuple(ranked[: graft.experts]) for layer, ranked in common.items()}
+            parts[_COMMON] = _grafts(site, choice, {}, site.common_generator(_COMMON))
+        if graft.sharing != "shared":
+            parts["graft"] = _grafts(site, prepared.choice, prepared.scales, site.generator("graft"))
+        return parts
+
+    def shared(self, names: Collection[str]) -> set[str]:
+        """LoRA and the common grafts are shared."""
+        return {name for name in names if name.startswith((SHARED_PREFIX, f"{_COMMON}."))}
+
+    def train(self, turn: Turn) -> TrainResult:
+        """Train both parts together, or one after the other."""
+        pull = proximal(turn.split.shared, turn.received, self.options.pull)
+        hooks = StepHooks(penalty=pull, around_batch=_dropout(turn))
+        if self.options.phases == "joint":
+            return turn.fit(hooks=hooks)
+        share = self.options.personal_share
+        first = turn.fit(shared=False, settings=turn.settings.part(share), hooks=StepHooks())
+        return joined(first, turn.fit(personal=False, settings=turn.settings.part(1 - share), hooks=hooks))
+
+
+def _grafts(site: Site, choice: Mapping[str, Sequence[int]], scales: Any, stream: torch.Generator) -> Grafts:
+    graft = site.config.graft
+    return Grafts(
+        site.experts,
+        choice,
+        rank=graft.rank,
+        alpha=graft.alpha,
+        gate_bias=graft.gate_bias,
+        scales=scales or None,
+        generator=stream,
+    )
 
 
 def _scales(
@@ -60,3 +132,12 @@ def _scales(
     if scale == "least_squares":
         return {layer.name: coefficients(layer, choice[layer.name]) for layer in layers}
     return {} if scale == 1 else {name: (scale,) * len(indices) for name, indices in choice.items()}
+
+
+def _dropout(turn: Turn) -> Callable[[], AbstractContextManager[object]]:
+    """Return the context of one batch: without the personal graft for a share of the batches."""
+    share, graft = turn.site.config.graft.dropout, turn.parts.get("graft")
+    if not share or graft is None:
+        return nullcontext
+    stream = turn.site.generator("graft dropout", turn.round)
+    return lambda: graft.disabled() if torch.rand((), generator=stream) < share else nullcontext()

@@ -84,7 +84,7 @@ class PersonalStore:
 
     def __init__(self, path: Path, base: str) -> None:
         self.path, self.base = path, base
-        self.older = path.with_name(f"{path.stem}.before{path.suffix}")
+        self.older = path.parent / "before" / path.name
 
     def load(self, up_to: int) -> tuple[dict[str, Tensor], PersonalMeta] | None:
         """Return the newest state of a round not later than ``up_to``, or None before a client has any.
@@ -110,6 +110,7 @@ class PersonalStore:
     def save(self, tensors: Mapping[str, Tensor], meta: PersonalMeta) -> None:
         """Write the state of a round; a state of an earlier round becomes the one before."""
         if self.path.exists() and load_personal(self.path)[1].round < meta.round:
+            self.older.parent.mkdir(exist_ok=True)
             self.path.replace(self.older)
         save_personal(self.path, tensors, meta)
 

@@ -103,6 +103,18 @@ class TrainResult:
     lr_sum: float = 0.0
 
 
+def joined(*phases: TrainResult) -> TrainResult:
+    """Return what several phases of one round come to: the loss is their mean over steps."""
+    steps = sum(phase.steps for phase in phases)
+    return TrainResult(
+        loss=sum(phase.loss * phase.steps for phase in phases) / steps,
+        steps=steps,
+        rows=phases[0].rows,
+        tokens=sum(phase.tokens for phase in phases),
+        lr_sum=sum(phase.lr_sum for phase in phases),
+    )
+
+
 def response_loss(model: nn.Module, rows: Sequence[Example], settings: LocalSettings) -> Iterator[Tensor]:
     """Yield the batch's mean response NLL (nats per token), cut into its micro-batches' shares."""
     size = settings.micro_batch_size

@@ -1,0 +1,185 @@
+"""Every registered method through the in-process grid: what it declares, what it sends, what it leaves alone.
+
+Two rounds of every method on a tiny model. One whole run serves several checks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Message
+
+from flexperts.cli.methods import methods_page
+from flexperts.communication.traffic import encoded_objects
+from flexperts.config import RunConfig
+from flexperts.errors import ConfigError
+from flexperts.federation.inprocess_grid import InProcessGrid
+from flexperts.federation.observer import Observer
+from flexperts.federation.run import run_federation
+from flexperts.federation.trained import TrainedRun
+from flexperts.federation.workspace import Workspace
+from flexperts.methods.registry import make_method, method_class, method_names
+from flexperts.parameters.store import load_personal
+
+Recipe = Callable[..., RunConfig]
+
+NEEDS: dict[str, tuple[str, ...]] = {"scaffold": ("training.optimizer=sgd", "training.lr=0.5")}
+"""Settings without which a method refuses to run."""
+
+FLEX: dict[str, tuple[str, ...]] = {
+    "flex, two experts": ("graft.experts=2",),
+    "flex, four experts of low rank": ("graft.experts=4", "graft.rank=2"),
+    "flex, greedy mixture": ("graft.experts=2", "graft.selection=greedy", "graft.scale=least_squares"),
+    **{
+        f"flex, {rule}": (f"graft.selection={rule}",)
+        for rule in ("scaled", "frequency", "router_weight", "random", "exhaustive")
+    },
+    "flex, in place": ("graft.place=in_place",),
+    "flex, shared graft": ("graft.sharing=shared",),
+    "flex, shared and personal graft": ("graft.sharing=both", "graft.rank=2"),
+    "flex, last layer": ("graft.layers=[-1]",),
+    "flex, gate nearly closed": ("graft.gate_bias=-4.0",),
+    "flex, dropout": ("graft.dropout=0.5",),
+    "flex, alternating": ('method.options={phases="alternating"}',),
+    "flex, pull": ("method.options={pull=0.1}",),
+}
+VARIANTS = {name: (f"method.name={name}", *NEEDS.get(name, ())) for name in method_names()} | FLEX
+# The fixed part of a message: field names, ids, the compressed manifest.
+OVERHEAD = 6000
+
+
+def variant(recipe: Recipe, name: str, *more: str) -> RunConfig:
+    return recipe(*VARIANTS[name], "training.local_steps=2", "evaluation.max_new_tokens=2", *more)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    kept = ("*.safetensors", "predictions/*")
+    return {str(p.relative_to(folder)): p.read_bytes() for k in kept for p in sorted(folder.rglob(k))}
+
+
+class BreakError(Exception):
+    """Ends a run as a kill would, after round 1 is written."""
+
+
+class Breaker(Observer):
+    def round(self, record: Any) -> None:
+        raise BreakError
+
+
+def test_the_matrix_holds_every_method() -> None:
+    assert len(VARIANTS) >= len(method_names()) >= 25
+    assert {method_class(name).name for name in method_names()} == set(method_names())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_method_keeps_its_word(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Bytes are as declared, nothing personal is sent, nothing frozen moves, a resumed run is the same."""
+    config = variant(recipe, name)
+    workspace = Workspace(config)
+    before = {n: t.clone() for n, t in workspace.base.model.state_dict().items()}
+    monkeypatch.setattr("flexperts.federation.run.Workspace", lambda config: workspace)
+    replies = record_replies(monkeypatch)
+    summary = run_federation(config, tmp_path / "whole")
+
+    rounds = [json.loads(line) for line in (tmp_path / "whole" / "rounds.jsonl").read_text().splitlines()]
+    assert len(rounds) >= 2
+    for direction in ("uplink", "downlink"):
+        for log in rounds:
+            assert log[direction].keys() == log["declared"][direction].keys()
+            for client, size in log[direction].items():
+                assert log["declared"][direction][client] <= size <= log["declared"][direction][client] + OVERHEAD
+    assert summary["bytes"]["personal_sent"] == 0
+    check_nothing_personal(tmp_path / "whole", replies, workspace)
+
+    after = workspace.base.model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[n], before[n]) for n in before)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in workspace.base.model.modules())
+
+    with pytest.raises(BreakError):
+        run_federation(config, tmp_path / "broken", Breaker())
+    run_federation(config, tmp_path / "broken", resume=True)
+    whole, resumed = files(tmp_path / "whole"), files(tmp_path / "broken")
+    assert whole.keys() == resumed.keys()
+    assert [n for n in whole if whole[n] != resumed[n]] == []
+    check_trained_run(tmp_path / "whole", summary, workspace, monkeypatch)
+
+
+def record_replies(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bytes]]:
+    """Collect the encoded bytes of every reply that any client sends."""
+    seen: list[tuple[str, bytes]] = []
+    deliver = InProcessGrid._deliver
+
+    def spy(grid: InProcessGrid, message: Message) -> Message:
+        reply = deliver(grid, message)
+        whole = [a.data for r in reply.content.array_records.values() for a in r.values()]
+        seen.append((message.metadata.message_type, b"".join([*encoded_objects(reply.content), *whole])))
+        return reply
+
+    monkeypatch.setattr(InProcessGrid, "_deliver", spy)
+    return seen
+
+
+def check_nothing_personal(run: Path, replies: list[tuple[str, bytes]], workspace: Workspace) -> None:
+    """Search all replies for every personal tensor as it lies on disk, of both generations."""
+    sent = b"".join(reply for _, reply in replies)
+    for path in (run / "personal").rglob("*.safetensors"):
+        for name, tensor in load_personal(path)[0].items():
+            raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes().lstrip(b"\0")[:256]
+            if not name.startswith("memory.") and len(raw) >= 16:
+                assert raw not in sent, f"{path.name}: {name}"
+
+
+def check_trained_run(run: Path, summary: Any, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The finished run, loaded from its files, scores what the summary says."""
+    monkeypatch.setattr("flexperts.federation.trained.Workspace", lambda config: workspace)
+    trained = TrainedRun(run)
+    client = trained.clients[0]
+    for state, scores in (
+        trained.client(client).evaluate(trained.request(client), trained.model.method.states).items()
+    ):
+        assert scores.nll == summary["clients"][client]["nll"][state]
+    trained.model.close()
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_a_method_says_what_it_is(name: str) -> None:
+    method = method_class(name)
+    doc = method.__doc__ or ""
+    for word in ("Source:", "Trained:", "Inference:"):
+        assert word in doc, f"{name}: {word}"
+    assert method.summary
+    assert method.source
+    assert method.sends
+    assert method.keeps
+    for option, field in method.Options.model_fields.items():
+        assert field.description, f"{name}.{option}"
+
+
+def test_unknown_names_are_answered_with_the_nearest(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'fedprox'"):
+        run_federation(recipe("method.name=fedpro"), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"no option .m. .did you mean .mu."):
+        make_method(recipe("method.name=fedprox", "method.options={m=1}").method)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_page_of_methods_is_current() -> None:
+    page = Path(__file__).parents[2] / "docs" / "methods.md"
+    assert page.read_text(encoding="utf-8") == methods_page(), "run: flexperts methods --markdown > docs/methods.md"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny matrices gain nothing from threads, and bits must not depend on how many there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
