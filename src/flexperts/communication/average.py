@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 from torch import Tensor
@@ -61,6 +61,21 @@ def holders_mean(current: Mapping[str, Tensor], updates: Iterable[Update]) -> di
     return {n: sums[n] / rows[n] if n in sums else t for n, t in current.items()}
 
 
+def checked(updates: Iterable[Update]) -> Iterator[Update]:
+    """Yield updates one by one, for rules that combine them in another way than by a mean.
+
+    Raises:
+        FederationError: There is no update, clients are not sorted, or a vector is not finite.
+    """
+    last = ""
+    for update in updates:
+        _check(update, None, last)
+        last = update.client
+        yield update
+    if not last:
+        raise FederationError("no update arrived", "a round needs at least one", "check that the silos are up")
+
+
 def _check(update: Update, total: Vector | None, last: str) -> None:
     if update.client <= last:
         raise FederationError(f"{update.client} after {last}", "updates are averaged sorted by client", "sort them")
@@ -68,6 +83,15 @@ def _check(update: Update, total: Vector | None, last: str) -> None:
         raise FederationError(
             f"{update.client} sent {update.vector.size} values", f"others sent {total.size}", "use one recipe"
         )
+    check_finite(update)
+
+
+def check_finite(update: Update) -> None:
+    """Refuse an update that nothing may be made of.
+
+    Raises:
+        FederationError: It stands for no row, or a value is not finite.
+    """
     if update.rows < 1 or not np.isfinite(update.vector).all():
         raise FederationError(
             f"{update.client}: {update.rows} rows, {(~np.isfinite(update.vector)).sum()} values not finite",

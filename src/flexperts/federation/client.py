@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from flexperts.seeding import generator
 from flexperts.training.local import LocalSettings, steps_per_round
 
 _MEMORY = "memory."
+_NEWEST = sys.maxsize
+"""What is decided before any training stands in every stored state, a resumed run's newest too."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class Client:
 
     def join(self) -> dict[str, str | int]:
         """Prepare, and return what the server may know of this client: names, sizes, the method's report."""
-        _, meta = self._stored(0)
+        _, meta = self._stored(_NEWEST)
         site = self.model.site(self.name, self.examples, _prepared(meta))
         return {
             "client": self.name,
@@ -110,10 +113,12 @@ class Client:
 
     def initial(self, agreement: Any) -> tuple[Payload, dict[str, str]]:
         """Return the shared weights before any training, and texts that describe them."""
-        with self._lent(agreement, 0) as (split, *_):
+        _, meta = self._stored(_NEWEST)
+        site = self.method.initial_site(self.model.site(self.name, self.examples, _prepared(meta), agreement))
+        with self.model.lend(site, {}) as (split, _):
             table = json.dumps(split.describe())
             adapter = self.model.lora.config_json(self.config.model.base)
-            return encode(split), {"split": table, "adapter": adapter}
+            return encode(split, self.method.initial(split)), {"split": table, "adapter": adapter}
 
     def train(self, request: Request) -> Trained:
         """Train one round from what the server sent; the personal part is kept on disk."""

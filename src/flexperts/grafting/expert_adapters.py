@@ -18,6 +18,8 @@ from flexperts.grafting.part import Part, Removable, key
 from flexperts.grafting.personal_expert import Rank, personal_expert
 from flexperts.moe.experts import FusedExperts
 
+Streams = Generator | Callable[[str, int], Generator]
+"""One random stream for all, or a function (experts module's name, expert) -> that expert's own stream."""
 GradientFor = Callable[[FusedExperts, Tensor, Tensor], Collection[int]]
 """(experts module, index ``[T, K]``, weights ``[T, K]``) -> the experts that learn from this call."""
 
@@ -30,17 +32,19 @@ class AdaptedLayer(nn.ModuleDict):
         indices: Which of its experts are adapted, all different, at least one.
         rank: LoRA rank, or ``"full"`` for trainable copies.
         alpha: LoRA scaling numerator; not used by ``"full"``.
-        generator: Stream for LoRA's A.
+        generator: Stream for LoRA's A, or one for each expert.
 
     Raises:
         GraftError: ``indices`` are not different experts of the module.
     """
 
     def __init__(
-        self, experts: FusedExperts, indices: Sequence[int], rank: Rank, alpha: float, generator: Generator
+        self, experts: FusedExperts, indices: Sequence[int], rank: Rank, alpha: float, generator: Streams
     ) -> None:
         _check_indices(experts, indices)
-        super().__init__({str(i): personal_expert(experts, i, rank, alpha, generator) for i in indices})
+        streams = (lambda _name, _index: generator) if isinstance(generator, Generator) else generator
+        own = {i: personal_expert(experts, i, rank, alpha, streams(experts.name, i)) for i in indices}
+        super().__init__({str(i): expert for i, expert in own.items()})
         self.experts, self.indices = experts, tuple(indices)
         self.to(experts.device)
 
@@ -79,7 +83,8 @@ class ExpertAdapters(Part):
     Args:
         experts: The base's experts modules, from ``find_experts``.
         choice: Which experts of each module are adapted; modules that are not named stay as they are.
-        rank, alpha, generator: As for ``AdaptedLayer``; the stream is used module after module.
+        rank, alpha, generator: As for ``AdaptedLayer``; one stream is used module after module. Clients that adapt
+            different experts start each alike only where every expert has its own.
         restrict: Only the chosen experts exist: other experts' slots weigh 0, the kept ones are scaled so that a
             token's sum of weights stays; a token with no chosen expert gets a routed output of 0.
         gradient_for: While the experts module trains, only the adapted experts that this returns pass gradient, to
@@ -96,7 +101,7 @@ class ExpertAdapters(Part):
         choice: Mapping[str, Sequence[int]],
         rank: Rank = "full",
         alpha: float = 16.0,
-        generator: Generator | None = None,
+        generator: Streams | None = None,
         *,
         restrict: bool = False,
         gradient_for: GradientFor | None = None,

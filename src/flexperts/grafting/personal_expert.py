@@ -6,13 +6,13 @@ the low-rank form is its released code's, computed here on activations: no weigh
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from flexperts.grafting.part import uniform_matrix
 from flexperts.moe.experts import ExpertWeights, FusedExperts
 
 Rank = int | Literal["full"]
@@ -33,9 +33,9 @@ class LowRankExpert(nn.Module):
         super().__init__()
         self.experts, self.index, self.scale = experts, index, alpha / rank
         up, down = ((w.T if experts.is_transposed else w).shape for w in _matrices(self.frozen))
-        self.up_lora_A = _uniform(rank, up[1], generator)
+        self.up_lora_A = uniform_matrix(rank, up[1], generator)
         self.up_lora_B = nn.Parameter(torch.zeros(up[0], rank))
-        self.down_lora_A = _uniform(rank, down[1], generator)
+        self.down_lora_A = uniform_matrix(rank, down[1], generator)
         self.down_lora_B = nn.Parameter(torch.zeros(down[0], rank))
 
     @property
@@ -88,9 +88,3 @@ def personal_expert(
 
 def _matrices(weights: ExpertWeights) -> tuple[Tensor, Tensor]:
     return weights.up, weights.down
-
-
-def _uniform(rank: int, fan_in: int, generator: Generator) -> nn.Parameter:
-    """Kaiming-uniform A as in peft, from an explicit stream."""
-    bound = math.sqrt(1 / fan_in)
-    return nn.Parameter((torch.rand(rank, fan_in, generator=generator) * 2 - 1) * bound)

@@ -37,14 +37,35 @@ class StackedLora(Part):
         for name, module in self._sites.items():
             self.layers[key(name)].to(next(module.parameters()).device)
 
+    def load(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Put factors of any rank in place of those of the named modules; the others stay as they are.
+
+        Raises:
+            GraftError: A module has no delta here, or the factors do not fit it.
+        """
+        for name, (A, B) in factors.items():
+            if name not in self._sites:
+                raise GraftError(f"factors for {name!r}", "it has no delta here", "name it at construction")
+            old: Any = self.layers[key(name)]
+            if (A.shape[1:], B.shape[:1]) != (old.A.shape[1:], old.B.shape[:1]):
+                raise GraftError(
+                    f"{name} gets A {list(A.shape)} and B {list(B.shape)}",
+                    f"it maps {old.A.shape[1]} features to {old.B.shape[0]}",
+                    "give factors of this module",
+                )
+            self.layers[key(name)] = _Factors(name, A.to(old.A), B.to(old.B))
+
     def hooks(self) -> Iterator[Removable]:
         """Add every delta to its module's output."""
         for name, module in self._sites.items():
-            yield module.register_forward_hook(self._hook(self.layers[key(name)]))
+            yield module.register_forward_hook(self._hook(key(name)))
 
-    def _hook(self, delta: nn.Module) -> Any:
+    def _hook(self, name: str) -> Any:
         def add(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return output + self.scale * delta(args[0].to(output.dtype)) if self.enabled else output
+            if not self.enabled:
+                return output
+            delta: Tensor = self.layers[name](args[0].to(output.dtype))
+            return output + self.scale * delta
 
         return add
 

@@ -24,6 +24,7 @@ from flexperts.methods.server import Server
 from flexperts.methods.turn import Prepared, Site, Turn
 from flexperts.modeling.lora import SHARED_PREFIX
 from flexperts.parameters.payload import Payload
+from flexperts.parameters.split import ParameterSplit
 from flexperts.parameters.vector import Manifest, Vector
 from flexperts.training.local import TrainResult
 
@@ -90,6 +91,10 @@ class Method:
         By default the client's own; a method whose clients hold different parts returns one that holds all.
         """
         return site
+
+    def initial(self, split: ParameterSplit) -> Mapping[str, Tensor]:
+        """Return what the first client tells the server before round 1: shared parameters, ``derived.`` values."""
+        return split.shared
 
     def shared(self, names: Collection[str]) -> set[str]:
         """Return which trained parameters are shared; the others are personal. By default, LoRA is shared."""

@@ -15,9 +15,35 @@ if TYPE_CHECKING:
     from flexperts.methods.base import Method
 
 _METHODS: dict[str, str] = {
+    "centralized": "flexperts.methods.centralized:Centralized",
+    "ditto": "flexperts.methods.ditto:Ditto",
+    "fdlora": "flexperts.methods.fdlora:FDLoRA",
+    "fedadagrad": "flexperts.methods.fedadagrad:FedAdagrad",
+    "fedadam": "flexperts.methods.fedadam:FedAdam",
     "fedavg": "flexperts.methods.fedavg:FedAvg",
+    "fedavg_experts": "flexperts.methods.fedavg_experts:FedAvgExperts",
+    "fedavgm": "flexperts.methods.fedavgm:FedAvgM",
+    "feddpa_f": "flexperts.methods.feddpa_f:FedDPAF",
+    "feddpa_t": "flexperts.methods.feddpa_t:FedDPAT",
+    "fedper": "flexperts.methods.fedper:FedPer",
+    "fedmoe_da": "flexperts.methods.fedmoe_da:FedMoEDA",
+    "fedmoe_style": "flexperts.methods.fedmoe_style:FedMoEStyle",
+    "fedprox": "flexperts.methods.fedprox:FedProx",
+    "fedrep": "flexperts.methods.fedrep:FedRep",
+    "fedsa_lora": "flexperts.methods.fedsa_lora:FedSALora",
+    "fedyogi": "flexperts.methods.fedyogi:FedYogi",
+    "ffa_lora": "flexperts.methods.ffa_lora:FfaLora",
     "flex": "flexperts.methods.flex:Flex",
+    "flexlora": "flexperts.methods.flexlora:FlexLoRA",
+    "flora": "flexperts.methods.flora:FLoRA",
+    "hetlora": "flexperts.methods.hetlora:HetLoRA",
+    "hfedmoe_style": "flexperts.methods.hfedmoe_style:HFedMoEStyle",
     "local": "flexperts.methods.local:Local",
+    "local_lora": "flexperts.methods.local_lora:LocalLora",
+    "pfedmoe_style": "flexperts.methods.pfedmoe_style:PFedMoEStyle",
+    "moe_fedavg": "flexperts.methods.moe_fedavg:MoEFedAvg",
+    "scaffold": "flexperts.methods.scaffold:Scaffold",
+    "zero_shot": "flexperts.methods.zero_shot:ZeroShot",
 }
 
 

@@ -101,6 +101,7 @@ class Turn:
         stream: Random stream of the round's batches.
         on_step: Called with every step's loss.
         objective: The loss; language modelling on responses but in tests.
+        derived: What training computes for sending beside shared parameters; names start with ``derived.``.
     """
 
     site: Site
@@ -113,6 +114,7 @@ class Turn:
     stream: Generator
     on_step: Callable[[float], None] = lambda loss: None
     objective: Objective = response_loss
+    derived: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def model(self) -> nn.Module:

@@ -107,7 +107,9 @@ class LoraAdapters:
         The weighted outputs are added: W0 x + a dW_shared x + b dW_personal x.
         """
         before = [name for name, adapter in _ADAPTERS.items() if adapter in self.model.active_adapters]
+        trains = {n: p.requires_grad for n, p in self.parameters().items()}
         with ExitStack() as stack:
+            stack.callback(self._let_train, trains)  # last: PEFT's enabling has its own idea of what trains
             stack.callback(self._activate, before)
             self._activate(list(weights))
             for name, weight in weights.items():
@@ -135,6 +137,9 @@ class LoraAdapters:
             return
         trains = {n: p.requires_grad for n, p in self.parameters().items()}
         self.model.base_model.set_adapter([_ADAPTERS[name] for name in names])
+        self._let_train(trains)
+
+    def _let_train(self, trains: dict[str, bool]) -> None:
         for name, parameter in self.parameters().items():
             parameter.requires_grad_(trains[name])
 

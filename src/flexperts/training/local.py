@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from accelerate import Accelerator
 from torch import Generator, Tensor, nn
+from torch.nn import Parameter
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_cosine_schedule_with_warmup
@@ -39,6 +40,7 @@ class LocalSettings:
         precision: ``"bf16"`` computes under autocast; trained weights and their updates stay fp32.
         pad_token_id: Token that fills short rows.
         optimizer: ``"adamw"``, or ``"sgd"`` without momentum.
+        own_lr: Start of a parameter's name -> its own peak learning rate, in place of its group's.
     """
 
     steps: int
@@ -54,6 +56,7 @@ class LocalSettings:
     precision: Precision
     pad_token_id: int
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    own_lr: Mapping[str, float] = field(default_factory=dict)
 
     def part(self, share: float) -> LocalSettings:
         """Return the settings of a phase that takes a share of every round's steps, at least one."""
@@ -182,7 +185,11 @@ def _backward(accelerator: Accelerator, parts: Iterator[Tensor], penalty: Callab
 
 def _optimizer(split: ParameterSplit, settings: LocalSettings) -> tuple[Optimizer, LRScheduler]:
     rates = ((split.shared, settings.lr), (split.personal, settings.personal_lr))
-    groups = [{"params": list(ps.values()), "lr": lr, "initial_lr": lr} for ps, lr in rates if ps]
+    groups = [
+        {"params": list(ps.values()), "lr": lr, "initial_lr": lr}
+        for group, group_lr in rates
+        for ps, lr in _by_rate(group, group_lr, settings.own_lr)
+    ]
     kind = AdamW if settings.optimizer == "adamw" else SGD
     optimizer = kind(groups, weight_decay=settings.weight_decay, fused=True)
     # initial_lr and last_epoch put the fresh schedule where the previous round left off.
@@ -190,6 +197,18 @@ def _optimizer(split: ParameterSplit, settings: LocalSettings) -> tuple[Optimize
         optimizer, settings.warmup_steps, settings.total_steps, last_epoch=settings.first_step - 1
     )
     return optimizer, schedule
+
+
+def _by_rate(
+    group: Mapping[str, Parameter], lr: float, own_lr: Mapping[str, float]
+) -> Iterator[tuple[dict[str, Parameter], float]]:
+    """Divide a group's parameters by their rates: those with the group's first, then each start of names."""
+    starts = tuple(own_lr)
+    if usual := {n: p for n, p in group.items() if not n.startswith(starts)}:
+        yield usual, lr
+    for start, rate in own_lr.items():
+        if own := {n: p for n, p in group.items() if n.startswith(start)}:
+            yield own, rate
 
 
 def _finite(loss: float, settings: LocalSettings) -> float:

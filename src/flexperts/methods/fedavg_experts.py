@@ -1,0 +1,52 @@
+"""FedAvg with LoRA on attention and on every routed expert: the honest rival of personal experts."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Annotated
+
+from pydantic import Field
+
+from flexperts.grafting.expert_adapters import ExpertAdapters
+from flexperts.grafting.part import Part
+from flexperts.methods import base
+from flexperts.methods.base import Method
+from flexperts.methods.turn import Site
+
+
+class FedAvgExperts(Method):
+    """One global model with LoRA on all layers, experts included.
+
+    Source: McMahan et al., AISTATS 2017, on LoRA factors of attention and of all routed experts.
+    theta <- sum_i p_i theta_i over A and B of every adapted matrix, p_i = n_i / n.
+    Trained: attention LoRA and LoRA on both projections of every routed expert, in place. Sent: all of it.
+    Aggregated: mean by rows (A and B each, so products are averaged only approximately). Stays: nothing.
+    Frozen: all pretrained weights, routers and shared experts. Inference: the global LoRA everywhere.
+    Open choices: all clients start every expert from one common A, B at zero. An expert's LoRA has lora.rank unless
+    ``rank`` is given, always at the scaling lora.alpha / lora.rank. An expert that a client's tokens never reach is
+    sent unchanged and pulls the mean to the old value, in proportion to that client's rows.
+    The adapter folder holds the attention part alone: PEFT's files have no form for adapters of fused experts.
+    """
+
+    name = "fedavg_experts"
+    summary = "LoRA on attention and on every routed expert, all averaged; nothing personal"
+    source = "McMahan et al., AISTATS 2017, on LoRA everywhere"
+    sends = "attention LoRA and LoRA of all routed experts"
+    needs_experts = True
+
+    class Options(base.Options):
+        """The experts' LoRA."""
+
+        rank: Annotated[int, Field(ge=1)] | None = None
+        """LoRA rank of every routed expert; without it, lora.rank."""
+
+    def parts(self, site: Site) -> dict[str, Part]:
+        """Adapt every expert of every layer."""
+        rank = self.options.rank or site.lora.rank
+        every = {e.name: range(e.num_experts) for e in site.experts}
+        alpha, stream = site.lora.scale * rank, site.common_generator("experts")
+        return {"experts": ExpertAdapters(site.experts, every, rank, alpha, stream)}
+
+    def shared(self, names: Collection[str]) -> set[str]:
+        """All that trains is shared."""
+        return set(names)

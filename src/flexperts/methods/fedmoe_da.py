@@ -1,0 +1,186 @@
+"""FedMoE-DA: every client's every expert is mixed with those whose router rows point the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from flexperts.communication.average import check_finite, holders_mean
+from flexperts.communication.messages import DERIVED, Update
+from flexperts.grafting.expert_adapters import ExpertAdapters
+from flexperts.grafting.part import Part, key
+from flexperts.grafting.router_deltas import RouterDeltas
+from flexperts.methods import base
+from flexperts.methods.own_parts import OwnParts
+from flexperts.methods.server import Server
+from flexperts.methods.turn import Site, Turn
+from flexperts.modeling.lora import SHARED_PREFIX
+from flexperts.parameters.payload import Payload
+from flexperts.parameters.vector import Manifest
+
+_EXPERTS = "experts.layers."
+_PROXY = f"{DERIVED}router_rows."
+_MIX, _OWN = "mix.", "own."
+
+
+class FedMoEDA(OwnParts):
+    """Every client keeps experts and router of its own; alike experts are mixed, wherever they are.
+
+    Source: FedMoE-DA (arXiv 2411.02115), Eq. 8-11.
+    Over all M = clients * N pairs a = (client i, expert e) of a layer: R_ab = cos(g_a, g_b), g_a being the router's
+    row for e on client i. Each row of R keeps its P + 1 largest values, itself among them; A_ab = softmax over the
+    kept of R_ab / tau; E_a <- sum_b A_ab E_b. A is computed anew every ``every`` rounds, first in round 1.
+    Trained: attention LoRA, experts, routers. Sent: all of it; and the routers' rows as they compute (pretrained +
+    delta) in the rounds that compute A. Aggregated: LoRA by FedAvg; experts by A. Stays: nothing, though no other
+    client gets a client's router. Inference: global LoRA with the client's own mixed experts and own router.
+    Open choices: A is per layer, since rows of two layers do not live in one space. The paper's clients fetch
+    experts from each other; here the server relays them, so more bytes pass it than the paper counts. Experts train
+    by LoRA: A and B are mixed each, so products are mixed only approximately, and the pretrained weights of an expert
+    are its own and not mixed; ``rank = "full"`` mixes whole experts, which is the equation itself. To make LoRA's
+    factors comparable, all experts of a layer start from one A. With partial participation only participants'
+    experts change; they mix with the last known experts and rows of all who took part in a round that computed A.
+    Clients count alike in A; LoRA is weighted by rows. The global state is attention LoRA on the untouched base.
+    """
+
+    name = "fedmoe_da"
+    summary = "clients keep experts and router of their own; the server mixes experts with similar router rows"
+    source = "arXiv 2411.02115"
+    sends = "attention LoRA, all experts' LoRA, routers"
+    needs_experts = True
+
+    class Options(base.Options):
+        """How experts are mixed."""
+
+        peers: int = Field(5, ge=0)
+        """P, experts that each expert is mixed with beside itself; 0 mixes nothing."""
+        tau: float = Field(1.0, gt=0)
+        """Temperature of the mixing weights."""
+        every: int = Field(5, ge=1)
+        """I, rounds from one computation of the weights to the next."""
+        rank: Annotated[int, Field(ge=1)] | Literal["full"] | None = None
+        """LoRA rank of the experts, or "full" for whole ones; without it, lora.rank."""
+
+    # A client's model.
+
+    def parts(self, site: Site) -> dict[str, Part]:
+        """Adapt every expert and every router."""
+        every = {e.name: range(e.num_experts) for e in site.experts}
+        experts = ExpertAdapters(
+            site.experts,
+            every,
+            self.options.rank or site.config.lora.rank,
+            site.config.lora.alpha,
+            lambda layer, _expert: site.common_generator("experts", layer),
+        )
+        return {"experts": experts, "router": RouterDeltas(site.lora.base, site.experts)}
+
+    # A client's round.
+
+    def outgoing(self, turn: Turn) -> Mapping[str, Tensor]:
+        """Return everything that trains and, where A is computed, the routers' rows."""
+        router = turn.parts["router"]
+        assert isinstance(router, RouterDeltas)
+        names = [e.name for e in turn.site.experts] if self._mixes_anew(turn.round) else []
+        return {**turn.split.shared, **{f"{_PROXY}{key(n)}": router.weight(n).detach() for n in names}}
+
+    # The server.
+
+    def broadcast(self, server: Server, client: str) -> Payload:
+        """Send the global LoRA with the client's own mixed experts and own router."""
+        return Payload.of(_own(server, client))
+
+    def uplink(self, server: Server, client: str) -> Manifest:
+        """A client sends all that trains and, where A is computed, the routers' rows."""
+        sent = server.shared.tensors()
+        if self._mixes_anew(server.round + 1):
+            sent |= {n.replace("router.layers.", _PROXY): t for n, t in sent.items() if n.startswith("router.")}
+        return Manifest.of(sent)
+
+    def aggregate(self, server: Server, updates: Iterable[Update]) -> None:
+        """Average LoRA; keep every participant's experts and router, and mix the experts."""
+        lora = {n: t for n, t in server.shared.tensors().items() if n.startswith(SHARED_PREFIX)}
+        present: list[str] = []
+        mean = holders_mean(lora, self._kept(server, updates, present))
+        server.shared = Payload.of({**server.shared.tensors(), **mean})
+        if self._mixes_anew(server.round + 1):
+            self._compute_mix(server)
+        _mix_experts(server, present)
+
+    def _mixes_anew(self, number: int) -> bool:
+        every: int = self.options.every
+        return (number - 1) % every == 0
+
+    def _kept(self, server: Server, updates: Iterable[Update], present: list[str]) -> Iterator[Update]:
+        """Put everything but LoRA into the server's memory, and pass LoRA on."""
+        for update in updates:
+            check_finite(update)
+            tensors = update.tensors()
+            lora = {n: t for n, t in tensors.items() if n.startswith(SHARED_PREFIX)}
+            yield Update(update.client, Payload.of(lora), update.rows, update.metrics)
+            present.append(update.client)
+            server.memory |= {f"{_OWN}{update.client}.{n}": t.clone() for n, t in tensors.items() if n not in lora}
+
+    def _compute_mix(self, server: Server) -> None:
+        for layer in _layers(server):
+            rows = torch.cat([server.memory[_rows(c, layer)] for c in _known(server, layer)])
+            server.memory[f"{_MIX}{layer}"] = mixing(rows, self.options.peers, self.options.tau)
+
+
+def mixing(rows: Tensor, peers: int, tau: float) -> Tensor:
+    """Return A ``[M, M]`` in float64 from the router rows ``[M, D']`` of all pairs of client and expert."""
+    unit = F.normalize(rows.double(), dim=1)
+    cosines = unit @ unit.T
+    # Equal rows tie with the expert itself, which must be kept.
+    first = cosines.clone().fill_diagonal_(torch.inf)
+    kept = first.argsort(dim=1, descending=True, stable=True)[:, : peers + 1]
+    scores = torch.full_like(cosines, -torch.inf).scatter(1, kept, cosines.gather(1, kept) / tau)
+    return scores.softmax(1)
+
+
+def _mix_experts(server: Server, present: Collection[str]) -> None:
+    """Replace the participants' experts by their mixtures, all computed from the same unmixed ones."""
+    for layer in _layers(server):
+        clients = _known(server, layer)
+        for names in _by_suffix(server, layer).values():
+            shape = server.shared.tensors()[names[0]].shape
+            flat = [server.memory[f"{_OWN}{c}.{n}"].flatten() for c in clients for n in names]
+            mixed = server.memory[f"{_MIX}{layer}"] @ torch.stack(flat).double()
+            places = [(client, name) for client in clients for name in names]
+            for (client, name), tensor in zip(places, mixed, strict=True):
+                if client in present:
+                    server.memory[f"{_OWN}{client}.{name}"] = tensor.float().view(shape).clone()
+
+
+def _own(server: Server, client: str) -> dict[str, Tensor]:
+    """Return what a client computes with; before its first round, what all start from."""
+    return {n: server.memory.get(f"{_OWN}{client}.{n}", t) for n, t in server.shared.tensors().items()}
+
+
+def _layers(server: Server) -> list[str]:
+    return sorted(n.removeprefix("router.layers.") for n in server.shared.manifest.names if n.startswith("router."))
+
+
+def _rows(client: str, layer: str) -> str:
+    return f"{_OWN}{client}.{_PROXY}{layer}"
+
+
+def _known(server: Server, layer: str) -> list[str]:
+    """Return the clients whose router rows the server has, sorted."""
+    return [client for client in sorted(server.clients) if _rows(client, layer) in server.memory]
+
+
+def _by_suffix(server: Server, layer: str) -> dict[str, list[str]]:
+    """Return, for each tensor of an expert, its names over the layer's experts, in the router's order."""
+    start = f"{_EXPERTS}{layer}."
+    found: dict[str, list[str]] = {}
+    for name in sorted(
+        (n for n in server.shared.manifest.names if n.startswith(start)),
+        key=lambda n: int(n.removeprefix(start).split(".")[0]),
+    ):
+        found.setdefault(name.removeprefix(start).split(".")[1], []).append(name)
+    return found

@@ -1,0 +1,95 @@
+"""FedPer: the lower blocks' adapter is averaged, the last blocks' adapter stays."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from flexperts.errors import ConfigError
+from flexperts.methods import base
+from flexperts.methods.base import Method, OnBatch, State
+from flexperts.methods.turn import Turn
+from flexperts.modeling.lora import SHARED_PREFIX
+
+_BLOCK = re.compile(r"\.layers\.(\d+)\.")
+
+
+class FedPer(Method):
+    """LoRA of the lower blocks averaged; LoRA of the last blocks personal; both trained together.
+
+    Source: Arivazhagan et al., 2019 (arXiv 1912.00818); local step as in PFLlib.
+    Model_i = head_i(body(x)): body = LoRA of blocks 1..L-m, one for all; head_i = LoRA of the last m, of client i.
+    min over body, head_1..N of sum_i p_i f_i(body, head_i), p_i = n_i / n; body <- sum_i p_i body_i.
+    Trained: attention LoRA of all blocks, together. Sent: that of the lower L-m blocks. Aggregated: mean by rows.
+    Stays: that of the last m blocks. Inference: personalized = global body + own head; global = global body alone,
+    the last m blocks as pretrained (their B at zero).
+    Open choices: the paper splits a classifier by layers and names no split for language models. Ours: the body is
+    the lower blocks' LoRA, the head the last m blocks' (``personal_layers``; a quarter by default), and no adapter
+    on lm_head. Blocks without an adapted attention layer do not count.
+    """
+
+    name = "fedper"
+    summary = "LoRA of the lower blocks averaged, LoRA of the last blocks personal, trained together"
+    source = "Arivazhagan et al., 2019, arXiv 1912.00818"
+    sends = "attention LoRA of the lower blocks"
+    keeps = "attention LoRA of the last blocks"
+    states: ClassVar[tuple[State, ...]] = ("zero_shot", "global", "personalized")
+
+    class Options(base.Options):
+        """Where the model is cut."""
+
+        personal_layers: int | None = Field(None, ge=1)
+        """m, last blocks whose LoRA is personal; without it, a quarter of the blocks, at least 1."""
+
+    def shared(self, names: Collection[str]) -> set[str]:
+        """Return the names of the lower blocks' LoRA.
+
+        Raises:
+            ConfigError: No block would be left to share, or blocks cannot be told from the names.
+        """
+        blocks = {name: _block(name) for name in names if name.startswith(SHARED_PREFIX)}
+        present = sorted(set(blocks.values()))
+        count = self.options.personal_layers or max(1, len(present) // 4)
+        if count >= len(present):
+            raise ConfigError(
+                f"personal_layers = {count} of {len(present)} adapted blocks",
+                "at least one block must be shared",
+                "lower personal_layers, or take method 'local'",
+            )
+        return {name for name, block in blocks.items() if block < present[-count]}
+
+    @contextmanager
+    def in_state(self, turn: Turn, state: State) -> Iterator[OnBatch | None]:
+        """Take the head off for the global state."""
+        with ExitStack() as stack:
+            if state == "global":
+                heads = [p for name, p in turn.split.personal.items() if ".lora_B." in name]
+                stack.enter_context(_at_zero(heads))
+            yield stack.enter_context(super().in_state(turn, state))
+
+
+def _block(name: str) -> int:
+    found = _BLOCK.search(name)
+    if found is None:
+        raise ConfigError(name, "its name tells no block (`layers.<number>.`)", "take a base of numbered blocks")
+    return int(found[1])
+
+
+@contextmanager
+def _at_zero(tensors: Collection[Tensor]) -> Iterator[None]:
+    """Let tensors be zero inside the block."""
+    before = [tensor.detach().clone() for tensor in tensors]
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.zero_()
+        try:
+            yield
+        finally:
+            for tensor, values in zip(tensors, before, strict=True):
+                tensor.copy_(values)

@@ -1,0 +1,54 @@
+"""FFA-LoRA: A never trains, so that averaging B averages the product exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from flexperts.communication.messages import DERIVED
+from flexperts.methods.base import Method
+from flexperts.methods.server import Server
+from flexperts.parameters.payload import Payload
+from flexperts.parameters.split import ParameterSplit
+
+_A = ".lora_A."
+
+
+class FfaLora(Method):
+    """One global LoRA of which only B trains; A is random, the same everywhere, and frozen for ever.
+
+    Source: arXiv 2403.12313 (ICLR 2024).
+    W = W0 + s B A;  B <- sum_i p_i B_i, p_i = n_i / n.  sum_i p_i (B_i A) = (sum_i p_i B_i) A: it is exact.
+    Trained: B of attention LoRA. Sent: B, half of LoRA's bytes. Aggregated: mean by rows. Stays: nothing; A is
+    frozen.
+    Inference: the global B with the common A.
+    Open choices: A is uniform as PEFT starts it, drawn from the run's seed; the source draws a Gaussian. Every
+    client draws A itself. The server needs it for the adapter folder only: the first client tells it once, when the
+    run starts, outside of any round. The source's differential privacy is not part of this method. With B alone the
+    update's row space is fixed: a larger lora.rank costs as little as FedAvg at half of it.
+    """
+
+    name = "ffa_lora"
+    summary = "LoRA with A frozen at random; B averaged, which is exact; nothing personal"
+    source = "arXiv 2403.12313 (ICLR 2024)"
+    sends = "B of attention LoRA"
+
+    def trains(self, name: str) -> bool:
+        """All but A trains."""
+        return _A not in name
+
+    def initial(self, split: ParameterSplit) -> Mapping[str, Tensor]:
+        """Tell A as well."""
+        frozen = {DERIVED + n: p.detach().clone() for n, p in split.frozen.items() if _A in n}
+        return {**split.shared, **frozen}
+
+    def start(self, server: Server) -> None:
+        """Put A where no round touches it."""
+        told = server.shared.tensors()
+        server.memory.update({n.removeprefix(DERIVED): t for n, t in told.items() if n.startswith(DERIVED)})
+        server.shared = Payload.of({n: t for n, t in told.items() if not n.startswith(DERIVED)})
+
+    def adapter(self, server: Server) -> dict[str, Tensor]:
+        """Return the global B with the common A."""
+        return super().adapter(server) | server.memory

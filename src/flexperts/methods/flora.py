@@ -1,0 +1,115 @@
+"""FLoRA: clients' LoRA factors are stacked, not averaged; the global update is exact for any ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from flexperts.communication.messages import DERIVED, Update
+from flexperts.grafting.part import Part, uniform_matrix
+from flexperts.grafting.stacked_lora import StackedLora
+from flexperts.methods.ranks import Factors, RankedMethod, by_rows, factors, named, stacked
+from flexperts.methods.server import Server
+from flexperts.methods.turn import Site, Turn
+from flexperts.modeling.lora import SHARED_PREFIX
+from flexperts.parameters.payload import Payload
+
+_STACK, _RECEIVED = "stack.", "received."
+_MODULES = f"{SHARED_PREFIX}model."
+
+
+class FLoRA(RankedMethod):
+    """Every round trains a fresh LoRA on top of the sum of all earlier ones.
+
+    Source: arXiv 2409.05976 (NeurIPS 2024).
+    A = [p_1 A_1; ...; p_K A_K], B = [B_1, ..., B_K], p_i = n_i / n:  s B A = sum_i p_i s B_i A_i, s = alpha / r.
+    Round t computes with W0 + sum_{u<t} s B^u A^u, and each client trains A_i, B_i of its own rank r_i beside it.
+    Trained: attention LoRA, from a fresh start in every round. Sent: A_i and B_i at rank r_i; back comes the stack
+    of the last round, of rank sum_i r_i (a client that sat out gets all that it has missed). Aggregated: stacked,
+    exact.
+    Stays: nothing of its own, but each client keeps a copy of all stacks. Inference: the base with all stacks.
+    Open choices: the source merges each round's sum into W0; here the base never changes, so that bases of any
+    storage type serve all clients, and the stacks are kept beside it as one frozen low-rank update whose rank grows
+    by sum_i r_i a round: it costs time and memory as such a LoRA does, and every evaluation sends all of it. In
+    each round all clients draw one A (uniform as PEFT's, a client of rank r_i its first r_i rows), B starts at
+    zero. The cosine of the learning rate goes over all rounds, although LoRA starts anew in each. The adapter
+    folder holds all stacks as one LoRA of the summed rank.
+    Not for few local steps per round or many rounds: B leaves zero anew in every round and does not get far, while
+    the down-link grows with the number of clients and the model with the number of rounds.
+    """
+
+    name = "flora"
+    summary = "fresh LoRA every round, clients' factors stacked: an exact sum at any ranks; nothing personal"
+    source = "arXiv 2409.05976 (NeurIPS 2024)"
+
+    def parts(self, site: Site) -> dict[str, Part]:
+        """Hang an empty delta on every adapted layer; it is filled when the stacks are there."""
+        empty = {_module(n): (A[:0], B[:, :0]) for n, (A, B) in factors(site.lora.parameters()).items()}
+        return {"stacks": StackedLora(site.lora.base, empty, site.lora.scale)}
+
+    def receive(self, turn: Turn) -> None:
+        """Keep what is new, compute with all stacks, and start LoRA afresh."""
+        turn.memory.update({n.removeprefix(DERIVED): t.clone() for n, t in turn.received.items()})
+        whole = {_module(layer): pair for layer, pair in _all_rounds(turn.memory).items()}
+        cast(StackedLora, turn.parts["stacks"]).load(whole)
+        turn.load(self._fresh(turn))
+
+    def _fresh(self, turn: Turn) -> dict[str, Tensor]:
+        """Draw the round's A; rows beyond the client's rank, and B, are zero."""
+        stream = turn.site.common_generator("flora", turn.round)
+        rank = self.options.ranks.get(turn.site.client, turn.site.lora.rank)
+        fresh: Factors = {}
+        for layer, (A, B) in factors(turn.split.shared).items():
+            drawn = uniform_matrix(A.shape[0], A.shape[1], stream).detach()
+            drawn[rank:] = 0
+            fresh[layer] = drawn, torch.zeros_like(B)
+        return named(fresh)
+
+    def broadcast(self, server: Server, client: str) -> Payload:
+        """Send the stacks of the rounds that the client has not seen."""
+        seen = int(server.memory.get(_RECEIVED + client, torch.zeros(())))
+        return _stacks(server, seen)
+
+    def final(self, server: Server, client: str) -> Payload:
+        """Send all stacks."""
+        return _stacks(server, 0)
+
+    def aggregate(self, server: Server, updates: Iterable[Update]) -> None:
+        """Stack the round's factors and note who has seen which."""
+        whole = named(stacked(by_rows(self._noted(server, updates))))
+        server.memory.update({f"{_STACK}{server.round + 1}.{n}": t for n, t in whole.items()})
+
+    def _noted(self, server: Server, updates: Iterable[Update]) -> Iterator[Update]:
+        for update in updates:
+            server.memory[_RECEIVED + update.client] = torch.tensor(server.round)
+            yield update
+
+    def adapter(self, server: Server) -> dict[str, Tensor]:
+        """Return all stacks as one adapter."""
+        return named(_all_rounds(server.memory))
+
+
+def _module(layer: str) -> str:
+    return layer.removeprefix(_MODULES)
+
+
+def _round(name: str) -> int:
+    """Return the round of a stack's tensor, named ``stack.<round>.<LoRA's name>``."""
+    return int(name.split(".", 2)[1])
+
+
+def _stacks(server: Server, after: int) -> Payload:
+    memory = server.memory.items()
+    return Payload.of({DERIVED + n: t for n, t in memory if n.startswith(_STACK) and _round(n) > after})
+
+
+def _all_rounds(memory: Mapping[str, Tensor]) -> Factors:
+    """Join the stacks of all rounds into one."""
+    each: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in memory.items():
+        if name.startswith(_STACK):
+            each.setdefault(_round(name), {})[name.split(".", 2)[2]] = tensor
+    return stacked([(1.0, factors(each[number])) for number in sorted(each)])

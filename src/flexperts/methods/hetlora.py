@@ -1,0 +1,158 @@
+"""HetLoRA: clients of different ranks that prune themselves; averaged with zeros, weighted by what they learned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from flexperts.communication.average import checked
+from flexperts.communication.messages import DERIVED, Update
+from flexperts.errors import FederationError
+from flexperts.methods.ranks import (
+    Factors,
+    RankedMethod,
+    RankOptions,
+    clear_from,
+    cut,
+    factors,
+    named,
+    padded,
+    rank_of,
+)
+from flexperts.methods.server import Server
+from flexperts.methods.turn import Turn
+from flexperts.parameters.payload import Payload
+from flexperts.parameters.vector import Manifest
+from flexperts.training.local import StepHooks, TrainResult
+
+_RANK = "rank."
+_TOLD = f"{DERIVED}rank"
+
+
+class HetLoRA(RankedMethod):
+    """One global LoRA of which every client trains as many rows as its rank, and gives up those it does not need.
+
+    Source: arXiv 2401.06432 (EMNLP 2024).
+    Client i gets the first r_i rows of A and columns of B and minimises F_i + lambda sum_l ||B[:,t:]|| ||A[t:]||,
+    t = floor(gamma r_i). Where that sum has shrunk since the client received it, r_i <- t. Server, zeros up to r:
+    A <- sum_i S_i A_i, B <- sum_i S_i B_i,  S_i = ||B_i A_i||_F / sum_j ||B_j A_j||_F.
+    Trained: attention LoRA at the client's rank, which can only shrink. Sent: A and B at the rank that the client
+    had received, and one number, the rank it goes on with: rows that it pruned travel once more, as zeros.
+    Aggregated: as above. Stays: nothing. Inference: the global LoRA cut to the client's rank.
+    Open choices: a client has one rank, so norms are over the whole model: ||BA||_F is the root of the sum of the
+    layers' squares, the tail is the sum of the layers' products. Weights are S_i alone, without the number of rows,
+    as in the source; if nobody learned anything, rows weigh. In round 1 nothing can shrink, as B starts at zero.
+    Rows that nobody in a round holds keep their values: averaged with zeros, A and B would both be zero and never
+    train again. The rank is kept by the server, which has to know what it sends. Rows that few clients hold are
+    pulled to zero by the others: that is the source's rule.
+    """
+
+    name = "hetlora"
+    summary = "LoRA of any ranks, self-pruned, averaged with zeros by the norm of the product; nothing personal"
+    source = "arXiv 2401.06432 (EMNLP 2024)"
+    sends = "attention LoRA and its rank"
+
+    class Options(RankOptions):
+        """Ranks and pruning."""
+
+        gamma: float = Field(0.99, gt=0, le=1)
+        """Share of its rank that a client keeps when it prunes; 1 = no pruning."""
+        penalty: float = Field(1e-3, ge=0)
+        """lambda, the strength that presses on the rows that would be pruned."""
+        min_rank: int = Field(1, ge=1)
+        """Rank below which no client prunes."""
+
+    def tail(self, rank: int) -> int:
+        """Return where the tail of a rank starts; the rank itself where there is none."""
+        kept = math.floor(self.options.gamma * rank + 1e-9)  # 0.29 * 100 is 28.999...
+        least: int = self.options.min_rank
+        return min(rank, max(kept, least))
+
+    def train(self, turn: Turn) -> TrainResult:
+        """Train under the penalty on the tail, and prune the tail if it shrank."""
+        rank = rank_of(turn.received)
+        tail = self.tail(rank)
+        result = turn.fit(hooks=StepHooks(penalty=self._penalty(turn, tail) if tail < rank else None))
+        if tail_product(turn.split.shared, tail) < tail_product(turn.received, tail):
+            clear_from(turn.split.shared, tail)
+            rank = tail
+        turn.memory["rank"] = torch.tensor([float(rank)])
+        return result
+
+    def _penalty(self, turn: Turn, tail: int) -> Callable[[], Tensor] | None:
+        strength = self.options.penalty
+        return (lambda: strength * tail_product(turn.split.shared, tail)) if strength else None
+
+    def outgoing(self, turn: Turn) -> Mapping[str, Tensor]:
+        """Send the factors at the rank that came, and the rank to go on with."""
+        return cut(turn.split.shared, rank_of(turn.received)) | {_TOLD: turn.memory["rank"]}
+
+    def rank(self, server: Server, client: str) -> int:
+        """Return the rank that the client last told; before that, the one in the recipe."""
+        told = server.memory.get(_RANK + client)
+        return super().rank(server, client) if told is None else int(told)
+
+    def uplink(self, server: Server, client: str) -> Manifest:
+        """Factors of the client's rank come back, and its next rank."""
+        return Manifest.of(cut(server.shared.tensors(), self.rank(server, client)) | {_TOLD: torch.zeros(1)})
+
+    def aggregate(self, server: Server, updates: Iterable[Update]) -> None:
+        """Average by the norms of the products; rows that nobody holds stay."""
+        current = server.shared.tensors()
+        norms, rows, arrived, top = [], [], [], 0
+        for update in checked(updates):
+            tensors = update.tensors()
+            kept = _told_rank(update)
+            server.memory[_RANK + update.client], top = torch.tensor(kept), max(top, kept)
+            norms.append(product_norm(factors(tensors)))
+            rows.append(float(update.rows))
+            arrived.append(padded(tensors, rank_of(current)))
+        weights = norms if sum(norms) else rows
+        shares = [(w / sum(weights), each) for w, each in zip(weights, arrived, strict=True)]
+        mean = {n: torch.stack([w * each[n] for w, each in shares]).sum(0) for n in current}
+        server.shared = Payload.of(_beyond(mean, current, top))
+
+
+def tail_product(tensors: Mapping[str, Tensor], start: int) -> Tensor:
+    """Return sum over layers of ||B[:, start:]||_F ||A[start:]||_F."""
+    norm = torch.linalg.vector_norm
+    return torch.stack([norm(B[:, start:]) * norm(A[start:]) for A, B in factors(tensors).values()]).sum()
+
+
+def product_norm(by_layer: Factors) -> float:
+    """Return ||B A||_F over all layers, without the products: ||B A||_F^2 = sum (B^T B) * (A A^T)."""
+    pairs = [(A.double(), B.double()) for A, B in by_layer.values()]
+    squares = [((B.T @ B) * (A @ A.T)).sum() for A, B in pairs]
+    return float(torch.stack(squares).sum().clamp(min=0).sqrt())
+
+
+def _beyond(mean: Mapping[str, Tensor], current: Mapping[str, Tensor], top: int) -> dict[str, Tensor]:
+    """Return the mean's rows below ``top`` and the current ones from there on."""
+    old = factors(current)
+    return named(
+        {
+            layer: (torch.cat([A[:top], old[layer][0][top:]]), torch.cat([B[:, :top], old[layer][1][:, top:]], 1))
+            for layer, (A, B) in factors(mean).items()
+        }
+    )
+
+
+def _told_rank(update: Update) -> int:
+    """Return the rank that a client goes on with.
+
+    Raises:
+        FederationError: It is no rank that it can have.
+    """
+    tensors = update.tensors()
+    told, most = tensors[_TOLD].item(), rank_of(tensors)
+    if told not in range(1, most + 1):
+        raise FederationError(
+            f"{update.client} goes on with rank {told:g}",
+            f"it is a whole number from 1 to the {most} that it had",
+            "use one flexperts version on every silo",
+        )
+    return int(told)

@@ -1,0 +1,156 @@
+"""HFedMoE: only the experts worth it learn from a batch, and only clients that use an expert count for it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from pydantic import Field
+from torch import Tensor
+
+from flexperts.communication.average import check_finite, holders_mean
+from flexperts.communication.messages import DERIVED, Update
+from flexperts.grafting.expert_adapters import ExpertAdapters
+from flexperts.grafting.part import Part, key
+from flexperts.grafting.router_deltas import RouterDeltas
+from flexperts.methods import base
+from flexperts.methods.base import Method
+from flexperts.methods.expert_budget import ExpertBudget
+from flexperts.methods.server import Server
+from flexperts.methods.turn import Site, Turn
+from flexperts.parameters.payload import Payload
+from flexperts.parameters.vector import Manifest
+from flexperts.training.local import TrainResult
+
+_EXPERTS, _ROUTER = "experts.layers.", "router.layers."
+_USAGE, _SCORE, _LEARNED = (f"{DERIVED}{what}." for what in ("usage", "score", "learned"))
+_SEEN = (_USAGE, _SCORE, _LEARNED)
+
+
+class HFedMoEStyle(Method):
+    """Experts learn within a budget, and are averaged over the clients that use them.
+
+    Source: HFedMoE (arXiv 2601.00583). G_e(x) is the router's weight of expert e for token x, 0 if not routed.
+    Per batch: s_e = lam mean_x G_e + (1 - lam) max_x G_e;  I_e = s_e - beta mean_x G_e log(G_e / mean G_e).
+    Forward: all routed experts; backward: the ``budget`` * N experts of the layer with the highest I.
+    u_i(e) = mean of G_e over client i's tokens; S_i = {e : u_i(e) >= tau and e learned on i in this round}.
+    E_e <- sum_{i: e in S_i} n_i E_{i,e} / sum n_i, unchanged if in no S_i;
+    router <- sum_i alpha_i router_i, alpha_i ~ sum_{e in S_i} u_i(e) s_i(e), scaled to sum 1.
+    Trained: attention LoRA, a LoRA on each expert, a delta on each router. Sent: all of it, trained or not, and
+    three numbers per expert (u, mean s, batches in which it learned). Aggregated: LoRA by FedAvg; experts and routers as
+    above, layer by layer. Stays: nothing. Inference: the global model.
+    Open choices: the paper's alpha is divided by |S_global| and does not sum to 1, which would shrink the router;
+    it is normalised here, and |S_global| cancels. Use above tau does not say that an expert was trained, so real
+    participation is tracked and required. A layer without any weight keeps its router. A batch is one forward pass
+    (``training.micro_batch_size`` rows); padding does not count. An expert without gradient passes
+    none to the hidden states. Experts train by LoRA, not quantised. tau, lam, beta are open in our source.
+    The paper's saving is in a client's memory and time; bytes are those of all experts.
+    """
+
+    name = "hfedmoe_style"
+    summary = "per batch only the most valuable experts learn; experts averaged over the clients that use them"
+    source = "arXiv 2601.00583"
+    sends = "attention LoRA, all experts' LoRA, routers, how experts were used"
+    needs_experts = True
+
+    class Options(base.Options):
+        """What an expert is worth, and who counts."""
+
+        budget: float = Field(0.5, gt=0, le=1)
+        """Share of each layer's experts that carry gradient in a batch, at least one."""
+        lam: float = Field(0.5, ge=0, le=1)
+        """Weight of the mean against the maximum in an expert's score."""
+        beta: float = Field(0.1, ge=0)
+        """Weight of the information term."""
+        tau: float = Field(0.0, ge=0)
+        """Least mean routing weight with which a client counts for an expert."""
+        rank: int | None = Field(None, ge=1)
+        """LoRA rank of the experts; without it, lora.rank."""
+
+    # A client.
+
+    def parts(self, site: Site) -> dict[str, Part]:
+        """Adapt every expert and every router."""
+        every = {e.name: range(e.num_experts) for e in site.experts}
+        rank, stream = self.options.rank or site.config.lora.rank, site.common_generator("experts")
+        experts = ExpertAdapters(site.experts, every, rank, site.config.lora.alpha, stream)
+        return {"experts": experts, "router": RouterDeltas(site.lora.base, site.experts)}
+
+    def shared(self, names: Collection[str]) -> set[str]:
+        """Everything that trains is shared."""
+        return set(names)
+
+    def train(self, turn: Turn) -> TrainResult:
+        """Train with the budget, and note how experts were used for the reply."""
+        experts = turn.parts["experts"]
+        assert isinstance(experts, ExpertAdapters)
+        experts.gradient_for = budget = ExpertBudget(self.options.budget, self.options.lam, self.options.beta)
+        with budget.watching(turn.model):
+            result = turn.fit()
+        for name, usage in budget.usage.items():
+            turn.memory[f"{_USAGE}{key(name)}"] = (usage.weight / usage.tokens).float()
+            turn.memory[f"{_SCORE}{key(name)}"] = (usage.score / usage.batches).float()
+            turn.memory[f"{_LEARNED}{key(name)}"] = usage.learned.float()
+        return result
+
+    def outgoing(self, turn: Turn) -> Mapping[str, Tensor]:
+        """Return all that trains, and how experts were used in this round."""
+        return {**turn.split.shared, **{n: t for n, t in turn.memory.items() if n.startswith(_SEEN)}}
+
+    # The server.
+
+    def uplink(self, server: Server, client: str) -> Manifest:
+        """A reply holds all that trains, and three numbers per expert."""
+        sent = server.shared.tensors()
+        routers = {n.removeprefix(_ROUTER): t for n, t in sent.items() if n.startswith(_ROUTER)}
+        return Manifest.of(sent | {f"{what}{layer}": t[:, 0] for what in _SEEN for layer, t in routers.items()})
+
+    def aggregate(self, server: Server, updates: Iterable[Update]) -> None:
+        """Average experts over those who count for them, and routers by what their clients' experts are worth."""
+        current, routers = server.shared.tensors(), _Routers()
+        mean = holders_mean(current, self._counting(updates, routers))
+        server.shared = Payload.of({**mean, **routers.mean()})
+
+    def _counting(self, updates: Iterable[Update], routers: _Routers) -> Iterator[Update]:
+        """Yield each update with LoRA and the experts that count, and pass its routers on."""
+        for update in updates:
+            check_finite(update)
+            tensors = update.tensors()
+            members = counted(tensors, self.options.tau)
+            for layer, mine in members.items():
+                worth = tensors[f"{_USAGE}{layer}"].double() * tensors[f"{_SCORE}{layer}"].double()
+                routers.add(f"{_ROUTER}{layer}", tensors[f"{_ROUTER}{layer}"], float(worth[sorted(mine)].sum()))
+            yield replace(update, payload=Payload.of({n: t for n, t in tensors.items() if _counts(n, members)}))
+
+
+def counted(tensors: Mapping[str, Tensor], tau: float) -> dict[str, set[int]]:
+    """Return S_i by layer: the experts that a client used enough and really trained."""
+    layers = [n.removeprefix(_USAGE) for n in tensors if n.startswith(_USAGE)]
+    passed = {x: (tensors[f"{_USAGE}{x}"] >= tau) & (tensors[f"{_LEARNED}{x}"] > 0) for x in layers}
+    return {layer: set(experts.nonzero().flatten().tolist()) for layer, experts in passed.items()}
+
+
+def _counts(name: str, members: Mapping[str, set[int]]) -> bool:
+    if name.startswith(_EXPERTS):
+        layer, expert, _ = name.removeprefix(_EXPERTS).split(".")
+        return int(expert) in members[layer]
+    return not name.startswith((_ROUTER, *_SEEN))
+
+
+@dataclass
+class _Routers:
+    """Running sums of the routers' weighted mean."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    worth: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, router: Tensor, worth: float) -> None:
+        """Add a client's router with its weight, of any scale."""
+        if worth > 0:
+            weighted = router.double() * worth
+            self.sums[name] = self.sums[name] + weighted if name in self.sums else weighted
+            self.worth[name] = self.worth.get(name, 0.0) + worth
+
+    def mean(self) -> dict[str, Tensor]:
+        """Return the means with weights scaled to sum 1, of routers that have any."""
+        return {name: (total / self.worth[name]).float() for name, total in self.sums.items()}

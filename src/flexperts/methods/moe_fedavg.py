@@ -1,0 +1,62 @@
+"""Full MoE and FedAvg: what federated fine-tuning of all experts costs when nothing is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from flexperts.grafting.expert_adapters import ExpertAdapters
+from flexperts.grafting.part import Part
+from flexperts.methods import base
+from flexperts.methods.base import Method
+from flexperts.methods.turn import Site, Turn
+from flexperts.training.local import TrainResult
+
+
+class MoEFedAvg(Method):
+    """Every routed expert is trained by every client and averaged: the naive rival.
+
+    Source: McMahan et al., AISTATS 2017, on all routed experts; papers on federated MoE use it as a bound.
+    theta <- sum_i p_i theta_i over LoRA factors and all experts' weights E_{l,e}, p_i = n_i / n.
+    Trained: attention LoRA and all routed experts, in place. Sent: all of it, every round, in both directions.
+    Aggregated: mean by rows. Stays: nothing. Frozen: routers, shared experts, embeddings, attention matrices.
+    Inference: the global experts and LoRA.
+    Open choices: the routers stay frozen, so that the averaged experts keep the tokens they were trained for. An
+    expert that a client's tokens never reach is sent unchanged and pulls the mean to the old value. Attention
+    trains by LoRA and not whole. Whole experts learn at ``expert_lr``, a tenth of LoRA's rate unless it is given;
+    with a number as ``rank`` experts are LoRA and learn at LoRA's rate. With ``rank = "full"`` every client holds
+    an fp32 copy of all experts with two moments each: four times the experts' fp32 size on a client, one time on the wire.
+    """
+
+    name = "moe_fedavg"
+    summary = "attention LoRA and all routed experts averaged; nothing personal"
+    source = "McMahan et al., AISTATS 2017, on a whole MoE"
+    sends = "attention LoRA and all routed experts"
+    needs_experts = True
+
+    class Options(base.Options):
+        """What trains of an expert, and how fast."""
+
+        rank: Annotated[int, Field(ge=1)] | Literal["full"] = "full"
+        """LoRA rank of every routed expert, or "full" for all of its weights."""
+        expert_lr: float | None = Field(None, gt=0)
+        """Peak learning rate of the experts; without it a tenth of training.lr for whole ones, else training.lr."""
+
+    def parts(self, site: Site) -> dict[str, Part]:
+        """Adapt every expert of every layer."""
+        every = {e.name: range(e.num_experts) for e in site.experts}
+        stream = site.common_generator("experts")
+        return {"experts": ExpertAdapters(site.experts, every, self.options.rank, site.config.lora.alpha, stream)}
+
+    def shared(self, names: Collection[str]) -> set[str]:
+        """Everything that trains is shared."""
+        return set(names)
+
+    def train(self, turn: Turn) -> TrainResult:
+        """Train LoRA and experts together, each at its rate."""
+        usual = turn.settings.lr / 10 if self.options.rank == "full" else turn.settings.lr
+        own = {"experts.": self.options.expert_lr or usual}
+        return turn.fit(settings=replace(turn.settings, own_lr=own))

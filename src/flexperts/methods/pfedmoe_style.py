@@ -1,0 +1,90 @@
+"""pFedMoE for language models: a shared and a personal low-rank expert per MoE layer, mixed by a personal gate."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, ClassVar, cast
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from flexperts.grafting.gated_adapters import GatedAdapters
+from flexperts.grafting.part import Part
+from flexperts.methods import base
+from flexperts.methods.base import Method, OnBatch, State
+from flexperts.methods.turn import Site, Turn
+
+_PART = "gated"
+
+
+class PFedMoEStyle(Method):
+    """A shared expert G and a personal expert F beside every MoE layer, mixed per token by a personal gate.
+
+    Source: pFedMoE (Yi et al., 2024, arXiv 2402.01350), in the low-rank form of CoMiGS (arXiv 2409.13931).
+    y = MoE(x) + a_1(x) G(x) + a_2(x) F(x), a(x) = softmax(W2 sigmoid(W1 x)); G, F = (alpha / r) up(down(x)).
+    G <- sum_i p_i G_i, p_i = n_i / n.
+    Trained: G, F and gate of every MoE layer, together. Sent: G only. Aggregated: mean of down and of up by rows.
+    Stays: F and gate. Frozen: all pretrained weights. Inference: personalized = global G with own F and gate;
+    global = G alone at weight 1 (the softmax over the one expert that is left).
+    Open choices: an adaptation, hence "style": the paper mixes two small networks' features before a personal
+    classifier head; here the pair stands beside the routed output of a frozen base, and there is no personal head.
+    Attention LoRA is not used, so the budget is all in the experts: at r = 8 and width D, G sends 16 D values per
+    MoE layer; compare with other methods at equal bytes, by ``rank``. Where training weights G by a_1 < 1, the
+    global state has it whole. up starts at 0; G, F and gate start alike on all clients. The gate learns on train
+    data, with the experts (CoMiGS itself: on validation data).
+    """
+
+    name = "pfedmoe_style"
+    summary = "a shared and a personal low-rank expert per MoE layer, mixed by a personal token gate"
+    source = "Yi et al., 2024, arXiv 2402.01350; form of arXiv 2409.13931"
+    sends = "the shared low-rank expert of every MoE layer"
+    keeps = "the personal low-rank expert and the gate of every MoE layer"
+    needs_experts = True
+    states: ClassVar[tuple[State, ...]] = ("zero_shot", "global", "personalized")
+
+    class Options(base.Options):
+        """Sizes of experts and gate."""
+
+        rank: int = Field(8, ge=1)
+        """r of both experts."""
+        alpha: float = Field(16.0, gt=0)
+        """Scaling numerator: an expert's output is times alpha / r."""
+        gate_width: int = Field(8, ge=1)
+        """Width of the gate's inner layer."""
+
+    def parts(self, site: Site) -> dict[str, Part]:
+        """Put a gated pair beside every MoE layer."""
+        options = self.options
+        pairs = GatedAdapters(
+            site.experts,
+            rank=options.rank,
+            alpha=options.alpha,
+            gate_width=options.gate_width,
+            generator=site.common_generator(_PART),
+        )
+        return {_PART: pairs}
+
+    def trains(self, name: str) -> bool:
+        """Only the pairs train; attention LoRA stays at its start, where it adds nothing."""
+        return name.startswith(f"{_PART}.")
+
+    def shared(self, names: Collection[str]) -> set[str]:
+        """Only G is shared."""
+        return {name for name in names if name.split(".")[-2] == "shared"}
+
+    @contextmanager
+    def in_state(self, turn: Turn, state: State) -> Iterator[OnBatch | None]:
+        """Let the gate give all to G in the global state."""
+        with ExitStack() as stack:
+            if state == "global":
+                for pair in cast(GatedAdapters, turn.parts[_PART]):
+                    stack.callback(pair.gate.register_forward_hook(_all_to_shared).remove)
+                yield None
+            else:
+                yield stack.enter_context(super().in_state(turn, state))
+
+
+def _all_to_shared(_gate: nn.Module, _args: Any, weights: Tensor) -> Tensor:
+    """Return (1, 0) for every token."""
+    return weights.new_tensor([1.0, 0.0]).expand_as(weights)
