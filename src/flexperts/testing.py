@@ -56,6 +56,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """Model type -> what its tiny config needs beside the common sizes."""
 
+METHOD_SETTINGS: dict[str, tuple[str, ...]] = {"scaffold": ("training.optimizer=sgd", "training.lr=0.5")}
+"""Method -> the overrides without which it refuses to run."""
+
 
 def tiny_model(
     family: str = "qwen2_moe", *, seed: int = 0, dtype: torch.dtype = torch.float32, **settings: Any

@@ -123,13 +123,13 @@ assert not heavy, heavy
     assert done.stdout.count("Usage: flexperts") == len(commands)
 
 
-def test_methods_lists_them_all_with_their_sources() -> None:
+def test_methods_lists_them_all_with_what_they_send_and_their_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")  # nothing wraps
     code, printed, _ = call("methods")
     assert code == 0
-    first_cells = [line.split("│")[1].strip() for line in printed.splitlines() if line.startswith("│")]
-    assert [cell for cell in first_cells if cell] == method_names()
-    for name in method_names():
-        assert method_class(name).source.split(",")[0] in printed
+    cells = [[c.strip() for c in line.split("│")[1:-1]] for line in printed.splitlines() if line.startswith("│")]
+    methods = [method_class(name) for name in method_names()]
+    assert cells == [[m.name, m.summary, m.sends, m.keeps, m.source] for m in methods]
 
 
 def test_run_shows_its_stages_and_scores(finished: tuple[Path, str]) -> None:
@@ -345,6 +345,25 @@ def test_a_run_is_not_written_over_another(work: Path, finished: tuple[Path, str
     assert listing(out) == before
 
 
+def test_a_finished_run_is_not_run_again(work: Path, finished: tuple[Path, str]) -> None:
+    out, _ = finished
+    before = listing(out)
+    code, printed, said = call("run", work / "recipe.toml", "--out", out, "--resume")
+    assert (code, said) == (0, "")
+    assert "round 1" not in printed
+    assert f"everything is in {out}" in printed
+    assert listing(out) == before
+
+
+def test_a_run_is_not_taken_up_with_another_recipe(work: Path, finished: tuple[Path, str]) -> None:
+    out, _ = finished
+    before = listing(out)
+    answer = call("run", work / "recipe.toml", "--out", out, "--resume", "--set", "seed=1")
+    refused(answer, "it holds a run of another recipe", "resume with the recipe and --set of the first start")
+    assert answer[1].strip() == ""
+    assert listing(out) == before
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -355,7 +374,7 @@ def other_base(path: Path) -> None:
 
 
 PERSONAL = Path("personal") / "shop.safetensors"
-ADAPTER = Path("shared") / "adapter_model.safetensors"
+CHECKPOINT = Path("checkpoint.safetensors")
 ASK = ["generate", "{run}", "hello", "--client", "shop"]
 
 
@@ -366,8 +385,9 @@ ASK = ["generate", "{run}", "hello", "--client", "shop"]
         (lambda run: other_base(run / PERSONAL), ["evaluate", "{run}"], ["belongs to base ffffffffffff"]),
         (lambda run: cut(run / PERSONAL), ASK, ["shop.safetensors: it is damaged"]),
         (lambda run: (run / PERSONAL).unlink(), ASK, ["shop.safetensors: there is no such personal state"]),
-        (lambda run: cut(run / ADAPTER), ASK, ["adapter_model.safetensors: it is damaged"]),
-        (lambda run: shutil.rmtree(run / "shared"), ASK, ["there is no shared adapter"]),
+        (lambda run: cut(run / CHECKPOINT), ASK, ["checkpoint.safetensors: it is damaged"]),
+        (lambda run: (run / CHECKPOINT).unlink(), ASK, ["checkpoint.safetensors: there is no checkpoint"]),
+        (lambda run: (run / CHECKPOINT).unlink(), ["evaluate", "{run}"], ["there is no checkpoint"]),
         (lambda run: (run / "summary.json").unlink(), ASK, ["the run has not finished (no summary.json)"]),
         (lambda run: (run / "summary.json").unlink(), ["evaluate", "{run}"], ["the run has not finished"]),
         (lambda run: cut(run / "summary.json"), ["evaluate", "{run}"], ["summary.json: it is damaged"]),
@@ -378,7 +398,8 @@ ASK = ["generate", "{run}", "hello", "--client", "shop"]
         (lambda run: None, ["generate", "{run}/none", "hello", "--client", "shop"], ["it holds no run"]),
     ],
     ids=[
-        "base", "base-evaluate", "cut", "missing", "cut-shared", "no-shared", "unfinished", "unfinished-evaluate",
+        "base", "base-evaluate", "cut", "missing", "cut-server", "no-server", "no-server-evaluate", "unfinished",
+        "unfinished-evaluate",
         "cut-summary", "no-config", "bad-config", "client", "state", "no-run",
     ],
 )  # fmt: skip

@@ -25,11 +25,9 @@ from flexperts.federation.trained import TrainedRun
 from flexperts.federation.workspace import Workspace
 from flexperts.methods.registry import make_method, method_class, method_names
 from flexperts.parameters.store import load_personal
+from flexperts.testing import METHOD_SETTINGS
 
 Recipe = Callable[..., RunConfig]
-
-NEEDS: dict[str, tuple[str, ...]] = {"scaffold": ("training.optimizer=sgd", "training.lr=0.5")}
-"""Settings without which a method refuses to run."""
 
 FLEX: dict[str, tuple[str, ...]] = {
     "flex, two experts": ("graft.experts=2",),
@@ -48,7 +46,7 @@ FLEX: dict[str, tuple[str, ...]] = {
     "flex, alternating": ('method.options={phases="alternating"}',),
     "flex, pull": ("method.options={pull=0.1}",),
 }
-VARIANTS = {name: (f"method.name={name}", *NEEDS.get(name, ())) for name in method_names()} | FLEX
+VARIANTS = {name: (f"method.name={name}", *METHOD_SETTINGS.get(name, ())) for name in method_names()} | FLEX
 # The fixed part of a message: field names, ids, the compressed manifest.
 OVERHEAD = 6000
 

@@ -19,7 +19,6 @@ from flexperts.federation.inprocess_grid import InProcessGrid
 from flexperts.federation.run import run_federation
 from flexperts.federation.trained import TrainedRun
 from flexperts.federation.workspace import Workspace
-from flexperts.methods.registry import method_names
 from flexperts.recipe import parse_recipe
 
 Recipe = Callable[..., RunConfig]
@@ -35,7 +34,7 @@ def without_seconds(folder: Path) -> list[dict[str, object]]:
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("method", ["fedavg", "flex", "local"])
 def test_two_runs_with_one_seed_are_bit_identical(recipe: Recipe, tmp_path: Path, method: str) -> None:
     config = recipe(f"method.name={method}", "lora.dropout=0.1")
     for name in ("a", "b"):

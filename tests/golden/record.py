@@ -15,7 +15,7 @@ from typing import Any
 from flexperts.federation.run import run_federation
 from flexperts.methods.registry import method_names
 from flexperts.recipe import parse_recipe
-from flexperts.testing import save_tiny_base
+from flexperts.testing import METHOD_SETTINGS, save_tiny_base
 
 REFERENCES = Path(__file__).with_name("trajectories.json")
 _RECIPE = """
@@ -42,7 +42,8 @@ max_new_tokens = 2
 def trajectory(method: str, folder: Path) -> dict[str, Any]:
     """Return losses and NLL of every round and client of a tiny run."""
     base = save_tiny_base(folder / "base", max_position_embeddings=1024)
-    run_federation(parse_recipe(_RECIPE.format(base=base, method=method)), folder / "run")
+    recipe = parse_recipe(_RECIPE.format(base=base, method=method), METHOD_SETTINGS.get(method, ()))
+    run_federation(recipe, folder / "run")
     rounds = [json.loads(line) for line in (folder / "run" / "rounds.jsonl").read_text().splitlines()]
     return {
         "loss": [{n: c["loss"] for n, c in r["clients"].items()} for r in rounds],

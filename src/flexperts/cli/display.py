@@ -58,6 +58,9 @@ class RunDisplay(Observer):
     def round(self, record: Mapping[str, Any]) -> None:
         """Print one line for a finished round."""
         losses = [c["loss"] for c in record["clients"].values()]
+        if not losses:
+            self.console.print("  nobody trains")
+            return
         sent = sum(record["uplink"].values())
         self.console.print(
             f"  mean loss {sum(losses) / len(losses):.3f}, {megabytes(sent)} sent by {len(losses)} clients, "

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from flexperts.artifacts import write_bytes
 from flexperts.errors import ArtifactError
@@ -51,17 +52,21 @@ def load_server(path: Path, clients: Collection[str] | None = None) -> Server:
         with safe_open(path, framework="pt") as file:
             rest = json.loads((file.metadata() or {})[_FORMAT])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        server = Server(Payload.of(_under(_SHARED, tensors)), memory=_under(_MEMORY, tensors), **rest)
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}", "there is no checkpoint", "give a run's directory") from error
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise ArtifactError(
             f"{path}", f"it is damaged ({error!r})", "restore it from a copy or run again"
         ) from error
-    if clients is not None and sorted(clients) != sorted(rest["clients"]):
+    if clients is not None and sorted(clients) != sorted(server.clients):
         raise ArtifactError(
-            f"{path} is of clients {', '.join(sorted(rest['clients']))}",
+            f"{path} is of clients {', '.join(sorted(server.clients))}",
             f"now there are {', '.join(sorted(clients))}",
             "resume with the same clients",
         )
-    groups = {p: {n.removeprefix(p): t for n, t in tensors.items() if n.startswith(p)} for p in (_SHARED, _MEMORY)}
-    return Server(Payload.of(groups[_SHARED]), memory=groups[_MEMORY], **rest)
+    return server
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

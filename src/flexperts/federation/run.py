@@ -39,8 +39,8 @@ def run_federation(
         out: The run directory to create; it must not hold a run, but for ``resume``.
         observer: Receives progress; none by default.
         resume: Take up the run that ``out`` holds after its last finished round; ``config`` must be its own.
-        workspace: Base and rows that are loaded already, of a recipe with the same seed, model, data, evaluation and
-            longest example; many runs can share one.
+        workspace: Base and rows that are loaded already, of a recipe with the same seed, model, data, evaluation
+            and longest example; many runs can share one.
 
     Returns:
         The summary that also lies in ``out/summary.json``; a reference method's stands under ``reference``.

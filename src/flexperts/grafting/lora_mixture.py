@@ -3,7 +3,7 @@
     y = W x + s (B_s A_s x + sum_{e in Top2} w_e B_e A_e x)        score_e = (A_e x) . (P x) / sqrt(r)
 
 w is the softmax of the scores over the experts that the client holds, cut to the best and brought back to sum 1; no
-router needs to be sized for the pool. s = alpha / r. Shapes: r rank, E held experts, N experts in the pool.
+router needs to be sized for the pool. s = alpha / r. Shapes: r rank, E experts in use, N experts in the pool.
 Source: FedAMoLE (arXiv 2411.19128).
 """
 
@@ -51,14 +51,14 @@ class MixtureSite(nn.Module):
 
     def __init__(self, name: str, sizes: tuple[int, int, int], held: Sequence[int], seed: int, top_k: int) -> None:
         super().__init__()
-        self.held, self.top_k = tuple(held), min(top_k, len(held))
+        self.held, self.active, self.top_k = tuple(held), tuple(held), top_k
         self.shared = LoraExpert(sizes, seed, name, "shared")
         self.experts = nn.ModuleDict({str(e): LoraExpert(sizes, seed, name, e) for e in held})
         self.projection = uniform_matrix(sizes[0], sizes[1], generator(seed, "lora mixture", name, "projection"))
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return the unscaled delta ``[..., out]`` for ``hidden [..., in]``, and the fp32 routing ``[..., E]``."""
-        experts = [cast(LoraExpert, e) for e in self.experts.values()]
+        experts = [cast(LoraExpert, self.experts[str(e)]) for e in self.active]
         stacked_A, stacked_B = torch.cat([e.A for e in experts]), torch.cat([e.B for e in experts], 1)
         low = torch.unflatten(_linear(hidden, stacked_A), -1, (len(experts), -1))
         routing = self._routing(low, _linear(hidden, self.projection))
@@ -73,7 +73,7 @@ class MixtureSite(nn.Module):
 
     def _best(self, routing: Tensor) -> Tensor:
         """Keep each token's best experts and bring their weights back to sum 1; the rest are 0."""
-        best = routing.topk(self.top_k, dim=-1)
+        best = routing.topk(min(self.top_k, routing.shape[-1]), dim=-1)
         weights = best.values / best.values.sum(-1, keepdim=True)
         return torch.zeros_like(routing).scatter(-1, best.indices, weights)
 
@@ -118,13 +118,33 @@ class LoraMixture(Part):
     @property
     def held(self) -> dict[str, tuple[int, ...]]:
         """The pool's experts that this client holds, by module."""
-        return {name: cast(MixtureSite, self.sites[key(name)]).held for name in self._modules_by_site}
+        return {name: self.site(name).held for name in self._modules_by_site}
+
+    def activate(self, experts: Mapping[str, Sequence[int]]) -> None:
+        """Compute with some of the held experts only, until the next call; modules not named stay as they are.
+
+        Raises:
+            GraftError: An expert is not held.
+        """
+        for name, active in experts.items():
+            site = self.site(name)
+            if not active or len(set(active)) != len(active) or not set(active) <= set(site.held):
+                raise GraftError(
+                    f"{name} is to compute with experts {list(active)}",
+                    f"it holds {list(site.held)}",
+                    "activate different ones of these",
+                )
+            site.active = tuple(active)
+
+    def site(self, name: str) -> MixtureSite:
+        """Return the mixture on the module of that name."""
+        return cast(MixtureSite, self.sites[key(name)])
 
     def balance_loss(self) -> Tensor:
         """Return the load-balance loss of the last forward in training, and forget it.
 
-        It has Switch's form over the held experts, as a mean over sites: E * sum_e f_e P_e, where f_e is the share
-        of tokens whose best expert is e and P_e the mean of softmax's value for e; 1 is even. Padding counts.
+        It has Switch's form over the experts in use, as a mean over sites: E * sum_e f_e P_e, where f_e is the
+        share of tokens whose best expert is e and P_e the mean of softmax's value for e; 1 is even. Padding counts.
 
         Raises:
             GraftError: No forward in training came since the last call.

@@ -28,10 +28,11 @@ class Ditto(Method):
     Trained: the shared LoRA, then the personal one, each for the round's steps. Sent: the shared LoRA. Aggregated:
     mean by rows. Stays: the personal LoRA. Inference: personalized = v_i alone; global = w.
     Open choices: v starts from the first w that the client receives. The order does not matter to the algorithm; w
-    goes first, so that its batches are FedAvg's and w is FedAvg's bit for bit. v takes as many steps as w (twice the
-    compute of FedAvg). The paper's steps are SGD; under AdamW the term enters the gradient before the preconditioning,
-    as in PFLlib. The distance is taken between factors, not between products BA. v is kept as (-A, -B), which
-    computes the same: after few steps v and w can have moved alike, and no byte of v may be in a message.
+    goes first, so that its batches are FedAvg's and w is FedAvg's bit for bit. v takes as many steps as w (twice
+    the compute of FedAvg). The paper's steps are SGD; under AdamW the term enters the gradient before the
+    preconditioning, as in PFLlib. The distance is taken between factors, not between products BA. v is kept as (-A,
+    -B), which computes the same: after few steps v and w can have moved alike, and no byte of v may be in a
+    message.
     """
 
     name = "ditto"

@@ -40,11 +40,12 @@ class FedMoEDA(OwnParts):
     client gets a client's router. Inference: global LoRA with the client's own mixed experts and own router.
     Open choices: A is per layer, since rows of two layers do not live in one space. The paper's clients fetch
     experts from each other; here the server relays them, so more bytes pass it than the paper counts. Experts train
-    by LoRA: A and B are mixed each, so products are mixed only approximately, and the pretrained weights of an expert
-    are its own and not mixed; ``rank = "full"`` mixes whole experts, which is the equation itself. To make LoRA's
-    factors comparable, all experts of a layer start from one A. With partial participation only participants'
-    experts change; they mix with the last known experts and rows of all who took part in a round that computed A.
-    Clients count alike in A; LoRA is weighted by rows. The global state is attention LoRA on the untouched base.
+    by LoRA: A and B are mixed each, so products are mixed only approximately, and the pretrained weights of an
+    expert are its own and not mixed; ``rank = "full"`` mixes whole experts, which is the equation itself. To make
+    LoRA's factors comparable, all experts of a layer start from one A. With partial participation only
+    participants' experts change; they mix with the last known experts and rows of all who took part in a round that
+    computed A. Clients count alike in A; LoRA is weighted by rows. The global state is attention LoRA on the
+    untouched base.
     """
 
     name = "fedmoe_da"

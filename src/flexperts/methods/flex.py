@@ -40,9 +40,9 @@ class Flex(Method):
     ``graft.place = "in_place"`` adapts the chosen expert itself, without a gate; ``graft.sharing = "shared"``
     averages the grafted expert and its gate over clients, ``"both"`` keeps a personal one beside it: all clients
     start that expert from the pretrained one of least mean reconstruction loss, so each reports its losses.
-    To keep the shared part useful alone: ``graft.dropout``; ``phases = "alternating"``, first the personal part, then
-    the shared one with the personal frozen, as FedRep; ``pull``, a proximal term that holds the shared part near
-    what the server sent.
+    To keep the shared part useful alone: ``graft.dropout``; ``phases = "alternating"``, first the personal part,
+    then the shared one with the personal frozen, as FedRep; ``pull``, a proximal term that holds the shared part
+    near what the server sent.
     """
 
     name = "flex"

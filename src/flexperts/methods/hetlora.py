@@ -68,9 +68,8 @@ class HetLoRA(RankedMethod):
 
     def tail(self, rank: int) -> int:
         """Return where the tail of a rank starts; the rank itself where there is none."""
-        kept = math.floor(self.options.gamma * rank + 1e-9)  # 0.29 * 100 is 28.999...
-        least: int = self.options.min_rank
-        return min(rank, max(kept, least))
+        gamma, least = float(self.options.gamma), int(self.options.min_rank)
+        return min(rank, max(math.floor(gamma * rank + 1e-9), least))  # 0.29 * 100 is 28.999...
 
     def train(self, turn: Turn) -> TrainResult:
         """Train under the penalty on the tail, and prune the tail if it shrank."""

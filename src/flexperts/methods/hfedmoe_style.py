@@ -37,8 +37,8 @@ class HFedMoEStyle(Method):
     E_e <- sum_{i: e in S_i} n_i E_{i,e} / sum n_i, unchanged if in no S_i;
     router <- sum_i alpha_i router_i, alpha_i ~ sum_{e in S_i} u_i(e) s_i(e), scaled to sum 1.
     Trained: attention LoRA, a LoRA on each expert, a delta on each router. Sent: all of it, trained or not, and
-    three numbers per expert (u, mean s, batches in which it learned). Aggregated: LoRA by FedAvg; experts and routers as
-    above, layer by layer. Stays: nothing. Inference: the global model.
+    three numbers per expert (u, mean s, batches in which it learned). Aggregated: LoRA by FedAvg; experts and
+    routers as above, layer by layer. Stays: nothing. Inference: the global model.
     Open choices: the paper's alpha is divided by |S_global| and does not sum to 1, which would shrink the router;
     it is normalised here, and |S_global| cancels. Use above tau does not say that an expert was trained, so real
     participation is tracked and required. A layer without any weight keeps its router. A batch is one forward pass

@@ -28,7 +28,8 @@ class MoEFedAvg(Method):
     expert that a client's tokens never reach is sent unchanged and pulls the mean to the old value. Attention
     trains by LoRA and not whole. Whole experts learn at ``expert_lr``, a tenth of LoRA's rate unless it is given;
     with a number as ``rank`` experts are LoRA and learn at LoRA's rate. With ``rank = "full"`` every client holds
-    an fp32 copy of all experts with two moments each: four times the experts' fp32 size on a client, one time on the wire.
+    an fp32 copy of all experts with two moments each: four times the experts' fp32 size on a client, one time on
+    the wire.
     """
 
     name = "moe_fedavg"

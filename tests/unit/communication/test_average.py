@@ -7,17 +7,21 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from flexperts.communication.average import weighted_mean
+from flexperts.communication.average import holders_mean, weighted_mean
 from flexperts.communication.messages import Update
 from flexperts.errors import FederationError
-from flexperts.parameters.vector import Vector
+from flexperts.parameters.payload import Payload
+from flexperts.parameters.vector import Manifest, Vector
 
 
 def update(client: str, values: list[float] | Vector, rows: int = 1) -> Update:
-    return Update(client, np.asarray(values, dtype=np.float32), rows, {})
+    vector = np.asarray(values, dtype=np.float32)
+    return Update(client, Payload(Manifest(("w",), (vector.shape,)), vector), rows, {})
 
 
 def test_by_hand() -> None:
@@ -102,4 +106,82 @@ def test_an_empty_vector_averages_to_an_empty_one() -> None:
 def test_refusals(updates: list[Update], said: str) -> None:
     with pytest.raises(FederationError) as caught:
         weighted_mean(iter(updates))
+    assert str(caught.value).startswith(said)
+
+
+def holding(client: str, rows: int = 1, **tensors: Tensor | list[float]) -> Update:
+    return Update(client, Payload.of({n: torch.as_tensor(t) for n, t in tensors.items()}), rows, {})
+
+
+def test_each_tensor_is_averaged_over_its_holders() -> None:
+    """Held by nobody: unchanged; by one: copied, whatever its rows; by several: weighted by the holders' rows."""
+    current = {n: torch.tensor([10.0, 20.0]) for n in ("nobody", "one", "two", "all")}
+    updates = [
+        holding("a", 1, one=[0.5, -3.0], two=[4.0, 0.0], all=[1.0, 1.0]),
+        holding("b", 3, two=[0.0, 8.0], all=[2.0, 2.0]),
+        holding("c", 4, all=[3.0, 5.0]),
+    ]
+    mean = holders_mean(current, iter(updates))
+    assert {n: t.tolist() for n, t in mean.items()} == {
+        "nobody": [10, 20],
+        "one": [0.5, -3],
+        "two": [1, 6],  # (1 * 4 + 3 * 0) / 4, (1 * 0 + 3 * 8) / 4
+        "all": [2.375, 3.375],  # (1 + 3 * 2 + 4 * 3) / 8, (1 + 3 * 2 + 4 * 5) / 8
+    }
+    assert all(t.dtype == torch.float32 for t in mean.values())
+    assert all(t.tolist() == [10, 20] for t in current.values())
+    assert updates[1].tensors()["all"].tolist() == [2, 2]
+
+
+def test_nobody_sends_anything() -> None:
+    current = {"a": torch.tensor([1.0])}
+    for updates in ([], [holding("a"), holding("b")]):
+        assert holders_mean(current, updates)["a"].tolist() == [1]
+
+
+HELD = st.lists(st.tuples(st.sets(st.sampled_from("xyz")), st.integers(1, 5000)), max_size=6)
+
+
+@settings(deadline=None)  # torch's first sum is slow
+@given(HELD, st.integers(0, 2**32))
+def test_holders_against_float64(holders: list[tuple[set[str], int]], seed: int) -> None:
+    stream = torch.Generator().manual_seed(seed)
+    current = {name: torch.randn(3, 2, generator=stream) for name in "xyz"}
+    sent = [{n: torch.randn(3, 2, generator=stream) for n in sorted(names)} for names, _ in holders]
+    updates = [holding(f"c{i}", rows, **sent[i]) for i, (_, rows) in enumerate(holders)]
+    mean = holders_mean(current, updates)
+    assert mean.keys() == current.keys()
+    for name in current:
+        having = [
+            (tensors[name].double(), rows)
+            for tensors, (_, rows) in zip(sent, holders, strict=True)
+            if name in tensors
+        ]
+        if not having:
+            assert torch.equal(mean[name], current[name])
+        else:
+            expected = sum(t * r for t, r in having) / sum(r for _, r in having)
+            torch.testing.assert_close(mean[name].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_everybody_holds_is_averaged_as_by_weighted_mean() -> None:
+    updates = [update("a", [1, 0, -4], 1), update("b", [3, 4, 0], 3)]
+    assert holders_mean({"w": torch.zeros(3)}, updates)["w"].tolist() == weighted_mean(updates).tolist()
+
+
+@pytest.mark.parametrize(
+    ("updates", "said"),
+    [
+        ([holding("b", w=[1.0]), holding("a", w=[1.0])], "a after b: updates are averaged sorted by client"),
+        ([holding("a", w=[1.0]), holding("a", w=[1.0])], "a after a: updates are averaged sorted by client"),
+        ([holding("a", x=[1.0])], "a sent x: no such tensor is shared"),
+        ([holding("a", w=[1.0, 2.0])], "a sent w: no such tensor is shared"),
+        ([holding("a", w=[[1.0]])], "a sent w: no such tensor is shared"),
+        ([holding("a", 0, w=[1.0])], "a: 0 rows"),
+        ([holding("a", w=[1.0]), holding("b", w=[float("nan")])], "b: 1 rows, 1 values not finite"),
+    ],
+)
+def test_holders_refusals(updates: list[Update], said: str) -> None:
+    with pytest.raises(FederationError) as caught:
+        holders_mean({"w": torch.zeros(1)}, iter(updates))
     assert str(caught.value).startswith(said)

@@ -10,6 +10,7 @@ from torch.nn import Parameter
 
 from flexperts.communication.messages import records
 from flexperts.communication.traffic import encoded_bytes, encoded_objects, personal_bytes
+from flexperts.parameters.payload import Payload
 
 MEGABYTE = 250_000  # fp32 values
 
@@ -18,21 +19,25 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def payload(values: torch.Tensor | np.ndarray) -> Payload:
+    return Payload.of({"w": torch.as_tensor(values)})
+
+
 def test_the_count_is_the_payload_and_at_most_one_percent_more() -> None:
-    size = encoded_bytes(records({"client": "bank"}, {"loss": 1.0}, normal(MEGABYTE).numpy()))
+    size = encoded_bytes(records({"client": "bank"}, {"loss": 1.0}, payload(normal(MEGABYTE))))
     assert 1_000_000 < size <= 1_010_000
 
 
 def test_chunked_vectors_are_counted_whole() -> None:
     """Flower cuts arrays into chunks of 5 MiB, objects of their own."""
-    content = records({"client": "bank"}, {}, normal(10 * MEGABYTE).numpy())
+    content = records({"client": "bank"}, {}, payload(normal(10 * MEGABYTE)))
     assert len(list(encoded_objects(content))) > 4
     assert 10_000_000 < encoded_bytes(content) <= 10_100_000
 
 
 def test_the_payload_is_in_the_encoding() -> None:
     vector = normal(1000).numpy()
-    assert vector.tobytes() in b"".join(encoded_objects(records({}, None, vector)))
+    assert vector.tobytes() in b"".join(encoded_objects(records({}, None, payload(vector))))
 
 
 def test_a_message_without_arrays_is_small() -> None:
@@ -50,7 +55,7 @@ PERSONAL = {
 
 
 def test_honest_messages_hold_no_personal_bytes() -> None:
-    assert personal_bytes(records({"client": "bank"}, {"loss": 1.0}, normal(5000).numpy()), PERSONAL) == 0
+    assert personal_bytes(records({"client": "bank"}, {"loss": 1.0}, payload(normal(5000))), PERSONAL) == 0
     assert personal_bytes(records({}), PERSONAL) == 0
     assert personal_bytes(records({}), {}) == 0
 
@@ -59,11 +64,11 @@ def test_a_shared_weight_equal_to_a_lone_bias_is_no_leak() -> None:
     """Four bytes recur by chance: in a million weights of the same size, once in a hundred messages."""
     vector = normal(5000).numpy()
     vector[1234] = 0.25
-    assert personal_bytes(records({}, None, vector), PERSONAL) == 0
+    assert personal_bytes(records({}, None, payload(vector)), PERSONAL) == 0
 
 
 def test_untrained_zeros_are_no_leak() -> None:
-    assert personal_bytes(records({}, None, np.zeros(5000, np.float32)), PERSONAL) == 0
+    assert personal_bytes(records({}, None, payload(torch.zeros(5000))), PERSONAL) == 0
 
 
 def raw(name: str) -> np.ndarray:
@@ -73,7 +78,7 @@ def raw(name: str) -> np.ndarray:
 @pytest.mark.parametrize("name", ["graft.up", "graft.gate", "graft.late", "graft.half"])
 @pytest.mark.parametrize("record", ["shared", "metrics2"])
 def test_a_smuggled_array_is_found(name: str, record: str) -> None:
-    content = records({"client": "bank"}, {}, normal(100).numpy())
+    content = records({"client": "bank"}, {}, payload(normal(100)))
     content[record] = ArrayRecord({"shared": Array(raw(name))})
     assert personal_bytes(content, PERSONAL) == PERSONAL[name].numel() * PERSONAL[name].element_size()
 
@@ -88,7 +93,7 @@ def test_a_tensor_inside_the_shared_vector_is_found() -> None:
     vector = np.concatenate(
         [normal(77).numpy(), PERSONAL["graft.gate"].detach().numpy().ravel(), normal(9).numpy()]
     )
-    assert personal_bytes(records({}, None, vector), PERSONAL) == 128
+    assert personal_bytes(records({}, None, payload(vector)), PERSONAL) == 128
 
 
 def test_a_tensor_hidden_in_text_bytes_is_found() -> None:

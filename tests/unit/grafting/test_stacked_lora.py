@@ -87,3 +87,28 @@ def test_what_does_not_fit_is_refused() -> None:
         StackedLora(model, {"model.nowhere": (torch.ones(1, 32), torch.ones(32, 1))})
     with pytest.raises(GraftError, match=r"gets A \[2, 32\] and B \[32, 1\]"):
         StackedLora(model, {name: (torch.ones(2, 32), torch.ones(32, 1))})
+
+
+def test_a_delta_is_filled_after_it_was_hung_on(ids: torch.Tensor) -> None:
+    model = tiny_model()
+    factors = factors_for(model, attention_linears(model))
+    empty = {name: (A[:0], B[:, :0]) for name, (A, B) in factors.items()}
+    before = logits(model, ids)
+    late = StackedLora(model, empty, SCALE).attach()
+    assert torch.equal(logits(model, ids), before)
+    late.load(factors)
+    filled = logits(model, ids)
+    late.detach()
+    StackedLora(model, factors, SCALE).attach()
+    assert torch.equal(filled, logits(model, ids))
+
+
+def test_factors_that_do_not_fit_are_not_loaded() -> None:
+    model = tiny_model()
+    first, second = attention_linears(model)[:2]
+    (A, B) = factors_for(model, [first])[first]
+    late = StackedLora(model, {first: (A, B)})
+    with pytest.raises(GraftError, match="no delta here"):
+        late.load({second: (A, B)})
+    with pytest.raises(GraftError, match="it maps"):
+        late.load({first: (A[:, :-1], B)})

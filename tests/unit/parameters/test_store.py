@@ -6,6 +6,7 @@ import json
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flexperts.errors import ArtifactError
-from flexperts.parameters.store import PersonalMeta, load_personal, save_personal
+from flexperts.parameters.store import PersonalMeta, PersonalStore, load_personal, save_personal
 
 META = PersonalMeta(
     client="bank",
@@ -60,6 +61,12 @@ def test_round_trip_is_bit_equal(tmp_path: Path) -> None:
         assert loaded[name].shape == tensor.shape
         bits = [t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (loaded[name], tensor)]
         assert torch.equal(*bits)
+
+
+def test_scales_come_back(tmp_path: Path) -> None:
+    meta = replace(META, scales={"model.layers.0.mlp.experts": (0.5, 1 / 3)})
+    save_personal(tmp_path / "x", {}, meta)
+    assert load_personal(tmp_path / "x")[1] == meta
 
 
 def test_a_client_without_tensors_keeps_its_meta(tmp_path: Path) -> None:
@@ -196,3 +203,96 @@ def test_a_writer_killed_in_the_middle_leaves_a_whole_file(tmp_path: Path) -> No
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.rpartition(":")[2]) >= 1
+
+
+# From round to round
+
+
+def store(tmp_path: Path) -> PersonalStore:
+    return PersonalStore(tmp_path / "personal" / "bank.safetensors", META.base)
+
+
+def keep(kept: PersonalStore, round_number: int, value: float | None = None) -> None:
+    tensors = {"x": torch.tensor([float(round_number) if value is None else value])}
+    kept.save(tensors, replace(META, round=round_number))
+
+
+def loaded(kept: PersonalStore, up_to: int) -> tuple[int, float]:
+    state = kept.load(up_to)
+    assert state is not None
+    return state[1].round, float(state[0]["x"])
+
+
+def test_before_any_state_there_is_none(tmp_path: Path) -> None:
+    assert store(tmp_path).load(0) is None
+    assert store(tmp_path).load(7) is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_newest_state_and_the_one_before_are_kept(tmp_path: Path) -> None:
+    kept = store(tmp_path)
+    for number in (0, 1, 2, 5):
+        keep(kept, number)
+    files = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
+    assert files == ["personal/bank.safetensors", "personal/before/bank.safetensors"]
+    assert [loaded(kept, up_to) for up_to in (99, 5, 4, 3, 2)] == [(5, 5), (5, 5), (2, 2), (2, 2), (2, 2)]
+    assert load_personal(kept.older)[1].round == 2
+
+
+def test_a_round_that_is_done_again_replaces_its_own_state_only(tmp_path: Path) -> None:
+    kept = store(tmp_path)
+    keep(kept, 1)
+    keep(kept, 2)
+    keep(kept, 2, -7.0)
+    assert loaded(kept, 2) == (2, -7)
+    assert loaded(kept, 1) == (1, 1)
+
+
+def test_an_earlier_round_never_becomes_the_one_before(tmp_path: Path) -> None:
+    """A run that is taken up before rounds of both states writes over the newest: nothing later stays as old."""
+    kept = store(tmp_path)
+    keep(kept, 1)
+    keep(kept, 3)
+    keep(kept, 2, -2.0)
+    assert loaded(kept, 2) == (2, -2)
+    assert loaded(kept, 1) == (1, 1)
+
+
+@pytest.mark.parametrize(("rounds", "up_to", "newest"), [((3,), 2, 3), ((2, 3), 1, 3), ((0, 1, 2), 0, 2)])
+def test_only_later_states_are_refused(tmp_path: Path, rounds: tuple[int, ...], up_to: int, newest: int) -> None:
+    kept = store(tmp_path)
+    for number in rounds:
+        keep(kept, number)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*.safetensors")}
+    with pytest.raises(ArtifactError) as caught:
+        kept.load(up_to)
+    assert f"bank.safetensors is of round {newest}: the server asks for round {up_to} or before" in str(
+        caught.value
+    )
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*.safetensors")} == before
+
+
+def test_a_state_of_another_base_is_refused(tmp_path: Path) -> None:
+    keep(store(tmp_path), 1)
+    with pytest.raises(ArtifactError, match="belongs to base bbbbbbbbbbbb"):
+        PersonalStore(tmp_path / "personal" / "bank.safetensors", "c" * 64).load(1)
+
+
+def test_a_damaged_newest_state_is_refused_and_not_passed_over(tmp_path: Path) -> None:
+    kept = store(tmp_path)
+    keep(kept, 1)
+    keep(kept, 2)
+    kept.path.write_bytes(kept.path.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match="it is damaged"):
+        kept.load(9)
+
+
+def test_clients_do_not_see_each_others_states(tmp_path: Path) -> None:
+    """The file of the round before is not another client's, whatever the clients are called."""
+    kept = [
+        PersonalStore(tmp_path / f"{name}.safetensors", META.base) for name in ("bank", "before", "bank.before")
+    ]
+    for number, one in enumerate(kept):
+        for round_number in (1, 2):
+            keep(one, round_number, 10 * number + round_number)
+    assert [loaded(one, up_to)[1] for one in kept for up_to in (1, 2)] == [1, 2, 11, 12, 21, 22]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from flexperts.errors import FederationError
 from flexperts.modeling.forward import response_logits, token_losses
 from flexperts.parameters.split import ParameterSplit, split_parameters
 from flexperts.testing import tiny_model
-from flexperts.training.local import LocalSettings, steps_per_round, train_local
+from flexperts.training.local import LocalSettings, StepHooks, steps_per_round, train_local
 
 SETTINGS = LocalSettings(
     steps=1,
@@ -296,3 +297,183 @@ def test_steps_per_round(
     rows: int, batch_size: int, local_steps: int | None, local_epochs: float, steps: int
 ) -> None:
     assert steps_per_round(rows, batch_size, local_steps, local_epochs) == steps
+
+
+# What methods add to a step
+
+
+def gradients_of(
+    split: ParameterSplit, steps: Steps, settings: LocalSettings, hooks: StepHooks | None
+) -> list[Tensor]:
+    """Train one fresh copy and return the first step's gradients as the optimizer saw them."""
+    first = len(steps.grads)
+    fresh = tiny_model(seed=1)
+    parts = matching(fresh, split)
+    if hooks is not None and hooks.penalty is not None:
+        hooks = replace(hooks, penalty=lambda: pull(parts))
+    train_local(fresh, parts, EXAMPLES, settings, stream(), hooks=hooks)
+    return steps.grads[first]
+
+
+def pull(split: ParameterSplit) -> Tensor:
+    """A penalty whose gradient is known: 3 w for every shared weight."""
+    return torch.stack([1.5 * p.square().sum() for p in split.shared.values()]).sum()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_a_penalty_adds_its_gradient_once_per_step(split: ParameterSplit, steps: Steps, size: int) -> None:
+    settings = replace(SETTINGS, micro_batch_size=size)
+    plain = gradients_of(split, steps, settings, None)
+    ours = gradients_of(split, steps, settings, StepHooks(penalty=lambda: torch.zeros(())))
+    own = [3 * p.detach() for p in matching(tiny_model(seed=1), split).shared.values()]
+    expected = [g + p for g, p in zip(plain, own, strict=False)] + plain[len(own) :]
+    assert len(own) == 2 < len(plain)
+    for got, wanted in zip(ours, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_penalty_is_evaluated_once_per_step_and_left_out_of_the_loss(model: Any, split: ParameterSplit) -> None:
+    calls: list[Tensor] = []
+
+    def penalty() -> Tensor:
+        calls.append(100 * next(iter(split.shared.values())).square().sum())
+        return calls[-1]
+
+    expected = by_hand(model, EXAMPLES).item()
+    settings = replace(SETTINGS, steps=3, micro_batch_size=1)
+    losses: list[float] = []
+    train_local(model, split, EXAMPLES, settings, stream(), losses.append, hooks=StepHooks(penalty=penalty))
+    assert len(calls) == 3
+    assert losses[0] == pytest.approx(expected, rel=1e-5)
+    assert calls[2] < calls[0]  # and it was minimised
+
+
+def test_the_penalty_is_clipped_with_the_loss(split: ParameterSplit, steps: Steps) -> None:
+    settings = replace(SETTINGS, max_grad_norm=0.01)
+    gradients_of(split, steps, settings, StepHooks(penalty=lambda: torch.zeros(())))
+    assert steps.norm(0) == pytest.approx(0.01, rel=1e-4)
+
+
+def test_corrections_see_clipped_gradients_and_are_not_clipped(
+    model: Any, split: ParameterSplit, steps: Steps
+) -> None:
+    seen: list[list[Tensor]] = []
+
+    def correct() -> None:
+        seen.append([p.grad.clone() for p in split.trained.values()])  # type: ignore[union-attr]
+        for parameter in split.trained.values():
+            parameter.grad.add_(5.0)  # type: ignore[union-attr]
+
+    settings = replace(SETTINGS, steps=2, micro_batch_size=1, max_grad_norm=0.01)
+    train_local(model, split, EXAMPLES, settings, stream(), hooks=StepHooks(correct=correct))
+    assert len(seen) == 2
+    assert float(torch.cat([g.flatten() for g in seen[0]]).double().norm()) == pytest.approx(0.01, rel=1e-4)
+    for before, stepped in zip(seen, steps.grads, strict=True):
+        assert all(torch.equal(b + 5, s) for b, s in zip(before, stepped, strict=True))
+
+
+def test_the_context_of_a_batch_spans_its_passes(model: Any, split: ParameterSplit) -> None:
+    """All forward and backward passes of a step lie inside one context; corrections and the step outside."""
+    events: list[str] = []
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        events.append("enter")
+        yield
+        events.append("leave")
+
+    def stepped(*_: Any) -> None:
+        events.append("step")
+
+    watched = next(iter(split.shared.values()))
+    handles = [
+        model.register_forward_pre_hook(lambda *_: events.append("forward")),
+        watched.register_hook(lambda grad: events.append("backward")),
+        register_optimizer_step_pre_hook(stepped),
+    ]
+    hooks = StepHooks(around_batch=around, correct=lambda: events.append("correct"))
+    settings = replace(SETTINGS, steps=2, micro_batch_size=2)
+    train_local(model, split, EXAMPLES, settings, stream(), lambda loss: events.append("told"), hooks=hooks)
+    for handle in handles:
+        handle.remove()
+    one = ["enter", "forward", "backward", "forward", "backward", "leave", "correct", "step", "told"]
+    assert events == one * 2
+
+
+def test_no_hooks_are_the_same_as_empty_ones(split: ParameterSplit) -> None:
+    trained = []
+    for hooks in (None, StepHooks()):
+        fresh = tiny_model(seed=1)
+        parts = matching(fresh, split)
+        train_local(fresh, parts, EXAMPLES, replace(SETTINGS, steps=2), stream(), hooks=hooks)
+        trained.append(list(parts.trained.values()))
+    assert all(torch.equal(a, b) for a, b in zip(*trained, strict=True))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.002])
+def test_sgd_by_hand(model: Any, split: ParameterSplit, decay: float) -> None:
+    """w <- w - lr (g + decay w), without momentum, each group at its own rate and on one cosine."""
+    twin = tiny_model(seed=1)
+    parts = matching(twin, split)
+    weights = {n: p.detach().double() for n, p in parts.trained.items()}
+    for step in range(2):
+        with torch.no_grad():
+            for name, parameter in parts.trained.items():
+                parameter.copy_(weights[name])
+                parameter.grad = None
+        by_hand(twin, EXAMPLES).backward()
+        for name, parameter in parts.trained.items():
+            rate = (100 if name in parts.shared else 1) * cosine(step, 0, 10)
+            assert parameter.grad is not None
+            weights[name] = weights[name] - rate * (parameter.grad.double() + decay * weights[name])
+    before = {n: p.detach().clone() for n, p in split.trained.items()}
+    settings = replace(SETTINGS, optimizer="sgd", lr=100.0, personal_lr=1.0, weight_decay=decay, steps=2)
+    train_local(model, split, EXAMPLES, settings, stream())
+    for name, parameter in split.trained.items():
+        moved = float((parameter.detach() - before[name]).abs().max())
+        assert moved > 1e-3
+        torch.testing.assert_close(parameter.detach().double(), weights[name], rtol=0, atol=2e-3 * moved)
+
+
+@pytest.mark.parametrize(("warmup", "first"), [(0, 0), (3, 0), (3, 2), (0, 8)])
+def test_the_sum_of_rates_by_hand(model: Any, split: ParameterSplit, warmup: int, first: int) -> None:
+    """It is over this round's steps and of the shared group's rate."""
+    settings = replace(SETTINGS, steps=4, first_step=first, total_steps=12, warmup_steps=warmup)
+    result = train_local(model, split, EXAMPLES, settings, stream())
+    assert result.lr_sum == pytest.approx(0.01 * sum(cosine(s, warmup, 12) for s in range(first, first + 4)))
+
+
+def test_the_sum_of_rates_without_a_shared_group(model: Any, split: ParameterSplit) -> None:
+    result = train_local(model, replace(split, shared={}), EXAMPLES, SETTINGS, stream())
+    assert result.lr_sum == pytest.approx(0.002)
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [
+        (1.0, (10, 20, 40, 5)),
+        (0.5, (5, 10, 20, 2)),
+        (0.3, (3, 6, 12, 2)),
+        (0.01, (1, 2, 4, 0)),
+        (0.2, (2, 4, 8, 1)),
+    ],
+)
+def test_a_phase_takes_a_share_of_every_round(share: float, expected: tuple[int, ...]) -> None:
+    """Its own schedule: as if the run had only the phase's steps."""
+    whole = replace(SETTINGS, steps=10, first_step=20, total_steps=40, warmup_steps=5)
+    part = whole.part(share)
+    assert (part.steps, part.first_step, part.total_steps, part.warmup_steps) == expected
+    kept = {"steps", "first_step", "total_steps", "warmup_steps"}
+    assert all(getattr(part, n) == v for n, v in vars(whole).items() if n not in kept)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.9])
+@pytest.mark.parametrize("per_round", [1, 3, 10])
+def test_phases_of_all_rounds_join_to_one_schedule(share: float, per_round: int) -> None:
+    """Every round's phase starts where the last one's ended, and the last one's end is the schedule's."""
+    parts = [
+        replace(SETTINGS, steps=per_round, first_step=r * per_round, total_steps=4 * per_round).part(share)
+        for r in range(4)
+    ]
+    assert [p.first_step for p in parts] == [r * parts[0].steps for r in range(4)]
+    assert {p.total_steps for p in parts} == {4 * parts[0].steps}

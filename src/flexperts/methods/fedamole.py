@@ -1,0 +1,291 @@
+"""FedAMoLE: a pool of LoRA experts, of which every client holds those that fit its tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field
+from scipy.optimize import Bounds, LinearConstraint, milp
+from torch import Tensor, nn
+
+from flexperts.communication.average import check_finite, holders_mean
+from flexperts.communication.messages import DERIVED, Update
+from flexperts.data.batches import pad_batch
+from flexperts.data.prompts import Example
+from flexperts.errors import ConfigError
+from flexperts.grafting.lora_mixture import LoraMixture
+from flexperts.grafting.part import Part, key
+from flexperts.methods import base
+from flexperts.methods.base import State
+from flexperts.methods.own_parts import OwnParts
+from flexperts.methods.server import Server
+from flexperts.methods.turn import Site, Turn
+from flexperts.modeling.forward import autocast
+from flexperts.modeling.lora import SHARED_PREFIX
+from flexperts.parameters.payload import Payload
+from flexperts.parameters.vector import Manifest
+from flexperts.training.local import LocalSettings, Objective, TrainResult
+
+_SITES = "mixture.sites."
+_EXPERT, _TOKENS, _ASSIGNED = f"{DERIVED}expert.", f"{DERIVED}tokens.", "assigned."
+
+
+class FedAMoLE(OwnParts):
+    """Mixtures of LoRA experts on attention; the server decides who holds which expert of a pool.
+
+    Source: FedAMoLE (arXiv 2411.19128).
+    y = W x + s (B_s A_s x + sum_{e in Top2} w_e B_e A_e x); w = softmax_e((A_e x) . (P x) / sqrt(r)) over the held
+    experts, cut to the best two and brought back to sum 1; s = alpha / r. Loss: response NLL + ``balance`` *
+    Switch's load-balance loss. After training, on ``aux`` of its own train rows, client i tells a_{i,e} = mean A_e
+    x and t_i = mean P x. Reverse selection, for each adapted layer: maximise sum_{e,i} q_{e,i} z_{e,i}, z binary,
+    q_{e,.} = softmax_i(a_e . t_i / sqrt(r)), with c clients per expert and min to max experts per client.
+    Trained: shared expert, held experts, P. Sent: these, and the means. Aggregated: shared expert and P by FedAvg;
+    every expert and its a_e over its holders, by rows; an expert without a holder in the round stays. Stays:
+    nothing; PEFT's own adapter is not used. Inference: the experts assigned to the client after the last round.
+    Open choices: each adapted layer has its own pool and its own assignment. The integer program is solved by HiGHS
+    (scipy) and not by SCIP; among equal optima the solver decides. Round 1 is a random feasible assignment. The
+    paper averages P alike over clients; here by rows. The auxiliary rows are trained on too. A client that has
+    not taken part yet has t_i = 0. Every client has the whole pool in memory, of which it trains its share: the
+    pool is small. The paper's 30 experts are for 10 clients; the default of 12 is for four.
+    """
+
+    name = "fedamole"
+    summary = "a pool of LoRA experts on attention; an integer program gives each client those that fit its tokens"
+    source = "arXiv 2411.19128"
+    sends = "shared LoRA expert, token projection, held LoRA experts, mean embeddings"
+    states: ClassVar[tuple[State, ...]] = ("zero_shot", "personalized")
+
+    class Options(base.Options):
+        """The pool and its division."""
+
+        experts: int = Field(12, ge=1)
+        """N, experts in the pool of each adapted layer."""
+        clients_per_expert: int = Field(2, ge=1)
+        """c, clients that hold an expert."""
+        min_experts: int = Field(2, ge=1)
+        """Fewest experts that a client holds."""
+        max_experts: int = Field(8, ge=1)
+        """Most experts that a client holds."""
+        balance: float = Field(1e-3, ge=0)
+        """Weight of the load-balance loss."""
+        aux: float = Field(0.05, gt=0, le=1)
+        """Share of the train rows from which the mean embeddings are made."""
+
+    # A client.
+
+    def parts(self, site: Site) -> dict[str, Part]:
+        """Put the whole pool on every adapted layer; which experts are in use is told by what is received."""
+        pool, lora = self.options.experts, site.config.lora
+        held = {name: range(pool) for name in site.lora.sites}
+        seed = site.config.seed
+        return {
+            "mixture": LoraMixture(site.lora.base, held, pool=pool, rank=lora.rank, alpha=lora.alpha, seed=seed)
+        }
+
+    def trains(self, name: str) -> bool:
+        """PEFT's adapter stays at zero: the mixture takes its place."""
+        return not name.startswith(SHARED_PREFIX)
+
+    def receive(self, turn: Turn) -> None:
+        """Load what was sent and compute with these experts alone."""
+        turn.load(turn.received, {n: p for n, p in turn.split.shared.items() if n in turn.received})
+        _mixture(turn).activate(_held(turn))
+
+    def train(self, turn: Turn) -> TrainResult:
+        """Train with the load-balance loss."""
+        return turn.fit(objective=balanced(turn.objective, _mixture(turn), self.options.balance))
+
+    def outgoing(self, turn: Turn) -> Mapping[str, Tensor]:
+        """Return what was received, trained, with the mean embeddings of experts and tokens."""
+        sent: dict[str, Tensor] = {n: p for n, p in turn.split.shared.items() if n in turn.received}
+        count = max(1, round(self.options.aux * len(turn.site.examples)))
+        drawn = torch.randperm(len(turn.site.examples), generator=turn.site.generator("aux"))[:count].tolist()
+        means = _mean_inputs(turn, [turn.site.examples[i] for i in drawn])
+        for layer, experts in _held(turn).items():
+            start, mean = f"{_SITES}{key(layer)}.", means[layer]
+            sent[f"{_TOKENS}{key(layer)}"] = turn.split.shared[f"{start}projection"].detach() @ mean
+            for e in experts:
+                # A_e is linear: the mean of A_e x is A_e of the mean x.
+                sent[f"{_EXPERT}{key(layer)}.{e}"] = turn.split.shared[f"{start}experts.{e}.A"].detach() @ mean
+        return sent
+
+    # The server.
+
+    def start(self, server: Server) -> None:
+        """Assign experts at random for round 1."""
+        self._check_feasible(len(server.clients))
+        stream = server.generator("assignment")
+        for layer, rank in _layers(server).items():
+            draw = torch.rand(self.options.experts, len(server.clients), generator=stream)
+            server.memory[f"{_ASSIGNED}{layer}"] = self._assign(draw)
+            for e in range(self.options.experts):
+                server.memory[f"{_EXPERT}{layer}.{e}"] = torch.zeros(rank)
+
+    def broadcast(self, server: Server, client: str) -> Payload:
+        """Send what all hold, and the experts that the client is to hold."""
+        return Payload.of(_part(server, client))
+
+    def uplink(self, server: Server, client: str) -> Manifest:
+        """A client sends what it was sent, and one embedding for each expert and layer."""
+        sent = _part(server, client)
+        for layer in _layers(server):
+            experts = [e for e in range(self.options.experts) if f"{_SITES}{layer}.experts.{e}.A" in sent]
+            sent |= {f"{_EXPERT}{layer}.{e}": server.memory[f"{_EXPERT}{layer}.{e}"] for e in experts}
+            sent[f"{_TOKENS}{layer}"] = server.memory[f"{_EXPERT}{layer}.0"]
+        return Manifest.of(sent)
+
+    def aggregate(self, server: Server, updates: Iterable[Update]) -> None:
+        """Average everything over its holders and assign the experts anew."""
+        embeddings = {n: t for n, t in server.memory.items() if n.startswith(_EXPERT)}
+        mean = holders_mean(server.shared.tensors() | embeddings, _without_tokens(server, updates))
+        server.memory |= {n: mean.pop(n) for n in embeddings}
+        server.shared = Payload.of(mean)
+        for layer in _layers(server):
+            server.memory[f"{_ASSIGNED}{layer}"] = self._assign(affinity(*_embeddings(server, layer)))
+
+    def _assign(self, gain: Tensor) -> Tensor:
+        options = self.options
+        return assign(gain, options.clients_per_expert, options.min_experts, options.max_experts)
+
+    def _check_feasible(self, clients: int) -> None:
+        options = self.options
+        places = options.experts * options.clients_per_expert
+        least, most = clients * options.min_experts, clients * min(options.max_experts, options.experts)
+        if options.clients_per_expert > clients or not least <= places <= most:
+            raise ConfigError(
+                f"{options.experts} experts x {options.clients_per_expert} holders over {clients} clients",
+                f"each client holds {options.min_experts} to {options.max_experts} different experts, which makes"
+                f" {least} to {most} places",
+                "change method.options experts, clients_per_expert, min_experts or max_experts",
+            )
+
+
+def affinity(experts: Tensor, tokens: Tensor) -> Tensor:
+    """Return q ``[N, C]``, softmax over clients, from embeddings ``experts [N, r]`` and ``tokens [C, r]``."""
+    return (experts.double() @ tokens.double().T / math.sqrt(experts.shape[1])).softmax(1)
+
+
+def assign(gain: Tensor, clients_per_expert: int, least: int, most: int) -> Tensor:
+    """Return the assignment ``[N, C]`` of 0 and 1 that maximises the gain on it.
+
+    Args:
+        gain: What it is worth that client i holds expert e, ``[N, C]``.
+        clients_per_expert: Sum of every row.
+        least, most: Bounds on the sum of every column.
+    """
+    experts, clients = gain.shape
+    rows = np.kron(np.eye(experts), np.ones((1, clients)))
+    columns = np.kron(np.ones((1, experts)), np.eye(clients))
+    holders = LinearConstraint(rows, clients_per_expert, clients_per_expert)
+    limits = [holders, LinearConstraint(columns, least, most)]
+    size = experts * clients
+    solved = milp(
+        -gain.double().numpy().ravel(), constraints=limits, integrality=np.ones(size), bounds=Bounds(0, 1)
+    )
+    return torch.from_numpy(solved.x.round()).float().view(experts, clients)
+
+
+def balanced(objective: Objective, mixture: LoraMixture, weight: float) -> Objective:
+    """Return the objective with the load-balance loss in its gradient; the value stays the objective's own."""
+
+    def parts(model: nn.Module, rows: Sequence[Example], settings: LocalSettings) -> Iterator[Tensor]:
+        count = math.ceil(len(rows) / settings.micro_batch_size)
+        for part in objective(model, rows, settings):
+            extra = weight / count * mixture.balance_loss()
+            yield part + (extra - extra.detach())
+
+    return parts
+
+
+@dataclass
+class _Mean:
+    """A running mean of a layer's inputs ``[in]`` over tokens that are not padding."""
+
+    total: Tensor | float = 0.0
+    tokens: int = 0
+
+    def hook(self, mask: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        """Return what adds a module's input ``[B, S, in]`` where ``mask [B, S]`` is set."""
+
+        def add(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self.total = self.total + args[0][mask].double().sum(0)
+            self.tokens += int(mask.sum())
+
+        return add
+
+
+@torch.no_grad()
+def _mean_inputs(turn: Turn, rows: Sequence[Example]) -> dict[str, Tensor]:
+    """Return the mean input ``[in]`` of every adapted layer over the rows' tokens."""
+    lora, means = turn.site.lora, {name: _Mean() for name in turn.site.lora.sites}
+    device = next(turn.model.parameters()).device
+    batches = [
+        pad_batch(rows[s : s + turn.settings.micro_batch_size], turn.settings.pad_token_id)
+        for s in range(0, len(rows), turn.settings.micro_batch_size)
+    ]
+    for batch in batches:
+        ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+        handles = [lora.module(n).register_forward_pre_hook(mean.hook(mask.bool())) for n, mean in means.items()]
+        try:
+            with autocast(device, turn.settings.precision):
+                lora.base.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return {n: torch.as_tensor(m.total / m.tokens).float() for n, m in means.items()}
+
+
+def _mixture(turn: Turn) -> LoraMixture:
+    mixture = turn.parts["mixture"]
+    assert isinstance(mixture, LoraMixture)
+    return mixture
+
+
+def _held(turn: Turn) -> dict[str, list[int]]:
+    """Return the experts that were sent, by adapted layer."""
+    numbers = range(len(_mixture(turn).held[turn.site.lora.sites[0]]))
+    return {
+        name: [e for e in numbers if f"{_SITES}{key(name)}.experts.{e}.A" in turn.received]
+        for name in turn.site.lora.sites
+    }
+
+
+def _layers(server: Server) -> dict[str, int]:
+    """Return every adapted layer's rank, by the layer's name in parameter names."""
+    sent = server.shared.tensors().items()
+    end = ".projection"
+    return {n.removeprefix(_SITES).removesuffix(end): t.shape[0] for n, t in sent if n.endswith(end)}
+
+
+def _part(server: Server, client: str) -> dict[str, Tensor]:
+    """Return all shared tensors but the experts that the client does not hold."""
+    place, part = sorted(server.clients).index(client), {}
+    for name, tensor in server.shared.tensors().items():
+        layer, kind, *rest = name.removeprefix(_SITES).split(".")
+        if kind != "experts" or server.memory[f"{_ASSIGNED}{layer}"][int(rest[0]), place]:
+            part[name] = tensor
+    return part
+
+
+def _without_tokens(server: Server, updates: Iterable[Update]) -> Iterator[Update]:
+    """Keep each client's own token embeddings in the server's memory, and pass the rest on."""
+    for update in updates:
+        check_finite(update)
+        tensors = update.tensors()
+        own = {n: t for n, t in tensors.items() if n.startswith(_TOKENS)}
+        server.memory |= {f"{n}.{update.client}": t.clone() for n, t in own.items()}
+        yield replace(update, payload=Payload.of({n: t for n, t in tensors.items() if n not in own}))
+
+
+def _embeddings(server: Server, layer: str) -> tuple[Tensor, Tensor]:
+    """Return the experts' ``[N, r]`` and the clients' ``[C, r]`` last known embeddings of a layer."""
+    number = len(server.memory[f"{_ASSIGNED}{layer}"])
+    experts = [server.memory[f"{_EXPERT}{layer}.{e}"] for e in range(number)]
+    nothing = torch.zeros_like(experts[0])
+    tokens = [server.memory.get(f"{_TOKENS}{layer}.{client}", nothing) for client in sorted(server.clients)]
+    return torch.stack(experts), torch.stack(tokens)
