@@ -22,7 +22,7 @@ run: setup  ## Personalize a pretrained MoE for four silos, FedAvg beside it (ab
 	$(BIN)/flexperts run recipes/quickstart.toml
 
 test: setup  ## Run the default tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 slow: setup  ## Run the tests that need the real base
 	$(BIN)/python -m pytest -m slow

@@ -6,10 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from flexperts.config import RunConfig
 from flexperts.recipe import parse_recipe
 from flexperts.testing import save_tiny_base
+
+# Tiny matrices gain nothing from threads, and tests that run side by side would wait for each other's.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

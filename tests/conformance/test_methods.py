@@ -6,7 +6,7 @@ Two rounds of every method on a tiny model. One whole run serves several checks.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -172,12 +172,3 @@ def test_unknown_names_are_answered_with_the_nearest(recipe: Recipe, tmp_path: P
 def test_the_page_of_methods_is_current() -> None:
     page = Path(__file__).parents[2] / "docs" / "methods.md"
     assert page.read_text(encoding="utf-8") == methods_page(), "run: flexperts methods --markdown > docs/methods.md"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny matrices gain nothing from threads, and bits must not depend on how many there are."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

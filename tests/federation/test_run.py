@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from flexperts.config import RunConfig
+from flexperts.data.clients import load_clients, partition_manifest
+from flexperts.data.silos.generate import write_silos
 from flexperts.federation.inprocess_grid import InProcessGrid
 from flexperts.federation.run import run_federation
 from flexperts.federation.trained import TrainedRun
@@ -181,3 +183,23 @@ def test_gradient_accumulation_equals_one_large_batch(recipe: Recipe, tmp_path: 
         run_federation(recipe(f"training.micro_batch_size={size}"), tmp_path / str(size))
     one, many = (load_file(tmp_path / s / "shared" / "adapter_model.safetensors") for s in "41")
     assert all(torch.allclose(one[name], many[name], atol=2e-4) for name in one)
+
+
+def test_a_run_keeps_who_had_which_rows_and_none_of_their_texts(recipe: Recipe, tmp_path: Path) -> None:
+    """A pooled set divided by category: four clients of unequal kind, their counts and hashes in the run."""
+    written = [p for p in sorted(write_silos(tmp_path / "silos", 0, 24, 4)) if p.suffix == ".jsonl"]
+    rows = [json.loads(line) for path in written for line in path.read_text().splitlines()]
+    pooled = tmp_path / "pooled.jsonl"
+    pooled.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partition = f'{{source = "{pooled}", by = "pathological", clients = 4}}'
+    config = recipe(
+        "data={partition = " + partition + "}", "federation.rounds=1", "evaluation.rows=2", "training.local_steps=1"
+    )
+    summary = run_federation(config, tmp_path / "run")
+    text = (tmp_path / "run" / "partition.json").read_text()
+    kept = json.loads(text)
+    assert kept == partition_manifest(load_clients(config.data, config.seed))
+    assert sorted(kept["clients"]) == sorted(summary["clients"]) == sorted({row["category"] for row in rows})
+    held = sum(c["train_rows"] + c["test_rows"] for c in kept["clients"].values())
+    assert held == len(rows)
+    assert not [row for row in rows if row["response"] in text and len(row["response"]) > 20]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def take_turn(recipe: Callable[..., RunConfig]) -> Callable[..., Any]:
         workspace, method = Workspace(config), make_method(config.method)
         model = ClientModel(workspace.base, config, method)
         site = model.site(CLIENT, workspace.examples[CLIENT], None, fields.pop("agreement", None))
+        site = replace(site, prepared=method.prepare(site))
         with model.lend(site, {}) as (split, parts):
             if disturbed:
                 disturb(split.trained)
