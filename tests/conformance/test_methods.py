@@ -28,6 +28,7 @@ from flexperts.parameters.store import load_personal
 from flexperts.testing import METHOD_SETTINGS
 
 Recipe = Callable[..., RunConfig]
+ROOT = Path(__file__).parents[2]
 
 FLEX: dict[str, tuple[str, ...]] = {
     "flex, two experts": ("graft.experts=2",),
@@ -170,5 +171,6 @@ def test_unknown_names_are_answered_with_the_nearest(recipe: Recipe, tmp_path: P
 
 
 def test_the_page_of_methods_is_current() -> None:
-    page = Path(__file__).parents[2] / "docs" / "methods.md"
+    page = ROOT / "docs" / "methods.md"
     assert page.read_text(encoding="utf-8") == methods_page(), "run: flexperts methods --markdown > docs/methods.md"
+    assert f"{len(method_names())} methods" in (ROOT / "README.md").read_text(encoding="utf-8")

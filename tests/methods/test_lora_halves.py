@@ -22,7 +22,7 @@ from flexperts.federation.inprocess_grid import InProcessGrid
 from flexperts.federation.run import run_federation
 from flexperts.federation.trained import TrainedRun
 from flexperts.federation.workspace import Workspace
-from flexperts.methods.ffa_lora import FfaLora
+from flexperts.methods.ffa_lora import FFALoRA
 from flexperts.methods.registry import make_method
 from flexperts.methods.server import Server
 from flexperts.parameters.payload import Payload
@@ -45,7 +45,7 @@ def test_ffa_average_of_products_is_the_product_of_the_average() -> None:
     stream = torch.Generator().manual_seed(0)
     A = torch.randn(4, 9, generator=stream)
     initial = {f"{layer}.lora_B.weight": torch.zeros(7, 4), f"derived.{layer}.lora_A.weight": A}
-    method, server = FfaLora(), Server(Payload.of(initial), rows)
+    method, server = FFALoRA(), Server(Payload.of(initial), rows)
     method.start(server)
     assert server.shared.manifest.names == method.uplink(server, "a").names == (f"{layer}.lora_B.weight",)
     Bs = {c: torch.randn(7, 4, generator=stream) for c in rows}

@@ -53,7 +53,7 @@ class RunDisplay(Observer):
 
     def split(self, method: str, table: Sequence[Mapping[str, Any]]) -> None:
         """Print what trains, what is sent and what stays."""
-        self.console.print(split_table(f"{method}: parameters of one client", table))
+        self.console.print(split_table(method, table))
 
     def round(self, record: Mapping[str, Any]) -> None:
         """Print one line for a finished round."""
@@ -79,9 +79,14 @@ class RunDisplay(Observer):
         self.console.print(f"{total:.0f} s in all; everything is in {out}", markup=False, soft_wrap=True)
 
 
-def split_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Return the table of a parameter split."""
-    table = Table(title=title, title_justify="left")
+def split_table(method: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the table of a method's parameter split, with its own words on what is sent and what stays."""
+    from flexperts.methods.registry import method_class
+
+    chosen = method_class(method)
+    words = f"sent: {chosen.sends}; stays: {chosen.keeps}"
+    table = Table(title=f"{method}: parameters of one client", title_justify="left", caption=words)
+    table.caption_justify = "left"
     for column in ("group", "tensors", "parameters", "size", "trained", "leaves"):
         table.add_column(column, justify="right" if column in ("tensors", "parameters", "size") else "left")
     for row in rows:

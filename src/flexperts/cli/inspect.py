@@ -52,4 +52,4 @@ def _show(base: Any, model: Any, projections: Sequence[str]) -> None:
     # Which experts a client would choose depends on its rows; how many parameters that is does not.
     first = {e.name: tuple(range(model.config.graft.experts)) for e in model.experts}
     with model.lend(model.site("inspect", [], Prepared(first)), {}) as (split, _):
-        console.print(split_table(f"{model.method.name}: parameters of one client", split.describe()))
+        console.print(split_table(model.method.name, split.describe()))

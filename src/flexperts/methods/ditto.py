@@ -38,7 +38,7 @@ class Ditto(Method):
     name = "ditto"
     summary = "FedAvg, and a personal LoRA trained beside it with a pull towards the global one"
     source = "Li et al., ICML 2021, arXiv 2012.04221"
-    keeps = "a LoRA of one's own"
+    keeps = "a second attention LoRA"
     has_personal_lora = True
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "global", "personalized")
 

@@ -20,7 +20,7 @@ from flexperts.parameters.vector import Vector
 from flexperts.training.local import TrainResult
 
 Loss = Callable[[float, float], float]
-_OWN = "own."
+_THETA_P = "own."
 _MOMENTUM = "momentum"
 
 
@@ -48,7 +48,7 @@ class FDLoRA(Method):
     name = "fdlora"
     summary = "locally trained LoRA and outer-optimized global LoRA, fused by two searched weights per client"
     source = "Qi et al., 2024, arXiv 2406.07925"
-    keeps = "a copy of the LoRA it trained in stage 1 (which was sent)"
+    keeps = "a copy of an attention LoRA that it has sent"
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "global", "personalized")
 
     class Options(base.Options):
@@ -75,7 +75,7 @@ class FDLoRA(Method):
         """Train from what was sent; keep a copy in stage 1 and in every H-th round of stage 2."""
         result = turn.fit()
         if (turn.round - 1) % self.options.sync_every == 0:
-            turn.memory |= {f"{_OWN}{n}": p.detach().clone() for n, p in turn.split.shared.items()}
+            turn.memory |= {f"{_THETA_P}{n}": p.detach().clone() for n, p in turn.split.shared.items()}
         return result
 
     def step(self, server: Server, mean: Vector) -> Vector:
@@ -98,7 +98,7 @@ class FDLoRA(Method):
                 yield on_batch
                 return
             common = {n: p.detach().clone() for n, p in turn.split.shared.items()}
-            own = {n: turn.memory[f"{_OWN}{n}"] for n in common}
+            own = {n: turn.memory[f"{_THETA_P}{n}"] for n in common}
             try:
                 turn.load(fused(common, own, *self._weights(turn, common, own)))
                 yield on_batch

@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
-import numpy as np
 import torch
 from pydantic import Field
-from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 
 from flexperts.communication.average import check_finite, holders_mean
 from flexperts.communication.messages import DERIVED, Update
 from flexperts.data.batches import pad_batch
 from flexperts.data.prompts import Example
-from flexperts.errors import ConfigError
 from flexperts.grafting.lora_mixture import LoraMixture
 from flexperts.grafting.part import Part, key
 from flexperts.methods import base
 from flexperts.methods.base import State
+from flexperts.methods.expert_assignment import affinity, assign, check_places
 from flexperts.methods.own_parts import OwnParts
 from flexperts.methods.server import Server
 from flexperts.methods.turn import Site, Turn
-from flexperts.modeling.forward import autocast
 from flexperts.modeling.lora import SHARED_PREFIX
+from flexperts.modeling.mean_inputs import mean_inputs
 from flexperts.parameters.payload import Payload
 from flexperts.parameters.vector import Manifest
 from flexperts.training.local import LocalSettings, Objective, TrainResult
 
 _SITES = "mixture.sites."
-_EXPERT, _TOKENS, _ASSIGNED = f"{DERIVED}expert.", f"{DERIVED}tokens.", "assigned."
+_EXPERT_MEAN, _TOKEN_MEAN, _ASSIGNED = f"{DERIVED}expert.", f"{DERIVED}tokens.", "assigned."
 
 
 class FedAMoLE(OwnParts):
@@ -57,7 +55,7 @@ class FedAMoLE(OwnParts):
     name = "fedamole"
     summary = "a pool of LoRA experts on attention; an integer program gives each client those that fit its tokens"
     source = "arXiv 2411.19128"
-    sends = "shared LoRA expert, token projection, held LoRA experts, mean embeddings"
+    sends = "shared LoRA expert, token projection, held LoRA experts and mean embeddings"
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "personalized")
 
     class Options(base.Options):
@@ -103,28 +101,36 @@ class FedAMoLE(OwnParts):
     def outgoing(self, turn: Turn) -> Mapping[str, Tensor]:
         """Return what was received, trained, with the mean embeddings of experts and tokens."""
         sent: dict[str, Tensor] = {n: p for n, p in turn.split.shared.items() if n in turn.received}
-        count = max(1, round(self.options.aux * len(turn.site.examples)))
-        drawn = torch.randperm(len(turn.site.examples), generator=turn.site.generator("aux"))[:count].tolist()
-        means = _mean_inputs(turn, [turn.site.examples[i] for i in drawn])
+        means = self._mean_inputs(turn)
         for layer, experts in _held(turn).items():
             start, mean = f"{_SITES}{key(layer)}.", means[layer]
-            sent[f"{_TOKENS}{key(layer)}"] = turn.split.shared[f"{start}projection"].detach() @ mean
+            sent[f"{_TOKEN_MEAN}{key(layer)}"] = turn.split.shared[f"{start}projection"].detach() @ mean
             for e in experts:
                 # A_e is linear: the mean of A_e x is A_e of the mean x.
-                sent[f"{_EXPERT}{key(layer)}.{e}"] = turn.split.shared[f"{start}experts.{e}.A"].detach() @ mean
+                sent[f"{_EXPERT_MEAN}{key(layer)}.{e}"] = turn.split.shared[f"{start}experts.{e}.A"].detach() @ mean
         return sent
+
+    def _mean_inputs(self, turn: Turn) -> dict[str, Tensor]:
+        """Return the mean input ``[in]`` of every adapted layer on the auxiliary rows, always the same ones."""
+        site, settings = turn.site, turn.settings
+        count = max(1, round(self.options.aux * len(site.examples)))
+        drawn = torch.randperm(len(site.examples), generator=site.generator("aux"))[:count].tolist()
+        rows, size = [site.examples[i] for i in drawn], settings.micro_batch_size
+        batches = [pad_batch(rows[s : s + size], site.pad_token_id) for s in range(0, count, size)]
+        layers = {name: site.lora.module(name) for name in site.lora.sites}
+        return mean_inputs(site.lora.base, layers, batches, settings.precision)
 
     # The server.
 
     def start(self, server: Server) -> None:
         """Assign experts at random for round 1."""
-        self._check_feasible(len(server.clients))
+        check_places(self.options.experts, len(server.clients), *self._bounds)
         stream = server.generator("assignment")
         for layer, rank in _layers(server).items():
             draw = torch.rand(self.options.experts, len(server.clients), generator=stream)
-            server.memory[f"{_ASSIGNED}{layer}"] = self._assign(draw)
+            server.memory[f"{_ASSIGNED}{layer}"] = assign(draw, *self._bounds)
             for e in range(self.options.experts):
-                server.memory[f"{_EXPERT}{layer}.{e}"] = torch.zeros(rank)
+                server.memory[f"{_EXPERT_MEAN}{layer}.{e}"] = torch.zeros(rank)
 
     def broadcast(self, server: Server, client: str) -> Payload:
         """Send what all hold, and the experts that the client is to hold."""
@@ -135,59 +141,24 @@ class FedAMoLE(OwnParts):
         sent = _part(server, client)
         for layer in _layers(server):
             experts = [e for e in range(self.options.experts) if f"{_SITES}{layer}.experts.{e}.A" in sent]
-            sent |= {f"{_EXPERT}{layer}.{e}": server.memory[f"{_EXPERT}{layer}.{e}"] for e in experts}
-            sent[f"{_TOKENS}{layer}"] = server.memory[f"{_EXPERT}{layer}.0"]
+            sent |= {f"{_EXPERT_MEAN}{layer}.{e}": server.memory[f"{_EXPERT_MEAN}{layer}.{e}"] for e in experts}
+            sent[f"{_TOKEN_MEAN}{layer}"] = server.memory[f"{_EXPERT_MEAN}{layer}.0"]
         return Manifest.of(sent)
 
     def aggregate(self, server: Server, updates: Iterable[Update]) -> None:
         """Average everything over its holders and assign the experts anew."""
-        embeddings = {n: t for n, t in server.memory.items() if n.startswith(_EXPERT)}
+        embeddings = {n: t for n, t in server.memory.items() if n.startswith(_EXPERT_MEAN)}
         mean = holders_mean(server.shared.tensors() | embeddings, _without_tokens(server, updates))
         server.memory |= {n: mean.pop(n) for n in embeddings}
         server.shared = Payload.of(mean)
         for layer in _layers(server):
-            server.memory[f"{_ASSIGNED}{layer}"] = self._assign(affinity(*_embeddings(server, layer)))
+            gain = affinity(*_embeddings(server, layer))
+            server.memory[f"{_ASSIGNED}{layer}"] = assign(gain, *self._bounds)
 
-    def _assign(self, gain: Tensor) -> Tensor:
-        options = self.options
-        return assign(gain, options.clients_per_expert, options.min_experts, options.max_experts)
-
-    def _check_feasible(self, clients: int) -> None:
-        options = self.options
-        places = options.experts * options.clients_per_expert
-        least, most = clients * options.min_experts, clients * min(options.max_experts, options.experts)
-        if options.clients_per_expert > clients or not least <= places <= most:
-            raise ConfigError(
-                f"{options.experts} experts x {options.clients_per_expert} holders over {clients} clients",
-                f"each client holds {options.min_experts} to {options.max_experts} different experts, which makes"
-                f" {least} to {most} places",
-                "change method.options experts, clients_per_expert, min_experts or max_experts",
-            )
-
-
-def affinity(experts: Tensor, tokens: Tensor) -> Tensor:
-    """Return q ``[N, C]``, softmax over clients, from embeddings ``experts [N, r]`` and ``tokens [C, r]``."""
-    return (experts.double() @ tokens.double().T / math.sqrt(experts.shape[1])).softmax(1)
-
-
-def assign(gain: Tensor, clients_per_expert: int, least: int, most: int) -> Tensor:
-    """Return the assignment ``[N, C]`` of 0 and 1 that maximises the gain on it.
-
-    Args:
-        gain: What it is worth that client i holds expert e, ``[N, C]``.
-        clients_per_expert: Sum of every row.
-        least, most: Bounds on the sum of every column.
-    """
-    experts, clients = gain.shape
-    rows = np.kron(np.eye(experts), np.ones((1, clients)))
-    columns = np.kron(np.ones((1, experts)), np.eye(clients))
-    holders = LinearConstraint(rows, clients_per_expert, clients_per_expert)
-    limits = [holders, LinearConstraint(columns, least, most)]
-    size = experts * clients
-    solved = milp(
-        -gain.double().numpy().ravel(), constraints=limits, integrality=np.ones(size), bounds=Bounds(0, 1)
-    )
-    return torch.from_numpy(solved.x.round()).float().view(experts, clients)
+    @property
+    def _bounds(self) -> tuple[int, int, int]:
+        """Clients per expert; fewest and most experts per client."""
+        return self.options.clients_per_expert, self.options.min_experts, self.options.max_experts
 
 
 def balanced(objective: Objective, mixture: LoraMixture, weight: float) -> Objective:
@@ -200,44 +171,6 @@ def balanced(objective: Objective, mixture: LoraMixture, weight: float) -> Objec
             yield part + (extra - extra.detach())
 
     return parts
-
-
-@dataclass
-class _Mean:
-    """A running mean of a layer's inputs ``[in]`` over tokens that are not padding."""
-
-    total: Tensor | float = 0.0
-    tokens: int = 0
-
-    def hook(self, mask: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        """Return what adds a module's input ``[B, S, in]`` where ``mask [B, S]`` is set."""
-
-        def add(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self.total = self.total + args[0][mask].double().sum(0)
-            self.tokens += int(mask.sum())
-
-        return add
-
-
-@torch.no_grad()
-def _mean_inputs(turn: Turn, rows: Sequence[Example]) -> dict[str, Tensor]:
-    """Return the mean input ``[in]`` of every adapted layer over the rows' tokens."""
-    lora, means = turn.site.lora, {name: _Mean() for name in turn.site.lora.sites}
-    device = next(turn.model.parameters()).device
-    batches = [
-        pad_batch(rows[s : s + turn.settings.micro_batch_size], turn.settings.pad_token_id)
-        for s in range(0, len(rows), turn.settings.micro_batch_size)
-    ]
-    for batch in batches:
-        ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
-        handles = [lora.module(n).register_forward_pre_hook(mean.hook(mask.bool())) for n, mean in means.items()]
-        try:
-            with autocast(device, turn.settings.precision):
-                lora.base.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-    return {n: torch.as_tensor(m.total / m.tokens).float() for n, m in means.items()}
 
 
 def _mixture(turn: Turn) -> LoraMixture:
@@ -277,7 +210,7 @@ def _without_tokens(server: Server, updates: Iterable[Update]) -> Iterator[Updat
     for update in updates:
         check_finite(update)
         tensors = update.tensors()
-        own = {n: t for n, t in tensors.items() if n.startswith(_TOKENS)}
+        own = {n: t for n, t in tensors.items() if n.startswith(_TOKEN_MEAN)}
         server.memory |= {f"{n}.{update.client}": t.clone() for n, t in own.items()}
         yield replace(update, payload=Payload.of({n: t for n, t in tensors.items() if n not in own}))
 
@@ -285,7 +218,7 @@ def _without_tokens(server: Server, updates: Iterable[Update]) -> Iterator[Updat
 def _embeddings(server: Server, layer: str) -> tuple[Tensor, Tensor]:
     """Return the experts' ``[N, r]`` and the clients' ``[C, r]`` last known embeddings of a layer."""
     number = len(server.memory[f"{_ASSIGNED}{layer}"])
-    experts = [server.memory[f"{_EXPERT}{layer}.{e}"] for e in range(number)]
+    experts = [server.memory[f"{_EXPERT_MEAN}{layer}.{e}"] for e in range(number)]
     nothing = torch.zeros_like(experts[0])
-    tokens = [server.memory.get(f"{_TOKENS}{layer}.{client}", nothing) for client in sorted(server.clients)]
+    tokens = [server.memory.get(f"{_TOKEN_MEAN}{layer}.{client}", nothing) for client in sorted(server.clients)]
     return torch.stack(experts), torch.stack(tokens)

@@ -17,4 +17,4 @@ class FedAvg(Method):
 
     name = "fedavg"
     summary = "attention LoRA averaged; nothing personal"
-    source = "McMahan et al., AISTATS 2017; arXiv 2305.05644"
+    source = "McMahan et al., AISTATS 2017, on LoRA as in arXiv 2305.05644"

@@ -31,7 +31,7 @@ class FedAvgExperts(Method):
     name = "fedavg_experts"
     summary = "LoRA on attention and on every routed expert, all averaged; nothing personal"
     source = "McMahan et al., AISTATS 2017, on LoRA everywhere"
-    sends = "attention LoRA and LoRA of all routed experts"
+    sends = "attention LoRA and all routed experts' LoRA"
     needs_experts = True
 
     class Options(base.Options):

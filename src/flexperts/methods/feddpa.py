@@ -29,7 +29,7 @@ class FedDPA(Method):
     """Base of FedDPA-T and FedDPA-F: a global adapter g that is sent, a local adapter l that stays."""
 
     source = "Yang et al., NeurIPS 2024, arXiv 2403.19211"
-    keeps = "a LoRA of one's own"
+    keeps = "a second attention LoRA"
     has_personal_lora = True
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "global", "personalized")
 

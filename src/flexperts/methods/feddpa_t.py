@@ -13,7 +13,7 @@ class FedDPAT(FedDPA):
     Source: Yang et al., NeurIPS 2024 (arXiv 2403.19211), FedDPA-T, with its official code.
     Round t >= 2: l <- steps on W0 + a dW_l + (1 - a) dW_g with g as received and fixed; then, in every round,
     g_i <- steps on W0 + dW_g; g <- sum_i p_i g_i, p_i = n_i / n. dW = s B A.
-    Inference: y = W0 x + (1 - alpha) dW_g x + alpha dW_l x, alpha = lam mean_{s=1..S} cos(h(x), h(x_s)), h = last
+    At inference y = W0 x + (1 - alpha) dW_g x + alpha dW_l x, alpha = lam mean_{s=1..S} cos(h(x), h(x_s)), h = last
     layer's hidden state of the prompt's last token with l alone, x_s = S of the client's train rows.
     Trained: the local LoRA l (not in round 1), then the global LoRA g, each for the round's steps. Sent: g.
     Aggregated: mean of A and of B by rows. Stays: l. Inference: personalized = the weighted sum above, one alpha

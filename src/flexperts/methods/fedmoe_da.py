@@ -16,6 +16,7 @@ from flexperts.grafting.expert_adapters import ExpertAdapters
 from flexperts.grafting.part import Part, key
 from flexperts.grafting.router_deltas import RouterDeltas
 from flexperts.methods import base
+from flexperts.methods.held_experts import EXPERTS, ROUTER
 from flexperts.methods.own_parts import OwnParts
 from flexperts.methods.server import Server
 from flexperts.methods.turn import Site, Turn
@@ -23,9 +24,8 @@ from flexperts.modeling.lora import SHARED_PREFIX
 from flexperts.parameters.payload import Payload
 from flexperts.parameters.vector import Manifest
 
-_EXPERTS = "experts.layers."
-_PROXY = f"{DERIVED}router_rows."
-_MIX, _OWN = "mix.", "own."
+_ROUTER_ROWS = f"{DERIVED}router_rows."
+_MIXING, _OF_CLIENT = "mix.", "own."
 
 
 class FedMoEDA(OwnParts):
@@ -51,7 +51,7 @@ class FedMoEDA(OwnParts):
     name = "fedmoe_da"
     summary = "clients keep experts and router of their own; the server mixes experts with similar router rows"
     source = "arXiv 2411.02115"
-    sends = "attention LoRA, all experts' LoRA, routers"
+    sends = "attention LoRA, all routed experts' LoRA and routers"
     needs_experts = True
 
     class Options(base.Options):
@@ -64,7 +64,7 @@ class FedMoEDA(OwnParts):
         every: int = Field(5, ge=1)
         """I, rounds from one computation of the weights to the next."""
         rank: Annotated[int, Field(ge=1)] | Literal["full"] | None = None
-        """LoRA rank of the experts, or "full" for whole ones; without it, lora.rank."""
+        """LoRA rank of the experts, at scaling lora.alpha / rank, or "full" for whole ones; default lora.rank."""
 
     # A client's model.
 
@@ -87,7 +87,7 @@ class FedMoEDA(OwnParts):
         router = turn.parts["router"]
         assert isinstance(router, RouterDeltas)
         names = [e.name for e in turn.site.experts] if self._mixes_anew(turn.round) else []
-        return {**turn.split.shared, **{f"{_PROXY}{key(n)}": router.weight(n).detach() for n in names}}
+        return {**turn.split.shared, **{f"{_ROUTER_ROWS}{key(n)}": router.weight(n).detach() for n in names}}
 
     # The server.
 
@@ -99,7 +99,7 @@ class FedMoEDA(OwnParts):
         """A client sends all that trains and, where A is computed, the routers' rows."""
         sent = server.shared.tensors()
         if self._mixes_anew(server.round + 1):
-            sent |= {n.replace("router.layers.", _PROXY): t for n, t in sent.items() if n.startswith("router.")}
+            sent |= {n.replace(ROUTER, _ROUTER_ROWS): t for n, t in sent.items() if n.startswith(ROUTER)}
         return Manifest.of(sent)
 
     def aggregate(self, server: Server, updates: Iterable[Update]) -> None:
@@ -124,12 +124,13 @@ class FedMoEDA(OwnParts):
             lora = {n: t for n, t in tensors.items() if n.startswith(SHARED_PREFIX)}
             yield Update(update.client, Payload.of(lora), update.rows, update.metrics)
             present.append(update.client)
-            server.memory |= {f"{_OWN}{update.client}.{n}": t.clone() for n, t in tensors.items() if n not in lora}
+            own = {n: t for n, t in tensors.items() if n not in lora}
+            server.memory |= {f"{_OF_CLIENT}{update.client}.{n}": t.clone() for n, t in own.items()}
 
     def _compute_mix(self, server: Server) -> None:
         for layer in _layers(server):
             rows = torch.cat([server.memory[_rows(c, layer)] for c in _known(server, layer)])
-            server.memory[f"{_MIX}{layer}"] = mixing(rows, self.options.peers, self.options.tau)
+            server.memory[f"{_MIXING}{layer}"] = mixing(rows, self.options.peers, self.options.tau)
 
 
 def mixing(rows: Tensor, peers: int, tau: float) -> Tensor:
@@ -149,25 +150,25 @@ def _mix_experts(server: Server, present: Collection[str]) -> None:
         clients = _known(server, layer)
         for names in _by_suffix(server, layer).values():
             shape = server.shared.tensors()[names[0]].shape
-            flat = [server.memory[f"{_OWN}{c}.{n}"].flatten() for c in clients for n in names]
-            mixed = server.memory[f"{_MIX}{layer}"] @ torch.stack(flat).double()
+            flat = [server.memory[f"{_OF_CLIENT}{c}.{n}"].flatten() for c in clients for n in names]
+            mixed = server.memory[f"{_MIXING}{layer}"] @ torch.stack(flat).double()
             places = [(client, name) for client in clients for name in names]
             for (client, name), tensor in zip(places, mixed, strict=True):
                 if client in present:
-                    server.memory[f"{_OWN}{client}.{name}"] = tensor.float().view(shape).clone()
+                    server.memory[f"{_OF_CLIENT}{client}.{name}"] = tensor.float().view(shape).clone()
 
 
 def _own(server: Server, client: str) -> dict[str, Tensor]:
     """Return what a client computes with; before its first round, what all start from."""
-    return {n: server.memory.get(f"{_OWN}{client}.{n}", t) for n, t in server.shared.tensors().items()}
+    return {n: server.memory.get(f"{_OF_CLIENT}{client}.{n}", t) for n, t in server.shared.tensors().items()}
 
 
 def _layers(server: Server) -> list[str]:
-    return sorted(n.removeprefix("router.layers.") for n in server.shared.manifest.names if n.startswith("router."))
+    return sorted(n.removeprefix(ROUTER) for n in server.shared.manifest.names if n.startswith(ROUTER))
 
 
 def _rows(client: str, layer: str) -> str:
-    return f"{_OWN}{client}.{_PROXY}{layer}"
+    return f"{_OF_CLIENT}{client}.{_ROUTER_ROWS}{layer}"
 
 
 def _known(server: Server, layer: str) -> list[str]:
@@ -177,7 +178,7 @@ def _known(server: Server, layer: str) -> list[str]:
 
 def _by_suffix(server: Server, layer: str) -> dict[str, list[str]]:
     """Return, for each tensor of an expert, its names over the layer's experts, in the router's order."""
-    start = f"{_EXPERTS}{layer}."
+    start = f"{EXPERTS}{layer}."
     found: dict[str, list[str]] = {}
     for name in sorted(
         (n for n in server.shared.manifest.names if n.startswith(start)),

@@ -17,15 +17,12 @@ from flexperts.grafting.part import Part, key
 from flexperts.grafting.router_deltas import RouterDeltas
 from flexperts.grafting.selection import LayerScores
 from flexperts.methods import base
+from flexperts.methods.held_experts import ROUTER, held_part, joined_rows, split_rows
 from flexperts.methods.own_parts import OwnParts
 from flexperts.methods.server import Server
 from flexperts.methods.turn import Prepared, Site, Turn
 from flexperts.parameters.payload import Payload
 from flexperts.parameters.vector import Manifest
-
-_EXPERTS, _ROUTER = "experts.layers.", "router.layers."
-Held = Mapping[str, Sequence[int]]
-"""Layer, as parameter names have it -> the experts that a client holds there, in the order of its router rows."""
 
 
 class FedMoEStyle(OwnParts):
@@ -50,7 +47,7 @@ class FedMoEStyle(OwnParts):
     name = "fedmoe_style"
     summary = "each client trains the experts it uses most; every expert is averaged over its holders"
     source = "arXiv 2408.11304"
-    sends = "attention LoRA, LoRA and router rows of the held experts, and which these are"
+    sends = "attention LoRA, held experts' LoRA and router rows, and which these are"
     needs_experts = True
 
     class Options(base.Options):
@@ -59,7 +56,7 @@ class FedMoEStyle(OwnParts):
         keep: float = Field(0.5, gt=0, le=1)
         """Share of each layer's experts that a client holds; never fewer than the router picks for a token."""
         rank: int | None = Field(None, ge=1)
-        """LoRA rank of the experts; without it, lora.rank."""
+        """LoRA rank of the experts, at scaling lora.alpha / rank; without it, lora.rank."""
         router: bool = True
         """Train the held experts' router rows too."""
 
@@ -100,17 +97,17 @@ class FedMoEStyle(OwnParts):
     def receive(self, turn: Turn) -> None:
         """Load LoRA and held experts, and put the held router rows in their places."""
         held = _held(turn)
-        rows = {n: t for n, t in turn.received.items() if n.startswith(_ROUTER)}
+        rows = {n: t for n, t in turn.received.items() if n.startswith(ROUTER)}
         whole = {n: torch.zeros_like(turn.split.shared[n]) for n in rows}
         for name, tensor in rows.items():
-            whole[name][list(held[name.removeprefix(_ROUTER)])] = tensor
+            whole[name][list(held[name.removeprefix(ROUTER)])] = tensor
         turn.load({**turn.received, **whole})
 
     def outgoing(self, turn: Turn) -> Mapping[str, Tensor]:
         """Return LoRA, held experts and held router rows."""
         held = _held(turn)
         return {
-            n: p.detach()[list(held[n.removeprefix(_ROUTER)])] if n.startswith(_ROUTER) else p
+            n: p.detach()[list(held[n.removeprefix(ROUTER)])] if n.startswith(ROUTER) else p
             for n, p in turn.split.shared.items()
         }
 
@@ -127,12 +124,12 @@ class FedMoEStyle(OwnParts):
     def aggregate(self, server: Server, updates: Iterable[Update]) -> None:
         """Average every expert, and every router row, over those who hold it."""
         current = server.shared.tensors()
-        every = {n.removeprefix(_ROUTER): range(len(t)) for n, t in current.items() if n.startswith(_ROUTER)}
+        every = {n.removeprefix(ROUTER): range(len(t)) for n, t in current.items() if n.startswith(ROUTER)}
         by_row = (
             replace(u, payload=Payload.of(split_rows(u.tensors(), server.reports[u.client]))) for u in updates
         )
         mean = holders_mean(split_rows(current, every), by_row)
-        server.shared = Payload.of(_joined_rows(mean, current))
+        server.shared = Payload.of(joined_rows(mean, current))
 
 
 def most_activated(scores: LayerScores, keep: float) -> tuple[int, ...]:
@@ -140,39 +137,6 @@ def most_activated(scores: LayerScores, keep: float) -> tuple[int, ...]:
     per_token = round(float(scores.counts.sum()) / scores.tokens)
     count = max(per_token, round(keep * len(scores.counts)))
     return tuple(sorted(scores.counts.argsort(descending=True, stable=True)[:count].tolist()))
-
-
-def held_part(tensors: Mapping[str, Tensor], held: Held) -> dict[str, Tensor]:
-    """Return what a holder of these experts has of all shared tensors; of a router, the rows of its experts."""
-    part = {}
-    for name, tensor in tensors.items():
-        if name.startswith(_EXPERTS):
-            layer, expert, _ = name.removeprefix(_EXPERTS).split(".")
-            if int(expert) in held[layer]:
-                part[name] = tensor
-        elif name.startswith(_ROUTER):
-            part[name] = tensor[list(held[name.removeprefix(_ROUTER)])]
-        else:
-            part[name] = tensor
-    return part
-
-
-def split_rows(tensors: Mapping[str, Tensor], held: Held) -> dict[str, Tensor]:
-    """Return the tensors with every router cut into its rows, ``<name>.<expert>``, so that rows have holders."""
-    rows = {
-        f"{name}.{expert}": row
-        for name, tensor in tensors.items()
-        if name.startswith(_ROUTER)
-        for expert, row in zip(held[name.removeprefix(_ROUTER)], tensor, strict=True)
-    }
-    return {n: t for n, t in tensors.items() if not n.startswith(_ROUTER)} | rows
-
-
-def _joined_rows(by_row: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        n: torch.stack([by_row[f"{n}.{e}"] for e in range(len(t))]) if n.startswith(_ROUTER) else by_row[n]
-        for n, t in like.items()
-    }
 
 
 def _held(turn: Turn) -> dict[str, tuple[int, ...]]:

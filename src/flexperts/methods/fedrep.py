@@ -5,8 +5,9 @@ from __future__ import annotations
 from pydantic import Field
 
 from flexperts.methods.fedper import FedPer
+from flexperts.methods.phases import personal_then_shared
 from flexperts.methods.turn import Turn
-from flexperts.training.local import TrainResult, joined
+from flexperts.training.local import TrainResult
 
 
 class FedRep(FedPer):
@@ -36,7 +37,4 @@ class FedRep(FedPer):
 
     def train(self, turn: Turn) -> TrainResult:
         """Train the head against the frozen body, then the body against the frozen head."""
-        head = turn.settings.part(self.options.head_share)
-        body = turn.settings.part(1 - head.steps / turn.settings.steps)  # the rest, so that no step is lost
-        first = turn.fit(shared=False, settings=head)
-        return joined(first, turn.fit(personal=False, settings=body))
+        return personal_then_shared(turn, self.options.head_share)

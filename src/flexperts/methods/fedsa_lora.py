@@ -12,7 +12,7 @@ from flexperts.methods.server import Server
 from flexperts.modeling.lora import SHARED_PREFIX
 
 
-class FedSALora(Method):
+class FedSALoRA(Method):
     """A carries what clients have in common and is averaged; B carries what is a client's own and stays there.
 
     Source: arXiv 2410.01463 (ICLR 2025).
@@ -26,7 +26,7 @@ class FedSALora(Method):
 
     name = "fedsa_lora"
     summary = "LoRA's A averaged; every client keeps a B of its own"
-    source = "arXiv 2410.01463 (ICLR 2025)"
+    source = "ICLR 2025, arXiv 2410.01463"
     sends = "A of attention LoRA"
     keeps = "B of attention LoRA"
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "personalized")

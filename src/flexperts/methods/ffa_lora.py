@@ -15,7 +15,7 @@ from flexperts.parameters.split import ParameterSplit
 _A = ".lora_A."
 
 
-class FfaLora(Method):
+class FFALoRA(Method):
     """One global LoRA of which only B trains; A is random, the same everywhere, and frozen for ever.
 
     Source: arXiv 2403.12313 (ICLR 2024).
@@ -31,7 +31,7 @@ class FfaLora(Method):
 
     name = "ffa_lora"
     summary = "LoRA with A frozen at random; B averaged, which is exact; nothing personal"
-    source = "arXiv 2403.12313 (ICLR 2024)"
+    source = "ICLR 2024, arXiv 2403.12313"
     sends = "B of attention LoRA"
 
     def trains(self, name: str) -> bool:

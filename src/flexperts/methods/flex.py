@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from flexperts.config import RunConfig
+from flexperts.errors import ConfigError
 from flexperts.grafting.expert_adapters import ExpertAdapters
 from flexperts.grafting.grafts import Grafts
 from flexperts.grafting.part import Part
@@ -17,10 +19,11 @@ from flexperts.grafting.rules import coefficients, pick_layers, select
 from flexperts.grafting.selection import LayerScores
 from flexperts.methods import base
 from flexperts.methods.base import Method, State
+from flexperts.methods.phases import personal_then_shared
 from flexperts.methods.proximal import proximal
 from flexperts.methods.turn import Prepared, Site, Turn
 from flexperts.modeling.lora import SHARED_PREFIX
-from flexperts.training.local import StepHooks, TrainResult, joined
+from flexperts.training.local import StepHooks, TrainResult
 
 _COMMON = "common_graft"
 
@@ -61,6 +64,15 @@ class Flex(Method):
         """Share of a round's steps that the personal phase takes, where phases alternate."""
         pull: float = Field(0.0, ge=0)
         """Strength of the proximal term on the shared part."""
+
+    def check(self, config: RunConfig) -> None:
+        """Refuse a phase for the personal part where nothing is personal."""
+        if self.options.phases == "alternating" and config.graft.sharing == "shared":
+            raise ConfigError(
+                "method.options.phases = 'alternating'",
+                "graft.sharing = 'shared' leaves nothing personal to train first",
+                "take phases = 'joint', or graft.sharing = 'both'",
+            )
 
     def prepare(self, site: Site) -> Prepared:
         """Select the experts to graft on the client's own rows, by the rule that the recipe names."""
@@ -104,12 +116,10 @@ class Flex(Method):
     def train(self, turn: Turn) -> TrainResult:
         """Train both parts together, or one after the other."""
         pull = proximal(turn.split.shared, turn.received, self.options.pull)
-        hooks = StepHooks(penalty=pull, around_batch=_dropout(turn))
+        hooks = StepHooks(penalty=pull, around_batch=graft_dropout(turn))
         if self.options.phases == "joint":
             return turn.fit(hooks=hooks)
-        share = self.options.personal_share
-        first = turn.fit(shared=False, settings=turn.settings.part(share), hooks=StepHooks())
-        return joined(first, turn.fit(personal=False, settings=turn.settings.part(1 - share), hooks=hooks))
+        return personal_then_shared(turn, self.options.personal_share, hooks)
 
 
 def _grafts(site: Site, choice: Mapping[str, Sequence[int]], scales: Any, stream: torch.Generator) -> Grafts:
@@ -134,7 +144,7 @@ def _scales(
     return {} if scale == 1 else {name: (scale,) * len(indices) for name, indices in choice.items()}
 
 
-def _dropout(turn: Turn) -> Callable[[], AbstractContextManager[object]]:
+def graft_dropout(turn: Turn) -> Callable[[], AbstractContextManager[object]]:
     """Return the context of one batch: without the personal graft for a share of the batches."""
     share, graft = turn.site.config.graft.dropout, turn.parts.get("graft")
     if not share or graft is None:

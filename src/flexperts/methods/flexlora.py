@@ -29,7 +29,7 @@ class FlexLoRA(RankedMethod):
 
     name = "flexlora"
     summary = "LoRA of any ranks averaged as products, cut to every client's rank by SVD; nothing personal"
-    source = "arXiv 2402.11505 (NeurIPS 2024)"
+    source = "NeurIPS 2024, arXiv 2402.11505"
 
     def aggregate(self, server: Server, updates: Iterable[Update]) -> None:
         """Average the products and keep their best factors at full rank."""

@@ -43,7 +43,7 @@ class FLoRA(RankedMethod):
 
     name = "flora"
     summary = "fresh LoRA every round, clients' factors stacked: an exact sum at any ranks; nothing personal"
-    source = "arXiv 2409.05976 (NeurIPS 2024)"
+    source = "NeurIPS 2024, arXiv 2409.05976"
 
     def parts(self, site: Site) -> dict[str, Part]:
         """Hang an empty delta on every adapted layer; it is filled when the stacks are there."""

@@ -30,7 +30,7 @@ from flexperts.parameters.vector import Manifest
 from flexperts.training.local import StepHooks, TrainResult
 
 _RANK = "rank."
-_TOLD = f"{DERIVED}rank"
+_NEXT_RANK = f"{DERIVED}rank"
 
 
 class HetLoRA(RankedMethod):
@@ -53,8 +53,8 @@ class HetLoRA(RankedMethod):
 
     name = "hetlora"
     summary = "LoRA of any ranks, self-pruned, averaged with zeros by the norm of the product; nothing personal"
-    source = "arXiv 2401.06432 (EMNLP 2024)"
-    sends = "attention LoRA and its rank"
+    source = "EMNLP 2024, arXiv 2401.06432"
+    sends = "attention LoRA and its next rank"
 
     class Options(RankOptions):
         """Ranks and pruning."""
@@ -88,7 +88,7 @@ class HetLoRA(RankedMethod):
 
     def outgoing(self, turn: Turn) -> Mapping[str, Tensor]:
         """Send the factors at the rank that came, and the rank to go on with."""
-        return cut(turn.split.shared, rank_of(turn.received)) | {_TOLD: turn.memory["rank"]}
+        return cut(turn.split.shared, rank_of(turn.received)) | {_NEXT_RANK: turn.memory["rank"]}
 
     def rank(self, server: Server, client: str) -> int:
         """Return the rank that the client last told; before that, the one in the recipe."""
@@ -97,7 +97,7 @@ class HetLoRA(RankedMethod):
 
     def uplink(self, server: Server, client: str) -> Manifest:
         """Factors of the client's rank come back, and its next rank."""
-        return Manifest.of(cut(server.shared.tensors(), self.rank(server, client)) | {_TOLD: torch.zeros(1)})
+        return Manifest.of(cut(server.shared.tensors(), self.rank(server, client)) | {_NEXT_RANK: torch.zeros(1)})
 
     def aggregate(self, server: Server, updates: Iterable[Update]) -> None:
         """Average by the norms of the products; rows that nobody holds stay."""
@@ -147,7 +147,7 @@ def _told_rank(update: Update) -> int:
         FederationError: It is no rank that it can have.
     """
     tensors = update.tensors()
-    told, most = tensors[_TOLD].item(), rank_of(tensors)
+    told, most = tensors[_NEXT_RANK].item(), rank_of(tensors)
     if told not in range(1, most + 1):
         raise FederationError(
             f"{update.client} goes on with rank {told:g}",

@@ -16,13 +16,13 @@ from flexperts.grafting.router_deltas import RouterDeltas
 from flexperts.methods import base
 from flexperts.methods.base import Method
 from flexperts.methods.expert_budget import ExpertBudget
+from flexperts.methods.held_experts import EXPERTS, ROUTER, place_of
 from flexperts.methods.server import Server
 from flexperts.methods.turn import Site, Turn
 from flexperts.parameters.payload import Payload
 from flexperts.parameters.vector import Manifest
 from flexperts.training.local import TrainResult
 
-_EXPERTS, _ROUTER = "experts.layers.", "router.layers."
 _USAGE, _SCORE, _LEARNED = (f"{DERIVED}{what}." for what in ("usage", "score", "learned"))
 _SEEN = (_USAGE, _SCORE, _LEARNED)
 
@@ -50,7 +50,7 @@ class HFedMoEStyle(Method):
     name = "hfedmoe_style"
     summary = "per batch only the most valuable experts learn; experts averaged over the clients that use them"
     source = "arXiv 2601.00583"
-    sends = "attention LoRA, all experts' LoRA, routers, how experts were used"
+    sends = "attention LoRA, all routed experts' LoRA, routers and how experts were used"
     needs_experts = True
 
     class Options(base.Options):
@@ -65,7 +65,7 @@ class HFedMoEStyle(Method):
         tau: float = Field(0.0, ge=0)
         """Least mean routing weight with which a client counts for an expert."""
         rank: int | None = Field(None, ge=1)
-        """LoRA rank of the experts; without it, lora.rank."""
+        """LoRA rank of the experts, at scaling lora.alpha / rank; without it, lora.rank."""
 
     # A client.
 
@@ -88,21 +88,17 @@ class HFedMoEStyle(Method):
         with budget.watching(turn.model):
             result = turn.fit()
         for name, usage in budget.usage.items():
-            turn.memory[f"{_USAGE}{key(name)}"] = (usage.weight / usage.tokens).float()
-            turn.memory[f"{_SCORE}{key(name)}"] = (usage.score / usage.batches).float()
-            turn.memory[f"{_LEARNED}{key(name)}"] = usage.learned.float()
+            turn.derived[f"{_USAGE}{key(name)}"] = (usage.weight / usage.tokens).float()
+            turn.derived[f"{_SCORE}{key(name)}"] = (usage.score / usage.batches).float()
+            turn.derived[f"{_LEARNED}{key(name)}"] = usage.learned.float()
         return result
-
-    def outgoing(self, turn: Turn) -> Mapping[str, Tensor]:
-        """Return all that trains, and how experts were used in this round."""
-        return {**turn.split.shared, **{n: t for n, t in turn.memory.items() if n.startswith(_SEEN)}}
 
     # The server.
 
     def uplink(self, server: Server, client: str) -> Manifest:
         """A reply holds all that trains, and three numbers per expert."""
         sent = server.shared.tensors()
-        routers = {n.removeprefix(_ROUTER): t for n, t in sent.items() if n.startswith(_ROUTER)}
+        routers = {n.removeprefix(ROUTER): t for n, t in sent.items() if n.startswith(ROUTER)}
         return Manifest.of(sent | {f"{what}{layer}": t[:, 0] for what in _SEEN for layer, t in routers.items()})
 
     def aggregate(self, server: Server, updates: Iterable[Update]) -> None:
@@ -119,7 +115,7 @@ class HFedMoEStyle(Method):
             members = counted(tensors, self.options.tau)
             for layer, mine in members.items():
                 worth = tensors[f"{_USAGE}{layer}"].double() * tensors[f"{_SCORE}{layer}"].double()
-                routers.add(f"{_ROUTER}{layer}", tensors[f"{_ROUTER}{layer}"], float(worth[sorted(mine)].sum()))
+                routers.add(f"{ROUTER}{layer}", tensors[f"{ROUTER}{layer}"], float(worth[sorted(mine)].sum()))
             yield replace(update, payload=Payload.of({n: t for n, t in tensors.items() if _counts(n, members)}))
 
 
@@ -131,10 +127,10 @@ def counted(tensors: Mapping[str, Tensor], tau: float) -> dict[str, set[int]]:
 
 
 def _counts(name: str, members: Mapping[str, set[int]]) -> bool:
-    if name.startswith(_EXPERTS):
-        layer, expert, _ = name.removeprefix(_EXPERTS).split(".")
-        return int(expert) in members[layer]
-    return not name.startswith((_ROUTER, *_SEEN))
+    if name.startswith(EXPERTS):
+        layer, expert = place_of(name)
+        return expert in members[layer]
+    return not name.startswith((ROUTER, *_SEEN))
 
 
 @dataclass

@@ -5,16 +5,24 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import ClassVar
 
+from flexperts.config import RunConfig
+from flexperts.errors import ConfigError
+from flexperts.methods import base
 from flexperts.methods.base import State
-from flexperts.methods.flex import Flex
+from flexperts.methods.flex import Flex, graft_dropout
+from flexperts.methods.turn import Turn
+from flexperts.training.local import StepHooks, TrainResult
 
 
 class Local(Flex):
     """Each client alone, with LoRA and graft of its own.
 
     Source: the local bound of arXiv 2506.00965's comparison.
-    Trained: attention LoRA, personal experts, gate. Sent: nothing. Stays: all of it.
+    Client i minimises its own f_i over FLEx's parameters in all rounds; nothing couples the clients.
+    Trained: attention LoRA, personal experts, gate. Sent: nothing. Aggregated: nothing. Stays: all of it.
     Inference: the client's own LoRA, experts and gate.
+    Open choices: those of flex about the graft. The LoRA is personal, so its rate is ``training.personal_lr`` where
+    that is set. flex's options are about a shared part and do not exist here; ``graft.sharing`` must be "personal".
     """
 
     name = "local"
@@ -23,6 +31,20 @@ class Local(Flex):
     keeps = "attention LoRA, grafted experts and their gate"
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "personalized")
 
+    class Options(base.Options):
+        """None: flex's are about a shared part."""
+
+    def check(self, config: RunConfig) -> None:
+        """Refuse grafts in common: clients would have to agree on them."""
+        if config.graft.sharing != "personal":
+            raise ConfigError(
+                f"graft.sharing = {config.graft.sharing!r}", "method 'local' sends nothing", "take 'personal'"
+            )
+
     def shared(self, names: Collection[str]) -> set[str]:
         """Nothing is shared."""
         return set()
+
+    def train(self, turn: Turn) -> TrainResult:
+        """Train everything together."""
+        return turn.fit(hooks=StepHooks(around_batch=graft_dropout(turn)))

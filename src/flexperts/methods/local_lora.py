@@ -8,7 +8,7 @@ from typing import ClassVar
 from flexperts.methods.base import Method, State
 
 
-class LocalLora(Method):
+class LocalLoRA(Method):
     """Each client alone, with a LoRA of its own.
 
     Source: no paper; the bound that a federation has to beat for a silo to join it.

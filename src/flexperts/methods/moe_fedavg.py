@@ -42,7 +42,7 @@ class MoEFedAvg(Method):
         """What trains of an expert, and how fast."""
 
         rank: Annotated[int, Field(ge=1)] | Literal["full"] = "full"
-        """LoRA rank of every routed expert, or "full" for all of its weights."""
+        """LoRA rank of every routed expert, at scaling lora.alpha / rank, or "full" for all of its weights."""
         expert_lr: float | None = Field(None, gt=0)
         """Peak learning rate of the experts; without it a tenth of training.lr for whole ones, else training.lr."""
 

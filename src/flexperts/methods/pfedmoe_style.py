@@ -38,8 +38,8 @@ class PFedMoEStyle(Method):
     name = "pfedmoe_style"
     summary = "a shared and a personal low-rank expert per MoE layer, mixed by a personal token gate"
     source = "Yi et al., 2024, arXiv 2402.01350; form of arXiv 2409.13931"
-    sends = "the shared low-rank expert of every MoE layer"
-    keeps = "the personal low-rank expert and the gate of every MoE layer"
+    sends = "shared low-rank expert of every MoE layer"
+    keeps = "personal low-rank expert and gate of every MoE layer"
     needs_experts = True
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "global", "personalized")
 

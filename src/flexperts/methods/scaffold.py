@@ -44,7 +44,7 @@ class Scaffold(Method):
     name = "scaffold"
     summary = "FedAvg by SGD, with control variates against client drift"
     source = "Karimireddy et al., ICML 2020"
-    sends = "attention LoRA, change of its control variates"
+    sends = "attention LoRA and change of its control variates"
     keeps = "control variates"
 
     class Options(base.Options):

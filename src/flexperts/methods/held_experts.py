@@ -1,0 +1,56 @@
+"""Shared tensors of adapted experts and routers, by who holds which expert.
+
+Methods hang these parts on as ``experts`` and ``router``; a layer is called here as parameter names have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+EXPERTS, ROUTER = "experts.layers.", "router.layers."
+"""Starts of names: an expert's tensor is ``<start><layer>.<expert>.<tensor>``, a router ``<start><layer>``."""
+Held = Mapping[str, Sequence[int]]
+"""Layer -> the experts that a client holds there, in the order of its router rows."""
+
+
+def place_of(name: str) -> tuple[str, int]:
+    """Return layer and number of the expert that a tensor belongs to."""
+    layer, expert, _ = name.removeprefix(EXPERTS).split(".")
+    return layer, int(expert)
+
+
+def held_part(tensors: Mapping[str, Tensor], held: Held) -> dict[str, Tensor]:
+    """Return what a holder of these experts has of all shared tensors; of a router, the rows of its experts."""
+    part = {}
+    for name, tensor in tensors.items():
+        if name.startswith(EXPERTS):
+            layer, expert = place_of(name)
+            if expert in held[layer]:
+                part[name] = tensor
+        elif name.startswith(ROUTER):
+            part[name] = tensor[list(held[name.removeprefix(ROUTER)])]
+        else:
+            part[name] = tensor
+    return part
+
+
+def split_rows(tensors: Mapping[str, Tensor], held: Held) -> dict[str, Tensor]:
+    """Return the tensors with every router cut into its rows, ``<name>.<expert>``, so that rows have holders."""
+    rows = {
+        f"{name}.{expert}": row
+        for name, tensor in tensors.items()
+        if name.startswith(ROUTER)
+        for expert, row in zip(held[name.removeprefix(ROUTER)], tensor, strict=True)
+    }
+    return {n: t for n, t in tensors.items() if not n.startswith(ROUTER)} | rows
+
+
+def joined_rows(by_row: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Undo ``split_rows`` for tensors of every expert, under the names of ``like``."""
+    return {
+        n: torch.stack([by_row[f"{n}.{e}"] for e in range(len(t))]) if n.startswith(ROUTER) else by_row[n]
+        for n, t in like.items()
+    }
