@@ -101,6 +101,13 @@ class GraftConfig(Section):
                 raise ValueError(f"{name} = {value!r} must be {only!r} with place = 'in_place'")
         return self
 
+    @model_validator(mode="after")
+    def _personal_settings_need_a_personal_graft(self) -> Self:
+        for name, only in (("scale", 1.0), ("dropout", 0.0)):
+            if self.sharing == "shared" and (value := getattr(self, name)) != only:
+                raise ValueError(f"{name} = {value!r} is for a personal graft; sharing = 'shared' has none")
+        return self
+
 
 class SilosConfig(Section):
     """The silo data that ships, made on the fly."""

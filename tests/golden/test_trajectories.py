@@ -37,5 +37,5 @@ def test_every_method_has_a_reference() -> None:
 @pytest.mark.parametrize("method", method_names())
 def test_trajectory(method: str, tmp_path: Path) -> None:
     found, expected = (dict(numbers(t)) for t in (record.trajectory(method, tmp_path), REFERENCES[method]))
-    assert len(expected) > 20
+    assert len(expected) >= 12  # what a method without training has
     assert found == pytest.approx(expected, rel=2e-4)

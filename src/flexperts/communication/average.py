@@ -24,7 +24,11 @@ def weighted_mean(updates: Iterable[Update]) -> Vector:
     total: Vector | None = None
     rows, last = 0, ""
     for update in updates:
-        _check(update, total, last)
+        _check(update, last)
+        if total is not None and update.vector.shape != total.shape:
+            raise FederationError(
+                f"{update.client} sent {update.vector.size} values", f"others sent {total.size}", "use one recipe"
+            )
         weighted = update.vector * np.float32(update.rows)
         total = weighted if total is None else np.add(total, weighted, out=total)
         rows, last = rows + update.rows, update.client
@@ -49,15 +53,12 @@ def holders_mean(current: Mapping[str, Tensor], updates: Iterable[Update]) -> di
     """
     sums: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
-    last = ""
-    for update in updates:
-        _check(update, None, last)
+    for update in checked(updates):
         for name, tensor in update.tensors().items():
             if name not in current or tensor.shape != current[name].shape:
                 raise FederationError(f"{update.client} sent {name}", "no such tensor is shared", "use one recipe")
             sums[name] = sums[name] + tensor * update.rows if name in sums else tensor * update.rows
             rows[name] = rows.get(name, 0) + update.rows
-        last = update.client
     return {n: sums[n] / rows[n] if n in sums else t for n, t in current.items()}
 
 
@@ -69,20 +70,16 @@ def checked(updates: Iterable[Update]) -> Iterator[Update]:
     """
     last = ""
     for update in updates:
-        _check(update, None, last)
+        _check(update, last)
         last = update.client
         yield update
     if not last:
         raise FederationError("no update arrived", "a round needs at least one", "check that the silos are up")
 
 
-def _check(update: Update, total: Vector | None, last: str) -> None:
+def _check(update: Update, last: str) -> None:
     if update.client <= last:
         raise FederationError(f"{update.client} after {last}", "updates are averaged sorted by client", "sort them")
-    if total is not None and update.vector.shape != total.shape:
-        raise FederationError(
-            f"{update.client} sent {update.vector.size} values", f"others sent {total.size}", "use one recipe"
-        )
     check_finite(update)
 
 

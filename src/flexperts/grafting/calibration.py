@@ -12,7 +12,7 @@ from torch import Generator
 from flexperts.data.batches import pad_batch
 from flexperts.data.prompts import Example
 from flexperts.grafting.selection import Batch, LayerScores, reconstruction_scores
-from flexperts.modeling.forward import Precision, autocast
+from flexperts.modeling.forward import Precision, autocast, hidden_states
 from flexperts.moe.experts import FusedExperts
 
 
@@ -61,8 +61,7 @@ def score_experts(
     device = next(model.parameters()).device
 
     def forward(batch: Batch) -> None:
-        # The inner model, without the vocabulary projection: only hidden states matter here.
-        model.base_model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
+        hidden_states(model, **batch)
 
     with autocast(device, settings.precision):
         return reconstruction_scores(forward, experts, batches, max_tokens=settings.tokens, generator=generator)

@@ -21,7 +21,7 @@ from flexperts.methods import base
 from flexperts.methods.base import Method, OnBatch, State
 from flexperts.methods.personal_lora import untrained
 from flexperts.methods.turn import Turn
-from flexperts.modeling.forward import autocast
+from flexperts.modeling.forward import autocast, hidden_states
 from flexperts.training.local import LocalSettings, TrainResult
 
 
@@ -106,11 +106,8 @@ class InstanceWeights:
         """Return ``[B, D]`` fp32; rows are padded on the left, so the last column is every prompt's last token."""
         lora: Any = self.turn.site.lora
         device = next(lora.base.parameters()).device
-        ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
         with lora.use(personal=1.0), autocast(device, self.turn.settings.precision):
-            output = lora.base.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-        last: Tensor = output.last_hidden_state[:, -1]
-        return last.float()
+            return hidden_states(lora.base, batch.input_ids, batch.attention_mask)[:, -1].float()
 
     def close(self) -> None:
         """Take the last batch's weights off again."""

@@ -39,6 +39,16 @@ def response_logits(model: nn.Module, batch: PaddedBatch) -> Tensor:
     return logits[:, -keep:-1].float()
 
 
+def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return the last layer's hidden states ``[B, S, D]``; the vocabulary projection is not computed."""
+    device = next(model.parameters()).device
+    output = model.base_model(
+        input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False
+    )
+    states: Tensor = output.last_hidden_state
+    return states
+
+
 def token_losses(model: nn.Module, batch: PaddedBatch) -> tuple[Tensor, Tensor]:
     """Return per-row sums of response NLL ``[B]`` (nats) and counts of response tokens ``[B]``."""
     logits = response_logits(model, batch)

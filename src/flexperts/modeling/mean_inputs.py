@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flexperts.data.batches import PaddedBatch
-from flexperts.modeling.forward import Precision, autocast
+from flexperts.modeling.forward import Precision, autocast, hidden_states
 
 
 @dataclass
@@ -49,10 +49,9 @@ def mean_inputs(
     device = next(model.parameters()).device
     means = {name: _Mean() for name in layers}
     for batch in batches:
-        ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+        mask = batch.attention_mask.to(device).bool()
         with ExitStack() as hooks, autocast(device, precision):
             for name, layer in layers.items():
-                hooks.callback(layer.register_forward_pre_hook(means[name].hook(mask.bool())).remove)
-            # The inner model, without the vocabulary projection: only hidden states matter here.
-            model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+                hooks.callback(layer.register_forward_pre_hook(means[name].hook(mask)).remove)
+            hidden_states(model, batch.input_ids, batch.attention_mask)
     return {name: torch.as_tensor(mean.total / mean.tokens).float() for name, mean in means.items()}
