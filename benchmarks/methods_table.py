@@ -113,11 +113,17 @@ def table(records: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in records:
-        means, sizes = r["mean"], r["bytes"]
+        means, sizes = _one_model(r["mean"]), r["bytes"]
         scores = [_number(means[kind][s]) for kind in ("rouge_l", "nll") for s in ("global", "personalized")]
         moved = [f"{sizes[f'{d}_per_client_per_round'] / 1e6:.2f}" for d in ("uplink", "downlink")]
         lines.append("| " + " | ".join([r["entry"], *scores, *moved, f"{r['seconds']['training']:.0f}"]) + " |")
     return "\n".join(lines)
+
+
+def _one_model(means: dict[str, Any]) -> dict[str, Any]:
+    """Return the means; where nothing is trained, the untouched base is the one model for all."""
+    untrained = all(means["nll"][state] is None for state in ("global", "personalized"))
+    return {k: v | {"global": v["zero_shot"]} for k, v in means.items()} if untrained else means
 
 
 def _number(value: float | None) -> str:
