@@ -153,7 +153,11 @@ class RunDirectory:
         """
         path = self.path / "summary.json"
         if not path.exists():
-            raise ArtifactError(f"{self.path}", "the run has not finished (no summary.json)", "run it again")
+            raise ArtifactError(
+                f"{self.path}",
+                "the run has not finished (no summary.json)",
+                "finish it with `flexperts run --resume`",
+            )
         try:
             loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:

@@ -93,3 +93,19 @@ def test_a_full_disk_leaves_no_temporary_file(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["method.name=hetlora", "method.options={ranks = {klinik = 2}}"], "did you mean 'clinic'"),
+        (["method.name=fedamole", "method.options={experts = 1}"], "1 experts"),
+        (["graft.layers=[7]"], "graft.layers names 7"),
+    ],
+)
+def test_settings_that_do_not_fit_clients_or_base_are_refused_before_anything_is_written(
+    recipe: Callable[..., RunConfig], tmp_path: Path, overrides: list[str], said: str
+) -> None:
+    with pytest.raises(FlexpertsError, match=said):
+        run_federation(recipe(*overrides), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

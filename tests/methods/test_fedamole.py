@@ -89,7 +89,7 @@ def test_an_assignment_that_cannot_be_is_refused() -> None:
     _, server = make()
     for options in ({"clients_per_expert": 4}, {"experts": 2, "min_experts": 2}, {"experts": 12, "max_experts": 2}):
         with pytest.raises(ConfigError, match="each client holds"):
-            FedAMoLE(FedAMoLE.Options(**options)).start(server)
+            FedAMoLE(FedAMoLE.Options(**options)).check_clients(server.clients)
 
 
 def test_only_held_experts_train_and_embeddings_are_means(take_turn: Any) -> None:

@@ -87,7 +87,7 @@ def test_ranks_of_unknown_clients_or_above_the_adapters_are_refused(recipe: Reci
     options = method_class(name).Options(ranks={"shpo": 2})
     server = Server(Payload.of(lora(4, 0)), {"clinic": 1, "shop": 1})
     with pytest.raises(ConfigError, match="did you mean 'shop'"):
-        method_class(name)(options).start(server)
+        method_class(name)(options).check_clients(server.clients)
     config = recipe(f"method.name={name}", "method.options={ranks={shop=9}}")
     with pytest.raises(ConfigError, match=r"ranks.shop = 9: .* at most lora.rank = 8"):
         make_method(config.method).check(config)

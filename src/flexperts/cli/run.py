@@ -24,8 +24,11 @@ def command(
     resume: Annotated[bool, typer.Option("--resume", help="Take up the broken-off run that --out holds.")] = False,
 ) -> None:
     """Run a recipe: train, average, evaluate, and write a run directory."""
+    from flexperts.errors import ConfigError
     from flexperts.recipe import load_recipe
 
+    if resume and out is None:
+        raise ConfigError("--resume", "it takes up the run of a directory", "give its --out")
     config = load_recipe(recipe, settings or ())
     out = out or Path("runs") / f"{recipe.stem}-{datetime.now():%Y%m%d-%H%M%S}"
 

@@ -72,7 +72,7 @@ def _categories_per_label(categories: int, settings: PartitionConfig) -> int:
         raise DataError(
             f"data.partition: {clients} clients with {each} of {categories} categories each",
             "all categories must be used, and a client cannot have more than there are",
-            f"choose clients x categories_per_client = {categories}, or a sum above {categories}",
+            f"choose clients x categories_per_client = {categories}, or their sum above {categories}",
         )
     return 1
 

@@ -83,7 +83,8 @@ def _prepare(config: RunConfig, observer: Observer, workspace: Workspace) -> Wor
     for method, its_config in zip(methods, configs, strict=True):
         method.check(its_config)
     observer.stage("reading rows")
-    _ = workspace.clients
+    for method in methods:
+        method.check_clients(workspace.clients)
     observer.stage(f"loading {config.model.base}")
     workspace.check(needs_experts=any(method.needs_experts for method in methods))
     if workspace.encoder.cut:

@@ -55,17 +55,20 @@ def serve(grid: Grid, config: RunConfig, run: RunDirectory, observer: Observer) 
     method = make_method(config.method)
     observer.stage(f"{config.method.name}: clients join")
     federation = meet(grid)
+    method.check_clients(federation.infos)
     server, texts = open_server(grid, method, federation, config)
     if run.checkpoint.exists():
         server = load_server(run.checkpoint, federation.infos)
+        observer.stage(f"resuming after round {server.round}")
     observer.split(config.method.name, json.loads(texts["split"]))
     setup = time.monotonic() - started
     finished = [RoundLog(**record) for record in run.keep_rounds(server.round)]
+    before = sum(sum(log.seconds.values()) for log in finished)
     strategy = FlexpertsStrategy(method, config, federation.nodes, server, run, observer, finished)
     save_server(run.checkpoint, server)
     strategy.start(grid, ArrayRecord(), num_rounds=strategy.rounds_total - server.round)
     write_adapter(run.shared, texts["adapter"], method.adapter(server))
-    seconds = {"setup": setup, **strategy.seconds(), "total": time.monotonic() - started}
+    seconds = {"setup": setup, **strategy.seconds(), "total": time.monotonic() - started + before}
     run.write_summary(summarize(config, strategy.rounds, seconds, federation.base, server.clients))
 
 

@@ -10,6 +10,7 @@ from flexperts.data.clients import Clients, load_clients
 from flexperts.data.prompts import Example, PromptEncoder
 from flexperts.errors import GraftError
 from flexperts.evaluation.scores import Scores
+from flexperts.grafting.rules import pick_layers
 from flexperts.modeling.load import LoadedBase, load_base
 from flexperts.moe.attention import attention_linears
 from flexperts.moe.experts import find_experts
@@ -55,8 +56,9 @@ class Workspace:
         for rows in self.clients.values():
             self.encoder.encode_all(rows.test)
         attention_linears(self.base.model, self.config.lora.projections)
-        wanted = self.config.graft.experts
-        for experts in find_experts(self.base.model) if needs_experts else []:
+        wanted, found = self.config.graft.experts, find_experts(self.base.model) if needs_experts else []
+        pick_layers(found, self.config.graft.layers if found else ())
+        for experts in found:
             if wanted > experts.num_experts:
                 raise GraftError(
                     f"graft.experts = {wanted}", f"{experts.name} has {experts.num_experts}", "ask for fewer"

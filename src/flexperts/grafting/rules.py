@@ -19,6 +19,7 @@ import difflib
 import math
 from collections.abc import Callable, Sequence
 from itertools import combinations
+from typing import TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -26,6 +27,7 @@ from torch import Generator, Tensor
 from flexperts.errors import ConfigError, GraftError
 from flexperts.grafting.selection import LayerScores
 
+Layer = TypeVar("Layer")
 Rule = Callable[[LayerScores, int, Generator], tuple[int, ...]]
 """(a layer's sums, k, random stream) -> k different experts, best first."""
 _SUBSETS = 20_000
@@ -138,11 +140,11 @@ def subset_error(layer: LayerScores, indices: Sequence[int]) -> float:
     return _errors(layer, [indices]).item()
 
 
-def pick_layers(layers: Sequence[LayerScores], wanted: Sequence[int]) -> list[LayerScores]:
+def pick_layers(layers: Sequence[Layer], wanted: Sequence[int]) -> list[Layer]:
     """Return the wanted layers, each once, in the model's order.
 
     Args:
-        layers: All MoE layers, in the model's order.
+        layers: What there is of every MoE layer, in the model's order.
         wanted: Positions in ``layers`` from 0, negative from the end; empty is all.
 
     Raises:

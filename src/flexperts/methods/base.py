@@ -67,6 +67,9 @@ class Method:
     def check(self, config: RunConfig) -> None:
         """Refuse settings that are wrong for this method, by a ConfigError."""
 
+    def check_clients(self, clients: Collection[str]) -> None:
+        """Refuse settings that are wrong for these clients, by a ConfigError."""
+
     def extra_rounds(self, rounds: int) -> int:
         """Return how many rounds of the method's own follow the recipe's."""
         return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -122,9 +122,12 @@ class FedAMoLE(OwnParts):
 
     # The server.
 
+    def check_clients(self, clients: Collection[str]) -> None:
+        """Refuse a pool that cannot be divided among so many clients."""
+        check_places(self.options.experts, len(clients), *self._bounds)
+
     def start(self, server: Server) -> None:
         """Assign experts at random for round 1."""
-        check_places(self.options.experts, len(server.clients), *self._bounds)
         stream = server.generator("assignment")
         for layer, rank in _layers(server).items():
             draw = torch.rand(self.options.experts, len(server.clients), generator=stream)

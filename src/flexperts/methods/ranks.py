@@ -8,7 +8,7 @@ other way round. The scaling alpha / R is the same for all ranks.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Annotated, ClassVar
 
 import torch
@@ -109,18 +109,18 @@ class RankedMethod(Method):
         for client, rank in self.options.ranks.items():
             if rank > config.lora.rank:
                 raise ConfigError(
-                    f"ranks.{client} = {rank}",
+                    f"method.options.ranks.{client} = {rank}",
                     f"a client's rank is at most lora.rank = {config.lora.rank}",
                     "lower it or raise lora.rank",
                 )
 
-    def start(self, server: Server) -> None:
+    def check_clients(self, clients: Collection[str]) -> None:
         """Refuse ranks of clients that the run does not have."""
-        for client in sorted(self.options.ranks.keys() - server.clients.keys()):
-            close = difflib.get_close_matches(client, server.clients, n=1)
+        for client in sorted(self.options.ranks.keys() - set(clients)):
+            close = difflib.get_close_matches(client, clients, n=1)
             raise ConfigError(
-                f"ranks.{client}",
-                f"clients are {', '.join(sorted(server.clients))}",
+                f"method.options.ranks.{client}",
+                f"the run's clients are {', '.join(sorted(clients))}",
                 f"did you mean {close[0]!r}?" if close else "name one of these",
             )
 
