@@ -14,26 +14,16 @@ from flexperts.errors import GraftError
 from flexperts.grafting.expert_adapters import ExpertAdapters
 from flexperts.grafting.grafts import Grafts
 from flexperts.moe.experts import FusedExperts, find_experts
-from flexperts.testing import FAMILIES, tiny_model
+from flexperts.testing import tiny_model
 
 FORMS: dict[str, Any] = {"low_rank": 3, "full": "full"}
 ALL, SOME = (0, 1, 2, 3), (1, 3)
 CLOSE: dict[str, float] = {"rtol": 1e-4, "atol": 1e-5}
 
 
-@pytest.fixture(params=sorted(FAMILIES))
-def family(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture(params=sorted(FORMS))
 def rank(request: pytest.FixtureRequest) -> Any:
     return FORMS[request.param]
-
-
-@pytest.fixture
-def ids() -> torch.Tensor:
-    return torch.randint(0, 250, (2, 11), generator=torch.Generator().manual_seed(0))
 
 
 def adapters_of(model: Any, indices: Sequence[int], rank: Any, **settings: Any) -> ExpertAdapters:

@@ -21,7 +21,6 @@ from flexperts.parameters.store import PersonalMeta, load_personal, save_persona
 from flexperts.testing import FAMILIES, tiny_model
 
 REQUIRED = {"qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "gpt_oss", "granitemoe", "phimoe"}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FORMS: dict[str, dict[str, Any]] = {"low_rank": {"rank": 3}, "full": {"rank": "full"}}
 CLOSED = -200.0  # sigmoid underflows to exactly 0
 
@@ -30,24 +29,9 @@ def test_the_matrix_is_what_it_claims() -> None:
     assert FAMILIES.keys() >= REQUIRED
 
 
-@pytest.fixture(params=sorted(FAMILIES))
-def family(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(params=sorted(DTYPES))
-def model(family: str, request: pytest.FixtureRequest) -> Any:
-    return tiny_model(family, dtype=DTYPES[request.param])
-
-
 @pytest.fixture(params=sorted(FORMS))
 def form(request: pytest.FixtureRequest) -> dict[str, Any]:
     return FORMS[request.param]
-
-
-@pytest.fixture
-def ids() -> torch.Tensor:
-    return torch.randint(0, 250, (2, 11), generator=torch.Generator().manual_seed(0))
 
 
 def grafts_of(model: Any, indices: tuple[int, ...] = (1,), **settings: Any) -> Grafts:

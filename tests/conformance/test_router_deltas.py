@@ -13,24 +13,7 @@ from flexperts.errors import ModelError
 from flexperts.grafting.router_deltas import RouterDeltas
 from flexperts.moe.experts import FusedExperts, find_experts
 from flexperts.moe.router import Router, find_router
-from flexperts.testing import FAMILIES, tiny_model
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@pytest.fixture(params=sorted(FAMILIES))
-def family(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(params=sorted(DTYPES))
-def model(family: str, request: pytest.FixtureRequest) -> Any:
-    return tiny_model(family, dtype=DTYPES[request.param])
-
-
-@pytest.fixture
-def ids() -> torch.Tensor:
-    return torch.randint(0, 250, (2, 11), generator=torch.Generator().manual_seed(0))
+from flexperts.testing import tiny_model
 
 
 def deltas_of(model: Any) -> RouterDeltas:
