@@ -183,23 +183,18 @@ class Client:
         return scores
 
     @contextmanager
-    def _lent(self, agreement: Any, up_to: int) -> Iterator[tuple[Any, ...]]:
-        """Yield split, parts, site, memory and meta with the model lent to this client."""
+    def _turn(self, request: Request, up_to: int) -> Iterator[tuple[Turn, PersonalMeta]]:
+        """Yield a turn on the model, from the newest stored state up to a round, and that state's meta."""
         tensors, meta = self._stored(up_to)
         device = self.model.device
         memory = {n.removeprefix(_MEMORY): t.to(device) for n, t in tensors.items() if n.startswith(_MEMORY)}
         personal = {n: t for n, t in tensors.items() if not n.startswith(_MEMORY)}
-        site = self.model.site(self.name, self.examples, _prepared(meta), agreement)
-        with self.model.lend(site, personal) as (split, parts):
-            yield split, parts, site, memory, meta
-
-    @contextmanager
-    def _turn(self, request: Request, up_to: int) -> Iterator[tuple[Turn, PersonalMeta]]:
+        received = {n: t.to(device) for n, t in request.payload.tensors().items()}
         settings = self._local_settings(request.round)
         count = self._counter(f"{self.name}: round {request.round}", settings.steps)
         stream = generator(self.config.seed, self.name, request.round, "batches")
-        with self._lent(request.agreement, up_to) as (split, parts, site, memory, meta):
-            received = {n: t.to(self.model.device) for n, t in request.payload.tensors().items()}
+        site = self.model.site(self.name, self.examples, _prepared(meta), request.agreement)
+        with self.model.lend(site, personal) as (split, parts):
             turn = Turn(
                 site, request.round, split, parts, received, memory, settings, stream, lambda loss: count(1)
             )

@@ -109,17 +109,18 @@ class PersonalStore:
 
     def save(self, tensors: Mapping[str, Tensor], meta: PersonalMeta) -> None:
         """Write the state of a round; a state of an earlier round becomes the one before."""
-        if self.path.exists() and load_personal(self.path)[1].round < meta.round:
+        if self.path.exists() and _read(self.path, meta_only=True)[1].round < meta.round:
             self.older.parent.mkdir(exist_ok=True)
             self.path.replace(self.older)
         save_personal(self.path, tensors, meta)
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], PersonalMeta]:
+def _read(path: Path, *, meta_only: bool = False) -> tuple[dict[str, Tensor], PersonalMeta]:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = () if meta_only else file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}", "there is no such personal state", "run this client first") from error
     except (SafetensorError, OSError) as error:
