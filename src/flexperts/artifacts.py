@@ -8,9 +8,12 @@ summary.json           scores, bytes and seconds; written when the method's roun
 shared/                the averaged LoRA as an ordinary PEFT adapter folder
 checkpoint.safetensors the server's whole state after the last finished round, from which a run is resumed and used
 partition.json         who had which rows: counts and hashes
+beyond.json            scores on other clients' rows and on general tasks, where the recipe asks for them
 personal/NAME.safetensors   each client's personal state, and in personal/before the one of the round before it
                        (in a deployed run they lie at the client)
-predictions/NAME.jsonl      each client's generated answers (likewise)
+predictions/NAME.jsonl      each client's generated answers and every row's scores (likewise)
+selection/NAME.json         the experts that a client chose, and every expert's loss (likewise)
+routing/NAME.jsonl          how each client's rows are routed, by round and state (likewise)
 reference/             the reference method's run, laid out the same way
 """
 
@@ -119,6 +122,11 @@ class RunDirectory:
     def checkpoint(self) -> Path:
         """The server's state."""
         return self.path / "checkpoint.safetensors"
+
+    @property
+    def beyond(self) -> Path:
+        """File of the scores beyond the clients' own rows."""
+        return self.path / "beyond.json"
 
     @property
     def reference(self) -> Path:

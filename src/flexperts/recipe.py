@@ -115,4 +115,8 @@ def _absolute(config: RunConfig, folder: Path) -> RunConfig:
     }
     if pool := config.data.partition:
         data["partition"] |= {"source": resolve(pool.source), "test": resolve(pool.test)}
-    return config.model_copy(update={"data": DataConfig.model_validate(data)})
+    knowledge = config.knowledge
+    if knowledge.mmlu != "hub":
+        knowledge = knowledge.model_copy(update={"mmlu": resolve(knowledge.mmlu)})
+    knowledge = knowledge.model_copy(update={"general": resolve(knowledge.general)})
+    return config.model_copy(update={"data": DataConfig.model_validate(data), "knowledge": knowledge})

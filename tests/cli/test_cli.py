@@ -211,7 +211,7 @@ def test_made_silos_train_from_their_folder(tmp_path: Path, tiny_base: Path) -> 
     code, printed, said = call("run", recipe, "--out", tmp_path / "out")
     assert (code, said) == (0, "")
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert {n: (c["train_rows"], c["test_rows"]) for n, c in summary["clients"].items()} == dict.fromkeys(
+    assert {n: (c["train_rows"], c["scored_rows"]) for n, c in summary["clients"].items()} == dict.fromkeys(
         CLIENTS, (8, 4)
     )
 

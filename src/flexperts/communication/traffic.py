@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 import torch
 from flwr.app import RecordDict
 
+from flexperts.communication.messages import DERIVED
+from flexperts.modeling.lora import SHARED_PREFIX
 from flexperts.parameters.split import Parameters
+from flexperts.parameters.vector import Manifest
 
 _WINDOW = 1024
 _SHORTEST = 16
+_VALUE = 4
+"""Bytes of an fp32 value."""
+_PARTS = {**dict.fromkeys(("experts", "graft", "common_graft", "gated", "mixture"), "experts"), "router": "routers"}
+"""A part's name, with which its tensors' names start -> group; other parts are groups of their own."""
 
 
 def encoded_objects(content: RecordDict) -> Iterator[bytes]:
@@ -45,3 +53,35 @@ def personal_bytes(content: RecordDict, personal: Parameters) -> int:
         if len(window) >= _SHORTEST and window in encoded:
             found += len(raw)
     return found
+
+
+def payload_bytes(manifest: Manifest) -> int:
+    """Return the size of a payload in bytes: its fp32 values, without Flower's wrapping."""
+    return _VALUE * manifest.size
+
+
+def group_bytes(manifest: Manifest) -> dict[str, int]:
+    """Return a payload's bytes by tensor group, sorted by group; they add up to ``payload_bytes``.
+
+    Groups: ``attention LoRA A`` and ``B``; ``experts`` (whole or low-rank, grafted or in place), ``routers``,
+    ``gates``; ``derived WORD`` for what a method computes beside parameters, by the first word of its name; any
+    other part under its own name.
+    """
+    sizes: dict[str, int] = {}
+    for name, shape in zip(manifest.names, manifest.shapes, strict=True):
+        group = tensor_group(name)
+        sizes[group] = sizes.get(group, 0) + _VALUE * prod(shape)
+    return dict(sorted(sizes.items()))
+
+
+def tensor_group(name: str) -> str:
+    """Return the group of a tensor, from its name in a payload; see ``group_bytes``."""
+    if name.startswith(DERIVED):
+        return f"derived {name.removeprefix(DERIVED).split('.')[0].replace('_', ' ')}"
+    if name.startswith(SHARED_PREFIX):
+        return f"attention LoRA {'A' if '.lora_A.' in name else 'B'}"
+    part, *words = name.split(".")
+    if any(word == "gate" or word.startswith("graft_gate") for word in words):
+        return "gates"
+    # What chooses among a mixture's experts is a router, whatever it is called.
+    return "routers" if words[-1:] == ["projection"] else _PARTS.get(part, part)

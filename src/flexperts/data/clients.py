@@ -37,12 +37,20 @@ def load_clients(config: DataConfig, seed: int) -> Clients:
         clients = load_partition(config, seed)
     else:
         clients = {n: _files(n, f, config, seed) for n, f in config.clients.items()}
-    return {_name(n): check_disjoint(clients[n], n) for n in sorted(clients)}
+    checked = {_name(n): check_disjoint(clients[n], n) for n in sorted(clients)}
+    share = config.validation_fraction
+    return {n: _with_validation(rows, share, seed, n) for n, rows in checked.items()} if share else checked
+
+
+def _with_validation(rows: ClientRows, share: float, seed: int, where: str) -> ClientRows:
+    sides = split_rows(rows.train, share, seed, where, "validation")
+    return ClientRows(sides.train, rows.test, validation=sides.test)
 
 
 def rows_hash(rows: ClientRows) -> str:
-    """Return a SHA-256 that names a client's rows, train and test."""
-    content = [[astuple(row) for row in side] for side in (rows.train, rows.test)]
+    """Return a SHA-256 that names a client's rows, side by side."""
+    sides = (rows.train, rows.test, *([rows.validation] if rows.validation else []))
+    content = [[astuple(row) for row in side] for side in sides]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -63,6 +71,7 @@ def _entry(rows: ClientRows) -> dict[str, Any]:
     return {
         "train_rows": len(rows.train),
         "test_rows": len(rows.test),
+        "validation_rows": len(rows.validation),
         "categories": dict(sorted(Counter(row.category for row in rows.train).items())),
         "train_sha256": rows_hash(ClientRows(rows.train, ())),
         "test_sha256": rows_hash(ClientRows((), rows.test)),

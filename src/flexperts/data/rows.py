@@ -34,10 +34,11 @@ class Row:
 
 @dataclass(frozen=True)
 class ClientRows:
-    """One client's rows: the train split is trained on, the test split only scored."""
+    """One client's rows: train is trained on, settings are chosen on validation, test is only reported."""
 
     train: tuple[Row, ...]
     test: tuple[Row, ...]
+    validation: tuple[Row, ...] = ()
 
 
 def read_rows(

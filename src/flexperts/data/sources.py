@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from flexperts.data.rows import ClientRows, Row, read_rows
 from flexperts.errors import DataError
@@ -39,23 +39,31 @@ def read_records(source: str, split: str = "train") -> Iterator[Record]:
     return _hub(source.removeprefix(HUB), split) if source.startswith(HUB) else _file(Path(source))
 
 
-def split_rows(rows: list[Row], test_fraction: float, seed: int, where: str) -> ClientRows:
+def split_rows(
+    rows: Sequence[Row], fraction: float, seed: int, where: str, side: Literal["test", "validation"] = "test"
+) -> ClientRows:
     """Divide rows by passage: all rows of a passage land on one side, chosen by a hash of the passage.
+
+    Args:
+        rows: The rows.
+        fraction: Share of the passages that is held out.
+        seed: Seed of the choice.
+        where: Whose rows they are, for errors.
+        side: What the rows are held out for; they are the returned ``test``.
 
     Raises:
         DataError: One side would be empty.
     """
-    passages = sorted({row.passage for row in rows}, key=lambda p: derive_seed(seed, "test split", p))
-    count = round(test_fraction * len(passages))
-    held_out = set(passages[:count])
+    passages = sorted({row.passage for row in rows}, key=lambda p: derive_seed(seed, f"{side} split", p))
+    held_out = set(passages[: round(fraction * len(passages))])
     sides = ClientRows(
         tuple(r for r in rows if r.passage not in held_out), tuple(r for r in rows if r.passage in held_out)
     )
     if not sides.train or not sides.test:
         raise DataError(
-            f"{where}: {len(passages)} passages with test_fraction = {test_fraction}",
-            "train and test need at least one passage each",
-            "add passages or give a test file",
+            f"{where}: {len(passages)} passages with {side}_fraction = {fraction}",
+            f"train and {side} need at least one passage each",
+            "add passages, take another share, or give a test file",
         )
     return sides
 

@@ -24,28 +24,54 @@ class EvaluationSettings:
         max_new_tokens: Longest generated answer, in tokens.
         batch_size: Rows per forward pass and per generated batch.
         precision: As in training.
+        answers: Whether answers are generated and scored by ROUGE-L.
     """
 
     max_new_tokens: int
     batch_size: int
     precision: Precision
+    answers: bool = True
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What one model state scores on one client's test rows.
+    """What one model state scores on rows; every tuple is in the order of the rows.
 
     Args:
-        rouge_l: Mean ROUGE-L F1, in points from 0 to 100.
-        nll: Mean response NLL, in nats per token.
-        rows: Test rows.
-        predictions: Generated answers, in the order of the rows.
+        nlls: Mean response NLL of every row, in nats per token.
+        tokens: Response tokens of every row.
+        points: ROUGE-L F1 of every row, from 0 to 100; empty where no answers were generated.
+        predictions: Generated answers; likewise.
     """
 
-    rouge_l: float
-    nll: float
-    rows: int
-    predictions: tuple[str, ...]
+    nlls: tuple[float, ...]
+    tokens: tuple[int, ...]
+    points: tuple[float, ...] = ()
+    predictions: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """How many rows were scored."""
+        return len(self.nlls)
+
+    @property
+    def nll(self) -> float:
+        """Mean response NLL, in nats per token."""
+        return sum(n * t for n, t in zip(self.nlls, self.tokens, strict=True)) / sum(self.tokens)
+
+    @property
+    def rouge_l(self) -> float | None:
+        """Mean ROUGE-L F1, in points from 0 to 100; None where no answers were generated."""
+        return sum(self.points) / len(self.points) if self.points else None
+
+    def metrics(self) -> dict[str, float]:
+        """Return the means that there are, by name."""
+        return {k: v for k in ("rouge_l", "nll") if (v := getattr(self, k)) is not None}
+
+    def row(self, index: int) -> dict[str, float]:
+        """Return one row's numbers, by name."""
+        points = {"rouge_l": self.points[index]} if self.points else {}
+        return {**points, "nll": self.nlls[index], "tokens": self.tokens[index]}
 
 
 def evaluate(
@@ -56,16 +82,21 @@ def evaluate(
     on_rows: Callable[[int], None] = lambda rows: None,
     on_batch: Callable[[PaddedBatch], None] | None = None,
 ) -> Scores:
-    """Generate an answer to every row and score it against the row's response.
+    """Score every row's response, and an answer generated to its prompt.
 
     Args:
         model: A causal language model in eval mode, with or without grafts attached.
         encoder: The encoder that the model is trained with.
-        rows: Test rows, at least one.
-        settings: Lengths, batch size, precision.
-        on_rows: Gets the number of rows after each generated batch.
+        rows: At least one.
+        settings: Lengths, batch size, precision, whether to generate.
+        on_rows: Gets the number of rows after each batch, generated if there are answers.
         on_batch: Gets the prompts of every batch before it is generated or scored.
     """
+    nlls, tokens = response_nll(
+        model, encoder, rows, settings, on_batch, (lambda rows: None) if settings.answers else on_rows
+    )
+    if not settings.answers:
+        return Scores(nlls, tokens)
     predictions = generate(
         model,
         encoder,
@@ -77,8 +108,7 @@ def evaluate(
         on_batch=on_batch,
     )
     points = rouge_l(predictions, [row.response for row in rows])
-    nll = response_nll(model, encoder, rows, settings, on_batch)
-    return Scores(sum(points) / len(points), nll, len(rows), tuple(predictions))
+    return Scores(nlls, tokens, tuple(points), tuple(predictions))
 
 
 @torch.no_grad()
@@ -88,17 +118,21 @@ def response_nll(
     rows: Sequence[Row],
     settings: EvaluationSettings,
     on_batch: Callable[[PaddedBatch], None] | None = None,
-) -> float:
-    """Return the mean negative log-likelihood of the rows' responses, in nats per token."""
-    examples = sorted(encoder.encode_all(rows), key=lambda e: len(e.input_ids))
-    total, tokens = 0.0, 0
-    for start in range(0, len(examples), settings.batch_size):
-        chosen = examples[start : start + settings.batch_size]
+    on_rows: Callable[[int], None] = lambda rows: None,
+) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """Return every row's mean response NLL (nats per token) and its count of response tokens."""
+    examples = encoder.encode_all(rows)
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
+    nlls, tokens = [0.0] * len(rows), [0] * len(rows)
+    for start in range(0, len(order), settings.batch_size):
+        chosen = order[start : start + settings.batch_size]
+        batch_rows = [examples[i] for i in chosen]
         if on_batch:
-            on_batch(prompt_batch([e.prompt for e in chosen], encoder))
-        batch = pad_batch(chosen, encoder.tokenizer.pad_token_id)
+            on_batch(prompt_batch([e.prompt for e in batch_rows], encoder))
+        batch = pad_batch(batch_rows, encoder.tokenizer.pad_token_id)
         with autocast(next(model.parameters()).device, settings.precision):
             sums, counts = token_losses(model, batch)
-        total += sums.double().sum().item()
-        tokens += int(counts.sum())
-    return total / tokens
+        for index, total, count in zip(chosen, sums.double().tolist(), counts.tolist(), strict=True):
+            nlls[index], tokens[index] = total / count, count
+        on_rows(len(chosen))
+    return tuple(nlls), tuple(tokens)

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexperts.artifacts import write_text
+from flexperts.artifacts import write_json, write_text
 from flexperts.communication.messages import Update, encode
+from flexperts.data.clients import rows_hash
 from flexperts.data.prompts import Example
 from flexperts.data.rows import ClientRows, Row
 from flexperts.evaluation.scores import EvaluationSettings, Scores, evaluate
@@ -131,14 +132,32 @@ class Client:
         metrics = {"loss": result.loss, "steps": result.steps, "tokens": result.tokens}
         return Trained(Update(self.name, sent, len(self.examples), metrics), turn.split)
 
-    def evaluate(self, request: Request, states: Sequence[State]) -> dict[State, Scores]:
-        """Score model states on the client's own test rows.
+    def evaluate(self, request: Request, states: Sequence[State], *, answers: bool = True) -> dict[State, Scores]:
+        """Score model states on the client's own rows of the split that the recipe names.
 
         Args:
             request: The finished global model.
             states: Which of zero_shot, global, personalized.
+            answers: Whether to generate answers, or to take the NLL alone.
         """
-        return {state: self._score(request, state) for state in states}
+        return {state: self.score(request, state, self.scored_rows, answers=answers) for state in states}
+
+    def score(self, request: Request, state: State, rows: Sequence[Row], *, answers: bool = True) -> Scores:
+        """Score one model state on any rows; the untouched base scores the same rows once per workspace."""
+        wanted, known = self.config.evaluation, self.workspace.untouched
+        settings = EvaluationSettings(
+            wanted.max_new_tokens, wanted.batch_size, self.config.model.precision, answers
+        )
+        key = f"{rows_hash(ClientRows((), tuple(rows)))} {settings}"
+        if state == "zero_shot" and key in known:
+            scores: Scores = known[key]
+            return scores
+        report = self._counter(f"{self.name}: {state} {'answers' if answers else 'NLL'}", len(rows))
+        with self.in_state(request, state) as (model, on_batch):
+            scores = evaluate(model, self.workspace.encoder, rows, settings, report, on_batch)
+        if state == "zero_shot":
+            known[key] = scores
+        return scores
 
     @contextmanager
     def in_state(self, request: Request, state: State) -> Iterator[tuple[Any, OnBatch | None]]:
@@ -154,33 +173,23 @@ class Client:
                 yield turn.model, on_batch
 
     def write_predictions(self, scores: Mapping[State, Scores]) -> None:
-        """Keep the generated answers beside the rows, in the client's own folder."""
+        """Keep the generated answers and every row's scores beside the rows, in the client's own folder."""
         lines = [
             json.dumps(
                 {"instruction": row.instruction, "context": row.context, "response": row.response}
                 | {state: score.predictions[index] for state, score in scores.items()}
+                | {"scores": {state: score.row(index) for state, score in scores.items()}}
             )
-            for index, row in enumerate(self._test_rows)
+            for index, row in enumerate(self.scored_rows)
         ]
         write_text(self.folder / "predictions" / f"{self.name}.jsonl", "\n".join(lines) + "\n")
 
     @property
-    def _test_rows(self) -> tuple[Row, ...]:
-        return self.rows.test[: self.config.evaluation.rows]
-
-    def _score(self, request: Request, state: State) -> Scores:
-        """Score one state; the untouched base is scored once per workspace."""
-        known = self.workspace.zero_shot.get(self.name) if state == "zero_shot" else None
-        if known is not None:
-            return known
-        settings = self.config.evaluation
-        wanted = EvaluationSettings(settings.max_new_tokens, settings.batch_size, self.config.model.precision)
-        report = self._counter(f"{self.name}: {state} answers", len(self._test_rows))
-        with self.in_state(request, state) as (model, on_batch):
-            scores = evaluate(model, self.workspace.encoder, self._test_rows, wanted, report, on_batch)
-        if state == "zero_shot":
-            self.workspace.zero_shot[self.name] = scores
-        return scores
+    def scored_rows(self) -> tuple[Row, ...]:
+        """The client's rows that evaluation scores."""
+        wanted = self.config.evaluation
+        rows = self.rows.validation if wanted.split == "validation" else self.rows.test
+        return rows[: wanted.rows]
 
     @contextmanager
     def _turn(self, request: Request, up_to: int) -> Iterator[tuple[Turn, PersonalMeta]]:
@@ -221,6 +230,7 @@ class Client:
         prepared = self.method.prepare(self.model.site(self.name, self.examples))
         if prepared.choice:
             self.observer.chosen(self.name, prepared.choice)
+            write_json(self.folder / "selection" / f"{self.name}.json", asdict(prepared))
         return prepared
 
     def _local_settings(self, round_number: int) -> LocalSettings:

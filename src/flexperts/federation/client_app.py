@@ -46,11 +46,12 @@ def train(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Score model states on the client's own test rows; only the scores are sent."""
-    client = resident_client(context)
-    scores = client.evaluate(_request(message), info_of(message)["states"])
-    client.write_predictions(scores)
-    metrics = {f"{kind}.{state}": getattr(s, kind) for state, s in scores.items() for kind in ("rouge_l", "nll")}
+    """Score model states on the client's own rows; only the scores are sent."""
+    client, info = resident_client(context), info_of(message)
+    scores = client.evaluate(_request(message), info["states"], answers=info["answers"])
+    if info["answers"]:
+        client.write_predictions(scores)
+    metrics = {f"{kind}.{state}": value for state, s in scores.items() for kind, value in s.metrics().items()}
     rows = next(iter(scores.values())).rows
     return Message(records({"client": client.name}, metrics | {"rows": rows}), reply_to=message)
 

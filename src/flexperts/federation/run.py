@@ -15,13 +15,16 @@ from flwr.app import Context, RecordDict, UserConfig
 from flexperts.artifacts import RunDirectory, write_json
 from flexperts.config import RunConfig
 from flexperts.data.clients import partition_manifest
+from flexperts.federation.beyond import is_wanted, look_beyond
 from flexperts.federation.client_app import app as client_app
 from flexperts.federation.inprocess_grid import InProcessGrid
-from flexperts.federation.observer import Observer, observing
+from flexperts.federation.observer import Observer, current_observer, observing
 from flexperts.federation.resident import keep, release
 from flexperts.federation.server_app import app as server_app
+from flexperts.federation.trained import TrainedRun
 from flexperts.federation.workspace import Workspace
 from flexperts.methods.registry import make_method
+from flexperts.modeling.memory import peak_bytes, reset_peak
 
 
 def run_federation(
@@ -73,7 +76,8 @@ def _finished(config: RunConfig, out: Path) -> dict[str, Any] | None:
     if not (out / "summary.json").exists():
         return None
     summary = run.summary()
-    return summary if not config.method.reference or "reference" in summary else None
+    looked = run.beyond.exists() or not is_wanted(config)
+    return summary if looked and ("reference" in summary or not config.method.reference) else None
 
 
 def _prepare(config: RunConfig, observer: Observer, workspace: Workspace) -> Workspace:
@@ -93,12 +97,25 @@ def _prepare(config: RunConfig, observer: Observer, workspace: Workspace) -> Wor
 
 
 def _run_method(workspace: Workspace, config: RunConfig, out: Path) -> dict[str, Any]:
-    """Run one method on Flower's apps over the in-process grid, and return its summary.
+    """Run one method, look beyond the clients' rows if the recipe says so, and return its summary.
 
-    A method whose summary is there has finished before the run was resumed.
+    What is there already was finished before the run was resumed.
     """
-    if (out / "summary.json").exists():
-        return RunDirectory.open(out).summary()
+    run = RunDirectory(out)
+    if not (out / "summary.json").exists():
+        _run_rounds(workspace, config, out)
+    if is_wanted(config) and not run.beyond.exists():
+        current_observer().stage(f"{config.method.name}: other clients' rows and general tasks")
+        trained = TrainedRun(out, workspace)
+        try:
+            write_json(run.beyond, look_beyond(trained, current_observer()))
+        finally:
+            trained.close()
+    return run.summary()
+
+
+def _run_rounds(workspace: Workspace, config: RunConfig, out: Path) -> None:
+    """Run a method's rounds on Flower's apps over the in-process grid."""
     recipe = config.to_toml()
     nodes: dict[int, UserConfig] = {
         number: {"client": name, "state-dir": str(out)} for number, name in enumerate(workspace.clients, 1)
@@ -106,13 +123,15 @@ def _run_method(workspace: Workspace, config: RunConfig, out: Path) -> dict[str,
     run_config: UserConfig = {"recipe": recipe, "out": str(out)}
     keep(recipe, out, workspace, config)
     write_json(out / "partition.json", partition_manifest(workspace.clients))
+    reset_peak(workspace.base.model.device)
     try:
         grid = InProcessGrid(client_app, nodes, run_config)
         context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=run_config)
         server_app(grid=grid, context=context)
     finally:
         release(recipe, out)
-    return RunDirectory.open(out).summary()
+    run = RunDirectory.open(out)
+    run.write_summary(run.summary() | {"peak_memory": peak_bytes(workspace.base.model.device)})
 
 
 def _add(seconds: dict[str, float], loading: float, *stages: str) -> dict[str, float]:

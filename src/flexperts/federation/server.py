@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 
 from flexperts.artifacts import RunDirectory
 from flexperts.communication.messages import Info, info_of, payload_of, records
+from flexperts.communication.traffic import encoded_bytes
 from flexperts.config import RunConfig
 from flexperts.errors import FederationError
 from flexperts.federation.adapter import write_adapter
@@ -32,10 +33,12 @@ class Federation:
     Args:
         nodes: Node id -> client name.
         infos: Client name -> what it told about itself.
+        sent: Client name -> encoded bytes that it sent in joining.
     """
 
     nodes: dict[int, str]
     infos: dict[str, Info]
+    sent: dict[str, int]
 
     @property
     def base(self) -> str:
@@ -69,7 +72,10 @@ def serve(grid: Grid, config: RunConfig, run: RunDirectory, observer: Observer) 
     strategy.start(grid, ArrayRecord(), num_rounds=strategy.rounds_total - server.round)
     write_adapter(run.shared, texts["adapter"], method.adapter(server))
     seconds = {"setup": setup, **strategy.seconds(), "total": time.monotonic() - started + before}
-    run.write_summary(summarize(config, strategy.rounds, seconds, federation.base, server.clients))
+    summary = summarize(config, strategy.rounds, seconds, federation.base, server.clients)
+    summary["parameters"] = {row["group"]: row["parameters"] for row in json.loads(texts["split"])}
+    summary["bytes"]["join_total"] = sum(federation.sent.values())
+    run.write_summary(summary)
 
 
 def meet(grid: Grid) -> Federation:
@@ -81,10 +87,12 @@ def meet(grid: Grid) -> Federation:
     requests = (grid.create_message(records({}), "query.join", n, "join") for n in sorted(grid.get_node_ids()))
     nodes: dict[int, str] = {}
     infos: dict[str, Info] = {}
+    sent: dict[str, int] = {}
     for reply in grid.send_and_receive(requests, timeout=None):
         info = _joined(reply, infos)
-        nodes[reply.metadata.src_node_id], infos[str(info["client"])] = str(info["client"]), info
-    return Federation(nodes, dict(sorted(infos.items())))
+        name = str(info["client"])
+        nodes[reply.metadata.src_node_id], infos[name], sent[name] = name, info, encoded_bytes(reply.content)
+    return Federation(nodes, dict(sorted(infos.items())), sent)
 
 
 def open_server(
@@ -102,6 +110,7 @@ def open_server(
     _answered(reply)
     info: Any = info_of(reply)
     clients = {name: int(i["train_rows"]) for name, i in federation.infos.items()}
+    federation.sent[federation.nodes[node]] += encoded_bytes(reply.content)
     payload = payload_of(reply, federation.nodes[node])
     server = Server(payload, clients, reports, agreement, seed=config.seed)
     method.start(server)

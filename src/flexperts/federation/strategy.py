@@ -15,13 +15,14 @@ from flwr.serverapp.strategy import Strategy
 
 from flexperts.artifacts import RunDirectory
 from flexperts.communication.messages import Update, info_of, metrics_of, payload_of, records
-from flexperts.communication.traffic import encoded_bytes
+from flexperts.communication.traffic import encoded_bytes, group_bytes, payload_bytes
 from flexperts.config import RunConfig
 from flexperts.errors import FederationError
 from flexperts.federation.checkpoint import save_server
 from flexperts.federation.observer import Observer
 from flexperts.methods.base import Method
 from flexperts.methods.server import Server
+from flexperts.parameters.vector import Manifest
 from flexperts.seeding import generator
 
 
@@ -35,6 +36,8 @@ class RoundLog:
         uplink: Encoded bytes that each client sent.
         downlink: Encoded bytes sent to each client.
         declared: What the method declares for both directions: payload bytes by client.
+        groups: The same, divided by group of tensors.
+        evaluation: Encoded bytes of the evaluation, both directions, by client.
         personal_sent: Personal bytes that clients found in their own encoded messages.
         scores: Client -> metrics of its evaluation, in rounds that evaluate.
         seconds: Wall time of training and evaluation.
@@ -45,9 +48,16 @@ class RoundLog:
     uplink: dict[str, int] = field(default_factory=dict)
     downlink: dict[str, int] = field(default_factory=dict)
     declared: dict[str, dict[str, int]] = field(default_factory=lambda: {"uplink": {}, "downlink": {}})
+    groups: dict[str, dict[str, dict[str, int]]] = field(default_factory=lambda: {"uplink": {}, "downlink": {}})
+    evaluation: dict[str, dict[str, int]] = field(default_factory=lambda: {"uplink": {}, "downlink": {}})
     personal_sent: int = 0
     scores: dict[str, dict[str, float | int]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: {"training": 0.0, "evaluation": 0.0})
+
+    def declare(self, direction: str, client: str, manifest: Manifest) -> None:
+        """Note what a client's payload holds."""
+        self.groups[direction][client] = group_bytes(manifest)
+        self.declared[direction][client] = payload_bytes(manifest)
 
 
 class FlexpertsStrategy(Strategy):
@@ -119,7 +129,9 @@ class FlexpertsStrategy(Strategy):
         """Collect the clients' scores and write the round down."""
         log = self.rounds[-1]
         for reply in self._in_order(replies):
-            log.scores[self._sender(reply)] = dict(metrics_of(reply))
+            name = self._sender(reply)
+            log.scores[name] = dict(metrics_of(reply))
+            log.evaluation["uplink"][name] = encoded_bytes(reply.content)
         log.seconds["evaluation"] = time.monotonic() - self._started
         record = vars(log)
         self.run.append_round(record)
@@ -142,14 +154,20 @@ class FlexpertsStrategy(Strategy):
             if name in participants:
                 payload = self.method.broadcast(self.server, name)
                 content = records(self._info(self.server.round + 1), payload=payload)
-                log.downlink[name], log.declared["downlink"][name] = encoded_bytes(content), 4 * payload.size
+                log.downlink[name] = encoded_bytes(content)
+                log.declare("downlink", name, payload.manifest)
                 yield grid.create_message(content, "train", node, str(log.number))
 
     def _evaluate_requests(self, grid: Grid) -> Iterator[Message]:
         for node, name in self.nodes.items():
-            info = self._info(self.server.round) | {"states": list(self.method.states)}
+            info = self._info(self.server.round) | {"states": list(self.method.states), "answers": self._answers()}
             content = records(info, payload=self.method.final(self.server, name))
+            self.rounds[-1].evaluation["downlink"][name] = encoded_bytes(content)
             yield grid.create_message(content, "evaluate", node, str(self.server.round))
+
+    def _answers(self) -> bool:
+        """Tell whether this round's evaluation generates answers."""
+        return self.config.evaluation.answers == "always" or self.server.round == self.rounds_total
 
     def _info(self, number: int) -> dict[str, Any]:
         return {"round": number, "agreement": json.dumps(self.server.agreement)}
@@ -160,7 +178,8 @@ class FlexpertsStrategy(Strategy):
             name = self._sender(reply)
             metrics = dict(metrics_of(reply))
             expected = self.method.uplink(self.server, name)
-            log.uplink[name], log.declared["uplink"][name] = encoded_bytes(reply.content), 4 * expected.size
+            log.uplink[name] = encoded_bytes(reply.content)
+            log.declare("uplink", name, expected)
             log.personal_sent += int(metrics.pop("personal_sent"))
             log.clients[name] = metrics
             yield Update(name, payload_of(reply, name).check(expected, name), int(metrics["rows"]), metrics)

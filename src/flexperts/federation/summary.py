@@ -38,6 +38,7 @@ def summarize(
         "method": config.method.name,
         "seed": config.seed,
         "rounds": len(rounds),
+        "split": config.evaluation.split,
         "base": {"name": config.model.base, "fingerprint": base},
         "clients": clients,
         "mean": _means(clients, dict.fromkeys(clients, 1.0)),
@@ -49,7 +50,7 @@ def summarize(
 
 def _client(metrics: Mapping[str, float | int], train_rows: int) -> dict[str, Any]:
     scores = {kind: {state: metrics.get(f"{kind}.{state}") for state in _STATES} for kind in _KINDS}
-    return {**scores, "train_rows": train_rows, "test_rows": metrics["rows"]}
+    return {**scores, "train_rows": train_rows, "scored_rows": metrics["rows"]}
 
 
 def _means(clients: Mapping[str, Any], weights: Mapping[str, float]) -> dict[str, dict[str, float | None]]:
@@ -65,7 +66,7 @@ def _mean(values: Mapping[str, float | None], weights: Mapping[str, float]) -> f
     return sum(weights[n] * v for n, v in known.items()) / total if known else None
 
 
-def _bytes(rounds: Iterable[RoundLog]) -> dict[str, float | int]:
+def _bytes(rounds: Iterable[RoundLog]) -> dict[str, Any]:
     logs = list(rounds)
     up = [size for log in logs for size in log.uplink.values()]
     down = [size for log in logs for size in log.downlink.values()]
@@ -74,5 +75,14 @@ def _bytes(rounds: Iterable[RoundLog]) -> dict[str, float | int]:
         "downlink_per_client_per_round": sum(down) / max(1, len(down)),
         "uplink_total": sum(up),
         "downlink_total": sum(down),
+        "evaluation_total": sum(sum(sizes.values()) for log in logs for sizes in log.evaluation.values()),
         "personal_sent": sum(log.personal_sent for log in logs),
+        "groups": {way: _by_group(log.groups[way] for log in logs) for way in ("uplink", "downlink")},
     }
+
+
+def _by_group(rounds: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str, float]:
+    """Return mean payload bytes of every group of tensors, per client and round."""
+    payloads = [groups for clients in rounds for groups in clients.values()]
+    names = sorted({name for groups in payloads for name in groups})
+    return {name: sum(groups.get(name, 0) for groups in payloads) / len(payloads) for name in names}

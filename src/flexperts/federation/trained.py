@@ -25,18 +25,23 @@ class TrainedRun:
 
     Args:
         path: The run directory.
+        workspace: The run's base and rows, where they are in memory already.
 
     Raises:
         ArtifactError: The directory holds no finished run, or its files do not fit the base.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, workspace: Workspace | None = None) -> None:
         self.run = RunDirectory.open(path)
         self.summary = self.run.summary()
         self.config = parse_recipe(self.run.config_toml, where=str(path / "config.toml"))
-        self.workspace = Workspace(self.config)
+        self.workspace = workspace or Workspace(self.config)
         self.model = ClientModel(self.workspace.base, self.config, make_method(self.config.method))
         self.server = load_server(self.run.checkpoint)
+
+    def close(self) -> None:
+        """Take the adapters out of the base again."""
+        self.model.close()
 
     @property
     def clients(self) -> list[str]:
@@ -101,6 +106,6 @@ class TrainedRun:
         return answers[0]
 
     def evaluate(self, observer: Observer | None = None) -> dict[str, dict[State, Scores]]:
-        """Score every client in every state of the method, on the test rows that the recipe names."""
+        """Score every client in every state of the method, on the rows that the recipe names."""
         states: Any = self.model.method.states
         return {name: self.client(name, observer).evaluate(self.request(name), states) for name in self.clients}

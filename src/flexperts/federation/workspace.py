@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from flexperts.config import RunConfig
 from flexperts.data.clients import Clients, load_clients
 from flexperts.data.prompts import Example, PromptEncoder
 from flexperts.errors import GraftError
-from flexperts.evaluation.scores import Scores
 from flexperts.grafting.rules import pick_layers
 from flexperts.modeling.load import LoadedBase, load_base
 from flexperts.moe.attention import attention_linears
@@ -22,11 +22,19 @@ class Workspace:
 
     Args:
         config: The run; its reference may differ in the method only.
+        loaded: The base, where it is in memory already.
+        untouched: What the untouched base scores, by what it was scored on: no method changes it.
     """
 
     config: RunConfig
-    zero_shot: dict[str, Scores] = field(default_factory=dict)
-    """Scores of the untouched base by client: no method changes them."""
+    loaded: LoadedBase | None = None
+    untouched: dict[str, Any] = field(default_factory=dict)
+
+    def for_run(self, config: RunConfig) -> Workspace:
+        """Return the workspace of another run: this one, or one with rows or a base of its own."""
+        if config.model != self.config.model:
+            return Workspace(config)
+        return self if _rows_of(config) == _rows_of(self.config) else Workspace(config, self.base, self.untouched)
 
     @cached_property
     def clients(self) -> Clients:
@@ -36,7 +44,7 @@ class Workspace:
     @cached_property
     def base(self) -> LoadedBase:
         """The resident base."""
-        return load_base(self.config.model)
+        return self.loaded or load_base(self.config.model)
 
     @cached_property
     def examples(self) -> dict[str, list[Example]]:
@@ -54,7 +62,7 @@ class Workspace:
         """
         _ = self.examples
         for rows in self.clients.values():
-            self.encoder.encode_all(rows.test)
+            self.encoder.encode_all((*rows.test, *rows.validation))
         attention_linears(self.base.model, self.config.lora.projections)
         wanted, found = self.config.graft.experts, find_experts(self.base.model) if needs_experts else []
         pick_layers(found, self.config.graft.layers if found else ())
@@ -68,3 +76,8 @@ class Workspace:
     def encoder(self) -> PromptEncoder:
         """The one encoder of training, selection, evaluation and chat."""
         return PromptEncoder(self.base.tokenizer, self.config.model.template, self.config.training.max_length)
+
+
+def _rows_of(config: RunConfig) -> tuple[Any, ...]:
+    """Return the settings that decide which rows a run has, and how they are encoded."""
+    return config.seed, config.data, config.training.max_length

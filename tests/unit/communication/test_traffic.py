@@ -9,8 +9,16 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch.nn import Parameter
 
 from flexperts.communication.messages import records
-from flexperts.communication.traffic import encoded_bytes, encoded_objects, personal_bytes
+from flexperts.communication.traffic import (
+    encoded_bytes,
+    encoded_objects,
+    group_bytes,
+    payload_bytes,
+    personal_bytes,
+    tensor_group,
+)
 from flexperts.parameters.payload import Payload
+from flexperts.parameters.vector import Manifest
 
 MEGABYTE = 250_000  # fp32 values
 
@@ -106,3 +114,42 @@ def test_a_transposed_personal_tensor_is_searched_in_its_own_order() -> None:
     assert not turned["t"].is_contiguous()
     content = RecordDict({"a": ArrayRecord({"x": Array(np.ascontiguousarray(turned["t"].detach().numpy()))})})
     assert personal_bytes(content, turned) == 4800
+
+
+LORA = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+EXPERTS = "layers.model/layers/0/mlp/experts"
+GROUPS = {
+    LORA.format("A"): "attention LoRA A",
+    LORA.format("B"): "attention LoRA B",
+    f"experts.{EXPERTS}.3.up": "experts",
+    f"experts.{EXPERTS}.3.down_lora_A": "experts",
+    f"common_graft.{EXPERTS}.personal.0.up": "experts",
+    f"common_graft.{EXPERTS}.graft_gate_weight": "gates",
+    f"common_graft.{EXPERTS}.graft_gate_bias": "gates",
+    f"gated.{EXPERTS}.shared.down": "experts",
+    f"gated.{EXPERTS}.gate.W1": "gates",
+    f"router.{EXPERTS}": "routers",
+    "mixture.sites.model/layers/0/self_attn/q_proj.experts.1.A": "experts",
+    "mixture.sites.model/layers/0/self_attn/q_proj.projection": "routers",
+    f"derived.router_rows.{EXPERTS}": "derived router rows",
+    f"derived.control.{LORA.format('A')}": "derived control",
+    f"derived.stack.1.{LORA.format('B')}": "derived stack",
+    "derived.rank": "derived rank",
+    "adapter.layers.0.down": "adapter",
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_a_tensor_belongs_to_a_group_by_its_name(name: str) -> None:
+    assert tensor_group(name) == GROUPS[name]
+
+
+def test_groups_add_up_to_the_payload() -> None:
+    """Sizes 1, 2, 4, ... tell every sum apart."""
+    manifest = Manifest.of({name: torch.zeros(1, 2**i) for i, name in enumerate(GROUPS)})
+    assert group_bytes(manifest) == {
+        group: 4 * sum(2**i for i, g in enumerate(GROUPS.values()) if g == group)
+        for group in sorted(set(GROUPS.values()))
+    }
+    assert sum(group_bytes(manifest).values()) == payload_bytes(manifest) == 4 * (2 ** len(GROUPS) - 1)
+    assert group_bytes(Manifest((), ())) == {}

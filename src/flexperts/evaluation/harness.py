@@ -1,0 +1,208 @@
+"""Multiple-choice tasks of lm-eval on a live model. Imports lm-eval: import this module only where it is installed.
+
+lm-eval makes prompts and scores; the model is ours to call, because every batch of prompts must be announced first
+(``on_batch``), rows are padded on the left here, and answers that share a prompt need one forward pass together.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from lm_eval import tasks as task_folder
+from lm_eval.api import task as task_module
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
+from torch import Tensor
+
+from flexperts.data.batches import PaddedBatch, pad_batch
+from flexperts.data.prompts import Example
+from flexperts.modeling.forward import Precision, autocast, response_logits
+
+Encoded = tuple[tuple[str, str], list[int], list[int]]
+"""What lm-eval asks for: (context, continuation), the context's tokens, the continuation's tokens."""
+_LENGTH = 2048
+"""Longest prompt for a model whose config names none, in tokens; lm-eval's own choice."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """How prompts are computed.
+
+    Args:
+        batch_size: Prompts per forward pass.
+        precision: As in training.
+        on_rows: Gets the number of prompts after each batch.
+        on_batch: Gets the prompts of each batch before it is computed.
+    """
+
+    batch_size: int
+    precision: Precision
+    on_rows: Callable[[int], None] = lambda rows: None
+    on_batch: Callable[[PaddedBatch], None] | None = None
+
+
+def local_task(name: str, config: Mapping[str, Any], rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
+    """Return an lm-eval task on rows that lie in memory; nothing is copied into a dataset cache.
+
+    Args:
+        name: The task's name.
+        config: Its other settings, as in a YAML file of lm-eval.
+        rows: Split -> rows.
+    """
+
+    def in_memory() -> Any:
+        return datasets.DatasetDict({s: datasets.Dataset.from_list([dict(r) for r in rows[s]]) for s in rows})
+
+    with quiet():
+        return ConfigurableTask(config={"task": name, "custom_dataset": in_memory, **config})
+
+
+def hub_tasks(group: str, folder: str) -> dict[str, Any]:
+    """Return the tasks of one of lm-eval's own groups, by name; their data come from the hub or its local cache.
+
+    Args:
+        group: The group's name.
+        folder: Where lm-eval defines it, in its folder of tasks; to search them all takes seconds.
+
+    Raises:
+        Exception: The data are neither cached nor within reach; the libraries raise a dozen kinds.
+    """
+    path = Path(task_folder.__file__).parent / folder
+    with quiet():
+        return dict(TaskManager(include_defaults=False, include_path=str(path)).load([group])["tasks"])
+
+
+def correct_answers(
+    model: Any, tokenizer: Any, tasks: Mapping[str, Any], samples: Mapping[str, list[int]], shots: int, how: Forward
+) -> dict[str, list[bool]]:
+    """Return, for every task, whether the model's most likely answer is the right one, question by question.
+
+    Args:
+        model: A causal language model in eval mode.
+        tokenizer: Its tokenizer.
+        tasks: lm-eval's tasks by name, each with the metric ``acc``.
+        samples: Task -> indices of the questions that are asked.
+        shots: Solved examples before each question.
+        how: Batches and precision.
+    """
+    asked = {name: task for name, task in tasks.items() if samples.get(name)}
+    for task in asked.values():
+        task.set_config(key="num_fewshot", value=shots)
+    with quiet():
+        results = evaluate(
+            lm=LiveModel(model, tokenizer, how),
+            task_dict={"tasks": asked, "groups": {}},
+            samples=dict(samples),
+            bootstrap_iters=0,
+            log_samples=True,
+        )
+    return {name: [bool(sample["acc"]) for sample in results["samples"][name]] for name in asked}
+
+
+class LiveModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
+    """A model in memory as lm-eval calls it, for tasks that compare likelihoods of given answers.
+
+    Args:
+        model: A causal language model in eval mode.
+        tokenizer: Its tokenizer.
+        how: Batches and precision.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, how: Forward) -> None:
+        super().__init__()
+        self.model, self.tokenizer, self.how = model, tokenizer, how
+        self.max_length: int = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _LENGTH
+
+    @property
+    def eot_token_id(self) -> int:
+        """The tokenizer's EOS."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that stands for an empty context: BOS where there is one, as in lm-eval's own model class."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else int(bos)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Return the text's tokens; the tokenizer decides on special ones unless told."""
+        special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return list(self.tokenizer(string, **special)["input_ids"])
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Return the log-likelihood of every continuation (nats) and whether greedy decoding gives it."""
+        return list(super().loglikelihood(requests, disable_tqdm=True))
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
+        """Refuse: these tasks are multiple-choice."""
+        raise NotImplementedError
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
+        """Refuse: these tasks are multiple-choice."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(self, requests: Sequence[Encoded], **_: Any) -> list[tuple[float, bool]]:
+        groups = sorted(self._shared(requests).items(), key=lambda group: -len(group[0].input_ids))
+        found: dict[int, tuple[float, bool]] = {}
+        for start in range(0, len(groups), self.how.batch_size):
+            chosen = groups[start : start + self.how.batch_size]
+            for (example, members), scores in zip(chosen, self._scores([e for e, _ in chosen]), strict=True):
+                length = len(example.input_ids) - example.prompt_length
+                for index in members:
+                    found[index] = _score(scores[-length:], requests[index][2])
+            self.how.on_rows(len(chosen))
+        return [found[index] for index in range(len(requests))]
+
+    def _shared(self, requests: Sequence[Encoded]) -> dict[Example, list[int]]:
+        """Group requests that differ in their last token only: one forward pass serves them all.
+
+        That token is replaced by zero, since nothing is predicted from it. Contexts are cut from the left to fit.
+        """
+        groups = defaultdict(list)
+        for index, (_, context, continuation) in enumerate(requests):
+            tokens = (*context, *continuation[:-1], 0)[-self.max_length :]
+            groups[Example(tokens, len(tokens) - len(continuation))].append(index)
+        return groups
+
+    def _scores(self, examples: Sequence[Example]) -> Tensor:
+        """Return log-probabilities ``[B, R, V]`` of the last R tokens, R of the longest continuation."""
+        pad = self.tokenizer.pad_token_id or 0
+        if self.how.on_batch:
+            self.how.on_batch(pad_batch([Example(e.prompt, e.prompt_length) for e in examples], pad))
+        with autocast(next(self.model.parameters()).device, self.how.precision):
+            logits = response_logits(self.model, pad_batch(examples, pad))
+        return logits.log_softmax(-1).cpu()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the log lines and progress bars of lm-eval and datasets off the run's display."""
+    log, bars, shown = logging.getLogger("lm_eval"), task_module.tqdm, datasets.are_progress_bars_disabled()
+    level = log.level
+    log.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    task_module.tqdm = lambda rows, **_: rows
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        task_module.tqdm = bars
+        if not shown:
+            datasets.enable_progress_bars()
+
+
+def _score(scores: Tensor, tokens: Sequence[int]) -> tuple[float, bool]:
+    """Return the summed log-probability of tokens under ``[R, V]``, and whether each is the most likely."""
+    index = torch.tensor(tokens)
+    return float(scores.gather(1, index[:, None])[-1]), bool((scores.argmax(1) == index).all())

@@ -1,0 +1,102 @@
+"""What a finished run's models do beyond their clients' own rows: on other clients' rows, and in general.
+
+Needs every client's rows in one process, so a deployed run has none of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flexperts.config import RunConfig
+from flexperts.data.rows import Row
+from flexperts.data.sources import read_source
+from flexperts.evaluation.mmlu import mmlu
+from flexperts.evaluation.scores import Scores
+from flexperts.federation.client import Client
+from flexperts.federation.observer import Observer
+from flexperts.federation.trained import TrainedRun
+from flexperts.methods.base import State
+
+Measured = dict[str, dict[str, Any]]
+"""State -> client -> numbers."""
+
+
+def is_wanted(config: RunConfig) -> bool:
+    """Tell whether a recipe asks for any of it."""
+    return bool(config.evaluation.others_rows or config.knowledge.general or config.knowledge.mmlu)
+
+
+def look_beyond(run: TrainedRun, observer: Observer | None = None) -> dict[str, Measured]:
+    """Measure what the recipe asks for: ``others``, ``general``, ``mmlu``.
+
+    The untouched base and the global model are one for all clients, so the first one stands for all; for the same
+    reason only personalized models are scored on other clients' rows: a global one's scores there are those that
+    the other clients report.
+
+    Args:
+        run: The finished run.
+        observer: Receives progress.
+
+    Raises:
+        DataError: The general tasks or the questions cannot be read.
+        ConfigError: lm-eval is not installed.
+    """
+    knowledge, found = run.config.knowledge, {}
+    clients = {name: run.client(name, observer) for name in run.clients}
+    if run.config.evaluation.others_rows and "personalized" in run.model.method.states:
+        others = {name: _others(run, client, clients) for name, client in clients.items()}
+        found["others"] = {"personalized": others}
+    if knowledge.general:
+        rows = tuple(read_source(knowledge.general, {}, split="test")[: knowledge.general_rows])
+        found["general"] = _everywhere(run, clients, lambda c, s: _numbers(c.score(run.request(c.name), s, rows)))
+    if knowledge.mmlu:
+        found["mmlu"] = _everywhere(run, clients, lambda c, s: _questions(run, c, s))
+    return found
+
+
+def _everywhere(
+    run: TrainedRun, clients: Mapping[str, Client], measure: Callable[[Client, State], dict[str, Any]]
+) -> Measured:
+    first = dict(list(clients.items())[:1])
+    who = {state: clients if state == "personalized" else first for state in run.model.method.states}
+    return {state: {name: measure(client, state) for name, client in some.items()} for state, some in who.items()}
+
+
+def _others(run: TrainedRun, client: Client, clients: Mapping[str, Client]) -> dict[str, Any]:
+    """Score a client's own model on the rows of each other client; every other client counts once."""
+    count = run.config.evaluation.others_rows
+    rows: dict[str, tuple[Row, ...]] = {
+        name: other.scored_rows[:count] for name, other in clients.items() if other is not client
+    }
+    each = {n: _numbers(client.score(run.request(client.name), "personalized", r)) for n, r in rows.items()}
+    means = {kind: sum(scores[kind] for scores in each.values()) / len(each) for kind in ("rouge_l", "nll")}
+    return {**means, "rows": sum(scores["rows"] for scores in each.values()), "by_client": each}
+
+
+def _numbers(scores: Scores) -> dict[str, Any]:
+    return {**scores.metrics(), "rows": scores.rows}
+
+
+def _questions(run: TrainedRun, client: Client, state: State) -> dict[str, Any]:
+    wanted, known = run.config.knowledge, run.workspace.untouched
+    key = f"mmlu {wanted.mmlu} {wanted.mmlu_questions} {wanted.mmlu_shots}"
+    if state == "zero_shot" and key in known:
+        return dict(known[key])
+    assert wanted.mmlu is not None
+    with client.in_state(run.request(client.name), state) as (model, on_batch):
+        score = mmlu(
+            model,
+            run.workspace.base.tokenizer,
+            wanted.mmlu,
+            questions=wanted.mmlu_questions,
+            shots=wanted.mmlu_shots,
+            batch_size=run.config.evaluation.batch_size,
+            precision=run.config.model.precision,
+            seed=0,
+            on_batch=on_batch,
+        )
+    numbers = {"accuracy": score.accuracy, "stderr": score.stderr, "questions": score.questions}
+    if state == "zero_shot":
+        known[key] = numbers
+    return numbers

@@ -1,0 +1,1 @@
+"""Comparisons: many runs of one recipe beside each other, and what they come to."""

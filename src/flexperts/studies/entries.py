@@ -1,0 +1,121 @@
+"""What a comparison runs: entries (a method, or a variant of the recipe) and their seeds."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flexperts.config import RunConfig
+from flexperts.errors import ConfigError
+from flexperts.methods.registry import make_method, method_names
+from flexperts.recipe import load_recipe
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a comparison.
+
+    Args:
+        name: A method's name, or a variant's.
+        settings: KEY=VALUE on top of the recipe.
+    """
+
+    name: str
+    settings: tuple[str, ...]
+
+    @property
+    def folder(self) -> str:
+        """The name as a folder's."""
+        return "".join(c if c.isalnum() or c in "-_.=+" else "_" for c in self.name)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison before it is run.
+
+    Args:
+        recipe: The recipe's file.
+        settings: KEY=VALUE on top of it, for every run.
+        entries: What is compared, in the order of the table.
+        seeds: Seeds that every entry runs with.
+        reference: Name of the entry that the others are compared with.
+    """
+
+    recipe: Path
+    settings: tuple[str, ...]
+    entries: tuple[Entry, ...]
+    seeds: tuple[int, ...]
+    reference: str
+
+    @property
+    def base(self) -> RunConfig:
+        """The recipe without any entry's settings."""
+        return load_recipe(self.recipe, self.settings)
+
+    def config(self, entry: Entry, seed: int) -> RunConfig:
+        """Return one run, whole."""
+        config = load_recipe(self.recipe, (*self.settings, *entry.settings, f"seed={seed}"))
+        return config.model_copy(update={"method": config.method.model_copy(update={"reference": None})})
+
+    def check(self) -> None:
+        """Refuse settings that are wrong for any entry, before the first one runs.
+
+        Raises:
+            ConfigError: A setting breaks a rule.
+        """
+        for entry in self.entries:
+            config = self.config(entry, self.seeds[0])
+            make_method(config.method).check(config)
+
+
+def plan_comparison(
+    recipe: Path,
+    settings: Sequence[str] = (),
+    *,
+    entries: Sequence[str] = (),
+    seeds: int | None = None,
+    reference: str | None = None,
+) -> Plan:
+    """Return what a recipe's ``[compare]`` section asks for; arguments go before it.
+
+    Args:
+        recipe: The recipe's file.
+        settings: KEY=VALUE on top of it.
+        entries: Names of methods, and of variants that ``[compare.variants]`` defines.
+        seeds: How many; they are 0, 1, ...
+        reference: The entry that others are compared with.
+
+    Raises:
+        ConfigError: A name or a setting is unknown or breaks a rule.
+    """
+    config = load_recipe(recipe, settings)
+    compare, method = config.compare, config.method
+    names = tuple(entries) or compare.entries or tuple(n for n in (method.name, method.reference) if n)
+    if not names or len(set(names)) != len(names):
+        raise ConfigError(f"entries {', '.join(names)}", "every name stands once", "drop the repetition")
+    found = tuple(Entry(name, _settings(name, config)) for name in names)
+    reference = reference or (compare.reference if compare.reference in names else names[0])
+    if reference not in names:
+        raise ConfigError(f"reference {reference!r}", f"it is one of {', '.join(names)}", "add it to the entries")
+    count = compare.seeds if seeds is None else seeds
+    if count < 1:
+        raise ConfigError(f"seeds = {count}", "a comparison needs at least one", "take 3 or more")
+    plan = Plan(recipe, tuple(settings), found, tuple(range(count)), reference)
+    plan.check()
+    return plan
+
+
+def _settings(name: str, config: RunConfig) -> tuple[str, ...]:
+    """Return an entry's settings on top of the recipe; a method's options are its own, not the recipe's method's."""
+    variants = config.compare.variants
+    if name in method_names():
+        own = () if name == config.method.name else ("method.options={}",)
+        return (f"method.name={name}", *own, *variants.get(name, ()))
+    if name in variants:
+        return variants[name]
+    known = [*method_names(), *variants]
+    close = difflib.get_close_matches(name, known, n=1)
+    remedy = f"did you mean {close[0]!r}?" if close else "name a method, or define it under [compare.variants]"
+    raise ConfigError(f"entry {name!r}", "it is neither a method nor a variant of the recipe", remedy)

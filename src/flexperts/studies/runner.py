@@ -1,0 +1,123 @@
+"""Running a comparison: every entry with every seed, in any number of processes, taken up where it broke off."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from flexperts.artifacts import write_json, write_text
+from flexperts.errors import ArtifactError, FlexpertsError
+from flexperts.federation.observer import Observer
+from flexperts.federation.run import run_federation
+from flexperts.federation.workspace import Workspace
+from flexperts.studies.entries import Entry, Plan
+
+HEAVY = ("personal", "shared", "checkpoint.safetensors")
+"""Weights of a finished run, which a comparison does not read."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a comparison.
+
+    Args:
+        entry: What is run.
+        seed: With which seed.
+        folder: Where.
+    """
+
+    entry: Entry
+    seed: int
+    folder: Path
+
+    @property
+    def done(self) -> bool:
+        """Whether it has finished; what lies beyond the rounds is written before the mark."""
+        return (self.folder / "done").exists()
+
+
+def jobs(plan: Plan, out: Path) -> list[Job]:
+    """Return all runs, seed by seed, so that what is finished early can be compared early."""
+    return [Job(e, s, out / "runs" / e.folder / f"seed-{s}") for s in plan.seeds for e in plan.entries]
+
+
+def run_comparison(
+    plan: Plan,
+    out: Path,
+    *,
+    workers: int = 1,
+    keep_weights: bool = False,
+    observer: Observer | None = None,
+    on_done: Callable[[Job, str | None], None] = lambda job, error: None,
+) -> list[Job]:
+    """Run what is not finished, and return the jobs that failed; their folders hold ``error.txt``.
+
+    Args:
+        plan: The comparison.
+        out: Its directory; one that holds a part of the same comparison is continued, and may gain entries and seeds.
+        workers: Processes; each holds a base in memory.
+        keep_weights: Keep every run's weights.
+        observer: Receives the progress of runs in this process (``workers`` = 1).
+        on_done: Called after each job, with its error if it failed.
+
+    Raises:
+        ArtifactError: The directory holds another recipe's comparison.
+    """
+    _claim(plan, out)
+    waiting = [job for job in jobs(plan, out) if not job.done]
+    failed = []
+    for job, error in _run_all(plan, waiting, workers, keep_weights, observer):
+        on_done(job, error)
+        if error:
+            failed.append(job)
+    return failed
+
+
+def _claim(plan: Plan, out: Path) -> None:
+    """Note whose directory it is, or refuse one of another recipe."""
+    path, recipe = out / "compare.json", plan.base.to_toml()
+    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["recipe"] != recipe:
+        raise ArtifactError(
+            f"{out}", "it holds a comparison of another recipe", "give the recipe and --set of the first start"
+        )
+    names = [entry.name for entry in plan.entries]
+    write_json(path, {"recipe": recipe, "entries": names, "seeds": plan.seeds, "reference": plan.reference})
+
+
+def _run_all(
+    plan: Plan, waiting: list[Job], workers: int, keep_weights: bool, observer: Observer | None
+) -> Iterator[tuple[Job, str | None]]:
+    if workers == 1:
+        yield from ((job, _run(plan, job, keep_weights, observer)) for job in waiting)
+        return
+    # A fresh interpreter for each worker: CUDA cannot be used in a forked one.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        started = {pool.submit(_run, plan, job, keep_weights, None): job for job in waiting}
+        yield from ((started[future], future.result()) for future in as_completed(started))
+
+
+_workspace: Workspace | None = None
+
+
+def _run(plan: Plan, job: Job, keep_weights: bool, observer: Observer | None) -> str | None:
+    """Run one job and return what went wrong: one broken entry must not cost the others."""
+    global _workspace
+    try:
+        config = plan.config(job.entry, job.seed)
+        _workspace = _workspace.for_run(config) if _workspace else Workspace(config)
+        run_federation(config, job.folder, observer, resume=True, workspace=_workspace)
+    except Exception as error:
+        write_text(job.folder / "error.txt", traceback.format_exc())
+        return str(error) if isinstance(error, FlexpertsError) else repr(error)
+    (job.folder / "error.txt").unlink(missing_ok=True)
+    for name in () if keep_weights else HEAVY:
+        path = job.folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    write_text(job.folder / "done", "")
+    return None
