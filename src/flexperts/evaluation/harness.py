@@ -188,7 +188,7 @@ class LiveModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep the log lines and progress bars of lm-eval and datasets off the run's display."""
-    log, bars, shown = logging.getLogger("lm_eval"), task_module.tqdm, datasets.are_progress_bars_disabled()
+    log, bars, hidden = logging.getLogger("lm_eval"), task_module.tqdm, datasets.are_progress_bars_disabled()
     level = log.level
     log.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
@@ -198,11 +198,11 @@ def quiet() -> Iterator[None]:
     finally:
         log.setLevel(level)
         task_module.tqdm = bars
-        if not shown:
+        if not hidden:
             datasets.enable_progress_bars()
 
 
 def _score(scores: Tensor, tokens: Sequence[int]) -> tuple[float, bool]:
     """Return the summed log-probability of tokens under ``[R, V]``, and whether each is the most likely."""
     index = torch.tensor(tokens)
-    return float(scores.gather(1, index[:, None])[-1]), bool((scores.argmax(1) == index).all())
+    return float(scores.gather(1, index[:, None]).sum()), bool((scores.argmax(1) == index).all())

@@ -22,6 +22,7 @@ from flexperts.data.rows import ClientRows, Row
 from flexperts.evaluation.scores import EvaluationSettings, Scores, evaluate
 from flexperts.federation.client_model import ClientModel
 from flexperts.federation.observer import Observer
+from flexperts.federation.routing_log import prompt_batches, routing_lines, write_routing
 from flexperts.federation.workspace import Workspace
 from flexperts.methods.base import OnBatch, State
 from flexperts.methods.turn import Prepared, Turn
@@ -183,6 +184,17 @@ class Client:
             for index, row in enumerate(self.scored_rows)
         ]
         write_text(self.folder / "predictions" / f"{self.name}.jsonl", "\n".join(lines) + "\n")
+
+    def write_routing(self, request: Request, states: Sequence[State]) -> None:
+        """Note how the client's rows are routed, in its own folder, where the recipe asks for it."""
+        rows, evaluation = self.scored_rows, self.config.evaluation
+        if not evaluation.routing_rows:
+            return
+        batches = prompt_batches(self.workspace.encoder, rows[: evaluation.routing_rows], evaluation.batch_size)
+        with self._turn(request, request.round) as (turn, _):
+            self.method.receive(turn)
+            lines = routing_lines(turn, self.method, states, batches, self.workspace.untouched)
+        write_routing(self.folder / "routing" / f"{self.name}.jsonl", lines)
 
     @property
     def scored_rows(self) -> tuple[Row, ...]:

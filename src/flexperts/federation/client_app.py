@@ -47,8 +47,9 @@ def train(message: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Score model states on the client's own rows; only the scores are sent."""
-    client, info = resident_client(context), info_of(message)
-    scores = client.evaluate(_request(message), info["states"], answers=info["answers"])
+    client, info, request = resident_client(context), info_of(message), _request(message)
+    scores = client.evaluate(request, info["states"], answers=info["answers"])
+    client.write_routing(request, info["states"])
     if info["answers"]:
         client.write_predictions(scores)
     metrics = {f"{kind}.{state}": value for state, s in scores.items() for kind, value in s.metrics().items()}

@@ -108,7 +108,7 @@ def plan_comparison(
 
 
 def _settings(name: str, config: RunConfig) -> tuple[str, ...]:
-    """Return an entry's settings on top of the recipe; a method's options are its own, not the recipe's method's."""
+    """Return an entry's settings on top of the recipe; options belong to the method that they were given for."""
     variants = config.compare.variants
     if name in method_names():
         own = () if name == config.method.name else ("method.options={}",)

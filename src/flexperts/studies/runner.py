@@ -60,7 +60,7 @@ def run_comparison(
 
     Args:
         plan: The comparison.
-        out: Its directory; one that holds a part of the same comparison is continued, and may gain entries and seeds.
+        out: Its directory; one that holds a part of the comparison is continued, and may gain entries and seeds.
         workers: Processes; each holds a base in memory.
         keep_weights: Keep every run's weights.
         observer: Receives the progress of runs in this process (``workers`` = 1).
