@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexperts.config import RunConfig
+from flexperts.config.run import RunConfig
 from flexperts.recipe import parse_recipe
 from flexperts.testing import save_tiny_base
 

@@ -23,6 +23,8 @@ LAYERS = [
     {"grafting", "training", "evaluation", "communication"},
     {"methods"},
     {"federation"},
+    {"costs", "studies"},
+    {"reports"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flexperts.base.build import build_base
-    from flexperts.config import RunConfig
+    from flexperts.config.run import RunConfig
     from flexperts.errors import FlexpertsError
     from flexperts.federation.observer import Observer
     from flexperts.federation.run import run_federation
@@ -30,7 +30,7 @@ _HOMES = {
     "Grafts": "grafting.grafts",
     "Method": "methods.base",
     "Observer": "federation.observer",
-    "RunConfig": "config",
+    "RunConfig": "config.run",
     "TrainedRun": "federation.trained",
     "build_base": "base.build",
     "find_experts": "moe.experts",

@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -123,6 +123,17 @@ class RunDirectory:
         """The server's state."""
         return self.path / "checkpoint.safetensors"
 
+    def environment(self) -> dict[str, Any]:
+        """Return package versions and what the machine was."""
+        return dict(read_json(self.path / "environment.json"))
+
+    def of_client(self, kind: str, client: str) -> Any:
+        """Return a client's ``predictions`` or ``routing`` (lines) or ``selection``; None where there is none."""
+        folder = self.path / kind
+        if (path := folder / f"{client}.json").exists():
+            return read_json(path)
+        return read_lines(path) if (path := folder / f"{client}.jsonl").exists() else None
+
     @property
     def beyond(self) -> Path:
         """File of the scores beyond the clients' own rows."""
@@ -141,7 +152,7 @@ class RunDirectory:
     def rounds(self) -> list[dict[str, Any]]:
         """Return all finished rounds."""
         path = self.path / "rounds.jsonl"
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        return read_lines(path) if path.exists() else []
 
     def keep_rounds(self, count: int) -> list[dict[str, Any]]:
         """Return the first rounds and forget later ones: the checkpoint is behind them after a break."""
@@ -166,13 +177,7 @@ class RunDirectory:
                 "the run has not finished (no summary.json)",
                 "finish it with `flexperts run --resume`",
             )
-        try:
-            loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ArtifactError(
-                f"{path}", f"it is damaged ({error})", "restore it from a copy or run again"
-            ) from error
-        return loaded
+        return dict(read_json(path))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -205,6 +210,33 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Return a JSON file's value.
+
+    Raises:
+        ArtifactError: It is missing or damaged.
+    """
+    return _parsed(path, json.loads)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the values of a JSON-lines file.
+
+    Raises:
+        ArtifactError: It is missing or damaged.
+    """
+    return [dict(line) for line in _parsed(path, lambda text: map(json.loads, text.splitlines()))]
+
+
+def _parsed(path: Path, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArtifactError(f"{path}", f"it cannot be read ({error})", "give a finished run's directory") from error
+    except ValueError as error:
+        raise ArtifactError(f"{path}", f"it is damaged ({error})", "restore it from a copy or run again") from error
 
 
 def environment() -> dict[str, Any]:

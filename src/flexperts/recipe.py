@@ -10,7 +10,8 @@ from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 
-from flexperts.config import DataConfig, RunConfig
+from flexperts.config.data import DataConfig
+from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError
 
 

@@ -16,7 +16,7 @@ from flwr.app import Message
 
 from flexperts.cli.methods import methods_page
 from flexperts.communication.traffic import encoded_objects
-from flexperts.config import RunConfig
+from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError
 from flexperts.federation.inprocess_grid import InProcessGrid
 from flexperts.federation.observer import Observer

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from flexperts.communication.messages import Update
-from flexperts.config import RunConfig
+from flexperts.config.run import RunConfig
 from flexperts.federation.checkpoint import load_server
 from flexperts.federation.run import run_federation
 from flexperts.federation.strategy import FlexpertsStrategy

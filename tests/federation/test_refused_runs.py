@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flexperts.artifacts import write_text
-from flexperts.config import RunConfig
+from flexperts.config.run import RunConfig
 from flexperts.data.prompts import PromptEncoder
 from flexperts.data.sources import read_source
 from flexperts.errors import ArtifactError, ConfigError, DataError, FlexpertsError

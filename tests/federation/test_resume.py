@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from flexperts.config import RunConfig
+from flexperts.config.run import RunConfig
 from flexperts.errors import ArtifactError
 from flexperts.federation.checkpoint import load_server
 from flexperts.federation.observer import Observer

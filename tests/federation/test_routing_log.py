@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flexperts.config import RunConfig
+from flexperts.config.run import RunConfig
 from flexperts.data.batches import PaddedBatch
 from flexperts.errors import ModelError
 from flexperts.federation.client_model import ClientModel

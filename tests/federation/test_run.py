@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from flexperts.config import RunConfig
+from flexperts.config.run import RunConfig
 from flexperts.data.clients import load_clients, partition_manifest
 from flexperts.data.silos.generate import write_silos
 from flexperts.federation.inprocess_grid import InProcessGrid

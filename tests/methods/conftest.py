@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from flexperts.config import RunConfig
+from flexperts.config.run import RunConfig
 from flexperts.federation.client_model import ClientModel
 from flexperts.federation.workspace import Workspace
 from flexperts.methods.base import Method

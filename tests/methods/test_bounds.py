@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flexperts.config import RunConfig
+from flexperts.config.run import RunConfig
 from flexperts.federation.client import Client
 from flexperts.federation.client_model import ClientModel
 from flexperts.federation.run import run_federation

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from flexperts.communication.messages import Update
-from flexperts.config import RunConfig
+from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError
 from flexperts.federation.run import run_federation
 from flexperts.federation.trained import TrainedRun

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from flexperts.config import RunConfig
+from flexperts.config.run import RunConfig
 from flexperts.federation.checkpoint import load_server
 from flexperts.federation.client import Client, Request
 from flexperts.federation.client_model import ClientModel

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flexperts.communication.messages import Update
-from flexperts.config import RunConfig
+from flexperts.config.run import RunConfig
 from flexperts.federation.run import run_federation
 from flexperts.federation.trained import TrainedRun
 from flexperts.methods.fedmoe_da import FedMoEDA, mixing

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flexperts.communication.messages import Update, encode
-from flexperts.config import RunConfig
+from flexperts.config.run import RunConfig
 from flexperts.data.prompts import Example
 from flexperts.errors import ConfigError
 from flexperts.federation.run import run_federation

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flexperts.config import RunConfig
+from flexperts.config.run import RunConfig
 from flexperts.federation.checkpoint import load_server
 from flexperts.federation.run import run_federation
 from flexperts.grafting.expert_adapters import ExpertAdapters

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flexperts.communication.messages import Update
-from flexperts.config import RunConfig
+from flexperts.config.run import RunConfig
 from flexperts.federation.run import run_federation
 from flexperts.federation.trained import TrainedRun
 from flexperts.methods.expert_budget import ExpertBudget, routing_matrix, values_of

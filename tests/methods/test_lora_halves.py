@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from flexperts.communication.messages import Update, payload_of
-from flexperts.config import RunConfig
+from flexperts.config.run import RunConfig
 from flexperts.federation.client import Client, Request
 from flexperts.federation.client_model import ClientModel
 from flexperts.federation.inprocess_grid import InProcessGrid

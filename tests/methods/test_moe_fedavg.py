@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from flexperts.config import RunConfig
+from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError
 from flexperts.federation.run import run_federation
 from flexperts.methods.registry import make_method

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flexperts.config import RunConfig
+from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError
 from flexperts.methods.registry import make_method
 

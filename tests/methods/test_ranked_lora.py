@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from flexperts.communication.messages import Update
-from flexperts.config import RunConfig
+from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError, FederationError
 from flexperts.federation.client import Client, Request
 from flexperts.federation.client_model import ClientModel

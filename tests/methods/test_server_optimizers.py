@@ -15,7 +15,7 @@ from flwr.serverapp import strategy as flower
 from safetensors.torch import load_file
 
 from flexperts.communication.messages import Update
-from flexperts.config import RunConfig
+from flexperts.config.run import RunConfig
 from flexperts.federation.flower_private import assume_identity
 from flexperts.federation.run import run_federation
 from flexperts.methods.base import Method

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexperts.config import DataConfig, RunConfig
+from flexperts.config.data import DataConfig
+from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError
 from flexperts.recipe import load_recipe, parse_recipe
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -14,8 +14,8 @@ from rich.table import Table
 from flexperts.federation.observer import Observer
 
 
-class RunDisplay(Observer):
-    """Shows a run's events with rich; plain lines where the output is no terminal."""
+class ProgressDisplay(Observer):
+    """Shows how far the work is with one rich bar, and nothing else of a run."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console()
@@ -24,7 +24,7 @@ class RunDisplay(Observer):
         self._task: Any = None
         self._done = 0
 
-    def __enter__(self) -> RunDisplay:
+    def __enter__(self) -> Self:
         self._progress.start()
         return self
 
@@ -33,8 +33,8 @@ class RunDisplay(Observer):
     ) -> None:
         self._progress.stop()
 
-    def stage(self, text: str) -> None:
-        """Print the stage that begins."""
+    def say(self, text: str) -> None:
+        """Print a line."""
         self.console.print(text, style="bold", markup=False, soft_wrap=True)
 
     def progress(self, task: str, done: int, total: int) -> None:
@@ -45,6 +45,14 @@ class RunDisplay(Observer):
             self._task = self._progress.add_task(task, total=total)
         self._done = done
         self._progress.update(self._task, description=task, completed=done, total=total)
+
+
+class RunDisplay(ProgressDisplay):
+    """Shows all of a run's events with rich; plain lines where the output is no terminal."""
+
+    def stage(self, text: str) -> None:
+        """Print the stage that begins."""
+        self.say(text)
 
     def chosen(self, client: str, choice: Mapping[str, Sequence[int]]) -> None:
         """Print the experts that a client grafts, layer by layer."""

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from flexperts import __version__
-from flexperts.cli import base, data, evaluate, generate, inspect, methods, run
+from flexperts.cli import base, compare, data, evaluate, generate, inspect, methods, plan, report, run
 from flexperts.errors import FlexpertsError
 
 app = typer.Typer(
@@ -29,6 +29,9 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Show the versi
 
 
 app.command("run")(run.command)
+app.command("compare")(compare.command)
+app.command("report")(report.command)
+app.command("plan")(plan.command)
 app.command("evaluate")(evaluate.command)
 app.command("generate")(generate.command)
 app.command("inspect")(inspect.command)

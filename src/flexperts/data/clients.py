@@ -9,7 +9,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from flexperts.config import ClientFiles, DataConfig
+from flexperts.config.data import ClientFiles, DataConfig
 from flexperts.data.partition import load_partition
 from flexperts.data.rows import ClientRows, read_rows
 from flexperts.data.sources import check_disjoint, read_source, split_rows

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flexperts.config import DataConfig, PartitionConfig
+from flexperts.config.data import DataConfig, PartitionConfig
 from flexperts.data.partitioners import Shares, assign
 from flexperts.data.rows import ClientRows, Row, read_rows
 from flexperts.data.sources import Record, read_records, split_rows

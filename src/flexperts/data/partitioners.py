@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
-from flexperts.config import PartitionConfig
+from flexperts.config.data import PartitionConfig
 from flexperts.errors import DataError
 from flexperts.seeding import derive_seed
 

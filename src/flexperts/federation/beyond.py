@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flexperts.config import RunConfig
+from flexperts.config.run import RunConfig
 from flexperts.data.rows import Row
 from flexperts.data.sources import read_source
 from flexperts.evaluation.mmlu import mmlu

@@ -130,7 +130,9 @@ class Client:
             result = self.method.train(turn)
             sent = encode(turn.split, self.method.outgoing(turn))
             self._keep(turn, meta, vector_hash(request.payload.vector))
-        metrics = {"loss": result.loss, "steps": result.steps, "tokens": result.tokens}
+        groups = {"shared_parameters": turn.split.shared, "personal_parameters": turn.split.personal}
+        trained = {name: sum(p.numel() for p in group.values()) for name, group in groups.items()}
+        metrics = {"loss": result.loss, "steps": result.steps, "tokens": result.tokens, **trained}
         return Trained(Update(self.name, sent, len(self.examples), metrics), turn.split)
 
     def evaluate(self, request: Request, states: Sequence[State], *, answers: bool = True) -> dict[State, Scores]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from flexperts.config import RunConfig
+from flexperts.config.run import RunConfig
 from flexperts.data.prompts import Example
 from flexperts.errors import GraftError
 from flexperts.grafting.part import Part

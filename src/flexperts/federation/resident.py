@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flwr.app import Context
 
-from flexperts.config import RunConfig
+from flexperts.config.run import RunConfig
 from flexperts.federation.client import Client
 from flexperts.federation.client_model import ClientModel
 from flexperts.federation.observer import current_observer

@@ -13,7 +13,7 @@ from typing import Any
 from flwr.app import Context, RecordDict, UserConfig
 
 from flexperts.artifacts import RunDirectory, write_json
-from flexperts.config import RunConfig
+from flexperts.config.run import RunConfig
 from flexperts.data.clients import partition_manifest
 from flexperts.federation.beyond import is_wanted, look_beyond
 from flexperts.federation.client_app import app as client_app

@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 from flexperts.artifacts import RunDirectory
 from flexperts.communication.messages import Info, info_of, payload_of, records
 from flexperts.communication.traffic import encoded_bytes
-from flexperts.config import RunConfig
+from flexperts.config.run import RunConfig
 from flexperts.errors import FederationError
 from flexperts.federation.adapter import write_adapter
 from flexperts.federation.checkpoint import load_server, save_server
@@ -73,7 +73,6 @@ def serve(grid: Grid, config: RunConfig, run: RunDirectory, observer: Observer) 
     write_adapter(run.shared, texts["adapter"], method.adapter(server))
     seconds = {"setup": setup, **strategy.seconds(), "total": time.monotonic() - started + before}
     summary = summarize(config, strategy.rounds, seconds, federation.base, server.clients)
-    summary["parameters"] = {row["group"]: row["parameters"] for row in json.loads(texts["split"])}
     summary["bytes"]["join_total"] = sum(federation.sent.values())
     run.write_summary(summary)
 

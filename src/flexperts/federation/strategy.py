@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import Strategy
 from flexperts.artifacts import RunDirectory
 from flexperts.communication.messages import Update, info_of, metrics_of, payload_of, records
 from flexperts.communication.traffic import encoded_bytes, group_bytes, payload_bytes
-from flexperts.config import RunConfig
+from flexperts.config.run import RunConfig
 from flexperts.errors import FederationError
 from flexperts.federation.checkpoint import save_server
 from flexperts.federation.observer import Observer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flexperts.config import RunConfig
+from flexperts.config.run import RunConfig
 from flexperts.federation.strategy import RoundLog
 
 _STATES = ("zero_shot", "global", "personalized")
@@ -43,6 +43,7 @@ def summarize(
         "clients": clients,
         "mean": _means(clients, dict.fromkeys(clients, 1.0)),
         "weighted_mean": _means(clients, weights),
+        "parameters": {group: _parameters(rounds, group) for group in ("shared", "personal")},
         "bytes": _bytes(rounds),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
     }
@@ -64,6 +65,12 @@ def _mean(values: Mapping[str, float | None], weights: Mapping[str, float]) -> f
     known = {name: value for name, value in values.items() if value is not None}
     total = sum(weights[name] for name in known)
     return sum(weights[n] * v for n, v in known.items()) / total if known else None
+
+
+def _parameters(rounds: Iterable[RoundLog], group: str) -> int:
+    """Return the most parameters of a group that any client has trained in a round."""
+    counts = (metrics[f"{group}_parameters"] for log in rounds for metrics in log.clients.values())
+    return int(max(counts, default=0))
 
 
 def _bytes(rounds: Iterable[RoundLog]) -> dict[str, Any]:

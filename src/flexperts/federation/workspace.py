@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from flexperts.config import RunConfig
+from flexperts.config.run import RunConfig
 from flexperts.data.clients import Clients, load_clients
 from flexperts.data.prompts import Example, PromptEncoder
 from flexperts.errors import GraftError

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from flexperts.communication.average import weighted_mean
 from flexperts.communication.messages import Update
-from flexperts.config import RunConfig, Section
+from flexperts.config.run import RunConfig
+from flexperts.config.section import Section
 from flexperts.data.batches import PaddedBatch
 from flexperts.grafting.part import Part
 from flexperts.methods.server import Server
@@ -60,6 +61,10 @@ class Method:
     """Whether one trainer sees all clients' rows."""
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "global")
     """Model states that exist and are evaluated."""
+    sends_back: ClassVar[bool] = False
+    """Whether what clients get is as large as what came in the rounds before."""
+    plan_note: ClassVar[str] = ""
+    """How a run's costs can differ from those planned before it; empty where they cannot."""
 
     def __init__(self, options: Any = None) -> None:
         self.options: Any = options if options is not None else self.Options()

@@ -57,6 +57,9 @@ class FedAMoLE(OwnParts):
     source = "arXiv 2411.19128"
     sends = "shared LoRA expert, token projection, held LoRA experts and mean embeddings"
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "personalized")
+    plan_note = (
+        "bytes are a mean over clients, experts move among them; the rest counts the whole pool on each client"
+    )
 
     class Options(base.Options):
         """The pool and its division."""

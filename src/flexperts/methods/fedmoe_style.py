@@ -48,6 +48,7 @@ class FedMoEStyle(OwnParts):
     summary = "each client trains the experts it uses most; every expert is averaged over its holders"
     source = "arXiv 2408.11304"
     sends = "attention LoRA, held experts' LoRA and router rows, and which these are"
+    plan_note = "FLOPs take all experts as used alike; clients hold those that they use most"
     needs_experts = True
 
     class Options(base.Options):

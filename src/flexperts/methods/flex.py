@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from flexperts.config import RunConfig
+from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError
 from flexperts.grafting.expert_adapters import ExpertAdapters
 from flexperts.grafting.grafts import Grafts

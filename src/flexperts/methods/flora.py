@@ -44,6 +44,8 @@ class FLoRA(RankedMethod):
     name = "flora"
     summary = "fresh LoRA every round, clients' factors stacked: an exact sum at any ranks; nothing personal"
     source = "NeurIPS 2024, arXiv 2409.05976"
+    sends_back = True
+    plan_note = "memory and FLOPs are those of round 1: every round's stack is kept beside the base"
 
     def parts(self, site: Site) -> dict[str, Part]:
         """Hang an empty delta on every adapted layer; it is filled when the stacks are there."""

@@ -55,6 +55,7 @@ class HetLoRA(RankedMethod):
     summary = "LoRA of any ranks, self-pruned, averaged with zeros by the norm of the product; nothing personal"
     source = "EMNLP 2024, arXiv 2401.06432"
     sends = "attention LoRA and its next rank"
+    plan_note = "bytes are an upper bound: ranks shrink as clients prune"
 
     class Options(RankOptions):
         """Ranks and pruning."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import ClassVar
 
-from flexperts.config import RunConfig
+from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError
 from flexperts.methods import base
 from flexperts.methods.base import State

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flexperts.communication.average import checked
 from flexperts.communication.messages import Update
-from flexperts.config import RunConfig
+from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError
 from flexperts.methods import base
 from flexperts.methods.base import Method

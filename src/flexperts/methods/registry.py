@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from flexperts.errors import ConfigError
 
 if TYPE_CHECKING:
-    from flexperts.config import MethodConfig
+    from flexperts.config.run import MethodConfig
     from flexperts.methods.base import Method
 
 _METHODS: dict[str, str] = {

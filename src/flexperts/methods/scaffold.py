@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flexperts.communication.average import weighted_mean
 from flexperts.communication.messages import DERIVED, Update
-from flexperts.config import RunConfig
+from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError
 from flexperts.methods import base
 from flexperts.methods.base import Method

@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
-from flexperts.config import RunConfig
+from flexperts.config.run import RunConfig
 from flexperts.data.prompts import Example
 from flexperts.errors import FederationError
 from flexperts.grafting.calibration import CalibrationSettings, score_experts

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from flexperts.base.build import resolve_base
-from flexperts.config import ModelConfig
+from flexperts.config.model import ModelConfig
 from flexperts.errors import ModelError
 from flexperts.parameters.fingerprint import fingerprint
 

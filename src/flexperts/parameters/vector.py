@@ -13,6 +13,7 @@ from math import prod
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -75,16 +76,30 @@ class Manifest:
                 f"the manifest asks for float32[{self.size}]",
                 "use one flexperts version and one recipe on every silo",
             )
+        if is_sizes_only(vector):
+            return {n: torch.empty(s, device="meta") for n, s in zip(self.names, self.shapes, strict=True)}
         pieces = torch.split(torch.from_numpy(vector), [prod(s) for s in self.shapes])
         return {n: piece.view(s) for n, s, piece in zip(self.names, self.shapes, pieces, strict=True)}
 
 
 def flatten(tensors: Mapping[str, Tensor]) -> Vector:
-    """Join tensors, in sorted order of names, into one new fp32 vector."""
+    """Join tensors, in sorted order of names, into one new fp32 vector; tensors without values make one without."""
     if not tensors:
         return np.zeros(0, dtype=np.float32)
+    if any(tensor.is_meta for tensor in tensors.values()):
+        return sizes_only(sum(tensor.numel() for tensor in tensors.values()))
     parts = [tensors[name].detach().float().reshape(-1).cpu() for name in sorted(tensors)]
     return torch.cat(parts).numpy()
+
+
+def sizes_only(size: int) -> Vector:
+    """Return a vector with a length and no memory: what plans move in place of weights, however many they are."""
+    return as_strided(np.zeros(1, dtype=np.float32), (size,), (0,))
+
+
+def is_sizes_only(vector: Vector) -> bool:
+    """Tell whether a vector has a length only; its tensors are then on the meta device."""
+    return vector.size > 0 and vector.strides == (0,)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flexperts.config import RunConfig
+from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError
 from flexperts.methods.registry import make_method, method_names
 from flexperts.recipe import load_recipe
@@ -24,11 +24,6 @@ class Entry:
 
     name: str
     settings: tuple[str, ...]
-
-    @property
-    def folder(self) -> str:
-        """The name as a folder's."""
-        return "".join(c if c.isalnum() or c in "-_.=+" else "_" for c in self.name)
 
 
 @dataclass(frozen=True)

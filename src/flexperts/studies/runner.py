@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import shutil
 import traceback
@@ -10,13 +9,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from flexperts.artifacts import write_json, write_text
+from flexperts.artifacts import read_json, write_json, write_text
 from flexperts.errors import ArtifactError, FlexpertsError
 from flexperts.federation.observer import Observer
 from flexperts.federation.run import run_federation
 from flexperts.federation.workspace import Workspace
 from flexperts.studies.entries import Entry, Plan
+from flexperts.studies.finished import CLAIM, DONE, RUNS, SEED, folder_name
 
 HEAVY = ("personal", "shared", "checkpoint.safetensors")
 """Weights of a finished run, which a comparison does not read."""
@@ -38,13 +39,13 @@ class Job:
 
     @property
     def done(self) -> bool:
-        """Whether it has finished; what lies beyond the rounds is written before the mark."""
-        return (self.folder / "done").exists()
+        """Whether it has finished, with what lies beyond its rounds."""
+        return (self.folder / DONE).exists()
 
 
 def jobs(plan: Plan, out: Path) -> list[Job]:
     """Return all runs, seed by seed, so that what is finished early can be compared early."""
-    return [Job(e, s, out / "runs" / e.folder / f"seed-{s}") for s in plan.seeds for e in plan.entries]
+    return [Job(e, s, out / RUNS / folder_name(e.name) / f"{SEED}{s}") for s in plan.seeds for e in plan.entries]
 
 
 def run_comparison(
@@ -81,13 +82,16 @@ def run_comparison(
 
 def _claim(plan: Plan, out: Path) -> None:
     """Note whose directory it is, or refuse one of another recipe."""
-    path, recipe = out / "compare.json", plan.base.to_toml()
-    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["recipe"] != recipe:
+    path, compare = out / CLAIM, plan.base.compare
+    claim: dict[str, Any] = {"title": plan.recipe.stem, "recipe": plan.base.to_toml()}
+    before = read_json(path) if path.exists() else claim
+    if any(before[key] != value for key, value in claim.items()):
         raise ArtifactError(
             f"{out}", "it holds a comparison of another recipe", "give the recipe and --set of the first start"
         )
-    names = [entry.name for entry in plan.entries]
-    write_json(path, {"recipe": recipe, "entries": names, "seeds": plan.seeds, "reference": plan.reference})
+    entries = before.get("entries", {}) | {entry.name: entry.settings for entry in plan.entries}
+    bootstrap = {"confidence": compare.confidence, "resamples": compare.resamples}
+    write_json(path, claim | {"entries": entries, "reference": plan.reference, **bootstrap})
 
 
 def _run_all(
@@ -119,5 +123,5 @@ def _run(plan: Plan, job: Job, keep_weights: bool, observer: Observer | None) ->
     for name in () if keep_weights else HEAVY:
         path = job.folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    write_text(job.folder / "done", "")
+    write_text(job.folder / DONE, "")
     return None

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from flexperts.config import RunConfig
+from flexperts.config.run import RunConfig
 from flexperts.data.clients import Clients, load_clients, partition_manifest, rows_hash
 from flexperts.data.rows import ClientRows
 from flexperts.errors import ConfigError, DataError

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexperts.config import PartitionConfig
+from flexperts.config.data import PartitionConfig
 from flexperts.data.partitioners import Shares, assign
 from flexperts.errors import DataError
 

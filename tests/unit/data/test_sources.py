@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexperts.config import DataConfig
+from flexperts.config.data import DataConfig
 from flexperts.data.clients import load_clients, rows_hash
 from flexperts.data.rows import ClientRows, Row
 from flexperts.data.sources import check_disjoint, read_source, split_rows

@@ -219,17 +219,17 @@ def test_questions_are_asked_as_drawn(model, tokenizer, folder):
     assert (result.questions, result.accuracy) == (5, sum(answers) / 5)
 
 
-def test_nothing_is_shown_nothing_is_copied_and_no_stream_is_moved(
-    model, tokenizer, folder, capfd, monkeypatch, tmp_path
-):
+def test_nothing_is_shown_copied_or_left_behind(model, tokenizer, folder, capfd, caplog, monkeypatch, tmp_path):
+    caplog.set_level(logging.DEBUG, logger="lm_eval")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    bars, level = datasets.are_progress_bars_disabled(), logging.getLogger("lm_eval").level
+    bars = datasets.are_progress_bars_disabled()
     before = torch.random.get_rng_state()
     ask(model, tokenizer, folder, shots=1)
     assert capfd.readouterr() == ("", "")
     assert not (tmp_path / "cache").exists()
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert (datasets.are_progress_bars_disabled(), logging.getLogger("lm_eval").level) == (bars, level)
+    assert (datasets.are_progress_bars_disabled(), logging.getLogger("lm_eval").level) == (bars, logging.DEBUG)
+    assert not caplog.records
 
 
 def test_without_lm_eval_the_remedy_is_named(monkeypatch, folder):

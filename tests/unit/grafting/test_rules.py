@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexperts.config import GraftConfig
+from flexperts.config.model import GraftConfig
 from flexperts.errors import ConfigError, GraftError
 from flexperts.grafting.rules import RULES, coefficients, pick_layers, select, subset_error
 from flexperts.grafting.selection import LayerScores

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flexperts.errors import FederationError
-from flexperts.parameters.vector import Manifest, flatten, load_vector, vector_hash
+from flexperts.parameters.vector import Manifest, flatten, is_sizes_only, load_vector, vector_hash
 
 SHAPES = st.dictionaries(st.text(max_size=4), st.lists(st.integers(0, 3), max_size=3).map(tuple), max_size=6)
 
@@ -113,3 +113,17 @@ def test_hash_names_the_bytes() -> None:
     changed = vector.copy()
     changed[3] = np.nextafter(changed[3], np.float32(9))
     assert vector_hash(changed) != vector_hash(vector)
+
+
+def test_a_vector_without_values_keeps_names_and_shapes_and_takes_no_memory() -> None:
+    shapes = {"a": torch.empty(3, 10**9, device="meta"), "b": torch.empty(7, device="meta")}
+    vector = flatten(shapes)
+    assert vector.shape == (3 * 10**9 + 7,)
+    assert is_sizes_only(vector)
+    back = Manifest.of(shapes).unflatten(vector)
+    assert {n: (tuple(t.shape), t.is_meta) for n, t in back.items()} == {"a": ((3, 10**9), True), "b": ((7,), True)}
+
+
+def test_vectors_with_values_are_no_such() -> None:
+    one = {"a": torch.ones(1)}
+    assert not any(is_sizes_only(v) for v in (flatten(one), flatten({}), Manifest.of(one).zeros()))

@@ -1,0 +1,66 @@
+"""`flexperts compare`: methods and variants on one recipe, over several seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+
+def command(
+    recipe: Annotated[Path, typer.Argument(help="Recipe (TOML), such as recipes/study-silos.toml.")],
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Methods, and variants that the recipe defines, with commas between them.",
+            show_default="the recipe's [compare] entries",
+        ),
+    ] = "",
+    seeds: Annotated[
+        Optional[int],  # noqa: UP045 - typer reads this at run time
+        typer.Option(help="How many seeds: 0, 1, ...", show_default="the recipe's"),
+    ] = None,
+    reference: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Entry that the others are compared with.", show_default="the recipe's, else the first"),
+    ] = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Directory; what is finished there is not run again.", show_default="runs/<recipe>"),
+    ] = None,
+    settings: Annotated[
+        list[str],
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a setting of every run. Repeatable."),
+    ] = [],  # noqa: B006 - typer copies it
+    workers: Annotated[int, typer.Option(min=1, help="Runs side by side, each with a base of its own.")] = 1,
+    keep_weights: Annotated[bool, typer.Option("--keep-weights", help="Keep every run's weights.")] = False,
+) -> None:
+    """Run every method with every seed, then write table, HTML report and Markdown; resumable at any point."""
+    from flexperts.studies.entries import plan_comparison
+
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    plan = plan_comparison(recipe, settings, entries=names, seeds=seeds, reference=reference)
+    out = out or Path("runs") / recipe.stem
+
+    from flexperts.cli.display import ProgressDisplay
+    from flexperts.cli.report import write_reports
+    from flexperts.studies.collect import collect_comparison
+    from flexperts.studies.runner import Job, jobs, run_comparison
+
+    total = len(jobs(plan, out))
+    left = [job for job in jobs(plan, out) if not job.done]
+    with ProgressDisplay() as display:
+        display.say(f"{total} runs, {total - len(left)} of them finished already; everything is in {out}")
+
+        def tell(job: Job, error: str | None) -> None:
+            done = sum(job.done for job in jobs(plan, out))
+            outcome = f"failed: {error} (see {job.folder / 'error.txt'})" if error else "finished"
+            display.say(f"[{done}/{total}] {job.entry.name}, seed {job.seed}: {outcome}")
+
+        failed = run_comparison(
+            plan, out, workers=workers, keep_weights=keep_weights, observer=display, on_done=tell
+        )
+    write_reports(display.console, collect_comparison(out), out)
+    if failed:
+        raise typer.Exit(1)

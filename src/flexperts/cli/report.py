@@ -1,0 +1,56 @@
+"""`flexperts report`: a run or a comparison as a page to look at, and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def command(path: Annotated[Path, typer.Argument(help="Directory of a run or of a comparison.")]) -> None:
+    """Write comparison.json, report.html (opens from disk) and report.md into a finished directory."""
+    from rich.console import Console
+
+    write_reports(Console(), _collected(path), path)
+
+
+def write_reports(console: Any, comparison: Mapping[str, Any], out: Path) -> None:
+    """Write a comparison's files and print its main tables."""
+    from flexperts.artifacts import write_json, write_text
+    from flexperts.reports.html import html_report
+    from flexperts.reports.markdown import markdown_report
+    from flexperts.reports.tables import tables
+
+    write_json(out / "comparison.json", comparison)
+    write_text(out / "report.html", html_report(comparison))
+    write_text(out / "report.md", markdown_report(comparison))
+    console.print(_rich(tables(comparison)["main"]))
+    console.print(f"everything is in {out}: report.html to look at, report.md, comparison.json", soft_wrap=True)
+
+
+def _collected(path: Path) -> dict[str, Any]:
+    from flexperts.studies.collect import collect_comparison, collect_run
+    from flexperts.studies.finished import CLAIM
+
+    compared = (path / CLAIM).exists() or (path / "comparison.json").exists()
+    return collect_comparison(path) if compared and not (path / "config.toml").exists() else collect_run(path)
+
+
+def _rich(table: Any) -> Any:
+    """Return the main table with the columns that a terminal has room for; the pages have all."""
+    from rich.table import Table
+
+    shown = Table(title=table.title, title_justify="left", caption=table.note, caption_justify="left")
+    columns = [i for i, column in enumerate(table.header) if not _is_left_out(column, table.header[2].group)]
+    for column in (table.header[i] for i in columns):
+        shown.add_column(f"{column.name}\n{column.group}", justify="left" if column.words else "right")
+    for row in table.rows:
+        shown.add_row(*(row[i].text for i in columns))
+    return shown
+
+
+def _is_left_out(column: Any, own: str) -> bool:
+    about_nll = "NLL" in column.name and (column.name, column.group) != ("NLL", own)
+    return bool(about_nll or column.name == "received")

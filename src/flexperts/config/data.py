@@ -1,0 +1,102 @@
+"""Settings of who has which rows."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from flexperts.config.section import Section
+
+
+class SilosConfig(Section):
+    """The silo data that ships, made on the fly."""
+
+    seed: int = 0
+    """Seed of the generator."""
+    train_rows: int = Field(96, ge=4)
+    """Train rows per silo."""
+    test_rows: int = Field(40, ge=4)
+    """Test rows per silo."""
+
+
+class ClientFiles(Section):
+    """One client's own data."""
+
+    train: str
+    """File (.jsonl, .json, .csv, .parquet) or hub:org/name[:split]."""
+    test: str | None = None
+    """Test file; without it, data.test_fraction of the passages is held out."""
+
+
+class PartitionConfig(Section):
+    """One pooled data set, divided over the clients; every row goes to exactly one of them."""
+
+    source: str
+    """File (.jsonl, .json, .csv, .parquet) or hub:org/name[:split] with all rows."""
+    test: str | None = None
+    """Test file; without it, data.test_fraction of each client's passages is held out."""
+    by: Literal["pathological", "dirichlet", "natural", "iid"]
+    """A few categories per client, a Dirichlet draw per category, a column of client ids, or at random."""
+    clients: int | None = Field(None, ge=1)
+    """Clients; with natural, the column's values are the clients."""
+    column: str = Field("category", min_length=1)
+    """What rows are told apart by: the field category, or any column of the source."""
+    categories_per_client: int = Field(1, ge=1)
+    """Categories of each client (pathological)."""
+    alpha: float = Field(0.5, gt=0)
+    """Concentration (dirichlet): the smaller, the more the clients differ."""
+    min_rows: int = Field(8, ge=1)
+    """Fewest rows a client may get, before test rows are held out."""
+
+    @model_validator(mode="after")
+    def _applying(self) -> Self:
+        if idle := sorted(self._idle() & self.model_fields_set):
+            raise ValueError(f"{', '.join(idle)} does not apply to by = {self.by!r}; leave it out")
+        if self.clients is None and self.by != "natural":
+            raise ValueError(f"by = {self.by!r} needs clients, the number of them")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_idle(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A saved run must be readable again, and settings that do not apply are refused when given."""
+        return {name: value for name, value in write(self).items() if name not in self._idle()}
+
+    def _idle(self) -> set[str]:
+        """Settings that mean nothing for this ``by``."""
+        used = {
+            "pathological": {"clients", "column", "categories_per_client"},
+            "dirichlet": {"clients", "column", "alpha"},
+            "natural": {"column"},
+            "iid": {"clients"},
+        }
+        return set().union(*used.values()) - used[self.by]
+
+
+class DataConfig(Section):
+    """Who has which rows: exactly one of silos, folder, clients, partition."""
+
+    silos: SilosConfig | None = None
+    """The shipped silos."""
+    folder: str | None = None
+    """A folder with one sub-folder per client that holds train.jsonl and test.jsonl."""
+    clients: dict[str, ClientFiles] = Field(default_factory=dict)
+    """Client name -> its files."""
+    partition: PartitionConfig | None = None
+    """One pooled data set, divided over clients."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Field (instruction, context, response, category) -> column, where it is named otherwise."""
+    test_fraction: float = Field(0.2, gt=0, lt=1)
+    """Share of passages held out where a client has no test file."""
+    validation_fraction: float = Field(0.0, ge=0, lt=1)
+    """Share of each client's train passages that is neither trained on nor tested: settings are chosen on it."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        sources = ("silos", "folder", "clients", "partition")
+        given = [n for n in sources if getattr(self, n)]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of {', '.join(sources)} (now: {', '.join(given) or 'none'})")
+        if unknown := set(self.columns) - {"instruction", "context", "response", "category"}:
+            raise ValueError(f"columns maps {sorted(unknown)}; fields are instruction, context, response, category")
+        return self

@@ -1,0 +1,97 @@
+"""Settings of the base, of LoRA and of the grafts."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from flexperts.config.section import Section
+
+
+class ModelConfig(Section):
+    """The pretrained MoE that every client starts from."""
+
+    base: str = "smol-moe"
+    """A shipped base's name, a local transformers folder, or a hub id."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Storage type of the frozen weights."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Type of the matrix products (autocast); trained weights are always fp32."""
+    template: Literal["auto", "chat", "alpaca"] = "auto"
+    """Prompt template: auto = the tokenizer's chat template where it has one, else alpaca."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+
+
+class LoraConfig(Section):
+    """LoRA on the attention projections: the shared part."""
+
+    rank: int = Field(8, ge=1)
+    """r."""
+    alpha: float = Field(16.0, gt=0)
+    """Scaling numerator."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on LoRA's input."""
+    projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    """Last names of the attention Linear layers to adapt; empty = every one that the rule finds."""
+
+
+class GraftConfig(Section):
+    """The personal experts."""
+
+    experts: int = Field(1, ge=1)
+    """k, personal experts per MoE layer."""
+    rank: int | Literal["full"] = "full"
+    """LoRA rank of the personal experts, or "full" for trainable copies."""
+    alpha: float = Field(16.0, gt=0)
+    """LoRA scaling numerator of the personal experts."""
+    gate_bias: float = 0.0
+    """Start of the gate's logit; 0 opens it half."""
+    calibration_rows: int = Field(64, ge=1)
+    """Train rows whose tokens the selection reads."""
+    calibration_tokens: int = Field(4096, ge=1)
+    """Token budget of the selection, per layer."""
+    selection: Literal[
+        "reconstruction", "scaled", "frequency", "router_weight", "random", "greedy", "exhaustive"
+    ] = "reconstruction"
+    """Rule that picks the experts to graft; the method's own is reconstruction."""
+    layers: tuple[int, ...] = ()
+    """MoE layers that get a graft, counted from 0, negative from the end; empty = all."""
+    scale: float | Literal["least_squares"] = 1.0
+    """Factor on a personal expert's output; least_squares = the coefficients that best rebuild the routed output
+    from the chosen experts."""
+    place: Literal["beside", "in_place"] = "beside"
+    """beside = one expert more, with a gate; in_place = the chosen expert itself is adapted, no gate."""
+    sharing: Literal["personal", "shared", "both"] = "personal"
+    """Who owns the grafted expert: the client, the federation (averaged), or one each."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of training batches without the graft, so that the shared part learns to stand alone."""
+
+    @model_validator(mode="after")
+    def _positive_rank(self) -> Self:
+        if self.rank != "full" and self.rank < 1:
+            raise ValueError(f"rank = {self.rank} must be at least 1 or 'full'")
+        return self
+
+    @model_validator(mode="after")
+    def _positive_scale(self) -> Self:
+        if self.scale != "least_squares" and self.scale <= 0:
+            raise ValueError(f"scale = {self.scale} must be above 0 or 'least_squares'")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_beside_when_in_place(self) -> Self:
+        if self.place != "in_place":
+            return self
+        for name, only in (("scale", 1.0), ("sharing", "personal"), ("dropout", 0.0)):
+            if (value := getattr(self, name)) != only:
+                raise ValueError(f"{name} = {value!r} must be {only!r} with place = 'in_place'")
+        return self
+
+    @model_validator(mode="after")
+    def _personal_settings_need_a_personal_graft(self) -> Self:
+        for name, only in (("scale", 1.0), ("dropout", 0.0)):
+            if self.sharing == "shared" and (value := getattr(self, name)) != only:
+                raise ValueError(f"{name} = {value!r} is for a personal graft; sharing = 'shared' has none")
+        return self

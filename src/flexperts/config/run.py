@@ -1,0 +1,93 @@
+"""A run as one frozen value: what a recipe (TOML) holds. Defaults stand in this package and nowhere else."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+import tomli_w
+from pydantic import Field, model_validator
+
+from flexperts.config.data import DataConfig
+from flexperts.config.evaluation import CompareConfig, EvaluationConfig, KnowledgeConfig
+from flexperts.config.model import GraftConfig, LoraConfig, ModelConfig
+from flexperts.config.section import Section
+
+
+class MethodConfig(Section):
+    """The federated method."""
+
+    name: str = "flex"
+    """See `flexperts methods`."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """The method's own settings, such as FedProx's mu; see docs/methods.md."""
+    reference: str | None = None
+    """A second method, run at the same budget and seed and reported beside the first; its options are defaults."""
+
+
+class TrainingConfig(Section):
+    """The local step of every client."""
+
+    local_steps: int | None = Field(None, ge=1)
+    """Optimizer steps per round; without it, local_epochs counts."""
+    local_epochs: float = Field(1.0, gt=0)
+    """Passes over the client's rows per round."""
+    batch_size: int = Field(4, ge=1)
+    """Rows per optimizer step."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Rows per forward pass; gradients accumulate to batch_size. Lower it to save memory."""
+    max_length: int = Field(512, ge=16)
+    """Longest example in tokens."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Optimizer of the local step; sgd is without momentum."""
+    lr: float = Field(2e-3, gt=0)
+    """Peak learning rate of the shared parameters."""
+    personal_lr: float | None = Field(None, gt=0)
+    """Peak learning rate of the personal parameters; without it, lr."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's weight decay."""
+    warmup_ratio: float = Field(0.0, ge=0, lt=1)
+    """Share of the run's steps that warm up linearly; a cosine follows, over all rounds."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradient clipping threshold."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+
+
+class FederationConfig(Section):
+    """The rounds."""
+
+    rounds: int = Field(3, ge=1)
+    """Rounds."""
+    participation: float = Field(1.0, gt=0, le=1)
+    """Share of the clients that is drawn to train in each round; all are evaluated."""
+
+
+class RunConfig(Section):
+    """A run, whole."""
+
+    seed: int = 0
+    """Seed of every random stream of the run."""
+    model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
+    graft: GraftConfig = GraftConfig()
+    data: DataConfig
+    method: MethodConfig = MethodConfig()
+    training: TrainingConfig = TrainingConfig()
+    federation: FederationConfig = FederationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    knowledge: KnowledgeConfig = KnowledgeConfig()
+    compare: CompareConfig = CompareConfig()
+
+    @model_validator(mode="after")
+    def _validation_exists(self) -> Self:
+        if self.evaluation.split == "validation" and not self.data.validation_fraction:
+            raise ValueError("evaluation.split = 'validation' needs data.validation_fraction above 0")
+        return self
+
+    def to_toml(self) -> str:
+        """Return the complete run as TOML, defaults written out."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True, mode="json", exclude={"compare"}))
+
+    def with_method(self, name: str) -> RunConfig:
+        """Return the same run with another method and no reference."""
+        return self.model_copy(update={"method": MethodConfig(name=name)})

@@ -1,0 +1,84 @@
+"""Multiplications of one token's forward pass, counted from shapes.
+
+A matrix of n values that a token meets costs 2 n FLOPs (multiply and add). Counted: attention projections, dense
+and shared MLPs, K of the N routed experts, router, vocabulary projection, adapters, grafts. Left out: attention
+over the context, which grows with its length, norms and activations; the input embedding is a look-up.
+Shapes: N routed experts, K of them per token.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from flexperts.federation.client_model import ClientModel
+from flexperts.grafting.expert_adapters import AdaptedLayer, ExpertAdapters
+from flexperts.grafting.grafts import Graft, Grafts
+from flexperts.grafting.part import Part
+from flexperts.grafting.personal_expert import LowRankExpert
+from flexperts.grafting.router_deltas import RouterDeltas
+from flexperts.moe.experts import FusedExperts, find_experts
+
+
+def base_flops(model: nn.Module, top_k: int) -> float:
+    """Return a base's FLOPs per token; ``top_k`` is K.
+
+    Raises:
+        ModelError: The model has no experts modules that can be read.
+    """
+    experts = {id(e.module): e for e in find_experts(model)}
+    values = 0.0
+    for module in model.modules():
+        if id(module) in experts:
+            values += top_k * _expert(experts[id(module)])
+        elif not isinstance(module, nn.Embedding):
+            values += _matrices(module, recurse=False)
+    return 2 * values
+
+
+def added_flops(model: ClientModel, parts: dict[str, Part], top_k: int) -> float:
+    """Return the FLOPs per token that a method's adapters and parts add to the base's.
+
+    Tokens are taken to use all experts alike. A second, personal LoRA is counted as in use beside the first.
+
+    Args:
+        model: The model with its adapters.
+        parts: What the method hangs onto it.
+        top_k: K.
+    """
+    if model.method.states == ("zero_shot",):
+        return 0.0  # evaluated with adapters off
+    lora = sum(p.numel() for p in model.lora.parameters().values())
+    return 2 * (lora + sum(_part(part, top_k) for part in parts.values()))
+
+
+def _part(part: Part, top_k: int) -> float:
+    """Return the matrix values of a part that a token meets."""
+    if isinstance(part, Grafts):
+        return sum(_graft(graft) for graft in part)
+    if isinstance(part, ExpertAdapters):
+        return sum(_adapted(layer, top_k, restrict=part.restrict) for layer in part)
+    if isinstance(part, RouterDeltas):
+        return 0.0  # added to the router's matrix once per forward pass
+    return _matrices(part)
+
+
+def _graft(graft: Graft) -> float:
+    frozen = sum(_expert(graft.experts) for expert in graft.personal if isinstance(expert, LowRankExpert))
+    return _matrices(graft) + frozen
+
+
+def _adapted(layer: AdaptedLayer, top_k: int, *, restrict: bool) -> float:
+    """Return what adapted experts cost beyond the base's own, which still run where others are not adapted."""
+    share, whole = top_k / layer.experts.num_experts, _expert(layer.experts)
+    frozen = sum(whole for expert in layer.values() if isinstance(expert, LowRankExpert))
+    saved = top_k * whole if restrict or layer.is_whole else 0.0
+    return share * (_matrices(layer) + frozen) - saved
+
+
+def _expert(experts: FusedExperts) -> int:
+    """Return the matrix values of one routed expert."""
+    return sum(t.numel() for _, t in experts.expert(0).items() if t.dim() == 2)
+
+
+def _matrices(module: nn.Module, *, recurse: bool = True) -> int:
+    return sum(p.numel() for p in module.parameters(recurse=recurse) if p.dim() == 2)

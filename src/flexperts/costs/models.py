@@ -1,0 +1,149 @@
+"""A model by name or config, without weights: built on the meta device, where tensors have shapes only."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from flexperts.errors import ModelError
+from flexperts.modeling.load import LoadedBase
+
+_REMEDY = "name a config that ships, a folder or file with a config.json, or a hub id"
+_STAND_INS = {"deepseek": "deepseek-moe-16b"}
+"""Model types that need remote code -> the shipped config with their shapes."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is known of a model before any weight is.
+
+    Args:
+        name: As the user gave it.
+        config: transformers' configuration.
+        note: What to know about it; empty where there is nothing.
+    """
+
+    name: str
+    config: Any
+    note: str = ""
+
+
+def shipped_configs() -> list[str]:
+    """Return the names of the configs that ship, sorted."""
+    return sorted(p.name.removesuffix(".json") for p in _folder().iterdir() if p.name.endswith(".json"))
+
+
+def describe(name: str) -> Description:
+    """Return a model's configuration.
+
+    Args:
+        name: A shipped config (any case, with or without the hub's organisation), the path of a config.json or of
+            its folder, or a hub id, which needs the network.
+
+    Raises:
+        ModelError: There is no such config, or no class of transformers for it.
+    """
+    path = Path(name)
+    if path.is_dir() or path.suffix == ".json":
+        return _from_file(name, path / "config.json" if path.is_dir() else path)
+    if (short := name.rsplit("/", 1)[-1].lower()) in shipped_configs():
+        return _from_text(name, _folder().joinpath(f"{short}.json").read_text(encoding="utf-8"))
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        close = difflib.get_close_matches(short, shipped_configs(), n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"configs that ship: {', '.join(shipped_configs())}"
+        raise ModelError(f"model {name!r}", "no config is found by that name", f"{_REMEDY}; {hint}") from error
+    return Description(name, config, _unquantized(config))
+
+
+def meta_base(description: Description, dtype: str) -> LoadedBase:
+    """Return a base with every shape and no value, frozen.
+
+    Args:
+        description: The model.
+        dtype: Storage type of the weights, as in a recipe.
+
+    Raises:
+        ModelError: transformers has no causal language model for it.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(description.config, dtype=getattr(torch, dtype))
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        reason = f"no model can be built from it ({str(error).strip().splitlines()[0]})"
+        raise ModelError(
+            f"model {description.name!r}", reason, "use a causal language model of transformers"
+        ) from error
+    model.requires_grad_(False).eval()
+    return LoadedBase(model, SimpleNamespace(pad_token_id=0), "planned", description.name)
+
+
+def experts_per_token(config: Any) -> int:
+    """Return K, the experts that the router picks for a token.
+
+    Raises:
+        ModelError: The config does not tell.
+    """
+    text = config.get_text_config()
+    for name in ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k_experts"):
+        if isinstance(value := getattr(text, name, None), int):
+            return value
+    raise ModelError(
+        f"config of type {text.model_type!r}",
+        "it does not tell num_experts_per_tok",
+        "plan a Mixture-of-Experts model",
+    )
+
+
+def _folder() -> Any:
+    return files("flexperts.costs").joinpath("configs")
+
+
+def _from_file(name: str, path: Path) -> Description:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"model {name!r}", f"{path} cannot be read ({error})", _REMEDY) from error
+    return _from_text(name, text)
+
+
+def _from_text(name: str, text: str) -> Description:
+    try:
+        values: dict[str, Any] = json.loads(text)
+        kind = str(values.pop("model_type"))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"model {name!r}", f"its config.json is none ({error!r})", _REMEDY) from error
+    note = str(values.get("_note", ""))
+    config = _configured(name, kind, {k: v for k, v in values.items() if not k.startswith("_")})
+    return Description(name, config, note or _unquantized(config))
+
+
+def _configured(name: str, kind: str, values: Mapping[str, Any]) -> Any:
+    try:
+        return AutoConfig.for_model(kind, **values)
+    except (ValueError, TypeError, KeyError) as error:
+        stand_in = _STAND_INS.get(kind)
+        remedy = f"plan {stand_in!r}, which has its shapes" if stand_in else "use a model type of transformers"
+        reason = str(error).strip().splitlines()[0]
+        rule = (
+            "transformers has no class of its own for it" if stand_in else f"transformers cannot read it ({reason})"
+        )
+        raise ModelError(f"model {name!r} of type {kind!r}", rule, remedy) from error
+
+
+def _unquantized(config: Any) -> str:
+    """Plan the weights in the recipe's type, whatever the checkpoint stores, and say so."""
+    if getattr(config, "quantization_config", None) is None:
+        return ""
+    del config.quantization_config
+    return "the checkpoint is quantized; planned in model.dtype"

@@ -1,0 +1,203 @@
+"""What every method would cost on a model, from its config alone: nothing is loaded and nothing allocated.
+
+The methods' own code runs on the meta device, so that a plan cannot disagree with a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+
+from flexperts.config.run import RunConfig
+from flexperts.costs.figures import Memory, MethodPlan, ModelFacts, Plan
+from flexperts.costs.flops import added_flops, base_flops
+from flexperts.costs.models import Description, describe, experts_per_token, meta_base
+from flexperts.costs.rounds import mean_groups, planned_rounds, planned_sites
+from flexperts.errors import ConfigError, FlexpertsError
+from flexperts.federation.client_model import ClientModel
+from flexperts.methods.registry import make_method, method_names
+from flexperts.modeling.load import LoadedBase
+from flexperts.moe.experts import find_experts
+from flexperts.moe.router import find_router
+from flexperts.recipe import parse_recipe
+
+_FP32 = 4
+DEFAULT_ROWS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("flex, whole expert", "flex", ("graft.rank=full",)),
+    ("flex, rank 32", "flex", ("graft.rank=32",)),
+    ("local", "local", ()),
+    ("fedavg", "fedavg", ()),
+    ("fedavg_experts", "fedavg_experts", ()),
+    ("moe_fedavg", "moe_fedavg", ()),
+)
+"""(row's name, method, its settings) of a plan that names no methods."""
+DENSE = "dense weights, whole"
+"""Row of what is no method here: averaging all that lies outside of routed experts and routers."""
+
+
+def plan(
+    model: str,
+    methods: Sequence[str] = (),
+    settings: Iterable[str] = (),
+    *,
+    clients: int = 4,
+    bandwidth: float = 100.0,
+) -> Plan:
+    """Plan methods on a model.
+
+    Args:
+        model: As for ``describe``.
+        methods: Method names, or ``["all"]``; empty plans ``DEFAULT_ROWS`` and ``DENSE``.
+        settings: Overrides of a recipe's defaults, such as ``"lora.rank=16"``.
+        clients: How many take part.
+        bandwidth: Mbit/s of each client's link, in either direction.
+
+    Raises:
+        FlexpertsError: The model cannot be planned, or a named method or setting breaks a rule.
+    """
+    if clients < 1 or bandwidth <= 0:
+        raise ConfigError(f"clients = {clients}, bandwidth = {bandwidth}", "both are above 0", "mend them")
+    given, names = list(settings), [f"client-{number}" for number in range(1, clients + 1)]
+    description = describe(model)
+    base = meta_base(description, _config(given).model.dtype)
+    facts = model_facts(description, base)
+    plans: list[MethodPlan] = []
+    refused: dict[str, str] = {}
+    for name, method, own in _rows(methods):
+        try:
+            config = _config([*given, f"method.name={method}", *own])
+            plans.append(plan_method(base, facts, config, names, bandwidth, name))
+        except FlexpertsError as error:
+            if "all" not in methods:
+                raise
+            refused[name] = str(error)
+    if not methods:
+        plans.append(_dense(base, facts, _config(given), clients, bandwidth))
+    return Plan(facts, clients, bandwidth, tuple(plans), refused)
+
+
+def model_facts(description: Description, base: LoadedBase) -> ModelFacts:
+    """Count a base without adapters.
+
+    Raises:
+        ModelError: It has no experts modules that can be read.
+    """
+    experts, top_k = find_experts(base.model), experts_per_token(description.config)
+    values = sum(p.numel() for p in base.model.parameters())
+    idle = sum(sum(p.numel() for p in e.module.parameters()) * (1 - top_k / e.num_experts) for e in experts)
+    return ModelFacts(
+        name=description.name,
+        note=description.note,
+        parameters=values,
+        active_parameters=round(values - idle),
+        weights=sum(p.numel() * p.element_size() for p in base.model.parameters()),
+        moe_layers=len(experts),
+        experts=experts[0].num_experts,
+        experts_per_token=top_k,
+        flops_per_token=base_flops(base.model, top_k),
+    )
+
+
+def plan_method(
+    base: LoadedBase,
+    facts: ModelFacts,
+    config: RunConfig,
+    clients: Sequence[str],
+    bandwidth: float,
+    name: str = "",
+) -> MethodPlan:
+    """Plan the method of a recipe.
+
+    Args:
+        base: The model on the meta device, without adapters.
+        facts: Its numbers.
+        config: The run; its data and model sections are not read.
+        clients: Names of the clients.
+        bandwidth: Mbit/s.
+        name: The row's name; the method's by default.
+
+    Raises:
+        FlexpertsError: The method refuses settings, clients or model.
+    """
+    method = make_method(config.method)
+    method.check(config)
+    method.check_clients(clients)
+    model = ClientModel(base, config, method)
+    try:
+        sites = planned_sites(model, clients, facts.experts_per_token)
+        rounds = planned_rounds(model, sites)
+        with model.lend(next(iter(sites.values())), {}) as (split, parts):
+            shared, personal = (_values(group.values()) for group in (split.shared, split.personal))
+            own = [*model.lora.parameters().values(), *(p for part in parts.values() for p in part.parameters())]
+            flops = facts.flops_per_token + added_flops(model, parts, facts.experts_per_token)
+    finally:
+        model.close()
+    up, down = mean_groups(rounds, "uplink"), mean_groups(rounds, "downlink")
+    return MethodPlan(
+        name=name or method.name,
+        method=method.name,
+        shared=shared,
+        personal=personal,
+        uplink=sum(up.values()),
+        downlink=sum(down.values()),
+        uplink_groups=up,
+        downlink_groups=down,
+        memory=_memory(facts, config, _values(own), shared + personal),
+        personal_state=_FP32 * personal,
+        flops_per_token=flops,
+        overhead=flops / facts.flops_per_token - 1,
+        seconds=_seconds(sum(up.values()) + sum(down.values()), bandwidth),
+        at_server=sum(r.total for r in rounds) / len(rounds),
+        note=method.plan_note,
+        rounds=tuple(rounds),
+    )
+
+
+def _dense(base: LoadedBase, facts: ModelFacts, config: RunConfig, clients: int, bandwidth: float) -> MethodPlan:
+    """Plan FedAvg of all weights outside of routed experts and routers, trained as fp32 copies."""
+    experts = find_experts(base.model)
+    left_out = sum(_values(e.module.parameters()) + find_router(base.model, e).weight.numel() for e in experts)
+    values = facts.parameters - left_out
+    size = float(_FP32 * values)
+    return MethodPlan(
+        name=DENSE,
+        method="",
+        shared=values,
+        personal=0,
+        uplink=size,
+        downlink=size,
+        uplink_groups={"dense weights": size},
+        downlink_groups={"dense weights": size},
+        memory=_memory(facts, config, values, values),
+        personal_state=0,
+        flops_per_token=facts.flops_per_token,
+        overhead=0.0,
+        seconds=_seconds(2 * size, bandwidth),
+        at_server=2 * size * clients,
+        note="no method here; all that is outside of routed experts and routers",
+    )
+
+
+def _memory(facts: ModelFacts, config: RunConfig, added: int, trained: int) -> Memory:
+    moments = 2 * trained if config.training.optimizer == "adamw" else 0
+    return Memory(facts.weights, _FP32 * added, _FP32 * trained, _FP32 * moments)
+
+
+def _seconds(size: float, bandwidth: float) -> float:
+    return 8 * size / (bandwidth * 1e6)
+
+
+def _values(parameters: Iterable[torch.Tensor]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def _config(settings: Iterable[str]) -> RunConfig:
+    return parse_recipe("data.silos = {}", settings)
+
+
+def _rows(methods: Sequence[str]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    if not methods:
+        yield from DEFAULT_ROWS
+    for name in method_names() if "all" in methods else methods:
+        yield name, name, ()

@@ -1,0 +1,134 @@
+"""The rounds of a run without data and weights: the method's own code decides, on shapes, what every client sends.
+
+Clients' rows are unknown, so a client's calibration is a stand-in in which all experts are alike: which experts a
+method chooses by it means nothing, how many it chooses is what a run chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from flexperts.communication.messages import Update
+from flexperts.communication.traffic import group_bytes
+from flexperts.federation.client_model import ClientModel
+from flexperts.grafting.selection import LayerScores
+from flexperts.methods.server import Server
+from flexperts.methods.turn import Prepared, Site
+from flexperts.parameters.payload import Payload
+from flexperts.parameters.vector import Manifest, sizes_only
+
+Groups = dict[str, int]
+"""Tensor group -> bytes."""
+
+
+@dataclass(frozen=True)
+class PlannedSite(Site):
+    """A client's place on a base without weights.
+
+    Args:
+        top_k: K, experts per token.
+    """
+
+    top_k: int = 1
+
+    def score_experts(self) -> list[LayerScores]:
+        """Return scores of one token per expert, all experts alike."""
+        return [_alike(e.name, e.num_experts, self.top_k) for e in self.experts]
+
+
+@dataclass(frozen=True)
+class RoundBytes:
+    """The payloads of one round, in bytes.
+
+    Args:
+        number: The round, from 1.
+        uplink: Participating client -> what it sends, by tensor group.
+        downlink: Participating client -> what it is sent.
+    """
+
+    number: int
+    uplink: dict[str, Groups]
+    downlink: dict[str, Groups]
+
+    @property
+    def total(self) -> int:
+        """Bytes of all clients in both directions."""
+        return sum(sum(groups.values()) for each in (self.uplink, self.downlink) for groups in each.values())
+
+
+def planned_sites(model: ClientModel, clients: Collection[str], top_k: int) -> dict[str, PlannedSite]:
+    """Return every client's site after all have joined, by name."""
+    sites = {name: _prepared(model, name, top_k) for name in sorted(clients)}
+    agreement = model.method.agree(_reports(model, sites))
+    return {name: replace(site, agreement=agreement) for name, site in sites.items()}
+
+
+def planned_rounds(model: ClientModel, sites: dict[str, PlannedSite]) -> list[RoundBytes]:
+    """Return all rounds of the recipe and the method's extra ones; where only a share takes part, the first do."""
+    method, config = model.method, model.config
+    server = _server(model, sites)
+    drawn = sorted(sites)[: max(1, round(config.federation.participation * len(sites)))]
+    rounds = []
+    for number in range(1, config.federation.rounds + method.extra_rounds(config.federation.rounds) + 1):
+        present = sorted(method.participants(server, drawn))
+        down = {name: method.broadcast(server, name).manifest for name in present}
+        up = {name: method.uplink(server, name) for name in present}
+        rounds.append(RoundBytes(number, _by_group(up), _by_group(down)))
+        if method.sends_back:
+            method.aggregate(server, [_update(name, manifest) for name, manifest in up.items()])
+        server.round = number
+    return rounds
+
+
+def _prepared(model: ClientModel, name: str, top_k: int) -> PlannedSite:
+    site = PlannedSite(**vars(model.site(name, [], Prepared())), top_k=top_k)
+    return replace(site, prepared=model.method.prepare(site))
+
+
+def _reports(model: ClientModel, sites: dict[str, PlannedSite]) -> dict[str, Any]:
+    return {name: model.method.report(site) for name, site in sites.items()}
+
+
+def _server(model: ClientModel, sites: dict[str, PlannedSite]) -> Server:
+    """Return the server's state before round 1."""
+    first = next(iter(sites.values()))
+    with model.lend(model.method.initial_site(first), {}) as (split, _):
+        shared = _shapes(Manifest.of(model.method.initial(split)))
+    server = Server(
+        shared, dict.fromkeys(sites, 1), _reports(model, sites), first.agreement, seed=model.config.seed
+    )
+    model.method.start(server)
+    return server
+
+
+def _update(client: str, manifest: Manifest) -> Update:
+    return Update(client, _shapes(manifest), 1, {})
+
+
+def _shapes(manifest: Manifest) -> Payload:
+    return Payload(manifest, sizes_only(manifest.size)) if manifest.size else Payload.empty()
+
+
+def _by_group(manifests: dict[str, Manifest]) -> dict[str, Groups]:
+    return {name: group_bytes(manifest) for name, manifest in manifests.items()}
+
+
+def _alike(name: str, count: int, top_k: int) -> LayerScores:
+    ones = torch.ones(count, dtype=torch.float64)
+    return LayerScores(name, torch.eye(count, dtype=torch.float64), ones / 2, 1.0, ones * top_k, ones, count)
+
+
+def mean_groups(rounds: Sequence[RoundBytes], direction: str) -> dict[str, float]:
+    """Return mean bytes by group over all rounds and their participants; nobody taking part is 0 bytes.
+
+    Args:
+        rounds: The rounds.
+        direction: uplink or downlink.
+    """
+    payloads = [groups for each in rounds for groups in getattr(each, direction).values()]
+    names = sorted({group for groups in payloads for group in groups})
+    return {name: sum(groups.get(name, 0) for groups in payloads) / len(payloads) for name in names}

@@ -1,0 +1,262 @@
+"""What K + 1 experts cost on a machine: time of a training step, of prefill and of a decoded token, memory, FLOPs.
+
+Variants take turns on one resident base, round after round and every other round backwards, so that a machine that
+slows down slows all of them; the first round warms up and is thrown away, medians of the others count. Compare
+ratios of one table, not seconds of two.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from flexperts.config.run import RunConfig
+from flexperts.costs.models import experts_per_token
+from flexperts.costs.rounds import planned_sites
+from flexperts.data.prompts import Example
+from flexperts.federation.client_model import ClientModel
+from flexperts.methods.registry import make_method
+from flexperts.modeling.forward import autocast
+from flexperts.modeling.load import LoadedBase
+from flexperts.modeling.memory import peak_bytes, reset_peak
+from flexperts.parameters.split import ParameterSplit
+from flexperts.recipe import parse_recipe
+from flexperts.seeding import generator
+from flexperts.training.local import LocalSettings, train_local
+
+UNTOUCHED, REFERENCE = "untouched base", "fedavg (attention LoRA)"
+VARIANTS: dict[str, tuple[str, ...] | None] = {
+    UNTOUCHED: None,
+    REFERENCE: ("method.name=fedavg",),
+    "flex, k = 1": ("method.name=flex", "graft.experts=1"),
+    "flex, k = 2": ("method.name=flex", "graft.experts=2"),
+    "flex, k = 1, rank 32": ("method.name=flex", "graft.experts=1", "graft.rank=32"),
+    "fedavg_experts (LoRA everywhere)": ("method.name=fedavg_experts",),
+    "moe_fedavg (all experts)": ("method.name=moe_fedavg",),
+}
+"""Name -> settings; None is the base as it was loaded."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is measured.
+
+    Args:
+        rows: Rows of a batch, in training and at inference.
+        prompt, response: Tokens of every row, all random.
+        new_tokens: Tokens that are decoded after the prompt.
+        steps: Optimizer steps of a measured training.
+        repeats: Rounds that count.
+        seed: Of the tokens.
+    """
+
+    rows: int = 4
+    prompt: int = 192
+    response: int = 64
+    new_tokens: int = 8
+    steps: int = 2
+    repeats: int = 5
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A variant's medians.
+
+    Args:
+        name: The variant.
+        trained: Parameters it trains.
+        step: Seconds of an optimizer step, the optimizer's start included; None where nothing trains.
+        prefill: Seconds of the prompts' forward pass.
+        decode: Seconds per decoded token of every row together.
+        peak_memory: Peak while it trains (the base: while it answers), in bytes, of the device on CUDA and of the
+            process on a CPU; None where it cannot be told.
+        flops_per_token: As ``counted_flops`` counts the prompts' forward pass.
+    """
+
+    name: str
+    trained: int
+    step: float | None
+    prefill: float
+    decode: float
+    peak_memory: int | None
+    flops_per_token: float
+
+
+@dataclass
+class _Times:
+    step: list[float]
+    prefill: list[float]
+    decode: list[float]
+    peak: list[int | None]
+
+
+def measure(
+    base: LoadedBase,
+    workload: Workload | None = None,
+    variants: dict[str, tuple[str, ...] | None] | None = None,
+    settings: Sequence[str] = (),
+    report: Callable[[str], None] = lambda line: None,
+) -> list[Speed]:
+    """Measure variants on a live base, which is left as it was.
+
+    Args:
+        base: The base, in memory.
+        workload: What is measured; the defaults where it is not given.
+        variants: Name -> settings, or None for the base itself; ``VARIANTS`` by default.
+        settings: Overrides for all variants.
+        report: Called with a line for every measured variant.
+    """
+    work, variants = workload or Workload(), VARIANTS if variants is None else variants
+    times = {name: _Times([], [], [], []) for name in variants}
+    facts: dict[str, tuple[int, float]] = {}
+    for number in range(work.repeats + 1):
+        for name, own in list(variants.items())[:: -1 if number % 2 else 1]:
+            with _set_up(base, own, settings) as (model, split, config):
+                if name not in facts:
+                    trained = sum(p.numel() for p in split.trained.values()) if split else 0
+                    facts[name] = trained, counted_flops(model, _prompts(base, work))
+                _measure_once(base, model, split, config, work, times[name], keep=number > 0)
+            report(f"round {number} of {work.repeats}: {name}")
+    return [_medians(name, *facts[name], times[name]) for name in variants]
+
+
+@torch.no_grad()
+def counted_flops(model: Any, input_ids: torch.Tensor) -> float:
+    """Return the FLOPs per token that torch counts in a forward pass over ``input_ids [B, S]``.
+
+    Experts run in transformers' eager loop meanwhile, as torch does not count fused ones. Attention over the
+    context is in the count only where torch knows the kernel: with eager attention always, with fused ones on CUDA.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    before = base.config._experts_implementation
+    base.set_experts_implementation("eager")
+    try:
+        with FlopCounterMode(display=False) as counter:
+            model(input_ids=input_ids, use_cache=False)
+    finally:
+        base.set_experts_implementation(before)
+    return float(counter.get_total_flops() / input_ids.numel())
+
+
+@contextmanager
+def _set_up(
+    base: LoadedBase, own: tuple[str, ...] | None, settings: Sequence[str]
+) -> Iterator[tuple[Any, ParameterSplit | None, RunConfig]]:
+    """Yield the model as a variant trains it; which experts are grafted has no influence on time."""
+    config = parse_recipe("data.silos = {}", [*settings, *(own or ())])
+    if own is None:
+        yield base.model, None, config
+        return
+    model = ClientModel(base, config, make_method(config.method))
+    try:
+        (site,) = planned_sites(model, ["client"], experts_per_token(base.model.config)).values()
+        with model.lend(site, {}) as (split, _):
+            yield model.lora.model, split, config
+    finally:
+        model.close()
+        gc.collect()
+
+
+def _measure_once(
+    base: LoadedBase,
+    model: Any,
+    split: ParameterSplit | None,
+    config: RunConfig,
+    work: Workload,
+    times: _Times,
+    *,
+    keep: bool,
+) -> None:
+    prompts, precision = _prompts(base, work), config.model.precision
+    reset_peak(prompts.device)
+    step = _timed(prompts.device, lambda: _train(model, split, config, work)) / work.steps if split else None
+    trained_peak = peak_bytes(prompts.device)
+    model.eval()
+    with torch.no_grad(), autocast(prompts.device, precision):
+        prefill = _timed(prompts.device, lambda: model(input_ids=prompts, use_cache=True, **_last(model)))
+        both = _timed(prompts.device, lambda: _decode(model, prompts, work.new_tokens))
+    if keep:
+        times.step.extend([] if step is None else [step])
+        times.prefill.append(prefill)
+        times.decode.append(max(0.0, both - prefill) / work.new_tokens)
+        times.peak.append(trained_peak if split else peak_bytes(prompts.device))
+
+
+def _train(model: Any, split: ParameterSplit, config: RunConfig, work: Workload) -> None:
+    training = config.training
+    settings = LocalSettings(
+        steps=work.steps,
+        batch_size=work.rows,
+        micro_batch_size=training.micro_batch_size or work.rows,
+        lr=training.lr,
+        personal_lr=training.personal_lr or training.lr,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        first_step=0,
+        total_steps=work.steps,
+        warmup_steps=0,
+        precision=config.model.precision,
+        pad_token_id=0,
+        optimizer=training.optimizer,
+    )
+    tokens = _random(model, work, work.prompt + work.response).tolist()
+    examples = [Example(tuple(row), work.prompt) for row in tokens]
+    train_local(model, split, examples, settings, generator(work.seed, "speed"))
+
+
+def _decode(model: Any, prompts: torch.Tensor, count: int) -> None:
+    """Answer the prompts with ``count`` tokens after the one that the prompt itself gives."""
+    output = model(input_ids=prompts, use_cache=True, **_last(model))
+    for _ in range(count):
+        token = output.logits[:, -1:].argmax(-1)
+        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+
+
+def _last(model: Any) -> dict[str, Any]:
+    """Ask for the last column's logits alone, where the model can."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return {"logits_to_keep": 1} if "logits_to_keep" in type(base).forward.__code__.co_varnames else {}
+
+
+def _prompts(base: LoadedBase, work: Workload) -> torch.Tensor:
+    return _random(base.model, work, work.prompt).to(next(base.model.parameters()).device)
+
+
+def _random(model: Any, work: Workload, columns: int) -> torch.Tensor:
+    size = (work.rows, columns)
+    return torch.randint(model.config.get_text_config().vocab_size, size, generator=generator(work.seed, "tokens"))
+
+
+def _timed(device: torch.device, call: Callable[[], Any]) -> float:
+    _wait(device)
+    started = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _medians(name: str, trained: int, flops: float, times: _Times) -> Speed:
+    peaks = [peak for peak in times.peak if peak is not None]
+    return Speed(
+        name,
+        trained,
+        median(times.step) if times.step else None,
+        median(times.prefill),
+        median(times.decode),
+        int(median(peaks)) if peaks else None,
+        flops,
+    )

@@ -1,0 +1,169 @@
+"""From run directories to one comparison: the value that tables, pages and tests read.
+
+Its form is plain JSON; every score is labelled by model state (zero_shot, global, personalized) and by what it was
+scored on: ``own`` rows, ``others`` (the other clients' rows), ``general`` tasks, ``mmlu``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flexperts.artifacts import RunDirectory, read_json
+from flexperts.errors import ArtifactError
+from flexperts.studies.contrast import contrast
+from flexperts.studies.curves import curves
+from flexperts.studies.finished import CLAIM, RUNS, Finished
+from flexperts.studies.routing import routing_of
+from flexperts.studies.samples import examples
+
+_KINDS = ("rouge_l", "nll")
+
+
+def collect(
+    title: str,
+    recipe: str,
+    finished: Sequence[Finished],
+    reference: str,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+) -> dict[str, Any]:
+    """Return the comparison of finished runs.
+
+    Args:
+        title: What it is called.
+        recipe: The recipe's text, without any entry's settings.
+        finished: Entries with at least one finished run each, in the order of the table.
+        reference: The entry that the others are compared with.
+        confidence, resamples: Of the bootstrap.
+
+    Raises:
+        ArtifactError: No entry has finished, or the reference has not.
+    """
+    by_name = {entry.name: entry for entry in finished}
+    if reference not in by_name:
+        raise ArtifactError(f"{reference} of {title}", "the reference has not finished", "run it first")
+    first = by_name[reference]
+    entries = [_entry(entry) for entry in finished]
+    contrast(entries, finished, first, confidence, resamples)
+    return {
+        "kind": "comparison",
+        "title": title,
+        "recipe": recipe,
+        "environment": next(iter(first.runs.values())).environment(),
+        "split": first.summaries[0]["split"],
+        "reference": reference,
+        "seeds": sorted({seed for entry in finished for seed in entry.runs}),
+        "confidence": confidence,
+        "resamples": resamples,
+        "clients": first.clients,
+        "entries": entries,
+        "examples": examples(first, finished),
+    }
+
+
+def collect_comparison(path: Path) -> dict[str, Any]:
+    """Return what a comparison's directory holds, from its runs; without them, from its ``comparison.json``.
+
+    Raises:
+        ArtifactError: There is neither, or the reference has not finished.
+    """
+    if not (path / RUNS).exists():
+        return dict(read_json(path / "comparison.json"))
+    claim = read_json(path / CLAIM)
+    found = [Finished.read(path, name, settings) for name, settings in claim["entries"].items()]
+    finished = [entry for entry in found if entry.runs]
+    bootstrap = {key: claim[key] for key in ("confidence", "resamples")}
+    return collect(claim["title"], claim["recipe"], finished, claim["reference"], **bootstrap)
+
+
+def collect_run(path: Path) -> dict[str, Any]:
+    """Return a single run, with its reference method's if it has one, in the form of a comparison.
+
+    Raises:
+        ArtifactError: There is no finished run.
+    """
+    run = RunDirectory.open(path)
+    paths = [run, *([RunDirectory(run.reference)] if run.reference.exists() else [])]
+    finished = [Finished(str(r.summary()["method"]), (), {int(r.summary()["seed"]): r}) for r in paths]
+    return collect(path.name, run.config_toml, finished, finished[0].name)
+
+
+def _entry(entry: Finished) -> dict[str, Any]:
+    summaries = entry.summaries
+    return {
+        "name": entry.name,
+        "method": entry.method,
+        "settings": list(entry.settings),
+        "seeds": list(entry.runs),
+        "own_state": entry.states[-1],
+        "scores": {state: _scores(entry, state) for state in entry.states},
+        "against": None,
+        "bytes": _mean_of([s["bytes"] for s in summaries]),
+        "parameters": {group: summaries[0]["parameters"][group] for group in ("shared", "personal")},
+        "seconds": _mean_of([s["seconds"] for s in summaries]),
+        "peak_memory": max((s["peak_memory"] for s in summaries if s.get("peak_memory")), default=None),
+        "curves": curves(entry),
+        **routing_of(entry),
+    }
+
+
+def _scores(entry: Finished, state: str) -> dict[str, Any]:
+    own = [{c: s["clients"][c] for c in entry.clients} for s in entry.summaries]
+    return {
+        "own": _kinds(_KINDS, [{c: _at(v, state) for c, v in seed.items()} for seed in own]),
+        "others": _kinds(_KINDS, [_others(entry, state, i) for i in range(len(own))]),
+        "general": _kinds(_KINDS, [b.get("general", {}).get(state, {}) for b in entry.beyond]),
+        "mmlu": _kinds(("accuracy",), [b.get("mmlu", {}).get(state, {}) for b in entry.beyond]),
+    }
+
+
+def _at(client: Mapping[str, Any], state: str) -> dict[str, float]:
+    return {kind: client[kind][state] for kind in _KINDS}
+
+
+def _others(entry: Finished, state: str, index: int) -> dict[str, Any]:
+    """Return a seed's scores on other clients' rows, by the client whose model is scored.
+
+    The untouched base and the global model are one for all: their scores there are what the others report.
+    """
+    if state == "personalized":
+        return dict(entry.beyond[index].get("others", {}).get(state, {}))
+    own = {name: _at(values, state) for name, values in entry.summaries[index]["clients"].items()}
+    return {
+        name: {kind: float(np.mean([own[o][kind] for o in own if o != name])) for kind in _KINDS}
+        for name in own
+        if len(own) > 1
+    }
+
+
+def _kinds(kinds: Sequence[str], seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return statistics of each kind of score over seeds and clients; None where nothing was measured."""
+    if not all(seeds):
+        return None
+    return {kind: statistic([{c: scores[kind] for c, scores in seed.items()} for seed in seeds]) for kind in kinds}
+
+
+def statistic(seeds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Return mean and standard deviation over seeds (n - 1; None for one seed) of the mean over clients."""
+    means = [float(np.mean(list(seed.values()))) for seed in seeds]
+    by_client = {client: [seed[client] for seed in seeds] for client in seeds[0]}
+    return {**_spread(means), "seeds": means, "clients": {c: _spread(values) for c, values in by_client.items()}}
+
+
+def _spread(values: Sequence[float]) -> dict[str, float | None]:
+    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else None}
+
+
+def _mean_of(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return means over seeds of equally nested numbers."""
+    return {
+        key: _mean_of([seed[key] for seed in seeds])
+        if isinstance(value, Mapping)
+        else float(np.mean([seed[key] for seed in seeds]))
+        for key, value in seeds[0].items()
+    }

@@ -1,0 +1,70 @@
+"""One entry of a comparison, as its finished runs left it on disk.
+
+A comparison's directory: compare.json (what is compared), runs/ENTRY/seed-N/ (ordinary run directories; a file
+``done`` marks the finished ones), comparison.json (what they come to), report.html, report.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from flexperts.artifacts import RunDirectory, read_json
+from flexperts.methods.registry import method_class
+
+CLAIM, RUNS, SEED, DONE = "compare.json", "runs", "seed-", "done"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One entry's finished runs.
+
+    Args:
+        name: The entry.
+        settings: What it changes of the recipe.
+        runs: Seed -> run directory.
+    """
+
+    name: str
+    settings: tuple[str, ...]
+    runs: Mapping[int, RunDirectory]
+
+    @classmethod
+    def read(cls, out: Path, name: str, settings: Sequence[str]) -> Finished:
+        """Return what a comparison's directory holds of an entry, which may be nothing."""
+        places = (out / RUNS / folder_name(name)).glob(f"{SEED}*/{DONE}")
+        runs = {int(p.parent.name.removeprefix(SEED)): RunDirectory.open(p.parent) for p in places}
+        return cls(name, tuple(settings), dict(sorted(runs.items())))
+
+    @cached_property
+    def summaries(self) -> list[dict[str, Any]]:
+        """The runs' summaries, by seed."""
+        return [run.summary() for run in self.runs.values()]
+
+    @cached_property
+    def beyond(self) -> list[dict[str, Any]]:
+        """What the runs measured beyond their clients' own rows, by seed."""
+        return [read_json(run.beyond) if run.beyond.exists() else {} for run in self.runs.values()]
+
+    @property
+    def method(self) -> str:
+        """The method's name."""
+        return str(self.summaries[0]["method"])
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """The model states that the method has."""
+        return tuple(method_class(self.method).states)
+
+    @property
+    def clients(self) -> list[str]:
+        """The clients' names."""
+        return sorted(self.summaries[0]["clients"])
+
+
+def folder_name(entry: str) -> str:
+    """Return an entry's name as a folder's."""
+    return "".join(c if c.isalnum() or c in "-_.=+" else "_" for c in entry)

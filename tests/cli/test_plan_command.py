@@ -1,0 +1,50 @@
+"""`flexperts plan`: table, notes and JSON."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from flexperts.cli import plan
+from flexperts.errors import ConfigError
+
+app = typer.Typer()
+app.command()(plan.command)
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "160"})
+
+
+def test_a_model_that_is_not_here_is_planned() -> None:
+    """Qwen1.5-MoE-A2.7B: LoRA of rank 8 on three 2048 x 2048 matrices of 24 layers, 9.4 MB."""
+    result = run("Qwen/Qwen1.5-MoE-A2.7B", "--bandwidth", "10")
+    assert result.exit_code == 0, result.output
+    assert "14.32 G parameters, 2.69 G active; 24 MoE layers, 4 of 60 experts per token" in result.output
+    (flex,) = [line for line in result.output.splitlines() if "flex, whole expert" in line]
+    assert [cell.strip() for cell in flex.split("│")[2:7]] == ["2.36 M", "207.67 M", "9.4 MB", "9.4 MB", "15.1"]
+    assert "no method here" in result.output
+
+
+def test_json_holds_every_round() -> None:
+    result = run("olmoe-1b-7b", "--methods", "hetlora,fedavg", "--json", "--set", "lora.rank=4", "--clients", "2")
+    made = json.loads(result.output)
+    assert [m["name"] for m in made["methods"]] == ["hetlora", "fedavg"]
+    assert made["methods"][1]["shared"] == 16 * 3 * 4 * 2 * 2048
+    assert list(made["methods"][1]["rounds"][0]["uplink"]) == ["client-1", "client-2"]
+    assert "upper bound" in made["methods"][0]["note"]
+
+
+def test_a_broken_rule_is_an_error_of_ours() -> None:
+    result = run("olmoe-1b-7b", "--methods", "nothing")
+    assert isinstance(result.exception, ConfigError)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(999, "999"), (1_000, "1.00 k"), (2.5e9, "2.50 G"), (3e12, "3.00 T"), (0, "0")]
+)
+def test_counts_are_short(value: float, text: str) -> None:
+    assert plan._count(value) == text

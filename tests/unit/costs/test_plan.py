@@ -1,0 +1,121 @@
+"""A plan's figures by hand, and what plans refuse."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flexperts.costs.figures import MethodPlan, Plan
+from flexperts.costs.plan import DEFAULT_ROWS, DENSE, plan
+from flexperts.errors import ConfigError, GraftError, ModelError
+from flexperts.methods.registry import method_names
+from flexperts.testing import save_tiny_base, tiny_model
+
+D, I, N, LAYERS = 32, 16, 4, 2  # noqa: E741
+LORA = LAYERS * 8 * ((D + D) + (D + 16) + (D + 16))
+EXPERT = 3 * D * I
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_base(tmp_path_factory.mktemp("plan") / "tiny", "olmoe"))
+
+
+def row(made: Plan, name: str) -> MethodPlan:
+    return next(m for m in made.methods if m.name == name)
+
+
+def test_the_usual_comparison_by_hand(tiny: str) -> None:
+    made = plan(tiny, clients=3, bandwidth=8.0)
+    values = sum(p.numel() for p in tiny_model("olmoe").parameters())
+    assert [m.name for m in made.methods] == [*(name for name, _, _ in DEFAULT_ROWS), DENSE]
+    assert made.model.parameters == values
+    assert made.model.active_parameters == values - LAYERS * (N - 2) * EXPERT
+
+    flex, low, whole = row(made, "flex, whole expert"), row(made, "flex, rank 32"), row(made, "moe_fedavg")
+    gate = D + 1
+    assert (flex.shared, flex.personal) == (LORA, LAYERS * (EXPERT + gate))
+    assert low.personal == LAYERS * (32 * (D + 2 * I + I + D) + gate)
+    assert flex.uplink == flex.downlink == 4 * LORA
+    assert flex.uplink_groups.keys() == {"attention LoRA A", "attention LoRA B"}
+    assert flex.personal_state == 4 * flex.personal
+    assert flex.seconds == pytest.approx(8 * 2 * 4 * LORA / 8e6)
+    assert whole.uplink_groups["experts"] == 4 * LAYERS * N * EXPERT
+    assert row(made, "local").uplink == row(made, "local").downlink == 0
+
+    dense = row(made, DENSE)
+    assert dense.shared == values - LAYERS * N * (EXPERT + D)
+    assert dense.uplink == 4 * dense.shared
+
+
+def test_memory_is_weights_and_four_times_what_trains(tiny: str) -> None:
+    made = plan(tiny, ["fedavg"])
+    memory = made.methods[0].memory
+    assert (memory.weights, memory.added, memory.gradients, memory.moments) == (
+        2 * made.model.parameters,
+        4 * LORA,
+        4 * LORA,
+        8 * LORA,
+    )
+    assert memory.total == 2 * made.model.parameters + 16 * LORA
+    plain = plan(tiny, ["fedavg"], ["training.optimizer=sgd", "model.dtype=float32"]).methods[0].memory
+    assert (plain.weights, plain.moments) == (4 * made.model.parameters, 0)
+
+
+def test_a_stack_grows_with_the_clients_of_the_round_before(tiny: str) -> None:
+    """Round 1 sends nothing down, later ones the last round's factors of all clients."""
+    (flora,) = plan(tiny, ["flora"], ["federation.rounds=3"], clients=5).methods
+    sizes = [{sum(groups.values()) for groups in r.downlink.values()} for r in flora.rounds]
+    assert sizes == [{0}, {5 * 4 * LORA}, {5 * 4 * LORA}]
+    assert flora.downlink == pytest.approx(4 * LORA * 10 / 3)
+
+
+def test_all_methods_are_planned_or_refused_with_a_reason(tiny: str) -> None:
+    made = plan(tiny, ["all"])
+    assert {m.method for m in made.methods} | made.refused.keys() == set(method_names())
+    assert made.refused.keys() == {"scaffold"}
+    assert "SGD" in made.refused["scaffold"]
+
+
+def test_a_plan_is_json(tiny: str) -> None:
+    made = plan(tiny, ["fedmoe_da"])
+    read = json.loads(json.dumps(asdict(made)))
+    assert read["methods"][0]["rounds"][0]["uplink"]["client-1"]["derived router rows"] == 4 * LAYERS * N * D
+    assert read["methods"][0]["memory"]["total"] == made.methods[0].memory.total
+
+
+def test_nothing_of_the_size_of_a_model_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All experts of Mixtral are 45 G values: no array of a millionth of them may come to be."""
+    zeros = np.zeros
+
+    def small(shape: int, dtype: type = np.float32) -> np.ndarray:
+        assert np.prod(shape) < 45_000
+        return zeros(shape, dtype)
+
+    monkeypatch.setattr("flexperts.parameters.vector.np.zeros", small)
+    (whole,) = plan("mixtral-8x7b", ["moe_fedavg"], clients=2).methods
+    assert whole.uplink_groups["experts"] == 4 * 32 * 8 * 3 * 4096 * 14336
+
+
+def test_broken_rules_are_refused(tiny: str) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'fedprox'"):
+        plan(tiny, ["fedpro"])
+    with pytest.raises(ConfigError, match="bandwidth"):
+        plan(tiny, bandwidth=0)
+    with pytest.raises(ConfigError, match=r"lora\.projections"):
+        plan(tiny, ["fedavg"], ['lora.projections=["w"]'])
+    with pytest.raises(GraftError, match="ask for 1 to 4"):
+        plan(tiny, ["flex"], ["graft.experts=5"])
+    with pytest.raises(ConfigError, match="clients are client-1"):
+        plan(tiny, ["hetlora"], ["method.options={ranks={bank=2}}"])
+
+
+def test_a_dense_model_is_refused(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 260, **sizes}))
+    with pytest.raises(ModelError, match="no experts"):
+        plan(str(tmp_path), ["fedavg"])
