@@ -81,6 +81,25 @@ def test_untrained_graft_at_gate_g_is_the_experts_module_run_on_that_expert(
             torch.testing.assert_close(graft(hidden), experts.module(hidden, index, weight), rtol=2e-5, atol=1e-6)
 
 
+def test_a_silent_graft_is_the_base_until_it_has_learnt(model: Any, ids: torch.Tensor) -> None:
+    before = logits(model, ids)
+    grafts = grafts_of(model, (0, 2), gate_bias=1.0, silent=True).attach()
+    assert torch.equal(logits(model, ids), before)
+    model(input_ids=ids, labels=ids).loss.backward()
+    with torch.no_grad():
+        for _, graft in layers(grafts):
+            for expert in graft.personal:
+                assert expert.up.abs().sum() > 0
+                assert expert.down.grad.abs().sum() > 0
+                expert.down -= expert.down.grad
+    assert not torch.equal(logits(model, ids), before)
+
+
+def test_a_low_rank_expert_cannot_start_silent() -> None:
+    with pytest.raises(GraftError, match="cannot start silent"):
+        grafts_of(tiny_model("qwen2_moe"), rank=2, silent=True)
+
+
 def test_k_experts_add_up(family: str, form: dict[str, Any]) -> None:
     model = tiny_model(family)
     experts = find_experts(model)[0]

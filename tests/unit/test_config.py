@@ -261,6 +261,7 @@ def test_shipped_recipes_parse(path: Path | None) -> None:
         ),
         (["graft.place=in_place", "graft.sharing=both"], "sharing = 'both' must be 'personal'"),
         (["graft.place=in_place", "graft.dropout=0.5"], "dropout = 0.5 must be 0.0 with place = 'in_place'"),
+        (["graft.start=silent", "graft.rank=4"], "start = 'silent' needs rank = 'full' and place = 'beside'"),
         (["graft.sharing=shared", "graft.dropout=0.5"], "dropout = 0.5 is for a personal graft"),
         (["graft.sharing=shared", "graft.scale=2"], "scale = 2.0 is for a personal graft"),
     ],

@@ -46,6 +46,9 @@ class GraftConfig(Section):
     """LoRA rank of the personal experts, or "full" for trainable copies."""
     alpha: float = Field(16.0, gt=0)
     """LoRA scaling numerator of the personal experts."""
+    start: Literal["copy", "silent"] = "copy"
+    """copy = the pretrained expert as it is; silent = with its down projection at zero, so that the untrained graft
+    changes nothing (rank "full", beside)."""
     gate_bias: float = 0.0
     """Start of the gate's logit; 0 opens it half."""
     calibration_rows: int = Field(64, ge=1)
@@ -78,6 +81,12 @@ class GraftConfig(Section):
     def _positive_scale(self) -> Self:
         if self.scale != "least_squares" and self.scale <= 0:
             raise ValueError(f"scale = {self.scale} must be above 0 or 'least_squares'")
+        return self
+
+    @model_validator(mode="after")
+    def _silent_start_is_whole(self) -> Self:
+        if self.start == "silent" and (self.rank != "full" or self.place != "beside"):
+            raise ValueError("start = 'silent' needs rank = 'full' and place = 'beside'")
         return self
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from typing import Any
 from flexperts.config.run import RunConfig
 from flexperts.data.rows import Row
 from flexperts.data.sources import read_source
-from flexperts.evaluation.mmlu import mmlu
+from flexperts.evaluation.mmlu import check_source, mmlu
 from flexperts.evaluation.scores import Scores
 from flexperts.federation.client import Client
 from flexperts.federation.observer import Observer
@@ -27,6 +27,19 @@ def is_wanted(config: RunConfig) -> bool:
     return bool(config.evaluation.others_rows or config.knowledge.general or config.knowledge.mmlu)
 
 
+def check_beyond(config: RunConfig) -> None:
+    """Refuse sources that cannot be read, before a run that would need them at its end.
+
+    Raises:
+        DataError: The general tasks or the questions cannot be read.
+        ConfigError: lm-eval is not installed.
+    """
+    if config.knowledge.general:
+        _general_rows(config)
+    if config.knowledge.mmlu:
+        check_source(config.knowledge.mmlu, config.knowledge.mmlu_shots)
+
+
 def look_beyond(run: TrainedRun, observer: Observer | None = None) -> dict[str, Measured]:
     """Measure what the recipe asks for: ``others``, ``general``, ``mmlu``.
 
@@ -39,8 +52,7 @@ def look_beyond(run: TrainedRun, observer: Observer | None = None) -> dict[str, 
         observer: Receives progress.
 
     Raises:
-        DataError: The general tasks or the questions cannot be read.
-        ConfigError: lm-eval is not installed.
+        DataError, ConfigError: As ``check_beyond``.
     """
     knowledge, found = run.config.knowledge, {}
     clients = {name: run.client(name, observer) for name in run.clients}
@@ -48,11 +60,16 @@ def look_beyond(run: TrainedRun, observer: Observer | None = None) -> dict[str, 
         others = {name: _others(run, client, clients) for name, client in clients.items()}
         found["others"] = {"personalized": others}
     if knowledge.general:
-        rows = tuple(read_source(knowledge.general, {}, split="test")[: knowledge.general_rows])
+        rows = _general_rows(run.config)
         found["general"] = _everywhere(run, clients, lambda c, s: _numbers(c.score(run.request(c.name), s, rows)))
     if knowledge.mmlu:
         found["mmlu"] = _everywhere(run, clients, lambda c, s: _questions(run, c, s))
     return found
+
+
+def _general_rows(config: RunConfig) -> tuple[Row, ...]:
+    assert config.knowledge.general is not None
+    return tuple(read_source(config.knowledge.general, {}, split="test")[: config.knowledge.general_rows])
 
 
 def _everywhere(

@@ -15,7 +15,7 @@ from flwr.app import Context, RecordDict, UserConfig
 from flexperts.artifacts import RunDirectory, write_json
 from flexperts.config.run import RunConfig
 from flexperts.data.clients import partition_manifest
-from flexperts.federation.beyond import is_wanted, look_beyond
+from flexperts.federation.beyond import check_beyond, is_wanted, look_beyond
 from flexperts.federation.client_app import app as client_app
 from flexperts.federation.inprocess_grid import InProcessGrid
 from flexperts.federation.observer import Observer, current_observer, observing
@@ -87,6 +87,7 @@ def _prepare(config: RunConfig, observer: Observer, workspace: Workspace) -> Wor
     for method, its_config in zip(methods, configs, strict=True):
         method.check(its_config)
     observer.stage("reading rows")
+    check_beyond(config)
     for method in methods:
         method.check_clients(workspace.clients)
     observer.stage(f"loading {config.model.base}")

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from flexperts.errors import GraftError
 from flexperts.grafting.part import Part, key
-from flexperts.grafting.personal_expert import Rank, personal_expert
+from flexperts.grafting.personal_expert import FullExpert, Rank, personal_expert
 from flexperts.moe.experts import FusedExperts
 
 Choice = Mapping[str, Sequence[int]]
@@ -39,9 +39,10 @@ class Graft(nn.Module):
         gate_bias: Start of the gate's logit: sigmoid(0) = 0.5 opens it half.
         generator: Stream for LoRA's A.
         scales: k constant factors on the personal experts' outputs; None is 1 for each.
+        silent: Start the personal experts with outputs of zero; for ``"full"`` only.
 
     Raises:
-        GraftError: ``indices`` or ``scales`` do not fit the layer.
+        GraftError: ``indices`` or ``scales`` do not fit the layer, or low-rank experts are to start silent.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Graft(nn.Module):
         gate_bias: float,
         generator: Generator,
         scales: Sequence[float] | None = None,
+        silent: bool = False,
     ) -> None:
         super().__init__()
         _check_indices(experts, indices)
@@ -61,6 +63,8 @@ class Graft(nn.Module):
         self.graft_gate_weight = nn.Parameter(torch.zeros(len(indices), experts.width))
         self.graft_gate_bias = nn.Parameter(torch.full((len(indices),), float(gate_bias)))
         self.personal = nn.ModuleList(personal_expert(experts, i, rank, alpha, generator) for i in indices)
+        for expert in self.personal if silent else ():
+            _full(expert).silence()
         self.to(experts.device)
 
     def opening(self, hidden: Tensor) -> Tensor:
@@ -85,6 +89,7 @@ class Grafts(Part):
         choice: Which experts each of them grafts; modules that are not named get no graft.
         rank, alpha, gate_bias, generator: As for ``Graft``.
         scales: Constant factors of the personal experts' outputs; modules that are not named have 1.
+        silent: As for ``Graft``.
 
     Raises:
         GraftError: ``choice`` names a module or an expert that the base does not have, or ``scales`` does not fit
@@ -101,6 +106,7 @@ class Grafts(Part):
         gate_bias: float = 0.0,
         generator: Generator | None = None,
         scales: Scales | None = None,
+        silent: bool = False,
     ) -> None:
         super().__init__()
         generator = generator or torch.Generator().manual_seed(0)
@@ -113,7 +119,9 @@ class Grafts(Part):
         # A module name cannot hold dots.
         self.layers = nn.ModuleDict(
             {
-                key(name): Graft(by_name[name], choice[name], rank, alpha, gate_bias, generator, scales.get(name))
+                key(name): Graft(
+                    by_name[name], choice[name], rank, alpha, gate_bias, generator, scales.get(name), silent
+                )
                 for name in by_name
                 if name in choice
             }
@@ -142,6 +150,15 @@ class Grafts(Part):
             return output + graft(args[0]).to(output.dtype) if self.enabled else output
 
         return add
+
+
+def _full(expert: nn.Module) -> FullExpert:
+    """Return a personal expert whose tensors are its own."""
+    if isinstance(expert, FullExpert):
+        return expert
+    raise GraftError(
+        "a low-rank personal expert", "it cannot start silent", "take rank 'full', or let it start as a copy"
+    )
 
 
 def _check_indices(experts: FusedExperts, indices: Sequence[int]) -> None:

@@ -71,6 +71,13 @@ class FullExpert(nn.Module):
         for name, tensor in experts.expert(index).items():
             self.register_parameter(name, nn.Parameter(tensor.float().clone()))
 
+    @torch.no_grad()
+    def silence(self) -> None:
+        """Start with an output of zero: only the down projection is learnt from nothing."""
+        for name in ("down", "down_bias"):
+            if (parameter := getattr(self, name, None)) is not None:
+                parameter.zero_()
+
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the expert's unweighted output ``[T, D]`` for ``hidden [T, D]``."""
         copies = dict(self.named_parameters())

@@ -131,6 +131,7 @@ def _grafts(site: Site, choice: Mapping[str, Sequence[int]], scales: Any, stream
         alpha=graft.alpha,
         gate_bias=graft.gate_bias,
         scales=scales or None,
+        silent=graft.start == "silent",
         generator=stream,
     )
 

@@ -1,0 +1,80 @@
+"""Short P3 tasks as one folder per client: the paper's pathological split (one task category each) in small.
+
+    python benchmarks/prepare_p3.py SOURCE data/p3
+
+SOURCE holds closed_qa.jsonl, information_extraction.jsonl, classification.jsonl, summarization.jsonl and general.jsonl,
+with the fields instruction, context, response, dataset and split (train or test, divided by passage); general.jsonl
+holds tasks that no client trains on. Rows with long prompts or answers are left out, so that a run takes minutes on a
+CPU; of the rest, an even share of every data set is drawn, with a fixed seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+CLIENTS = ("classification", "closed_qa", "information_extraction", "summarization")
+Row = dict[str, Any]
+
+
+def short_rows(path: Path, split: str, longest_prompt: int, longest_answer: int) -> list[Row]:
+    """Return a file's rows of a split whose prompt and answer are short enough, in characters."""
+    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    return [
+        row
+        for row in rows
+        if row["split"] == split
+        and len(row["instruction"]) + len(row["context"]) < longest_prompt
+        and len(row["response"]) < longest_answer
+    ]
+
+
+def draw(rows: Sequence[Row], count: int) -> list[Row]:
+    """Return at most ``count`` rows, taking the data sets in turn."""
+    piles: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        piles[row["dataset"]].append(row)
+    stream = random.Random(0)
+    for pile in piles.values():
+        stream.shuffle(pile)
+    drawn: list[Row] = []
+    while len(drawn) < count and any(piles.values()):
+        drawn += [pile.pop() for _, pile in sorted(piles.items()) if pile]
+    return drawn[:count]
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows as JSON lines and say how many."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    print(f"{path}: {len(rows)} rows")
+
+
+def main() -> None:
+    """Write every client's train.jsonl and test.jsonl, all of these rows as pool.jsonl, and general.jsonl."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--train", type=int, default=120, help="most train rows per client")
+    parser.add_argument("--test", type=int, default=100, help="most test rows per client")
+    parser.add_argument("--prompt", type=int, default=500, help="prompts are shorter than this, in characters")
+    parser.add_argument("--answer", type=int, default=200, help="answers are shorter than this, in characters")
+    wanted = parser.parse_args()
+    pool: list[Row] = []
+    for client in CLIENTS:
+        for split, count in (("train", wanted.train), ("test", wanted.test)):
+            rows = short_rows(wanted.source / f"{client}.jsonl", split, wanted.prompt, wanted.answer)
+            pool += (chosen := draw(rows, count))
+            write(wanted.out / client / f"{split}.jsonl", chosen)
+    write(wanted.out / "pool.jsonl", pool)
+    general = short_rows(wanted.source / "general.jsonl", "test", wanted.prompt, wanted.answer)
+    write(wanted.out / "general.jsonl", draw(general, wanted.test))
+
+
+if __name__ == "__main__":
+    main()
