@@ -41,13 +41,14 @@ def _collected(path: Path) -> dict[str, Any]:
 def _rich(table: Any) -> Any:
     """Return the main table with the columns that a terminal has room for; the pages have all."""
     from rich.table import Table
+    from rich.text import Text
 
     shown = Table(title=table.title, title_justify="left", caption=table.note, caption_justify="left")
     columns = [i for i, column in enumerate(table.header) if not _is_left_out(column, table.header[2].group)]
     for column in (table.header[i] for i in columns):
         shown.add_column(f"{column.name}\n{column.group}", justify="left" if column.words else "right")
     for row in table.rows:
-        shown.add_row(*(row[i].text for i in columns))
+        shown.add_row(*(Text(row[i].text) for i in columns))  # text as it is: brackets are no markup
     return shown
 
 

@@ -56,7 +56,7 @@ def look_beyond(run: TrainedRun, observer: Observer | None = None) -> dict[str, 
     """
     knowledge, found = run.config.knowledge, {}
     clients = {name: run.client(name, observer) for name in run.clients}
-    if run.config.evaluation.others_rows and "personalized" in run.model.method.states:
+    if run.config.evaluation.others_rows and "personalized" in run.model.method.states and len(clients) > 1:
         others = {name: _others(run, client, clients) for name, client in clients.items()}
         found["others"] = {"personalized": others}
     if knowledge.general:

@@ -151,7 +151,7 @@ class Client:
         settings = EvaluationSettings(
             wanted.max_new_tokens, wanted.batch_size, self.config.model.precision, answers
         )
-        key = f"{rows_hash(ClientRows((), tuple(rows)))} {settings}"
+        key = f"{rows_hash(ClientRows((), tuple(rows)))} {self.config.training.max_length} {settings}"
         if state == "zero_shot" and key in known:
             scores: Scores = known[key]
             return scores

@@ -27,6 +27,42 @@ class Observer:
         """A round has finished."""
 
 
+class Observers(Observer):
+    """Passes every event on to several observers, one after the other.
+
+    Args:
+        observers: Who gets the events.
+    """
+
+    def __init__(self, *observers: Observer) -> None:
+        self.observers = observers
+
+    def stage(self, text: str) -> None:
+        """Pass it on."""
+        for observer in self.observers:
+            observer.stage(text)
+
+    def progress(self, task: str, done: int, total: int) -> None:
+        """Pass it on."""
+        for observer in self.observers:
+            observer.progress(task, done, total)
+
+    def split(self, method: str, table: Sequence[Mapping[str, Any]]) -> None:
+        """Pass it on."""
+        for observer in self.observers:
+            observer.split(method, table)
+
+    def chosen(self, client: str, choice: Mapping[str, Sequence[int]]) -> None:
+        """Pass it on."""
+        for observer in self.observers:
+            observer.chosen(client, choice)
+
+    def round(self, record: Mapping[str, Any]) -> None:
+        """Pass it on."""
+        for observer in self.observers:
+            observer.round(record)
+
+
 _current: ContextVar[Observer | None] = ContextVar("observer", default=None)
 
 

@@ -72,13 +72,20 @@ def collect_comparison(path: Path) -> dict[str, Any]:
     Raises:
         ArtifactError: There is neither, or the reference has not finished.
     """
-    if not (path / RUNS).exists():
-        return dict(read_json(path / "comparison.json"))
+    if not ((path / RUNS).exists() and (path / CLAIM).exists()):
+        return _read(path / "comparison.json")
     claim = read_json(path / CLAIM)
     found = [Finished.read(path, name, settings) for name, settings in claim["entries"].items()]
     finished = [entry for entry in found if entry.runs]
     bootstrap = {key: claim[key] for key in ("confidence", "resamples")}
     return collect(claim["title"], claim["recipe"], finished, claim["reference"], **bootstrap)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found = read_json(path)
+    if not isinstance(found, dict) or found.get("kind") != "comparison":
+        raise ArtifactError(f"{path}", "it holds no comparison", "give the --out of a `flexperts compare`")
+    return found
 
 
 def collect_run(path: Path) -> dict[str, Any]:

@@ -106,11 +106,15 @@ def _settings(name: str, config: RunConfig) -> tuple[str, ...]:
     """Return an entry's settings on top of the recipe; options belong to the method that they were given for."""
     variants = config.compare.variants
     if name in method_names():
-        own = () if name == config.method.name else ("method.options={}",)
-        return (f"method.name={name}", *own, *variants.get(name, ()))
+        return (f"method.name={name}", *_no_options(name, config), *variants.get(name, ()))
     if name in variants:
-        return variants[name]
+        named = [s.partition("=")[2].strip() for s in variants[name] if s.partition("=")[0].strip() == "method.name"]
+        return (*_no_options((named or [config.method.name])[-1], config), *variants[name])
     known = [*method_names(), *variants]
     close = difflib.get_close_matches(name, known, n=1)
     remedy = f"did you mean {close[0]!r}?" if close else "name a method, or define it under [compare.variants]"
     raise ConfigError(f"entry {name!r}", "it is neither a method nor a variant of the recipe", remedy)
+
+
+def _no_options(method: str, config: RunConfig) -> tuple[str, ...]:
+    return () if method == config.method.name else ("method.options={}",)

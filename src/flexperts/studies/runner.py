@@ -89,9 +89,24 @@ def _claim(plan: Plan, out: Path) -> None:
         raise ArtifactError(
             f"{out}", "it holds a comparison of another recipe", "give the recipe and --set of the first start"
         )
-    entries = before.get("entries", {}) | {entry.name: entry.settings for entry in plan.entries}
+    entries = _entries(plan, before.get("entries", {}), out)
     bootstrap = {"confidence": compare.confidence, "resamples": compare.resamples}
     write_json(path, claim | {"entries": entries, "reference": plan.reference, **bootstrap})
+
+
+def _entries(plan: Plan, before: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Return all entries of the directory, or refuse some that would take another's finished runs for their own."""
+    new = {entry.name: list(entry.settings) for entry in plan.entries}
+    entries = before | new
+    places: dict[str, str] = {}
+    for name in entries:
+        started = any((out / RUNS / folder_name(name)).glob("*/config.toml"))
+        if started and before.get(name, entries[name]) != entries[name]:
+            changed = f"{out}: entry {name!r} with {entries[name]}"
+            raise ArtifactError(changed, f"it was run with {before[name]}", "give the variant another name")
+        if (other := places.setdefault(folder_name(name), name)) != name:
+            raise ArtifactError(f"entries {other!r} and {name!r}", "their folders have one name", "rename one")
+    return entries
 
 
 def _run_all(

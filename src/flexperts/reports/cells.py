@@ -1,0 +1,167 @@
+"""Tables as values, and numbers as text: every number that is shown anywhere is formatted here, once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+MISSING = "–"
+"""Stands where there is no number."""
+MINUS = "−"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell.
+
+    Args:
+        text: What is shown.
+        value: The number behind it, in the unit of ``comparison.json``; None for words and for missing numbers.
+        best: Whether it is the best of its column.
+    """
+
+    text: str
+    value: float | None = None
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column's header.
+
+    Args:
+        name: What is measured, with its unit.
+        group: Which state on which rows; neighbours with the same group stand under one heading.
+        words: Whether the cells are words, which are set flush left.
+    """
+
+    name: str
+    group: str = ""
+    words: bool = False
+
+    @property
+    def text(self) -> str:
+        """The whole header on one line."""
+        return f"{self.name} ({self.group})" if self.group else self.name
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table; the first cell of a row names it.
+
+    Args:
+        key: Name for links and ids.
+        title: Heading.
+        note: What the numbers are and what the intervals cover; shown under the table.
+        header: One column per cell of a row.
+        rows: Cells; every row is as long as the header.
+    """
+
+    key: str
+    title: str
+    note: str
+    header: tuple[Column, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+    def without_empty_columns(self) -> Table:
+        """Return the table without those columns of numbers in which every number is missing."""
+        kept = [i for i, c in enumerate(self.header) if c.words or any(row[i].text != MISSING for row in self.rows)]
+        rows = tuple(tuple(row[i] for i in kept) for row in self.rows)
+        return replace(self, header=tuple(self.header[i] for i in kept), rows=rows)
+
+
+def words(text: object) -> Cell:
+    """Return a cell of words."""
+    return Cell(str(text))
+
+
+def finite(value: Any) -> float | None:
+    """Return a number as a float; None where it is missing, infinite or not a number."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def number(value: Any, digits: int) -> Cell:
+    """Return a number with so many digits after the point and a thousands comma."""
+    value = finite(value)
+    return Cell(MISSING) if value is None else Cell(_fixed(value, digits), value)
+
+
+def signed(value: Any, digits: int) -> Cell:
+    """Return a difference: its sign always stands, but where it rounds to zero."""
+    value = finite(value)
+    return Cell(MISSING) if value is None else Cell(_signed(value, digits), value)
+
+
+def spread(stat: Mapping[str, Any] | None, digits: int, *, sign: bool = False) -> Cell:
+    """Return ``mean ± std`` of a statistic; no ± where there is no std (one seed)."""
+    mean, std = (finite(stat.get(key)) for key in ("mean", "std")) if stat else (None, None)
+    if mean is None:
+        return Cell(MISSING)
+    text = _signed(mean, digits) if sign else _fixed(mean, digits)
+    return Cell(text if std is None else f"{text} ± {_fixed(std, digits)}", mean)
+
+
+def interval(test: Mapping[str, Any] | None, digits: int) -> Cell:
+    """Return ``difference [low, high]`` of a paired test."""
+    found = [finite(test.get(key)) for key in ("difference", "low", "high")] if test else [None]
+    if any(value is None for value in found):
+        return Cell(MISSING)
+    middle, low, high = (_signed(value, digits) for value in found if value is not None)
+    return Cell(f"{middle} [{low}, {high}]", found[0])
+
+
+def p_value(value: Any) -> Cell:
+    """Return a p-value with three digits; below 0.001 as such."""
+    value = finite(value)
+    if value is None:
+        return Cell(MISSING)
+    return Cell("< 0.001" if value < 0.001 else f"{value:.3f}", value)
+
+
+def size(value: Any) -> Cell:
+    """Return bytes as B, kB, MB or GB (powers of 1,000)."""
+    found = value = finite(value)
+    if value is None or found is None:
+        return Cell(MISSING)
+    units = ("B", "kB", "MB", "GB")
+    power = next((i for i in range(3) if round(value / 1000**i, min(i, 1)) < 1000), 3)
+    digits = 0 if power == 0 else 2 if power == 3 else 1
+    return Cell(f"{found / 1000**power:,.{digits}f} {units[power]}", found)
+
+
+def percent(value: Any, *, sign: bool = False) -> Cell:
+    """Return a share from 0 to 1 in percent, with one digit."""
+    value = finite(value)
+    if value is None:
+        return Cell(MISSING)
+    return Cell(_signed(100 * value, 1) if sign else _fixed(100 * value, 1), value)
+
+
+def plain(cell: Cell) -> str:
+    """Return a number's text as Python reads it: no commas, ASCII minus."""
+    return cell.text.replace(MINUS, "-").replace(",", "")
+
+
+def mark_best(rows: Sequence[tuple[Cell, ...]], column: int, *, lowest: bool = False) -> list[tuple[Cell, ...]]:
+    """Return rows with the best of a column's cells marked, where at least two can be compared."""
+    values = [row[column].value for row in rows]
+    present = [v for v in values if v is not None]
+    if len(present) < 2:
+        return list(rows)
+    best = min(present) if lowest else max(present)
+    return [
+        (*row[:column], replace(row[column], best=value == best), *row[column + 1 :])
+        for row, value in zip(rows, values, strict=True)
+    ]
+
+
+def _fixed(value: float, digits: int) -> str:
+    text = f"{abs(value):,.{digits}f}"
+    return f"{MINUS}{text}" if value < 0 and float(text.replace(",", "")) else text
+
+
+def _signed(value: float, digits: int) -> str:
+    text = _fixed(value, digits)
+    return f"+{text}" if value > 0 and float(text.replace(",", "")) else text

@@ -1,0 +1,79 @@
+"""The report as one HTML page: nothing is loaded, nothing runs, it opens from a disk and on a phone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from flexperts.reports.bytes_plot import bytes_plot
+from flexperts.reports.cells import Table
+from flexperts.reports.curve_plots import curve_plots, drift_plots
+from flexperts.reports.figures import looks
+from flexperts.reports.plots import Plot, difference_plot, score_plot
+from flexperts.reports.reading import METRICS, Comparison, ordered
+from flexperts.reports.routing_plots import opening_plot, routing_plots, shown_entry
+from flexperts.reports.summary import facts, summary
+from flexperts.reports.tables import tables
+
+
+def html_report(comparison: Mapping[str, Any]) -> str:
+    """Return the page; the same comparison gives the same bytes.
+
+    Sections without anything to show are left out, with their line in the contents.
+
+    Args:
+        comparison: What ``comparison.json`` holds.
+    """
+    environment = Environment(
+        loader=PackageLoader("flexperts.reports", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    made = tables(comparison)
+    return environment.get_template("page.html.jinja").render(
+        comparison=comparison,
+        summary=summary(comparison),
+        facts=facts(comparison),
+        legend=[(entry["name"], looks(comparison)[entry["name"]]) for entry in ordered(comparison)],
+        tables=made,
+        plots=_plots(comparison),
+        routed=shown_entry(comparison),
+        heads=_heads,
+        safe_svg=_safe_svg,
+    )
+
+
+def _plots(comparison: Comparison) -> dict[str, list[Plot]]:
+    """Return every section's plots, those that there are."""
+    curves = {metric: curve_plots(comparison, metric) for metric in ("nll", "rouge_l")}
+    made: dict[str, list[Plot | None]] = {
+        "comparison": [p for m in METRICS for p in (score_plot(comparison, m), difference_plot(comparison, m))],
+        "bytes": [bytes_plot(comparison, metric) for metric in METRICS],
+        "curves": [plots[0] for plots in curves.values() if len(plots) == 1],
+        **{f"curves-{metric}": [*plots] if len(plots) > 1 else [] for metric, plots in curves.items()},
+        "routing": [*routing_plots(comparison)],
+        "opening": [opening_plot(comparison)],
+        "drift": [*drift_plots(comparison)],
+    }
+    return {key: [plot for plot in plots if plot is not None] for key, plots in made.items()}
+
+
+def _heads(table: Table) -> list[tuple[str, int]]:
+    """Return the headings that span columns, as text and number of columns; empty where no column has one."""
+    spans: list[tuple[str, int]] = []
+    for column in table.header:
+        if spans and spans[-1][0] == column.group:
+            spans[-1] = (column.group, spans[-1][1] + 1)
+        else:
+            spans.append((column.group, 1))
+    return spans if any(text for text, _ in spans) else []
+
+
+def _safe_svg(plot: Plot) -> Markup:
+    """Return an SVG as markup: matplotlib has escaped every text in it."""
+    return Markup(plot.svg)

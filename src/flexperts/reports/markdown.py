@@ -1,0 +1,82 @@
+"""The report as Markdown, for papers and pull requests: the page's tables and words, without its plots."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from flexperts.reports.cells import Cell, Table
+from flexperts.reports.reading import Comparison
+from flexperts.reports.summary import facts, summary
+from flexperts.reports.tables import tables
+
+
+def markdown_report(comparison: Mapping[str, Any]) -> str:
+    """Return the twin of the HTML page; what data say cannot become markup.
+
+    Args:
+        comparison: What ``comparison.json`` holds.
+    """
+    made = tables(comparison)
+    parts = [f"# {_line(comparison['title'])}", *map(_line, summary(comparison))]
+    parts.append(", ".join(f"{name}: {_line(value)}" for name, value in facts(comparison)))
+    setup = [made.pop(key) for key in ("entries", "environment") if key in made]
+    parts += map(markdown_table, made.values())
+    parts += _examples(comparison)
+    parts += map(markdown_table, setup)
+    parts.append(f"## Recipe\n\n{_fenced(comparison['recipe'])}")
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown_table(table: Table) -> str:
+    """Return one table with its heading and note."""
+    head = [_line(column.text) for column in table.header]
+    rule = ["---" if i == 0 or column.words else "---:" for i, column in enumerate(table.header)]
+    lines = [head, rule, *([_cell(cell) for cell in row] for row in table.rows)]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    note = f"\n\n{_line(table.note)}" if table.note else ""
+    return f"## {_line(table.title)}\n\n{text}{note}"
+
+
+def escaped(text: object) -> str:
+    """Return text in which no character is markup of Markdown, of its tables or of HTML; lines stay lines."""
+    out = str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    # Brackets alone are no link: that takes an address or a definition behind them.
+    out = re.sub(r"([\\`*|~$]|!(?=\[)|\](?=[(\[:]))", r"\\\1", out)
+    return re.sub(r"(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])", r"\\_", out)
+
+
+def _line(text: object) -> str:
+    """Return escaped text on one line that begins no list, heading or rule."""
+    return re.sub(r"^([#+=-]|\d+(?=[.)]))", _disarmed, escaped(" ".join(str(text).split())))
+
+
+def _disarmed(match: re.Match[str]) -> str:
+    text = match.group()
+    return f"\\{text}" if not text[0].isdigit() else f"{text}\u200b"
+
+
+def _cell(cell: Cell) -> str:
+    text = escaped(" ".join(cell.text.split()))
+    return f"**{text}**" if cell.best else text
+
+
+def _examples(comparison: Comparison) -> Iterator[str]:
+    for i, (client, rows) in enumerate((comparison.get("examples") or {}).items()):
+        yield f"{'## Examples' if i == 0 else ''}\n\n### {_line(client)}".strip()
+        for row in rows:
+            said = {
+                "instruction": row["instruction"],
+                "context": row["context"],
+                "response in the data": row["response"],
+            }
+            yield "\n".join(
+                f"- {_line(name)}: {_line(text)}" for name, text in (said | row["answers"]).items() if text
+            )
+
+
+def _fenced(text: str) -> str:
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}toml\n{text.rstrip()}\n{fence}"

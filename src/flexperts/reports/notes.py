@@ -1,0 +1,75 @@
+"""What stands under a table: what the numbers are, and what their intervals cover."""
+
+from __future__ import annotations
+
+from flexperts.reports.reading import METRICS, Comparison
+
+
+def counts(comparison: Comparison) -> str:
+    """Return how many seeds and clients stand behind the numbers, and which entries have fewer seeds."""
+    seeds, clients = len(comparison["seeds"]), len(comparison["clients"])
+    text = f"{_count(seeds, 'seed')}, {_count(clients, 'client')}."
+    fewer = [
+        f"{e['name']} ({len(e['seeds'])} of {seeds})" for e in comparison["entries"] if len(e["seeds"]) < seeds
+    ]
+    return f"{text} Seeds are missing of: {', '.join(fewer)}." if fewer else text
+
+
+def interval_note(comparison: Comparison) -> str:
+    """Return what the intervals and p-values are; empty where nothing is compared."""
+    compared = sum(bool(entry.get("against")) for entry in comparison["entries"])
+    if not compared:
+        return ""
+    level, resamples = f"{100 * comparison['confidence']:g} %", f"{comparison['resamples']:,}"
+    over = "training seeds and test rows" if len(comparison["seeds"]) > 1 else "test rows, not over seeds"
+    return (
+        f"Δ: own state minus the reference's own state ({comparison['reference']}), row by row. In brackets the "
+        f"{level} interval of a hierarchical paired bootstrap over {over} ({resamples} resamples); it speaks of "
+        f"these clients only. p-values are of the same bootstrap, adjusted by Benjamini and Hochberg for "
+        f"{_count(compared, 'comparison')}; the intervals are not adjusted."
+    )
+
+
+def main_note(comparison: Comparison) -> str:
+    """Return the note of the comparison."""
+    return _joined(_score_words(comparison), _best_words(comparison), interval_note(comparison), counts(comparison))
+
+
+def client_note(comparison: Comparison, metric: str) -> str:
+    """Return the note of a table by client."""
+    better = "lower" if metric == "nll" else "higher"
+    spread = "mean ± sample standard deviation over seeds" if len(comparison["seeds"]) > 1 else "one seed"
+    text = f"{METRICS[metric]}, {better} is better; {spread}. The last column is the plain mean over clients."
+    return _joined(text, _best_words(comparison), counts(comparison))
+
+
+def ability_note(comparison: Comparison) -> str:
+    """Return the note of the table of general ability."""
+    spread = " (mean ± sample standard deviation, paired by seed)" if len(comparison["seeds"]) > 1 else ""
+    text = (
+        "General tasks: instructions on which no client trained. MMLU: multiple choice by likelihood; with four "
+        f"choices, chance is 25 %. Minus zero-shot: own state minus the untouched base, seed by seed{spread}; "
+        "below 0 for ROUGE-L and accuracy, above 0 for NLL, is ability lost."
+    )
+    return _joined(text, counts(comparison))
+
+
+def _score_words(comparison: Comparison) -> str:
+    spread = " ± sample standard deviation over seeds" if len(comparison["seeds"]) > 1 else " of one seed"
+    return (
+        "ROUGE-L in points from 0 to 100, higher is better; NLL in nats per response token, lower is better: plain "
+        f"mean over clients{spread}. Own: each client's own {comparison['split']} rows; others': of the other "
+        "clients. Entries stand best first."
+    )
+
+
+def _best_words(comparison: Comparison) -> str:
+    return "Bold is the best mean of its column, whatever its interval." if len(comparison["entries"]) > 1 else ""
+
+
+def _joined(*sentences: str) -> str:
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -1,0 +1,107 @@
+"""Ways into ``comparison.json``: names for states, an entry's numbers, the order of entries and layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from statistics import fmean, stdev
+from typing import Any
+
+from flexperts.reports.cells import finite
+
+Entry = Mapping[str, Any]
+Comparison = Mapping[str, Any]
+
+STATES = {"zero_shot": "zero-shot", "global": "global", "personalized": "personalized"}
+"""A state's name in ``comparison.json`` -> in words."""
+METRICS = {"rouge_l": "ROUGE-L", "nll": "NLL"}
+"""A score's name in ``comparison.json`` -> in words."""
+
+
+def stat(entry: Entry, state: str, place: str, metric: str) -> Mapping[str, Any] | None:
+    """Return mean, std and seeds of a score of a state on some rows; None where it was not measured.
+
+    Args:
+        entry: The entry.
+        state: A key of ``STATES``.
+        place: own, others, general or mmlu.
+        metric: rouge_l or nll; accuracy for mmlu.
+    """
+    found = ((entry.get("scores") or {}).get(state) or {}).get(place) or {}
+    return found.get(metric) or None
+
+
+def own(entry: Entry, place: str, metric: str) -> Mapping[str, Any] | None:
+    """Return a score of the method's own final state."""
+    return stat(entry, entry["own_state"], place, metric)
+
+
+def mean(found: Mapping[str, Any] | None) -> float | None:
+    """Return a statistic's mean; None where there is none."""
+    return finite(found.get("mean")) if found else None
+
+
+def against(entry: Entry, metric: str) -> Mapping[str, Any] | None:
+    """Return the test of an entry against the reference; None for the reference itself."""
+    return (entry.get("against") or {}).get(metric) or None
+
+
+def change(entry: Entry, place: str, metric: str) -> dict[str, Any] | None:
+    """Return mean and sample std over seeds of own state minus zero-shot, paired by seed."""
+    ours, start = own(entry, place, metric), stat(entry, "zero_shot", place, metric)
+    if ours is None or start is None:
+        return None
+    first, second = mean(ours), mean(start)
+    if first is None or second is None:
+        return None
+    seeds = [found.get("seeds") or [] for found in (ours, start)]
+    if len(seeds[0]) != len(seeds[1]) or len(seeds[0]) < 2:
+        return {"mean": first - second, "std": None}
+    differences = [a - b for a, b in zip(*seeds, strict=True)]
+    return {"mean": fmean(differences), "std": stdev(differences)}
+
+
+def ordered(comparison: Comparison) -> list[Entry]:
+    """Return entries best first: by ROUGE-L of the own state on own rows, then by NLL; unscored ones last."""
+    return sorted(comparison["entries"], key=_rank)
+
+
+def own_state_words(comparison: Comparison) -> str:
+    """Return the state that all entries end in, or words for 'each its own'."""
+    states = {entry["own_state"] for entry in comparison["entries"]}
+    return STATES.get(min(states), min(states)) if len(states) == 1 else "own state"
+
+
+def routing_of(entry: Entry) -> Mapping[str, Any]:
+    """Return client -> layer -> routing of an entry's own state; empty where none was recorded."""
+    return (entry.get("routing") or {}).get(entry["own_state"]) or {}
+
+
+def measure(layer: Mapping[str, Any], key: str) -> float | None:
+    """Return one number of a layer's routing: a list of dead experts counts, any other list is averaged."""
+    found = layer.get(key)
+    if not isinstance(found, list):
+        return finite(found)
+    if key == "dead":
+        return float(len(found))
+    present = [value for value in map(finite, found) if value is not None]
+    return fmean(present) if present else None
+
+
+def layer_names(modules: Iterable[str]) -> dict[str, str]:
+    """Return experts module name -> short name: its first number where that tells them apart, in numeric order."""
+    modules = list(dict.fromkeys(modules))
+    found = {name: re.search(r"\d+", name) for name in modules}
+    short = {name: match.group() if match else name for name, match in found.items()}
+    if len(set(short.values())) < len(modules):
+        short = {name: name for name in modules}
+    return dict(sorted(short.items(), key=lambda item: _natural(item[0])))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _rank(entry: Entry) -> tuple[bool, float, bool, float]:
+    rouge, nll = mean(own(entry, "own", "rouge_l")), mean(own(entry, "own", "nll"))
+    return rouge is None, -(rouge or 0.0), nll is None, nll or 0.0

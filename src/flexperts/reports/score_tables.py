@@ -1,0 +1,154 @@
+"""Tables of scores: the comparison, client by client, and what personalization cost in general ability."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from flexperts.reports.cells import (
+    Cell,
+    Column,
+    Table,
+    interval,
+    mark_best,
+    number,
+    p_value,
+    percent,
+    size,
+    spread,
+    words,
+)
+from flexperts.reports.notes import ability_note, client_note, main_note
+from flexperts.reports.reading import (
+    METRICS,
+    STATES,
+    Comparison,
+    Entry,
+    against,
+    change,
+    mean,
+    ordered,
+    own,
+    own_state_words,
+    stat,
+)
+
+DIGITS = {"rouge_l": 1, "nll": 3}
+"""Digits after the point of each score."""
+LOWEST_IS_BEST = {"nll"}
+_WITHIN_ABILITY = (("general", "rouge_l"), ("general", "nll"), ("mmlu", "accuracy"))
+
+
+def main_table(comparison: Comparison) -> Table:
+    """Return the comparison: one row per entry, best first, and the untouched base last."""
+    rows = [_main_row(comparison, entry) for entry in ordered(comparison)]
+    rows = mark_best(mark_best(rows, 2), 5, lowest=True)
+    rows += _base_row(comparison, len(rows[0]) if rows else 0)
+    return Table("main", "Scores and differences", main_note(comparison), _main_header(comparison), tuple(rows))
+
+
+def client_table(comparison: Comparison, metric: str) -> Table:
+    """Return every client's score of every entry's own state on that client's own rows."""
+    clients: Sequence[str] = comparison["clients"]
+    digits = DIGITS[metric]
+    rows = []
+    for entry in ordered(comparison):
+        found = own(entry, "own", metric)
+        cells = [spread(((found or {}).get("clients") or {}).get(c), digits) for c in clients]
+        rows.append((words(entry["name"]), *cells, spread(found, digits)))
+    for column in range(1, len(clients) + 2):
+        rows = mark_best(rows, column, lowest=metric in LOWEST_IS_BEST)
+    group = _place(comparison, own_state_words(comparison), "own")
+    header = (Column("entry", words=True), *(Column(c, group) for c in clients), Column("mean", group))
+    title = f"{METRICS[metric]} by client"
+    return Table(f"clients-{metric}", title, client_note(comparison, metric), header, tuple(rows))
+
+
+def ability_table(comparison: Comparison) -> Table:
+    """Return what personalization cost in general ability: own state, and own state minus zero-shot."""
+    measured = [e for e in ordered(comparison) if any(own(e, *where) for where in _WITHIN_ABILITY)]
+    rows = [(words(e["name"]), *(c for where in _WITHIN_ABILITY for c in _ability(e, *where))) for e in measured]
+    state = own_state_words(comparison)
+    header = [Column("entry", words=True)]
+    for name, place in (("ROUGE-L", "general tasks"), ("NLL", "general tasks"), ("accuracy, %", "MMLU")):
+        header += [Column(name, f"{state}, {place}"), Column(f"{name}, minus zero-shot", f"{state}, {place}")]
+    title = "What personalization cost in general ability"
+    return Table("ability", title, ability_note(comparison), tuple(header), tuple(rows))
+
+
+def _ability(entry: Entry, place: str, metric: str) -> tuple[Cell, Cell]:
+    found, difference = own(entry, place, metric), change(entry, place, metric)
+    if metric == "accuracy":
+        return _percent(found), _percent(difference, sign=True)
+    return spread(found, DIGITS[metric]), spread(difference, DIGITS[metric], sign=True)
+
+
+def _percent(found: Any, *, sign: bool = False) -> Cell:
+    cell = percent(mean(found), sign=sign)
+    std = percent((found or {}).get("std"))
+    return cell if cell.value is None or std.value is None else Cell(f"{cell.text} ± {std.text}", cell.value)
+
+
+def _main_header(comparison: Comparison) -> tuple[Column, ...]:
+    state = own_state_words(comparison)
+    own_rows, others = (_place(comparison, state, place) for place in ("own", "others"))
+    shared = _place(comparison, "global", "own")
+    level = f"{100 * comparison['confidence']:g}\u00a0%"
+    tests = ("ROUGE-L", f"Δ ROUGE-L to reference [{level}]", "p, adjusted")
+    losses = ("NLL", f"Δ NLL to reference [{level}]", "p, adjusted")
+    return (
+        Column("entry", words=True),
+        Column("own state", words=True),
+        *(Column(name, own_rows) for name in (*tests, *losses)),
+        *(Column(name, shared) for name in ("ROUGE-L", "NLL")),
+        *(Column(name, others) for name in ("ROUGE-L", "NLL")),
+        *(Column(name, "per client and round") for name in ("sent", "received")),
+        Column("training, s"),
+    )
+
+
+def _place(comparison: Comparison, state: str, place: str) -> str:
+    rows = {"own": "own", "others": "others'"}[place]
+    return f"{state}, {rows} {comparison['split']}"
+
+
+def _main_row(comparison: Comparison, entry: Entry) -> tuple[Cell, ...]:
+    name = entry["name"] + (" (reference)" if entry["name"] == comparison["reference"] else "")
+    sent, seconds = entry.get("bytes") or {}, entry.get("seconds") or {}
+    return (
+        words(name),
+        words(STATES.get(entry["own_state"], entry["own_state"])),
+        *_tested(entry, "rouge_l"),
+        *_tested(entry, "nll"),
+        *(spread(stat(entry, "global", "own", metric), DIGITS[metric]) for metric in METRICS),
+        *(spread(own(entry, "others", metric), DIGITS[metric]) for metric in METRICS),
+        size(sent.get("uplink_per_client_per_round")),
+        size(sent.get("downlink_per_client_per_round")),
+        number(seconds.get("training"), 0),
+    )
+
+
+def _tested(entry: Entry, metric: str) -> tuple[Cell, Cell, Cell]:
+    test, digits = against(entry, metric), DIGITS[metric]
+    return (
+        spread(own(entry, "own", metric), digits),
+        interval(test, digits),
+        p_value((test or {}).get("p_adjusted")),
+    )
+
+
+def _base_row(comparison: Comparison, length: int) -> list[tuple[Cell, ...]]:
+    """Return the untouched base's row, from the first entry that has one, unless it is an entry itself."""
+    entries = comparison["entries"]
+    measured = [e for e in entries if stat(e, "zero_shot", "own", "nll") or stat(e, "zero_shot", "own", "rouge_l")]
+    if not measured or any(e["own_state"] == "zero_shot" for e in entries):
+        return []
+    cells = [words("base, untrained"), words(STATES["zero_shot"]), *[number(None, 0)] * (length - 2)]
+    for column, place, metric in (
+        (2, "own", "rouge_l"),
+        (5, "own", "nll"),
+        (10, "others", "rouge_l"),
+        (11, "others", "nll"),
+    ):
+        cells[column] = spread(stat(measured[0], "zero_shot", place, metric), DIGITS[metric])
+    return [tuple(cells)]

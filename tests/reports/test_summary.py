@@ -1,0 +1,89 @@
+"""The answer in sentences says what the numbers say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from flexperts.reports.summary import facts, summary, verdict
+
+Comparison = dict[str, Any]
+
+
+def put(
+    comparison: Comparison, name: str, rouge: float, nll: float, test: tuple[float, float, float] | None
+) -> None:
+    entry = next(e for e in comparison["entries"] if e["name"] == name)
+    own = entry["scores"][entry["own_state"]]["own"]
+    own["rouge_l"] |= {"mean": rouge, "std": 1.0}
+    own["nll"] |= {"mean": nll, "std": 0.01}
+    if test is not None:
+        found = dict(zip(("low", "difference", "high"), test, strict=True)) | {"p": 0.001, "p_adjusted": 0.002}
+        entry["against"] = {"rouge_l": found, "nll": {**found, "difference": 0.5, "low": 0.1, "high": 0.9}}
+
+
+@pytest.fixture
+def ranked(whole: Comparison) -> Comparison:
+    put(whole, "flex", 30.0, 1.0, None)
+    put(whole, "fedavg", 20.0, 3.0, (-12.0, -10.0, -8.0))
+    put(whole, "local", 34.0, 1.5, (1.0, 4.0, 7.0))
+    return whole
+
+
+def test_the_best_and_its_interval_come_first(ranked: Comparison) -> None:
+    first, second, third = summary(ranked)
+    assert first == (
+        "local (personalized) has the best ROUGE-L on the clients' own test rows: 34.0 ± 1.0. Its difference to "
+        "flex is +4.0 [+1.0, +7.0]; the 95 % interval excludes 0 (adjusted p = 0.002)."
+    )
+    assert second.startswith("flex (personalized), the reference, has the best NLL")
+    assert "1 is better and 1 worse with an interval that excludes 0; 0 are not told apart" in third
+
+
+def test_an_interval_over_zero_is_said_to_decide_nothing(ranked: Comparison) -> None:
+    put(ranked, "local", 34.0, 0.5, (-1.0, 4.0, 9.0))
+    first, second, third = summary(ranked)
+    assert "includes 0, so the two are not told apart" in first
+    assert second == "It is also best by NLL (0.500 ± 0.010)."
+    assert "0 are better and 1 worse" in third
+    assert "1 is not told apart" in third
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "metric", "expected"),
+    [
+        (1, 2, "rouge_l", "better"),
+        (-2, -1, "rouge_l", "worse"),
+        (1, 2, "nll", "worse"),
+        (-2, -1, "nll", "better"),
+        (-1, 1, "nll", "open"),
+        (0, 1, "rouge_l", "open"),
+        (None, 1, "rouge_l", "none"),
+    ],
+)
+def test_lower_nll_is_better(low: float | None, high: float, metric: str, expected: str) -> None:
+    assert verdict({"difference": 0.5, "low": low, "high": high}, metric) == expected
+    assert verdict(None, metric) == "none"
+
+
+def test_a_single_run_is_set_against_its_base(single: Comparison) -> None:
+    (sentence,) = summary(single)
+    assert sentence.startswith("flex (personalized) has ROUGE-L ")
+    assert "the untouched base has" in sentence
+    assert facts(single) == [("entry", "1"), ("clients", "2"), ("seed", "1"), ("scored rows", "test")]
+
+
+def test_without_scores_it_says_so(single: Comparison) -> None:
+    single["entries"][0]["scores"] = {}
+    assert summary(single) == ["No entry has a score yet."]
+
+
+def test_without_answers_nll_decides(made: Callable[..., Comparison]) -> None:
+    comparison = made(["flex", "fedavg"], ["clinic"], 2)
+    for entry in comparison["entries"]:
+        for state in entry["scores"].values():
+            state["own"]["rouge_l"] = None
+    first, *_ = summary(comparison)
+    assert "best NLL" in first

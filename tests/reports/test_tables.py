@@ -1,0 +1,251 @@
+"""Every number of a page's and a document's tables is the comparison's, to the printed digits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from statistics import fmean, median, stdev
+from typing import Any
+
+import pytest
+
+from flexperts.reports.html import html_report
+from flexperts.reports.markdown import markdown_report
+from flexperts.reports.tables import tables
+
+Grid = list[list[str]]
+Comparison = dict[str, Any]
+
+
+class Tables(HTMLParser):
+    """Reads the tables of a page: key -> rows of texts, the last header row first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, Grid] = {}
+        self.spans: dict[str, int] = {}
+        self._rows: Grid | None = None
+        self._cell = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        if tag == "table":
+            self._key = str(given["data-key"])
+            self._rows = self.found[self._key] = []
+        elif self._rows is not None and tag == "tr":
+            self._rows.append([])
+        elif self._rows is not None and tag in ("th", "td"):
+            self._rows[-1].append("")
+            self._cell = True
+            self.spans[self._key] = self.spans.get(self._key, 0) + int(given.get("colspan") or 0)
+
+    def handle_data(self, data: str) -> None:
+        if self._cell and self._rows is not None:
+            self._rows[-1][-1] += data
+
+    def handle_endtag(self, tag: str) -> None:
+        self._cell = self._cell and tag not in ("th", "td")
+        if tag == "table":
+            self._rows = None
+
+
+def of_html(comparison: Comparison) -> dict[str, Grid]:
+    reader = Tables()
+    reader.feed(html_report(comparison))
+    for key, columns in reader.spans.items():
+        if columns:
+            assert columns == len(reader.found[key][1]), key
+            del reader.found[key][0]
+    return reader.found
+
+
+def of_markdown(comparison: Comparison) -> dict[str, Grid]:
+    titles = {table.title: key for key, table in tables(comparison).items()}
+    found: dict[str, Grid] = {}
+    for part in re.split(r"^## ", markdown_report(comparison), flags=re.MULTILINE)[1:]:
+        title, *lines = part.splitlines()
+        rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines if line.startswith("|")]
+        if rows:
+            del rows[1]
+            found[titles[title]] = [[re.sub(r"\\(.)", r"\1", cell.strip(" *")) for cell in row] for row in rows]
+    return found
+
+
+@pytest.fixture(params=[of_html, of_markdown])
+def read(request: pytest.FixtureRequest) -> Callable[[Comparison], dict[str, Grid]]:
+    """Both ways to read the tables back."""
+    return request.param  # type: ignore[no-any-return]
+
+
+def numbers(text: str) -> list[float]:
+    """Return all numbers of a cell; sizes in bytes, a dash as nothing."""
+    scale = {"kB": 1e3, "MB": 1e6, "GB": 1e9}.get(text.split()[-1], 1.0)
+    return [scale * float(n.replace("−", "-").replace(",", "")) for n in re.findall(r"[+−]?\d[\d,]*\.?\d*", text)]
+
+
+def close(text: str, expected: list[float | None], half: float) -> None:
+    assert numbers(text) == pytest.approx([e for e in expected if e is not None], abs=1.0001 * half), text
+
+
+def by_name(grid: Grid) -> dict[str, list[str]]:
+    return {row[0].removesuffix(" (reference)"): row for row in grid[1:]}
+
+
+def stat(found: dict[str, Any]) -> list[float | None]:
+    return [found["mean"], found["std"]]
+
+
+def test_the_comparison(whole: Comparison, read: Callable[[Comparison], dict[str, Grid]]) -> None:
+    rows = by_name(read(whole)["main"])
+    assert set(rows) == {"flex", "fedavg", "local", "base, untrained"}
+    for entry in whole["entries"]:
+        row, scores = rows[entry["name"]], entry["scores"]
+        own = scores[entry["own_state"]]
+        assert row[1] == entry["own_state"]
+        for column, metric, half in ((2, "rouge_l", 0.05), (5, "nll", 0.0005)):
+            close(row[column], stat(own["own"][metric]), half)
+            test = (entry["against"] or {}).get(metric)
+            close(row[column + 1], [test["difference"], test["low"], test["high"]] if test else [], half)
+            close(row[column + 2], [test["p_adjusted"]] if test else [], 0.0005)
+        close(row[8], stat(scores["global"]["own"]["rouge_l"]), 0.05)
+        close(row[9], stat(scores["global"]["own"]["nll"]), 0.0005)
+        close(row[10], stat(own["others"]["rouge_l"]), 0.05)
+        close(row[11], stat(own["others"]["nll"]), 0.0005)
+        sent = entry["bytes"]["uplink_per_client_per_round"]
+        close(row[12], [sent], 50 if sent < 999_950 else 5e4)
+        close(row[14], [entry["seconds"]["training"]], 0.5)
+    base = whole["entries"][0]["scores"]["zero_shot"]
+    close(rows["base, untrained"][2], stat(base["own"]["rouge_l"]), 0.05)
+    close(rows["base, untrained"][11], stat(base["others"]["nll"]), 0.0005)
+
+
+def test_entries_stand_best_first_and_the_best_is_bold(whole: Comparison) -> None:
+    def rouge(entry: dict[str, Any]) -> float:
+        return float(entry["scores"][entry["own_state"]]["own"]["rouge_l"]["mean"])
+
+    table = tables(whole)["main"]
+    best = sorted(whole["entries"], key=rouge, reverse=True)
+    assert [row[0].text.removesuffix(" (reference)") for row in table.rows[:-1]] == [e["name"] for e in best]
+    assert [row[2].best for row in table.rows] == [True, False, False, False]
+    assert f"**{table.rows[0][2].text}**" in markdown_report(whole)
+    assert f'<td class="best">{table.rows[0][2].text}</td>' in html_report(whole)
+
+
+@pytest.mark.parametrize(("metric", "half"), [("rouge_l", 0.05), ("nll", 0.0005)])
+def test_client_by_client(
+    whole: Comparison, read: Callable[[Comparison], dict[str, Grid]], metric: str, half: float
+) -> None:
+    grid = read(whole)[f"clients-{metric}"]
+    assert [h.split(" (")[0] for h in grid[0]] == ["entry", "clinic", "shop", "mean"]
+    for entry in whole["entries"]:
+        found = entry["scores"][entry["own_state"]]["own"][metric]
+        row = by_name(grid)[entry["name"]]
+        for column, client in enumerate(whole["clients"], 1):
+            close(row[column], stat(found["clients"][client]), half)
+        close(row[3], stat(found), half)
+
+
+def test_what_personalization_cost(whole: Comparison, read: Callable[[Comparison], dict[str, Grid]]) -> None:
+    rows = by_name(read(whole)["ability"])
+    for entry in whole["entries"]:
+        row, own, start = rows[entry["name"]], entry["scores"][entry["own_state"]], entry["scores"]["zero_shot"]
+        wanted = (
+            (1, "general", "rouge_l", 1, 0.05),
+            (3, "general", "nll", 1, 0.0005),
+            (5, "mmlu", "accuracy", 100, 0.05),
+        )
+        for column, place, metric, scale, half in wanted:
+            ours, base = own[place][metric], start[place][metric]
+            close(row[column], [scale * ours["mean"], scale * ours["std"]], half)
+            change = [scale * (a - b) for a, b in zip(ours["seeds"], base["seeds"], strict=True)]
+            close(row[column + 1], [fmean(change), stdev(change)], half)
+
+
+def test_cost_and_groups(whole: Comparison, read: Callable[[Comparison], dict[str, Grid]]) -> None:
+    found = read(whole)
+    for entry in whole["entries"]:
+        row, sent = by_name(found["cost"])[entry["name"]], entry["bytes"]
+        for column, key in ((1, "uplink_per_client_per_round"), (4, "downlink_total")):
+            close(row[column], [sent[key]], 50 if sent[key] < 999_950 else 5e4)
+        exact = [sent["personal_sent"], entry["parameters"]["shared"], entry["parameters"]["personal"]]
+        assert [numbers(cell)[0] for cell in row[5:8]] == exact
+        close(row[8], [entry["peak_memory"]], 5e6)
+        close(" ".join(row[9:12]), list(entry["seconds"].values()), 0.5)
+        groups = by_name(found["groups"])[entry["name"]]
+        group = sent["groups"]["uplink"]["attention LoRA"]
+        close(groups[1], [group], 50 if group < 999_950 else 5e4)
+
+
+def test_routing(whole: Comparison, read: Callable[[Comparison], dict[str, Grid]]) -> None:
+    whole["entries"][0]["routing"]["personalized"]["shop"]["model.layers.0.mlp.experts"]["dead"] = [1, 4, 6, 7]
+    grid = read(whole)["routing"]
+    keys = ["entropy", "agreement", "divergence", "dead", "opening"]
+    assert len(grid[0]) == 2 + len(keys)
+    for entry in whole["entries"]:
+        row = by_name(grid)[entry["name"]]
+        layers = [v for c in entry["routing"][entry["own_state"]].values() for v in c.values()]
+        for key, text in zip(keys, row[2:], strict=True):
+            values = [len(v) if isinstance(v := layer[key], list) else v for layer in layers if key in layer]
+            close(text, [fmean(values)] if values else [], 0.05 if key == "dead" else 0.0005)
+
+
+def test_selection(whole: Comparison, read: Callable[[Comparison], dict[str, Grid]]) -> None:
+    selection = whole["entries"][0]["selection"]
+    selection["clinic"]["model.layers.1.mlp.experts"]["choice"] = [2, 5]
+    rows = read(whole)["selection"][1:]
+    assert len(rows) == 12
+    for client, layer, chosen, *losses in rows:
+        found = selection[client][f"model.layers.{layer}.mlp.experts"]
+        assert chosen == ", ".join(map(str, found["choice"]))
+        loss = found["loss"]
+        mine = fmean(loss[i] for i in found["choice"])
+        close(" ".join(losses), [mine, min(loss), median(loss), max(loss)], 0.0005)
+
+
+def test_layers_stand_in_the_order_of_their_numbers(whole: Comparison) -> None:
+    layer = {"choice": [0], "loss": [0.5, 0.7]}
+    whole["entries"][0]["selection"] = {"shop": {f"layers.{i}.experts": layer for i in (10, 2, 0)}}
+    assert [row[1].text for row in tables(whole)["selection"].rows] == ["0", "2", "10"]
+
+
+def test_one_seed_prints_no_spread_and_nothing_is_left_out_silently(
+    single: Comparison, read: Callable[[Comparison], dict[str, Grid]]
+) -> None:
+    found = read(single)
+    assert list(found) == ["main", "clients-rouge_l", "clients-nll", "cost", "entries", "environment"]
+    assert not any("±" in cell for grid in found.values() for row in grid for cell in row)
+    assert "± sample" not in html_report(single)
+    flex = by_name(found["main"])["flex"]
+    close(flex[2], [single["entries"][0]["scores"]["personalized"]["own"]["rouge_l"]["mean"]], 0.05)
+
+
+def test_missing_numbers_are_dashes(whole: Comparison) -> None:
+    whole["entries"][1]["scores"]["global"]["own"]["nll"] = None
+    whole["entries"][1]["bytes"]["uplink_per_client_per_round"] = None
+    whole["entries"][1]["scores"]["global"]["general"]["nll"]["mean"] = float("nan")
+    whole["entries"][2]["scores"]["zero_shot"]["general"]["rouge_l"]["seeds"] = []
+    row = by_name(of_html(whole)["main"])["fedavg"]
+    assert (row[5], row[12]) == ("–", "–")
+    ability = by_name(of_html(whole)["ability"])
+    assert ability["fedavg"][3:5] == ["–", "–"]
+    assert "±" not in ability["local"][2]
+    assert numbers(ability["local"][2])
+
+
+def test_an_entry_without_all_seeds_is_named(whole: Comparison) -> None:
+    whole["entries"][2]["seeds"] = [0]
+    assert "Seeds are missing of: local (1 of 3)." in tables(whole)["main"].note
+
+
+def test_the_note_says_what_the_interval_is(whole: Comparison) -> None:
+    note = tables(whole)["main"].note
+    for words in ("95 %", "10,000 resamples", "bootstrap", "Benjamini", "2 comparisons", "3 seeds, 2 clients"):
+        assert words in note
+    whole["seeds"] = [0]
+    assert "test rows, not over seeds" in tables(whole)["main"].note
+
+
+def test_zero_shot_as_an_entry_of_its_own_takes_the_bases_row(whole: Comparison) -> None:
+    whole["entries"][1]["own_state"] = "zero_shot"
+    assert "base, untrained" not in by_name(of_html(whole)["main"])
