@@ -2,10 +2,10 @@
 
     python benchmarks/prepare_p3.py SOURCE data/p3
 
-SOURCE holds closed_qa.jsonl, information_extraction.jsonl, classification.jsonl, summarization.jsonl and general.jsonl,
+SOURCE holds closed_qa.jsonl, information_extraction.jsonl, classification.jsonl, summarization.jsonl, general.jsonl,
 with the fields instruction, context, response, dataset and split (train or test, divided by passage); general.jsonl
-holds tasks that no client trains on. Rows with long prompts or answers are left out, so that a run takes minutes on a
-CPU; of the rest, an even share of every data set is drawn, with a fixed seed.
+holds tasks that no client trains on. Rows with long prompts or answers are left out, so that a run takes minutes on
+a CPU; of the rest, an even share of every data set is drawn, with a fixed seed.
 """
 
 from __future__ import annotations

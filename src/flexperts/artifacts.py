@@ -14,6 +14,7 @@ personal/NAME.safetensors   each client's personal state, and in personal/before
 predictions/NAME.jsonl      each client's generated answers and every row's scores (likewise)
 selection/NAME.json         the experts that a client chose, and every expert's loss (likewise)
 routing/NAME.jsonl          how each client's rows are routed, by round and state (likewise)
+tensorboard/           event files, where --track asks for them
 reference/             the reference method's run, laid out the same way
 """
 

@@ -130,7 +130,8 @@ def entry(draw: random.Random, name: str, clients: list[str], seeds: int, refere
         "curves": {
             state: {"nll": curve(draw, *ends, 0.1), "rouge_l": curve(draw, 11.7, rouge, 1)}
             for state, ends in states.items()
-        },
+        }
+        | {"training": {"nll": curve(draw, 4.5, 1.5, 0.1)}},
         "routing": {state: routing(draw, clients, state == "personalized") for state in states},
         "routing_rounds": drift,
         "selection": selection(draw, clients) if method == "flex" else None,

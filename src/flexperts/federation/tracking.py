@@ -1,4 +1,4 @@
-"""A run's numbers in experiment trackers (TensorBoard, W&B, MLflow, ...), through the tracker classes of accelerate."""
+"""A run's numbers in experiment trackers (TensorBoard, W&B, MLflow, ...), through accelerate's tracker classes."""
 
 from __future__ import annotations
 

@@ -17,11 +17,17 @@ from flexperts.reports.routing_tables import MEASURES
 
 TOGETHER = 6
 """Up to so many entries share one plot; of more, every entry has a small one with the others in grey."""
+TRAINING = "training"
+"""Stands for the training loss where a metric of the clients' rows could stand."""
+CURVES = METRICS | {TRAINING: "Training loss"}
 _SMALL = 210
 
 
 def curve_plots(comparison: Comparison, metric: str) -> list[Plot]:
-    """Return learning curves of the own state, mean and range over seeds: one plot, or a small one per entry."""
+    """Return curves of the own state, or of the training loss, with mean and range over seeds.
+
+    All entries in one plot, or many in a small one each.
+    """
     entries = [e for e in ordered(comparison) if _rounds(_curve(e, e["own_state"], metric)) > 1]
     if not entries:
         return []
@@ -38,7 +44,7 @@ def drift_plots(comparison: Comparison) -> list[Plot]:
 
 
 def _one_plot(comparison: Comparison, entries: list[Entry], metric: str) -> Plot:
-    title = f"{METRICS[metric]} over rounds"
+    title = f"{CURVES[metric]} over rounds"
     with drawing():
         figure, axes = canvas(WIDTH, 260)
         for entry in entries:
@@ -48,7 +54,7 @@ def _one_plot(comparison: Comparison, entries: list[Entry], metric: str) -> Plot
 
 
 def _small_plot(comparison: Comparison, entries: list[Entry], entry: Entry, metric: str) -> Plot:
-    label = f"{METRICS[metric]} over rounds: {entry['name']}"
+    label = f"{CURVES[metric]} over rounds: {entry['name']}"
     with drawing():
         figure, axes = canvas(_SMALL, 140)
         for other in entries:
@@ -69,7 +75,7 @@ def _line(axes: Axes, comparison: Comparison, entry: Entry, metric: str) -> None
         low, high = _values(curve["low"]), _values(curve["high"])
         axes.fill_between(curve["rounds"], low, high, color=look.colour, alpha=0.22, linewidth=0)
     shared = _curve(entry, "global", metric)
-    if entry["own_state"] != "global" and _rounds(shared) > 1:
+    if metric != TRAINING and entry["own_state"] != "global" and _rounds(shared) > 1:
         axes.plot(
             shared["rounds"], _values(shared["mean"]), color=look.colour, linewidth=1.2, linestyle=(0, (4, 2))
         )
@@ -100,7 +106,8 @@ def _over_rounds(axes: Axes) -> None:
 
 
 def _curve(entry: Entry, state: str, metric: str) -> Mapping[str, Any]:
-    return ((entry.get("curves") or {}).get(state) or {}).get(metric) or {}
+    where = (TRAINING, "nll") if metric == TRAINING else (state, metric)
+    return ((entry.get("curves") or {}).get(where[0]) or {}).get(where[1]) or {}
 
 
 def _rounds(curve: Mapping[str, Any]) -> int:

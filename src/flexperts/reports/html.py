@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from flexperts.reports.bytes_plot import bytes_plot
 from flexperts.reports.cells import Table
-from flexperts.reports.curve_plots import curve_plots, drift_plots
+from flexperts.reports.curve_plots import CURVES, curve_plots, drift_plots
 from flexperts.reports.figures import looks
 from flexperts.reports.plots import Plot, difference_plot, score_plot
 from flexperts.reports.reading import METRICS, Comparison, ordered
@@ -50,7 +50,7 @@ def html_report(comparison: Mapping[str, Any]) -> str:
 
 def _plots(comparison: Comparison) -> dict[str, list[Plot]]:
     """Return every section's plots, those that there are."""
-    curves = {metric: curve_plots(comparison, metric) for metric in ("nll", "rouge_l")}
+    curves = {metric: curve_plots(comparison, metric) for metric in CURVES}
     made: dict[str, list[Plot | None]] = {
         "comparison": [p for m in METRICS for p in (score_plot(comparison, m), difference_plot(comparison, m))],
         "bytes": [bytes_plot(comparison, metric) for metric in METRICS],

@@ -21,11 +21,12 @@ def interval_note(comparison: Comparison) -> str:
     if not compared:
         return ""
     level, resamples = f"{100 * comparison['confidence']:g} %", f"{comparison['resamples']:,}"
-    over = "training seeds and test rows" if len(comparison["seeds"]) > 1 else "test rows, not over seeds"
+    many = len(comparison["seeds"]) > 1
+    seeds = "widened by Student's t for the training seeds" if many else "which says nothing of other seeds"
     return (
         f"Δ: own state minus the reference's own state ({comparison['reference']}), row by row. In brackets the "
-        f"{level} interval of a hierarchical paired bootstrap over {over} ({resamples} resamples); it speaks of "
-        f"these clients only. p-values are of the same bootstrap, adjusted by Benjamini and Hochberg for "
+        f"{level} interval of a paired bootstrap over rows ({resamples} resamples), {seeds}; it speaks of "
+        f"these clients only. p-values are of the same draws, adjusted by Benjamini and Hochberg for "
         f"{_count(compared, 'comparison')}; the intervals are not adjusted."
     )
 

@@ -108,8 +108,8 @@ def _settings(name: str, config: RunConfig) -> tuple[str, ...]:
     if name in method_names():
         return (f"method.name={name}", *_no_options(name, config), *variants.get(name, ()))
     if name in variants:
-        named = [s.partition("=")[2].strip() for s in variants[name] if s.partition("=")[0].strip() == "method.name"]
-        return (*_no_options((named or [config.method.name])[-1], config), *variants[name])
+        keys = {key.strip(): value.strip(" \"'") for key, _, value in (s.partition("=") for s in variants[name])}
+        return (*_no_options(keys.get("method.name", config.method.name), config), *variants[name])
     known = [*method_names(), *variants]
     close = difflib.get_close_matches(name, known, n=1)
     remedy = f"did you mean {close[0]!r}?" if close else "name a method, or define it under [compare.variants]"
