@@ -16,6 +16,11 @@ def command(path: Annotated[Path, typer.Argument(help="Directory of a run or of 
     write_reports(Console(), _collected(path), path)
 
 
+_WIDE = 120
+"""Columns of a terminal that has room for more than each client's own rows."""
+_WHERE_WIDE = ("own state", "p, adjusted")
+
+
 def write_reports(console: Any, comparison: Mapping[str, Any], out: Path) -> None:
     """Write a comparison's files and print its main tables."""
     from flexperts.artifacts import write_json, write_text
@@ -26,7 +31,7 @@ def write_reports(console: Any, comparison: Mapping[str, Any], out: Path) -> Non
     write_json(out / "comparison.json", comparison)
     write_text(out / "report.html", html_report(comparison))
     write_text(out / "report.md", markdown_report(comparison))
-    console.print(_rich(tables(comparison)["main"]))
+    console.print(_rich(tables(comparison)["main"], narrow=console.width < _WIDE))
     console.print(f"everything is in {out}: report.html to look at, report.md, comparison.json", soft_wrap=True)
 
 
@@ -38,13 +43,14 @@ def _collected(path: Path) -> dict[str, Any]:
     return collect_comparison(path) if compared and not (path / "config.toml").exists() else collect_run(path)
 
 
-def _rich(table: Any) -> Any:
+def _rich(table: Any, narrow: bool) -> Any:
     """Return the main table with the columns that a terminal has room for; the pages have all."""
     from rich.table import Table
     from rich.text import Text
 
     shown = Table(title=table.title, title_justify="left", caption=table.note, caption_justify="left")
-    columns = [i for i, column in enumerate(table.header) if not _is_left_out(column, table.header[2].group)]
+    own = table.header[2].group
+    columns = [i for i, column in enumerate(table.header) if not _is_left_out(column, own, narrow)]
     for column in (table.header[i] for i in columns):
         shown.add_column(f"{column.name}\n{column.group}", justify="left" if column.words else "right")
     for row in table.rows:
@@ -52,6 +58,8 @@ def _rich(table: Any) -> Any:
     return shown
 
 
-def _is_left_out(column: Any, own: str) -> bool:
+def _is_left_out(column: Any, own: str, narrow: bool) -> bool:
     about_nll = "NLL" in column.name and (column.name, column.group) != ("NLL", own)
-    return bool(about_nll or column.name == "received")
+    if narrow and not column.words and column.group != own:
+        return True
+    return bool(about_nll or column.name == "received" or (narrow and column.name in _WHERE_WIDE))

@@ -136,15 +136,28 @@ def _at(client: Mapping[str, Any], state: str) -> dict[str, float]:
 def _others(entry: Finished, state: str, index: int) -> dict[str, Any]:
     """Return a seed's scores on other clients' rows, by the client whose model is scored.
 
-    The untouched base and the global model are one for all: their scores there are what the others report.
+    The untouched base and the global model are one for all: what they score there is what the other clients noted of
+    the same rows.
     """
     if state == "personalized":
         return dict(entry.beyond[index].get("others", {}).get(state, {}))
-    own = {name: _at(values, state) for name, values in entry.summaries[index]["clients"].items()}
+    run, count = entry.at(index), entry.others_rows
+    if not count or len(entry.clients) < 2:
+        return {}
+    noted = {c: [line["scores"][state] for line in run.of_client("predictions", c)[:count]] for c in entry.clients}
+    own = {client: _means(rows) for client, rows in noted.items()}
     return {
-        name: {kind: float(np.mean([own[o][kind] for o in own if o != name])) for kind in _KINDS}
+        name: {kind: float(np.mean([own[other][kind] for other in own if other != name])) for kind in _KINDS}
         for name in own
-        if len(own) > 1
+    }
+
+
+def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return a client's scores over some of its rows, as a run takes them."""
+    tokens = [row["tokens"] for row in rows]
+    return {
+        "rouge_l": float(np.mean([row["rouge_l"] for row in rows])),
+        "nll": float(np.average([row["nll"] for row in rows], weights=tokens)),
     }
 
 

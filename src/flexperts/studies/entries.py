@@ -35,14 +35,15 @@ class Plan:
         settings: KEY=VALUE on top of it, for every run.
         entries: What is compared, in the order of the table.
         seeds: Seeds that every entry runs with.
-        reference: Name of the entry that the others are compared with.
+        reference: Name of the entry that the others are compared with; None = the one that the directory has, else
+            the recipe's, else the first.
     """
 
     recipe: Path
     settings: tuple[str, ...]
     entries: tuple[Entry, ...]
     seeds: tuple[int, ...]
-    reference: str
+    reference: str | None
 
     @property
     def base(self) -> RunConfig:
@@ -91,9 +92,6 @@ def plan_comparison(
     if not names or len(set(names)) != len(names):
         raise ConfigError(f"entries {', '.join(names)}", "every name stands once", "drop the repetition")
     found = tuple(Entry(name, _settings(name, config)) for name in names)
-    reference = reference or (compare.reference if compare.reference in names else names[0])
-    if reference not in names:
-        raise ConfigError(f"reference {reference!r}", f"it is one of {', '.join(names)}", "add it to the entries")
     count = compare.seeds if seeds is None else seeds
     if count < 1:
         raise ConfigError(f"seeds = {count}", "a comparison needs at least one", "take 3 or more")

@@ -14,6 +14,7 @@ from typing import Any
 
 from flexperts.artifacts import RunDirectory, read_json
 from flexperts.methods.registry import method_class
+from flexperts.recipe import parse_recipe
 
 CLAIM, RUNS, SEED, DONE = "compare.json", "runs", "seed-", "done"
 
@@ -48,6 +49,15 @@ class Finished:
     def beyond(self) -> list[dict[str, Any]]:
         """What the runs measured beyond their clients' own rows, by seed."""
         return [read_json(run.beyond) if run.beyond.exists() else {} for run in self.runs.values()]
+
+    @cached_property
+    def others_rows(self) -> int:
+        """Rows of each other client that models were scored on."""
+        return parse_recipe(self.at(0).config_toml).evaluation.others_rows
+
+    def at(self, index: int) -> RunDirectory:
+        """Return the run of the seed at a place in the order of seeds."""
+        return list(self.runs.values())[index]
 
     @property
     def method(self) -> str:

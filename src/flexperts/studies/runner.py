@@ -6,13 +6,14 @@ import multiprocessing
 import shutil
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flexperts.artifacts import read_json, write_json, write_text
-from flexperts.errors import ArtifactError, FlexpertsError
+from flexperts.errors import ArtifactError, ConfigError, FlexpertsError
 from flexperts.federation.observer import Observer
 from flexperts.federation.run import run_federation
 from flexperts.federation.workspace import Workspace
@@ -69,6 +70,7 @@ def run_comparison(
 
     Raises:
         ArtifactError: The directory holds another recipe's comparison.
+        ConfigError: The reference is none of its entries.
     """
     _claim(plan, out)
     waiting = [job for job in jobs(plan, out) if not job.done]
@@ -90,8 +92,12 @@ def _claim(plan: Plan, out: Path) -> None:
             f"{out}", "it holds a comparison of another recipe", "give the recipe and --set of the first start"
         )
     entries = _entries(plan, before.get("entries", {}), out)
+    known = [name for name in (before.get("reference"), compare.reference) if name in entries]
+    reference = plan.reference or [*known, *entries][0]
+    if reference not in entries:
+        raise ConfigError(f"reference {reference!r}", f"it is one of {', '.join(entries)}", "add it to the entries")
     bootstrap = {"confidence": compare.confidence, "resamples": compare.resamples}
-    write_json(path, claim | {"entries": entries, "reference": plan.reference, **bootstrap})
+    write_json(path, claim | {"entries": entries, "reference": reference, **bootstrap})
 
 
 def _entries(plan: Plan, before: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -118,7 +124,15 @@ def _run_all(
     # A fresh interpreter for each worker: CUDA cannot be used in a forked one.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         started = {pool.submit(_run, plan, job, keep_weights, None): job for job in waiting}
-        yield from ((started[future], future.result()) for future in as_completed(started))
+        yield from ((started[future], _outcome(future)) for future in as_completed(started))
+
+
+def _outcome(future: Future[str | None]) -> str | None:
+    """Return a job's error; one whose process was killed has written none."""
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        return "its process was killed, as for lack of memory: take fewer workers and start again"
 
 
 _workspace: Workspace | None = None

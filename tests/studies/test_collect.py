@@ -1,0 +1,251 @@
+"""Every number of a comparison, computed again from what its runs left on the disk."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import pytest
+
+Entries = dict[str, dict[str, Any]]
+Json = dict[str, Any]
+CLIENTS = ["bank", "cafe", "farm"]
+STATES = {
+    "fedavg": ["zero_shot", "global"],
+    "flex": ["zero_shot", "global", "personalized"],
+    "local": ["zero_shot", "personalized"],
+    "zero_shot": ["zero_shot"],
+    "k2": ["zero_shot", "global", "personalized"],
+}
+every_entry = pytest.mark.parametrize("name", STATES)
+
+
+class Run:
+    """A run's files, read with nothing of the package."""
+
+    def __init__(self, out: Path, name: str, seed: int) -> None:
+        self.path = out / "runs" / name / f"seed-{seed}"
+
+    def json(self, name: str) -> Json:
+        return dict(json.loads((self.path / name).read_text(encoding="utf-8")))
+
+    def lines(self, name: str) -> list[Json]:
+        return [json.loads(line) for line in (self.path / name).read_text(encoding="utf-8").splitlines()]
+
+    def own(self, client: str, state: str, kind: str) -> float:
+        """Return a client's score from its rows: ROUGE-L by rows, NLL by tokens."""
+        found = [line["scores"][state] for line in self.lines(f"predictions/{client}.jsonl")]
+        if kind == "rouge_l":
+            return fmean(row["rouge_l"] for row in found)
+        return math.fsum(r["nll"] * r["tokens"] for r in found) / sum(r["tokens"] for r in found)
+
+
+def runs(out: Path, name: str) -> list[Run]:
+    return [Run(out, name, seed) for seed in (0, 1)]
+
+
+def is_statistic(found: Json, seeds: list[dict[str, float]]) -> None:
+    """Compare a STAT with the values it is of: one mapping of clients for each seed."""
+    means = [fmean(seed.values()) for seed in seeds]
+    assert found["seeds"] == pytest.approx(means, rel=1e-12)
+    assert found["mean"] == pytest.approx(fmean(means), rel=1e-12)
+    assert found["std"] == pytest.approx(stdev(means), rel=1e-9, abs=1e-12)
+    assert list(found["clients"]) == list(seeds[0])
+    for client, numbers in found["clients"].items():
+        values = [seed[client] for seed in seeds]
+        assert numbers["mean"] == pytest.approx(fmean(values), rel=1e-12)
+        assert numbers["std"] == pytest.approx(stdev(values), rel=1e-9, abs=1e-12)
+
+
+def test_the_head(comparison: Json, compared: Path, work: Path) -> None:
+    assert comparison["kind"] == "comparison"
+    assert (comparison["title"], comparison["split"], comparison["reference"]) == ("recipe", "test", "flex")
+    assert (comparison["confidence"], comparison["resamples"]) == (0.95, 500)
+    assert (comparison["seeds"], comparison["clients"]) == ([0, 1], CLIENTS)
+    assert [entry["name"] for entry in comparison["entries"]] == list(STATES)
+    assert comparison["environment"] == Run(compared, "flex", 0).json("environment.json")
+    assert f'folder = "{work}/clients"' in comparison["recipe"]
+    assert "graft.experts=2" not in comparison["recipe"]
+    json.dumps(comparison, allow_nan=False)
+
+
+@every_entry
+def test_what_an_entry_is(entries: Entries, name: str) -> None:
+    entry = entries[name]
+    assert entry["method"] == ("flex" if name == "k2" else name)
+    own = [] if name == "flex" else ["method.options={}"]
+    assert entry["settings"] == (["graft.experts=2"] if name == "k2" else [f"method.name={name}", *own])
+    assert (entry["seeds"], entry["own_state"]) == ([0, 1], STATES[name][-1])
+    assert list(entry["scores"]) == STATES[name]
+
+
+@every_entry
+def test_own_scores_are_means_of_rows_then_clients_then_seeds(entries: Entries, compared: Path, name: str) -> None:
+    for state in STATES[name]:
+        for kind in ("rouge_l", "nll"):
+            seeds = [{c: run.own(c, state, kind) for c in CLIENTS} for run in runs(compared, name)]
+            is_statistic(entries[name]["scores"][state]["own"][kind], seeds)
+
+
+def test_the_numbers_could_tell_a_wrong_mean(entries: Entries, compared: Path) -> None:
+    """Clients of unequal size, rows of unequal length, seeds that differ: each other mean is another number."""
+    for kind, state in (("rouge_l", "zero_shot"), ("nll", "zero_shot"), ("nll", "personalized")):
+        rows = [
+            line["scores"][state][kind]
+            for run in runs(compared, "flex")
+            for c in CLIENTS
+            for line in run.lines(f"predictions/{c}.jsonl")
+        ]
+        assert abs(fmean(rows) - entries["flex"]["scores"][state]["own"][kind]["mean"]) > 1e-4
+    assert entries["flex"]["scores"]["personalized"]["own"]["nll"]["std"] > 1e-4
+
+
+@pytest.mark.parametrize("name", ["fedavg", "flex", "local", "zero_shot"])
+@pytest.mark.parametrize("state", ["zero_shot", "global"])
+def test_a_shared_model_scores_on_others_rows_what_the_others_report(
+    entries: Entries, compared: Path, name: str, state: str
+) -> None:
+    if state not in STATES[name]:
+        return
+    for kind in ("rouge_l", "nll"):
+        seeds = [
+            {c: fmean(run.own(o, state, kind) for o in CLIENTS if o != c) for c in CLIENTS}
+            for run in runs(compared, name)
+        ]
+        is_statistic(entries[name]["scores"][state]["others"][kind], seeds)
+
+
+@every_entry
+def test_what_lies_beyond_the_own_rows_comes_from_its_file(entries: Entries, compared: Path, name: str) -> None:
+    beyond = [run.json("beyond.json") for run in runs(compared, name)]
+    assert all(("others" in seed) == ("personalized" in STATES[name]) for seed in beyond)
+    for state, scores in entries[name]["scores"].items():
+        who = CLIENTS if state == "personalized" else CLIENTS[:1]
+        assert scores["mmlu"] is None
+        for kind in ("rouge_l", "nll"):
+            is_statistic(scores["general"][kind], [{c: b["general"][state][c][kind] for c in who} for b in beyond])
+            if state == "personalized":
+                seeds = [{c: b["others"][state][c][kind] for c in who} for b in beyond]
+                is_statistic(scores["others"][kind], seeds)
+
+
+@every_entry
+def test_bytes_parameters_and_seconds(entries: Entries, compared: Path, name: str) -> None:
+    entry, logs = entries[name], [run.lines("rounds.jsonl") for run in runs(compared, name)]
+    sizes = entry["bytes"]
+    for way in ("uplink", "downlink"):
+        sent = [[size for log in seed for size in log[way].values()] for seed in logs]
+        assert sizes[f"{way}_total"] == fmean(sum(seed) for seed in sent)
+        each = fmean(fmean(seed) if seed else 0.0 for seed in sent)
+        assert sizes[f"{way}_per_client_per_round"] == pytest.approx(each, rel=1e-12)
+        declared = [value for seed in logs for log in seed for value in log["declared"][way].values()]
+        groups = [g for seed in logs for log in seed for g in log["groups"][way].values()]
+        assert [sum(g.values()) for g in groups] == declared
+        names = {key for g in groups for key in g}
+        expected = {key: fmean(g.get(key, 0) for g in groups) for key in names}
+        assert sizes["groups"][way] == pytest.approx(expected, rel=1e-12)
+    assert sizes["personal_sent"] == 0
+    for group, count in entry["parameters"].items():
+        trained = [c[f"{group}_parameters"] for log in logs[0] for c in log["clients"].values()]
+        assert count == max(trained, default=0)
+    taken = [run.json("summary.json")["seconds"] for run in runs(compared, name)]
+    assert entry["seconds"] == {key: pytest.approx(fmean(s[key] for s in taken)) for key in taken[0]}
+
+
+def test_parameters_are_those_of_the_tiny_model(entries: Entries) -> None:
+    """q 32x32, k and v 32x16 with rank 8 in two layers; experts of 32x32 and 32x16 with a gate of 32 and a bias."""
+    shared = 2 * 8 * ((32 + 32) + 2 * (32 + 16))
+    expert = 2 * (32 * 32 + 32 * 16 + 33)
+    assert entries["flex"]["parameters"] == {"shared": shared, "personal": expert}
+    assert entries["k2"]["parameters"]["personal"] > expert
+    assert entries["fedavg"]["parameters"] == {"shared": shared, "personal": 0}
+    assert entries["zero_shot"]["parameters"] == {"shared": 0, "personal": 0}
+
+
+@every_entry
+def test_curves(entries: Entries, compared: Path, name: str) -> None:
+    logs, found = [run.lines("rounds.jsonl") for run in runs(compared, name)], entries[name]["curves"]
+    trained = name != "zero_shot"
+    assert list(found) == [*(["training"] if trained else []), *STATES[name]]
+    for state, scores in found.items():
+        assert list(scores) == (["nll"] if state == "training" else ["rouge_l", "nll"])
+        for kind, curve in scores.items():
+            part, key = ("clients", "loss") if state == "training" else ("scores", f"{kind}.{state}")
+            assert curve["rounds"] == [log["number"] for log in logs[0]]
+            for i in range(len(curve["rounds"])):
+                seeds = [fmean(client[key] for client in seed[i][part].values()) for seed in logs]
+                assert curve["mean"][i] == pytest.approx(fmean(seeds), rel=1e-12)
+                assert (curve["low"][i], curve["high"][i]) == pytest.approx((min(seeds), max(seeds)), rel=1e-12)
+    if trained:
+        assert found["training"]["nll"]["rounds"] == [1, 2]
+        assert found["training"]["nll"]["low"] < found["training"]["nll"]["high"]
+        own = entries[name]["scores"][STATES[name][-1]]["own"]["nll"]["mean"]
+        assert found[STATES[name][-1]]["nll"]["mean"][-1] == pytest.approx(own, rel=1e-12)
+
+
+@every_entry
+def test_routing(entries: Entries, compared: Path, name: str) -> None:
+    entry, own = entries[name], STATES[name][-1]
+    lines = {(run.path.name, c): run.lines(f"routing/{c}.jsonl") for run in runs(compared, name) for c in CLIENTS}
+    last = max(line["round"] for line in lines["seed-0", "bank"])
+    for state in STATES[name]:
+        for client in CLIENTS:
+            (layers,) = (
+                line["layers"]
+                for line in lines["seed-0", client]
+                if (line["round"], line["state"]) == (last, state)
+            )
+            assert entry["routing"][state][client] == layers
+    over = entry["routing_rounds"]
+    assert over["rounds"] == [0, *range(1, last + 1)]
+    for key in ("entropy", "divergence", "agreement", "opening"):
+        for number, value in zip(over["rounds"], over[key], strict=True):
+            wanted = (1, "zero_shot") if number == 0 and last else (number, own)
+            numbers = [
+                layer[key]
+                for found in lines.values()
+                for line in found
+                if (line["round"], line["state"]) == wanted
+                for layer in line["layers"].values()
+                if layer.get(key) is not None
+            ]
+            # a list is one number per slot
+            flat = [fmean(n) if isinstance(n, list) else n for n in numbers]
+            assert value == (pytest.approx(fmean(flat), rel=1e-12) if flat else None), (key, number)
+    opened = name in ("flex", "k2", "local")
+    assert [value is not None for value in over["opening"][1:]] == [opened] * last
+    assert over["opening"][0] is None
+    assert over["divergence"][0] == 0
+
+
+@every_entry
+def test_selection(entries: Entries, compared: Path, name: str) -> None:
+    found = entries[name]["selection"]
+    if name not in ("flex", "k2", "local"):
+        assert found is None
+        return
+    assert sorted(found) == CLIENTS
+    for client, layers in found.items():
+        kept = runs(compared, name)[0].json(f"selection/{client}.json")
+        assert {layer: n["choice"] for layer, n in layers.items()} == kept["choice"]
+        for numbers in layers.values():
+            assert len(numbers["choice"]) == (2 if name == "k2" else 1)
+            best = sorted(range(4), key=lambda expert: numbers["loss"][expert])[: len(numbers["choice"])]
+            assert sorted(numbers["choice"]) == sorted(best)
+
+
+def test_examples_are_the_first_rows_with_everybodys_answers(comparison: Json, compared: Path) -> None:
+    assert list(comparison["examples"]) == CLIENTS
+    for client, shown in comparison["examples"].items():
+        lines = {name: Run(compared, name, 0).lines(f"predictions/{client}.jsonl") for name in STATES}
+        assert len(shown) == 3
+        for i, example in enumerate(shown):
+            for key in ("instruction", "context", "response"):
+                assert example[key] == lines["flex"][i][key]
+            answers = {"zero-shot": lines["flex"][i]["zero_shot"]}
+            for name in ("flex", "fedavg", "local", "k2"):
+                answers |= {f"{name} {s}": lines[name][i][s] for s in STATES[name] if s != "zero_shot"}
+            assert example["answers"] == answers

@@ -1,0 +1,274 @@
+"""Running a comparison: nothing twice, nothing of another recipe, nobody's failure at another's cost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexperts.artifacts import RunDirectory, read_json
+from flexperts.config.run import RunConfig
+from flexperts.errors import ArtifactError, FlexpertsError
+from flexperts.federation.client import Client
+from flexperts.methods.turn import Turn
+from flexperts.studies import runner
+from flexperts.studies.collect import collect_comparison
+from flexperts.studies.entries import Plan, plan_comparison
+from flexperts.studies.runner import HEAVY, Job, run_comparison
+
+Planned = Callable[..., Plan]
+Runs = list[tuple[str, int]]
+ENTRIES = ["fedavg", "flex", "local", "zero_shot", "k2"]
+SOME: Runs = [("flex", 0), ("local", 0), ("k2", 0), ("fedavg", 1)]
+"""Runs that tests take away, in the order in which they are run again."""
+
+
+def without_measured(value: Any) -> Any:
+    """Return a comparison without what no two runs have in common: seconds and memory."""
+    if isinstance(value, dict):
+        return {k: without_measured(v) for k, v in value.items() if k not in ("seconds", "peak_memory")}
+    return [without_measured(v) for v in value] if isinstance(value, list) else value
+
+
+@pytest.fixture
+def started(compared: Path, tmp_path: Path) -> Path:
+    """The comparison as it stands when four of its ten runs have not begun."""
+    out = shutil.copytree(compared, tmp_path / "started")
+    for entry, seed in SOME:
+        shutil.rmtree(out / "runs" / entry / f"seed-{seed}")
+    return out
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> Runs:
+    """Let runs be noted instead of run."""
+    noted: Runs = []
+
+    def note(config: RunConfig, folder: Path, *_: object, **__: object) -> None:
+        noted.append((folder.parent.name, config.seed))
+
+    monkeypatch.setattr(runner, "run_federation", note)
+    return noted
+
+
+def test_a_finished_comparison_runs_nothing(plan: Planned, compared: Path, tmp_path: Path, ran: Runs) -> None:
+    out = shutil.copytree(compared, tmp_path / "whole")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert run_comparison(plan(), out) == []
+    assert ran == []
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_what_is_missing_is_run_in_order_and_only_that(plan: Planned, started: Path, ran: Runs) -> None:
+    seen: list[tuple[str, int, str | None]] = []
+    run_comparison(plan(), started, on_done=lambda job, error: seen.append((job.entry.name, job.seed, error)))
+    assert ran == SOME
+    assert seen == [(*run, None) for run in SOME]
+
+
+def test_seeds_and_entries_can_be_added(plan: Planned, compared: Path, tmp_path: Path, ran: Runs) -> None:
+    out = shutil.copytree(compared, tmp_path / "more")
+    run_comparison(plan(seeds=3), out)
+    assert ran == [(name, 2) for name in ENTRIES]
+    ran.clear()
+    run_comparison(plan(entries=["flex", "fedprox"], seeds=2), out)
+    assert ran == [("fedprox", 0), ("fedprox", 1)]
+    assert list(read_json(out / "compare.json")["entries"]) == [*ENTRIES, "fedprox"]
+
+
+@pytest.mark.parametrize("setting", ["training.lr=0.5", "data.validation_fraction=0.2", "federation.rounds=3"])
+def test_another_recipes_directory_is_refused(
+    plan: Planned, compared: Path, tmp_path: Path, ran: Runs, setting: str
+) -> None:
+    out = shutil.copytree(compared, tmp_path / "other")
+    claim = (out / "compare.json").read_text()
+    with pytest.raises(ArtifactError, match="another recipe"):
+        run_comparison(plan(setting, seeds=3), out)
+    assert ran == []
+    assert (out / "compare.json").read_text() == claim
+
+
+def test_a_variant_that_changed_is_not_taken_for_what_was_run(
+    plan: Planned, compared: Path, tmp_path: Path, ran: Runs
+) -> None:
+    """Its finished runs would stand in the table under settings that they never had."""
+    out = shutil.copytree(compared, tmp_path / "changed")
+    with pytest.raises(ArtifactError, match=r"entry 'k2' with .*experts=3.*run with .*experts=2"):
+        run_comparison(plan('compare.variants.k2=["graft.experts=3"]'), out)
+    assert ran == []
+    shutil.rmtree(out / "runs" / "k2")
+    run_comparison(plan('compare.variants.k2=["graft.experts=3"]'), out)
+    assert ran == [("k2", 0), ("k2", 1)]
+
+
+def test_two_entries_do_not_share_a_folder(plan: Planned, tmp_path: Path, ran: Runs) -> None:
+    """Else the second one would find its runs done."""
+    variants = 'compare.variants={"k 2" = ["graft.experts=2"], "k_2" = ["graft.experts=1"]}'
+    with pytest.raises(ArtifactError, match="'k 2' and 'k_2'"):
+        run_comparison(plan(variants, entries=["k 2", "k_2"], reference="k 2"), tmp_path / "out")
+    assert ran == []
+
+
+def test_weights_are_removed(compared: Path) -> None:
+    runs = [path.parent for path in (compared / "runs").glob("*/*/done")]
+    assert len(runs) == 10
+    assert not [run / name for run in runs for name in HEAVY if (run / name).exists()]
+    assert not list(compared.rglob("*.safetensors"))
+
+
+def test_a_failing_entry_costs_no_other(
+    plan: Planned, started: Path, comparison: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """flex breaks in the middle of its first round with its grafts on the base that later entries run on."""
+    keep = Client._keep
+
+    def broken(client: Client, turn: Turn, *rest: Any) -> None:
+        if client.method.name == "flex" and client.config.graft.experts == 1 and client.name == "cafe":
+            raise RuntimeError("out of luck")
+        keep(client, turn, *rest)
+
+    told: list[tuple[str, str | None]] = []
+
+    def tell(job: Job, error: str | None) -> None:
+        told.append((job.entry.name, error))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Client, "_keep", broken)
+        (failed,) = run_comparison(plan(), started, on_done=tell)
+    assert (failed.entry.name, failed.seed, failed.done) == ("flex", 0, False)
+    assert [name for name, _ in told] == [name for name, _ in SOME]
+    assert [error is None for _, error in told] == [False, True, True, True]
+    assert "out of luck" in str(told[0][1])
+    text = (failed.folder / "error.txt").read_text()
+    assert text.startswith("Traceback")
+    assert "out of luck" in text
+    # taken up again, this time with its weights kept, it is what an unbroken comparison is
+    assert run_comparison(plan(), started, keep_weights=True) == []
+    assert not (failed.folder / "error.txt").exists()
+    assert sorted(name for name in HEAVY if (failed.folder / name).exists()) == sorted(HEAVY)
+    assert without_measured(collect_comparison(started)) == without_measured(comparison)
+
+
+def test_an_error_of_ours_is_told_as_it_is(plan: Planned, started: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise FlexpertsError("value", "rule", "remedy")
+
+    monkeypatch.setattr(runner, "run_federation", refuse)
+    told: list[str | None] = []
+    failed = run_comparison(plan(), started, on_done=lambda job, error: told.append(error))
+    assert [(job.entry.name, job.seed) for job in failed] == SOME
+    assert set(told) == {str(FlexpertsError("value", "rule", "remedy"))}
+
+
+def test_the_untouched_base_is_scored_once_for_all_entries_and_seeds(
+    plan: Planned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three clients' own rows and the general tasks; routing looks at the base by itself, once a client."""
+    states: list[str] = []
+    in_state = Client.in_state
+
+    def count(client: Client, request: Any, state: Any) -> Any:
+        states.append(state)
+        return in_state(client, request, state)
+
+    monkeypatch.setattr(runner, "_workspace", None)
+    monkeypatch.setattr(Client, "in_state", count)
+    small = plan("federation.rounds=1", "training.local_steps=1", entries=["flex", "fedavg"])
+    assert run_comparison(small, tmp_path / "out") == []
+    assert states.count("zero_shot") == 3 + 1
+    # every run: own rows of 3 clients and the general tasks (the global model's once, a personalized one's each)
+    assert states.count("global") == 4 * (3 + 1)
+    # flex: own rows, others' rows (2 each), general tasks
+    assert states.count("personalized") == 2 * (3 + 6 + 3)
+
+
+def test_a_base_that_is_kept_is_scored_anew_where_contexts_are_cut_elsewhere(
+    plan: Planned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, speaking_base: Path
+) -> None:
+    """A shorter training.max_length cuts the prompts: the untouched base's old scores are of other prompts."""
+    row = {"instruction": "what?", "context": "e t a o i n " * 8, "response": "e t"}
+    for side, count in (("train", 4), ("test", 2)):
+        lines = [json.dumps(row | {"context": f"{side} {i} {row['context']}"}) for i in range(count)]
+        (tmp_path / f"{side}.jsonl").write_text("\n".join(lines))
+    recipe = f"""
+        [model]
+        base = "{speaking_base}"
+        dtype = "float32"
+        precision = "fp32"
+        [data.clients.one]
+        train = "train.jsonl"
+        test = "test.jsonl"
+        [evaluation]
+        others_rows = 2
+        max_new_tokens = 1
+        [federation]
+        rounds = 1
+        [compare.variants]
+        long = ["method.name=zero_shot", "training.max_length=200"]
+        short = ["method.name=zero_shot", "training.max_length=80"]
+    """
+    (tmp_path / "recipe.toml").write_text(recipe)
+    found = {}
+    for order in (["long", "short"], ["short", "long"]):
+        monkeypatch.setattr(runner, "_workspace", None)
+        out = tmp_path / "-".join(order)
+        assert run_comparison(plan_comparison(tmp_path / "recipe.toml", entries=order, seeds=1), out) == []
+        for name in order:
+            summary = RunDirectory.open(out / "runs" / name / "seed-0").summary()
+            found[order[0], name] = summary["clients"]["one"]["nll"]["zero_shot"]
+    assert found["long", "long"] == found["short", "long"]
+    assert found["long", "short"] == found["short", "short"]
+    assert found["long", "long"] != found["long", "short"]
+
+
+@pytest.mark.slow
+def test_two_workers_find_what_one_finds(
+    plan: Planned, started: Path, comparison: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # sums in another order round otherwise
+    seen: Runs = []
+    failed = run_comparison(
+        plan(), started, workers=2, on_done=lambda job, _: seen.append((job.entry.name, job.seed))
+    )
+    assert failed == []
+    assert sorted(seen) == sorted(SOME)
+    both = [json.dumps(without_measured(c)) for c in (collect_comparison(started), comparison)]
+    assert both[0] == both[1]
+
+
+def test_a_comparison_that_was_killed_ends_as_if_it_had_not_been(
+    plan: Planned, started: Path, comparison: dict[str, Any], work: Path
+) -> None:
+    """SIGKILL while a run is in its rounds, after one of the runs that were left has finished."""
+    code = (
+        "import sys; from pathlib import Path; from flexperts.studies.entries import plan_comparison;"
+        "from flexperts.studies.runner import run_comparison;"
+        "run_comparison(plan_comparison(Path(sys.argv[1])), Path(sys.argv[2]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, work / "recipe.toml", started], env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    left = [started / "runs" / entry / f"seed-{seed}" for entry, seed in SOME]
+    try:
+        deadline = time.monotonic() + 240
+        while not (left[0] / "done").exists() or not any((run / "rounds.jsonl").exists() for run in left[1:]):
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    undone = [run for run in left if not (run / "done").exists()]
+    assert undone
+    assert any((run / "config.toml").exists() for run in undone)
+    assert run_comparison(plan(), started) == []
+    assert without_measured(collect_comparison(started)) == without_measured(comparison)

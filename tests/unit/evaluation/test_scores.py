@@ -1,0 +1,83 @@
+"""Scores of rows: what one row's numbers are, and how they come to one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flexperts.data.prompts import PromptEncoder
+from flexperts.data.rows import Row
+from flexperts.evaluation.rouge import rouge_l
+from flexperts.evaluation.scores import EvaluationSettings, Scores, evaluate
+from flexperts.testing import byte_tokenizer, tiny_model
+
+ROWS = [Row("What?", "no"), Row("Sum up", "a till and a shelf", "A long note. " * 4), Row("Why?", "because")]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model(seed=0)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> PromptEncoder:
+    return PromptEncoder(byte_tokenizer())
+
+
+def settings(*, answers: bool, batch_size: int = 2) -> EvaluationSettings:
+    return EvaluationSettings(4, batch_size, "fp32", answers)
+
+
+@torch.no_grad()
+def row_nll(model: Any, encoder: PromptEncoder, row: Row) -> tuple[float, int]:
+    prompt, response = encoder.prompt(row.instruction, row.context), encoder.response(row.response)
+    logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+    return float(F.cross_entropy(logits.double(), torch.tensor(response))), len(response)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 20])
+def test_every_rows_nll_is_its_own(model: Any, encoder: PromptEncoder, batch_size: int) -> None:
+    scores = evaluate(model, encoder, ROWS, settings(answers=False, batch_size=batch_size))
+    expected = [row_nll(model, encoder, row) for row in ROWS]
+    assert scores.nlls == pytest.approx([nll for nll, _ in expected], rel=1e-5)
+    assert scores.tokens == tuple(tokens for _, tokens in expected)
+    assert scores.tokens == (3, 19, 8)  # bytes and EOS
+
+
+def test_nll_weights_rows_by_tokens_and_rouge_by_none() -> None:
+    scores = Scores((1.0, 4.0), (3, 1), (10.0, 40.0), ("a", "b"))
+    assert scores.nll == 1.75
+    assert scores.rouge_l == 25.0
+    assert scores.rows == 2
+    assert scores.metrics() == {"rouge_l": 25.0, "nll": 1.75}
+    assert scores.row(1) == {"rouge_l": 40.0, "nll": 4.0, "tokens": 1}
+
+
+def test_without_answers_there_is_no_rouge_and_nothing_is_generated(
+    model: Any, encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = evaluate(model, encoder, ROWS, settings(answers=True))
+    monkeypatch.setattr("flexperts.evaluation.scores.generate", None)
+    seen: list[int] = []
+    scores = evaluate(model, encoder, ROWS, settings(answers=False), seen.append)
+    assert (scores.nlls, scores.tokens) == (whole.nlls, whole.tokens)
+    assert (scores.points, scores.predictions, scores.rouge_l) == ((), (), None)
+    assert scores.metrics() == {"nll": scores.nll}
+    assert scores.row(0) == {"nll": scores.nlls[0], "tokens": 3}
+    assert sum(seen) == len(ROWS)
+
+
+def test_with_answers_every_row_has_its_points(model: Any, encoder: PromptEncoder) -> None:
+    seen: list[int] = []
+    rows = [*ROWS, Row("Say", "x")]
+    alone = evaluate(model, encoder, rows, settings(answers=True)).predictions
+    # a response that is the answer: the one way to score with a random model
+    rows = [Row(r.instruction, a or r.response, r.context) for r, a in zip(rows, alone, strict=True)]
+    scores = evaluate(model, encoder, rows, settings(answers=True), seen.append)
+    assert scores.predictions == alone
+    assert scores.points == tuple(rouge_l(scores.predictions, [row.response for row in rows]))
+    assert scores.rouge_l == pytest.approx(sum(scores.points) / 4)
+    assert sum(seen) == 4
