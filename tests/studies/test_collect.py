@@ -35,9 +35,9 @@ class Run:
     def lines(self, name: str) -> list[Json]:
         return [json.loads(line) for line in (self.path / name).read_text(encoding="utf-8").splitlines()]
 
-    def own(self, client: str, state: str, kind: str) -> float:
-        """Return a client's score from its rows: ROUGE-L by rows, NLL by tokens."""
-        found = [line["scores"][state] for line in self.lines(f"predictions/{client}.jsonl")]
+    def own(self, client: str, state: str, kind: str, rows: int | None = None) -> float:
+        """Return a client's score from its first rows: ROUGE-L by rows, NLL by tokens."""
+        found = [line["scores"][state] for line in self.lines(f"predictions/{client}.jsonl")][:rows]
         if kind == "rouge_l":
             return fmean(row["rouge_l"] for row in found)
         return math.fsum(r["nll"] * r["tokens"] for r in found) / sum(r["tokens"] for r in found)
@@ -112,7 +112,7 @@ def test_a_shared_model_scores_on_others_rows_what_the_others_report(
         return
     for kind in ("rouge_l", "nll"):
         seeds = [
-            {c: fmean(run.own(o, state, kind) for o in CLIENTS if o != c) for c in CLIENTS}
+            {c: fmean(run.own(o, state, kind, rows=2) for o in CLIENTS if o != c) for c in CLIENTS}
             for run in runs(compared, name)
         ]
         is_statistic(entries[name]["scores"][state]["others"][kind], seeds)

@@ -45,13 +45,12 @@ def planned(tmp_path: Path) -> Planned:
         (("stron",), {}, ["entry 'stron'", "did you mean 'strong'?"]),
         (("qqqqq",), {}, ["define it under [compare.variants]"]),
         (("fedavg", "strong", "fedavg"), {}, ["every name stands once"]),
-        (("fedavg", "strong"), {"reference": "flex"}, ["reference 'flex'", "fedavg, strong"]),
         (("fedavg",), {"seeds": 0}, ["seeds = 0", "at least one"]),
         (("fedavg",), {"settings": ("compare.seeds=0",)}, ["compare.seeds = 0"]),
         (("strong",), {"settings": ("method.name=fedavg", "method.options={}")}, ["mu"]),
         (("fedprox",), {"settings": ("method.options.my=1",)}, ["my"]),
     ],
-    ids=["method", "variant", "unknown", "twice", "reference", "seeds", "recipe-seeds", "variant-option", "option"],
+    ids=["method", "variant", "unknown", "twice", "seeds", "recipe-seeds", "variant-option", "option"],
 )
 def test_what_cannot_run_is_refused(
     planned: Planned, entries: tuple[str, ...], arguments: dict[str, object], said: list[str]
@@ -71,17 +70,15 @@ def test_a_name_that_could_not_be_listed_is_refused(planned: Planned, name: str)
 def test_the_recipes_method_and_its_reference_stand_for_entries_that_nobody_named(planned: Planned) -> None:
     plan = planned()
     assert [entry.name for entry in plan.entries] == ["fedprox", "fedavg"]
-    assert (plan.reference, plan.seeds) == ("fedprox", (0, 1))
+    assert plan.seeds == (0, 1)
 
 
 def test_arguments_go_before_the_recipe(planned: Planned) -> None:
     section = 'compare={entries = ["fedavg", "fedprox"], reference = "fedprox", seeds = 2}'
-    assert planned(settings=(section,)).reference == "fedprox"
     plan = planned("fedavgm", "fedavg", settings=(section,), seeds=4, reference="fedavg")
     assert [entry.name for entry in plan.entries] == ["fedavgm", "fedavg"]
     assert (plan.reference, plan.seeds) == ("fedavg", (0, 1, 2, 3))
-    # the recipe's reference is not among these: the first one is
-    assert planned("fedavgm", "fedavg", settings=(section,)).reference == "fedavgm"
+    assert planned(settings=(section,)).reference is None
 
 
 def test_every_run_has_its_own_settings_and_none_of_anothers(planned: Planned) -> None:

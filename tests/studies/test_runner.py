@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import pytest
 
 from flexperts.artifacts import RunDirectory, read_json
 from flexperts.config.run import RunConfig
-from flexperts.errors import ArtifactError, FlexpertsError
+from flexperts.errors import ArtifactError, ConfigError, FlexpertsError
 from flexperts.federation.client import Client
 from flexperts.methods.turn import Turn
 from flexperts.studies import runner
@@ -108,6 +110,30 @@ def test_a_variant_that_changed_is_not_taken_for_what_was_run(
     shutil.rmtree(out / "runs" / "k2")
     run_comparison(plan('compare.variants.k2=["graft.experts=3"]'), out)
     assert ran == [("k2", 0), ("k2", 1)]
+
+
+def test_a_directory_keeps_its_reference(plan: Planned, tmp_path: Path, ran: Runs) -> None:
+    def reference(*entries: str, **arguments: Any) -> str:
+        run_comparison(plan(entries=entries, **arguments), tmp_path / "out")
+        return str(read_json(tmp_path / "out" / "compare.json")["reference"])
+
+    assert reference("local", "fedavg") == "local"  # the recipe's, flex, is not there
+    assert reference("flex") == "local"
+    assert reference("fedprox", reference="flex") == "flex"
+    assert reference("local") == "flex"
+    with pytest.raises(ConfigError, match="reference 'ditto': it is one of local, fedavg, flex, fedprox"):
+        reference("local", reference="ditto")
+
+
+def test_the_recipes_reference_stands_where_it_is_an_entry(plan: Planned, tmp_path: Path, ran: Runs) -> None:
+    run_comparison(plan(entries=["local", "flex"]), tmp_path / "out")
+    assert read_json(tmp_path / "out" / "compare.json")["reference"] == "flex"
+
+
+def test_a_killed_process_is_a_failed_job() -> None:
+    future: Future[str | None] = Future()
+    future.set_exception(BrokenProcessPool("gone"))
+    assert "fewer workers" in str(runner._outcome(future))
 
 
 def test_two_entries_do_not_share_a_folder(plan: Planned, tmp_path: Path, ran: Runs) -> None:

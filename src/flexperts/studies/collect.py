@@ -136,8 +136,8 @@ def _at(client: Mapping[str, Any], state: str) -> dict[str, float]:
 def _others(entry: Finished, state: str, index: int) -> dict[str, Any]:
     """Return a seed's scores on other clients' rows, by the client whose model is scored.
 
-    The untouched base and the global model are one for all: what they score there is what the other clients noted of
-    the same rows.
+    The untouched base and the global model are one for all: what they score there is what the other clients noted
+    of the same rows.
     """
     if state == "personalized":
         return dict(entry.beyond[index].get("others", {}).get(state, {}))
