@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from flexperts.federation.observer import Observer
+from flexperts.reports.cells import size
 
 
 class ProgressDisplay(Observer):
@@ -71,7 +72,7 @@ class RunDisplay(ProgressDisplay):
             return
         sent = sum(record["uplink"].values())
         self.console.print(
-            f"  mean loss {sum(losses) / len(losses):.3f}, {megabytes(sent)} sent by {len(losses)} clients, "
+            f"  mean loss {sum(losses) / len(losses):.3f}, {size(sent).text} sent by {len(losses)} clients, "
             f"training {record['seconds']['training']:.0f} s"
         )
 
@@ -80,8 +81,8 @@ class RunDisplay(ProgressDisplay):
         self.console.print(score_table(summary))
         sent = summary["bytes"]
         self.console.print(
-            f"per client and round: {megabytes(sent['uplink_per_client_per_round'])} up, "
-            f"{megabytes(sent['downlink_per_client_per_round'])} down, {sent['personal_sent']} personal bytes sent"
+            f"per client and round: {size(sent['uplink_per_client_per_round']).text} up, "
+            f"{size(sent['downlink_per_client_per_round']).text} down, {sent['personal_sent']} personal bytes sent"
         )
         total = summary["seconds"]["total"] + summary.get("reference", {}).get("seconds", {}).get("total", 0.0)
         self.console.print(f"{total:.0f} s in all; everything is in {out}", markup=False, soft_wrap=True)
@@ -98,7 +99,7 @@ def split_table(method: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     for column in ("group", "tensors", "parameters", "size", "trained", "leaves"):
         table.add_column(column, justify="right" if column in ("tensors", "parameters", "size") else "left")
     for row in rows:
-        numbers = (str(row["tensors"]), f"{row['parameters']:,}", megabytes(row["bytes"]))
+        numbers = (str(row["tensors"]), f"{row['parameters']:,}", size(row["bytes"]).text)
         table.add_row(str(row["group"]), *numbers, str(row["trained"]), str(row["leaves"]))
     return table
 
@@ -130,12 +131,3 @@ def _columns(summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], s
 
 def _cell(scores: Mapping[str, Any], state: str) -> str:
     return f"{scores['rouge_l'][state]:.1f} ({scores['nll'][state]:.2f})"
-
-
-def megabytes(size: float) -> str:
-    """Return a size in bytes as text: B, kB, MB or GB (powers of 1,000)."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.2f} GB"

@@ -60,7 +60,7 @@ def _show(made: Any) -> None:
 def _table(made: Any) -> Any:
     from rich.table import Table
 
-    from flexperts.cli.display import megabytes
+    from flexperts.reports.cells import size
 
     table = Table(title="one client, one round", title_justify="left")
     table.add_column("method")
@@ -71,13 +71,13 @@ def _table(made: Any) -> Any:
             row.name,
             _count(row.shared),
             _count(row.personal),
-            megabytes(row.uplink),
-            megabytes(row.downlink),
+            size(row.uplink).text,
+            size(row.downlink).text,
             _seconds(row.seconds),
-            megabytes(row.memory.total),
-            megabytes(row.personal_state),
+            size(row.memory.total).text,
+            size(row.personal_state).text,
             f"{100 * row.overhead:+.2f} %",
-            megabytes(row.at_server),
+            size(row.at_server).text,
         )
     return table
 

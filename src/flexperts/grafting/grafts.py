@@ -22,6 +22,8 @@ from flexperts.grafting.part import Part, key
 from flexperts.grafting.personal_expert import FullExpert, Rank, personal_expert
 from flexperts.moe.experts import FusedExperts
 
+_DISTURBANCE = 1e-3
+"""Standard deviation of ``disturb``: of a gate's weights, and in terms of an expert's own."""
 Choice = Mapping[str, Sequence[int]]
 """Experts module name -> indices of the pretrained experts that start the personal ones."""
 Scales = Mapping[str, Sequence[float]]
@@ -66,6 +68,15 @@ class Graft(nn.Module):
         for expert in self.personal if silent else ():
             _full(expert).silence()
         self.to(experts.device)
+
+    @torch.no_grad()
+    def disturb(self, generator: Generator) -> None:
+        """Move the start a little: two grafts that start alike beside each other would learn alike for ever."""
+        copies = [p for expert in self.personal if isinstance(expert, FullExpert) for p in expert.parameters()]
+        for start in (self.graft_gate_weight, *copies):
+            size = _DISTURBANCE * max(1.0 if start is self.graft_gate_weight else start.std().item(), 1e-6)
+            noise = torch.randn(start.shape, generator=generator)
+            start.add_((size * noise).to(start.device))
 
     def opening(self, hidden: Tensor) -> Tensor:
         """Return the gate's values ``[T, k]`` in (0, 1) for ``hidden [T, D]``."""

@@ -106,7 +106,9 @@ class Flex(Method):
             choice = {layer: tuple(ranked[: graft.experts]) for layer, ranked in common.items()}
             parts[_COMMON] = _grafts(site, choice, {}, site.common_generator(_COMMON))
         if graft.sharing != "shared":
-            parts["graft"] = _grafts(site, prepared.choice, prepared.scales, site.generator("graft"))
+            parts["graft"] = own = _grafts(site, prepared.choice, prepared.scales, site.generator("graft"))
+            for layer in own if _COMMON in parts else ():
+                layer.disturb(site.generator("disturbance"))
         return parts
 
     def shared(self, names: Collection[str]) -> set[str]:
