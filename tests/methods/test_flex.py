@@ -131,6 +131,6 @@ def test_dropout_trains_about_its_share_of_batches_without_the_graft(take_turn: 
 
 
 def test_a_personal_graft_does_not_follow_the_common_one_that_starts_alike(recipe: Recipe, tmp_path: Path) -> None:
-    """Equal starts have equal gradients: after a step both would be one, and its bytes would leave with the shared."""
+    """Equal starts have equal gradients: after a step both would be one, and be sent as the shared one."""
     config = recipe("graft.sharing=both", "training.local_steps=1", "federation.rounds=1", "evaluation.rows=1")
     assert run_federation(config, tmp_path / "run")["bytes"]["personal_sent"] == 0
