@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from flexperts.artifacts import RunDirectory, read_json
 from flexperts.config.run import RunConfig
@@ -128,6 +129,21 @@ def test_a_directory_keeps_its_reference(plan: Planned, tmp_path: Path, ran: Run
 def test_the_recipes_reference_stands_where_it_is_an_entry(plan: Planned, tmp_path: Path, ran: Runs) -> None:
     run_comparison(plan(entries=["local", "flex"]), tmp_path / "out")
     assert read_json(tmp_path / "out" / "compare.json")["reference"] == "flex"
+
+
+def test_a_run_that_another_process_has_in_hand_is_left_to_it(plan: Planned, tmp_path: Path, ran: Runs) -> None:
+    entries, out, seen = ["fedavg", "flex"], tmp_path / "out", []
+    folder = out / "runs" / "fedavg"
+    folder.mkdir(parents=True)
+    with FileLock(folder / "seed-0.lock"):
+        run_comparison(
+            plan(entries=entries, seeds=1), out, on_done=lambda job, error: seen.append((job.entry.name, error))
+        )
+    assert ran == [("flex", 0)]
+    assert [name for name, error in seen if error] == ["fedavg"]
+    assert "another process" in str(dict(seen)["fedavg"])
+    run_comparison(plan(entries=entries, seeds=1), out)
+    assert ran == [("flex", 0), ("fedavg", 0)]
 
 
 def test_a_killed_process_is_a_failed_job() -> None:

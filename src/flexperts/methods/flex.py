@@ -39,11 +39,12 @@ class Flex(Method):
     Inference: last global LoRA with the client's own experts and gate.
     Open choices: the source leaves open how the gate starts (ours: weight 0, bias ``graft.gate_bias``), and whether
     the personal expert trains whole or by a low-rank update (``graft.rank``).
-    Variants beyond the paper: ``graft.experts`` (k), ``graft.selection``, ``graft.layers``, ``graft.scale``, ``graft.start``;
-    ``graft.place = "in_place"`` adapts the chosen expert itself, without a gate; ``graft.sharing = "shared"``
-    averages the grafted expert and its gate over clients, ``"both"`` keeps a personal one beside it: all clients
-    start that expert from the pretrained one of least mean reconstruction loss, so each reports its losses; the
-    personal one starts a little off its own (0.1 % noise), or two that start alike would learn alike for ever.
+    Variants beyond the paper: ``graft.experts`` (k), ``graft.selection``, ``graft.layers``, ``graft.scale``,
+    ``graft.start``; ``graft.place = "in_place"`` adapts the chosen expert itself, without a gate; ``graft.sharing
+    = "shared"`` averages the grafted expert and its gate over clients, ``"both"`` keeps a personal one beside it:
+    all clients start that expert from the pretrained one of least mean reconstruction loss, so each reports its
+    losses; the personal one starts a little off its own (0.1 % noise), or two that start alike would learn alike
+    for ever.
     To keep the shared part useful alone: ``graft.dropout``; ``phases = "alternating"``, first the personal part,
     then the shared one with the personal frozen, as FedRep; ``pull``, a proximal term that holds the shared part
     near what the server sent.

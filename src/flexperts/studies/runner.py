@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from flexperts.artifacts import read_json, write_json, write_text
 from flexperts.errors import ArtifactError, ConfigError, FlexpertsError
 from flexperts.federation.observer import Observer
@@ -139,6 +141,17 @@ _workspace: Workspace | None = None
 
 
 def _run(plan: Plan, job: Job, keep_weights: bool, observer: Observer | None) -> str | None:
+    """Run one job, unless another process does or did, and return what went wrong."""
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(job.folder.with_name(f"{job.folder.name}.lock"), timeout=0)
+    try:
+        with lock:
+            return None if job.done else _run_alone(plan, job, keep_weights, observer)
+    except Timeout:
+        return "another process runs it now: start again when that has ended"
+
+
+def _run_alone(plan: Plan, job: Job, keep_weights: bool, observer: Observer | None) -> str | None:
     """Run one job and return what went wrong: one broken entry must not cost the others."""
     global _workspace
     try:
