@@ -6,6 +6,10 @@ import importlib.util
 import json
 from pathlib import Path
 
+import pytest
+
+from flexperts.reports.markdown import markdown_report
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -18,3 +22,17 @@ def test_the_comparison_shows_the_committed_results() -> None:
     entries = json.loads((ROOT / "benchmarks" / "results" / "methods.json").read_text())["entries"]
     assert len(entries) >= 30
     assert benchmark.table(entries) in (ROOT / "docs" / "comparison.md").read_text()
+
+
+STUDIES = sorted((ROOT / "docs" / "results").glob("*/comparison.json"))
+
+
+def test_there_are_results() -> None:
+    assert STUDIES
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.parent.name)
+def test_a_studys_tables_are_those_of_its_numbers(path: Path) -> None:
+    comparison = json.loads(path.read_text(encoding="utf-8"))
+    assert path.with_name("report.md").read_text(encoding="utf-8") == markdown_report(comparison)
+    assert comparison["split"] == "test"

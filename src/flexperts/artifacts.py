@@ -208,9 +208,9 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
+    """Write a value as JSON, atomically; without ``indent`` on one line, for what is large."""
+    write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
 def read_json(path: Path) -> Any:

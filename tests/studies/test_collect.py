@@ -198,6 +198,8 @@ def test_routing(entries: Entries, compared: Path, name: str) -> None:
                 for line in lines["seed-0", client]
                 if (line["round"], line["state"]) == (last, state)
             )
+            for layer in layers.values():
+                assert len(layer.pop("co_selection")) == len(layer["utilisation"])  # large, and shown nowhere
             assert entry["routing"][state][client] == layers
     over = entry["routing_rounds"]
     assert over["rounds"] == [0, *range(1, last + 1)]

@@ -28,7 +28,7 @@ def write_reports(console: Any, comparison: Mapping[str, Any], out: Path) -> Non
     from flexperts.reports.markdown import markdown_report
     from flexperts.reports.tables import tables
 
-    write_json(out / "comparison.json", comparison)
+    write_json(out / "comparison.json", comparison, indent=None)
     write_text(out / "report.html", html_report(comparison))
     write_text(out / "report.md", markdown_report(comparison))
     console.print(_rich(tables(comparison)["main"], narrow=console.width < _WIDE))

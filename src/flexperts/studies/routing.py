@@ -27,12 +27,16 @@ def routing_of(entry: Finished) -> dict[str, Any]:
 
 
 def _last(run: RunDirectory, clients: Sequence[str]) -> dict[str, Any]:
-    """Return state -> client -> layer -> numbers, of the last round of one run."""
+    """Return state -> client -> layer -> numbers, of one run's last round; co-selection stays in its files."""
     routing: dict[str, Any] = {}
     for client in clients:
         lines = run.of_client("routing", client)
         for line in (line for line in lines if line["round"] == lines[-1]["round"]):
-            routing.setdefault(line["state"], {})[client] = line["layers"]
+            layers = {
+                name: {key: value for key, value in layer.items() if key != "co_selection"}
+                for name, layer in line["layers"].items()
+            }
+            routing.setdefault(line["state"], {})[client] = layers
     return routing
 
 
