@@ -2,7 +2,7 @@
 
     python benchmarks/prepare_p3.py SOURCE data/p3
 
-SOURCE holds closed_qa.jsonl, information_extraction.jsonl, classification.jsonl, summarization.jsonl, general.jsonl,
+SOURCE holds closed_qa, information_extraction, classification, summarization and general, each a .jsonl file,
 with the fields instruction, context, response, dataset and split (train or test, divided by passage); general.jsonl
 holds tasks that no client trains on. Rows with long prompts or answers are left out, so that a run takes minutes on
 a CPU; of the rest, an even share of every data set is drawn, with a fixed seed.
