@@ -14,7 +14,7 @@ import numpy as np
 
 from flexperts.artifacts import RunDirectory, read_json
 from flexperts.errors import ArtifactError
-from flexperts.studies.contrast import contrast
+from flexperts.studies.contrast import contrasts
 from flexperts.studies.curves import curves
 from flexperts.studies.finished import CLAIM, RUNS, Finished
 from flexperts.studies.routing import routing_of
@@ -48,8 +48,7 @@ def collect(
     if reference not in by_name:
         raise ArtifactError(f"{reference} of {title}", "the reference has not finished", "run it first")
     first = by_name[reference]
-    entries = [_entry(entry) for entry in finished]
-    contrast(entries, finished, first, confidence, resamples)
+    against = contrasts(finished, first, confidence, resamples)
     return {
         "kind": "comparison",
         "title": title,
@@ -61,7 +60,7 @@ def collect(
         "confidence": confidence,
         "resamples": resamples,
         "clients": first.clients,
-        "entries": entries,
+        "entries": [_entry(entry) | {"against": against.get(entry.name)} for entry in finished],
         "examples": examples(first, finished),
     }
 
@@ -109,7 +108,6 @@ def _entry(entry: Finished) -> dict[str, Any]:
         "seeds": list(entry.runs),
         "own_state": entry.states[-1],
         "scores": {state: _scores(entry, state) for state in entry.states},
-        "against": None,
         "bytes": _mean_of([s["bytes"] for s in summaries]),
         "parameters": {group: summaries[0]["parameters"][group] for group in ("shared", "personal")},
         "seconds": _mean_of([s["seconds"] for s in summaries]),

@@ -17,28 +17,24 @@ _WEIGHTS = {"rouge_l": None, "nll": "tokens"}
 """Score -> what weights its rows; None weights all alike."""
 
 
-def contrast(
-    entries: Sequence[dict[str, Any]],
-    finished: Sequence[Finished],
-    reference: Finished,
-    confidence: float,
-    resamples: int,
-) -> None:
-    """Fill in every entry's ``against``: its own state minus the reference's, on the clients' own rows.
+def contrasts(
+    finished: Sequence[Finished], reference: Finished, confidence: float, resamples: int
+) -> dict[str, dict[str, Any]]:
+    """Return, by entry and score, its own state minus the reference's, on the clients' own rows.
 
-    Pairs are formed over the seeds that both have finished; an entry that has none in common is left without. The
+    Pairs are formed over the seeds that both have finished; an entry that has none in common is left out. The
     p-values of one score are adjusted over all entries (Benjamini-Hochberg).
 
     Raises:
         ArtifactError: The runs were scored on different rows.
     """
-    others = [(e, f) for e, f in zip(entries, finished, strict=True) if f is not reference]
-    others = [(e, f) for e, f in others if f.runs.keys() & reference.runs.keys()]
+    others = [f for f in finished if f is not reference and f.runs.keys() & reference.runs.keys()]
+    found: dict[str, dict[str, Any]] = {entry.name: {} for entry in others}
     for kind in _WEIGHTS:
-        found = [_test(f, reference, kind, confidence, resamples) for _, f in others]
-        adjusted = adjust([test["p"] for test in found])
-        for (entry, _), test, p in zip(others, found, adjusted, strict=True):
-            entry["against"] = (entry["against"] or {}) | {kind: test | {"p_adjusted": p}}
+        tests = [_test(entry, reference, kind, confidence, resamples) for entry in others]
+        for entry, test, p in zip(others, tests, adjust([test["p"] for test in tests]), strict=True):
+            found[entry.name][kind] = test | {"p_adjusted": p}
+    return found
 
 
 def _test(entry: Finished, reference: Finished, kind: str, confidence: float, resamples: int) -> dict[str, float]:

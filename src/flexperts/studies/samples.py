@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flexperts.studies.finished import Finished
@@ -17,28 +17,22 @@ def examples(reference: Finished, finished: Sequence[Finished]) -> dict[str, lis
     """
     shown = [reference, *(f for f in finished if f is not reference and f.method != "zero_shot")][:_ENTRIES]
     common = set.intersection(*(set(entry.runs) for entry in shown))
-    if not common:
-        return {}
-    seed = min(common)
-    return {
-        client: [_example(shown, seed, client, row) for row in _rows(reference, seed, client)]
-        for client in reference.clients
-    }
+    return {client: _examples(shown, min(common), client) for client in reference.clients} if common else {}
 
 
-def _rows(entry: Finished, seed: int, client: str) -> range:
-    return range(min(_ROWS, len(entry.runs[seed].of_client("predictions", client))))
+def _examples(shown: Sequence[Finished], seed: int, client: str) -> list[dict[str, Any]]:
+    lines = {entry.name: entry.runs[seed].of_client("predictions", client)[:_ROWS] for entry in shown}
+    rows = lines[shown[0].name]
+    return [
+        {key: _cut(row[key]) for key in ("instruction", "context", "response")}
+        | {"answers": _answers(shown, {name: some[number] for name, some in lines.items()})}
+        for number, row in enumerate(rows)
+    ]
 
 
-def _example(shown: Sequence[Finished], seed: int, client: str, row: int) -> dict[str, Any]:
-    answers: dict[str, str] = {}
-    line: dict[str, Any] = {}
-    for entry in reversed(shown):  # the reference comes last, so that rows and base answers are its own
-        line = entry.runs[seed].of_client("predictions", client)[row]
-    for entry in shown:
-        own = entry.runs[seed].of_client("predictions", client)[row]
-        answers |= {_label(entry.name, state): _cut(own[state]) for state in entry.states if state in own}
-    return {key: _cut(line[key]) for key in ("instruction", "context", "response")} | {"answers": answers}
+def _answers(shown: Sequence[Finished], lines: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Return the answers to one row, by entry and state; the untouched base's is one for all."""
+    return {_label(e.name, state): _cut(lines[e.name][state]) for e in shown for state in e.states}
 
 
 def _label(entry: str, state: str) -> str:
