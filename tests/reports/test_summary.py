@@ -87,3 +87,10 @@ def test_without_answers_nll_decides(made: Callable[..., Comparison]) -> None:
             state["own"]["rouge_l"] = None
     first, *_ = summary(comparison)
     assert "best NLL" in first
+
+
+def test_one_seed_is_said_to_be_one(whole: Comparison) -> None:
+    caution = "All of it is one seed: another may order them otherwise."
+    assert caution not in summary(whole)
+    whole["seeds"] = [0]
+    assert summary(whole)[-1] == caution

@@ -25,7 +25,7 @@ def summary(comparison: Comparison) -> list[str]:
             sentences.append(_best(comparison, best, "nll"))
     elif best is not None and not scored:
         sentences.append(_best(comparison, best, "nll"))
-    return [*sentences, *_standing(comparison, "rouge_l" if scored else "nll")]
+    return [*sentences, *_standing(comparison, "rouge_l" if scored else "nll"), *_caution(comparison)]
 
 
 def facts(comparison: Comparison) -> list[tuple[str, str]]:
@@ -86,6 +86,13 @@ def _standing(comparison: Comparison, metric: str) -> list[str]:
         f"{'is' if better == 1 else 'are'} better and {worse} worse with an interval that excludes 0; "
         f"{undecided} {'is' if undecided == 1 else 'are'} not told apart."
     ]
+
+
+def _caution(comparison: Comparison) -> list[str]:
+    """Return what a comparison by one seed cannot say."""
+    compared = any(entry.get("against") for entry in comparison["entries"])
+    one = compared and len(comparison["seeds"]) == 1
+    return ["All of it is one seed: another may order them otherwise."] if one else []
 
 
 def _plural(values: Any, one: str, many: str) -> str:
