@@ -146,6 +146,24 @@ def test_a_run_that_another_process_has_in_hand_is_left_to_it(plan: Planned, tmp
     assert ran == [("flex", 0), ("fedavg", 0)]
 
 
+def test_a_broken_first_entry_does_not_break_the_next(plan: Planned, tmp_path: Path) -> None:
+    """Each run is checked by its own settings, though they share rows and base."""
+    variants = 'compare.variants={big = ["graft.experts=99"]}'
+    failed = run_comparison(plan(variants, entries=["big", "fedavg"], seeds=1), tmp_path / "out")
+    assert [job.entry.name for job in failed] == ["big"]
+    assert "graft.experts = 99" in (failed[0].folder / "error.txt").read_text()
+
+
+def test_a_reference_that_has_not_run_is_refused(plan: Planned, tmp_path: Path, ran: Runs) -> None:
+    with pytest.raises(ConfigError, match="reference 'local': it is one of fedavg"):
+        run_comparison(plan(entries=["fedavg"], reference="local"), tmp_path / "out")
+    assert ran == []
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / "compare.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"compare\.json"):
+        run_comparison(plan(entries=["fedavg"]), tmp_path / "out")
+
+
 def test_a_killed_process_is_a_failed_job() -> None:
     future: Future[str | None] = Future()
     future.set_exception(BrokenProcessPool("gone"))

@@ -11,19 +11,21 @@ import typer
 def command(
     recipe: Annotated[Path, typer.Argument(help="Recipe (TOML), such as recipes/study-silos.toml.")],
     methods: Annotated[
-        str,
+        Optional[str],  # noqa: UP045 - typer reads this at run time
         typer.Option(
             help="Methods, and variants that the recipe defines, with commas between them.",
             show_default="the recipe's [compare] entries",
         ),
-    ] = "",
+    ] = None,
     seeds: Annotated[
-        Optional[int],  # noqa: UP045 - typer reads this at run time
+        Optional[int],  # noqa: UP045
         typer.Option(help="How many seeds: 0, 1, ...", show_default="the recipe's"),
     ] = None,
     reference: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Entry that the others are compared with.", show_default="the recipe's, else the first"),
+        typer.Option(
+            help="Entry that the others are compared with.", show_default="the directory's, the recipe's, the first"
+        ),
     ] = None,
     out: Annotated[
         Optional[Path],  # noqa: UP045
@@ -37,9 +39,12 @@ def command(
     keep_weights: Annotated[bool, typer.Option("--keep-weights", help="Keep every run's weights.")] = False,
 ) -> None:
     """Run every method with every seed, then write table, HTML report and Markdown; resumable at any point."""
+    from flexperts.errors import ConfigError
     from flexperts.studies.entries import plan_comparison
 
-    names = [name.strip() for name in methods.split(",") if name.strip()]
+    names = [name.strip() for name in (methods or "").split(",") if name.strip()]
+    if methods is not None and not names:
+        raise ConfigError(f"--methods {methods!r}", "it names no method", "name one, or leave the option out")
     plan = plan_comparison(recipe, settings, entries=names, seeds=seeds, reference=reference)
     out = out or Path("runs") / recipe.stem
 
@@ -55,7 +60,9 @@ def command(
 
         def tell(job: Job, error: str | None) -> None:
             done = sum(job.done for job in jobs(plan, out))
-            outcome = f"failed: {error} (see {job.folder / 'error.txt'})" if error else "finished"
+            noted = job.folder / "error.txt"
+            where = f" (see {noted})" if noted.exists() else ""
+            outcome = f"failed: {error}{where}" if error else "finished"
             display.say(f"[{done}/{total}] {job.entry.name}, seed {job.seed}: {outcome}")
 
         failed = run_comparison(

@@ -9,7 +9,7 @@ import typer
 
 
 def command(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
-    """Score every client's model of a finished run again, from its files, on the recipe's test rows."""
+    """Score every client's model of a finished run again, from its files, on the rows that the recipe scores."""
     from flexperts.artifacts import RunDirectory
 
     RunDirectory.open(run).summary()  # say what is wrong with the path before anything heavy loads
@@ -26,7 +26,7 @@ def _table(scores: dict[str, Any]) -> Any:
     from rich.table import Table
 
     states = list(next(iter(scores.values())))
-    table = Table("client", *states, title="ROUGE-L (NLL) on each client's own test split", title_justify="left")
+    table = Table("client", *states, title="ROUGE-L (NLL) on each client's own scored rows", title_justify="left")
     for client, by_state in scores.items():
         table.add_row(client, *(f"{by_state[s].rouge_l:.1f} ({by_state[s].nll:.2f})" for s in states))
     return table

@@ -92,7 +92,7 @@ def _prepare(config: RunConfig, observer: Observer, workspace: Workspace) -> Wor
         method.check_clients(workspace.clients)
     observer.stage(f"loading {config.model.base}")
     routed = bool(config.evaluation.routing_rows)
-    workspace.check(needs_experts=routed or any(method.needs_experts for method in methods))
+    workspace.check(config, needs_experts=routed or any(method.needs_experts for method in methods))
     if workspace.encoder.cut:
         observer.stage(f"{workspace.encoder.cut} contexts cut to training.max_length {config.training.max_length}")
     return workspace

@@ -51,10 +51,11 @@ class Workspace:
         """Every client's train rows, encoded."""
         return {name: self.encoder.encode_all(rows.train) for name, rows in self.clients.items()}
 
-    def check(self, *, needs_experts: bool) -> None:
+    def check(self, config: RunConfig, *, needs_experts: bool) -> None:
         """Refuse what would otherwise fail in the middle of a run.
 
         Args:
+            config: The run; it may differ from the workspace's where rows and base do not depend on it.
             needs_experts: Whether some method of the run works on experts.
 
         Raises:
@@ -63,9 +64,9 @@ class Workspace:
         _ = self.examples
         for rows in self.clients.values():
             self.encoder.encode_all((*rows.test, *rows.validation))
-        attention_linears(self.base.model, self.config.lora.projections)
-        wanted, found = self.config.graft.experts, find_experts(self.base.model) if needs_experts else []
-        pick_layers(found, self.config.graft.layers if found else ())
+        attention_linears(self.base.model, config.lora.projections)
+        wanted, found = config.graft.experts, find_experts(self.base.model) if needs_experts else []
+        pick_layers(found, config.graft.layers if found else ())
         for experts in found:
             if wanted > experts.num_experts:
                 raise GraftError(

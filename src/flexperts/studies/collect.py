@@ -16,7 +16,7 @@ from flexperts.artifacts import RunDirectory, read_json
 from flexperts.errors import ArtifactError
 from flexperts.studies.contrast import contrasts
 from flexperts.studies.curves import curves
-from flexperts.studies.finished import CLAIM, RUNS, Finished
+from flexperts.studies.finished import CLAIM, RUNS, Finished, read_claim
 from flexperts.studies.routing import routing_of
 from flexperts.studies.samples import examples
 
@@ -73,7 +73,7 @@ def collect_comparison(path: Path) -> dict[str, Any]:
     """
     if not ((path / RUNS).exists() and (path / CLAIM).exists()):
         return _read(path / "comparison.json")
-    claim = read_json(path / CLAIM)
+    claim = read_claim(path)
     found = [Finished.read(path, name, settings) for name, settings in claim["entries"].items()]
     finished = [entry for entry in found if entry.runs]
     bootstrap = {key: claim[key] for key in ("confidence", "resamples")}
@@ -82,7 +82,7 @@ def collect_comparison(path: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     found = read_json(path)
-    if not isinstance(found, dict) or found.get("kind") != "comparison":
+    if not isinstance(found, dict) or found.get("kind") != "comparison" or not found.get("entries"):
         raise ArtifactError(f"{path}", "it holds no comparison", "give the --out of a `flexperts compare`")
     return found
 
@@ -94,8 +94,12 @@ def collect_run(path: Path) -> dict[str, Any]:
         ArtifactError: There is no finished run.
     """
     run = RunDirectory.open(path)
-    paths = [run, *([RunDirectory(run.reference)] if run.reference.exists() else [])]
-    finished = [Finished(str(r.summary()["method"]), (), {int(r.summary()["seed"]): r}) for r in paths]
+    summary, other = run.summary(), RunDirectory(run.reference)
+    finished = [Finished(str(summary["method"]), (), {int(summary["seed"]): run})]
+    if (other.path / "summary.json").exists():
+        name = str(other.summary()["method"])
+        name = f"{name} as reference" if name == finished[0].name else name
+        finished.append(Finished(name, (), {int(other.summary()["seed"]): other}))
     return collect(path.name, run.config_toml, finished, finished[0].name)
 
 

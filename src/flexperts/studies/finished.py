@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flexperts.artifacts import RunDirectory, read_json
+from flexperts.errors import ArtifactError
 from flexperts.methods.registry import method_class
 from flexperts.recipe import parse_recipe
 
@@ -36,8 +37,8 @@ class Finished:
     @classmethod
     def read(cls, out: Path, name: str, settings: Sequence[str]) -> Finished:
         """Return what a comparison's directory holds of an entry, which may be nothing."""
-        places = (out / RUNS / folder_name(name)).glob(f"{SEED}*/{DONE}")
-        runs = {int(p.parent.name.removeprefix(SEED)): RunDirectory.open(p.parent) for p in places}
+        marks = finished_marks(out, name)
+        runs = {int(m.parent.name.removeprefix(SEED)): RunDirectory.open(m.parent) for m in marks}
         return cls(name, tuple(settings), dict(sorted(runs.items())))
 
     @cached_property
@@ -73,6 +74,25 @@ class Finished:
     def clients(self) -> list[str]:
         """The clients' names."""
         return sorted(self.summaries[0]["clients"])
+
+
+def read_claim(out: Path) -> dict[str, Any]:
+    """Return what a directory's comparison is: title, recipe, entries, reference, bootstrap.
+
+    Raises:
+        ArtifactError: The file is missing or damaged.
+    """
+    path = out / CLAIM
+    claim = read_json(path)
+    wanted = {"title", "recipe", "entries", "reference", "confidence", "resamples"}
+    if not isinstance(claim, dict) or not wanted <= claim.keys():
+        raise ArtifactError(f"{path}", f"it holds {', '.join(sorted(wanted))}", "restore it from a copy")
+    return claim
+
+
+def finished_marks(out: Path, name: str) -> list[Path]:
+    """Return the marks of an entry's finished runs."""
+    return sorted((out / RUNS / folder_name(name)).glob(f"{SEED}*/{DONE}"))
 
 
 def folder_name(entry: str) -> str:

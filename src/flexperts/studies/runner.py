@@ -14,13 +14,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from flexperts.artifacts import read_json, write_json, write_text
+from flexperts.artifacts import write_json, write_text
 from flexperts.errors import ArtifactError, ConfigError, FlexpertsError
 from flexperts.federation.observer import Observer
 from flexperts.federation.run import run_federation
 from flexperts.federation.workspace import Workspace
 from flexperts.studies.entries import Entry, Plan
-from flexperts.studies.finished import CLAIM, DONE, RUNS, SEED, folder_name
+from flexperts.studies.finished import CLAIM, DONE, RUNS, SEED, finished_marks, folder_name, read_claim
 
 HEAVY = ("personal", "shared", "checkpoint.safetensors")
 """Weights of a finished run, which a comparison does not read."""
@@ -60,7 +60,7 @@ def run_comparison(
     observer: Observer | None = None,
     on_done: Callable[[Job, str | None], None] = lambda job, error: None,
 ) -> list[Job]:
-    """Run what is not finished, and return the jobs that failed; their folders hold ``error.txt``.
+    """Run what is not finished, and return the jobs that failed; ``error.txt`` in a job's folder says where.
 
     Args:
         plan: The comparison.
@@ -88,16 +88,18 @@ def _claim(plan: Plan, out: Path) -> None:
     """Note whose directory it is, or refuse one of another recipe."""
     path, compare = out / CLAIM, plan.base.compare
     claim: dict[str, Any] = {"title": plan.recipe.stem, "recipe": plan.base.to_toml()}
-    before = read_json(path) if path.exists() else claim
+    before = read_claim(out) if path.exists() else claim
     if any(before[key] != value for key, value in claim.items()):
         raise ArtifactError(
             f"{out}", "it holds a comparison of another recipe", "give the recipe and --set of the first start"
         )
     entries = _entries(plan, before.get("entries", {}), out)
-    known = [name for name in (before.get("reference"), compare.reference) if name in entries]
-    reference = plan.reference or [*known, *entries][0]
-    if reference not in entries:
-        raise ConfigError(f"reference {reference!r}", f"it is one of {', '.join(entries)}", "add it to the entries")
+    planned = [entry.name for entry in plan.entries]
+    there = [name for name in entries if name in planned or finished_marks(out, name)]
+    known = [name for name in (before.get("reference"), compare.reference) if name in there]
+    reference = plan.reference or [*known, *planned][0]
+    if reference not in there:
+        raise ConfigError(f"reference {reference!r}", f"it is one of {', '.join(there)}", "add it to the entries")
     bootstrap = {"confidence": compare.confidence, "resamples": compare.resamples}
     write_json(path, claim | {"entries": entries, "reference": reference, **bootstrap})
 
