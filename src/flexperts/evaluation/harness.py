@@ -145,11 +145,11 @@ class LiveModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
         """Refuse: these tasks are multiple-choice."""
-        raise NotImplementedError
+        raise NotImplementedError("only multiple-choice tasks are asked")
 
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
         """Refuse: these tasks are multiple-choice."""
-        raise NotImplementedError
+        raise NotImplementedError("only multiple-choice tasks are asked")
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests: Sequence[Encoded], **_: Any) -> list[tuple[float, bool]]:

@@ -15,6 +15,9 @@ from flexperts.evaluation.generation import generate, prompt_batch
 from flexperts.evaluation.rouge import rouge_l
 from flexperts.modeling.forward import Precision, autocast, token_losses
 
+SCORES = ("rouge_l", "nll")
+"""Names of the scores, as files hold them."""
+
 
 @dataclass(frozen=True)
 class EvaluationSettings:
@@ -66,7 +69,7 @@ class Scores:
 
     def metrics(self) -> dict[str, float]:
         """Return the means that there are, by name."""
-        return {k: v for k in ("rouge_l", "nll") if (v := getattr(self, k)) is not None}
+        return {k: v for k in SCORES if (v := getattr(self, k)) is not None}
 
     def row(self, index: int) -> dict[str, float]:
         """Return one row's numbers, by name."""

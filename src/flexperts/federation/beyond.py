@@ -12,7 +12,7 @@ from flexperts.config.run import RunConfig
 from flexperts.data.rows import Row
 from flexperts.data.sources import read_source
 from flexperts.evaluation.mmlu import check_source, mmlu
-from flexperts.evaluation.scores import Scores
+from flexperts.evaluation.scores import SCORES, Scores
 from flexperts.federation.client import Client
 from flexperts.federation.observer import Observer
 from flexperts.federation.trained import TrainedRun
@@ -87,7 +87,7 @@ def _others(run: TrainedRun, client: Client, clients: Mapping[str, Client]) -> d
         name: other.scored_rows[:count] for name, other in clients.items() if other is not client
     }
     each = {n: _numbers(client.score(run.request(client.name), "personalized", r)) for n, r in rows.items()}
-    means = {kind: sum(scores[kind] for scores in each.values()) / len(each) for kind in ("rouge_l", "nll")}
+    means = {kind: sum(scores[kind] for scores in each.values()) / len(each) for kind in SCORES}
     return {**means, "rows": sum(scores["rows"] for scores in each.values()), "by_client": each}
 
 

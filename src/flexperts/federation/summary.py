@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flexperts.config.run import RunConfig
+from flexperts.evaluation.scores import SCORES
 from flexperts.federation.strategy import RoundLog
 
 _STATES = ("zero_shot", "global", "personalized")
-_KINDS = ("rouge_l", "nll")
 
 
 def summarize(
@@ -21,7 +21,7 @@ def summarize(
 ) -> dict[str, Any]:
     """Put a finished run into one mapping.
 
-    ``mean`` is over clients, each counting once (macro); ``weighted_mean`` counts each by its test rows. A state
+    ``mean`` is over clients, each counting once (macro); ``weighted_mean`` counts each by its scored rows. A state
     that the method does not have is null.
 
     Args:
@@ -50,14 +50,14 @@ def summarize(
 
 
 def _client(metrics: Mapping[str, float | int], train_rows: int) -> dict[str, Any]:
-    scores = {kind: {state: metrics.get(f"{kind}.{state}") for state in _STATES} for kind in _KINDS}
+    scores = {kind: {state: metrics.get(f"{kind}.{state}") for state in _STATES} for kind in SCORES}
     return {**scores, "train_rows": train_rows, "scored_rows": metrics["rows"]}
 
 
 def _means(clients: Mapping[str, Any], weights: Mapping[str, float]) -> dict[str, dict[str, float | None]]:
     return {
         kind: {state: _mean({n: c[kind][state] for n, c in clients.items()}, weights) for state in _STATES}
-        for kind in _KINDS
+        for kind in SCORES
     }
 
 

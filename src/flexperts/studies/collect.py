@@ -14,13 +14,12 @@ import numpy as np
 
 from flexperts.artifacts import RunDirectory, read_json
 from flexperts.errors import ArtifactError
+from flexperts.evaluation.scores import SCORES, Scores
 from flexperts.studies.contrast import contrasts
 from flexperts.studies.curves import curves
 from flexperts.studies.finished import CLAIM, RUNS, Finished, read_claim
 from flexperts.studies.routing import routing_of
 from flexperts.studies.samples import examples
-
-_KINDS = ("rouge_l", "nll")
 
 
 def collect(
@@ -124,43 +123,38 @@ def _entry(entry: Finished) -> dict[str, Any]:
 def _scores(entry: Finished, state: str) -> dict[str, Any]:
     own = [{c: s["clients"][c] for c in entry.clients} for s in entry.summaries]
     return {
-        "own": _kinds(_KINDS, [{c: _at(v, state) for c, v in seed.items()} for seed in own]),
-        "others": _kinds(_KINDS, [_others(entry, state, i) for i in range(len(own))]),
-        "general": _kinds(_KINDS, [b.get("general", {}).get(state, {}) for b in entry.beyond]),
+        "own": _kinds(SCORES, [{c: {k: v[k][state] for k in SCORES} for c, v in seed.items()} for seed in own]),
+        "others": _kinds(SCORES, _others(entry, state)),
+        "general": _kinds(SCORES, [b.get("general", {}).get(state, {}) for b in entry.beyond]),
         "mmlu": _kinds(("accuracy",), [b.get("mmlu", {}).get(state, {}) for b in entry.beyond]),
     }
 
 
-def _at(client: Mapping[str, Any], state: str) -> dict[str, float]:
-    return {kind: client[kind][state] for kind in _KINDS}
+def _others(entry: Finished, state: str) -> list[dict[str, Any]]:
+    """Return, by seed, scores on other clients' rows, by the client whose model is scored.
 
-
-def _others(entry: Finished, state: str, index: int) -> dict[str, Any]:
-    """Return a seed's scores on other clients' rows, by the client whose model is scored.
-
-    The untouched base and the global model are one for all: what they score there is what the other clients noted
-    of the same rows.
+    The untouched base and the global model are taken as one for all: what they score there is what the other
+    clients noted of the same rows.
     """
     if state == "personalized":
-        return dict(entry.beyond[index].get("others", {}).get(state, {}))
-    run, count = entry.at(index), entry.others_rows
-    if not count or len(entry.clients) < 2:
-        return {}
-    noted = {c: [line["scores"][state] for line in run.of_client("predictions", c)[:count]] for c in entry.clients}
-    own = {client: _means(rows) for client, rows in noted.items()}
+        return [dict(beyond.get("others", {}).get(state, {})) for beyond in entry.beyond]
+    if not entry.others_rows or len(entry.clients) < 2:
+        return [{} for _ in entry.runs]
+    return [_of_the_others(seed, state, entry.others_rows) for seed in entry.predictions.values()]
+
+
+def _of_the_others(clients: Mapping[str, Sequence[Any]], state: str, count: int) -> dict[str, Any]:
+    own = {client: _scored([row["scores"][state] for row in rows[:count]]) for client, rows in clients.items()}
     return {
-        name: {kind: float(np.mean([own[other][kind] for other in own if other != name])) for kind in _KINDS}
+        name: {kind: float(np.mean([own[other][kind] for other in own if other != name])) for kind in SCORES}
         for name in own
     }
 
 
-def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def _scored(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return a client's scores over some of its rows, as a run takes them."""
-    tokens = [row["tokens"] for row in rows]
-    return {
-        "rouge_l": float(np.mean([row["rouge_l"] for row in rows])),
-        "nll": float(np.average([row["nll"] for row in rows], weights=tokens)),
-    }
+    nlls, tokens, points = (tuple(row[key] for row in rows) for key in ("nll", "tokens", "rouge_l"))
+    return Scores(nlls, tokens, points).metrics()
 
 
 def _kinds(kinds: Sequence[str], seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

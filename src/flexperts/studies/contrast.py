@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from flexperts.evaluation.statistics import Paired, adjust, paired_bootstrap
 from flexperts.seeding import derive_seed
 from flexperts.studies.finished import Finished
 
+Rows = Sequence[Mapping[str, Any]]
+Predictions = Mapping[str, Rows]
 _WEIGHTS = {"rouge_l": None, "nll": "tokens"}
 """Score -> what weights its rows; None weights all alike."""
 
@@ -39,12 +41,13 @@ def contrasts(
 
 def _test(entry: Finished, reference: Finished, kind: str, confidence: float, resamples: int) -> dict[str, float]:
     seeds = [seed for seed in entry.runs if seed in reference.runs]
-    pairs = [(entry.runs[seed], reference.runs[seed]) for seed in seeds]
     states = entry.states[-1], reference.states[-1]
-    paired = [_paired(a, b, states, entry.clients, kind) for a, b in pairs]
+    pairs = [(entry.predictions[seed], reference.predictions[seed]) for seed in seeds]
+    for seed, (ours, theirs) in zip(seeds, pairs, strict=True):
+        _check_same(entry.runs[seed], reference.runs[seed], ours, theirs)
     result = paired_bootstrap(
-        paired,
-        same_rows=len({_identity(run, entry.clients) for run, _ in pairs}) == 1,
+        [_paired(ours, theirs, states, kind) for ours, theirs in pairs],
+        same_rows=len({_identity(ours) for ours, _ in pairs}) == 1,
         resamples=resamples,
         confidence=confidence,
         generator=np.random.default_rng(derive_seed(0, "bootstrap", kind, entry.name)),
@@ -52,29 +55,29 @@ def _test(entry: Finished, reference: Finished, kind: str, confidence: float, re
     return vars(result).copy()
 
 
-def _paired(
-    run: RunDirectory, reference: RunDirectory, states: tuple[str, str], clients: Sequence[str], kind: str
-) -> Paired:
-    if _identity(run, clients) != _identity(reference, clients):
+def _check_same(run: RunDirectory, reference: RunDirectory, ours: Predictions, theirs: Predictions) -> None:
+    if _identity(ours) != _identity(theirs):
         raise ArtifactError(
             f"{run.path} and {reference.path}",
             "compared runs are scored on the same rows",
             "run them on one recipe",
         )
+
+
+def _paired(ours: Predictions, theirs: Predictions, states: tuple[str, str], kind: str) -> Paired:
     differences, weights = {}, {}
-    for client in clients:
-        ours, theirs = (_column(r, client, s, kind) for r, s in zip((run, reference), states, strict=True))
-        differences[client] = ours - theirs
+    for client, rows in ours.items():
+        differences[client] = _column(rows, states[0], kind) - _column(theirs[client], states[1], kind)
         weight = _WEIGHTS[kind]
-        weights[client] = np.ones(len(ours)) if weight is None else _column(run, client, states[0], weight)
+        weights[client] = np.ones(len(rows)) if weight is None else _column(rows, states[0], weight)
     return Paired(differences, weights)
 
 
-def _column(run: RunDirectory, client: str, state: str, kind: str) -> Any:
-    return np.array([line["scores"][state][kind] for line in run.of_client("predictions", client)], dtype=float)
+def _column(rows: Rows, state: str, kind: str) -> Any:
+    return np.array([row["scores"][state][kind] for row in rows], dtype=float)
 
 
-def _identity(run: RunDirectory, clients: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+def _identity(predictions: Predictions) -> tuple[tuple[str, ...], ...]:
     """Return the rows that a run was scored on, as texts."""
-    lines = (line for client in clients for line in run.of_client("predictions", client))
+    lines = (line for rows in predictions.values() for line in rows)
     return tuple((line["instruction"], line["context"], line["response"]) for line in lines)

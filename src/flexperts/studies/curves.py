@@ -7,16 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from flexperts.evaluation.scores import SCORES
 from flexperts.studies.finished import Finished
-
-_SCORES = ("rouge_l", "nll")
 
 
 def curves(entry: Finished) -> dict[str, Any]:
     """Return, by state, each score over the rounds that were evaluated; under ``training`` the training loss."""
     rounds = [run.rounds() for run in entry.runs.values()]
     wanted = {"training": {"nll": ("clients", "loss")}}
-    wanted |= {state: {score: ("scores", f"{score}.{state}") for score in _SCORES} for state in entry.states}
+    wanted |= {state: {score: ("scores", f"{score}.{state}") for score in SCORES} for state in entry.states}
     found = {
         state: {score: curve for score, where in scores.items() if (curve := _curve(rounds, *where))}
         for state, scores in wanted.items()

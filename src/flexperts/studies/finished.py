@@ -52,13 +52,14 @@ class Finished:
         return [read_json(run.beyond) if run.beyond.exists() else {} for run in self.runs.values()]
 
     @cached_property
+    def predictions(self) -> dict[int, dict[str, list[dict[str, Any]]]]:
+        """Seed -> client -> its scored rows, with answers and scores."""
+        return {s: {c: run.of_client("predictions", c) for c in self.clients} for s, run in self.runs.items()}
+
+    @cached_property
     def others_rows(self) -> int:
         """Rows of each other client that models were scored on."""
-        return parse_recipe(self.at(0).config_toml).evaluation.others_rows
-
-    def at(self, index: int) -> RunDirectory:
-        """Return the run of the seed at a place in the order of seeds."""
-        return list(self.runs.values())[index]
+        return parse_recipe(next(iter(self.runs.values())).config_toml).evaluation.others_rows
 
     @property
     def method(self) -> str:

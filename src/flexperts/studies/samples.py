@@ -21,7 +21,7 @@ def examples(reference: Finished, finished: Sequence[Finished]) -> dict[str, lis
 
 
 def _examples(shown: Sequence[Finished], seed: int, client: str) -> list[dict[str, Any]]:
-    lines = {entry.name: entry.runs[seed].of_client("predictions", client)[:_ROWS] for entry in shown}
+    lines = {entry.name: entry.predictions[seed][client][:_ROWS] for entry in shown}
     rows = lines[shown[0].name]
     return [
         {key: _cut(row[key]) for key in ("instruction", "context", "response")}
