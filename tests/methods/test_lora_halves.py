@@ -103,7 +103,7 @@ def test_fedsa_messages_hold_a_only_and_files_hold_b_only(
     def spy(grid: InProcessGrid, message: Message) -> Message:
         reply = deliver(grid, message)
         for each in (message, reply):
-            names.update(payload_of(each, "anybody").manifest.names)
+            names.update(payload_of(each.content, "anybody").manifest.names)
         return reply
 
     monkeypatch.setattr(InProcessGrid, "_deliver", spy)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from flexperts.errors import FederationError, PrivacyError
@@ -99,29 +99,28 @@ def records(info: Info, metrics: Metrics | None = None, payload: Payload | None 
     return content
 
 
-def info_of(message: Message) -> Info:
+def info_of(content: RecordDict) -> Info:
     """Return a message's text and whole-number fields."""
-    return dict(message.content.config_records[_INFO])
+    return dict(content.config_records[_INFO])
 
 
-def metrics_of(message: Message) -> Metrics:
+def metrics_of(content: RecordDict) -> Metrics:
     """Return a message's numeric fields."""
-    return dict(message.content.metric_records[_METRICS].items())
+    return dict(content.metric_records[_METRICS].items())
 
 
-def payload_of(message: Message, sender: str) -> Payload:
+def payload_of(content: RecordDict, sender: str, sent: Payload | None = None) -> Payload:
     """Return a message's payload, checked on arrival.
 
     Args:
-        message: A request or a reply.
+        content: A request's or a reply's content.
         sender: Who sent it, for errors.
+        sent: What the sender had been sent, of which a packed reply holds the difference.
 
     Raises:
         FederationError: The message holds another array than the payload, or one that does not fit its manifest.
     """
-    arrays = {
-        f"{r}/{a}": array for r, record in message.content.array_records.items() for a, array in record.items()
-    }
+    arrays = {f"{r}/{a}": array for r, record in content.array_records.items() for a, array in record.items()}
     if not arrays:
         return Payload.empty()
     if set(arrays) != {f"{SHARED}/{SHARED}"}:
@@ -129,7 +128,7 @@ def payload_of(message: Message, sender: str) -> Payload:
             f"{sender} sent arrays {sorted(arrays)}", "a message carries one payload and no other", "refuse it"
         )
     vector: Vector = arrays[f"{SHARED}/{SHARED}"].numpy()
-    manifest = _manifest(message, sender)
+    manifest = _manifest(content, sender)
     if vector.dtype != np.float32 or vector.shape != (manifest.size,):
         raise FederationError(
             f"{sender} sent {vector.dtype}{list(vector.shape)}",
@@ -139,9 +138,9 @@ def payload_of(message: Message, sender: str) -> Payload:
     return Payload(manifest, vector)
 
 
-def _manifest(message: Message, sender: str) -> Manifest:
+def _manifest(content: RecordDict, sender: str) -> Manifest:
     try:
-        return Manifest.from_json(zlib.decompress(info_of(message)[_MANIFEST]).decode())
+        return Manifest.from_json(zlib.decompress(info_of(content)[_MANIFEST]).decode())
     except (KeyError, TypeError, ValueError, zlib.error) as error:
         raise FederationError(
             f"{sender} sent an array without a readable manifest ({error!r})",

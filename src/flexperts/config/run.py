@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from flexperts.config.data import DataConfig
 from flexperts.config.evaluation import CompareConfig, EvaluationConfig, KnowledgeConfig
+from flexperts.config.federation import CompressionConfig, FederationConfig, PrivacyConfig
 from flexperts.config.model import GraftConfig, LoraConfig, ModelConfig
 from flexperts.config.section import Section
 
@@ -53,15 +54,6 @@ class TrainingConfig(Section):
     """Recompute activations in the backward pass to save memory."""
 
 
-class FederationConfig(Section):
-    """The rounds."""
-
-    rounds: int = Field(3, ge=1)
-    """Rounds."""
-    participation: float = Field(1.0, gt=0, le=1)
-    """Share of the clients that is drawn to train in each round; all are evaluated."""
-
-
 class RunConfig(Section):
     """A run, whole."""
 
@@ -74,6 +66,8 @@ class RunConfig(Section):
     method: MethodConfig = MethodConfig()
     training: TrainingConfig = TrainingConfig()
     federation: FederationConfig = FederationConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    compression: CompressionConfig = CompressionConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     knowledge: KnowledgeConfig = KnowledgeConfig()
     compare: CompareConfig = CompareConfig()

@@ -1,16 +1,17 @@
-"""Flower's ClientApp: a thin relay between messages and ``Client``."""
+"""Flower's ClientApp where base and clients live in the same process; ``answer`` knows no transport."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from flexperts.communication.messages import info_of, payload_of, records
 from flexperts.communication.traffic import personal_bytes
 from flexperts.errors import PrivacyError
-from flexperts.federation.client import Request
+from flexperts.federation.client import Client, Request
 from flexperts.federation.resident import resident_client
 
 app = ClientApp()
@@ -18,45 +19,89 @@ app = ClientApp()
 
 @app.query("join")
 def join(message: Message, context: Context) -> Message:
-    """Tell the server who this client is."""
-    return Message(records(resident_client(context).join(), {}), reply_to=message)
+    """Answer a ``query.join``."""
+    return _reply("query.join", message, context)
 
 
 @app.query("initial")
 def initial(message: Message, context: Context) -> Message:
-    """Send the shared weights that round 1 starts from; one client is asked."""
-    payload, texts = resident_client(context).initial(json.loads(info_of(message)["agreement"]))
-    return Message(records(texts, {}, payload), reply_to=message)
+    """Answer a ``query.initial``."""
+    return _reply("query.initial", message, context)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train one round and send back what the method shares."""
-    client = resident_client(context)
-    trained = client.train(_request(message))
-    update = trained.update
-    metrics = dict(update.metrics) | {"rows": update.rows}
-    content = records({"client": client.name}, metrics, update.payload)
-    leaked = personal_bytes(content, trained.split.personal)
-    if leaked:
-        raise PrivacyError(f"{client.name}: {leaked} personal bytes", "no personal byte is sent", "report this bug")
-    content.metric_records["metrics"]["personal_sent"] = leaked
-    return Message(content, reply_to=message)
+    """Answer a ``train``."""
+    return _reply("train", message, context)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
+    """Answer an ``evaluate``."""
+    return _reply("evaluate", message, context)
+
+
+def _reply(kind: str, message: Message, context: Context) -> Message:
+    return Message(answer(kind, message.content, resident_client(context)), reply_to=message)
+
+
+def answer(kind: str, content: RecordDict, client: Client) -> RecordDict:
+    """Return a client's answer to a request.
+
+    Args:
+        kind: One of ``ANSWERS``.
+        content: The request's content.
+        client: Who is asked.
+    """
+    return ANSWERS[kind](content, client)
+
+
+def _join(content: RecordDict, client: Client) -> RecordDict:
+    """Tell the server who this client is."""
+    return records(client.join(), {})
+
+
+def _initial(content: RecordDict, client: Client) -> RecordDict:
+    """Send the shared weights that round 1 starts from; one client is asked."""
+    payload, texts = client.initial(json.loads(info_of(content)["agreement"]))
+    return records({"client": client.name, **texts}, {}, payload)
+
+
+def _train(content: RecordDict, client: Client) -> RecordDict:
+    """Train one round and send back what the method shares."""
+    request = _request(content)
+    trained = client.train(request)
+    update = trained.update
+    info = {"client": client.name, "round": request.round, "base": client.model.base.fingerprint}
+    reply = records(info, dict(update.metrics) | {"rows": update.rows}, update.payload)
+    leaked = personal_bytes(reply, trained.split.personal)
+    if leaked:
+        raise PrivacyError(f"{client.name}: {leaked} personal bytes", "no personal byte is sent", "report this bug")
+    reply.metric_records["metrics"]["personal_sent"] = leaked
+    return reply
+
+
+def _evaluate(content: RecordDict, client: Client) -> RecordDict:
     """Score model states on the client's own rows; only the scores are sent."""
-    client, info, request = resident_client(context), info_of(message), _request(message)
+    info, request = info_of(content), _request(content)
     scores = client.evaluate(request, info["states"], answers=info["answers"])
     client.write_routing(request, info["states"])
     if info["answers"]:
         client.write_predictions(scores)
     metrics = {f"{kind}.{state}": value for state, s in scores.items() for kind, value in s.metrics().items()}
     rows = next(iter(scores.values())).rows
-    return Message(records({"client": client.name}, metrics | {"rows": rows}), reply_to=message)
+    return records({"client": client.name, "round": request.round}, metrics | {"rows": rows})
 
 
-def _request(message: Message) -> Request:
-    info = info_of(message)
-    return Request(payload_of(message, "server"), json.loads(info["agreement"]), int(info["round"]))
+def _request(content: RecordDict) -> Request:
+    info = info_of(content)
+    return Request(payload_of(content, "server"), json.loads(info["agreement"]), int(info["round"]))
+
+
+ANSWERS: Mapping[str, Callable[[RecordDict, Client], RecordDict]] = {
+    "query.join": _join,
+    "query.initial": _initial,
+    "train": _train,
+    "evaluate": _evaluate,
+}
+"""What a client can be asked, by Flower's message type."""

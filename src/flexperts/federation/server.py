@@ -107,10 +107,10 @@ def open_server(
     request = grid.create_message(records({"agreement": json.dumps(agreement)}), "query.initial", node, "join")
     (reply,) = grid.send_and_receive([request], timeout=None)
     _answered(reply)
-    info: Any = info_of(reply)
+    info: Any = info_of(reply.content)
     clients = {name: int(i["train_rows"]) for name, i in federation.infos.items()}
     federation.sent[federation.nodes[node]] += encoded_bytes(reply.content)
-    payload = payload_of(reply, federation.nodes[node])
+    payload = payload_of(reply.content, federation.nodes[node])
     server = Server(payload, clients, reports, agreement, seed=config.seed)
     method.start(server)
     return server, info
@@ -119,7 +119,7 @@ def open_server(
 def _joined(reply: Message, others: dict[str, Info]) -> Info:
     """Check one client's introduction against those before it."""
     _answered(reply)
-    info = info_of(reply)
+    info = info_of(reply.content)
     if info["client"] in others:
         raise FederationError(f"two nodes say they are {info['client']}", "client names differ", "rename one")
     first: Any = next(iter(others.values()), info)

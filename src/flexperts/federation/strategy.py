@@ -20,6 +20,7 @@ from flexperts.config.run import RunConfig
 from flexperts.errors import FederationError
 from flexperts.federation.checkpoint import save_server
 from flexperts.federation.observer import Observer
+from flexperts.federation.reduction import reduced
 from flexperts.methods.base import Method
 from flexperts.methods.server import Server
 from flexperts.parameters.vector import Manifest
@@ -110,7 +111,8 @@ class FlexpertsStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Stream the replies through the method's rule into the server's next state."""
-        self.method.aggregate(self.server, self._updates(replies))
+        updates = reduced(self.config, self.server.shared, self._updates(replies))
+        self.method.aggregate(self.server, updates)
         self.server.round += 1
         self.rounds[-1].seconds["training"] = time.monotonic() - self._started
         return None, None
@@ -130,7 +132,7 @@ class FlexpertsStrategy(Strategy):
         log = self.rounds[-1]
         for reply in self._in_order(replies):
             name = self._sender(reply)
-            log.scores[name] = dict(metrics_of(reply))
+            log.scores[name] = dict(metrics_of(reply.content))
             log.evaluation["uplink"][name] = encoded_bytes(reply.content)
         log.seconds["evaluation"] = time.monotonic() - self._started
         record = vars(log)
@@ -176,13 +178,18 @@ class FlexpertsStrategy(Strategy):
         log = self.rounds[-1]
         for reply in self._in_order(replies):
             name = self._sender(reply)
-            metrics = dict(metrics_of(reply))
+            metrics = dict(metrics_of(reply.content))
             expected = self.method.uplink(self.server, name)
             log.uplink[name] = encoded_bytes(reply.content)
             log.declare("uplink", name, expected)
             log.personal_sent += int(metrics.pop("personal_sent"))
             log.clients[name] = metrics
-            yield Update(name, payload_of(reply, name).check(expected, name), int(metrics["rows"]), metrics)
+            yield Update(
+                name,
+                payload_of(reply.content, name, self.server.shared).check(expected, name),
+                int(metrics["rows"]),
+                metrics,
+            )
 
     def _in_order(self, replies: Iterable[Message]) -> Iterable[Message]:
         """Return replies sorted by client; a lazy grid has them in the order of the requests, which is the same."""
@@ -196,9 +203,9 @@ class FlexpertsStrategy(Strategy):
                 "see that silo's log",
             )
         name = self.nodes[reply.metadata.src_node_id]
-        if info_of(reply)["client"] != name:
+        if info_of(reply.content)["client"] != name:
             raise FederationError(
-                f"node of {name} answers as {info_of(reply)['client']}",
+                f"node of {name} answers as {info_of(reply.content)['client']}",
                 "a node is one client",
                 "check node configs",
             )

@@ -61,6 +61,9 @@ class Method:
     """Whether one trainer sees all clients' rows."""
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "global")
     """Model states that exist and are evaluated."""
+    additive: ClassVar[bool] = True
+    """Whether a reply is the broadcast weights after training, all of them, to be averaged by rows: what clipping,
+    noise, compression and robust aggregation work on."""
     sends_back: ClassVar[bool] = False
     """Whether what clients get is as large as what came in the rounds before."""
     plan_note: ClassVar[str] = ""

@@ -34,6 +34,8 @@ class FedDPAF(FedDPA):
     per round: each needs its l. The server learns R from the clients' reports, which must agree.
     """
 
+    additive = False
+
     name = "feddpa_f"
     summary = "FedAvg, then a local LoRA fitted beside the finished global one, weighted by each input's likeness"
 

@@ -47,6 +47,8 @@ class HFedMoEStyle(Method):
     The paper's saving is in a client's memory and time; bytes are those of all experts.
     """
 
+    additive = False
+
     name = "hfedmoe_style"
     summary = "per batch only the most valuable experts learn; experts averaged over the clients that use them"
     source = "arXiv 2601.00583"

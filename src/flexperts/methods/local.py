@@ -30,6 +30,7 @@ class Local(Flex):
     sends = "nothing"
     keeps = "attention LoRA, grafted experts and their gate"
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "personalized")
+    additive = False
 
     class Options(base.Options):
         """None: flex's are about a shared part."""

@@ -25,6 +25,7 @@ class LocalLoRA(Method):
     sends = "nothing"
     keeps = "attention LoRA"
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "personalized")
+    additive = False
 
     def shared(self, names: Collection[str]) -> set[str]:
         """Nothing is shared."""

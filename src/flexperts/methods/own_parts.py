@@ -14,6 +14,7 @@ class OwnParts(Method):
     """Base of methods that send all that trains, and whose global state is attention LoRA on the untouched base."""
 
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "global", "personalized")
+    additive = False
 
     def shared(self, names: Collection[str]) -> set[str]:
         """Everything that trains is sent."""

@@ -102,6 +102,8 @@ class RankOptions(base.Options):
 class RankedMethod(Method):
     """Base of methods whose clients may differ in rank: each is sent, trains and sends factors of its own rank."""
 
+    additive = False
+
     Options: ClassVar[type[base.Options]] = RankOptions
 
     def check(self, config: RunConfig) -> None:

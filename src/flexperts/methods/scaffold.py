@@ -46,6 +46,7 @@ class Scaffold(Method):
     source = "Karimireddy et al., ICML 2020"
     sends = "attention LoRA and change of its control variates"
     keeps = "control variates"
+    additive = False
 
     class Options(base.Options):
         """Settings of the server's step."""

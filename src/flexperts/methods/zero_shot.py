@@ -23,6 +23,7 @@ class ZeroShot(Method):
     source = "bound; no paper"
     sends = "nothing"
     states: ClassVar[tuple[State, ...]] = ("zero_shot",)
+    additive = False
 
     def shared(self, names: Collection[str]) -> set[str]:
         """Nothing is shared."""

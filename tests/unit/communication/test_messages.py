@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, RecordDict
 from torch.nn import Parameter
 
 from flexperts.communication.messages import encode, info_of, metrics_of, payload_of, records
@@ -22,10 +22,6 @@ from flexperts.parameters.vector import Manifest, Vector
 @pytest.fixture(autouse=True)
 def server() -> None:
     assume_identity(1)
-
-
-def message(content: RecordDict) -> Message:
-    return Message(content, 2, "train")
 
 
 def split(**shared: torch.Tensor) -> ParameterSplit:
@@ -114,7 +110,7 @@ def test_a_record_holds_the_payload_and_nothing_else() -> None:
     content = records({"client": "bank", "states": ["a", "b"], "round": 3}, {"loss": 0.5, "rows": 8}, PAYLOAD)
     assert {k: list(r) for k, r in content.array_records.items()} == {"shared": ["shared"]}
     assert set(content) == {"info", "metrics", "shared"}
-    sent = message(content)
+    sent = content
     info = dict(info_of(sent))
     manifest = Manifest.from_json(zlib.decompress(info.pop("manifest")).decode())
     assert info == {"client": "bank", "states": ["a", "b"], "round": 3}
@@ -128,7 +124,7 @@ def test_a_record_holds_the_payload_and_nothing_else() -> None:
 
 def test_vector_survives_the_encoding_bit_for_bit() -> None:
     odd = np.array([0.0, -0.0, 1e-45, 3.4e38, np.pi], np.float32)
-    sent = message(RecordDict.inflate(*deflated(records({}, None, one(odd)))))
+    sent = RecordDict.inflate(*deflated(records({}, None, one(odd))))
     assert payload_of(sent, "bank").vector.tobytes() == odd.tobytes()
 
 
@@ -136,7 +132,7 @@ def test_names_survive_the_encoding() -> None:
     named = Payload(
         Manifest(("", "a/b", "é.lora", "日本"), ((), (1, 2), (0, 3), (2,))), np.arange(5, dtype=np.float32)
     )
-    sent = message(RecordDict.inflate(*deflated(records({}, None, named))))
+    sent = RecordDict.inflate(*deflated(records({}, None, named)))
     assert payload_of(sent, "bank").manifest == named.manifest
 
 
@@ -149,8 +145,8 @@ def deflated(content: Any) -> tuple[bytes, dict[str, Any]]:
 def test_without_a_payload_there_is_no_array(payload: Payload | None) -> None:
     content = records({"client": "bank"}, {"loss": 1.0}, payload)
     assert not content.array_records
-    assert info_of(message(content)) == {"client": "bank"}
-    received = payload_of(message(content), "bank")
+    assert info_of(content) == {"client": "bank"}
+    received = payload_of(content, "bank")
     assert received.manifest == Payload.empty().manifest
     assert received.vector.shape == (0,)
 
@@ -179,20 +175,20 @@ def test_other_arrays_are_refused(arrays: dict[str, dict[str, Array]], named: st
     for key, record in arrays.items():
         content[key] = ArrayRecord(record)
     with pytest.raises(FederationError, match="a message carries one payload and no other") as caught:
-        payload_of(message(content), "bank")
+        payload_of(content, "bank")
     assert named in str(caught.value)
 
 
 def test_an_array_where_the_method_sends_none_is_refused() -> None:
     """The server checks every payload against what the method declares; here, nothing."""
-    received = payload_of(message(records({}, None, PAYLOAD)), "bank")
+    received = payload_of(records({}, None, PAYLOAD), "bank")
     with pytest.raises(FederationError, match=r"bank sent a as \(2,\) where nothing is expected"):
         received.check(Manifest((), ()), "bank")
 
 
 def test_no_array_where_the_method_sends_one_is_refused() -> None:
     with pytest.raises(FederationError, match=r"bank sent a as nothing where \(2,\) is expected"):
-        payload_of(message(records({})), "bank").check(PAYLOAD.manifest, "bank")
+        payload_of(records({}), "bank").check(PAYLOAD.manifest, "bank")
 
 
 @pytest.mark.parametrize(
@@ -203,7 +199,7 @@ def test_vectors_that_do_not_fit_are_refused(bad: Array) -> None:
     content = records({}, None, PAYLOAD)
     content["shared"] = ArrayRecord({"shared": bad})
     with pytest.raises(FederationError, match=r"bank sent .*: its manifest says float32\[3\]"):
-        payload_of(message(content), "bank")
+        payload_of(content, "bank")
 
 
 GOOD = zlib.compress(b'[["a", [3]]]')
@@ -220,13 +216,13 @@ def test_an_array_without_a_readable_manifest_is_refused(manifest: Any) -> None:
     content = records({} if manifest is None else {"manifest": manifest})
     content["shared"] = ArrayRecord({"shared": array([1, 2, 3])})
     with pytest.raises(FederationError, match="bank sent an array without a readable manifest"):
-        payload_of(message(content), "bank")
+        payload_of(content, "bank")
 
 
 def test_a_client_with_other_tensors_is_refused() -> None:
     """Equal in size is not enough: names and shapes must agree."""
     ours = Manifest(("a",), ((2,),))
-    sent = payload_of(message(records({}, None, Payload(ours, VECTOR[:2]))), "bank")
+    sent = payload_of(records({}, None, Payload(ours, VECTOR[:2])), "bank")
     assert sent.check(ours, "bank") is sent
     for other in (Manifest(("a",), ((3,),)), Manifest(("b",), ((2,),)), Manifest(("a",), ((2, 1),))):
         with pytest.raises(FederationError, match="bank sent a as "):

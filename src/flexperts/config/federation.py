@@ -1,0 +1,60 @@
+"""Settings of the rounds: who must answer by when, what is refused, how updates are protected and packed."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from flexperts.config.section import Section
+
+
+class FederationConfig(Section):
+    """The rounds."""
+
+    rounds: int = Field(3, ge=1)
+    """Rounds."""
+    participation: float = Field(1.0, gt=0, le=1)
+    """Share of the clients that is drawn to train in each round; all are evaluated."""
+    min_clients: int = Field(1, ge=1)
+    """Clients that must have joined before round 1; a deployed run waits for them."""
+    quorum: float = Field(0.5, gt=0, le=1)
+    """Share of a round's participants whose updates must be usable; with fewer the run stops, to be resumed."""
+    deadline: float = Field(3600.0, gt=0)
+    """Seconds that a deployed run waits for clients to join, and in each round to train and to evaluate."""
+    max_update_rms: float = Field(10.0, gt=0)
+    """Root mean square of an update's values (trained minus sent) above which it is refused."""
+    aggregation: Literal["mean", "median", "trimmed_mean", "krum"] = "mean"
+    """How updates become one: the mean by rows, or a rule that some wrong updates cannot sway; those count every
+    client once and need all replies in memory."""
+    trim: float = Field(0.2, gt=0, lt=0.5)
+    """Share cut off at either end of every value (trimmed_mean)."""
+    malicious_clients: int = Field(1, ge=0)
+    """How many wrong updates are reckoned with (krum)."""
+
+
+class PrivacyConfig(Section):
+    """Differential privacy of the shared update, at the level of a client; see docs/security.md."""
+
+    noise: Literal["none", "central", "local"] = "none"
+    """central = the server clips every update and adds noise to their mean; local = each client does, before it
+    sends."""
+    clip: float = Field(1.0, gt=0)
+    """L2 norm that an update (trained minus sent) is clipped to."""
+    noise_multiplier: float = Field(1.0, gt=0)
+    """The noise's standard deviation, in units of what one client can change by its update."""
+    delta: float = Field(1e-5, gt=0, lt=1)
+    """The delta at which epsilon is reported."""
+
+
+class CompressionConfig(Section):
+    """How a client's update is packed for the wire; off by default."""
+
+    kind: Literal["none", "fp16", "int8", "top_k"] = "none"
+    """fp16 = half precision; int8 = 8 bits and one scale per block; top_k = the largest values only."""
+    block: int = Field(256, ge=1)
+    """Values that share one scale (int8)."""
+    fraction: float = Field(0.05, gt=0, le=1)
+    """Share of the values that is sent (top_k)."""
+    error_feedback: bool = True
+    """Add what packing has lost to the next round's update."""
