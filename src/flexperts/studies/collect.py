@@ -6,11 +6,13 @@ scored on: ``own`` rows, ``others`` (the other clients' rows), ``general`` tasks
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tomli_w
 
 from flexperts.artifacts import RunDirectory, read_json
 from flexperts.errors import ArtifactError
@@ -51,7 +53,7 @@ def collect(
     return {
         "kind": "comparison",
         "title": title,
-        "recipe": recipe,
+        "recipe": _placeless(recipe),
         "environment": next(iter(first.runs.values())).environment(),
         "split": first.summaries[0]["split"],
         "reference": reference,
@@ -62,6 +64,17 @@ def collect(
         "entries": [_entry(entry) | {"against": against.get(entry.name)} for entry in finished],
         "examples": examples(first, finished),
     }
+
+
+def _placeless(recipe: str) -> str:
+    """Return a recipe with the last names of absolute paths only: a comparison is shown to others."""
+
+    def shorten(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: shorten(inner) for key, inner in value.items()}
+        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+    return tomli_w.dumps(shorten(tomllib.loads(recipe)))
 
 
 def collect_comparison(path: Path) -> dict[str, Any]:
