@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup run test slow check format clean
+.PHONY: help setup run test slow faults fuzz check format clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -26,6 +26,12 @@ test: setup  ## Run the default tests
 
 slow: setup  ## Run the tests that need the real base
 	$(BIN)/python -m pytest -m slow
+
+faults: setup  ## Kill runs at random places, damage their files, fill the disk (minutes)
+	$(BIN)/python -m pytest -m faults -n 2 -rP
+
+fuzz: setup  ## Malformed recipes, messages and files by the thousand (minutes)
+	$(BIN)/python -m pytest -m fuzz -n 2
 
 check: setup  ## Formatting, lint, types, architecture
 	$(BIN)/ruff format --check .

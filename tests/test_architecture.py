@@ -17,18 +17,18 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = [
     {"errors"},
-    {"config", "seeding", "artifacts"},
-    {"recipe", "base", "moe", "parameters", "data"},
+    {"config", "seeding", "files"},
+    {"recipe", "artifacts", "base", "moe", "parameters", "data"},
     {"modeling"},
     {"grafting", "training", "evaluation", "communication"},
     {"methods"},
     {"federation"},
-    {"costs", "studies"},
+    {"costs", "studies", "deployment"},
     {"reports"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-FLOWER = {"communication", "methods", "federation"}
+FLOWER = {"communication", "methods", "federation", "deployment"}
 
 
 def part(path: Path) -> str:

@@ -1,10 +1,11 @@
 """The run directory: what a run leaves behind, and the only thing that reports read.
 
 config.toml            the whole recipe, defaults written out
+run_id                 32 hex digits by which silos know which run their state belongs to
 environment.json       versions and machine
-rounds.jsonl           one line per finished round
-summary.json           scores, bytes and seconds; written when the method's rounds are done, and once more with
-                       the reference's when those are
+rounds.jsonl           one line per finished round, with its checksum
+summary.json           scores, bytes and seconds, with their checksum; written when the method's rounds are done,
+                       and once more with the reference's when those are
 shared/                the averaged LoRA as an ordinary PEFT adapter folder
 checkpoint.safetensors the server's whole state after the last finished round, from which a run is resumed and used
 partition.json         who had which rows: counts and hashes
@@ -23,14 +24,28 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from flexperts.errors import ArtifactError
+from flexperts.files import (
+    content_of,
+    damaged,
+    mapping,
+    opened,
+    parsed_json,
+    read_json,
+    read_lines,
+    sealed,
+    unwritable,
+    write_json,
+    write_text,
+)
 
 _PACKAGES = (
     "flexperts",
@@ -60,11 +75,18 @@ class RunDirectory:
         """Refuse a path that already holds a run or cannot hold one.
 
         Raises:
-            ArtifactError: It does, or it lies in a file.
+            ArtifactError: It does, it lies in a file, or no folder can have its name.
         """
-        if any(place.is_file() for place in (path, *path.parents)):
+        try:
+            lies_in_file = any(place.is_file() for place in (path, *path.parents))
+            holds_run = any(
+                (path / name).exists() for name in ("config.toml", "checkpoint.safetensors", "personal")
+            )
+        except OSError as error:
+            raise ArtifactError(f"{path}", f"it cannot be a folder ({error})", "choose another --out") from error
+        if lies_in_file:
             raise ArtifactError(f"{path}", "a file stands in its place", "choose another --out")
-        if (path / "config.toml").exists():
+        if holds_run:
             raise ArtifactError(f"{path}", "it already holds a run", "choose another --out, or delete it")
 
     @classmethod
@@ -76,8 +98,9 @@ class RunDirectory:
         """
         cls.check_free(path)
         run = cls(path)
-        write_text(run.path / "config.toml", config_toml)
+        write_text(run.path / "run_id", uuid4().hex + "\n")
         write_json(run.path / "environment.json", environment())
+        write_text(run.path / "config.toml", config_toml)  # last: it makes the directory a run
         return run
 
     @classmethod
@@ -92,7 +115,15 @@ class RunDirectory:
         run = cls.open(path)
         if run.config_toml != config_toml:
             raise ArtifactError(
-                f"{path}", "it holds a run of another recipe", "resume with the recipe and --set of the first start"
+                f"{path / 'config.toml'}",
+                "it holds a run of another recipe",
+                "resume with the recipe and --set of the first start",
+            )
+        if not run.checkpoint.exists() and not (path / "summary.json").exists() and run._has_rounds():
+            raise ArtifactError(
+                f"{run.checkpoint}",
+                "it is missing, and rounds have finished",
+                "restore it from a copy, or start a new run",
             )
         return run
 
@@ -112,7 +143,24 @@ class RunDirectory:
     @property
     def config_toml(self) -> str:
         """The run's recipe."""
-        return (self.path / "config.toml").read_text(encoding="utf-8")
+        path = self.path / "config.toml"
+        try:
+            return content_of(path).decode()
+        except UnicodeDecodeError as error:
+            raise damaged(path, error) from error
+
+    @property
+    def run_id(self) -> str:
+        """The run's id, the same after it is resumed.
+
+        Raises:
+            ArtifactError: It is missing or damaged.
+        """
+        path = self.path / "run_id"
+        found = content_of(path).decode(errors="replace").strip()
+        if not re.fullmatch("[0-9a-f]{32}", found):
+            raise damaged(path, "it holds no 32 hex digits")
+        return found
 
     @property
     def shared(self) -> Path:
@@ -126,7 +174,7 @@ class RunDirectory:
 
     def environment(self) -> dict[str, Any]:
         """Return package versions and what the machine was."""
-        return dict(read_json(self.path / "environment.json"))
+        return mapping(self.path / "environment.json", read_json(self.path / "environment.json"))
 
     def of_client(self, kind: str, client: str) -> Any:
         """Return a client's ``predictions`` or ``routing`` (lines) or ``selection``; None where there is none."""
@@ -145,28 +193,64 @@ class RunDirectory:
         """Folder of the reference run."""
         return self.path / "reference"
 
+    @property
+    def _rounds(self) -> Path:
+        return self.path / "rounds.jsonl"
+
+    def _has_rounds(self) -> bool:
+        return self._rounds.exists() and self._rounds.stat().st_size > 0
+
     def append_round(self, record: Mapping[str, Any]) -> None:
-        """Add a finished round."""
-        with (self.path / "rounds.jsonl").open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(record) + "\n")
+        """Add a finished round.
+
+        Raises:
+            ArtifactError: It cannot be written whole; ``keep_rounds`` removes what is there of it.
+        """
+        try:
+            with self._rounds.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(sealed(record)) + "\n")
+                lines.flush()
+                os.fsync(lines.fileno())
+        except OSError as error:
+            raise unwritable(self._rounds, error) from error
 
     def rounds(self) -> list[dict[str, Any]]:
-        """Return all finished rounds."""
-        path = self.path / "rounds.jsonl"
-        return read_lines(path) if path.exists() else []
+        """Return all finished rounds.
+
+        Raises:
+            ArtifactError: The file is damaged.
+        """
+        lines = read_lines(self._rounds) if self._rounds.exists() else []
+        return [opened(self._rounds, line) for line in lines]
+
+    def finished_rounds(self, count: int) -> list[dict[str, Any]]:
+        """Return the first rounds, whatever is behind them: the checkpoint may be older, and a last line cut off.
+
+        Raises:
+            ArtifactError: There are not as many rounds, or they are damaged.
+        """
+        content = content_of(self._rounds) if self._rounds.exists() else b""
+        lines = content.split(b"\n")[:-1][:count]  # what is behind the last end of a line was cut off
+        kept = [opened(self._rounds, parsed_json(self._rounds, line), needed=True) for line in lines]
+        if [record.get("number") for record in kept] != [*range(1, count + 1)]:
+            raise damaged(self._rounds, f"it holds {len(kept)} of the checkpoint's {count} rounds")
+        return kept
 
     def keep_rounds(self, count: int) -> list[dict[str, Any]]:
-        """Return the first rounds and forget later ones: the checkpoint is behind them after a break."""
-        kept = self.rounds()[:count]
-        write_text(self.path / "rounds.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+        """Return the first rounds, and forget what is behind them; see ``finished_rounds``."""
+        kept = self.finished_rounds(count)
+        write_text(self._rounds, "".join(json.dumps(sealed(record)) + "\n" for record in kept))
         return kept
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the summary, which marks the run as finished."""
-        write_json(self.path / "summary.json", summary)
+        write_json(self.path / "summary.json", sealed(summary))
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self, *, checked: bool = False) -> dict[str, Any]:
         """Return the summary.
+
+        Args:
+            checked: Refuse one without a checksum, too.
 
         Raises:
             ArtifactError: The run has not finished, or the file is damaged.
@@ -178,66 +262,7 @@ class RunDirectory:
                 "the run has not finished (no summary.json)",
                 "finish it with `flexperts run --resume`",
             )
-        return dict(read_json(path))
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: a reader sees the old file or the new one, never a part.
-
-    Raises:
-        ArtifactError: It cannot be written; the old file, if there was one, still stands.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise ArtifactError(
-            f"{path}", f"it cannot be written ({error})", "free some space or choose another folder"
-        ) from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file as ``write_bytes`` does."""
-    write_bytes(path, text.encode())
-
-
-def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
-    """Write a value as JSON, atomically; without ``indent`` on one line, for what is large."""
-    write_text(path, json.dumps(value, indent=indent) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Return a JSON file's value.
-
-    Raises:
-        ArtifactError: It is missing or damaged.
-    """
-    return _parsed(path, json.loads)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the values of a JSON-lines file.
-
-    Raises:
-        ArtifactError: It is missing or damaged.
-    """
-    return [dict(line) for line in _parsed(path, lambda text: map(json.loads, text.splitlines()))]
-
-
-def _parsed(path: Path, parse: Callable[[str], Any]) -> Any:
-    try:
-        return parse(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ArtifactError(f"{path}", f"it cannot be read ({error})", "give a finished run's directory") from error
-    except ValueError as error:
-        raise ArtifactError(f"{path}", f"it is damaged ({error})", "restore it from a copy or run again") from error
+        return opened(path, read_json(path), needed=checked)
 
 
 def environment() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Reading recipes: TOML, overrides on top, and errors that name the key and what was meant."""
+"""Reading recipes and silo files: TOML, overrides on top, and errors that name the key and what was meant."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from pydantic import ValidationError
 
 from flexperts.config.data import DataConfig
 from flexperts.config.run import RunConfig
+from flexperts.config.section import Section
+from flexperts.config.silo import SiloConfig
 from flexperts.errors import ConfigError
+
+_LONGEST_SHOWN = 200
+_PLACES = {"recipe": "recipes folder", "silo file": "example in docs/deploy.md"}
 
 
 def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
@@ -26,71 +31,116 @@ def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
         ConfigError: The file is missing, no TOML, or breaks a rule.
     """
     path = Path(path)
+    return parse_recipe(_text(path, "recipe"), overrides, folder=path.parent, where=str(path))
+
+
+def load_silo(path: Path | str) -> SiloConfig:
+    """Read a silo's file; paths in it are relative to its folder.
+
+    Raises:
+        ConfigError: The file is missing, no TOML, or breaks a rule.
+    """
+    path = Path(path)
+    tree = _tree(_text(path, "silo file"), str(path))
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}", "there is no such recipe", "see the recipes folder") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}", f"it is not UTF-8 text ({error})", "save it as UTF-8") from error
-    return parse_recipe(text, overrides, folder=path.parent, where=str(path))
+        silo = SiloConfig.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error, str(path), SiloConfig) from error
+    return _absolute_silo(silo, path.parent)
 
 
 def parse_recipe(
     text: str, overrides: Iterable[str] = (), *, folder: Path | None = None, where: str = "recipe"
 ) -> RunConfig:
     """Parse a recipe's text; see ``load_recipe``."""
-    try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(where, f"it is not valid TOML ({error})", "mend it") from error
+    tree = _tree(text, where)
     for override in overrides:
         _override(tree, override)
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise _explain(error, where) from error
+        raise _explain(error, where, RunConfig) from error
     return config if folder is None else _absolute(config, folder)
+
+
+def _text(path: Path, kind: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}", f"it is not UTF-8 text ({error})", "save it as UTF-8") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}", f"there is no such {kind}", f"see the {_PLACES[kind]}") from error
+
+
+def _tree(text: str, where: str) -> dict[str, Any]:
+    try:
+        tree = tomllib.loads(text)
+        _check_values(tree, where)
+        return tree
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(where, f"it is not valid TOML ({error})", "mend it") from error
+
+
+def _check_values(value: Any, where: str) -> None:
+    """Refuse what TOML does not guarantee and no setting needs: it could not be written down again."""
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_values(inner, where)
+    if isinstance(value, int) and abs(value) >> 63:
+        raise ConfigError(where, "a whole number has at most 64 bits", "take a smaller one")
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals:
         raise ConfigError(f"--set {override}", "an override is key=value", "write it like training.lr=1e-3")
+    if not override.isascii() and override.encode(errors="replace").decode() != override:
+        raise ConfigError(f"--set {override!r}", "an override is UTF-8 text", "set the terminal to UTF-8")
     *sections, last = key.strip().split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
             raise ConfigError(f"--set {override}", f"{section} is a value, not a section", "check the key")
     tree[last] = _value(text.strip())
+    _check_values(tree[last], f"--set {key}")
 
 
 def _value(text: str) -> Any:
     """Read a TOML value; what is none stands for itself, so that names need no quotes."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
-def _explain(error: ValidationError, where: str) -> ConfigError:
+def _explain(error: ValidationError, where: str, schema: type[Section]) -> ConfigError:
     """Turn pydantic's report into one line with every offence, and a did-you-mean for unknown keys."""
-    offences = [_offence(e) for e in error.errors()]
+    offences = [_offence(e, schema) for e in error.errors()]
     return ConfigError(where, "; ".join(offences), "mend the keys named")
 
 
-def _offence(detail: Mapping[str, Any]) -> str:
+def _offence(detail: Mapping[str, Any], schema: type[Section]) -> str:
     path = [str(part) for part in detail["loc"]]
     key = ".".join(path)
     if detail["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(path[-1], _keys_at(path[:-1]), n=1, cutoff=0.5)
-        known = f"did you mean {'.'.join([*path[:-1], close[0]])!r}?" if close else f"known: {_keys_at(path[:-1])}"
+        close = difflib.get_close_matches(path[-1], _keys_at(path[:-1], schema), n=1, cutoff=0.5)
+        known = (
+            f"did you mean {'.'.join([*path[:-1], close[0]])!r}?"
+            if close
+            else f"known: {_keys_at(path[:-1], schema)}"
+        )
         return f"unknown key {key!r} ({known})"
-    shown = "" if detail["type"] in ("missing", "value_error") else f" = {detail['input']!r}"
+    shown = "" if detail["type"] in ("missing", "value_error") else f" = {_shown(detail['input'])}"
     return f"{key or 'recipe'}{shown}: {detail['msg'].removeprefix('Value error, ')}"
 
 
-def _keys_at(path: list[str]) -> list[str]:
-    schema: Any = RunConfig
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+
+
+def _keys_at(path: list[str], schema: Any) -> list[str]:
     for part in path:
         if get_origin(schema) is dict:  # any name may stand here, such as a client's
             schema = get_args(schema)[1]
@@ -106,7 +156,7 @@ def _absolute(config: RunConfig, folder: Path) -> RunConfig:
     """Resolve data paths against the recipe's folder."""
 
     def resolve(source: str | None) -> str | None:
-        return source if source is None or source.startswith("hub:") else str((folder / source).resolve())
+        return _resolved(source, folder)
 
     data = config.data.model_dump(exclude_none=True)
     if config.data.folder:
@@ -121,3 +171,20 @@ def _absolute(config: RunConfig, folder: Path) -> RunConfig:
         knowledge = knowledge.model_copy(update={"mmlu": resolve(knowledge.mmlu)})
     knowledge = knowledge.model_copy(update={"general": resolve(knowledge.general)})
     return config.model_copy(update={"data": DataConfig.model_validate(data), "knowledge": knowledge})
+
+
+def _absolute_silo(silo: SiloConfig, folder: Path) -> SiloConfig:
+    """Resolve a silo's paths; a base that is no folder here is a name."""
+    files = {side: _resolved(getattr(silo.data, side), folder) for side in ("train", "test")}
+    base = str((folder / silo.base).resolve()) if (folder / silo.base).is_dir() else silo.base
+    state = _resolved(silo.state, folder)
+    return silo.model_copy(update={"state": state, "base": base, "data": silo.data.model_copy(update=files)})
+
+
+def _resolved(source: str | None, folder: Path) -> str | None:
+    if source is None or source.startswith("hub:"):
+        return source
+    try:
+        return str((folder / source).resolve())
+    except (OSError, ValueError, RuntimeError) as error:  # a zero byte, a link to itself
+        raise ConfigError(f"path {source[:_LONGEST_SHOWN]!r}", f"it is none ({error})", "correct it") from error

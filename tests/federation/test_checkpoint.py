@@ -17,6 +17,7 @@ from flexperts.errors import ArtifactError
 from flexperts.federation.checkpoint import load_server, save_server
 from flexperts.methods.server import Server
 from flexperts.parameters.payload import Payload
+from flexperts.parameters.sealed import write_sealed
 
 NAMES = st.text(st.characters(exclude_categories=("Cs",)), max_size=6)
 SHAPES = st.lists(st.integers(0, 3), max_size=3).map(tuple)
@@ -144,7 +145,7 @@ def test_other_clients_are_refused(tmp_path: Path, clients: list[str]) -> None:
 
 
 def test_missing(tmp_path: Path) -> None:
-    assert "there is no checkpoint" in refusal(tmp_path / "none.safetensors")
+    assert "there is no such file" in refusal(tmp_path / "none.safetensors")
 
 
 def test_cut_anywhere_it_is_refused(tmp_path: Path) -> None:
@@ -173,17 +174,39 @@ def test_flipped_header_bytes_are_refused_or_harmless(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "metadata",
     [
-        None, {"format": "pt"}, {"flexperts-personal-1": "{}"}, {"flexperts-server-0": "{}"},
-        {"flexperts-server-1": ""}, {"flexperts-server-1": "{"}, {"flexperts-server-1": "{}"},
-        {"flexperts-server-1": "[]"}, {"flexperts-server-1": "3"},
-        {"flexperts-server-1": '{"clients": {"bank": 1}, "x": 1}'},
+        None, {"format": "pt"}, {"flexperts-personal-2": "{}"}, {"flexperts-server-1": "{}"},
+        {"flexperts-server-2": ""}, {"flexperts-server-2": "{"}, {"flexperts-server-2": "{}"},
+        {"flexperts-server-2": "[]"}, {"flexperts-server-2": "3"},
+        {"flexperts-server-2": '{"meta": "{}", "sha256": "0"}'}, {"flexperts-server-2": '{"meta": 3}'},
     ],
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("clients", [None, ["bank"]])
 def test_foreign_files_are_refused(tmp_path: Path, metadata: dict[str, str] | None, clients: Any) -> None:
     save_file({"x": torch.ones(1)}, tmp_path / "x", metadata=metadata)
-    assert "it is damaged" in refusal(tmp_path / "x", clients)
+    ours = "flexperts-server-2" in (metadata or {})
+    said = "it is damaged" if ours else "it is not of format flexperts-server-2"
+    assert said in refusal(tmp_path / "x", clients)
+
+
+@pytest.mark.parametrize(
+    "change", [{"round": "3"}, {"clients": []}, {"clients": {"bank": "8"}}, {"seed": 1.5}, {"more": 1}], ids=str
+)
+def test_a_whole_file_of_something_else_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    rest: Any = {"round": 1, "clients": {"bank": 1}, "reports": {}, "agreement": None, "seed": 0}
+    write_sealed(tmp_path / "x", "flexperts-server-2", {"shared/a": torch.ones(1)}, rest)
+    assert load_server(tmp_path / "x").round == 1
+    write_sealed(tmp_path / "x", "flexperts-server-2", {"shared/a": torch.ones(1)}, rest | change)
+    assert "its metadata is not a server's" in refusal(tmp_path / "x")
+
+
+def test_one_changed_bit_of_a_tensor_is_refused(tmp_path: Path) -> None:
+    """The format itself does not notice it."""
+    path = saved(tmp_path)
+    whole = path.read_bytes()
+    for place in range(8 + int.from_bytes(whole[:8], "little"), len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+        assert "its checksum does not fit" in refusal(path)
 
 
 def test_no_safetensors_at_all(tmp_path: Path) -> None:

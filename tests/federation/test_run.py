@@ -14,6 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from flexperts.artifacts import RunDirectory
 from flexperts.config.run import RunConfig
 from flexperts.data.clients import load_clients, partition_manifest
 from flexperts.data.silos.generate import write_silos
@@ -75,7 +76,7 @@ def test_the_order_of_arrival_changes_nothing(
 
 def test_summary_has_what_is_promised(recipe: Recipe, tmp_path: Path) -> None:
     summary = run_federation(recipe("method.reference=fedavg"), tmp_path / "run")
-    assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary == RunDirectory(tmp_path / "run").summary()
     assert summary["method"] == "flex"
     assert summary["seed"] == 0
     assert len(summary["base"]["fingerprint"]) == 64

@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from flexperts.artifacts import RunDirectory, read_json
+from flexperts.artifacts import RunDirectory
 from flexperts.config.run import RunConfig
 from flexperts.errors import ArtifactError, ConfigError, FlexpertsError
 from flexperts.federation.client import Client
+from flexperts.files import read_json
 from flexperts.methods.turn import Turn
 from flexperts.studies import runner
 from flexperts.studies.collect import collect_comparison

@@ -103,7 +103,7 @@ def test_all_offences_are_reported_at_once() -> None:
     ],
 )
 def test_data_has_exactly_one_source(text: str, now: str) -> None:
-    assert f"exactly one of silos, folder, clients, partition (now: {now})" in refusal(text)
+    assert f"exactly one of silos, folder, clients, partition, at_silos (now: {now})" in refusal(text)
 
 
 def test_data_section_is_required() -> None:

@@ -180,14 +180,14 @@ def read_folder(path: Path) -> tuple[LlamaConfig, dict[str, torch.Tensor]]:
     import torch
     from transformers import AutoConfig, LlamaForCausalLM
 
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if config.model_type != "llama":
         raise ModelError(
             f"folder {path} with model_type {config.model_type!r}",
             "must hold a llama",
             "give SmolLM2-135M-Instruct",
         )
-    model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
@@ -205,8 +205,10 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     if path.suffix == ".gguf":
-        return prepare_tokenizer(AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name))
-    return prepare_tokenizer(AutoTokenizer.from_pretrained(path))
+        return prepare_tokenizer(
+            AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        )
+    return prepare_tokenizer(AutoTokenizer.from_pretrained(path, trust_remote_code=False))
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

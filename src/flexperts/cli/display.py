@@ -38,6 +38,10 @@ class ProgressDisplay(Observer):
         """Print a line."""
         self.console.print(text, style="bold", markup=False, soft_wrap=True)
 
+    def refused(self, client: str, reason: str) -> None:
+        """Print who is refused and why."""
+        self.console.print(f"  {client} refused: {reason}", style="yellow", markup=False, soft_wrap=True)
+
     def progress(self, task: str, done: int, total: int) -> None:
         """Move the one bar; a new unit of work starts it afresh."""
         if self._task is None or done <= self._done:
@@ -66,13 +70,18 @@ class RunDisplay(ProgressDisplay):
 
     def round(self, record: Mapping[str, Any]) -> None:
         """Print one line for a finished round."""
-        losses = [c["loss"] for c in record["clients"].values()]
-        if not losses:
+        clients = record["clients"].values()
+        for word, names in (("missing", record.get("missing")), ("without scores", record.get("unscored"))):
+            if names:
+                self.console.print(f"  {word}: {', '.join(names)}", style="yellow", markup=False, soft_wrap=True)
+        if not clients:
             self.console.print("  nobody trains")
             return
+        losses = [c["loss"] for c in clients if "loss" in c]  # local noise keeps them to the clients
+        loss = f"mean loss {sum(losses) / len(losses):.3f}, " if losses else ""
         sent = sum(record["uplink"].values())
         self.console.print(
-            f"  mean loss {sum(losses) / len(losses):.3f}, {size(sent).text} sent by {len(losses)} clients, "
+            f"  {loss}{size(sent).text} sent by {len(clients)} clients, "
             f"training {record['seconds']['training']:.0f} s"
         )
 
@@ -84,6 +93,11 @@ class RunDisplay(ProgressDisplay):
             f"per client and round: {size(sent['uplink_per_client_per_round']).text} up, "
             f"{size(sent['downlink_per_client_per_round']).text} down, {sent['personal_sent']} personal bytes sent"
         )
+        if privacy := summary.get("privacy"):
+            self.console.print(
+                f"{privacy['mode']} differential privacy of the shared weights, per client: "
+                f"epsilon {privacy['epsilon']:.2f} at delta {privacy['delta']:g}"
+            )
         total = summary["seconds"]["total"] + summary.get("reference", {}).get("seconds", {}).get("total", 0.0)
         self.console.print(f"{total:.0f} s in all; everything is in {out}", markup=False, soft_wrap=True)
 
@@ -112,7 +126,9 @@ def score_table(summary: Mapping[str, Any]) -> Table:
     for title, _, _ in columns:
         table.add_column(title, justify="right")
     for client in summary["clients"]:
-        table.add_row(client, *(_cell(source["clients"][client], state) for _, source, state in columns))
+        table.add_row(client, *(_cell(source["clients"].get(client), state) for _, source, state in columns))
+    for client in summary.get("unscored", {}):
+        table.add_row(client, *("-" for _ in columns))
     table.add_section()
     table.add_row("mean", *(_cell(source["mean"], state) for _, source, state in columns))
     return table
@@ -129,5 +145,7 @@ def _columns(summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], s
     return columns
 
 
-def _cell(scores: Mapping[str, Any], state: str) -> str:
+def _cell(scores: Mapping[str, Any] | None, state: str) -> str:
+    if scores is None:
+        return "-"
     return f"{scores['rouge_l'][state]:.1f} ({scores['nll'][state]:.2f})"

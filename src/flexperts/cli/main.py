@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from flexperts import __version__
-from flexperts.cli import base, compare, data, evaluate, generate, inspect, methods, plan, report, run
+from flexperts.cli import base, compare, data, evaluate, forget, generate, inspect, methods, plan, report, run, silo
 from flexperts.errors import FlexpertsError
 
 app = typer.Typer(
@@ -36,8 +36,10 @@ app.command("evaluate")(evaluate.command)
 app.command("generate")(generate.command)
 app.command("inspect")(inspect.command)
 app.command("methods")(methods.command)
+app.command("forget")(forget.command)
 app.add_typer(base.app, name="base")
 app.add_typer(data.app, name="data")
+app.add_typer(silo.app, name="silo")
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ _WHERE_WIDE = ("own state", "p, adjusted")
 
 def write_reports(console: Any, comparison: Mapping[str, Any], out: Path) -> None:
     """Write a comparison's files and print its main tables."""
-    from flexperts.artifacts import write_json, write_text
+    from flexperts.files import write_json, write_text
     from flexperts.reports.html import html_report
     from flexperts.reports.markdown import markdown_report
     from flexperts.reports.tables import tables

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
+
+if TYPE_CHECKING:
+    from flexperts.config.run import RunConfig
 
 
 def command(
@@ -21,6 +24,14 @@ def command(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Run directory to create.", show_default="runs/<recipe>-<time>"),
     ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            metavar="in-process | superlink://NAME",
+            help="Where the silos are: in this process, or behind the SuperLink that Flower's config.toml calls "
+            "NAME; --out is then a name in the SuperLink's FLEXPERTS_RUNS. See docs/deploy.md.",
+        ),
+    ] = "in-process",
     resume: Annotated[bool, typer.Option("--resume", help="Take up the broken-off run that --out holds.")] = False,
     track: Annotated[
         Optional[list[str]],  # noqa: UP045
@@ -40,7 +51,11 @@ def command(
     if resume and out is None:
         raise ConfigError("--resume", "it takes up the run of a directory", "give its --out")
     config = load_recipe(recipe, settings or ())
-    out = out or Path("runs") / f"{recipe.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    name = f"{recipe.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    if engine != "in-process":
+        _deploy(config, engine, str(out or name), resume, track)
+        return
+    out = out or Path("runs") / name
 
     from flexperts.cli.display import RunDisplay
     from flexperts.federation.observer import Observers
@@ -50,3 +65,26 @@ def command(
     with Tracking(track or (), config, out) as tracking, RunDisplay() as display:
         summary = run_federation(config, out, Observers(display, tracking), resume=resume)
     display.result(summary, out)
+
+
+def _deploy(config: RunConfig, engine: str, name: str, resume: bool, track: list[str] | None) -> None:
+    """Hand the run to a SuperLink, follow its log, and show the result where it lies on this machine."""
+    from flexperts.artifacts import RunDirectory
+    from flexperts.cli.display import RunDisplay
+    from flexperts.deployment.naming import run_folder
+    from flexperts.deployment.settings import at_silos
+    from flexperts.deployment.submit import connection_of, follow, submit
+    from flexperts.errors import ConfigError, FederationError
+
+    connection, folder = connection_of(engine), run_folder(name)
+    if track:
+        raise ConfigError(f"--track {track[0]}", "trackers log runs of this process", "leave it out")
+    if config.method.reference:
+        typer.echo(f"{config.method.reference} is left out: a deployed run has one method")
+    run_id = submit(at_silos(config).to_toml(), name, connection, resume=resume)
+    typer.echo(f"run {run_id} on {connection}; Ctrl-C leaves it going, `flwr stop {run_id} {connection}` ends it")
+    status = follow(run_id, connection)
+    if status != "finished:completed":
+        raise FederationError(f"run {run_id} is {status}", "it must complete", "see its log, then --resume")
+    if (folder / "summary.json").exists():
+        RunDisplay().result(RunDirectory.open(folder).summary(), folder)

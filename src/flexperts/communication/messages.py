@@ -1,8 +1,9 @@
 """What crosses the wire: one payload of declared tensors, small records, and nothing else.
 
 A payload is built from a ``ParameterSplit``'s shared group and from what a method declares that it derives;
-personal and frozen parameters have no way in. Requests: ``query.join`` (who are you), ``query.initial`` (your
-initial shared weights), ``train``, ``evaluate``.
+personal and frozen parameters have no way in. A reply may hold its update packed (``compression.py``) in place of
+the fp32 vector; whoever receives it rebuilds the vector. Requests: ``query.join`` (who are you), ``query.initial``
+(your initial shared weights), ``train``, ``evaluate``.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from numpy.typing import NDArray
 from torch import Tensor
 
+from flexperts.communication.compression import Packed, unpack
 from flexperts.errors import FederationError, PrivacyError
 from flexperts.parameters.payload import Payload
 from flexperts.parameters.split import ParameterSplit, kept_storages, storage
@@ -24,7 +27,11 @@ from flexperts.parameters.vector import Manifest, Vector
 SHARED = "shared"
 DERIVED = "derived."
 """Start of the names of what is computed from training and sent beside shared parameters."""
-_INFO, _METRICS, _MANIFEST = "info", "metrics", "manifest"
+_INFO, _METRICS, _MANIFEST, _PACKING = "info", "metrics", "manifest", "packing"
+_LONGEST_MANIFEST = 2**26
+"""Bytes that a manifest may have unpacked; one of a million tensors has as many."""
+_LARGEST = 2**48
+"""Above every side that a tensor has."""
 
 Info = Mapping[str, Any]
 Metrics = Mapping[str, Any]
@@ -86,13 +93,18 @@ def encode(split: ParameterSplit, tensors: Mapping[str, Tensor] | None = None) -
     return Payload.of(sent)
 
 
-def records(info: Info, metrics: Metrics | None = None, payload: Payload | None = None) -> RecordDict:
-    """Build a message's content: text and numbers, and at most one payload."""
+def records(
+    info: Info, metrics: Metrics | None = None, payload: Payload | None = None, packed: Packed | None = None
+) -> RecordDict:
+    """Build a message's content: text and numbers, and at most one payload, as a vector or packed."""
     fields = dict(info)
     content = RecordDict()
     if payload is not None and payload.size:
         fields[_MANIFEST] = zlib.compress(payload.manifest.to_json().encode())
-        content[SHARED] = ArrayRecord({SHARED: Array(np.ascontiguousarray(payload.vector, dtype=np.float32))})
+        arrays: Mapping[str, NDArray[Any]] = {SHARED: payload.vector.astype(np.float32, copy=False)}
+        if packed is not None:
+            arrays, fields = packed.arrays, fields | dict(packed.about)
+        content[SHARED] = ArrayRecord({n: Array(np.ascontiguousarray(a)) for n, a in arrays.items()})
     content[_INFO] = ConfigRecord(fields)
     if metrics is not None:
         content[_METRICS] = MetricRecord(dict(metrics))
@@ -123,12 +135,16 @@ def payload_of(content: RecordDict, sender: str, sent: Payload | None = None) ->
     arrays = {f"{r}/{a}": array for r, record in content.array_records.items() for a, array in record.items()}
     if not arrays:
         return Payload.empty()
-    if set(arrays) != {f"{SHARED}/{SHARED}"}:
+    packed = _PACKING in info_of(content)
+    if set(content.array_records) != {SHARED} or not (packed or set(arrays) == {f"{SHARED}/{SHARED}"}):
         raise FederationError(
             f"{sender} sent arrays {sorted(arrays)}", "a message carries one payload and no other", "refuse it"
         )
-    vector: Vector = arrays[f"{SHARED}/{SHARED}"].numpy()
     manifest = _manifest(content, sender)
+    values = {name: _values(array, sender) for name, array in content.array_records[SHARED].items()}
+    if packed:
+        return _rebuilt(Packed(values, info_of(content)), manifest, sender, sent)
+    vector = values[SHARED]
     if vector.dtype != np.float32 or vector.shape != (manifest.size,):
         raise FederationError(
             f"{sender} sent {vector.dtype}{list(vector.shape)}",
@@ -138,10 +154,41 @@ def payload_of(content: RecordDict, sender: str, sent: Payload | None = None) ->
     return Payload(manifest, vector)
 
 
+def _rebuilt(packed: Packed, manifest: Manifest, sender: str, sent: Payload | None) -> Payload:
+    """Return what was sent plus the packed update."""
+    if sent is None:
+        raise FederationError(
+            f"{sender} sent a packed update", "there is nothing here that it could change", "refuse it"
+        )
+    # Before anything of the size that the manifest claims is made.
+    Payload(manifest, sent.vector).check(sent.manifest, sender)
+    return Payload(manifest, sent.vector + unpack(packed, sent.size, sender))
+
+
+def _values(array: Array, sender: str) -> NDArray[Any]:
+    try:
+        return array.numpy()
+    except Exception as error:  # another machine's bytes: NumPy raises whatever its parser meets in them
+        raise FederationError(
+            f"{sender} sent an array that cannot be read ({error!r})",
+            "arrays come in NumPy's format without objects",
+            "use one flexperts version on every silo",
+        ) from error
+
+
 def _manifest(content: RecordDict, sender: str) -> Manifest:
     try:
-        return Manifest.from_json(zlib.decompress(info_of(content)[_MANIFEST]).decode())
-    except (KeyError, TypeError, ValueError, zlib.error) as error:
+        unzip = zlib.decompressobj()
+        text = unzip.decompress(info_of(content)[_MANIFEST], _LONGEST_MANIFEST)
+        if not unzip.eof:
+            raise ValueError("it is cut off, or too long")
+        manifest = Manifest.from_json(text.decode())
+        if not all(isinstance(name, str) for name in manifest.names):
+            raise TypeError("a name is no text")
+        if not all(type(side) is int and 0 <= side < _LARGEST for shape in manifest.shapes for side in shape):
+            raise TypeError("a shape is not of whole numbers")
+        return manifest
+    except (KeyError, TypeError, ValueError, RecursionError, zlib.error) as error:
         raise FederationError(
             f"{sender} sent an array without a readable manifest ({error!r})",
             "a payload says what it holds",

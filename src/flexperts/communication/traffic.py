@@ -12,7 +12,7 @@ from flwr.app import RecordDict
 from flexperts.communication.messages import DERIVED
 from flexperts.modeling.lora import SHARED_PREFIX
 from flexperts.parameters.split import Parameters
-from flexperts.parameters.vector import Manifest
+from flexperts.parameters.vector import Manifest, Vector
 
 _WINDOW = 1024
 _SHORTEST = 16
@@ -36,16 +36,22 @@ def encoded_bytes(content: RecordDict) -> int:
     return sum(len(part) for part in encoded_objects(content))
 
 
-def personal_bytes(content: RecordDict, personal: Parameters) -> int:
+def personal_bytes(content: RecordDict, personal: Parameters, *before: Vector) -> int:
     """Return how many bytes of personal tensors occur in a message's encoding: 0, or something is wrong.
 
     Every personal tensor's first kilobyte, from its first byte that is not zero, is searched for in the encoded
     objects. What is left of under 16 bytes says nothing and is passed over: among a million shared weights, one is
     often equal to a lone gate bias by chance.
+
+    Args:
+        content: The message.
+        personal: What must not be in it.
+        before: Vectors that the message was made from by noise or packing, which would hide their bytes; they are
+            searched too.
     """
     # The arrays whole as well: what is sent is cut into chunks, and a cut could fall into the window.
     whole = [array.data for record in content.array_records.values() for array in record.values()]
-    encoded = b"".join([*encoded_objects(content), *whole])
+    encoded = b"".join([*encoded_objects(content), *whole, *(vector.tobytes() for vector in before)])
     found = 0
     for parameter in personal.values():
         raw = parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from flexperts.config.section import Section
+
+_FIELDS = ("instruction", "context", "response", "category")
+
+
+def _of_fields(columns: dict[str, str]) -> dict[str, str]:
+    if unknown := set(columns) - set(_FIELDS):
+        raise ValueError(f"columns maps {sorted(unknown)}; fields are {', '.join(_FIELDS)}")
+    return columns
+
+
+Columns = Annotated[dict[str, str], AfterValidator(_of_fields)]
+"""Field of a row -> column of a file."""
 
 
 class SilosConfig(Section):
@@ -74,7 +86,7 @@ class PartitionConfig(Section):
 
 
 class DataConfig(Section):
-    """Who has which rows: exactly one of silos, folder, clients, partition."""
+    """Who has which rows: exactly one of silos, folder, clients, partition, at_silos."""
 
     silos: SilosConfig | None = None
     """The shipped silos."""
@@ -84,7 +96,9 @@ class DataConfig(Section):
     """Client name -> its files."""
     partition: PartitionConfig | None = None
     """One pooled data set, divided over clients."""
-    columns: dict[str, str] = Field(default_factory=dict)
+    at_silos: bool = False
+    """Every silo reads its own rows: a deployed run, whose recipe names no path."""
+    columns: Columns = Field(default_factory=dict)
     """Field (instruction, context, response, category) -> column, where it is named otherwise."""
     test_fraction: float = Field(0.2, gt=0, lt=1)
     """Share of passages held out where a client has no test file."""
@@ -93,10 +107,8 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        sources = ("silos", "folder", "clients", "partition")
+        sources = ("silos", "folder", "clients", "partition", "at_silos")
         given = [n for n in sources if getattr(self, n)]
         if len(given) != 1:
             raise ValueError(f"give exactly one of {', '.join(sources)} (now: {', '.join(given) or 'none'})")
-        if unknown := set(self.columns) - {"instruction", "context", "response", "category"}:
-            raise ValueError(f"columns maps {sorted(unknown)}; fields are instruction, context, response, category")
         return self

@@ -26,23 +26,24 @@ class FederationConfig(Section):
     """Root mean square of an update's values (trained minus sent) above which it is refused."""
     aggregation: Literal["mean", "median", "trimmed_mean", "krum"] = "mean"
     """How updates become one: the mean by rows, or a rule that some wrong updates cannot sway; those count every
-    client once and need all replies in memory."""
-    trim: float = Field(0.2, gt=0, lt=0.5)
-    """Share cut off at either end of every value (trimmed_mean)."""
+    client once and need all replies in memory. See docs/privacy.md."""
+    trim: float = Field(0.25, gt=0, lt=0.5)
+    """Share cut off at either end of every value (trimmed_mean), rounded down to whole updates, of which there must
+    be one."""
     malicious_clients: int = Field(1, ge=0)
-    """How many wrong updates are reckoned with (krum)."""
+    """How many wrong updates are reckoned with (krum); there must be at least three more updates than that."""
 
 
 class PrivacyConfig(Section):
-    """Differential privacy of the shared update, at the level of a client; see docs/security.md."""
+    """Differential privacy of the shared update, at the level of a client; see docs/privacy.md."""
 
     noise: Literal["none", "central", "local"] = "none"
-    """central = the server clips every update and adds noise to their mean; local = each client does, before it
-    sends."""
+    """central = the server clips every update and adds noise to their mean; local = each client clips its update
+    and adds noise to it before it is sent. In both, every client counts once."""
     clip: float = Field(1.0, gt=0)
     """L2 norm that an update (trained minus sent) is clipped to."""
     noise_multiplier: float = Field(1.0, gt=0)
-    """The noise's standard deviation, in units of what one client can change by its update."""
+    """The noise's standard deviation over clip: on the sum of the updates (central), on each update (local)."""
     delta: float = Field(1e-5, gt=0, lt=1)
     """The delta at which epsilon is reported."""
 
@@ -51,7 +52,8 @@ class CompressionConfig(Section):
     """How a client's update is packed for the wire; off by default."""
 
     kind: Literal["none", "fp16", "int8", "top_k"] = "none"
-    """fp16 = half precision; int8 = 8 bits and one scale per block; top_k = the largest values only."""
+    """fp16 = half precision; int8 = 8 bits and one scale per block; top_k = the largest values only, in half
+    precision. What is packed is the update; what clients are sent stays fp32."""
     block: int = Field(256, ge=1)
     """Values that share one scale (int8)."""
     fraction: float = Field(0.05, gt=0, le=1)

@@ -22,6 +22,8 @@ class ModelConfig(Section):
     """Prompt template: auto = the tokenizer's chat template where it has one, else alpaca."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
+    trust_remote_code: bool = False
+    """Run code that comes with the base; only for bases you trust."""
 
 
 class LoraConfig(Section):

@@ -58,7 +58,7 @@ def describe(name: str) -> Description:
     if (short := name.rsplit("/", 1)[-1].lower()) in shipped_configs():
         return _from_text(name, _folder().joinpath(f"{short}.json").read_text(encoding="utf-8"))
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         close = difflib.get_close_matches(short, shipped_configs(), n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}?" if close else f"configs that ship: {', '.join(shipped_configs())}"

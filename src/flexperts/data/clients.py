@@ -17,6 +17,9 @@ from flexperts.errors import DataError
 
 Clients = dict[str, ClientRows]
 
+_LONGEST_NAME = 200
+"""Bytes of a client's name: with what is put around it, it is a file's name, which most systems end at 255."""
+
 
 def load_clients(config: DataConfig, seed: int) -> Clients:
     """Read all clients' rows, sorted by client name.
@@ -26,9 +29,15 @@ def load_clients(config: DataConfig, seed: int) -> Clients:
         seed: Seed of a partition, and of the train/test split where there is no test file.
 
     Raises:
-        DataError: A file is missing or breaks a rule, a split is empty, a test passage is trained on, or a pooled
-            data set cannot be divided as the recipe says.
+        DataError: A file is missing or breaks a rule, a split is empty, a test passage is trained on, a pooled data
+            set cannot be divided as the recipe says, or the rows are at silos and not here.
     """
+    if config.at_silos:
+        raise DataError(
+            "data.at_silos = true",
+            "every silo reads its own rows, and there are none here",
+            "run it on a SuperLink (--engine superlink://NAME), or name a source of rows",
+        )
     if config.silos:
         clients = _shipped(config)
     elif config.folder:
@@ -37,7 +46,7 @@ def load_clients(config: DataConfig, seed: int) -> Clients:
         clients = load_partition(config, seed)
     else:
         clients = {n: _files(n, f, config, seed) for n, f in config.clients.items()}
-    checked = {_name(n): check_disjoint(clients[n], n) for n in sorted(clients)}
+    checked = {client_name(n): check_disjoint(clients[n], n) for n in sorted(clients)}
     share = config.validation_fraction
     return {n: _with_validation(rows, share, seed, n) for n, rows in checked.items()} if share else checked
 
@@ -111,8 +120,16 @@ def _files(name: str, files: ClientFiles, config: DataConfig, seed: int) -> Clie
     return ClientRows(tuple(train), tuple(read_source(files.test, config.columns, split="test")))
 
 
-def _name(name: str) -> str:
-    """Return a client's name if it can be a file's name."""
+def client_name(name: str) -> str:
+    """Return a client's name if it can be a file's name.
+
+    Raises:
+        DataError: It cannot.
+    """
     if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
-        raise DataError(f"client {name!r}", "a client's name is letters, digits, '-', '_', '.'", "rename it")
+        raise DataError(f"client {name[:100]!r}", "a client's name is letters, digits, '-', '_', '.'", "rename it")
+    if (size := len(name.encode())) > _LONGEST_NAME:  # file systems count bytes
+        raise DataError(
+            f"client {name[:40]!r}... of {size} bytes", f"a name has at most {_LONGEST_NAME} bytes", "rename it"
+        )
     return name

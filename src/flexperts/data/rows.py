@@ -68,7 +68,7 @@ def read_rows(
 def _row(record: Mapping[str, Any], columns: Mapping[str, str], where: str, passage: str | None) -> Row:
     values = {field: _value(record, field, columns, where) for field in FIELDS}
     identity = str(record.get(passage or "passage") or values["context"] or values["instruction"])
-    return Row(**values, passage=identity)
+    return Row(**values, passage=_encodable(identity, f"{where}: {passage or 'passage'}"))
 
 
 def _value(record: Mapping[str, Any], field: str, columns: Mapping[str, str], where: str) -> str:
@@ -85,7 +85,18 @@ def _value(record: Mapping[str, Any], field: str, columns: Mapping[str, str], wh
         raise DataError(f"{where}: {column} = {value!r}", "it must be text", "write it as a string")
     if field in REQUIRED and not (value or "").strip():
         raise DataError(f"{where}: {column} is empty", f"the {field} must hold text", "fill it in or drop the row")
-    return value or ""
+    return _encodable(value or "", f"{where}: {column}")
+
+
+def _encodable(text: str, where: str) -> str:
+    """Return text if it has a UTF-8 form: JSON can name halves of characters, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where} holds {text[error.start]!r}", "it must be whole Unicode text", "mend it"
+        ) from error
+    return text
 
 
 def _closest(column: str, record: Mapping[str, Any]) -> str:

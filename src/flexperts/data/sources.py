@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from flexperts.seeding import derive_seed
 
 Record = Mapping[str, Any]
 HUB = "hub:"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
 def read_source(
@@ -91,12 +93,20 @@ def _file(path: Path) -> Iterator[Record]:
         ".parquet": _parquet,
     }
     if path.suffix.lower() not in readers:
-        raise DataError(f"{path}", f"data files end in {', '.join(sorted(readers))}", "convert it to one of these")
-    if not path.is_file():
+        endings = ", ".join(sorted(readers))
+        raise DataError(f"data file {str(path)!r}", f"data files end in {endings}", "convert it to one of these")
+    if not _is_file(path):
         raise DataError(
             f"{path}", "there is no such data file", "check the path; it is relative to the recipe's folder"
         )
     return readers[path.suffix.lower()](path)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that is too long
+        return False
 
 
 def _jsonl(path: Path) -> Iterator[Record]:
@@ -105,14 +115,14 @@ def _jsonl(path: Path) -> Iterator[Record]:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield _object(line, f"{path}, line {number}")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}", f"it is not UTF-8 text ({error})", "save it as UTF-8") from error
+    except (UnicodeDecodeError, OSError) as error:
+        raise DataError(f"{path}", f"it is not readable UTF-8 text ({error})", "save it as UTF-8") from error
 
 
 def _json(path: Path) -> Iterator[Record]:
     try:
         records = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise DataError(f"{path}", f"it is not valid JSON ({error})", "mend it") from error
     if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
         raise DataError(f"{path}", "it must hold a list of objects", "write one object per row, or use .jsonl")
@@ -122,7 +132,7 @@ def _json(path: Path) -> Iterator[Record]:
 def _object(line: str, where: str) -> Record:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(where, f"it is not valid JSON ({error})", "mend or remove the line") from error
     if not isinstance(record, dict):
         raise DataError(where, "each line must hold one JSON object", "mend or remove the line")
@@ -141,7 +151,7 @@ def _csv(path: Path) -> Iterator[Record]:
                         "quote cells that hold commas",
                     )
                 yield record
-    except (UnicodeDecodeError, csv.Error) as error:
+    except (UnicodeDecodeError, OSError, csv.Error) as error:
         raise DataError(f"{path}", f"it is not a readable CSV file ({error})", "save it as UTF-8 CSV") from error
 
 
@@ -159,6 +169,8 @@ def _hub(name: str, split: str) -> Iterator[Record]:
     from datasets import load_dataset
 
     name, _, named_split = name.partition(":")
+    if not _HUB_NAME.fullmatch(name):  # the library would take a path or an address too
+        raise DataError(f"{HUB}{name}", "a hub data set is called org/name", "name one, or give a file's path")
     try:
         yield from load_dataset(name, split=named_split or split)
     except Exception as error:  # the library raises a dozen kinds; each means that the rows cannot be had

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
 
-from flexperts.artifacts import write_bytes, write_text
+from flexperts.errors import FederationError
+from flexperts.files import write_bytes, write_text
 
 
 def write_adapter(folder: Path, config_json: str, tensors: Mapping[str, Tensor]) -> None:
@@ -23,14 +25,24 @@ def write_adapter(folder: Path, config_json: str, tensors: Mapping[str, Tensor])
         tensors: The adapter's factors by PEFT's names.
 
     Raises:
+        FederationError: The configuration, which a client sent, is none.
         ArtifactError: The folder cannot be written.
     """
     if not tensors:
         return
-    config = json.loads(config_json)
     rank = next(t.shape[0] for n, t in sorted(tensors.items()) if ".lora_A." in n)
-    config["lora_alpha"] *= rank / config["r"]
-    config["r"] = rank
-    write_text(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True))
+    write_text(folder / "adapter_config.json", json.dumps(_of_rank(rank, config_json), indent=2, sort_keys=True))
     weights = save({n: t.contiguous().clone() for n, t in tensors.items()}, metadata={"format": "pt"})
     write_bytes(folder / "adapter_model.safetensors", weights)
+
+
+def _of_rank(rank: int, config_json: str) -> dict[str, Any]:
+    try:
+        config = dict(json.loads(config_json))
+        return config | {"r": rank, "lora_alpha": float(config["lora_alpha"]) * (rank / int(config["r"]))}
+    except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
+        raise FederationError(
+            f"adapter configuration {config_json[:80]!r}",
+            f"it holds PEFT's r and lora_alpha ({error!r})",
+            "use one flexperts version on every silo",
+        ) from error

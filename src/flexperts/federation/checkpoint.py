@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from flexperts.artifacts import write_bytes
 from flexperts.errors import ArtifactError
+from flexperts.files import damaged
 from flexperts.methods.server import Server
 from flexperts.parameters.payload import Payload
+from flexperts.parameters.sealed import read_sealed, write_sealed
 
-_FORMAT = "flexperts-server-1"
+_FORMAT = "flexperts-server-2"
 _SHARED, _MEMORY = "shared/", "memory/"
+
+
+class _Rest(BaseModel):
+    """What a checkpoint holds beside tensors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    round: int
+    clients: dict[str, int]
+    reports: dict[str, Any]
+    agreement: Any
+    seed: int
+    base: str = ""
 
 
 def save_server(path: Path, server: Server) -> None:
@@ -27,15 +40,8 @@ def save_server(path: Path, server: Server) -> None:
     """
     tensors = {f"{_SHARED}{n}": t for n, t in server.shared.tensors().items()}
     tensors |= {f"{_MEMORY}{n}": t for n, t in server.memory.items()}
-    rest = {
-        "round": server.round,
-        "clients": server.clients,
-        "reports": server.reports,
-        "agreement": server.agreement,
-        "seed": server.seed,
-    }
-    header = {_FORMAT: json.dumps(rest)}
-    write_bytes(path, save({n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()}, metadata=header))
+    rest = {name: getattr(server, name) for name in _Rest.model_fields}
+    write_sealed(path, _FORMAT, {n: t.detach().clone() for n, t in tensors.items()}, rest)
 
 
 def load_server(path: Path, clients: Collection[str] | None = None) -> Server:
@@ -48,17 +54,12 @@ def load_server(path: Path, clients: Collection[str] | None = None) -> Server:
     Raises:
         ArtifactError: The file is missing, damaged or foreign, or made with other clients.
     """
+    tensors, value = read_sealed(path, _FORMAT)
     try:
-        with safe_open(path, framework="pt") as file:
-            rest = json.loads((file.metadata() or {})[_FORMAT])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        server = Server(Payload.of(_under(_SHARED, tensors)), memory=_under(_MEMORY, tensors), **rest)
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{path}", "there is no checkpoint", "give a run's directory") from error
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        raise ArtifactError(
-            f"{path}", f"it is damaged ({error!r})", "restore it from a copy or run again"
-        ) from error
+        rest = dict(_Rest.model_validate(value))
+    except ValidationError as error:
+        raise damaged(path, f"its metadata is not a server's: {error.errors()[0]['loc']}") from error
+    server = Server(Payload.of(_under(_SHARED, tensors)), memory=_under(_MEMORY, tensors), **rest)
     if clients is not None and sorted(clients) != sorted(server.clients):
         raise ArtifactError(
             f"{path} is of clients {', '.join(sorted(server.clients))}",

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexperts.artifacts import write_json, write_text
 from flexperts.communication.messages import Update, encode
 from flexperts.data.clients import rows_hash
 from flexperts.data.prompts import Example
@@ -22,8 +21,10 @@ from flexperts.data.rows import ClientRows, Row
 from flexperts.evaluation.scores import EvaluationSettings, Scores, evaluate
 from flexperts.federation.client_model import ClientModel
 from flexperts.federation.observer import Observer
+from flexperts.federation.protection import Outgoing, protect, told
 from flexperts.federation.routing_log import prompt_batches, routing_lines, write_routing
 from flexperts.federation.workspace import Workspace
+from flexperts.files import write_json, write_text
 from flexperts.methods.base import OnBatch, State
 from flexperts.methods.turn import Prepared, Turn
 from flexperts.parameters.payload import Payload
@@ -58,12 +59,14 @@ class Trained:
     """What a round of training leaves for the reply.
 
     Args:
-        update: What is sent.
+        update: What the server gets.
         split: The parameters it came from, by which the reply's encoding is checked.
+        sent: How the update leaves.
     """
 
     update: Update
     split: ParameterSplit
+    sent: Outgoing
 
 
 class Client:
@@ -128,12 +131,14 @@ class Client:
             torch.manual_seed(turn.stream.initial_seed())  # dropout draws from the global stream
             self.method.receive(turn)
             result = self.method.train(turn)
-            sent = encode(turn.split, self.method.outgoing(turn))
+            bare = encode(turn.split, self.method.outgoing(turn))
+            sent = protect(self.config, request.payload, bare, turn.memory, self.name)
             self._keep(turn, meta, vector_hash(request.payload.vector))
         groups = {"shared_parameters": turn.split.shared, "personal_parameters": turn.split.personal}
         trained = {name: sum(p.numel() for p in group.values()) for name, group in groups.items()}
-        metrics = {"loss": result.loss, "steps": result.steps, "tokens": result.tokens, **trained}
-        return Trained(Update(self.name, sent, len(self.examples), metrics), turn.split)
+        measures = {"loss": result.loss, "steps": result.steps, "tokens": result.tokens, **trained}
+        metrics = {name: measures[name] for name in told(self.config, measures)}
+        return Trained(Update(self.name, sent.payload, len(self.examples), metrics), turn.split, sent)
 
     def evaluate(self, request: Request, states: Sequence[State], *, answers: bool = True) -> dict[State, Scores]:
         """Score model states on the client's own rows of the split that the recipe names.

@@ -69,12 +69,12 @@ def _initial(content: RecordDict, client: Client) -> RecordDict:
 
 def _train(content: RecordDict, client: Client) -> RecordDict:
     """Train one round and send back what the method shares."""
-    request = _request(content)
+    request = request_of(content)
     trained = client.train(request)
     update = trained.update
     info = {"client": client.name, "round": request.round, "base": client.model.base.fingerprint}
-    reply = records(info, dict(update.metrics) | {"rows": update.rows}, update.payload)
-    leaked = personal_bytes(reply, trained.split.personal)
+    reply = records(info, dict(update.metrics) | {"rows": update.rows}, update.payload, trained.sent.packed)
+    leaked = personal_bytes(reply, trained.split.personal, *trained.sent.hidden)
     if leaked:
         raise PrivacyError(f"{client.name}: {leaked} personal bytes", "no personal byte is sent", "report this bug")
     reply.metric_records["metrics"]["personal_sent"] = leaked
@@ -83,7 +83,7 @@ def _train(content: RecordDict, client: Client) -> RecordDict:
 
 def _evaluate(content: RecordDict, client: Client) -> RecordDict:
     """Score model states on the client's own rows; only the scores are sent."""
-    info, request = info_of(content), _request(content)
+    info, request = info_of(content), request_of(content)
     scores = client.evaluate(request, info["states"], answers=info["answers"])
     client.write_routing(request, info["states"])
     if info["answers"]:
@@ -93,7 +93,8 @@ def _evaluate(content: RecordDict, client: Client) -> RecordDict:
     return records({"client": client.name, "round": request.round}, metrics | {"rows": rows})
 
 
-def _request(content: RecordDict) -> Request:
+def request_of(content: RecordDict) -> Request:
+    """Return what a train or evaluate request asks for."""
     info = info_of(content)
     return Request(payload_of(content, "server"), json.loads(info["agreement"]), int(info["round"]))
 

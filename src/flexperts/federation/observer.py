@@ -23,6 +23,9 @@ class Observer:
     def chosen(self, client: str, choice: Mapping[str, Sequence[int]]) -> None:
         """A client has selected the experts it grafts."""
 
+    def refused(self, client: str, reason: str) -> None:
+        """What a client sent is not used, or it may not take part."""
+
     def round(self, record: Mapping[str, Any]) -> None:
         """A round has finished."""
 
@@ -56,6 +59,11 @@ class Observers(Observer):
         """Pass it on."""
         for observer in self.observers:
             observer.chosen(client, choice)
+
+    def refused(self, client: str, reason: str) -> None:
+        """Pass it on."""
+        for observer in self.observers:
+            observer.refused(client, reason)
 
     def round(self, record: Mapping[str, Any]) -> None:
         """Pass it on."""

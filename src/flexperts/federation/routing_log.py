@@ -13,11 +13,11 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flexperts.artifacts import write_text
 from flexperts.data.batches import PaddedBatch
 from flexperts.data.prompts import PromptEncoder
 from flexperts.data.rows import Row
 from flexperts.evaluation.generation import prompt_batch
+from flexperts.files import damaged, read_lines, write_text
 from flexperts.grafting.grafts import Grafts
 from flexperts.grafting.openings import OpeningRecorder
 from flexperts.methods.base import Method, State
@@ -67,12 +67,15 @@ def write_routing(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     """Add a round's lines to a client's file; lines of that round and of later ones, from before a break, go.
 
     Raises:
-        ArtifactError: The file cannot be written.
+        ArtifactError: The file is damaged or cannot be written.
     """
     first = min(line["round"] for line in lines)
-    old = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [text for text in old if json.loads(text)["round"] < first]
-    write_text(path, "".join(f"{text}\n" for text in [*kept, *map(json.dumps, lines)]))
+    old = read_lines(path) if path.exists() else []
+    try:
+        kept = [line for line in old if line["round"] < first]
+    except (KeyError, TypeError) as error:
+        raise damaged(path, f"a line has no round ({error!r})") from error
+    write_text(path, "".join(f"{json.dumps(line)}\n" for line in [*kept, *lines]))
 
 
 def _untouched(

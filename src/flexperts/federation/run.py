@@ -12,17 +12,21 @@ from typing import Any
 
 from flwr.app import Context, RecordDict, UserConfig
 
-from flexperts.artifacts import RunDirectory, write_json
+from flexperts.artifacts import RunDirectory
 from flexperts.config.run import RunConfig
 from flexperts.data.clients import partition_manifest
 from flexperts.federation.beyond import check_beyond, is_wanted, look_beyond
+from flexperts.federation.checkpoint import load_server
 from flexperts.federation.client_app import app as client_app
 from flexperts.federation.inprocess_grid import InProcessGrid
 from flexperts.federation.observer import Observer, current_observer, observing
+from flexperts.federation.privacy import check_additive, check_enough
 from flexperts.federation.resident import keep, release
+from flexperts.federation.resuming import check_states
 from flexperts.federation.server_app import app as server_app
 from flexperts.federation.trained import TrainedRun
 from flexperts.federation.workspace import Workspace
+from flexperts.files import write_json
 from flexperts.methods.registry import make_method
 from flexperts.modeling.memory import peak_bytes, reset_peak
 
@@ -75,7 +79,7 @@ def _finished(config: RunConfig, out: Path) -> dict[str, Any] | None:
     run = RunDirectory.create_or_resume(out, config.to_toml())
     if not (out / "summary.json").exists():
         return None
-    summary = run.summary()
+    summary = run.summary(checked=True)
     looked = run.beyond.exists() or not is_wanted(config)
     return summary if looked and ("reference" in summary or not config.method.reference) else None
 
@@ -86,10 +90,12 @@ def _prepare(config: RunConfig, observer: Observer, workspace: Workspace) -> Wor
     methods = [make_method(c.method) for c in configs]
     for method, its_config in zip(methods, configs, strict=True):
         method.check(its_config)
+        check_additive(method, its_config)
     observer.stage("reading rows")
     check_beyond(config)
     for method in methods:
         method.check_clients(workspace.clients)
+    check_enough(config, len(workspace.clients))
     observer.stage(f"loading {config.model.base}")
     routed = bool(config.evaluation.routing_rows)
     workspace.check(config, needs_experts=routed or any(method.needs_experts for method in methods))
@@ -123,6 +129,9 @@ def _run_rounds(workspace: Workspace, config: RunConfig, out: Path) -> None:
         number: {"client": name, "state-dir": str(out)} for number, name in enumerate(workspace.clients, 1)
     }
     run_config: UserConfig = {"recipe": recipe, "out": str(out)}
+    if RunDirectory(out).checkpoint.exists():
+        server = load_server(RunDirectory(out).checkpoint, workspace.clients)  # in one process nobody comes or goes
+        check_states(RunDirectory(out), server, workspace.base.fingerprint)
     keep(recipe, out, workspace, config)
     write_json(out / "partition.json", partition_manifest(workspace.clients))
     reset_peak(workspace.base.model.device)

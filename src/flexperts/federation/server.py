@@ -12,126 +12,148 @@ from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
 
 from flexperts.artifacts import RunDirectory
-from flexperts.communication.messages import Info, info_of, payload_of, records
+from flexperts.communication.average import check_finite
+from flexperts.communication.messages import Update, info_of, payload_of, records
 from flexperts.communication.traffic import encoded_bytes
 from flexperts.config.run import RunConfig
-from flexperts.errors import FederationError
+from flexperts.errors import FederationError, FlexpertsError
 from flexperts.federation.adapter import write_adapter
 from flexperts.federation.checkpoint import load_server, save_server
+from flexperts.federation.enrolment import enrol, found, gather, require
+from flexperts.federation.exchange import error_of, one_line, sendable
+from flexperts.federation.membership import Membership
 from flexperts.federation.observer import Observer
-from flexperts.federation.strategy import FlexpertsStrategy, RoundLog
+from flexperts.federation.privacy import check_additive, check_enough
+from flexperts.federation.round_log import RoundLog
+from flexperts.federation.strategy import FlexpertsStrategy
 from flexperts.federation.summary import summarize
 from flexperts.methods.base import Method
 from flexperts.methods.registry import make_method
 from flexperts.methods.server import Server
+from flexperts.parameters.payload import Payload
 
 
 @dataclass(frozen=True)
-class Federation:
-    """The clients of a run, met.
+class Initial:
+    """What one client tells before round 1.
 
     Args:
-        nodes: Node id -> client name.
-        infos: Client name -> what it told about itself.
-        sent: Client name -> encoded bytes that it sent in joining.
+        payload: The shared weights that all start from.
+        split: The table of its parameters, by who owns them.
+        adapter: PEFT's configuration of its adapter, as JSON.
+        size: Encoded bytes of the message.
     """
 
-    nodes: dict[int, str]
-    infos: dict[str, Info]
-    sent: dict[str, int]
-
-    @property
-    def base(self) -> str:
-        """Fingerprint of the base that all of them have."""
-        return str(next(iter(self.infos.values()))["base"])
+    payload: Payload
+    split: Any
+    adapter: str
+    size: int
 
 
 def serve(grid: Grid, config: RunConfig, run: RunDirectory, observer: Observer) -> None:
     """Run a method's rounds over a grid and write rounds, shared adapter and summary.
 
-    A run directory that holds a checkpoint is taken up after its last finished round.
+    A run directory that holds a checkpoint is taken up after its last finished round, by those clients that are
+    there.
 
     Raises:
-        FederationError: Clients disagree on the base, or a reply cannot be used.
+        ConfigError: The method cannot run with these settings or clients.
+        FederationError: Too few clients have joined or sent usable updates, or none has initial weights or scores.
     """
     started = time.monotonic()
-    method = make_method(config.method)
+    method, members = make_method(config.method), Membership(observer, run.run_id)
+    method.check(config)
+    check_additive(method, config)
     observer.stage(f"{config.method.name}: clients join")
-    federation = meet(grid)
-    method.check_clients(federation.infos)
-    server, texts = open_server(grid, method, federation, config)
-    if run.checkpoint.exists():
-        server = load_server(run.checkpoint, federation.infos)
-        observer.stage(f"resuming after round {server.round}")
-    observer.split(config.method.name, json.loads(texts["split"]))
+    server = load_server(run.checkpoint) if run.checkpoint.exists() else None
+    base = gather(grid, members, config.federation, server.base if server else "")
+    server = _taken_up(method, members, server) if server else _new(method, members, config)
+    server.base = base
+    require(members, config.federation)
+    initial = ask_initial(grid, members, server, config.federation.deadline)
+    _start(method, server, initial, run, observer)
     setup = time.monotonic() - started
     finished = [RoundLog(**record) for record in run.keep_rounds(server.round)]
     before = sum(sum(log.seconds.values()) for log in finished)
-    strategy = FlexpertsStrategy(method, config, federation.nodes, server, run, observer, finished)
+    strategy = FlexpertsStrategy(method, config, members, server, run, observer, finished)
     save_server(run.checkpoint, server)
-    strategy.start(grid, ArrayRecord(), num_rounds=strategy.rounds_total - server.round)
-    write_adapter(run.shared, texts["adapter"], method.adapter(server))
+    left = strategy.rounds_total - server.round
+    strategy.start(grid, ArrayRecord(), num_rounds=left, timeout=config.federation.deadline)
+    write_adapter(run.shared, initial.adapter, method.adapter(server))
     seconds = {"setup": setup, **strategy.seconds(), "total": time.monotonic() - started + before}
-    summary = summarize(config, strategy.rounds, seconds, federation.base, server.clients)
-    summary["bytes"]["join_total"] = sum(federation.sent.values())
+    summary = summarize(config, strategy.rounds, seconds, base, server.clients)
+    summary["bytes"]["join_total"] = sum(one.size for one in members.told.values()) + initial.size
     run.write_summary(summary)
 
 
-def meet(grid: Grid) -> Federation:
-    """Ask every node who it is.
+def _new(method: Method, members: Membership, config: RunConfig) -> Server:
+    """Return the state of a run that begins with the clients that are online; it has no weights yet."""
+    server = Server(Payload.empty(), {}, seed=config.seed)
+    found(method, members, server)
+    check_enough(config, len(server.clients))
+    return server
+
+
+def _taken_up(method: Method, members: Membership, server: Server) -> Server:
+    """Take the clients that are online back into a run, and in those that are new to it."""
+    for name in members.online:
+        try:
+            enrol(method, server, members.told[name])
+        except FlexpertsError as error:
+            members.turn_away(name, str(error))
+    return server
+
+
+def _start(method: Method, server: Server, initial: Initial, run: RunDirectory, observer: Observer) -> None:
+    """Give a new run its weights."""
+    if run.checkpoint.exists():
+        observer.stage(f"resuming after round {server.round}")
+    else:
+        server.shared = initial.payload
+        method.start(server)
+    observer.split(method.name, initial.split)
+
+
+def ask_initial(grid: Grid, members: Membership, server: Server, deadline: float) -> Initial:
+    """Return the initial shared weights of the first client, by name, that has usable ones: all draw the same.
 
     Raises:
-        FederationError: Two nodes have one name, or clients disagree on the base.
+        FederationError: None has.
     """
-    requests = (grid.create_message(records({}), "query.join", n, "join") for n in sorted(grid.get_node_ids()))
-    nodes: dict[int, str] = {}
-    infos: dict[str, Info] = {}
-    sent: dict[str, int] = {}
-    for reply in grid.send_and_receive(requests, timeout=None):
-        info = _joined(reply, infos)
-        name = str(info["client"])
-        nodes[reply.metadata.src_node_id], infos[name], sent[name] = name, info, encoded_bytes(reply.content)
-    return Federation(nodes, dict(sorted(infos.items())), sent)
+    faults = []
+    for name in members.online:
+        content = records({"run": members.run, "agreement": json.dumps(server.agreement)})
+        request = grid.create_message(content, "query.initial", members.node(name), "join")
+        replies = list(grid.send_and_receive(sendable(grid, iter([request])), timeout=deadline))
+        try:
+            return _read_initial(name, replies)
+        except FederationError as error:
+            faults.append(one_line(str(error)))
+            members.observer.refused(name, faults[-1])
+    raise FederationError(
+        f"no client sent initial weights ({', '.join(faults)})",
+        "one must",
+        "see the silos' logs and resume the run",
+    )
 
 
-def open_server(
-    grid: Grid, method: Method, federation: Federation, config: RunConfig
-) -> tuple[Server, Mapping[str, str]]:
-    """Return the server's state before round 1, and the texts that describe the shared part.
-
-    The first client supplies the initial shared weights: all draw the same.
-    """
-    reports = {name: json.loads(str(info["report"])) for name, info in federation.infos.items()}
-    agreement = method.agree(reports)
-    node = min(federation.nodes, key=lambda n: federation.nodes[n])
-    request = grid.create_message(records({"agreement": json.dumps(agreement)}), "query.initial", node, "join")
-    (reply,) = grid.send_and_receive([request], timeout=None)
-    _answered(reply)
-    info: Any = info_of(reply.content)
-    clients = {name: int(i["train_rows"]) for name, i in federation.infos.items()}
-    federation.sent[federation.nodes[node]] += encoded_bytes(reply.content)
-    payload = payload_of(reply.content, federation.nodes[node])
-    server = Server(payload, clients, reports, agreement, seed=config.seed)
-    method.start(server)
-    return server, info
-
-
-def _joined(reply: Message, others: dict[str, Info]) -> Info:
-    """Check one client's introduction against those before it."""
-    _answered(reply)
-    info = info_of(reply.content)
-    if info["client"] in others:
-        raise FederationError(f"two nodes say they are {info['client']}", "client names differ", "rename one")
-    first: Any = next(iter(others.values()), info)
-    if info["base"] != first["base"]:
+def _read_initial(name: str, replies: list[Message]) -> Initial:
+    if not replies:
+        raise FederationError(f"{name} sent no initial weights", "it did not answer in time", "see that silo's log")
+    if (error := error_of(replies[0])) is not None:
+        raise FederationError(f"{name} answers with an error", error, "see that silo's log")
+    content = replies[0].content
+    try:
+        info: Mapping[str, Any] = info_of(content)
+        payload, adapter = payload_of(content, name), str(info["adapter"])
+        check_finite(Update(name, payload, 1, {}))
+        json.loads(adapter)
+        return Initial(payload, json.loads(str(info["split"])), adapter, encoded_bytes(content))
+    except FederationError:
+        raise
+    except Exception as error:  # another machine's bytes
         raise FederationError(
-            f"the base of {info['client']} differs from that of {first['client']}",
-            "all clients start from one base",
-            "install the same base on every silo",
-        )
-    return info
-
-
-def _answered(reply: Message) -> None:
-    if reply.has_error():
-        raise FederationError(f"a client cannot join: {reply.error.reason}", "all must join", "see that silo's log")
+            f"{name}'s initial weights",
+            f"they cannot be read ({error!r})",
+            "use one flexperts version on every silo",
+        ) from error

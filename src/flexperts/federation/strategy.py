@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,51 +15,22 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from flexperts.artifacts import RunDirectory
-from flexperts.communication.messages import Update, info_of, metrics_of, payload_of, records
-from flexperts.communication.traffic import encoded_bytes, group_bytes, payload_bytes
+from flexperts.communication.messages import Update, records
+from flexperts.communication.traffic import encoded_bytes
 from flexperts.config.run import RunConfig
-from flexperts.errors import FederationError
+from flexperts.errors import FederationError, FlexpertsError
+from flexperts.federation.admission import Admission, leaked
 from flexperts.federation.checkpoint import save_server
+from flexperts.federation.enrolment import enrol
+from flexperts.federation.exchange import Asked, error_of, one_line, sendable
+from flexperts.federation.membership import Membership
 from flexperts.federation.observer import Observer
+from flexperts.federation.privacy import privacy_spent
 from flexperts.federation.reduction import reduced
+from flexperts.federation.round_log import RoundLog
 from flexperts.methods.base import Method
 from flexperts.methods.server import Server
-from flexperts.parameters.vector import Manifest
 from flexperts.seeding import generator
-
-
-@dataclass
-class RoundLog:
-    """What the server measures of one round.
-
-    Args:
-        number: The round, from 1.
-        clients: What each client reported: loss, steps, tokens, rows.
-        uplink: Encoded bytes that each client sent.
-        downlink: Encoded bytes sent to each client.
-        declared: What the method declares for both directions: payload bytes by client.
-        groups: The same, divided by group of tensors.
-        evaluation: Encoded bytes of the evaluation, both directions, by client.
-        personal_sent: Personal bytes that clients found in their own encoded messages.
-        scores: Client -> metrics of its evaluation, in rounds that evaluate.
-        seconds: Wall time of training and evaluation.
-    """
-
-    number: int
-    clients: dict[str, dict[str, float | int]] = field(default_factory=dict)
-    uplink: dict[str, int] = field(default_factory=dict)
-    downlink: dict[str, int] = field(default_factory=dict)
-    declared: dict[str, dict[str, int]] = field(default_factory=lambda: {"uplink": {}, "downlink": {}})
-    groups: dict[str, dict[str, dict[str, int]]] = field(default_factory=lambda: {"uplink": {}, "downlink": {}})
-    evaluation: dict[str, dict[str, int]] = field(default_factory=lambda: {"uplink": {}, "downlink": {}})
-    personal_sent: int = 0
-    scores: dict[str, dict[str, float | int]] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=lambda: {"training": 0.0, "evaluation": 0.0})
-
-    def declare(self, direction: str, client: str, manifest: Manifest) -> None:
-        """Note what a client's payload holds."""
-        self.groups[direction][client] = group_bytes(manifest)
-        self.declared[direction][client] = payload_bytes(manifest)
 
 
 class FlexpertsStrategy(Strategy):
@@ -67,7 +39,7 @@ class FlexpertsStrategy(Strategy):
     Args:
         method: The method.
         config: The run.
-        nodes: Node id -> client name.
+        members: Who is online.
         server: The state that the rounds start from.
         run: Where finished rounds are written.
         observer: Receives progress.
@@ -78,17 +50,19 @@ class FlexpertsStrategy(Strategy):
         self,
         method: Method,
         config: RunConfig,
-        nodes: dict[int, str],
+        members: Membership,
         server: Server,
         run: RunDirectory,
         observer: Observer,
         finished: Sequence[RoundLog] = (),
     ) -> None:
         self.method, self.config, self.server = method, config, server
-        self.nodes = dict(sorted(nodes.items(), key=lambda item: item[1]))
-        self.run, self.observer = run, observer
+        self.members, self.run, self.observer = members, run, observer
+        self.admission = Admission(method, config, server)
         self.rounds: list[RoundLog] = list(finished)
         self.rounds_total = config.federation.rounds + method.extra_rounds(config.federation.rounds)
+        self._asked = Asked()
+        self._heard: set[str] = set()
         self._started = 0.0
 
     def seconds(self) -> dict[str, float]:
@@ -100,113 +74,200 @@ class FlexpertsStrategy(Strategy):
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterator[Message]:
-        """Yield one request per participant, sorted by client, each with records of its own."""
+    ) -> Iterable[Message]:
+        """Return one request per participant that is online, sorted by client, each with records of its own."""
         self._started = time.monotonic()
-        self.rounds.append(RoundLog(self.server.round + 1))
-        self.observer.stage(f"round {self.server.round + 1} of {self.rounds_total}")
-        return self._train_requests(grid)
+        log = RoundLog(self.server.round + 1)
+        self.rounds.append(log)
+        self.observer.stage(f"round {log.number} of {self.rounds_total}")
+        self._meet(grid, log)
+        log.participants, self._asked, self._heard = self._participants(), Asked(), set()
+        return sendable(grid, self._train_requests(grid, log))
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Stream the replies through the method's rule into the server's next state."""
-        updates = reduced(self.config, self.server.shared, self._updates(replies))
-        self.method.aggregate(self.server, updates)
+        """Stream the usable replies through the method's rule into the server's next state.
+
+        Raises:
+            FederationError: Fewer than the quorum were usable; the checkpoint is still that of the round before.
+        """
+        log = self.rounds[-1]
+        updates = self._updates(replies, log)
+        first = list(islice(updates, 1))  # without any, the quorum is the error to tell
+        if first or not log.participants:
+            self.method.aggregate(self.server, reduced(self.config, self.server.shared, _joined(first, updates)))
+        log.close_training(self._heard)
+        self._check_quorum(log)
         self.server.round += 1
-        self.rounds[-1].seconds["training"] = time.monotonic() - self._started
+        log.privacy = privacy_spent(self.config, self.server.round)
+        log.seconds["training"] = time.monotonic() - self._started
         return None, None
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterator[Message]:
-        """Yield one evaluation request per client in rounds that evaluate."""
-        self._started = time.monotonic()
-        every = self.config.evaluation.every
-        if self.server.round != self.rounds_total and not (every and self.server.round % every == 0):
-            return iter(())
-        return self._evaluate_requests(grid)
+    ) -> Iterable[Message]:
+        """Return one evaluation request per client that is online, in rounds that evaluate."""
+        self._started, self._asked = time.monotonic(), Asked()
+        return sendable(grid, self._evaluate_requests(grid) if self._evaluates() else iter(()))
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Collect the clients' scores and write the round down."""
+        """Collect the clients' scores and write the round down.
+
+        Raises:
+            FederationError: Nobody answered to the last evaluation.
+        """
         log = self.rounds[-1]
-        for reply in self._in_order(replies):
-            name = self._sender(reply)
-            log.scores[name] = dict(metrics_of(reply.content))
-            log.evaluation["uplink"][name] = encoded_bytes(reply.content)
+        for client, reply in self._by_client(replies):
+            self._score(client, reply, log)
+        if self._evaluates():
+            self._close_evaluation(log)
         log.seconds["evaluation"] = time.monotonic() - self._started
-        record = vars(log)
-        self.run.append_round(record)
+        self.run.append_round(vars(log))
         save_server(self.run.checkpoint, self.server)
-        self.observer.round(record)
+        self.observer.round(vars(log))
         return None
 
+    def _meet(self, grid: Grid, log: RoundLog) -> None:
+        """See who has come and gone since the last round."""
+        change = self.members.look(grid, self.config.federation.deadline)
+        for name in change.joined:
+            try:
+                enrol(self.method, self.server, self.members.told[name])
+            except FlexpertsError as error:
+                self.members.turn_away(name, str(error))
+        log.left, log.joined = change.left, [name for name in change.joined if name in self.members.online]
+        for word, names in (("gone", log.left), ("joining", log.joined)):
+            if names:
+                self.observer.stage(f"{word}: {', '.join(names)}")
+        for who, reason in self.members.written_down():
+            log.refuse(who, reason)
+
     def _participants(self) -> list[str]:
-        """Return who trains in the coming round, sorted."""
-        clients = list(self.nodes.values())
+        """Return who trains in the coming round, sorted: drawn of all clients of the run, online or not."""
+        clients = sorted(self.server.clients)
         count = max(1, round(self.config.federation.participation * len(clients)))
         stream = generator(self.config.seed, "participants", self.server.round + 1)
         drawn = torch.randperm(len(clients), generator=stream)[:count].tolist()
         return sorted(self.method.participants(self.server, sorted(clients[i] for i in drawn)))
 
-    def _train_requests(self, grid: Grid) -> Iterator[Message]:
-        log = self.rounds[-1]
-        participants = set(self._participants())
-        for node, name in self.nodes.items():
-            if name in participants:
-                payload = self.method.broadcast(self.server, name)
-                content = records(self._info(self.server.round + 1), payload=payload)
-                log.downlink[name] = encoded_bytes(content)
-                log.declare("downlink", name, payload.manifest)
-                yield grid.create_message(content, "train", node, str(log.number))
+    def _train_requests(self, grid: Grid, log: RoundLog) -> Iterator[Message]:
+        for name in sorted(set(log.participants) & set(self.members.online)):
+            payload = self.method.broadcast(self.server, name)
+            content = records(self._info(log.number), payload=payload)
+            log.downlink[name] = encoded_bytes(content)
+            log.declare("downlink", name, payload.manifest)
+            yield self._asked.note(grid.create_message(content, "train", self.members.node(name), str(log.number)))
 
     def _evaluate_requests(self, grid: Grid) -> Iterator[Message]:
-        for node, name in self.nodes.items():
+        for name in self.members.online:
             info = self._info(self.server.round) | {"states": list(self.method.states), "answers": self._answers()}
             content = records(info, payload=self.method.final(self.server, name))
             self.rounds[-1].evaluation["downlink"][name] = encoded_bytes(content)
-            yield grid.create_message(content, "evaluate", node, str(self.server.round))
+            yield self._asked.note(
+                grid.create_message(content, "evaluate", self.members.node(name), str(self.server.round))
+            )
+
+    def _evaluates(self) -> bool:
+        """Tell whether the round that was just trained is evaluated."""
+        every = self.config.evaluation.every
+        return self.server.round == self.rounds_total or bool(every and self.server.round % every == 0)
 
     def _answers(self) -> bool:
         """Tell whether this round's evaluation generates answers."""
         return self.config.evaluation.answers == "always" or self.server.round == self.rounds_total
 
     def _info(self, number: int) -> dict[str, Any]:
-        return {"round": number, "agreement": json.dumps(self.server.agreement)}
+        return {"run": self.members.run, "round": number, "agreement": json.dumps(self.server.agreement)}
 
-    def _updates(self, replies: Iterable[Message]) -> Iterator[Update]:
-        log = self.rounds[-1]
-        for reply in self._in_order(replies):
-            name = self._sender(reply)
-            metrics = dict(metrics_of(reply.content))
-            expected = self.method.uplink(self.server, name)
-            log.uplink[name] = encoded_bytes(reply.content)
-            log.declare("uplink", name, expected)
-            log.personal_sent += int(metrics.pop("personal_sent"))
-            log.clients[name] = metrics
-            yield Update(
-                name,
-                payload_of(reply.content, name, self.server.shared).check(expected, name),
-                int(metrics["rows"]),
-                metrics,
-            )
+    def _updates(self, replies: Iterable[Message], log: RoundLog) -> Iterator[Update]:
+        for name, reply in self._by_client(replies):
+            self._heard.add(name)
+            update = self._usable(name, reply, log)
+            if update is not None:
+                yield update
+            del update  # before the next one arrives
 
-    def _in_order(self, replies: Iterable[Message]) -> Iterable[Message]:
-        """Return replies sorted by client; a lazy grid has them in the order of the requests, which is the same."""
-        return sorted(replies, key=self._sender) if isinstance(replies, list | tuple) else replies
+    def _usable(self, name: str, reply: Message, log: RoundLog) -> Update | None:
+        """Return a reply's update and note its measures, or note why it is refused."""
+        try:
+            self._check_turn(name, reply, log.participants, log.clients)
+            log.personal_sent += leaked(reply.content)
+            update = self.admission.update(name, reply.content)
+        except FederationError as error:
+            log.refuse(name, self._refused(name, error))
+            return None
+        log.uplink[name] = encoded_bytes(reply.content)
+        log.declare("uplink", name, update.payload.manifest)
+        log.clients[name] = dict(update.metrics)
+        return update
 
-    def _sender(self, reply: Message) -> str:
-        if reply.has_error():
+    def _score(self, name: str, reply: Message, log: RoundLog) -> None:
+        """Note a reply's scores, or why there are none."""
+        try:
+            self._check_turn(name, reply, self.members.online, log.scores)
+            log.scores[name] = self.admission.scores(name, reply.content)
+            log.evaluation["uplink"][name] = encoded_bytes(reply.content)
+        except FederationError as error:
+            log.unscored[name] = self._refused(name, error)
+
+    def _check_turn(self, name: str, reply: Message, wanted: Iterable[str], already: Iterable[str]) -> None:
+        """Refuse errors, and who was not asked or has answered already."""
+        if (error := error_of(reply)) is not None:
+            raise FederationError(f"{name} answers with an error", error, "see that silo's log")
+        if name not in wanted:
+            raise FederationError(f"a reply of {name}", "it was not asked", "see that silo's log")
+        if name in already:
             raise FederationError(
-                f"a client's reply is an error: {reply.error.reason}",
-                "every client must answer",
-                "see that silo's log",
+                f"duplicate: {name} has answered", "the first reply counts", "see that silo's log"
             )
-        name = self.nodes[reply.metadata.src_node_id]
-        if info_of(reply.content)["client"] != name:
+
+    def _refused(self, name: str, error: FederationError) -> str:
+        reason = one_line(str(error))
+        self.observer.refused(name, reason)
+        return reason
+
+    def _check_quorum(self, log: RoundLog) -> None:
+        share, count = self.config.federation.quorum, len(log.participants)
+        least = max(1, math.ceil(share * count - 1e-9)) if count else 0
+        if len(log.clients) >= least:
+            return
+        refused = [f"{name} refused ({reason})" for name, reason in log.refused.items()]
+        faults = [*(f"{name} missing" for name in log.missing), *refused]
+        raise FederationError(
+            f"round {log.number}: {len(log.clients)} of {count} clients sent a usable update ({', '.join(faults)})",
+            f"federation.quorum = {share:g} asks for {least}",
+            "resume the run when they are back, take out those that stay away with `flexperts forget`, or start a "
+            "new run with a lower federation.quorum",
+        )
+
+    def _close_evaluation(self, log: RoundLog) -> None:
+        """Note who has no scores; in the end somebody must."""
+        for name in sorted(self.server.clients):
+            if name not in log.scores and name not in log.unscored:
+                asked = name in log.evaluation["downlink"]
+                log.unscored[name] = "it did not answer in time" if asked else "it was not online"
+        log.unscored = {name: reason for name, reason in log.unscored.items() if name not in log.scores}
+        if self.server.round == self.rounds_total and not log.scores:
             raise FederationError(
-                f"node of {name} answers as {info_of(reply.content)['client']}",
-                "a node is one client",
-                "check node configs",
+                f"round {log.number}: no client has scores "
+                f"({', '.join(f'{name}: {reason}' for name, reason in log.unscored.items())})",
+                "the last evaluation needs one",
+                "resume the run when they are back: it takes up the last round",
             )
-        return name
+
+    def _by_client(self, replies: Iterable[Message]) -> Iterable[tuple[str, Message]]:
+        """Return replies with their clients, sorted; a lazy grid has them in the order of the requests."""
+        found = ((self._client(reply), reply) for reply in replies)
+        return sorted(found, key=lambda pair: pair[0]) if isinstance(replies, list | tuple) else found
+
+    def _client(self, reply: Message) -> str:
+        node = self._asked.node(reply)
+        return self.members.nodes.get(node, f"node {node}")
+
+
+def _joined(first: list[Update], others: Iterator[Update]) -> Iterator[Update]:
+    """Yield all updates, none of which is kept."""
+    while first:
+        yield first.pop()
+    yield from others

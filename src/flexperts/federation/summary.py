@@ -7,7 +7,8 @@ from typing import Any
 
 from flexperts.config.run import RunConfig
 from flexperts.evaluation.scores import SCORES
-from flexperts.federation.strategy import RoundLog
+from flexperts.federation.privacy import privacy_spent
+from flexperts.federation.round_log import RoundLog
 
 _STATES = ("zero_shot", "global", "personalized")
 
@@ -22,7 +23,8 @@ def summarize(
     """Put a finished run into one mapping.
 
     ``mean`` is over clients, each counting once (macro); ``weighted_mean`` counts each by its scored rows. A state
-    that the method does not have is null.
+    that the method does not have is null. Clients that sent no scores stand under ``unscored`` with the reason, and
+    in no mean. ``privacy`` is what differential privacy guarantees; null without noise.
 
     Args:
         config: The run.
@@ -41,10 +43,12 @@ def summarize(
         "split": config.evaluation.split,
         "base": {"name": config.model.base, "fingerprint": base},
         "clients": clients,
+        "unscored": dict(sorted(rounds[-1].unscored.items())),
         "mean": _means(clients, dict.fromkeys(clients, 1.0)),
         "weighted_mean": _means(clients, weights),
         "parameters": {group: _parameters(rounds, group) for group in ("shared", "personal")},
         "bytes": _bytes(rounds),
+        "privacy": privacy_spent(config, len(rounds)),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
     }
 

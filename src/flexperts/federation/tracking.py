@@ -130,7 +130,8 @@ def _by_client(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Return loss and scores as group -> client -> value; a round without some of them has no such group."""
     groups: dict[str, dict[str, float]] = {}
     for client, metrics in record["clients"].items():
-        groups.setdefault("loss", {})[client] = metrics["loss"]
+        if "loss" in metrics:
+            groups.setdefault("loss", {})[client] = metrics["loss"]
     for client, scores in record["scores"].items():
         for key, value in scores.items():
             metric, dot, state = key.partition(".")

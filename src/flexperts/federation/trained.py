@@ -14,7 +14,7 @@ from flexperts.federation.client import Client, Request
 from flexperts.federation.client_model import ClientModel
 from flexperts.federation.observer import Observer
 from flexperts.federation.workspace import Workspace
-from flexperts.methods.base import State
+from flexperts.methods.base import Method, State
 from flexperts.methods.registry import make_method
 from flexperts.parameters.store import load_personal
 from flexperts.recipe import parse_recipe
@@ -72,40 +72,46 @@ class TrainedRun:
         return Request(self.model.method.final(self.server, name), self.server.agreement, self.server.round)
 
     def state(self, name: str | None) -> State:
-        """Return a model state by name, the most personal one by default.
-
-        Raises:
-            ConfigError: The method has no such state.
-        """
-        states = self.model.method.states
-        if name is None:
-            return states[-1]
-        for state in states:
-            if state == name:
-                return state
-        raise ConfigError(
-            f"state {name!r}",
-            f"{self.model.method.name} has the states {', '.join(states)}",
-            "choose one of these",
-        )
+        """Return a model state by name, the most personal one by default; see ``state_named``."""
+        return state_named(self.model.method, name)
 
     def generate(self, client: str, instruction: str, context: str = "", state: str | None = None) -> str:
         """Return a client's greedy answer to one instruction."""
-        owner, wanted = self.client(client), self.state(state)
-        encoder = self.workspace.encoder
-        with owner.in_state(self.request(client), wanted) as (model, on_batch):
-            answers = generate(
-                model,
-                encoder,
-                [encoder.prompt(instruction, context)],
-                max_new_tokens=self.config.evaluation.max_new_tokens,
-                batch_size=1,
-                precision=self.config.model.precision,
-                on_batch=on_batch,
-            )
-        return answers[0]
+        return answer_one(self.client(client), self.request(client), self.state(state), instruction, context)
 
     def evaluate(self, observer: Observer | None = None) -> dict[str, dict[State, Scores]]:
         """Score every client in every state of the method, on the rows that the recipe names."""
         states: Any = self.model.method.states
         return {name: self.client(name, observer).evaluate(self.request(name), states) for name in self.clients}
+
+
+def state_named(method: Method, name: str | None) -> State:
+    """Return a method's state by name, the most personal one by default.
+
+    Raises:
+        ConfigError: The method has no such state.
+    """
+    if name is None:
+        return method.states[-1]
+    for state in method.states:
+        if state == name:
+            return state
+    raise ConfigError(
+        f"state {name!r}", f"{method.name} has the states {', '.join(method.states)}", "choose one of these"
+    )
+
+
+def answer_one(client: Client, request: Request, state: State, instruction: str, context: str = "") -> str:
+    """Return a client's greedy answer to one instruction, by its model in a state."""
+    encoder = client.workspace.encoder
+    with client.in_state(request, state) as (model, on_batch):
+        answers = generate(
+            model,
+            encoder,
+            [encoder.prompt(instruction, context)],
+            max_new_tokens=client.config.evaluation.max_new_tokens,
+            batch_size=1,
+            precision=client.config.model.precision,
+            on_batch=on_batch,
+        )
+    return answers[0]

@@ -153,6 +153,9 @@ class Method:
     def start(self, server: Server) -> None:
         """Set up the server's memory before round 1."""
 
+    def regroup(self, server: Server) -> None:
+        """Fit the server's memory to ``server.clients``, of whom some have come or gone between two rounds."""
+
     def participants(self, server: Server, sampled: Sequence[str]) -> Sequence[str]:
         """Return who trains in the coming round; by default the clients that were sampled."""
         return sampled
@@ -168,6 +171,9 @@ class Method:
     def uplink(self, server: Server, client: str) -> Manifest:
         """Declare what a client's reply holds; anything else is refused."""
         return server.shared.manifest
+
+    def check_update(self, server: Server, update: Update) -> None:
+        """Refuse an update, by a FederationError, whose values are none that the method can send."""
 
     def aggregate(self, server: Server, updates: Iterable[Update]) -> None:
         """Combine the round's updates, sorted by client, into the server's state."""

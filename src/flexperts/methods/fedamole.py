@@ -138,6 +138,15 @@ class FedAMoLE(OwnParts):
             for e in range(self.options.experts):
                 server.memory[f"{_EXPERT_MEAN}{layer}.{e}"] = torch.zeros(rank)
 
+    def regroup(self, server: Server) -> None:
+        """Assign the experts anew to the clients that there are, and forget the tokens of those that are gone."""
+        own = {f"{_TOKEN_MEAN}{layer}.{client}" for layer in _layers(server) for client in server.clients}
+        server.memory = {n: t for n, t in server.memory.items() if not n.startswith(_TOKEN_MEAN) or n in own}
+        if server.round:
+            self._reassign(server)
+        else:
+            self.start(server)
+
     def broadcast(self, server: Server, client: str) -> Payload:
         """Send what all hold, and the experts that the client is to hold."""
         return Payload.of(_part(server, client))
@@ -157,6 +166,9 @@ class FedAMoLE(OwnParts):
         mean = holders_mean(server.shared.tensors() | embeddings, _without_tokens(server, updates))
         server.memory |= {n: mean.pop(n) for n in embeddings}
         server.shared = Payload.of(mean)
+        self._reassign(server)
+
+    def _reassign(self, server: Server) -> None:
         for layer in _layers(server):
             gain = affinity(*_embeddings(server, layer))
             server.memory[f"{_ASSIGNED}{layer}"] = assign(gain, *self._bounds)

@@ -102,6 +102,15 @@ class FedMoEDA(OwnParts):
             sent |= {n.replace(ROUTER, _ROUTER_ROWS): t for n, t in sent.items() if n.startswith(ROUTER)}
         return Manifest.of(sent)
 
+    def regroup(self, server: Server) -> None:
+        """Forget the experts and routers of clients that are gone, and mix without them from now on."""
+        own = {f"{_OF_CLIENT}{client}.{n}" for client in server.clients for n in _names_of(server)}
+        kept = {n: t for n, t in server.memory.items() if not n.startswith(_OF_CLIENT) or n in own}
+        changed = len(kept) != len(server.memory)
+        server.memory = kept
+        if changed:
+            self._compute_mix(server)
+
     def aggregate(self, server: Server, updates: Iterable[Update]) -> None:
         """Average LoRA; keep every participant's experts and router, and mix the experts."""
         lora = {n: t for n, t in server.shared.tensors().items() if n.startswith(SHARED_PREFIX)}
@@ -161,6 +170,11 @@ def _mix_experts(server: Server, present: Collection[str]) -> None:
 def _own(server: Server, client: str) -> dict[str, Tensor]:
     """Return what a client computes with; before its first round, what all start from."""
     return {n: server.memory.get(f"{_OF_CLIENT}{client}.{n}", t) for n, t in server.shared.tensors().items()}
+
+
+def _names_of(server: Server) -> set[str]:
+    """Return the names under which the server may keep a tensor of a client's own."""
+    return {*server.shared.manifest.names, *(f"{_ROUTER_ROWS}{layer}" for layer in _layers(server))}
 
 
 def _layers(server: Server) -> list[str]:

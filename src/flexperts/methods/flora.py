@@ -75,6 +75,13 @@ class FLoRA(RankedMethod):
         seen = int(server.memory.get(_RECEIVED + client, torch.zeros(())))
         return _stacks(server, seen)
 
+    def regroup(self, server: Server) -> None:
+        """Forget what clients that are gone have received."""
+        received = [n for n in server.memory if n.startswith(_RECEIVED)]
+        for name in received:
+            if name.removeprefix(_RECEIVED) not in server.clients:
+                del server.memory[name]
+
     def final(self, server: Server, client: str) -> Payload:
         """Send all stacks."""
         return _stacks(server, 0)

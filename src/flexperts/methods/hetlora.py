@@ -100,6 +100,15 @@ class HetLoRA(RankedMethod):
         """Factors of the client's rank come back, and its next rank."""
         return Manifest.of(cut(server.shared.tensors(), self.rank(server, client)) | {_NEXT_RANK: torch.zeros(1)})
 
+    def regroup(self, server: Server) -> None:
+        """Forget the ranks of clients that are gone."""
+        for name in [n for n in server.memory if n.removeprefix(_RANK) not in server.clients]:
+            del server.memory[name]
+
+    def check_update(self, server: Server, update: Update) -> None:
+        """Refuse a rank that the client cannot have."""
+        _told_rank(update)
+
     def aggregate(self, server: Server, updates: Iterable[Update]) -> None:
         """Average by the norms of the products; rows that nobody holds stay."""
         current = server.shared.tensors()

@@ -24,6 +24,7 @@ class Server:
         round: Finished rounds.
         memory: The method's own tensors, such as moments.
         seed: The run's seed.
+        base: Fingerprint of the base that the clients have; empty where it is not known.
     """
 
     shared: Payload
@@ -33,6 +34,7 @@ class Server:
     round: int = 0
     memory: dict[str, Tensor] = field(default_factory=dict)
     seed: int = 0
+    base: str = ""
 
     def generator(self, *purpose: str | int) -> Generator:
         """Return a random stream of the server's own."""

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from flexperts.artifacts import write_bytes
 from flexperts.errors import ArtifactError
+from flexperts.files import damaged
+from flexperts.parameters.sealed import read_meta, read_sealed, write_sealed
 
-_FORMAT = "flexperts-personal-1"
+_FORMAT = "flexperts-personal-2"
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,7 @@ def save_personal(path: Path, tensors: Mapping[str, Tensor], meta: PersonalMeta)
     Raises:
         ArtifactError: It cannot be written; the old state, if there was one, still stands.
     """
-    contiguous = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
-    # One key only: safetensors writes several in random order, and equal states must be equal files.
-    write_bytes(path, save(contiguous, metadata={_FORMAT: json.dumps(asdict(meta))}))
+    write_sealed(path, _FORMAT, tensors, asdict(meta))
 
 
 def load_personal(path: Path, *, base: str | None = None) -> tuple[dict[str, Tensor], PersonalMeta]:
@@ -61,7 +59,8 @@ def load_personal(path: Path, *, base: str | None = None) -> tuple[dict[str, Ten
     Raises:
         ArtifactError: The file is missing, damaged, not a personal state, or of another base.
     """
-    tensors, meta = _read(path)
+    tensors, value = read_sealed(path, _FORMAT)
+    meta = _meta(path, value)
     if base is not None and meta.base != base:
         raise ArtifactError(
             f"{path} belongs to base {meta.base[:12]}",
@@ -108,35 +107,27 @@ class PersonalStore:
         return None
 
     def save(self, tensors: Mapping[str, Tensor], meta: PersonalMeta) -> None:
-        """Write the state of a round; a state of an earlier round becomes the one before."""
-        if self.path.exists() and _read(self.path, meta_only=True)[1].round < meta.round:
-            self.older.parent.mkdir(exist_ok=True)
-            self.path.replace(self.older)
+        """Write the state of a round; a state of an earlier round becomes the one before.
+
+        Raises:
+            ArtifactError: It cannot be written; the states that were there are still there.
+        """
+        if self.path.exists() and _meta(self.path, read_meta(self.path, _FORMAT)).round < meta.round:
+            try:
+                self.older.parent.mkdir(exist_ok=True)
+                self.path.replace(self.older)
+            except OSError as error:
+                raise ArtifactError(
+                    f"{self.older}", f"it cannot be written ({error})", "free some space or choose another folder"
+                ) from error
         save_personal(self.path, tensors, meta)
 
 
-def _read(path: Path, *, meta_only: bool = False) -> tuple[dict[str, Tensor], PersonalMeta]:
+_META = TypeAdapter(PersonalMeta)
+
+
+def _meta(path: Path, value: Any) -> PersonalMeta:
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            names = () if meta_only else file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{path}", "there is no such personal state", "run this client first") from error
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(
-            f"{path}",
-            f"it is damaged or no safetensors file ({error})",
-            "restore it from a copy or delete it",
-        ) from error
-    if _FORMAT not in header:
-        raise ArtifactError(f"{path}", f"it is not of format {_FORMAT}", "give a file of a run's personal folder")
-    try:
-        fields = json.loads(header[_FORMAT])
-        for key in ("choice", "scales"):
-            fields[key] = {name: tuple(values) for name, values in fields.get(key, {}).items()}
-        return tensors, PersonalMeta(**fields)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(
-            f"{path}", f"its metadata is damaged ({error!r})", "restore it from a copy or delete it"
-        ) from error
+        return _META.validate_python(value)
+    except ValidationError as error:
+        raise damaged(path, f"its metadata is not that of a client: {error.errors()[0]['loc']}") from error

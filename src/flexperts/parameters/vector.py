@@ -10,16 +10,22 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Annotated
 
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
+from pydantic import Field, TypeAdapter
 from torch import Tensor
 
 from flexperts.errors import FederationError
 
 Vector = NDArray[np.float32]
+
+_Length = Annotated[int, Field(ge=0, lt=2**63)]
+_PAIRS = TypeAdapter(list[tuple[str, tuple[_Length, ...]]])
+_ONE = "use one flexperts version and one recipe on every silo"
 
 
 @dataclass(frozen=True)
@@ -42,9 +48,19 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Read what ``to_json`` wrote."""
-        pairs = json.loads(text)
-        return cls(tuple(n for n, _ in pairs), tuple(tuple(s) for _, s in pairs))
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            FederationError: It is no such text; it may come from another machine.
+        """
+        try:
+            pairs = _PAIRS.validate_json(text, strict=True)
+        except ValueError as error:
+            raise FederationError(f"manifest {text[:80]!r}", "it lists names with their shapes", _ONE) from error
+        names = tuple(name for name, _ in pairs)
+        if names != tuple(sorted(set(names))):
+            raise FederationError(f"manifest {text[:80]!r}", "its names differ and are sorted", _ONE)
+        return cls(names, tuple(shape for _, shape in pairs))
 
     def to_json(self) -> str:
         """Return the manifest as JSON text."""
@@ -74,7 +90,7 @@ class Manifest:
             raise FederationError(
                 f"vector {vector.dtype}{list(vector.shape)}",
                 f"the manifest asks for float32[{self.size}]",
-                "use one flexperts version and one recipe on every silo",
+                _ONE,
             )
         if is_sizes_only(vector):
             return {n: torch.empty(s, device="meta") for n, s in zip(self.names, self.shapes, strict=True)}

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import tomli_w
 
-from flexperts.artifacts import RunDirectory, read_json
+from flexperts.artifacts import RunDirectory
 from flexperts.errors import ArtifactError
 from flexperts.evaluation.scores import SCORES, Scores
+from flexperts.files import read_json
 from flexperts.studies.contrast import contrasts
 from flexperts.studies.curves import curves
 from flexperts.studies.finished import CLAIM, RUNS, Finished, read_claim

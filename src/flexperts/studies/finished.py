@@ -12,8 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from flexperts.artifacts import RunDirectory, read_json
+from flexperts.artifacts import RunDirectory
 from flexperts.errors import ArtifactError
+from flexperts.files import read_json
 from flexperts.methods.registry import method_class
 from flexperts.recipe import parse_recipe
 

@@ -14,11 +14,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from flexperts.artifacts import write_json, write_text
 from flexperts.errors import ArtifactError, ConfigError, FlexpertsError
 from flexperts.federation.observer import Observer
 from flexperts.federation.run import run_federation
 from flexperts.federation.workspace import Workspace
+from flexperts.files import write_json, write_text
 from flexperts.studies.entries import Entry, Plan
 from flexperts.studies.finished import CLAIM, DONE, RUNS, SEED, finished_marks, folder_name, read_claim
 

@@ -210,6 +210,9 @@ GOOD = zlib.compress(b'[["a", [3]]]')
     [
         None, "text", 3, b"", b"plain", GOOD[:-1], zlib.compress(b"{"), zlib.compress(b"3"), zlib.compress(b"[3]"),
         zlib.compress(b'[["a"]]'), zlib.compress(b'[["a", 3]]'), zlib.compress(b"\xff"),
+        zlib.compress(b'[[1, [3]]]'), zlib.compress(b'[["a", [-3]]]'), zlib.compress(b'[["a", [3.0]]]'),
+        zlib.compress(b'[["a", ["3"]]]'), zlib.compress(b'[["a", [true, 3]]]'),
+        zlib.compress(b"[" * 100_000), zlib.compress(b" " * 2**26 + b"[]"),
     ],
 )  # fmt: skip
 def test_an_array_without_a_readable_manifest_is_refused(manifest: Any) -> None:

@@ -6,8 +6,9 @@ import json
 import resource
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flexperts.errors import ArtifactError
+from flexperts.parameters.sealed import write_sealed
 from flexperts.parameters.store import PersonalMeta, PersonalStore, load_personal, save_personal
 
 META = PersonalMeta(
@@ -102,7 +104,7 @@ def test_cut_anywhere_it_is_refused(tmp_path: Path) -> None:
     assert len(cuts) > 20
     for length in cuts:
         path.write_bytes(whole[:length])
-        assert "it is damaged or no safetensors file" in refusal(path)
+        assert "it is damaged" in refusal(path)
 
 
 def test_flipped_header_bytes_are_refused_or_harmless(tmp_path: Path) -> None:
@@ -121,24 +123,50 @@ def test_flipped_header_bytes_are_refused_or_harmless(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "metadata", [None, {"format": "pt"}, {"flexperts-personal-0": "{}"}], ids=["none", "pt", "older"]
+    "metadata", [None, {"format": "pt"}, {"flexperts-personal-1": "{}"}], ids=["none", "pt", "older"]
 )
 def test_other_safetensors_are_refused(tmp_path: Path, metadata: dict[str, str] | None) -> None:
     save_file({"x": torch.ones(1)}, tmp_path / "x", metadata=metadata)
-    assert "it is not of format flexperts-personal-1" in refusal(tmp_path / "x")
+    assert "it is not of format flexperts-personal-2" in refusal(tmp_path / "x")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"choice": 3}', json.dumps({"choice": {}, "client": "a"})])
 def test_damaged_metadata_is_refused(tmp_path: Path, text: str) -> None:
-    save_file({"x": torch.ones(1)}, tmp_path / "x", metadata={"flexperts-personal-1": text})
-    assert "its metadata is damaged" in refusal(tmp_path / "x")
+    save_file({"x": torch.ones(1)}, tmp_path / "x", metadata={"flexperts-personal-2": text})
+    assert "it is damaged" in refusal(tmp_path / "x")
+
+
+@pytest.mark.parametrize("meta", [None, [], {}, {"client": "a"}, {**asdict(META), "round": "three"}], ids=str)
+def test_a_whole_file_of_something_else_is_refused(tmp_path: Path, meta: Any) -> None:
+    write_sealed(tmp_path / "x", "flexperts-personal-2", {"x": torch.ones(1)}, meta)
+    assert "its metadata is not that of a client" in refusal(tmp_path / "x")
+
+
+@pytest.mark.parametrize("old", [b"bank", b"graft.odd", b"ssss", b"model.layers.0"])
+def test_changed_names_and_metadata_are_refused(tmp_path: Path, old: bytes) -> None:
+    path = saved(tmp_path)
+    whole = path.read_bytes()
+    assert old in whole
+    path.write_bytes(whole.replace(old, old[:-1] + b"x", 1))
+    assert "it is damaged" in refusal(path)
+
+
+def test_one_changed_bit_of_a_tensor_is_refused(tmp_path: Path) -> None:
+    """The format itself does not notice it."""
+    path = saved(tmp_path)
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for place in range(start, len(whole), 3):
+        for bit in (1, 128):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
+            assert "its checksum does not fit" in refusal(path)
 
 
 def test_missing_and_other_things(tmp_path: Path) -> None:
-    assert "there is no such personal state" in refusal(tmp_path / "none.safetensors")
-    assert "it is damaged or no safetensors file" in refusal(tmp_path)
+    assert "there is no such file" in refusal(tmp_path / "none.safetensors")
+    assert "it is damaged" in refusal(tmp_path)
     (tmp_path / "text").write_text("hello, this is text and no safetensors")
-    assert "it is damaged or no safetensors file" in refusal(tmp_path / "text")
+    assert "it is damaged" in refusal(tmp_path / "text")
 
 
 def test_unwritable_folders(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import random
 from pathlib import Path
 from typing import TypedDict
 
-from flexperts.artifacts import write_text
 from flexperts.data.silos import phrases
 from flexperts.data.silos.entities import SPLITS
 from flexperts.data.silos.houses import HOUSES
@@ -15,6 +14,7 @@ from flexperts.data.silos.notes import Note, rng_for, write_note
 from flexperts.data.silos.topics import COMMON, THEMES
 from flexperts.data.silos.trades import TRADE_ASIDES, TRADE_TOPICS
 from flexperts.errors import DataError
+from flexperts.files import write_text
 
 CATEGORIES = ("closed_qa", "information_extraction", "classification", "summarization")
 SILOS = ("clinic", "help_desk", "law_firm", "shop")

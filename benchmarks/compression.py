@@ -1,0 +1,118 @@
+"""What packing the uplink saves and what it costs in scores: one recipe, every kind of packing, some seeds.
+
+    python benchmarks/compression.py --out runs/compression                    # the quick start's silos, resumable
+    python benchmarks/compression.py --out runs/compression --seeds 3
+    python benchmarks/compression.py --out runs/compression --table            # print what is there
+    python benchmarks/compression.py --out runs/tiny --set model.base=DIR evaluation.rows=2 --rounds 1
+
+Writes compression.json: settings, mean scores and bytes of each entry and seed. All entries of a seed share base,
+rows, batches and rounds; what differs stands in ``ENTRIES``. Finished runs are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from flexperts.artifacts import environment
+from flexperts.federation.run import run_federation
+from flexperts.federation.workspace import Workspace
+from flexperts.files import write_json
+from flexperts.recipe import load_recipe
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
+
+ENTRIES: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "fp16": ("compression.kind=fp16",),
+    "int8": ("compression.kind=int8",),
+    "int8, no feedback": ("compression.kind=int8", "compression.error_feedback=false"),
+    "top_k 5 %": ("compression.kind=top_k",),
+    "top_k 5 %, no feedback": ("compression.kind=top_k", "compression.error_feedback=false"),
+    "top_k 1 %": ("compression.kind=top_k", "compression.fraction=0.01"),
+}
+
+
+def run_entry(
+    name: str, folder: Path, recipe: Path, settings: tuple[str, ...], workspace: Workspace | None
+) -> Workspace:
+    """Run one entry without a reference, keep its small files, and return the workspace for the next one."""
+    config = load_recipe(recipe, (*settings, *ENTRIES[name]))
+    config = config.model_copy(update={"method": config.method.model_copy(update={"reference": None})})
+    workspace = workspace or Workspace(config)
+    run_federation(config, folder, resume=True, workspace=workspace)
+    for heavy in ("personal", "shared", "checkpoint.safetensors", "predictions"):
+        path = folder / heavy
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    return workspace
+
+
+def results(out: Path) -> list[dict[str, Any]]:
+    """Return one record per finished entry and seed, in the order of ``ENTRIES``."""
+    found = []
+    for name in ENTRIES:
+        for folder in sorted((out / _folder(name)).glob("seed-*")):
+            if (folder / "summary.json").exists():
+                summary = json.loads((folder / "summary.json").read_text())
+                kept = {key: summary[key] for key in ("method", "seed", "rounds", "mean", "bytes")}
+                found.append({"entry": name, "settings": ENTRIES[name]} | kept)
+    return found
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Return the records as a Markdown table: means over seeds, bytes beside their share of the unpacked ones."""
+    lines = [
+        "| packing | kB up per client and round | of unpacked | ROUGE-L global | personalized | NLL global "
+        "| personalized |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    by_entry = {
+        n: [r for r in records if r["entry"] == n] for n in ENTRIES if any(r["entry"] == n for r in records)
+    }
+    sizes = {n: mean(r["bytes"]["uplink_per_client_per_round"] for r in some) for n, some in by_entry.items()}
+    for name, some in by_entry.items():
+        share = f"{sizes[name] / sizes['none']:.1%}" if "none" in sizes else "–"
+        scores = [_mean(some, kind, state) for kind in ("rouge_l", "nll") for state in ("global", "personalized")]
+        lines.append("| " + " | ".join([name, f"{sizes[name] / 1e3:.1f}", share, *scores]) + " |")
+    return "\n".join(lines)
+
+
+def _mean(records: list[dict[str, Any]], kind: str, state: str) -> str:
+    values = [r["mean"][kind][state] for r in records]
+    return "–" if None in values else f"{mean(values):.2f}"
+
+
+def _folder(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name)
+
+
+def main() -> None:
+    """Run what is not finished, write compression.json and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--recipe", type=Path, default=RECIPE)
+    parser.add_argument("--only", nargs="*", default=list(ENTRIES), choices=list(ENTRIES), metavar="ENTRY")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", dest="settings")
+    parser.add_argument("--table", action="store_true", help="only print the table of what is finished")
+    arguments = parser.parse_args()
+    rounds = () if arguments.rounds is None else (f"federation.rounds={arguments.rounds}",)
+    for seed in range(0 if arguments.table else arguments.seeds):
+        workspace: Workspace | None = None
+        for name in arguments.only:
+            settings = (*arguments.settings, *rounds, f"seed={seed}")
+            folder = arguments.out / _folder(name) / f"seed-{seed}"
+            workspace = run_entry(name, folder, arguments.recipe, settings, workspace)
+            print(f"{name}, seed {seed}", flush=True)
+    records = results(arguments.out)
+    write_json(arguments.out / "compression.json", {"environment": environment(), "entries": records})
+    print(table(records))
+
+
+if __name__ == "__main__":
+    main()

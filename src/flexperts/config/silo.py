@@ -1,0 +1,35 @@
+"""Settings of one silo: what a client's own machine adds to whatever recipe it is handed."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from flexperts.config.data import ClientFiles, Columns
+from flexperts.config.section import Section
+
+
+class SiloData(ClientFiles):
+    """The silo's own rows."""
+
+    columns: Columns = Field(default_factory=dict)
+    """Field (instruction, context, response, category) -> column, where it is named otherwise."""
+
+
+class SiloConfig(Section):
+    """A silo, whole. Nothing of it is ever sent but the name."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """The client's name in every run."""
+    state: str
+    """Folder of the private state, run by run; only its owner may enter it."""
+    base: str
+    """The recipe's base on this machine: a shipped base's name, a local transformers folder, or a hub id."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Storage type that the base is loaded with at start; a recipe with the other one has it loaded again."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    trust_remote_code: bool = False
+    """Let the base's own Python code run; no recipe can switch it on."""
+    data: SiloData

@@ -1,0 +1,63 @@
+"""A deployed run's personal model, at home: the silo's private state with the shared weights it was last sent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flwr.app import RecordDict
+
+from flexperts.artifacts import RunDirectory
+from flexperts.config.silo import SiloConfig
+from flexperts.deployment.settings import for_silo
+from flexperts.deployment.state import run_folder
+from flexperts.deployment.wire import pack, unpack
+from flexperts.errors import ArtifactError
+from flexperts.federation.client_app import request_of
+from flexperts.federation.resident import Resident
+from flexperts.federation.trained import answer_one, state_named
+from flexperts.federation.workspace import Workspace
+from flexperts.files import write_bytes
+from flexperts.methods.registry import make_method
+from flexperts.recipe import parse_recipe
+
+RECEIVED = "received.safetensors"
+
+
+def keep_received(folder: Path, content: RecordDict) -> None:
+    """Keep an evaluation's request: the global weights as the silo last saw them, whole or not at all."""
+    write_bytes(folder / RECEIVED, pack({}, content))
+
+
+class HomeModel:
+    """A silo's models of one run.
+
+    Args:
+        silo: The silo's settings.
+        run: The run's id.
+
+    Raises:
+        FederationError: The id is none.
+        ArtifactError: The run has not been evaluated here, or its files are damaged.
+    """
+
+    def __init__(self, silo: SiloConfig, run: str) -> None:
+        folder = run_folder(Path(silo.state), run)
+        try:
+            _, content = unpack((folder / RECEIVED).read_bytes())
+        except FileNotFoundError as error:
+            raise ArtifactError(
+                f"run {run}", "this silo has not been sent its shared weights to keep", "wait for its evaluation"
+            ) from error
+        self.request = request_of(content)
+        recipe = parse_recipe(RunDirectory.open(folder).config_toml, where=str(folder / "config.toml"))
+        config = for_silo(recipe, silo)
+        self.method = make_method(config.method)
+        self.client = Resident(Workspace(config), config, folder).client(silo.name)
+
+    def generate(self, instruction: str, context: str = "", state: str | None = None) -> str:
+        """Return the greedy answer to one instruction, by the most personal model unless a state is named.
+
+        Raises:
+            ConfigError: The method has no such state.
+        """
+        return answer_one(self.client, self.request, state_named(self.method, state), instruction, context)

@@ -1,0 +1,62 @@
+"""What a silo keeps of its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from flexperts.artifacts import RunDirectory
+from flexperts.deployment.state import run_folder, run_ids
+from flexperts.errors import ArtifactError
+from flexperts.files import write_text
+from flexperts.parameters.store import load_personal
+from flexperts.recipe import parse_recipe
+
+
+@dataclass(frozen=True)
+class KeptRun:
+    """One run's private state.
+
+    Args:
+        run: The run's id.
+        method: Its method.
+        round: Last round that the silo trained in.
+        bytes: Size of everything that is kept.
+    """
+
+    run: str
+    method: str
+    round: int
+    bytes: int
+
+
+def keep_recipe(folder: Path, recipe: str) -> None:
+    """Note a run's recipe, as it was handed out, in the run's folder, or find the same one noted there.
+
+    Raises:
+        ArtifactError: It is another one: states of two runs must not mix.
+    """
+    if not (folder / "config.toml").exists():
+        write_text(folder / "config.toml", recipe)
+    elif RunDirectory.open(folder).config_toml != recipe:
+        raise ArtifactError(f"{folder}", "it holds a run of another recipe", "start a new run on the server")
+
+
+def kept_runs(state: Path, client: str) -> Iterator[KeptRun]:
+    """Yield the runs of a state folder, sorted by id.
+
+    Args:
+        state: The state folder.
+        client: The silo's name.
+
+    Raises:
+        ArtifactError: A file is damaged.
+    """
+    for run in run_ids(state):
+        folder = run_folder(state, run)
+        recipe = parse_recipe(RunDirectory.open(folder).config_toml, where=str(folder / "config.toml"))
+        personal = folder / "personal" / f"{client}.safetensors"
+        last = load_personal(personal)[1].round if personal.exists() else 0
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        yield KeptRun(run, recipe.method.name, last, size)

@@ -1,0 +1,105 @@
+"""The ClientApp on a SuperNode: it hands every message to the silo's worker and returns the answer.
+
+Flower starts a process for each message, so this one imports no torch and loads nothing. When there is no answer,
+the reply says why in an ``error`` beside the ``client``'s name, and the round goes on without this silo.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import tomllib
+from multiprocessing.connection import Client
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from flexperts.deployment.state import socket_of
+from flexperts.deployment.wire import pack, unpack
+from flexperts.errors import ConfigError, FederationError
+
+app = ClientApp()
+log = logging.getLogger(__name__)
+_NO_WORKER = "no worker answers; start `flexperts silo serve`"
+
+
+@app.query("join")
+def join(message: Message, context: Context) -> Message:
+    """Relay a ``query.join``."""
+    return _reply("query.join", message, context)
+
+
+@app.query("initial")
+def initial(message: Message, context: Context) -> Message:
+    """Relay a ``query.initial``."""
+    return _reply("query.initial", message, context)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Relay a ``train``."""
+    return _reply("train", message, context)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Relay an ``evaluate``."""
+    return _reply("evaluate", message, context)
+
+
+def _reply(kind: str, message: Message, context: Context) -> Message:
+    name, state = _silo(context)
+    return Message(_relayed(kind, message.content, context, name, socket_of(state)), reply_to=message)
+
+
+def _relayed(kind: str, content: RecordDict, context: Context, name: str, socket: Path) -> RecordDict:
+    """Return the worker's answer, or why there is none."""
+    told = dict(content.config_records.get("info", ConfigRecord()))
+    run = {"run": str(told.get("run", "")), "recipe": str(context.run_config.get("recipe", ""))}
+    try:
+        fields, answer = unpack(_exchange(socket, pack({"kind": kind} | run, content)))
+    except FederationError as error:
+        log.error("%s", error)
+        return _failed(name, type(error).__name__)
+    except (OSError, EOFError) as error:
+        log.error("%s: %r", socket, error)
+        return _no_answer(name, _NO_WORKER)
+    return _failed(name, fields["error"]) if "error" in fields else answer
+
+
+def _exchange(path: Path, request: bytes) -> bytes:
+    """Send one request and wait for its reply; what is sent to the socket of another user is known to that user.
+
+    Raises:
+        OSError, EOFError: Nobody answers, or not this user.
+    """
+    found = path.stat()
+    if found.st_uid != os.getuid() or not stat.S_ISSOCK(found.st_mode):
+        raise PermissionError(f"{path} is no socket of this user")
+    with Client(str(path), family="AF_UNIX") as connection:
+        connection.send_bytes(request)
+        return connection.recv_bytes()
+
+
+def _silo(context: Context) -> tuple[str, Path]:
+    """Return the silo's name and state folder, from the file that this SuperNode's configuration names."""
+    try:
+        path = Path(str(context.node_config["silo"]))
+        silo = tomllib.loads(path.read_text(encoding="utf-8"))
+        return str(silo["name"]), (path.parent / str(silo["state"])).resolve()
+    except (KeyError, OSError, ValueError) as error:
+        raise ConfigError(
+            f"this SuperNode's silo ({type(error).__name__})",
+            "its --node-config names a silo's TOML file as silo, and that file has name and state",
+            "try `flexperts silo check` on that file",
+        ) from error
+
+
+def _failed(name: str, error: str) -> RecordDict:
+    return _no_answer(name, f"{error}; see that silo's log")
+
+
+def _no_answer(name: str, error: str) -> RecordDict:
+    return RecordDict({"info": ConfigRecord({"client": name, "error": error})})

@@ -1,0 +1,74 @@
+"""Flower's ServerApp of a deployed run: it writes into one folder of the SuperLink's machine and loads no model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from flexperts.artifacts import RunDirectory
+from flexperts.deployment.naming import run_folder
+from flexperts.errors import ArtifactError, FlexpertsError
+from flexperts.federation.observer import Observer
+from flexperts.federation.server import serve
+from flexperts.recipe import parse_recipe
+
+_PATIENCE = 180.0
+"""Seconds."""
+
+log = logging.getLogger("flwr")
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Serve the run that the configuration holds: ``recipe`` (its text), ``out`` (a name), ``resume``."""
+    try:
+        config = parse_recipe(str(context.run_config["recipe"]))
+        out = run_folder(str(context.run_config["out"]))
+        with _alone(out):
+            if not context.run_config["resume"]:
+                RunDirectory.check_free(out)
+            serve(grid, config, RunDirectory.create_or_resume(out, config.to_toml()), LogObserver())
+        log.info("finished; everything is in %s", out)
+    except FlexpertsError as error:
+        log.error("error: %s", error)
+        raise
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Wait for an earlier process of the same run: one that has lost its SuperLink takes a minute to notice."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out.with_name(f".{out.name}.lock"), timeout=_PATIENCE):
+            yield
+    except Timeout as error:
+        raise ArtifactError(f"{out}", "another process writes this run", "stop that one first") from error
+
+
+class LogObserver(Observer):
+    """Writes a run's events as log lines, which `flwr log` shows."""
+
+    def stage(self, text: str) -> None:
+        """Log the stage that begins."""
+        log.info("%s", text)
+
+    def split(self, method: str, table: Sequence[Mapping[str, Any]]) -> None:
+        """Log what trains, what is sent and what stays."""
+        for row in table:
+            log.info(
+                "%s: %s: %d parameters, trained: %s, leaves: %s",
+                *(method, row["group"], row["parameters"], row["trained"], row["leaves"]),
+            )
+
+    def round(self, record: Mapping[str, Any]) -> None:
+        """Log who trained, and how long it took."""
+        losses = {name: round(metrics["loss"], 3) for name, metrics in record["clients"].items()}
+        log.info("round %d: losses %s, training %.1f s", record["number"], losses, record["seconds"]["training"])

@@ -1,0 +1,70 @@
+"""What of a recipe leaves the server's machine, and what a silo makes of it."""
+
+from __future__ import annotations
+
+from flexperts.config.data import ClientFiles, DataConfig
+from flexperts.config.evaluation import KnowledgeConfig
+from flexperts.config.run import RunConfig
+from flexperts.config.silo import SiloConfig
+from flexperts.errors import ConfigError
+from flexperts.methods.registry import method_class
+
+
+def at_silos(config: RunConfig) -> RunConfig:
+    """Return the recipe that silos are handed: without paths, device and reference method.
+
+    Silos bring rows and device of their own. A reference method would be a second run; callers tell users so.
+
+    Raises:
+        ConfigError: The recipe asks for what needs all clients' rows in one process.
+    """
+    _refuse_what_needs_all_rows(config)
+    parts = {
+        "data": _at_silos(config.data),
+        "model": config.model.model_copy(update={"device": "auto"}),
+        "method": config.method.model_copy(update={"reference": None}),
+        "knowledge": KnowledgeConfig(),
+    }
+    return config.model_copy(update=parts)
+
+
+def for_silo(config: RunConfig, silo: SiloConfig) -> RunConfig:
+    """Return a run as one silo computes it: rows, base, device and trust are its own, whatever the recipe says.
+
+    Args:
+        config: The recipe, which comes from outside: no path in it is used.
+        silo: The silo's own settings.
+    """
+    files = ClientFiles(train=silo.data.train, test=silo.data.test)
+    data = _kept(config.data) | {"clients": {silo.name: files}, "columns": silo.data.columns}
+    own = {"base": silo.base, "device": silo.device, "trust_remote_code": silo.trust_remote_code}
+    parts = {
+        "data": DataConfig.model_validate(data),
+        "model": config.model.model_copy(update=own),
+        "knowledge": KnowledgeConfig(),
+    }
+    return config.model_copy(update=parts)
+
+
+def _at_silos(data: DataConfig) -> DataConfig:
+    return DataConfig.model_validate(_kept(data) | {"at_silos": True})
+
+
+def _kept(data: DataConfig) -> dict[str, object]:
+    """Return how rows are divided, which is the run's to say wherever they come from."""
+    return {"test_fraction": data.test_fraction, "validation_fraction": data.validation_fraction}
+
+
+def _refuse_what_needs_all_rows(config: RunConfig) -> None:
+    asked = {
+        f"method.name = {config.method.name!r}": method_class(config.method.name).pools_rows,
+        f"evaluation.others_rows = {config.evaluation.others_rows}": config.evaluation.others_rows > 0,
+        f"knowledge.general = {config.knowledge.general!r}": config.knowledge.general is not None,
+        f"knowledge.mmlu = {config.knowledge.mmlu!r}": config.knowledge.mmlu is not None,
+    }
+    if found := [setting for setting, is_asked in asked.items() if is_asked]:
+        raise ConfigError(
+            ", ".join(found),
+            "it needs all clients in one process, and each silo is one of its own",
+            "leave it out, or run in this process (without --engine)",
+        )

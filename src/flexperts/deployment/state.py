@@ -1,0 +1,98 @@
+"""A silo's state folder: private to one user, one folder per run, and the socket of the worker that serves it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+from pathlib import Path
+
+from flexperts.errors import ArtifactError, ConfigError, FederationError
+
+_RUN = re.compile(r"[0-9a-f]{32}")
+_LONGEST_SOCKET = 107
+"""Bytes of a Unix socket's path, a limit of the system."""
+
+
+def socket_of(state: Path) -> Path:
+    """Return the worker's socket in a state folder."""
+    return state / "worker.sock"
+
+
+def lock_of(state: Path) -> Path:
+    """Return the file that a worker holds locked while it serves a state folder."""
+    return state / "worker.lock"
+
+
+def run_folder(state: Path, run: str) -> Path:
+    """Return the folder of one run's private state; it need not exist.
+
+    Args:
+        state: The state folder.
+        run: The run's id, which comes from outside and therefore must not be able to name a path.
+
+    Raises:
+        FederationError: It is no id.
+    """
+    if not _RUN.fullmatch(run):
+        raise FederationError(f"run {run[:80]!r}", "a run's id is 32 digits 0-9a-f", "give one of `silo runs`")
+    return state / "runs" / run
+
+
+def run_ids(state: Path) -> list[str]:
+    """Return the ids of the runs that a state folder holds, sorted."""
+    return sorted(p.name for p in (state / "runs").glob("*") if _RUN.fullmatch(p.name) and p.is_dir())
+
+
+def make_private(state: Path) -> None:
+    """Make a state folder that only this user can enter, or accept the one that is there.
+
+    Raises:
+        ArtifactError: It is not private, or cannot be made.
+        ConfigError: The socket's path would be too long.
+    """
+    try:
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"{state}", f"it cannot be made ({error})", "choose another state folder") from error
+    check_private(state)
+
+
+def check_private(state: Path) -> None:
+    """Refuse a state folder that others can enter, or in which a socket cannot lie; it may not be there yet.
+
+    Raises:
+        ArtifactError: It is no folder of this user, or group or others can enter it.
+        ConfigError: The socket's path would be too long.
+    """
+    length = len(os.fsencode(socket_of(state)))
+    if length > _LONGEST_SOCKET:
+        raise ConfigError(
+            f"{socket_of(state)}",
+            f"the path of a socket is at most {_LONGEST_SOCKET} bytes, this is {length}",
+            "choose a state folder with a shorter path",
+        )
+    if not state.exists():
+        return
+    found = state.stat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise ArtifactError(f"{state}", "it is no folder of this user", "choose another state folder")
+    if found.st_mode & 0o077:
+        raise ArtifactError(f"{state}", "group or others can enter it", f"chmod 700 {state}")
+
+
+def forget(state: Path, run: str) -> None:
+    """Delete everything that a state folder holds of one run.
+
+    Raises:
+        FederationError: The id is none.
+        ArtifactError: There is no such run, or it cannot be deleted.
+    """
+    folder = run_folder(state, run)
+    if not folder.is_dir():
+        raise ArtifactError(f"run {run}", f"{state} holds nothing of it", "see `flexperts silo runs`")
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise ArtifactError(f"{folder}", f"it cannot be deleted ({error})", "delete it by hand") from error

@@ -1,0 +1,112 @@
+"""What crosses the socket between relay and worker: Flower's records as one safetensors value with JSON in it.
+
+Arrays are tensors with their own types; everything else stands as JSON under one metadata key. Nothing is pickled,
+and neither side needs torch to read it.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from flexperts.errors import FederationError
+
+_FORMAT = "flexperts-message-1"
+_LENGTH = 8
+"""Bytes before a safetensors header that hold its length."""
+_BYTES = "base64"
+
+Fields = dict[str, str]
+Tensors = dict[str, NDArray[Any]]
+
+
+def pack(fields: Mapping[str, str], content: RecordDict | None = None) -> bytes:
+    """Return texts and records as bytes.
+
+    Raises:
+        FederationError: An array is of a type that safetensors does not know, or is none at all.
+    """
+    tensors: Tensors = {}
+    try:
+        table = [[name, *_record(record, tensors)] for name, record in (content or RecordDict()).items()]
+        return save(tensors, metadata={_FORMAT: json.dumps({"fields": dict(fields), "records": table})})
+    except (SafetensorError, ValueError, TypeError, KeyError, OverflowError) as error:
+        raise _unreadable(error) from error
+
+
+def unpack(message: bytes) -> tuple[Fields, RecordDict]:
+    """Return the texts and records that ``pack`` was given.
+
+    Raises:
+        FederationError: The bytes are not such a message.
+    """
+    try:
+        tensors = load(message)
+        header = json.loads(message[_LENGTH : _LENGTH + int.from_bytes(message[:_LENGTH], "little")])
+        value = json.loads(header["__metadata__"][_FORMAT])
+        content = RecordDict()
+        for name, kind, items in value["records"]:
+            content[_text(name)] = _restored(kind, items, tensors)
+        return {_text(n): _text(t) for n, t in value["fields"].items()}, content
+    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise _unreadable(error) from error
+
+
+def _record(record: Any, tensors: Tensors) -> tuple[str, list[Any]]:
+    """Return a record's kind and its items as JSON values; its arrays join ``tensors`` under a number."""
+    if isinstance(record, ArrayRecord):
+        return "arrays", [[name, _stored(array, tensors)] for name, array in record.items()]
+    kind = "metrics" if isinstance(record, MetricRecord) else "config"
+    return kind, [[name, _plain(value)] for name, value in record.items()]
+
+
+def _stored(array: Array, tensors: Tensors) -> str:
+    values = array.numpy()
+    # safetensors takes memory as it lies: in C order, lowest byte first.
+    tensors[key := str(len(tensors))] = np.asarray(values, dtype=values.dtype.newbyteorder("<"), order="C")
+    return key
+
+
+def _restored(kind: str, items: Any, tensors: Tensors) -> ArrayRecord | ConfigRecord | MetricRecord:
+    if kind == "arrays":
+        return ArrayRecord({_text(name): Array(tensors[key]) for name, key in items})
+    values = {_text(name): _value(plain) for name, plain in items}
+    if kind == "metrics":
+        return MetricRecord(values)
+    if kind == "config":
+        return ConfigRecord(values)
+    raise TypeError(f"{kind!r} is no kind of record")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return {_BYTES: base64.b64encode(value).decode()} if isinstance(value, bytes) else value
+
+
+def _value(plain: Any) -> Any:
+    if isinstance(plain, list):
+        return [_value(one) for one in plain]
+    return base64.b64decode(plain[_BYTES], validate=True) if isinstance(plain, dict) else plain
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{type(value).__name__} stands in a text's place")
+    return value
+
+
+def _unreadable(error: Exception) -> FederationError:
+    return FederationError(
+        f"a message between relay and worker ({type(error).__name__})",
+        "it holds named arrays, numbers and texts as flexperts writes them",
+        "use one flexperts version for worker and SuperNode",
+    )

@@ -1,0 +1,150 @@
+"""The worker of a silo: one long-lived process that holds base, rows and private state, and answers requests.
+
+Flower starts a process for every message; that process asks the worker, so that the base is loaded once.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Literal
+
+from flwr.app import RecordDict
+
+from flexperts.communication.messages import info_of
+from flexperts.config.model import ModelConfig
+from flexperts.config.run import RunConfig
+from flexperts.config.silo import SiloConfig
+from flexperts.deployment.home import keep_received
+from flexperts.deployment.kept import keep_recipe
+from flexperts.deployment.settings import for_silo
+from flexperts.deployment.state import run_folder
+from flexperts.deployment.wire import Fields, pack, unpack
+from flexperts.errors import FederationError, FlexpertsError
+from flexperts.federation.client_app import ANSWERS, answer
+from flexperts.federation.observer import Observer, observing
+from flexperts.federation.resident import Resident
+from flexperts.federation.workspace import Workspace
+from flexperts.methods.registry import make_method
+from flexperts.modeling.load import LoadedBase, load_base
+from flexperts.recipe import parse_recipe
+
+_DONE = {
+    "query.join": "joined",
+    "query.initial": "sent the initial shared weights",
+    "train": "trained",
+    "evaluate": "evaluated",
+}
+
+log = logging.getLogger(__name__)
+
+
+class Worker:
+    """Answers requests for one silo; the base is loaded when it is made.
+
+    Args:
+        silo: The silo's settings.
+        observer: Receives progress.
+
+    Raises:
+        ModelError: The base cannot be loaded.
+    """
+
+    def __init__(self, silo: SiloConfig, observer: Observer | None = None) -> None:
+        self.silo, self.observer = silo, observer or Observer()
+        self.loads = 0
+        """How often a base has been loaded."""
+        self._run: tuple[str, str] | None = None
+        self._resident: Resident | None = None
+        self._base: LoadedBase | None = None
+        self._load(self._settings(silo.dtype))
+
+    def reply(self, request: bytes) -> bytes:
+        """Return the reply to a request, both as ``wire`` packs them.
+
+        A failure's reply names the error's class alone: its text may quote rows or paths, and stays in the log.
+        """
+        try:
+            fields, content = unpack(request)
+            return pack({}, self._answer(fields, content))
+        except Exception as error:  # whatever it is, the next request must find a worker
+            _log(error)
+            return pack({"error": type(error).__name__})
+
+    def _answer(self, fields: Fields, content: RecordDict) -> RecordDict:
+        kind, run, recipe = (_field(fields, name) for name in ("kind", "run", "recipe"))
+        if kind not in ANSWERS:
+            raise FederationError(f"request {kind[:80]!r}", f"a silo answers {', '.join(ANSWERS)}", "refuse it")
+        started = time.monotonic()
+        with observing(self.observer):
+            resident = self._resident_of(run, recipe)
+            reply = answer(kind, content, resident.client(self.silo.name))
+        if kind == "evaluate":
+            keep_received(resident.folder, content)
+        told = info_of(reply).get("round")
+        when = f"run {run[:8]}" + (f", round {told}" if told is not None else "")
+        self.observer.stage(f"{when}: {_DONE[kind]}, {time.monotonic() - started:.0f} s")
+        return reply
+
+    def _resident_of(self, run: str, recipe: str) -> Resident:
+        """Return the run's resident; another run's adapter is taken out of the base first, which stays."""
+        folder = run_folder(Path(self.silo.state), run)
+        if self._resident is None or self._run != (run, recipe):
+            config = parse_recipe(recipe)
+            self._release()
+            self._resident = self._open(config, folder)
+            self._run = run, recipe
+        return self._resident
+
+    def _open(self, config: RunConfig, folder: Path) -> Resident:
+        """Set up a run, refusing first what would otherwise fail in the middle of it. Rows are read afresh."""
+        mine = for_silo(config, self.silo)
+        method = make_method(mine.method)
+        method.check(mine)
+        # What is sent names the base as the recipe does, not as it is called here.
+        mine = mine.model_copy(update={"model": mine.model.model_copy(update={"base": config.model.base})})
+        workspace = Workspace(mine, self._load_as(config))
+        workspace.check(mine, needs_experts=method.needs_experts or mine.evaluation.routing_rows > 0)
+        keep_recipe(folder, config.to_toml())
+        return Resident(workspace, mine, folder)
+
+    def _release(self) -> None:
+        resident, self._resident, self._run = self._resident, None, None
+        if resident is not None:
+            resident.model.close()
+
+    def _load_as(self, config: RunConfig) -> LoadedBase:
+        """Return the base in the recipe's storage type."""
+        wanted = self._settings(config.model.dtype)
+        if self._base is None or wanted != self._loaded_as:
+            self._load(wanted)
+        assert self._base is not None
+        return self._base
+
+    def _settings(self, dtype: Literal["bfloat16", "float32"]) -> ModelConfig:
+        """Return how the base is loaded: of a recipe, the storage type alone counts."""
+        silo = self.silo
+        trust = silo.trust_remote_code
+        return ModelConfig(base=silo.base, dtype=dtype, device=silo.device, trust_remote_code=trust)
+
+    def _load(self, wanted: ModelConfig) -> None:
+        started = time.monotonic()
+        self._base = None  # two bases at a time may not fit
+        self._base, self._loaded_as = load_base(wanted), wanted
+        self.loads += 1
+        told = f"{wanted.dtype}, {self._base.fingerprint[:12]}, {time.monotonic() - started:.0f} s"
+        self.observer.stage(f"base loaded: {wanted.base} ({told})")
+
+
+def _field(fields: Fields, name: str) -> str:
+    if name not in fields:
+        raise FederationError(f"a request without {name}", "it has kind, run and recipe", "refuse it")
+    return fields[name]
+
+
+def _log(error: Exception) -> None:
+    if isinstance(error, FlexpertsError):
+        log.error("%s: %s", type(error).__name__, " ".join(str(error).split()))
+    else:
+        log.error("%s", type(error).__name__, exc_info=error)

@@ -1,0 +1,159 @@
+"""What a client's reply must be before anything is made of it; whoever breaks a rule is told which."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from flwr.app import RecordDict
+
+from flexperts.communication.average import check_finite
+from flexperts.communication.messages import Metrics, Update, info_of, metrics_of, payload_of
+from flexperts.config.run import RunConfig
+from flexperts.errors import FederationError, FlexpertsError
+from flexperts.federation.protection import told
+from flexperts.methods.base import Method
+from flexperts.methods.server import Server
+from flexperts.parameters.vector import Vector
+
+_REPORTED = ("loss", "steps", "tokens", "rows", "shared_parameters", "personal_parameters", "personal_sent")
+_BLOCK = 1 << 20
+_ONE_RECIPE = "use one flexperts version and one recipe on every silo"
+
+
+class Admission:
+    """Checks replies against what the server knows.
+
+    Args:
+        method: The method.
+        config: The run.
+        server: The state that the round starts from.
+    """
+
+    def __init__(self, method: Method, config: RunConfig, server: Server) -> None:
+        self.method, self.config, self.server = method, config, server
+
+    def update(self, client: str, content: RecordDict) -> Update:
+        """Return the update that a reply to the coming round's training holds.
+
+        Raises:
+            FederationError: It cannot be used.
+        """
+        try:
+            info = info_of(content)
+            _check_heading(client, info, self.server.round + 1)
+            self._check_base(client, info)
+            return self._update(client, content)
+        except FederationError:
+            raise
+        except Exception as error:  # another machine's bytes: whatever they do here, the round goes on without them
+            raise _unreadable(client, error) from error
+
+    def scores(self, client: str, content: RecordDict) -> dict[str, float | int]:
+        """Return the scores that a reply to the finished round's evaluation holds.
+
+        Raises:
+            FederationError: It cannot be used.
+        """
+        try:
+            _check_heading(client, info_of(content), self.server.round)
+            metrics = metrics_of(content)
+            wanted = ("rows", *(f"nll.{state}" for state in self.method.states))
+            _check_reported(client, metrics, wanted, finite=False)  # a model that has gone wrong may score so
+            if not (metrics["rows"] >= 1 and float(metrics["rows"]).is_integer()):
+                raise FederationError(f"{client}: {metrics['rows']} rows", "scores are of rows", _ONE_RECIPE)
+            return dict(metrics)
+        except FederationError:
+            raise
+        except Exception as error:  # as above
+            raise _unreadable(client, error) from error
+
+    def _update(self, client: str, content: RecordDict) -> Update:
+        metrics = metrics_of(content)
+        _check_reported(client, metrics, tuple(told(self.config, dict.fromkeys(_REPORTED))))
+        self._check_rows(client, metrics["rows"])
+        if metrics["personal_sent"] != 0:
+            raise FederationError(
+                f"{client}: {metrics['personal_sent']} personal bytes",
+                "no personal byte is sent",
+                "report this bug",
+            )
+        payload = payload_of(content, client, self.server.shared)
+        payload.check(self.method.uplink(self.server, client), client)
+        known = {name: value for name, value in metrics.items() if name != "personal_sent"}
+        update = Update(client, payload, int(metrics["rows"]), known)
+        check_finite(update)
+        self._check_size(update)
+        self.method.check_update(self.server, update)
+        return update
+
+    def _check_base(self, client: str, info: Any) -> None:
+        if self.server.base and info["base"] != self.server.base:
+            raise FederationError(
+                f"{client} trained the base {str(info['base'])[:16]}",
+                f"the run's base is {self.server.base[:16]}",
+                "install the same base on every silo",
+            )
+
+    def _check_rows(self, client: str, rows: Any) -> None:
+        rows_of = self.server.clients
+        expected = sum(rows_of.values()) if self.method.pools_rows else rows_of[client]
+        if rows != expected or expected < 1:
+            raise FederationError(
+                f"{client} counts {rows} rows",
+                f"on joining it told {expected}",
+                "start that silo again: it joins with the rows that it has",
+            )
+
+    def _check_size(self, update: Update) -> None:
+        """Refuse an update that has gone too far, or values too large where replies are no trained weights."""
+        allowed = self.config.federation.max_update_rms
+        found = root_mean_square(update.vector, self.server.shared.vector if self.method.additive else None)
+        if not found <= allowed:
+            raise FederationError(
+                f"{update.client}: root mean square of the update {found:.3g}",
+                f"federation.max_update_rms = {allowed:g} is the most",
+                "lower training.lr on that silo",
+            )
+
+
+def leaked(content: RecordDict) -> int:
+    """Return the personal bytes that a client says it found in its own reply."""
+    found = metrics_of(content).get("personal_sent") if "metrics" in content.metric_records else None
+    return found if isinstance(found, int) and found > 0 else 0
+
+
+def root_mean_square(values: Vector, start: Vector | None = None) -> float:
+    """Return the root mean square of values, or of how far they are from where they started; in float64."""
+    total = 0.0
+    for first in range(0, values.size, _BLOCK):
+        block = values[first : first + _BLOCK].astype(np.float64)
+        if start is not None:
+            block -= start[first : first + _BLOCK]
+        total += float(np.square(block, out=block).sum())
+    return math.sqrt(total / max(1, values.size))
+
+
+def _check_heading(client: str, info: Any, number: int) -> None:
+    if info["client"] != client:
+        raise FederationError(f"node of {client} answers as {info['client']}", "a node is one client", "rename it")
+    if info["round"] != number:
+        raise FederationError(
+            f"{client} answers to round {info['round']}",
+            f"this is round {number}",
+            "raise federation.deadline where silos are often late",
+        )
+
+
+def _check_reported(client: str, metrics: Metrics, wanted: Sequence[str], *, finite: bool = True) -> None:
+    for name in wanted:
+        value = metrics.get(name)
+        if not isinstance(value, int | float) or (finite and not math.isfinite(value)):
+            raise FederationError(f"{client} reports {name} = {value}", "it must be a number", _ONE_RECIPE)
+
+
+def _unreadable(client: str, error: Exception) -> FederationError:
+    said = str(error) if isinstance(error, FlexpertsError) else repr(error)
+    return FederationError(f"{client}'s reply", f"it cannot be read ({said})", _ONE_RECIPE)

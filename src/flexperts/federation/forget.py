@@ -1,0 +1,40 @@
+"""Taking a departed silo out of a stopped run."""
+
+from __future__ import annotations
+
+from flexperts.artifacts import RunDirectory
+from flexperts.errors import ArtifactError
+from flexperts.federation.checkpoint import load_server, save_server
+from flexperts.federation.enrolment import change_clients
+from flexperts.methods.registry import make_method
+from flexperts.recipe import parse_recipe
+
+
+def forget(run: RunDirectory, client: str) -> None:
+    """Take a client out of a stopped run's checkpoint: name, report, and what the server keeps for it alone.
+
+    What its updates have made of the shared weights stays in them. Rounds that are written down are left as they
+    are. Should it come back, it joins as a new client.
+
+    Args:
+        run: The run; it must not be going on, and not have finished.
+        client: Who has departed.
+
+    Raises:
+        ArtifactError: The run has no such client, no other one, or has finished.
+        FlexpertsError: The method cannot go on without the client, or would have settled otherwise without it.
+    """
+    if (run.path / "summary.json").exists():
+        raise ArtifactError(f"{run.path}", "the run has finished", "forget clients of a run that was broken off")
+    server = load_server(run.checkpoint)
+    if client not in server.clients:
+        raise ArtifactError(
+            f"client {client!r}", f"the run's clients are {', '.join(sorted(server.clients))}", "choose one"
+        )
+    if len(server.clients) == 1:
+        raise ArtifactError(f"client {client!r}", "the run has no other", "delete the run")
+    method = make_method(parse_recipe(run.config_toml, where=str(run.path / "config.toml")).method)
+    clients = {name: rows for name, rows in server.clients.items() if name != client}
+    reports = {name: report for name, report in server.reports.items() if name != client}
+    change_clients(method, server, clients, reports, "wait until it is back, or start a new run without it")
+    save_server(run.checkpoint, server)

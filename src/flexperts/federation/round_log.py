@@ -1,0 +1,67 @@
+"""What the server writes down of one round: a line of ``rounds.jsonl``."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from flexperts.communication.traffic import group_bytes, payload_bytes
+from flexperts.parameters.vector import Manifest
+
+
+@dataclass
+class RoundLog:
+    """What the server measures of one round.
+
+    Args:
+        number: The round, from 1.
+        clients: What each client whose update was used reported: loss, steps, tokens, rows.
+        uplink: Encoded bytes that each of these clients sent.
+        downlink: Encoded bytes sent to each client.
+        declared: What the method declares for both directions: payload bytes by client.
+        groups: The same, divided by group of tensors.
+        evaluation: Encoded bytes of the evaluation, both directions, by client.
+        personal_sent: Personal bytes that clients found in their own encoded messages.
+        scores: Client -> metrics of its evaluation, in rounds that evaluate.
+        seconds: Wall time of training and evaluation.
+        participants: Who was drawn to train.
+        refused: Client, or node that never got a name -> why a message of its was not used.
+        missing: Participants from whom nothing came.
+        unscored: Client -> why it has no scores, in rounds that evaluate.
+        joined: Clients that came, or came back, before this round.
+        left: Clients that went before this round.
+        privacy: What differential privacy guarantees after this round; None without noise.
+    """
+
+    number: int
+    clients: dict[str, dict[str, float | int]] = field(default_factory=dict)
+    uplink: dict[str, int] = field(default_factory=dict)
+    downlink: dict[str, int] = field(default_factory=dict)
+    declared: dict[str, dict[str, int]] = field(default_factory=lambda: {"uplink": {}, "downlink": {}})
+    groups: dict[str, dict[str, dict[str, int]]] = field(default_factory=lambda: {"uplink": {}, "downlink": {}})
+    evaluation: dict[str, dict[str, int]] = field(default_factory=lambda: {"uplink": {}, "downlink": {}})
+    personal_sent: int = 0
+    scores: dict[str, dict[str, float | int]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=lambda: {"training": 0.0, "evaluation": 0.0})
+    participants: list[str] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    unscored: dict[str, str] = field(default_factory=dict)
+    joined: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    privacy: dict[str, Any] | None = None
+
+    def declare(self, direction: str, client: str, manifest: Manifest) -> None:
+        """Note what a client's payload holds."""
+        self.groups[direction][client] = group_bytes(manifest)
+        self.declared[direction][client] = payload_bytes(manifest)
+
+    def refuse(self, client: str, reason: str) -> None:
+        """Note why a message was not used; a client can have more than one."""
+        before = self.refused.get(client)
+        self.refused[client] = f"{before}; {reason}" if before else reason
+
+    def close_training(self, heard: Collection[str]) -> None:
+        """Note who was drawn and is not among those that sent something."""
+        self.missing = [name for name in self.participants if name not in heard]

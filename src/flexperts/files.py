@@ -1,0 +1,124 @@
+"""Files as this package writes and reads them: whole or not at all, and damage is an error of ours."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from flexperts.errors import ArtifactError
+
+_SEAL = "sha256"
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: a reader sees the old file or the new one, never a part.
+
+    The content is on disk when this returns. What a killed process leaves beside the file, the next write replaces.
+
+    Raises:
+        ArtifactError: It cannot be written; the old file, if there was one, still stands.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, ValueError) as error:
+        with suppress(OSError, ValueError):
+            temporary.unlink(missing_ok=True)
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: Exception) -> ArtifactError:
+    """Return the refusal of a file that cannot be written."""
+    return ArtifactError(f"{path}", f"it cannot be written ({error})", "free some space or choose another folder")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as ``write_bytes`` does."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
+    """Write a value as JSON, atomically; without ``indent`` on one line, for what is large."""
+    write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Return a JSON file's value.
+
+    Raises:
+        ArtifactError: It is missing or damaged.
+    """
+    return parsed_json(path, content_of(path))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the values of a JSON-lines file.
+
+    Raises:
+        ArtifactError: It is missing or damaged.
+    """
+    return [mapping(path, parsed_json(path, line)) for line in content_of(path).splitlines()]
+
+
+def content_of(path: Path) -> bytes:
+    """Return a file's bytes.
+
+    Raises:
+        ArtifactError: It is missing or cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path}", f"it cannot be read ({error})", "give a finished run's directory") from error
+
+
+def parsed_json(path: Path, text: bytes) -> Any:
+    """Return the value of JSON text that stands in a file.
+
+    Raises:
+        ArtifactError: It is no JSON.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, error) from error
+
+
+def mapping(path: Path, value: Any) -> dict[str, Any]:
+    """Return a value that stands in a file if it is a JSON object.
+
+    Raises:
+        ArtifactError: It is none.
+    """
+    if not isinstance(value, dict):
+        raise damaged(path, "it holds no JSON object")
+    return value
+
+
+def damaged(path: Path, why: object) -> ArtifactError:
+    """Return the refusal of a file that is not as it was written."""
+    return ArtifactError(f"{path}", f"it is damaged ({why})", "restore it from a copy or run again")
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record with its checksum: its scores are read again, and JSON does not notice a changed digit."""
+    return {_SEAL: hashlib.sha256(json.dumps(record).encode()).hexdigest(), **record}
+
+
+def opened(path: Path, value: Any, *, needed: bool = False) -> dict[str, Any]:
+    """Return a record without its checksum, which must fit; runs of earlier versions have none."""
+    record = dict(mapping(path, value))
+    digest = record.pop(_SEAL, None)
+    if (needed or digest is not None) and sealed(record)[_SEAL] != digest:
+        raise damaged(path, "its checksum does not fit")
+    return record

@@ -1,0 +1,56 @@
+"""One silo on the tiny base, and the recipe that it is handed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flexperts.config.run import RunConfig
+from flexperts.config.silo import SiloConfig
+from flexperts.data.silos.generate import write_silos
+from flexperts.deployment.settings import at_silos
+from flexperts.recipe import load_silo
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one sub-folder per silo."""
+    folder = tmp_path_factory.mktemp("rows")
+    write_silos(folder, 0, 8, 4)
+    return folder
+
+
+@pytest.fixture
+def silo_file(tmp_path: Path, rows: Path, tiny_base: Path) -> Path:
+    """The file of the silo `clinic`, whose state folder lies beside it."""
+    path = tmp_path / "silo.toml"
+    path.write_text(
+        f"""
+        name = "clinic"
+        state = "state"
+        base = "{tiny_base}"
+        dtype = "float32"
+        device = "cpu"
+        [data]
+        train = "{rows / "clinic" / "train.jsonl"}"
+        test = "{rows / "clinic" / "test.jsonl"}"
+        """
+    )
+    return path
+
+
+@pytest.fixture
+def silo(silo_file: Path) -> SiloConfig:
+    return load_silo(silo_file)
+
+
+@pytest.fixture
+def handed(recipe: Callable[..., RunConfig]) -> Callable[..., RunConfig]:
+    """Return a function that makes the recipe that a server hands out; its base is nobody's."""
+
+    def make(*overrides: str) -> RunConfig:
+        return at_silos(recipe("training.local_steps=2", "model.base=the-servers-name", *overrides))
+
+    return make

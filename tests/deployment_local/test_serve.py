@@ -1,0 +1,158 @@
+"""`flexperts silo`: as a process that is started, asked, killed; and the commands beside it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from flwr.app import RecordDict
+from typer.testing import CliRunner
+
+from flexperts.cli.main import app
+from flexperts.communication.messages import info_of
+from flexperts.config.run import RunConfig
+from flexperts.deployment.listening import listening
+from flexperts.deployment.wire import pack, unpack
+from flexperts.errors import ArtifactError, DataError, FederationError
+
+from .asking import RUN, converse, say
+
+PROGRAM = Path(sys.executable).with_name("flexperts")
+
+
+def started(silo_file: Path, log: Path, *program: str | Path) -> subprocess.Popen[bytes]:
+    """Start a worker and wait until it serves."""
+    before = log.read_text().count("serving") if log.exists() else 0
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+    with log.open("ab") as file:
+        command = [*(program or [PROGRAM]), "silo", "serve", silo_file]
+        process = subprocess.Popen(command, stderr=file, stdout=file, env=environment)
+    end = time.monotonic() + 120
+    while log.read_text().count("serving") == before and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.1)
+    assert process.poll() is None, log.read_text()
+    return process
+
+
+def test_a_worker_process_from_start_to_end(
+    silo_file: Path, handed: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """Killed in between: what it left is no hindrance, and the next one goes on with the personal state."""
+    recipe, state, log = handed().to_toml(), tmp_path / "state", tmp_path / "log"
+
+    def ask(kind: str, content: RecordDict) -> RecordDict:
+        answer = say(state, pack({"kind": kind, "run": RUN, "recipe": recipe}, content))
+        assert answer is not None
+        fields, reply = unpack(answer)
+        assert fields == {}
+        return reply
+
+    process = started(silo_file, log)
+    try:
+        answers = converse(ask)
+        assert info_of(answers["evaluate"])["client"] == "clinic"
+        second = subprocess.run([PROGRAM, "silo", "serve", silo_file], capture_output=True, text=True, check=False)
+        assert second.returncode == 2
+        assert "another worker serves it" in " ".join(second.stderr.split())
+        process.kill()
+        process.wait(timeout=60)
+        assert (state / "worker.sock").is_socket()
+        process = started(silo_file, log)
+        assert str(converse(ask)) == str(answers)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait(timeout=60)
+    assert not (state / "worker.sock").exists()
+    assert log.read_text().count("base loaded") == 2  # two processes, ten messages
+    assert "run 01234567, round 1: trained" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    modes = {path: path.stat().st_mode & 0o077 for path in [state, *state.rglob("*")]}
+    assert state / "runs" / RUN / "personal" / "clinic.safetensors" in modes
+    assert set(modes.values()) == {0}
+
+
+STUB = """
+import sys, types
+class Worker:
+    def __init__(self, *_): pass
+    def reply(self, request): return request
+sys.modules["flexperts.deployment.worker"] = types.SimpleNamespace(Worker=Worker)
+from flexperts.cli.main import main
+main()
+"""
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_worker_ends_cleanly_when_it_is_stopped(silo_file: Path, tmp_path: Path, stop: signal.Signals) -> None:
+    process = started(silo_file, tmp_path / "log", sys.executable, "-c", STUB)
+    assert say(tmp_path / "state", b"hello") == b"hello"
+    process.send_signal(stop)
+    assert process.wait(timeout=60) == 0
+    assert not (tmp_path / "state" / "worker.sock").exists()
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def call(*arguments: object, answer: str = "") -> str:
+    return CliRunner().invoke(app, ["silo", *map(str, arguments)], input=answer, catch_exceptions=False).output
+
+
+def test_check_counts_rows_and_looks_at_the_state_folder(silo_file: Path, tmp_path: Path) -> None:
+    said = call("check", silo_file)
+    assert "clinic: 8 train rows, 4 test rows" in said
+    assert "it will be made" in said
+    assert "no worker serves it now" in said
+    assert not (tmp_path / "state").exists()
+    with listening(tmp_path / "state"):
+        assert "\na worker serves it" in call("check", silo_file)
+    (tmp_path / "state").chmod(0o755)
+    with pytest.raises(ArtifactError, match="chmod 700"):
+        call("check", silo_file)
+
+
+def test_check_loads_no_base(silo_file: Path) -> None:
+    code = f"""
+import sys
+sys.argv = ["flexperts", "silo", "check", {str(silo_file)!r}]
+from flexperts.cli.main import main
+try:
+    main()
+except SystemExit:
+    print(*sys.modules)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "8 train rows" in said
+    assert not {"transformers", "peft"} & set(said.split())
+
+
+def test_check_refuses_rows_that_cannot_be_read(silo_file: Path) -> None:
+    silo_file.write_text(re.sub(r'train = ".*"', 'train = "none.jsonl"', silo_file.read_text()))
+    with pytest.raises(DataError, match="no such data file"):
+        call("check", silo_file)
+
+
+def test_runs_are_listed_and_forgotten(silo_file: Path, handed: Callable[..., RunConfig], tmp_path: Path) -> None:
+    assert "last round" in call("runs", silo_file)
+    folder = tmp_path / "state" / "runs" / RUN
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text(handed("method.name=fedprox").to_toml())
+    said = call("runs", silo_file)
+    assert RUN in said
+    assert "fedprox" in said
+    assert "Aborted" in call("forget", silo_file, RUN, answer="n\n")
+    assert folder.exists()
+    for wrong in ("../../x", "1" * 31):
+        with pytest.raises(FederationError, match="32 digits"):
+            call("forget", silo_file, wrong, "--yes")
+    assert "forgotten" in call("forget", silo_file, RUN, "--yes")
+    assert not folder.exists()
+    with pytest.raises(ArtifactError):
+        call("forget", silo_file, RUN, "--yes")

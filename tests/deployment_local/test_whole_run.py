@@ -1,0 +1,70 @@
+"""A run through relays and workers ends bit for bit as the run of the same recipe in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from flwr.app import UserConfig
+
+from flexperts.artifacts import RunDirectory
+from flexperts.config.run import RunConfig
+from flexperts.deployment import relay
+from flexperts.deployment.settings import at_silos
+from flexperts.deployment.state import make_private
+from flexperts.deployment.worker import Worker
+from flexperts.federation.checkpoint import load_server
+from flexperts.federation.inprocess_grid import InProcessGrid
+from flexperts.federation.observer import Observer
+from flexperts.federation.run import run_federation
+from flexperts.federation.server import serve
+from flexperts.parameters.store import load_personal
+from flexperts.recipe import load_silo
+
+from .asking import serving
+
+SILOS = ("clinic", "law_firm")
+SHORT = ("training.local_steps=2", "lora.dropout=0.1", "evaluation.rows=2", "federation.min_clients=2")
+
+
+def silo_at(folder: Path, rows: Path, base: Path) -> Path:
+    folder.mkdir()
+    path = folder / "silo.toml"
+    head = f'name = "{folder.name}"\nstate = "state"\nbase = "{base}"\ndtype = "float32"\ndevice = "cpu"\n'
+    sides = "\n".join(f'{side} = "{rows / folder.name / side}.jsonl"' for side in ("train", "test"))
+    path.write_text(f"{head}[data]\n{sides}\n")
+    return path
+
+
+@pytest.mark.parametrize("method", ["flex", "feddpa_t"])
+def test_workers_and_one_process_end_alike(
+    recipe: Callable[..., RunConfig], tmp_path: Path, rows: Path, tiny_base: Path, method: str
+) -> None:
+    files = {name: f"{{train = '{rows}/{name}/train.jsonl', test = '{rows}/{name}/test.jsonl'}}" for name in SILOS}
+    clients = ", ".join(f"{name} = {sides}" for name, sides in files.items())
+    config = recipe(f"data={{clients = {{{clients}}}}}", f"method.name={method}", *SHORT)
+    summary = run_federation(config, tmp_path / "one")
+    paths = {name: silo_at(tmp_path / name, rows, tiny_base) for name in SILOS}
+    handed = at_silos(config)
+    nodes: dict[int, UserConfig] = {n: {"silo": str(paths[name])} for n, name in enumerate(SILOS, 1)}
+    server = RunDirectory.create(tmp_path / "server", handed.to_toml())
+    workers = {name: Worker(load_silo(path)) for name, path in paths.items()}
+    with ExitStack() as stack:
+        for name, worker in workers.items():
+            make_private(tmp_path / name / "state")
+            stack.enter_context(serving(tmp_path / name / "state", worker.reply))
+        grid = InProcessGrid(relay.app, nodes, {"recipe": handed.to_toml()})
+        serve(grid, handed, server, Observer())
+    assert {name: worker.loads for name, worker in workers.items()} == dict.fromkeys(SILOS, 1)
+    ours, theirs = load_server(server.checkpoint), load_server(tmp_path / "one" / "checkpoint.safetensors")
+    assert ours.round == theirs.round == 2
+    assert ours.shared.vector.tobytes() == theirs.shared.vector.tobytes()
+    assert server.summary()["clients"] == summary["clients"]
+    for name in SILOS:
+        own = load_personal(tmp_path / name / "state" / "runs" / server.run_id / "personal" / f"{name}.safetensors")
+        same = load_personal(tmp_path / "one" / "personal" / f"{name}.safetensors")
+        assert own[1] == same[1]
+        assert own[0].keys() == same[0].keys()
+        assert all(tensor.equal(same[0][key]) for key, tensor in own[0].items())

@@ -1,0 +1,203 @@
+"""The worker's answers are those of the in-process client, from one base, and failures tell nothing."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import RecordDict
+
+from flexperts.communication.messages import info_of, records
+from flexperts.communication.traffic import encoded_objects
+from flexperts.config.run import RunConfig
+from flexperts.config.silo import SiloConfig
+from flexperts.deployment import worker as worker_module
+from flexperts.deployment.kept import kept_runs
+from flexperts.deployment.settings import for_silo
+from flexperts.deployment.state import make_private
+from flexperts.deployment.wire import pack, unpack
+from flexperts.deployment.worker import Worker
+from flexperts.federation.client_app import answer
+from flexperts.federation.observer import Observer
+from flexperts.federation.resident import Resident
+from flexperts.federation.workspace import Workspace
+from flexperts.parameters.store import load_personal
+
+from .asking import BAD_RUNS, RUN, Ask, converse
+
+Handed = Callable[..., RunConfig]
+OTHER = "f" * 32
+
+
+class Lines(Observer):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def stage(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.fixture
+def worker(silo: SiloConfig) -> Worker:
+    make_private(Path(silo.state))
+    return Worker(silo, Lines())
+
+
+def request(worker: Worker, kind: str, content: RecordDict, **fields: str) -> tuple[dict[str, str], RecordDict]:
+    return unpack(worker.reply(pack({"kind": kind} | fields, content)))
+
+
+def asking(worker: Worker, recipe: str, run: str = RUN) -> Ask:
+    def ask(kind: str, content: RecordDict) -> RecordDict:
+        fields, reply = request(worker, kind, content, run=run, recipe=recipe)
+        assert fields == {}
+        return reply
+
+    return ask
+
+
+def encoded(answers: dict[str, RecordDict]) -> dict[str, list[bytes]]:
+    return {kind: [*encoded_objects(content)] for kind, content in answers.items()}
+
+
+def left_in(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_worker_answers_as_the_in_process_client_does(
+    worker: Worker, silo: SiloConfig, handed: Handed, tmp_path: Path
+) -> None:
+    config = handed("lora.dropout=0.1")
+    answers = converse(asking(worker, config.to_toml()))
+    mine = for_silo(config, silo)
+    resident = Resident(Workspace(mine), mine, tmp_path / "here")
+    expected = converse(lambda kind, content: answer(kind, content, resident.client("clinic")))
+    adapter = json.loads(str(info_of(expected["query.initial"])["adapter"]))
+    told = json.loads(str(info_of(answers["query.initial"])["adapter"]))
+    assert told == adapter | {"base_model_name_or_path": "the-servers-name"}
+    expected["query.initial"].config_records["info"]["adapter"] = info_of(answers["query.initial"])["adapter"]
+    assert encoded(answers) == encoded(expected)
+    theirs, ours = left_in(Path(silo.state) / "runs" / RUN), left_in(tmp_path / "here")
+    assert "personal/clinic.safetensors" in ours
+    assert {name: theirs[name] for name in ours} == ours
+    assert theirs.keys() - ours.keys() == {"config.toml", "received.safetensors"}
+
+
+def test_the_base_is_loaded_once_for_all_messages_and_runs(
+    worker: Worker, silo: SiloConfig, handed: Handed
+) -> None:
+    first, second = handed().to_toml(), handed("method.name=fedavg").to_toml()
+    before = [n for n, _ in worker._base.model.named_parameters()]  # type: ignore[union-attr]
+    alone = encoded(converse(asking(worker, first)))
+    converse(asking(worker, second, OTHER))
+    assert encoded(converse(asking(worker, first, "a" * 32))) == alone  # the other run has left nothing in the base
+    worker._release()
+    assert [n for n, _ in worker._base.model.named_parameters()] == before  # type: ignore[union-attr]
+    assert worker.loads == 1
+    lines = worker.observer.lines  # type: ignore[attr-defined]
+    assert sum("base loaded" in line for line in lines) == 1
+    assert any(line.startswith("run 01234567, round 1: trained, ") for line in lines)
+    kept = {kept.run: (kept.method, kept.round) for kept in kept_runs(Path(silo.state), "clinic")}
+    assert kept == {RUN: ("flex", 1), OTHER: ("fedavg", 1), "a" * 32: ("flex", 1)}
+
+
+def test_a_message_that_comes_twice_gets_the_same_answer(worker: Worker, silo: SiloConfig, handed: Handed) -> None:
+    ask = asking(worker, handed().to_toml())
+    once = encoded(converse(ask))
+    kept = load_personal(Path(silo.state) / "runs" / RUN / "personal" / "clinic.safetensors")
+    assert encoded(converse(ask)) == once
+    again = load_personal(Path(silo.state) / "runs" / RUN / "personal" / "clinic.safetensors")
+    assert kept[1] == again[1]
+    assert all(tensor.equal(again[0][name]) for name, tensor in kept[0].items())
+
+
+def test_a_recipe_with_the_other_storage_type_has_the_base_loaded_again(worker: Worker, handed: Handed) -> None:
+    join = records({})
+    for dtype, loads in (("float32", 1), ("bfloat16", 2), ("bfloat16", 2), ("float32", 3)):
+        recipe = handed(f"model.dtype={dtype}").to_toml()
+        run = {"float32": RUN, "bfloat16": OTHER}[dtype]
+        fields, reply = request(worker, "query.join", join, run=run, recipe=recipe)
+        assert (fields, worker.loads) == ({}, loads)
+        assert info_of(reply)["client"] == "clinic"
+
+
+@pytest.mark.parametrize("run", BAD_RUNS)
+def test_a_run_that_is_no_id_writes_nothing(worker: Worker, handed: Handed, tmp_path: Path, run: str) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    fields, reply = request(worker, "query.join", records({}), run=run, recipe=handed().to_toml())
+    assert fields == {"error": "FederationError"}
+    assert not reply
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_keeps_its_recipe(worker: Worker, handed: Handed) -> None:
+    """Two recipes under one id would mix two runs' personal states."""
+    assert request(worker, "query.join", records({}), run=RUN, recipe=handed().to_toml())[0] == {}
+    other = handed("seed=1").to_toml()
+    assert request(worker, "query.join", records({}), run=RUN, recipe=other)[0] == {"error": "ArtifactError"}
+    assert request(worker, "query.join", records({}), run=RUN, recipe=handed().to_toml())[0] == {}
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        ({}, "FederationError"),
+        ({"kind": "train"}, "FederationError"),
+        ({"kind": "query.secrets", "run": RUN, "recipe": ""}, "FederationError"),
+        ({"kind": "query.join", "run": RUN, "recipe": "["}, "ConfigError"),
+        ({"kind": "query.join", "run": RUN, "recipe": "data.at_silos = true\nmethod.name = 'no'"}, "ConfigError"),
+        ({"kind": "train", "run": RUN, "recipe": None}, "KeyError"),
+    ],
+)
+def test_a_wrong_request_is_refused_and_the_next_one_answered(
+    worker: Worker, handed: Handed, fields: dict[str, Any], error: str
+) -> None:
+    recipe = handed().to_toml()
+    fields = {name: recipe if value is None else value for name, value in fields.items()}
+    assert unpack(worker.reply(pack(fields, records({}))))[0] == {"error": error}
+    assert unpack(worker.reply(b"noise"))[0] == {"error": "FederationError"}
+    assert request(worker, "query.join", records({}), run=RUN, recipe=recipe)[0] == {}
+
+
+SECRET = "xylophone"
+
+
+def test_the_text_of_an_error_stays_in_the_silos_log(
+    worker: Worker, silo: SiloConfig, handed: Handed, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A row's passage stands in train and in test: the refusal quotes it, and the reply must not."""
+    row = {"instruction": "Sum up.", "context": f"The {SECRET} of Mrs Doe.", "response": "It rang."}
+    for side in ("train", "test"):
+        (tmp_path / f"{side}.jsonl").write_text(json.dumps(row) + "\n")
+    files = {side: str(tmp_path / f"{side}.jsonl") for side in ("train", "test")}
+    worker.silo = silo.model_copy(update={"data": silo.data.model_copy(update=files)})
+    recipe = handed().to_toml()
+    reply = worker.reply(pack({"kind": "query.join", "run": RUN, "recipe": recipe}, records({})))
+    assert unpack(reply)[0] == {"error": "DataError"}
+    assert SECRET.encode() not in reply
+    assert str(tmp_path).encode() not in reply
+    assert SECRET in caplog.text
+    assert len(caplog.messages) == 1
+    assert "\n" not in caplog.messages[0]
+    assert caplog.records[0].exc_info is None
+    worker.silo = silo
+    assert request(worker, "query.join", records({}), run=RUN, recipe=recipe)[0] == {}
+
+
+def test_an_unforeseen_failure_is_logged_whole_and_told_by_its_class(
+    worker: Worker, handed: Handed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> RecordDict:
+        raise ZeroDivisionError(SECRET)
+
+    caplog.set_level(logging.ERROR)
+    monkeypatch.setattr(worker_module, "answer", fail)
+    reply = worker.reply(pack({"kind": "query.join", "run": RUN, "recipe": handed().to_toml()}, records({})))
+    assert unpack(reply)[0] == {"error": "ZeroDivisionError"}
+    assert SECRET.encode() not in reply
+    assert "Traceback" in caplog.text
+    assert SECRET in caplog.text

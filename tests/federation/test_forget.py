@@ -1,0 +1,157 @@
+"""What the server keeps of a silo is taken out of a stopped run: name, report, and what it holds for it alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from flexperts.artifacts import RunDirectory
+from flexperts.cli.main import app
+from flexperts.config.run import RunConfig
+from flexperts.errors import ArtifactError, FederationError, FlexpertsError
+from flexperts.federation.checkpoint import load_server
+from flexperts.federation.enrolment import change_clients
+from flexperts.federation.forget import forget
+from flexperts.methods.fedamole import FedAMoLE
+from flexperts.methods.fedmoe_da import FedMoEDA, _mix_experts, mixing
+from flexperts.methods.flora import FLoRA
+from flexperts.methods.hetlora import HetLoRA
+from flexperts.methods.server import Server
+from flexperts.parameters.payload import Payload
+
+from .scripted_grid import FOUR, SHARING, START, ScriptedGrid, Silo, bits, expected, losses, run_on, stopped, trio
+
+Recipe = Callable[..., RunConfig]
+
+
+def test_a_forgotten_silo_is_not_mentioned_any_more(recipe: Recipe, tmp_path: Path) -> None:
+    a, b, c = trio()
+    config, out = recipe(*FOUR), tmp_path / "run"
+    stopped(config, out, a, b, c)
+    result = CliRunner().invoke(app, ["forget", str(out), "b"])
+    assert result.exit_code == 0, result.output
+    assert "b is out" in result.output
+    server, rounds = run_on(ScriptedGrid(a, c), config, out)
+    assert '"b"' not in json.dumps(rounds[2:])
+    assert server.clients == {"a": 3, "c": 7}
+    assert server.reports.keys() == {"a", "c"}
+    assert bits(server) == expected([(a, b, c)] * 2 + [(a, c)] * 2).tobytes()
+
+
+def test_what_cannot_be_forgotten(recipe: Recipe, tmp_path: Path) -> None:
+    a, b, c = trio()
+    config, out = recipe(*FOUR), tmp_path / "run"
+    stopped(config, out, a, b)
+    path, run = out / "checkpoint.safetensors", RunDirectory(out)
+    before = path.read_bytes()
+    with pytest.raises(ArtifactError, match="client 'c': the run's clients are a, b"):
+        forget(run, "c")
+    assert path.read_bytes() == before
+    forget(run, "a")
+    with pytest.raises(ArtifactError, match="client 'b': the run has no other"):
+        forget(run, "b")
+    run_on(ScriptedGrid(b, c), config, out)
+    with pytest.raises(ArtifactError, match="the run has finished"):
+        forget(run, "b")
+    with pytest.raises(ArtifactError):
+        forget(RunDirectory(tmp_path), "b")
+
+
+def test_a_silo_on_which_the_method_has_settled_stays(recipe: Recipe, tmp_path: Path) -> None:
+    """With a the common expert is 0, without it 1; without c it stays 0."""
+    silos = (
+        Silo("a", 3, report=losses(0, 9)),
+        Silo("b", 5, report=losses(3, 1)),
+        Silo("c", 7, report=losses(4, 2)),
+    )
+    stopped(recipe(*SHARING), tmp_path / "run", *silos)
+    run = RunDirectory(tmp_path / "run")
+    with pytest.raises(FederationError, match="the method has settled on its clients before round 1; wait until"):
+        forget(run, "a")
+    forget(run, "c")
+    assert sorted(load_server(run.checkpoint).clients) == ["a", "b"]
+
+
+def without(method: Any, server: Server, client: str) -> None:
+    clients = {n: r for n, r in server.clients.items() if n != client}
+    change_clients(method, server, clients, dict.fromkeys(clients), "")
+
+
+def state(shared: Payload = START, round: int = 1, **memory: Any) -> Server:
+    names = "abcd"
+    kept = {n.replace("__", "."): torch.as_tensor(t) for n, t in memory.items()}
+    return Server(shared, dict.fromkeys(names, 4), dict.fromkeys(names), round=round, memory=kept)
+
+
+def test_ranks_and_stacks_of_the_departed_are_forgotten() -> None:
+    ranked = state(rank__a=2, rank__b=1)
+    without(HetLoRA(), ranked, "b")
+    assert ranked.memory.keys() == {"rank.a"}
+    stacked = state(received__a=1, received__b=1, **{"stack__1__x": torch.ones(1)})
+    without(FLoRA(), stacked, "b")
+    assert stacked.memory.keys() == {"received.a", "stack.1.x"}
+
+
+def fedmoe_da() -> tuple[FedMoEDA, Server]:
+    """Two experts whose router rows differ from client to client; all have taken part in round 1."""
+    generator = torch.Generator().manual_seed(3)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    shared = Payload.of(
+        {"experts.l.0.A": drawn(1, 2), "experts.l.1.A": drawn(1, 2), "router.layers.l": drawn(2, 3)}
+    )
+    method, server = FedMoEDA(), state(shared)
+    for client in "abc":
+        server.memory[f"own.{client}.derived.router_rows.l"] = drawn(2, 3)
+        for name, tensor in shared.tensors().items():
+            server.memory[f"own.{client}.{name}"] = tensor + drawn(*tensor.shape)
+    return method, server
+
+
+def test_experts_are_mixed_without_the_departed() -> None:
+    method, server = fedmoe_da()
+    method._compute_mix(server)
+    assert server.memory["mix.l"].shape == (6, 6)
+    kept = {n: t.clone() for n, t in server.memory.items() if n.startswith("own.") and ".b." not in n}
+    without(method, server, "b")
+    assert not [n for n in server.memory if n.startswith("own.b.")]
+    rows = torch.cat([server.memory[f"own.{c}.derived.router_rows.l"] for c in "ac"])
+    assert torch.equal(server.memory["mix.l"], mixing(rows, method.options.peers, method.options.tau))
+    assert all(torch.equal(server.memory[n], t) for n, t in kept.items())
+    _mix_experts(server, ["a", "c"])  # in rounds that do not compute A
+
+
+@pytest.mark.parametrize("round", [0, 2])
+def test_experts_are_assigned_to_the_clients_that_there_are(round: int) -> None:
+    site = "mixture.sites.l"
+    tensors = {f"{site}.experts.{e}.A": torch.full((2, 3), float(e)) for e in range(6)}
+    shared = Payload.of(tensors | {f"{site}.projection": torch.ones(2, 3)})
+    method = FedAMoLE(FedAMoLE.Options(experts=6, clients_per_expert=2, min_experts=2, max_experts=6))
+    server = state(shared, round=round)
+    method.start(server)
+    for client in "abcd":
+        server.memory[f"derived.tokens.l.{client}"] = torch.ones(2)
+    server.memory["derived.expert.l.0"] = torch.ones(2)
+    without(method, server, "b")
+    assert server.memory["assigned.l"].shape == (6, 3)
+    assert server.memory["assigned.l"].sum(1).tolist() == [2] * 6
+    assert "derived.tokens.l.b" not in server.memory
+    assert "derived.tokens.l.a" in server.memory
+    if round:  # what experts have learned to stand for is kept
+        assert server.memory["derived.expert.l.0"].tolist() == [1, 1]
+    grown = {**server.clients, "e": 9}
+    change_clients(method, server, grown, dict.fromkeys(grown), "")
+    assert server.memory["assigned.l"].shape == (6, 4)
+    assert method.broadcast(server, "e").size
+    many = {f"n{i}": 1 for i in range(9)}
+    with pytest.raises(FlexpertsError, match="holders over 9 clients"):
+        change_clients(method, server, many, dict.fromkeys(many), "")
+    assert sorted(server.clients) == ["a", "c", "d", "e"]

@@ -1,0 +1,230 @@
+"""Packed updates: how far they are from what was packed, that both sides rebuild the same, what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from flexperts.communication.compression import Packed, pack, unpack
+from flexperts.communication.messages import info_of, payload_of, records
+from flexperts.communication.traffic import encoded_bytes, personal_bytes
+from flexperts.config.federation import CompressionConfig
+from flexperts.errors import FederationError
+from flexperts.federation.flower_private import assume_identity
+from flexperts.parameters.payload import Payload
+from flexperts.parameters.vector import Manifest, Vector
+
+FLOATS = st.floats(-(2.0**127), 2.0**127, width=32) | st.floats(-1, 1, width=32)
+CHANGES = arrays(np.float32, st.integers(1, 40), elements=FLOATS)
+
+
+def settings(kind: str, **given: Any) -> CompressionConfig:
+    return CompressionConfig(kind=kind, **given)
+
+
+def there_and_back(change: Vector, kind: str, **given: Any) -> Vector:
+    return unpack(pack(change, settings(kind, **given)), change.size, "bank")
+
+
+@given(CHANGES)
+def test_fp16_is_off_by_half_a_step_of_eleven_bits(change: Vector) -> None:
+    """Relative to each value, or for values 2^29 times smaller than the largest, to the largest."""
+    got = there_and_back(change, "fp16")
+    largest = np.abs(change.astype(np.float64)).max()
+    bound = np.maximum(np.abs(change.astype(np.float64)) * 2.0**-11, largest * 2.0**-39) + 2.0**-115
+    assert got.dtype == np.float32
+    assert (np.abs(got.astype(np.float64) - change) <= bound).all()
+
+
+@given(CHANGES, st.integers(1, 50))
+def test_int8_is_off_by_half_a_step_of_its_block(change: Vector, block: int) -> None:
+    got = there_and_back(change, "int8", block=block)
+    for start in range(0, change.size, block):
+        ours, theirs = (v[start : start + block].astype(np.float64) for v in (change, got))
+        step = np.abs(ours).max() / 127
+        assert (np.abs(ours - theirs) <= step * (0.5 + 1e-4) + 2.0**-142).all()
+
+
+@given(CHANGES, st.floats(0.01, 1.0))
+def test_top_k_keeps_the_largest_and_nothing_else(change: Vector, fraction: float) -> None:
+    packed = pack(change, settings("top_k", fraction=fraction))
+    got, kept = unpack(packed, change.size, "bank"), packed.arrays["indices"]
+    assert len(kept) == max(1, round(fraction * change.size))
+    dropped = np.setdiff1d(np.arange(change.size), kept)
+    assert not got[dropped].any()
+    if len(dropped):
+        assert np.abs(change[kept]).min() >= np.abs(change[dropped]).max()
+    np.testing.assert_array_equal(got[kept], there_and_back(change[kept], "fp16"))
+
+
+def test_by_hand() -> None:
+    change = np.array([1.27, -0.5, 0.003, 0.0, 10.0, -20.0], np.float32)
+    packed = pack(change, settings("int8", block=3))
+    assert packed.arrays["values"].tolist() == [127, -50, 0, 0, 64, -127]
+    np.testing.assert_allclose(packed.arrays["scales"], [0.01, 20 / 127], rtol=1e-6)
+    top = pack(change, settings("top_k", fraction=1 / 3))
+    assert top.arrays["indices"].tolist() == [4, 5]
+    assert unpack(top, 6, "bank").tolist() == [0, 0, 0, 0, 10, -20]
+    assert there_and_back(change, "fp16")[4:].tolist() == [10, -20]
+
+
+@pytest.mark.parametrize("kind", ["fp16", "int8", "top_k"])
+def test_zeros_are_zeros(kind: str) -> None:
+    assert there_and_back(np.zeros(7, np.float32), kind).tolist() == [0] * 7
+
+
+def test_small_updates_keep_their_bits_in_half_precision() -> None:
+    """Plain float16 would leave 3 bits of 1e-7 and lose 1e-9; after scaling all have 11."""
+    change = np.array([3.1e-7, -1.7e-9, 8e-8], np.float32)
+    np.testing.assert_allclose(there_and_back(change, "fp16"), change, rtol=2**-11)
+    assert (np.abs(change.astype(np.float16) - change) / np.abs(change)).max() > 0.01
+
+
+MANIFEST = Manifest(("a", "b"), ((300,), (20, 10)))
+SENT = Payload(MANIFEST, np.random.default_rng(0).normal(size=500).astype(np.float32))
+CHANGE = np.random.default_rng(1).normal(0, 1e-2, 500).astype(np.float32)
+KINDS = [("fp16", 2.0), ("int8", 1 + 4 / 256), ("top_k", 0.05 * 6)]
+
+
+@pytest.fixture(autouse=True)
+def server() -> None:
+    assume_identity(1)
+
+
+def message(packed: Packed) -> Any:
+    return records({"client": "bank", "round": 1}, {"rows": 3}, Payload(MANIFEST, SENT.vector + CHANGE), packed)
+
+
+@pytest.mark.parametrize(("kind", "per_value"), KINDS)
+def test_the_server_rebuilds_the_clients_bits_from_a_smaller_message(kind: str, per_value: float) -> None:
+    packed = pack(CHANGE, settings(kind))
+    content = message(packed)
+    got = payload_of(content, "bank", SENT)
+    expected = SENT.vector + unpack(packed, 500, "bank")
+    assert got.manifest == MANIFEST
+    assert got.vector.tobytes() == expected.tobytes()
+    assert info_of(content)["client"] == "bank"
+    arrays = content.array_records["shared"]
+    assert sum(a.numpy().nbytes for a in arrays.values()) == pytest.approx(500 * per_value, abs=4)
+    whole = encoded_bytes(records({"client": "bank", "round": 1}, {"rows": 3}, SENT))
+    # What goes is 2000 bytes of values; what comes are the arrays, a header for a second one, and a few words.
+    assert whole - 2000 <= encoded_bytes(content) - 500 * per_value <= whole - 2000 + 700
+
+
+def test_packing_does_not_hide_personal_bytes() -> None:
+    """fp32 bytes are not in a packed message: the vector that it was made from is searched too."""
+    import torch
+    from torch.nn import Parameter
+
+    secret = {"graft": Parameter(torch.from_numpy(CHANGE[40:80].copy()))}
+    content = message(pack(CHANGE, settings("int8")))
+    assert personal_bytes(content, secret) == 0
+    assert personal_bytes(content, secret, CHANGE) == 160
+    assert personal_bytes(content, {"graft": Parameter(torch.full((40,), 7.0))}, CHANGE) == 0
+
+
+def test_a_packed_message_needs_what_it_changes() -> None:
+    content = message(pack(CHANGE, settings("fp16")))
+    with pytest.raises(FederationError, match="bank sent a packed update: there is nothing here"):
+        payload_of(content, "bank")
+    other = Payload(Manifest(("a",), ((500,),)), SENT.vector)
+    with pytest.raises(FederationError, match="bank sent a as"):
+        payload_of(content, "bank", other)
+
+
+HALF, TOP, WHOLE = (pack(CHANGE, settings(kind)) for kind in ("fp16", "top_k", "int8"))
+
+
+def changed(packed: Packed, **arrays: Any) -> Packed:
+    return replace(packed, arrays={**packed.arrays, **arrays})
+
+
+def about(packed: Packed, **about: Any) -> Packed:
+    return replace(packed, about={**packed.about, **about})
+
+
+@pytest.mark.parametrize(
+    ("packed", "said"),
+    [
+        (about(HALF, packing="zip"), "packing 'zip'"),
+        (about(HALF, packing=3), "packing 3"),
+        (about(HALF, packing="int8"), "block = None"),
+        (replace(HALF, about={"packing": "fp16"}), "exponent = None"),
+        (about(HALF, exponent=1.5), "exponent = 1.5"),
+        (about(HALF, exponent=True), "exponent = True"),
+        (about(HALF, exponent=500), "exponent = 500"),
+        (about(HALF, exponent=-500), "exponent = -500"),
+        (changed(HALF, values=CHANGE), "values float32[500]"),
+        (changed(HALF, values=HALF.arrays["values"][:-1]), "values float16[499]"),
+        (changed(HALF, values=HALF.arrays["values"].reshape(2, 250)), "values float16[2, 250]"),
+        (changed(HALF, graft=CHANGE), "arrays ['graft', 'values']"),
+        (about(WHOLE, block=0), "block = 0"),
+        (about(WHOLE, block=128), "scales float32[2]"),
+        (changed(WHOLE, scales=np.array([1, np.nan], np.float32)), "scales that are negative or not finite"),
+        (changed(WHOLE, scales=np.array([np.inf, 1], np.float32)), "scales that are negative or not finite"),
+        (changed(WHOLE, scales=np.array([-1, 1], np.float32)), "scales that are negative or not finite"),
+        (changed(WHOLE, values=WHOLE.arrays["values"].astype(np.uint8)), "values uint8[500]"),
+        (changed(TOP, indices=TOP.arrays["indices"][::-1].copy()), "indices up to"),
+        (changed(TOP, indices=np.zeros(25, np.uint32)), "indices up to 0"),
+        (changed(TOP, indices=np.arange(476, 501, dtype=np.uint32)), "indices up to 500"),
+        (changed(TOP, indices=np.append(np.arange(24), 2**32 - 1).astype(np.uint32)), "indices up to 4294967295"),
+        (changed(TOP, indices=TOP.arrays["indices"].astype(np.int64)), "indices int64[25]"),
+        (changed(TOP, indices=TOP.arrays["indices"][:-1]), "24 indices of 25 values"),
+        (changed(TOP, values=np.float16(1)), "values float16[]"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(packed: Packed, said: str) -> None:
+    with pytest.raises(FederationError) as caught:
+        unpack(packed, 500, "bank")
+    assert f"bank sent {said}" in str(caught.value)
+
+
+@pytest.mark.parametrize("packed", [HALF, WHOLE, TOP])
+def test_values_that_are_not_finite_come_out_so(packed: Packed) -> None:
+    """The server refuses such an update as it refuses one that came bare."""
+    if packed is WHOLE:
+        bad = changed(packed, scales=np.array([3e38, 1], np.float32))
+        assert not np.isfinite(unpack(bad, 500, "bank")).all()
+        return
+    for value in (np.nan, np.inf):
+        values = packed.arrays["values"].copy()
+        values[3] = value
+        assert (~np.isfinite(unpack(changed(packed, values=values), 500, "bank"))).sum() == 1
+    assert np.isinf(unpack(about(packed, exponent=130), 500, "bank")).any()
+
+
+@pytest.mark.parametrize("raw", [b"", b"\x93NUMPY", b"plain", b"\x93NUMPY\x01\x00v\x00{'descr': '|O'}"])
+def test_bytes_that_are_no_array_are_refused(raw: bytes) -> None:
+    from flwr.app import Array, ArrayRecord
+
+    content = message(HALF)
+    for info in (content, records({}, None, SENT)):
+        name = "values" if info is content else "shared"
+        info["shared"] = ArrayRecord({name: Array(dtype="float16", shape=(500,), stype="numpy.ndarray", data=raw)})
+        with pytest.raises(FederationError, match="bank sent an array that cannot be read"):
+            payload_of(info, "bank", SENT)
+
+
+LITTLE = arrays(st.sampled_from([np.float16, np.float32, np.int8, np.uint32, np.int64]), st.integers(0, 4))
+WORDS = st.sampled_from(["fp16", "int8", "top_k", "", "zip"]) | st.integers(-3, 3) | st.floats() | st.binary()
+
+
+@given(
+    st.dictionaries(st.sampled_from(["values", "scales", "indices", "x"]), LITTLE, max_size=3),
+    st.dictionaries(st.sampled_from(["packing", "block", "exponent", "round"]), WORDS),
+)
+def test_whatever_comes_is_rebuilt_or_refused(given_arrays: dict[str, Any], given_info: dict[str, Any]) -> None:
+    sent = Payload(Manifest(("w",), ((3,),)), np.ones(3, np.float32))
+    content = records({}, None, sent, Packed(given_arrays, {"packing": "fp16"} | given_info))
+    try:
+        got = payload_of(content, "bank", sent)
+    except FederationError:
+        return
+    assert got.vector.dtype == np.float32
+    assert got.vector.shape == ((3,) if given_arrays else (0,))
