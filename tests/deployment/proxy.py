@@ -18,14 +18,23 @@ class RecordingProxy:
         self.target, self.chunks = target, list[list[bytes]]()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._open = [self._listener]
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
 
     def streams(self) -> list[bytes]:
         """Return what has passed, each connection and direction on its own."""
         return [b"".join(chunks) for chunks in self.chunks]
 
     def close(self) -> None:
-        self._listener.close()
+        """Hang up on everybody and wait until it is quiet."""
+        for end in self._open:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        for thread in list(self._threads):
+            thread.join(10.0)
+        for end in self._open:
+            end.close()
 
     def _accept(self) -> None:
         while True:
@@ -34,8 +43,11 @@ class RecordingProxy:
             except OSError:
                 return
             outer = socket.create_connection(("127.0.0.1", self.target))
+            self._open += [inner, outer]
             for source, sink in ((inner, outer), (outer, inner)):
-                threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
+                pump = threading.Thread(target=self._pump, args=(source, sink), daemon=True)
+                self._threads.append(pump)
+                pump.start()
 
     def _pump(self, source: socket.socket, sink: socket.socket) -> None:
         chunks: list[bytes] = []

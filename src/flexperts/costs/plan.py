@@ -16,6 +16,7 @@ from flexperts.costs.models import Description, describe, experts_per_token, met
 from flexperts.costs.rounds import mean_groups, planned_rounds, planned_sites
 from flexperts.errors import ConfigError, FlexpertsError
 from flexperts.federation.client_model import ClientModel
+from flexperts.federation.privacy import check_additive
 from flexperts.methods.registry import make_method, method_names
 from flexperts.modeling.load import LoadedBase
 from flexperts.moe.experts import find_experts
@@ -122,6 +123,7 @@ def plan_method(
     """
     method = make_method(config.method)
     method.check(config)
+    check_additive(method, config)
     method.check_clients(clients)
     model = ClientModel(base, config, method)
     try:

@@ -60,6 +60,10 @@ class LogObserver(Observer):
         """Log the stage that begins."""
         log.info("%s", text)
 
+    def refused(self, client: str, reason: str) -> None:
+        """Log who is turned away, and why."""
+        log.warning("%s is refused: %s", client, reason)
+
     def split(self, method: str, table: Sequence[Mapping[str, Any]]) -> None:
         """Log what trains, what is sent and what stays."""
         for row in table:

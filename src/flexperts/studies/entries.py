@@ -9,6 +9,7 @@ from pathlib import Path
 
 from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError
+from flexperts.federation.privacy import check_additive
 from flexperts.methods.registry import make_method, method_names
 from flexperts.recipe import load_recipe
 
@@ -63,7 +64,9 @@ class Plan:
         """
         for entry in self.entries:
             config = self.config(entry, self.seeds[0])
-            make_method(config.method).check(config)
+            method = make_method(config.method)
+            method.check(config)
+            check_additive(method, config)
 
 
 def plan_comparison(

@@ -101,7 +101,7 @@ def test_missing_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_is_answered_with_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(name: str) -> None:
+    def offline(name: str, **kwargs: object) -> None:
         raise OSError(f"no route to {name}")
 
     monkeypatch.setattr("flexperts.costs.models.AutoConfig.from_pretrained", offline)

@@ -189,7 +189,7 @@ def test_training_on_a_test_passage_is_refused(tmp_path: Path) -> None:
         ("by = 'dirichlet'\nclients = 3\nalpha = 0", "data.partition.alpha = 0"),
         ("by = 'iid'\nclients = 3\nmin_rows = 0", "data.partition.min_rows = 0"),
         ("by = 'iid'\nclient = 3", "did you mean 'data.partition.clients'?"),
-        ("by = 'natural'\n[data.silos]", "partition (now: silos, partition)"),
+        ("by = 'natural'\n[data.silos]", "at_silos (now: silos, partition)"),
     ],
 )
 def test_settings_are_checked(tmp_path: Path, data: str, said: str) -> None:
