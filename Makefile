@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup run test slow faults fuzz check format clean
+.PHONY: help setup run test slow faults fuzz deployment check format clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -32,6 +32,9 @@ faults: setup  ## Kill runs at random places, damage their files, fill the disk 
 
 fuzz: setup  ## Malformed recipes, messages and files by the thousand (minutes)
 	$(BIN)/python -m pytest -m fuzz -n 2
+
+deployment: setup  ## SuperLink, SuperNodes and workers on loopback, killed and resumed (minutes)
+	$(BIN)/python -m pytest -m deployment
 
 check: setup  ## Formatting, lint, types, architecture
 	$(BIN)/ruff format --check .

@@ -22,13 +22,14 @@ from flexperts.recipe import parse_recipe
 _PATIENCE = 180.0
 """Seconds."""
 
-log = logging.getLogger("flwr")
+log = logging.getLogger(__name__)
 app = ServerApp()
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Serve the run that the configuration holds: ``recipe`` (its text), ``out`` (a name), ``resume``."""
+    _quiet_but_for_us()
     try:
         config = parse_recipe(str(context.run_config["recipe"]))
         out = run_folder(str(context.run_config["out"]))
@@ -40,6 +41,15 @@ def main(grid: Grid, context: Context) -> None:
     except FlexpertsError as error:
         log.error("error: %s", error)
         raise
+
+
+def _quiet_but_for_us() -> None:
+    """Flower narrates every round; what a run has to say is in our own lines."""
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
 
 
 @contextmanager

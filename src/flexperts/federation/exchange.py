@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from flwr.app import Message, Metadata
+from flwr.app import Message, Metadata, RecordDict
 from flwr.serverapp import Grid
 
 from flexperts.communication.messages import info_of
@@ -33,6 +33,11 @@ class Asked:
         answered, sender = reply.metadata.reply_to_message_id, reply.metadata.src_node_id
         found = (node for node, sent in self._sent.items() if answered and sent.message_id == answered)
         return next(found, sender)
+
+
+def request(content: RecordDict, kind: str, node: int, group: str) -> Message:
+    """Return a message to a node; what belongs together has one group."""
+    return Message(content, node, kind, group_id=group)
 
 
 def sendable(grid: Grid, messages: Iterator[Message]) -> Iterable[Message]:

@@ -14,7 +14,7 @@ from flexperts.communication.messages import info_of, records
 from flexperts.communication.traffic import encoded_bytes
 from flexperts.data.clients import client_name
 from flexperts.errors import FederationError, FlexpertsError
-from flexperts.federation.exchange import Asked, error_of, one_line, sendable
+from flexperts.federation.exchange import Asked, error_of, one_line, request, sendable
 from flexperts.federation.observer import Observer
 
 
@@ -127,10 +127,7 @@ class Membership:
     def _introduced(self, grid: Grid, strangers: Iterable[int], timeout: float) -> list[str]:
         """Ask nodes who they are and return the names of those that are in now."""
         asked, silent = Asked(), set(strangers)
-        requests = (
-            asked.note(grid.create_message(records({"run": self.run}), "query.join", node, "join"))
-            for node in sorted(silent)
-        )
+        requests = (asked.note(self._who_is(node)) for node in sorted(silent))
         joined = []
         for reply in _by_node(asked, grid.send_and_receive(sendable(grid, requests), timeout=timeout)):
             node = asked.node(reply)
@@ -143,8 +140,8 @@ class Membership:
             self._refuse(node, f"node {node}", f"it did not say who it is within {timeout:.0f} s", ask_again=True)
         return joined
 
-    def _who_is(self, grid: Grid, node: int) -> Message:
-        return grid.create_message(records({"run": self.run}), "query.join", node, "join")
+    def _who_is(self, node: int) -> Message:
+        return request(records({"run": self.run}), "query.join", node, "join")
 
     def _let_in(self, node: int, reply: Message) -> str | None:
         try:

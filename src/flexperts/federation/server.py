@@ -20,7 +20,7 @@ from flexperts.errors import FederationError, FlexpertsError
 from flexperts.federation.adapter import write_adapter
 from flexperts.federation.checkpoint import load_server, save_server
 from flexperts.federation.enrolment import enrol, found, gather, require
-from flexperts.federation.exchange import error_of, one_line, sendable
+from flexperts.federation.exchange import error_of, one_line, request, sendable
 from flexperts.federation.membership import Membership
 from flexperts.federation.observer import Observer
 from flexperts.federation.privacy import check_additive, check_enough
@@ -123,8 +123,8 @@ def ask_initial(grid: Grid, members: Membership, server: Server, deadline: float
     faults = []
     for name in members.online:
         content = records({"run": members.run, "agreement": json.dumps(server.agreement)})
-        request = grid.create_message(content, "query.initial", members.node(name), "join")
-        replies = list(grid.send_and_receive(sendable(grid, iter([request])), timeout=deadline))
+        asked = request(content, "query.initial", members.node(name), "join")
+        replies = list(grid.send_and_receive(sendable(grid, iter([asked])), timeout=deadline))
         try:
             return _read_initial(name, replies)
         except FederationError as error:

@@ -22,7 +22,7 @@ from flexperts.errors import FederationError, FlexpertsError
 from flexperts.federation.admission import Admission, leaked
 from flexperts.federation.checkpoint import save_server
 from flexperts.federation.enrolment import enrol
-from flexperts.federation.exchange import Asked, error_of, one_line, sendable
+from flexperts.federation.exchange import Asked, error_of, one_line, request, sendable
 from flexperts.federation.membership import Membership
 from flexperts.federation.observer import Observer
 from flexperts.federation.privacy import privacy_spent
@@ -82,7 +82,7 @@ class FlexpertsStrategy(Strategy):
         self.observer.stage(f"round {log.number} of {self.rounds_total}")
         self._meet(grid, log)
         log.participants, self._asked, self._heard = self._participants(), Asked(), set()
-        return sendable(grid, self._train_requests(grid, log))
+        return sendable(grid, self._train_requests(log))
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -109,7 +109,7 @@ class FlexpertsStrategy(Strategy):
     ) -> Iterable[Message]:
         """Return one evaluation request per client that is online, in rounds that evaluate."""
         self._started, self._asked = time.monotonic(), Asked()
-        return sendable(grid, self._evaluate_requests(grid) if self._evaluates() else iter(()))
+        return sendable(grid, self._evaluate_requests() if self._evaluates() else iter(()))
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Collect the clients' scores and write the round down.
@@ -151,22 +151,20 @@ class FlexpertsStrategy(Strategy):
         drawn = torch.randperm(len(clients), generator=stream)[:count].tolist()
         return sorted(self.method.participants(self.server, sorted(clients[i] for i in drawn)))
 
-    def _train_requests(self, grid: Grid, log: RoundLog) -> Iterator[Message]:
+    def _train_requests(self, log: RoundLog) -> Iterator[Message]:
         for name in sorted(set(log.participants) & set(self.members.online)):
             payload = self.method.broadcast(self.server, name)
             content = records(self._info(log.number), payload=payload)
             log.downlink[name] = encoded_bytes(content)
             log.declare("downlink", name, payload.manifest)
-            yield self._asked.note(grid.create_message(content, "train", self.members.node(name), str(log.number)))
+            yield self._asked.note(request(content, "train", self.members.node(name), str(log.number)))
 
-    def _evaluate_requests(self, grid: Grid) -> Iterator[Message]:
+    def _evaluate_requests(self) -> Iterator[Message]:
         for name in self.members.online:
             info = self._info(self.server.round) | {"states": list(self.method.states), "answers": self._answers()}
             content = records(info, payload=self.method.final(self.server, name))
             self.rounds[-1].evaluation["downlink"][name] = encoded_bytes(content)
-            yield self._asked.note(
-                grid.create_message(content, "evaluate", self.members.node(name), str(self.server.round))
-            )
+            yield self._asked.note(request(content, "evaluate", self.members.node(name), str(self.server.round)))
 
     def _evaluates(self) -> bool:
         """Tell whether the round that was just trained is evaluated."""
