@@ -53,6 +53,8 @@ class Cluster:
         self.through = self.port
         self.runs = folder / "runs"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.left: list[bytes] = []
+        """Command lines that were still there a minute after everything was told to end."""
         self.environment = os.environ | {
             "FLWR_HOME": str(folder / "flower"),
             "FLEXPERTS_RUNS": str(self.runs),
@@ -76,10 +78,15 @@ class Cluster:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for name in reversed(list(self.processes)):
+        # SuperNodes say goodbye to the SuperLink, so it goes last.
+        for name in sorted(self.processes, key=lambda name: (name == "superlink", name)):
             self.stop(name)
-        for process in self.alive():
-            os.kill(process, signal.SIGKILL)
+        try:
+            wait_until(lambda: not self.alive(), "the end of all processes", 60.0)
+        except TimeoutError:
+            self.left = [Path(f"/proc/{number}/cmdline").read_bytes() for number in self.alive()]
+            for number in self.alive():
+                os.kill(number, signal.SIGKILL)
 
     def start_superlink(self) -> None:
         secure = (
