@@ -14,44 +14,22 @@ from multiprocessing.connection import Client
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
-from flwr.clientapp import ClientApp
 
 from flexperts.deployment.state import socket_of
 from flexperts.deployment.wire import pack, unpack
 from flexperts.errors import ConfigError, FederationError
+from flexperts.federation.asking import client_app
 
-app = ClientApp()
 log = logging.getLogger(__name__)
 _NO_WORKER = "no worker answers; start `flexperts silo serve`"
-
-
-@app.query("join")
-def join(message: Message, context: Context) -> Message:
-    """Relay a ``query.join``."""
-    return _reply("query.join", message, context)
-
-
-@app.query("initial")
-def initial(message: Message, context: Context) -> Message:
-    """Relay a ``query.initial``."""
-    return _reply("query.initial", message, context)
-
-
-@app.train()
-def train(message: Message, context: Context) -> Message:
-    """Relay a ``train``."""
-    return _reply("train", message, context)
-
-
-@app.evaluate()
-def evaluate(message: Message, context: Context) -> Message:
-    """Relay an ``evaluate``."""
-    return _reply("evaluate", message, context)
 
 
 def _reply(kind: str, message: Message, context: Context) -> Message:
     name, state = _silo(context)
     return Message(_relayed(kind, message.content, context, name, socket_of(state)), reply_to=message)
+
+
+app = client_app(_reply)
 
 
 def _relayed(kind: str, content: RecordDict, context: Context, name: str, socket: Path) -> RecordDict:

@@ -6,43 +6,20 @@ import json
 from collections.abc import Callable, Mapping
 
 from flwr.app import Context, Message, RecordDict
-from flwr.clientapp import ClientApp
 
 from flexperts.communication.messages import info_of, payload_of, records
 from flexperts.communication.traffic import personal_bytes
 from flexperts.errors import PrivacyError
+from flexperts.federation.asking import client_app
 from flexperts.federation.client import Client, Request
 from flexperts.federation.resident import resident_client
-
-app = ClientApp()
-
-
-@app.query("join")
-def join(message: Message, context: Context) -> Message:
-    """Answer a ``query.join``."""
-    return _reply("query.join", message, context)
-
-
-@app.query("initial")
-def initial(message: Message, context: Context) -> Message:
-    """Answer a ``query.initial``."""
-    return _reply("query.initial", message, context)
-
-
-@app.train()
-def train(message: Message, context: Context) -> Message:
-    """Answer a ``train``."""
-    return _reply("train", message, context)
-
-
-@app.evaluate()
-def evaluate(message: Message, context: Context) -> Message:
-    """Answer an ``evaluate``."""
-    return _reply("evaluate", message, context)
 
 
 def _reply(kind: str, message: Message, context: Context) -> Message:
     return Message(answer(kind, message.content, resident_client(context)), reply_to=message)
+
+
+app = client_app(_reply)
 
 
 def answer(kind: str, content: RecordDict, client: Client) -> RecordDict:
