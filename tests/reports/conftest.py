@@ -127,6 +127,9 @@ def entry(draw: random.Random, name: str, clients: list[str], seeds: int, refere
         "parameters": {"shared": 230400, "personal": 1769472 if personal else 0},
         "seconds": {"training": draw.uniform(90, 300), "evaluation": 40.0, "total": 380.0},
         "peak_memory": 1_834_000_000,
+        "privacy": {"mode": "central", "clip": 1.5, "noise_multiplier": 2.0, "delta": 1e-5, "epsilon": 7.8125}
+        if method == "fedavg"
+        else None,
         "curves": {
             state: {"nll": curve(draw, *ends, 0.1), "rouge_l": curve(draw, 11.7, rouge, 1)}
             for state, ends in states.items()
@@ -168,7 +171,7 @@ def reduced(whole: Comparison) -> Comparison:
     made = copy.deepcopy(whole)
     for found in made["entries"]:
         found |= {"against": None, "peak_memory": None, "curves": {}, "routing": None, "routing_rounds": None}
-        found |= {"selection": None}
+        found |= {"selection": None, "privacy": None}
         for state in found["scores"].values():
             state |= {"others": None, "general": None, "mmlu": None}
         found["bytes"]["groups"] = {"uplink": {}, "downlink": {}}

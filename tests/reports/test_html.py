@@ -106,7 +106,7 @@ def test_markdown_stays_text(whole: Comparison) -> None:
     assert "<script" not in text
     assert "](http" not in text.replace("\\](", "")
     assert "````toml\n" in text
-    assert len(re.findall(r"^#{1,3} ", text.split("````")[0], flags=re.MULTILINE)) == 1 + 10 + 3
+    assert len(re.findall(r"^#{1,3} ", text.split("````")[0], flags=re.MULTILINE)) == 1 + 11 + 3
     widths = {
         len(re.split(r"(?<!\\)\|", line))
         for line in text.split("## ROUGE-L by client")[0].splitlines()

@@ -162,6 +162,16 @@ def test_what_personalization_cost(whole: Comparison, read: Callable[[Comparison
             close(row[column + 1], [fmean(change), stdev(change)], half)
 
 
+def test_privacy_stands_where_noise_was_added(
+    whole: Comparison, read: Callable[[Comparison], dict[str, Grid]]
+) -> None:
+    found = by_name(read(whole)["privacy"])
+    assert set(found) == {e["name"] for e in whole["entries"] if e["privacy"]}
+    assert found
+    for row in found.values():
+        assert row[1:] == ["central", "1.5", "2", "1e-05", "7.812"]
+
+
 def test_cost_and_groups(whole: Comparison, read: Callable[[Comparison], dict[str, Grid]]) -> None:
     found = read(whole)
     for entry in whole["entries"]:

@@ -44,6 +44,27 @@ def groups_table(comparison: Comparison) -> Table:
     return Table("groups", "Bytes by tensor group", note, header, rows)
 
 
+def privacy_table(comparison: Comparison) -> Table:
+    """Return what differential privacy guarantees, for the entries that add noise."""
+    numbers = ("clip", "noise_multiplier", "delta", "epsilon")
+    noisy = [entry for entry in ordered(comparison) if entry.get("privacy")]
+    rows = tuple(
+        (
+            words(entry["name"]),
+            words(entry["privacy"]["mode"]),
+            *(Cell(f"{entry['privacy'][name]:.4g}", entry["privacy"][name]) for name in numbers),
+        )
+        for entry in noisy
+    )
+    names = (Column("entry", words=True), Column("noise", words=True), Column("clip", "L2 norm"))
+    header = (*names, Column("noise multiplier"), Column("delta"), Column("epsilon", "all rounds"))
+    note = (
+        "Of the shared updates, per client; losses, scores and counts that silos send are not covered. Central: "
+        "with or without one client. Local: any update of a client against any other."
+    )
+    return Table("privacy", "Differential privacy", note, header, rows)
+
+
 def _cost_row(entry: Entry) -> tuple[Cell, ...]:
     sent, trained, seconds = (entry.get(key) or {} for key in ("bytes", "parameters", "seconds"))
     each = (size(sent.get(f"{way}_per_client_per_round")) for way in _DIRECTIONS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flexperts.reports.cells import Table
-from flexperts.reports.cost_tables import cost_table, groups_table
+from flexperts.reports.cost_tables import cost_table, groups_table, privacy_table
 from flexperts.reports.reading import Comparison
 from flexperts.reports.routing_tables import routing_table, selection_table
 from flexperts.reports.score_tables import ability_table, client_table, main_table
@@ -13,7 +13,8 @@ from flexperts.reports.setup_tables import entries_table, environment_table
 def tables(comparison: Comparison) -> dict[str, Table]:
     """Return every table that has a row, by key, in the order in which they are read.
 
-    Keys: main, clients-rouge_l, clients-nll, ability, cost, groups, routing, selection, entries, environment.
+    Keys: main, clients-rouge_l, clients-nll, ability, cost, groups, privacy, routing, selection, entries,
+    environment.
     Columns in which every number is missing are left out.
     """
     made = (
@@ -23,6 +24,7 @@ def tables(comparison: Comparison) -> dict[str, Table]:
         ability_table(comparison),
         cost_table(comparison),
         groups_table(comparison),
+        privacy_table(comparison),
         routing_table(comparison),
         selection_table(comparison),
         entries_table(comparison),

@@ -129,6 +129,7 @@ def _entry(entry: Finished) -> dict[str, Any]:
         "parameters": {group: summaries[0]["parameters"][group] for group in ("shared", "personal")},
         "seconds": _mean_of([s["seconds"] for s in summaries]),
         "peak_memory": max((s["peak_memory"] for s in summaries if s.get("peak_memory")), default=None),
+        "privacy": summaries[0].get("privacy"),
         "curves": curves(entry),
         **routing_of(entry),
     }
