@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,15 +14,28 @@ from flexperts.reports.markdown import markdown_report
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_comparison_shows_the_committed_results() -> None:
-    spec = importlib.util.spec_from_file_location("methods_table", ROOT / "benchmarks" / "methods_table.py")
+def script(name: str) -> Any:
+    """Return a benchmark as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec
     assert spec.loader
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_comparison_shows_the_committed_results() -> None:
+    benchmark = script("methods_table")
     entries = json.loads((ROOT / "benchmarks" / "results" / "methods.json").read_text())["entries"]
     assert len(entries) >= 30
     assert benchmark.table(entries) in (ROOT / "docs" / "comparison.md").read_text()
+
+
+def test_the_page_on_packing_shows_the_committed_results() -> None:
+    benchmark = script("compression")
+    entries = json.loads((ROOT / "benchmarks" / "results" / "compression.json").read_text())["entries"]
+    assert len(entries) >= 4
+    assert benchmark.table(entries) in (ROOT / "docs" / "privacy.md").read_text()
 
 
 STUDIES = sorted((ROOT / "docs" / "results").glob("*/comparison.json"))
