@@ -3,6 +3,7 @@
 #   examples/two_silos/start.sh [FOLDER] [--set KEY=VALUE ...]     about five minutes on two cores
 # FOLDER (two_silos by default) is created; BASE, PORT and PATH may be set in the environment.
 set -euo pipefail
+umask 077
 
 here=$(cd "$(dirname "$0")" && pwd)
 folder=two_silos

@@ -12,16 +12,20 @@ from flwr.app import UserConfig
 from flexperts.artifacts import RunDirectory
 from flexperts.config.run import RunConfig
 from flexperts.deployment import relay
+from flexperts.deployment.home import HomeModel
 from flexperts.deployment.settings import at_silos
 from flexperts.deployment.state import make_private
 from flexperts.deployment.worker import Worker
+from flexperts.errors import ArtifactError
 from flexperts.federation.checkpoint import load_server
 from flexperts.federation.inprocess_grid import InProcessGrid
 from flexperts.federation.observer import Observer
 from flexperts.federation.run import run_federation
 from flexperts.federation.server import serve
+from flexperts.federation.trained import TrainedRun
 from flexperts.parameters.store import load_personal
 from flexperts.recipe import load_silo
+from flexperts.studies.collect import collect_run
 
 from .asking import serving
 
@@ -62,9 +66,31 @@ def test_workers_and_one_process_end_alike(
     assert ours.round == theirs.round == 2
     assert ours.shared.vector.tobytes() == theirs.shared.vector.tobytes()
     assert server.summary()["clients"] == summary["clients"]
+    check_models_at_home(paths, tmp_path / "one", server.run_id)
+    check_reports(server)
     for name in SILOS:
         own = load_personal(tmp_path / name / "state" / "runs" / server.run_id / "personal" / f"{name}.safetensors")
         same = load_personal(tmp_path / "one" / "personal" / f"{name}.safetensors")
         assert own[1] == same[1]
         assert own[0].keys() == same[0].keys()
         assert all(tensor.equal(same[0][key]) for key, tensor in own[0].items())
+
+
+def check_models_at_home(paths: dict[str, Path], one: Path, run: str) -> None:
+    """A silo's own model answers as the same client of the run in one process does."""
+    asked = ("Summarise the note.", "The cabinet needs a new code.")
+    for name, path in paths.items():
+        home = HomeModel(load_silo(path), run)
+        for state in home.method.states:
+            answer = TrainedRun(one).generate(name, *asked, state=state)
+            assert home.generate(*asked, state=state) == answer
+        assert answer
+    with pytest.raises(ArtifactError, match="has not been sent its shared weights"):
+        HomeModel(load_silo(path), "0" * 32)
+
+
+def check_reports(server: RunDirectory) -> None:
+    """The server's directory holds no answers, and is reported without them."""
+    comparison = collect_run(server.path)
+    assert comparison["examples"] == {}
+    assert len(comparison["clients"]) == len(SILOS)

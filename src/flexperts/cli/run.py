@@ -85,6 +85,6 @@ def _deploy(config: RunConfig, engine: str, name: str, resume: bool, track: list
     typer.echo(f"run {run_id} on {connection}; Ctrl-C leaves it going, `flwr stop {run_id} {connection}` ends it")
     status = follow(run_id, connection)
     if status != "finished:completed":
-        raise FederationError(f"run {run_id} is {status}", "it must complete", "see its log, then --resume")
+        raise FederationError(f"run {run_id} is {status}", "it must complete", "see the `error:` line of its log")
     if (folder / "summary.json").exists():
         RunDisplay().result(RunDirectory.open(folder).summary(), folder)

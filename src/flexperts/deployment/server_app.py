@@ -34,9 +34,9 @@ def main(grid: Grid, context: Context) -> None:
         config = parse_recipe(str(context.run_config["recipe"]))
         out = run_folder(str(context.run_config["out"]))
         with _alone(out):
-            if not context.run_config["resume"]:
-                RunDirectory.check_free(out)
-            serve(grid, config, RunDirectory.create_or_resume(out, config.to_toml()), LogObserver())
+            run = _open(out, config.to_toml(), resume=bool(context.run_config["resume"]))
+            if not (out / "summary.json").exists():
+                serve(grid, config, run, LogObserver())
         log.info("finished; everything is in %s", out)
     except FlexpertsError as error:
         log.error("error: %s", error)
@@ -50,6 +50,14 @@ def _quiet_but_for_us() -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
+
+
+def _open(out: Path, recipe: str, *, resume: bool) -> RunDirectory:
+    if not resume:
+        return RunDirectory.create(out, recipe)
+    if not (out / "config.toml").exists():
+        raise ArtifactError(f"{out}", "there is no run to resume", "check --out, or leave --resume out")
+    return RunDirectory.create_or_resume(out, recipe)
 
 
 @contextmanager

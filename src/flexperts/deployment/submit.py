@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def connection_of(engine: str) -> str:
     """Return the name of Flower's connection that an engine names, ``superlink://NAME``.
 
     Raises:
-        ConfigError: It names none.
+        ConfigError: It names none, or none that Flower's config.toml has.
     """
     name = engine.removeprefix(SCHEME)
     if not engine.startswith(SCHEME) or not name:
@@ -34,7 +35,24 @@ def connection_of(engine: str) -> str:
             f"engines are in-process and {SCHEME}NAME, NAME being a connection in Flower's config.toml",
             "see docs/deploy.md",
         )
+    path = Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr") / "config.toml"
+    known = _connections(path)
+    if name not in known:
+        raise ConfigError(
+            f"--engine {engine}",
+            f"{path} has {', '.join(known) or 'no connections'}",
+            f"add [superlink.{name}] to it; see docs/deploy.md",
+        )
     return name
+
+
+def _connections(path: Path) -> list[str]:
+    """Return the names of the SuperLinks in Flower's config.toml."""
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8")).get("superlink", {})
+    except (OSError, ValueError):
+        return []
+    return sorted(name for name, value in found.items() if isinstance(value, dict))
 
 
 def submit(recipe: str, out: str, connection: str, *, resume: bool = False) -> int:

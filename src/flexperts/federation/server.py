@@ -66,11 +66,15 @@ def serve(grid: Grid, config: RunConfig, run: RunDirectory, observer: Observer) 
     check_additive(method, config)
     observer.stage(f"{config.method.name}: clients join")
     server = load_server(run.checkpoint) if run.checkpoint.exists() else None
-    base = gather(grid, members, config.federation, server.base if server else "")
+    federation = config.federation
+    if server:  # some may have been forgotten since
+        fewest = min(federation.min_clients, len(server.clients))
+        federation = federation.model_copy(update={"min_clients": fewest})
+    base = gather(grid, members, federation, server.base if server else "")
     server = _taken_up(method, members, server) if server else _new(method, members, config)
     server.base = base
-    require(members, config.federation)
-    initial = ask_initial(grid, members, server, config.federation.deadline)
+    require(members, federation)
+    initial = ask_initial(grid, members, server, federation.deadline)
     _start(method, server, initial, run, observer)
     setup = time.monotonic() - started
     finished = [RoundLog(**record) for record in run.keep_rounds(server.round)]

@@ -17,11 +17,17 @@ def examples(reference: Finished, finished: Sequence[Finished]) -> dict[str, lis
     """
     shown = [reference, *(f for f in finished if f is not reference and f.method != "zero_shot")][:_ENTRIES]
     common = set.intersection(*(set(entry.runs) for entry in shown))
-    return {client: _examples(shown, min(common), client) for client in reference.clients} if common else {}
+    if not common:
+        return {}
+    found = {client: _examples(shown, min(common), client) for client in reference.clients}
+    return {client: rows for client, rows in found.items() if rows}
 
 
 def _examples(shown: Sequence[Finished], seed: int, client: str) -> list[dict[str, Any]]:
-    lines = {entry.name: entry.predictions[seed][client][:_ROWS] for entry in shown}
+    kept = {entry.name: entry.predictions[seed][client] for entry in shown}
+    if any(some is None for some in kept.values()):
+        return []  # a deployed run's answers are at its silos
+    lines = {name: some[:_ROWS] for name, some in kept.items()}
     rows = lines[shown[0].name]
     return [
         {key: _cut(row[key]) for key in ("instruction", "context", "response")}
