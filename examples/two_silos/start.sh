@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A SuperLink and two silos on this machine, as they would stand on three: TLS, SuperNode keys, own data and state.
-#   examples/two_silos/start.sh [FOLDER] [--set KEY=VALUE ...]     about five minutes on two cores
+#   examples/two_silos/start.sh [FOLDER] [--set KEY=VALUE ...]     about four minutes on two cores
 # FOLDER (two_silos by default) is created; BASE, PORT and PATH may be set in the environment.
 set -euo pipefail
 umask 077
