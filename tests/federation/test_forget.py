@@ -44,6 +44,17 @@ def test_a_forgotten_silo_is_not_mentioned_any_more(recipe: Recipe, tmp_path: Pa
     assert bits(server) == expected([(a, b, c)] * 2 + [(a, c)] * 2).tobytes()
 
 
+def test_a_run_that_waited_for_all_does_not_wait_for_the_forgotten(recipe: Recipe, tmp_path: Path) -> None:
+    a, b, c = trio()
+    config, out = recipe(*FOUR, "federation.min_clients=3", "federation.deadline=0.5"), tmp_path / "run"
+    stopped(config, out, a, b, c)
+    with pytest.raises(FederationError, match=r"2 clients have joined \(a, c\): federation.min_clients = 3"):
+        run_on(ScriptedGrid(a, c), config, out)
+    forget(RunDirectory(out), "b")
+    server, rounds = run_on(ScriptedGrid(a, c), config, out)
+    assert (server.round, sorted(rounds[-1]["clients"])) == (4, ["a", "c"])
+
+
 def test_what_cannot_be_forgotten(recipe: Recipe, tmp_path: Path) -> None:
     a, b, c = trio()
     config, out = recipe(*FOUR), tmp_path / "run"
