@@ -96,7 +96,7 @@ def test_what_needs_all_rows_in_one_process_is_not_handed_out(recipe: Recipe, ov
 def test_a_silo_takes_nothing_of_its_own_from_a_recipe(recipe: Recipe, tmp_path: Path) -> None:
     theirs = recipe(
         "data={folder = '/etc', columns = {context = 'shadow'}, validation_fraction = 0.2}",
-        "model.base=/root/weights",
+        "model.base=/srv/weights",
         "model.device=cuda:7",
         "model.trust_remote_code=true",
         "knowledge.mmlu=/etc/mmlu",
