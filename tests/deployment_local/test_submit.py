@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flexperts.deployment.naming import RUNS, run_folder
-from flexperts.deployment.server_app import _open
+from flexperts.deployment.server_app import LogObserver, _open
 from flexperts.deployment.submit import APP, connection_of
 from flexperts.errors import ArtifactError, ConfigError
 
@@ -52,3 +52,10 @@ def test_nothing_is_resumed_or_overwritten_by_mistake(tmp_path: Path) -> None:
 def test_the_app_that_travels_holds_no_weights_and_no_rows() -> None:
     names = sorted(p.name for p in APP.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
     assert names == ["__init__.py", "client.py", "pyproject.toml", "server.py"]
+
+
+def test_a_round_is_logged_with_the_losses_that_were_told(caplog: pytest.LogCaptureFixture) -> None:
+    clients = {"a": {"loss": 1.23456, "steps": 2}, "b": {"steps": 2}}  # b's is hidden, as under local noise
+    with caplog.at_level("INFO"):
+        LogObserver().round({"number": 3, "clients": clients, "seconds": {"training": 4.0}})
+    assert caplog.messages == ["round 3: {'a': 1.235, 'b': 'trained'}, training 4.0 s"]

@@ -7,16 +7,19 @@ from typing import Annotated, Optional
 
 import typer
 
+About = Annotated[str, typer.Option("--context", help="Passage that the question is about.")]
+State = Annotated[
+    Optional[str],  # noqa: UP045 - typer reads this at run time
+    typer.Option("--state", help="zero_shot, global or personalized.", show_default="the most personal one"),
+]
+
 
 def command(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     instruction: Annotated[str, typer.Argument(help="What to ask.")],
     client: Annotated[str, typer.Option(help="Whose model answers.")],
-    context: Annotated[str, typer.Option(help="Passage that the question is about.")] = "",
-    state: Annotated[
-        Optional[str],  # noqa: UP045 - typer reads this at run time
-        typer.Option(help="zero_shot, global or personalized.", show_default="the most personal one"),
-    ] = None,
+    context: About = "",
+    state: State = None,
 ) -> None:
     """Print one client's answer to an instruction."""
     from flexperts.artifacts import RunDirectory

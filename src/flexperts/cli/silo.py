@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
+
+from flexperts.cli.generate import About, State
 
 app = typer.Typer(no_args_is_help=True, help="Serve a silo: its rows, its base and its personal models stay there.")
 
@@ -92,11 +94,8 @@ def generate(
     silo: _Silo,
     run: Annotated[str, typer.Argument(metavar="RUN", help="The run's id, as `silo runs` shows it.")],
     instruction: Annotated[str, typer.Argument(help="What to ask.")],
-    context: Annotated[str, typer.Option(help="Passage that the question is about.")] = "",
-    state: Annotated[
-        Optional[str],  # noqa: UP045 - typer reads this at run time
-        typer.Option(help="zero_shot, global or personalized.", show_default="the most personal one"),
-    ] = None,
+    context: About = "",
+    state: State = None,
 ) -> None:
     """Print the answer of the silo's own model; nothing leaves this machine."""
     from flexperts.recipe import load_silo

@@ -92,5 +92,8 @@ class LogObserver(Observer):
 
     def round(self, record: Mapping[str, Any]) -> None:
         """Log who trained, and how long it took."""
-        losses = {name: round(metrics["loss"], 3) for name, metrics in record["clients"].items()}
-        log.info("round %d: losses %s, training %.1f s", record["number"], losses, record["seconds"]["training"])
+        # Under local noise clients do not tell their losses.
+        losses = {
+            n: round(told["loss"], 3) if "loss" in told else "trained" for n, told in record["clients"].items()
+        }
+        log.info("round %d: %s, training %.1f s", record["number"], losses, record["seconds"]["training"])

@@ -15,6 +15,7 @@ from flexperts.artifacts import RunDirectory
 from flexperts.communication.average import check_finite
 from flexperts.communication.messages import Update, info_of, payload_of, records
 from flexperts.communication.traffic import encoded_bytes
+from flexperts.config.federation import FederationConfig
 from flexperts.config.run import RunConfig
 from flexperts.errors import FederationError, FlexpertsError
 from flexperts.federation.adapter import write_adapter
@@ -66,10 +67,7 @@ def serve(grid: Grid, config: RunConfig, run: RunDirectory, observer: Observer) 
     check_additive(method, config)
     observer.stage(f"{config.method.name}: clients join")
     server = load_server(run.checkpoint) if run.checkpoint.exists() else None
-    federation = config.federation
-    if server:  # some may have been forgotten since
-        fewest = min(federation.min_clients, len(server.clients))
-        federation = federation.model_copy(update={"min_clients": fewest})
+    federation = _awaited(config.federation, server)
     base = gather(grid, members, federation, server.base if server else "")
     server = _taken_up(method, members, server) if server else _new(method, members, config)
     server.base = base
@@ -88,6 +86,12 @@ def serve(grid: Grid, config: RunConfig, run: RunDirectory, observer: Observer) 
     summary = summarize(config, strategy.rounds, seconds, base, server.clients)
     summary["bytes"]["join_total"] = sum(one.size for one in members.told.values()) + initial.size
     run.write_summary(summary)
+
+
+def _awaited(federation: FederationConfig, server: Server | None) -> FederationConfig:
+    """Return the settings by which clients are waited for: of a run that has begun, some may be forgotten."""
+    fewest = min(federation.min_clients, len(server.clients)) if server else federation.min_clients
+    return federation.model_copy(update={"min_clients": fewest})
 
 
 def _new(method: Method, members: Membership, config: RunConfig) -> Server:
