@@ -5,56 +5,34 @@ Nothing in the package imports this module.
 
 from __future__ import annotations
 
+import difflib
+import re
+import tomllib
+from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from unittest import mock
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-VOCABULARY = 260
+from flexperts.errors import ConfigError
+from flexperts.moe.batched import BatchedExperts
+from flexperts.moe.layout import LayerExperts
+from flexperts.moe.parallel import ParallelExperts
+
 _CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-_SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 256,
-    "bos_token_id": 256,
-    "eos_token_id": 257,
-    "pad_token_id": 258,
-}
-_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
-_LOCAL_EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4, "intermediate_size": 16}
+_TINY = tomllib.loads(resources.files("flexperts").joinpath("tiny_families.toml").read_text(encoding="utf-8"))
 
-FAMILIES: dict[str, dict[str, Any]] = {
-    "deepseek_v3": _EXPERTS
-    | {
-        "n_routed_experts": 4,
-        "n_shared_experts": 1,
-        "n_group": 1,
-        "topk_group": 1,
-        "first_k_dense_replace": 0,
-        "num_key_value_heads": 4,
-        "kv_lora_rank": 8,
-        "q_lora_rank": 8,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 8,
-    },
-    "gpt_oss": _LOCAL_EXPERTS | {"head_dim": 8, "layer_types": ["full_attention", "full_attention"]},
-    "granitemoe": _LOCAL_EXPERTS,
-    "mixtral": _LOCAL_EXPERTS,
-    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16},
-    "phimoe": _LOCAL_EXPERTS,
-    "qwen2_moe": _EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 32},
-    "qwen3_moe": _EXPERTS | {"num_experts": 4, "head_dim": 8},
-}
-"""Model type -> what its tiny config needs beside the common sizes."""
+_ROUTER_BIAS = re.compile(r"(gate|router)\b.*bias|(correction|expert)_bias")
+
+VOCABULARY: int = _TINY["common"]["vocab_size"]
+FAMILIES: dict[str, dict[str, Any]] = _TINY["families"]
+"""Model type -> what its tiny config needs beside the common sizes: every MoE causal language model there is."""
 
 METHOD_SETTINGS: dict[str, tuple[str, ...]] = {"scaffold": ("training.optimizer=sgd", "training.lr=0.5")}
 """Method -> the overrides without which it refuses to run."""
@@ -63,23 +41,81 @@ METHOD_SETTINGS: dict[str, tuple[str, ...]] = {"scaffold": ("training.optimizer=
 def tiny_model(
     family: str = "qwen2_moe", *, seed: int = 0, dtype: torch.dtype = torch.float32, **settings: Any
 ) -> Any:
-    """Return a random two-layer MoE causal language model of a family, in eval mode, weights frozen.
+    """Return a random MoE causal language model of a family, two layers where it can, in eval mode, weights frozen.
 
     Args:
         family: A key of ``FAMILIES``.
         seed: Seed of the weights.
         dtype: Storage type.
         settings: Config values on top of the family's.
+
+    Raises:
+        ConfigError: There is no such family.
     """
-    config = AutoConfig.for_model(family, **{**_SIZES, **FAMILIES[family], **settings})
+    config = AutoConfig.for_model(family, **{**tiny_settings(family), **settings})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        # Some families start routers and biases at zero; then routing would depend on nothing.
-        for parameter in model.parameters():
-            if parameter.std() == 0 or parameter.dim() > 1:
-                torch.nn.init.normal_(parameter, std=0.1)
+        draw_weights(model)
+    _keep_in_fp32(model)
     return model.eval().requires_grad_(False)
+
+
+def tiny_settings(family: str | None = None) -> dict[str, Any]:
+    """Return what the tiny config of a family sets; None is what all set alike.
+
+    Raises:
+        ConfigError: There is no such family.
+    """
+    if family is not None and family not in FAMILIES:
+        close = difflib.get_close_matches(family, FAMILIES, n=1)
+        remedy = f"did you mean {close[0]!r}?" if close else f"choose one of the {len(FAMILIES)}"
+        raise ConfigError(f"family {family!r}", "it must be a key of flexperts.testing.FAMILIES", remedy)
+    return {**_TINY["common"], **(FAMILIES[family] if family else {})}
+
+
+@torch.no_grad()
+def draw_weights(model: nn.Module) -> None:
+    """Draw every matrix anew, and every vector that starts as a constant.
+
+    Some families start routers and biases at zero, and tables of their (four) experts by token id too; then routing
+    would depend on nothing. Routers' own biases are drawn small: else routing would depend on nothing else.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 or parameter.min() == parameter.max():
+            nn.init.normal_(parameter, std=1e-5 if _ROUTER_BIAS.search(name) else 0.1)
+    for table in model.buffers():
+        if table.dim() == 2 and not table.is_floating_point():
+            rows, columns = (torch.arange(size) for size in table.shape)
+            table.copy_((rows[:, None] + columns) % 4)
+
+
+def _keep_in_fp32(model: PreTrainedModel) -> None:
+    """Store in fp32 what loading a checkpoint in bf16 keeps in fp32: some models do not run otherwise."""
+    if model.dtype != torch.float32:
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if tensor.is_floating_point() and any(part in name for part in model._keep_in_fp32_modules_strict):
+                tensor.data = tensor.data.float()
+
+
+def run_expert(experts: LayerExperts, index: int, hidden: Tensor, weight: float = 1.0) -> Tensor:
+    """Return one expert's weighted output ``[T, D]`` for ``hidden [T, D]``, computed by the model's own modules."""
+    module, tokens = experts.module, len(hidden)
+    if isinstance(experts, BatchedExperts):  # every expert gets T rows; only this one's are not zero
+        rows = hidden.new_zeros(experts.num_experts, tokens, experts.width)
+        rows[index] = hidden
+        output: Tensor = module(rows.flatten(0, 1)).unflatten(0, (experts.num_experts, -1))[index]
+        return weight * output
+    if isinstance(experts, ParallelExperts):  # all tokens belong to one expert; the block's bias is no expert's
+        counts = [tokens * (number == index) for number in range(experts.num_experts)]
+        order, gates = torch.arange(tokens), hidden.new_full((tokens,), weight)
+        with mock.patch.object(module.router, "forward", return_value=(order, order, gates, counts, None)):
+            whole: Tensor = module(hidden[None])[0]
+        return whole - cast(Tensor, module.bias)
+    # Two slots: one family cannot run with one.
+    slots, weights = torch.full((tokens, 2), index), hidden.new_tensor([weight, 0.0]).expand(tokens, 2)
+    summed: Tensor = module(hidden, slots, weights)
+    return summed.reshape(hidden.shape)
 
 
 def byte_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:

@@ -13,7 +13,9 @@ from transformers import GenerationConfig
 from flexperts.errors import GraftError
 from flexperts.grafting.expert_adapters import ExpertAdapters
 from flexperts.grafting.grafts import Grafts
-from flexperts.moe.experts import FusedExperts, find_experts
+from flexperts.moe.experts import find_experts
+from flexperts.moe.flat import FlatExperts
+from flexperts.moe.layout import LayerExperts
 from flexperts.testing import tiny_model
 
 FORMS: dict[str, Any] = {"low_rank": 3, "full": "full"}
@@ -58,13 +60,16 @@ def materialise(model: Any, adapters: ExpertAdapters) -> Any:
     return merged
 
 
-def write(experts: FusedExperts, index: int, adapter: Any) -> None:
+def write(experts: LayerExperts, index: int, adapter: Any) -> None:
     for name, tensor in experts.expert(index).items():
         if hasattr(adapter, name):
             tensor.copy_(getattr(adapter, name).data)
         elif hasattr(adapter, f"{name}_lora_A"):
             delta = 2.0 * getattr(adapter, f"{name}_lora_B").data @ getattr(adapter, f"{name}_lora_A").data
             tensor.add_(delta.T if experts.is_transposed else delta)
+        if isinstance(experts, FlatExperts) and name == "up":  # a copy of two matrices' rows
+            for stored, rows in zip(("w1", "v1"), tensor.chunk(2), strict=True):
+                getattr(experts.module.mlp, stored).view(experts.num_experts, *rows.shape)[index] = rows
 
 
 @pytest.mark.parametrize("indices", [ALL, SOME], ids=["all", "some"])

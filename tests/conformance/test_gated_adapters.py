@@ -8,7 +8,7 @@ import torch
 
 from flexperts.grafting.gated_adapters import GatedAdapters
 from flexperts.moe.experts import find_experts
-from flexperts.testing import tiny_model
+from flexperts.testing import run_expert, tiny_model
 
 
 def adapters_of(model: Any, **settings: Any) -> GatedAdapters:
@@ -56,25 +56,34 @@ def test_starts_come_from_the_stream() -> None:
     assert not torch.equal(shared, personal)
 
 
-def test_layer_output_is_the_formula(family: str) -> None:
-    model = tiny_model(family)
-    adapters = adapters_of(model)
+def test_what_is_added_is_the_formula(family: str) -> None:
+    adapters = adapters_of(tiny_model(family))
     disturb(adapters)
-    index, weights = torch.tensor([[1, 2]]).expand(6, 2), torch.tensor([[0.6, 0.3]]).expand(6, 2)
-    hidden = torch.randn(6, 32, generator=torch.Generator().manual_seed(1))
     for pair in adapters:
+        hidden = torch.randn(6, pair.experts.width, generator=torch.Generator().manual_seed(1))
         p = {n: t.detach() for n, t in pair.named_parameters()}
         with torch.no_grad():
-            base = pair.experts.module(hidden, index, weights)
-            adapters.attach()
-            output = pair.experts.module(hidden, index, weights)
-            adapters.detach()
+            added = pair(hidden)
         for t, x in enumerate(hidden):
             scores = p["gate.W2"] @ (1 / (1 + torch.exp(-(p["gate.W1"] @ x))))
             a = torch.exp(scores) / torch.exp(scores).sum()
             shared = 2.0 * p["shared.up"] @ (p["shared.down"] @ x)
             personal = 2.0 * p["personal.up"] @ (p["personal.down"] @ x)
-            torch.testing.assert_close(output[t], base[t] + a[0] * shared + a[1] * personal, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(added[t], a[0] * shared + a[1] * personal, rtol=1e-4, atol=1e-5)
+
+
+def test_it_is_added_to_the_layers_output(family: str) -> None:
+    model = tiny_model(family)
+    adapters = adapters_of(model)
+    disturb(adapters)
+    hidden = torch.randn(6, 32, generator=torch.Generator().manual_seed(1))
+    for pair in adapters:
+        with torch.no_grad():
+            expected = run_expert(pair.experts, 1, hidden, 0.6) + pair(hidden)
+            adapters.attach()
+            output = run_expert(pair.experts, 1, hidden, 0.6)
+            adapters.detach()
+        torch.testing.assert_close(output, expected)
 
 
 def test_gradients_reach_everything_after_a_first_step(model: Any, ids: torch.Tensor) -> None:

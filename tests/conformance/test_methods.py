@@ -146,6 +146,10 @@ def check_trained_run(run: Path, summary: Any, workspace: Workspace, monkeypatch
         trained.client(client).evaluate(trained.request(client), trained.model.method.states).items()
     ):
         assert scores.nll == summary["clients"][client]["nll"][state]
+    if trained.model.method.one_global and "global" in trained.model.method.states:
+        first, *others = (trained.request(name).payload for name in trained.clients)
+        assert all(other.manifest == first.manifest for other in others)
+        assert all(torch.equal(t, first.tensors()[n]) for other in others for n, t in other.tensors().items())
     trained.model.close()
 
 

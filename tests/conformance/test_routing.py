@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -46,48 +46,64 @@ def recorded(model: Any, *batches: PaddedBatch, precision: Any = "fp32") -> dict
 
 
 @contextmanager
-def plain_hooks(model: Any) -> Iterator[dict[str, list[Tensor]]]:
-    """Note, by experts module: index and weights as the experts get them, the router's input and its logits."""
-    seen: dict[str, list[Tensor]] = {}
-    handles = []
-    for e in find_experts(model):
-        note = seen[e.name] = []
-        router = find_router(model, e).module
-        handles.append(router.register_forward_hook(lambda _m, a, out, note=note: note.extend((a[0], out[0]))))
-        handles.append(e.module.register_forward_hook(lambda _m, args, _out, note=note: note.extend(args[1:])))
-    yield seen
-    for handle in handles:
-        handle.remove()
+def plain_hooks(model: Any) -> Iterator[dict[str, dict[str, Tensor]]]:
+    """Note, by experts module: index and weights as the experts get them, the router's input and its output."""
+    seen: dict[str, dict[str, Tensor]] = {}
+    with ExitStack() as stack:
+        for e in find_experts(model):
+            note = seen[e.name] = {}
+            handles = [
+                *e.watch(lambda _x, index, weight, _y, note=note: note.update(index=index, weight=weight)),
+                *router_hooks(model, e, note),
+            ]
+            for handle in handles:
+                stack.callback(handle.remove)
+        yield seen
 
 
-def run(model: Any, *, precision: str = "fp32") -> dict[str, list[Tensor]]:
+def router_hooks(model: Any, experts: Any, note: dict[str, Tensor]) -> list[Any]:
+    try:
+        router = find_router(model, experts).module
+    except ModelError:
+        return []
+
+    def scored(_module: Any, args: tuple[Tensor, ...], output: Any) -> None:
+        first = next(t for t in (output if isinstance(output, tuple) else (output,)) if t.is_floating_point())
+        note.update(input=args[0], logits=first)
+
+    return [router.register_forward_hook(scored)]
+
+
+def run(model: Any, *, precision: str = "fp32") -> dict[str, dict[str, Tensor]]:
     """Return what plain hooks see of the tokens, padding left out."""
     rows = batch()
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
     with plain_hooks(model) as seen, torch.no_grad(), autocast:
         model(input_ids=rows.input_ids, attention_mask=rows.attention_mask)
     keep = rows.attention_mask.bool().flatten()
-    return {name: [t.reshape(len(keep), -1)[keep] for t in note] for name, note in seen.items()}
+    return {name: {k: t.reshape(len(keep), -1)[keep] for k, t in note.items()} for name, note in seen.items()}
 
 
 def test_index_and_weights_are_what_the_experts_get(model: Any) -> None:
     layers, seen = recorded(model), run(model)
     assert list(layers) == list(seen) == [e.name for e in find_experts(model)]
     for name, layer in layers.items():
-        _, _, index, weight = seen[name]
-        assert layer.index.shape == (sum(LENGTHS), 2)
-        assert torch.equal(layer.index, index)
-        assert torch.equal(layer.weight, weight.float())
+        assert len(layer.index) == sum(LENGTHS)
+        assert torch.equal(layer.index, seen[name]["index"])
+        assert torch.equal(layer.weight, seen[name]["weight"].float())
         assert layer.experts == 4
 
 
 def test_the_distribution_is_that_of_the_routers_own_logits(family: str) -> None:
     model = tiny_model(family)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if "correction_bias" in name or "expert_bias" in name:
+            tensor.zero_()  # what corrects the choice is not in the distribution
     layers, seen = recorded(model), run(model)
     for name, layer in layers.items():
         assert layer.probabilities is not None
-        torch.testing.assert_close(layer.probabilities, seen[name][1].float().softmax(-1))
-        chosen = layer.probabilities.topk(2).indices
+        torch.testing.assert_close(layer.probabilities, seen[name]["logits"].float().softmax(-1))
+        chosen = layer.probabilities.topk(layer.index.shape[1]).indices
         assert torch.equal(chosen.sort(-1).values, layer.index.sort(-1).values)
         given = layer.probabilities.gather(1, layer.index)
         if family in SCALED_WEIGHTS:
@@ -100,14 +116,27 @@ def test_under_autocast_the_distribution_is_still_computed_in_fp32(model: Any) -
     layers, seen = recorded(model, precision="bf16"), run(model, precision="bf16")
     for e in find_experts(model):
         router = find_router(model, e).module
-        logits = seen[e.name][0].double() @ router.weight.double().T
+        logits = seen[e.name]["input"].double() @ router.weight.double().T
         if (bias := getattr(router, "bias", None)) is not None:
             logits = logits + bias.double()
         probabilities = layers[e.name].probabilities
         assert probabilities is not None
         assert probabilities.dtype == torch.float32
         torch.testing.assert_close(probabilities.double(), logits.softmax(-1), rtol=1e-4, atol=1e-6)
-        assert torch.equal(layers[e.name].index, seen[e.name][2])
+        assert torch.equal(layers[e.name].index, seen[e.name]["index"])
+
+
+def test_padding_changes_no_weight_and_no_choice(family: str) -> None:
+    """Every token of a padded batch is sent where it is sent in a batch of its own, with the same weights."""
+    model = tiny_model(family)
+    padded = recorded(model)
+    alone = recorded(model, *(pad_batch([example], 258) for example in examples()))
+    for name, layer in padded.items():
+        order, expected = layer.index.argsort(-1), alone[name].index.argsort(-1)
+        assert torch.equal(layer.index.gather(1, order), alone[name].index.gather(1, expected))
+        torch.testing.assert_close(
+            layer.weight.gather(1, order), alone[name].weight.gather(1, expected), rtol=1e-3, atol=1e-6
+        )
 
 
 def test_padding_does_not_count(family: str) -> None:
@@ -160,7 +189,7 @@ def test_a_trained_router_is_the_one_that_is_read(family: str) -> None:
         for delta in deltas.parameters():
             delta.normal_(generator=torch.Generator().manual_seed(5))
         for e, delta in zip(find_experts(changed), deltas.parameters(), strict=True):
-            find_router(changed, e).weight.add_(delta)
+            find_router(changed, e).weight[: e.num_experts].add_(delta)
     before = recorded(model)
     deltas.attach()
     after, expected = recorded(model), recorded(changed)

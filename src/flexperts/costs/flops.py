@@ -16,7 +16,8 @@ from flexperts.grafting.grafts import Graft, Grafts
 from flexperts.grafting.part import Part
 from flexperts.grafting.personal_expert import LowRankExpert
 from flexperts.grafting.router_deltas import RouterDeltas
-from flexperts.moe.experts import FusedExperts, find_experts
+from flexperts.moe.experts import find_experts
+from flexperts.moe.layout import LayerExperts
 
 
 def base_flops(model: nn.Module, top_k: int) -> float:
@@ -25,13 +26,13 @@ def base_flops(model: nn.Module, top_k: int) -> float:
     Raises:
         ModelError: The model has no experts modules that can be read.
     """
-    experts = {id(e.module): e for e in find_experts(model)}
-    values = 0.0
+    experts = find_experts(model)
+    routed = {id(p) for e in experts for p in e.stored}
+    values = float(sum(top_k * _expert(e) for e in experts))
     for module in model.modules():
-        if id(module) in experts:
-            values += top_k * _expert(experts[id(module)])
-        elif not isinstance(module, nn.Embedding):
-            values += _matrices(module, recurse=False)
+        if not isinstance(module, nn.Embedding):
+            dense = (p for p in module.parameters(recurse=False) if id(p) not in routed)
+            values += sum(p.numel() for p in dense if p.dim() == 2)
     return 2 * values
 
 
@@ -43,7 +44,7 @@ def added_flops(model: ClientModel, parts: dict[str, Part], top_k: int) -> float
     Args:
         model: The model with its adapters.
         parts: What the method hangs onto it.
-        top_k: K.
+        top_k: ``K``.
     """
     if model.method.states == ("zero_shot",):
         return 0.0  # evaluated with adapters off
@@ -75,10 +76,10 @@ def _adapted(layer: AdaptedLayer, top_k: int, *, restrict: bool) -> float:
     return share * (_matrices(layer) + frozen) - saved
 
 
-def _expert(experts: FusedExperts) -> int:
+def _expert(experts: LayerExperts) -> int:
     """Return the matrix values of one routed expert."""
     return sum(t.numel() for _, t in experts.expert(0).items() if t.dim() == 2)
 
 
-def _matrices(module: nn.Module, *, recurse: bool = True) -> int:
-    return sum(p.numel() for p in module.parameters(recurse=recurse) if p.dim() == 2)
+def _matrices(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.dim() == 2)

@@ -11,11 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from flexperts.errors import ModelError
 from flexperts.modeling.load import LoadedBase
+from flexperts.modeling.skeleton import skeleton
 
 _REMEDY = "name a config that ships, a folder or file with a config.json, or a hub id"
 _STAND_INS = {"deepseek": "deepseek-moe-16b"}
@@ -77,8 +77,7 @@ def meta_base(description: Description, dtype: str) -> LoadedBase:
         ModelError: transformers has no causal language model for it.
     """
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(description.config, dtype=getattr(torch, dtype))
+        model = skeleton(description.config, dtype)
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         reason = f"no model can be built from it ({str(error).strip().splitlines()[0]})"
         raise ModelError(
@@ -95,9 +94,10 @@ def experts_per_token(config: Any) -> int:
         ModelError: The config does not tell.
     """
     text = config.get_text_config()
-    for name in ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k_experts"):
-        if isinstance(value := getattr(text, name, None), int):
-            return value
+    for place in (text, getattr(text, "ffn_config", None)):
+        for name in ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k_experts"):
+            if isinstance(value := getattr(place, name, None), int):
+                return value
     raise ModelError(
         f"config of type {text.model_type!r}",
         "it does not tell num_experts_per_tok",

@@ -34,7 +34,7 @@ DEFAULT_ROWS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 )
 """(row's name, method, its settings) of a plan that names no methods."""
 DENSE = "dense weights, whole"
-"""Row of what is no method here: averaging all that lies outside of routed experts and routers."""
+"""Row of what is no method here, averaging all that lies outside of routed experts and routers."""
 
 
 def plan(
@@ -86,7 +86,7 @@ def model_facts(description: Description, base: LoadedBase) -> ModelFacts:
     """
     experts, top_k = find_experts(base.model), experts_per_token(description.config)
     values = sum(p.numel() for p in base.model.parameters())
-    idle = sum(sum(p.numel() for p in e.module.parameters()) * (1 - top_k / e.num_experts) for e in experts)
+    idle = sum(_values(e.stored) * (1 - top_k / e.num_experts) for e in experts)
     return ModelFacts(
         name=description.name,
         note=description.note,
@@ -159,7 +159,7 @@ def plan_method(
 def _dense(base: LoadedBase, facts: ModelFacts, config: RunConfig, clients: int, bandwidth: float) -> MethodPlan:
     """Plan FedAvg of all weights outside of routed experts and routers, trained as fp32 copies."""
     experts = find_experts(base.model)
-    left_out = sum(_values(e.module.parameters()) + find_router(base.model, e).weight.numel() for e in experts)
+    left_out = sum(_values(e.stored) + find_router(base.model, e).weight.numel() for e in experts)
     values = facts.parameters - left_out
     size = float(_FP32 * values)
     return MethodPlan(

@@ -13,7 +13,7 @@ from flexperts.data.batches import pad_batch
 from flexperts.data.prompts import Example
 from flexperts.grafting.selection import Batch, LayerScores, reconstruction_scores
 from flexperts.modeling.forward import Precision, autocast, hidden_states
-from flexperts.moe.experts import FusedExperts
+from flexperts.moe.layout import LayerExperts
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class CalibrationSettings:
 
 def score_experts(
     model: Any,
-    experts: Sequence[FusedExperts],
+    experts: Sequence[LayerExperts],
     examples: Sequence[Example],
     settings: CalibrationSettings,
     generator: Generator,

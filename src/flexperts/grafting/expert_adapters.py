@@ -16,11 +16,11 @@ from torch import Generator, Tensor, nn
 from flexperts.errors import GraftError
 from flexperts.grafting.part import Part, Removable, key
 from flexperts.grafting.personal_expert import Rank, personal_expert
-from flexperts.moe.experts import FusedExperts
+from flexperts.moe.layout import LayerExperts
 
 Streams = Generator | Callable[[str, int], Generator]
 """One random stream for all, or a function (experts module's name, expert) -> that expert's own stream."""
-GradientFor = Callable[[FusedExperts, Tensor, Tensor], Collection[int]]
+GradientFor = Callable[[LayerExperts, Tensor, Tensor], Collection[int]]
 """(experts module, index ``[T, K]``, weights ``[T, K]``) -> the experts that learn from this call."""
 
 
@@ -35,12 +35,13 @@ class AdaptedLayer(nn.ModuleDict):
         generator: Stream for LoRA's A, or one for each expert.
 
     Raises:
-        GraftError: ``indices`` are not different experts of the module.
+        GraftError: ``indices`` are not different experts of the module, or its layout cannot be adapted in place.
     """
 
     def __init__(
-        self, experts: FusedExperts, indices: Sequence[int], rank: Rank, alpha: float, generator: Streams
+        self, experts: LayerExperts, indices: Sequence[int], rank: Rank, alpha: float, generator: Streams
     ) -> None:
+        _check_layout(experts)
         _check_indices(experts, indices)
         streams = (lambda _name, _index: generator) if isinstance(generator, Generator) else generator
         own = {i: personal_expert(experts, i, rank, alpha, streams(experts.name, i)) for i in indices}
@@ -50,16 +51,20 @@ class AdaptedLayer(nn.ModuleDict):
 
     @property
     def is_whole(self) -> bool:
-        """Whether every expert of the module is adapted, so that the base's own have nothing to do."""
-        return len(self.indices) == self.experts.num_experts
+        """Whether every choice of the router is adapted, so that the base has nothing to do."""
+        return len(self.indices) == self.experts.num_experts + self.experts.num_identities
 
     def among(self, index: Tensor) -> Tensor:
         """Tell which routing slots ``index [T, K]`` hold an adapted expert: ``[T, K]`` bool."""
         return torch.isin(index, torch.tensor(self.indices, device=index.device))
 
     def keep(self, index: Tensor, weights: Tensor) -> Tensor:
-        """Return ``weights [T, K]`` with other experts' slots at 0 and the kept ones scaled to the old sum."""
-        kept = weights.masked_fill(~self.among(index), 0).float()
+        """Return ``weights [T, K]`` with other experts' slots at 0 and the kept ones scaled to the old sum.
+
+        Identities are no experts: they stay.
+        """
+        stays = self.among(index) | (index >= self.experts.num_experts)
+        kept = weights.masked_fill(~stays, 0).float()
         before, after = weights.float().sum(-1, keepdim=True), kept.sum(-1, keepdim=True)
         # A token with nothing kept divides by 1: its weights stay zero, and no NaN reaches the gradient.
         return (kept * (before / torch.where(after == 0, 1.0, after))).to(weights.dtype)
@@ -92,12 +97,13 @@ class ExpertAdapters(Part):
             are used (after ``restrict``), and must answer the same when checkpointing asks it again.
 
     Raises:
-        GraftError: ``choice`` names a module or an expert that the base does not have.
+        GraftError: ``choice`` names a module or an expert that the base does not have, or a module whose layout
+            cannot be adapted in place.
     """
 
     def __init__(
         self,
-        experts: Sequence[FusedExperts],
+        experts: Sequence[LayerExperts],
         choice: Mapping[str, Sequence[int]],
         rank: Rank = "full",
         alpha: float = 16.0,
@@ -154,7 +160,7 @@ class ExpertAdapters(Part):
         if self.restrict:
             weights = layer.keep(index, weights)
         adapted: Tensor = layer(hidden, index, weights, self._learning(layer, index, weights))
-        if self.restrict or layer.is_whole:
+        if layer.is_whole or (self.restrict and not layer.experts.num_identities):
             return adapted
         rest: Tensor = base(hidden, index, weights.masked_fill(layer.among(index), 0))
         return rest + adapted
@@ -162,7 +168,9 @@ class ExpertAdapters(Part):
     def _learning(self, layer: AdaptedLayer, index: Tensor, weights: Tensor) -> Collection[int]:
         if self.gradient_for is None or not layer.experts.module.training:
             return layer.indices
-        return self.gradient_for(layer.experts, index, weights)
+        # A slot that holds no expert weighs nothing.
+        real = index < layer.experts.num_experts
+        return self.gradient_for(layer.experts, index * real, weights.detach() * real)
 
 
 class _Forward:
@@ -175,7 +183,13 @@ class _Forward:
         self.module.forward = self
 
     def __call__(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        return self.part.compute(self.layer, self.base, hidden, index, weights)
+        """Return what the module would; some models call theirs with ``[B, S, D]``."""
+
+        def base(*args: Tensor) -> Tensor:
+            output: Tensor = self.base(*args)
+            return output.view(args[0].shape)
+
+        return self.part.compute(self.layer, base, hidden.flatten(0, -2), index, weights).view(hidden.shape)
 
     def remove(self) -> None:
         """Give the module back the forward it had."""
@@ -185,7 +199,16 @@ class _Forward:
             self.module.forward = self.previous
 
 
-def _check_indices(experts: FusedExperts, indices: Sequence[int]) -> None:
+def _check_layout(experts: LayerExperts) -> None:
+    if not experts.takes_routing:
+        raise GraftError(
+            f"{experts.name} ({type(experts).__name__})",
+            "only experts whose module is called with (x, index, weights) can be adapted in place",
+            "use a method that grafts beside the router, such as flex, or another base",
+        )
+
+
+def _check_indices(experts: LayerExperts, indices: Sequence[int]) -> None:
     good = set(range(experts.num_experts))
     if not indices or len(set(indices)) != len(indices) or not set(indices) <= good:
         raise GraftError(

@@ -9,21 +9,20 @@ Source: pFedMoE (arXiv 2402.01350), in the low-rank form of CoMiGS (arXiv 2409.1
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from flexperts.grafting.part import Part, Removable, key, uniform_matrix
-from flexperts.moe.experts import FusedExperts
+from flexperts.moe.layout import LayerExperts
 
 
 class Bottleneck(nn.Module):
     """scale * up (down x): a low-rank expert of its own; ``up`` starts at zero, so the start adds nothing.
 
     Args:
-        width: D.
+        width: ``D``.
         rank: r, at least 1.
         scale: Factor of the output.
         generator: Stream for ``down``.
@@ -45,8 +44,8 @@ class TokenGate(nn.Module):
     """softmax(W2 sigmoid(W1 x)): how much of the shared and of the personal expert a token gets.
 
     Args:
-        width: D.
-        hidden_width: h.
+        width: ``D``.
+        hidden_width: ``h``.
         generator: Stream for W1 and W2.
     """
 
@@ -67,12 +66,12 @@ class GatedPair(nn.Module):
     Args:
         experts: The layer's experts module.
         rank, scale: Of both experts.
-        gate_width: h.
+        gate_width: ``h``.
         generator: Stream for all of them: shared, personal, gate.
     """
 
     def __init__(
-        self, experts: FusedExperts, rank: int, scale: float, gate_width: int, generator: Generator
+        self, experts: LayerExperts, rank: int, scale: float, gate_width: int, generator: Generator
     ) -> None:
         super().__init__()
         self.experts = experts
@@ -101,7 +100,7 @@ class GatedAdapters(Part):
 
     def __init__(
         self,
-        experts: Sequence[FusedExperts],
+        experts: Sequence[LayerExperts],
         *,
         rank: int = 8,
         alpha: float = 16.0,
@@ -118,12 +117,6 @@ class GatedAdapters(Part):
         return iter(self.layers.values())  # type: ignore[arg-type]
 
     def hooks(self) -> Iterator[Removable]:
-        """Hang every pair beside its experts module."""
+        """Hang every pair beside its layer's experts."""
         for pair in self:
-            yield pair.experts.module.register_forward_hook(self._hook(pair))
-
-    def _hook(self, pair: GatedPair) -> Any:
-        def add(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return output + pair(args[0]).to(output.dtype) if self.enabled else output
-
-        return add
+            yield self.beside(pair.experts, pair)

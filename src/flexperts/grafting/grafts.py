@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from flexperts.errors import GraftError
-from flexperts.grafting.part import Part, key
+from flexperts.grafting.part import Part, Removable, key
 from flexperts.grafting.personal_expert import FullExpert, Rank, personal_expert
-from flexperts.moe.experts import FusedExperts
+from flexperts.moe.layout import LayerExperts
 
 _DISTURBANCE = 1e-3
 """Standard deviation of ``disturb``: of a gate's weights, and in terms of an expert's own."""
@@ -49,7 +47,7 @@ class Graft(nn.Module):
 
     def __init__(
         self,
-        experts: FusedExperts,
+        experts: LayerExperts,
         indices: Sequence[int],
         rank: Rank,
         alpha: float,
@@ -109,7 +107,7 @@ class Grafts(Part):
 
     def __init__(
         self,
-        experts: Sequence[FusedExperts],
+        experts: Sequence[LayerExperts],
         choice: Choice,
         *,
         rank: Rank = "full",
@@ -151,16 +149,10 @@ class Grafts(Part):
     def __iter__(self) -> Iterator[Graft]:
         return iter(self.layers.values())  # type: ignore[arg-type]
 
-    def hooks(self) -> Iterator[RemovableHandle]:
-        """Hang every graft beside its experts module."""
+    def hooks(self) -> Iterator[Removable]:
+        """Hang every graft beside its layer's experts."""
         for graft in self:
-            yield graft.experts.module.register_forward_hook(self._hook(graft))
-
-    def _hook(self, graft: Graft) -> Any:
-        def add(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return output + graft(args[0]).to(output.dtype) if self.enabled else output
-
-        return add
+            yield self.beside(graft.experts, graft)
 
 
 def _full(expert: nn.Module) -> FullExpert:
@@ -172,7 +164,7 @@ def _full(expert: nn.Module) -> FullExpert:
     )
 
 
-def _check_indices(experts: FusedExperts, indices: Sequence[int]) -> None:
+def _check_indices(experts: LayerExperts, indices: Sequence[int]) -> None:
     good = set(range(experts.num_experts))
     if not indices or len(set(indices)) != len(indices) or not set(indices) <= good:
         raise GraftError(
@@ -183,7 +175,7 @@ def _check_indices(experts: FusedExperts, indices: Sequence[int]) -> None:
 
 
 def _checked_scales(
-    experts: FusedExperts, indices: Sequence[int], scales: Sequence[float] | None
+    experts: LayerExperts, indices: Sequence[int], scales: Sequence[float] | None
 ) -> tuple[float, ...]:
     if scales is None:
         return (1.0,) * len(indices)

@@ -16,6 +16,7 @@ import torch
 from torch import Generator, nn
 
 from flexperts.errors import GraftError
+from flexperts.moe.layout import LayerExperts
 
 
 class Removable(Protocol):
@@ -53,6 +54,10 @@ class Part(nn.Module, ABC):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    def beside(self, experts: LayerExperts, module: nn.Module) -> Removable:
+        """Hang ``module`` beside a layer's experts: while the part is enabled, its output is added to theirs."""
+        return experts.add(lambda hidden: module(hidden) if self.enabled else None)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from flexperts.grafting.part import uniform_matrix
-from flexperts.moe.experts import ExpertWeights, FusedExperts
+from flexperts.moe.layout import ExpertWeights, LayerExperts
 
 Rank = int | Literal["full"]
 
@@ -29,7 +29,7 @@ class LowRankExpert(nn.Module):
         generator: Stream for A; B starts at zero, so training starts from the pretrained expert.
     """
 
-    def __init__(self, experts: FusedExperts, index: int, rank: int, alpha: float, generator: Generator) -> None:
+    def __init__(self, experts: LayerExperts, index: int, rank: int, alpha: float, generator: Generator) -> None:
         super().__init__()
         self.experts, self.index, self.scale = experts, index, alpha / rank
         up, down = ((w.T if experts.is_transposed else w).shape for w in _matrices(self.frozen))
@@ -65,7 +65,7 @@ class FullExpert(nn.Module):
         index: Which of its experts.
     """
 
-    def __init__(self, experts: FusedExperts, index: int) -> None:
+    def __init__(self, experts: LayerExperts, index: int) -> None:
         super().__init__()
         self.experts, self.index = experts, index
         for name, tensor in experts.expert(index).items():
@@ -85,7 +85,7 @@ class FullExpert(nn.Module):
 
 
 def personal_expert(
-    experts: FusedExperts, index: int, rank: Rank, alpha: float, generator: Generator
+    experts: LayerExperts, index: int, rank: Rank, alpha: float, generator: Generator
 ) -> LowRankExpert | FullExpert:
     """Return expert ``index`` in the form that ``rank`` asks for (an integer, or ``"full"``)."""
     if rank == "full":

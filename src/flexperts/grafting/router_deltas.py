@@ -8,16 +8,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from flexperts.grafting.part import Part, Removable, key
-from flexperts.moe.experts import FusedExperts
+from flexperts.moe.layout import LayerExperts
 from flexperts.moe.router import Router, find_router
 
 
 class RouterDeltas(Part):
     """A trainable fp32 delta ``[N, D']`` on the router's matrix of each layer, zero at the start.
+
+    Where a router can choose more than experts, the rows of those other choices stay frozen.
 
     While attached, torch lists the frozen matrix as ``<router>.parametrizations.weight.original``; the delta itself
     is never among the base's parameters. Save the base while the part is off.
@@ -30,19 +33,21 @@ class RouterDeltas(Part):
         ModelError: A layer's router is not found.
     """
 
-    def __init__(self, model: nn.Module, experts: Sequence[FusedExperts]) -> None:
+    def __init__(self, model: nn.Module, experts: Sequence[LayerExperts]) -> None:
         super().__init__()
         self._routers = {e.name: find_router(model, e) for e in experts}
-        deltas = {key(n): torch.zeros_like(r.weight, dtype=torch.float32) for n, r in self._routers.items()}
+        rows = {e.name: self._routers[e.name].weight[: e.num_experts] for e in experts}
+        deltas = {key(n): torch.zeros_like(w, dtype=torch.float32) for n, w in rows.items()}
         self.layers = nn.ParameterDict({n: nn.Parameter(delta) for n, delta in deltas.items()})
 
     def weight(self, experts_name: str) -> Tensor:
-        """Return the matrix ``[N, D']`` in fp32 that the router beside that experts module uses when attached."""
+        """Return the experts' rows ``[N, D']`` in fp32 of the matrix that the router uses when attached."""
         router = self._routers[experts_name]
         frozen = router.weight
         if parametrize.is_parametrized(router.module, router.parameter):
             frozen = router.module.parametrizations[router.parameter].original  # type: ignore[index, union-attr]
-        return self._sum(experts_name, frozen.detach()) if self.enabled else frozen.detach().float()
+        whole = self._sum(experts_name, frozen.detach()) if self.enabled else frozen.detach().float()
+        return whole[: len(self.layers[key(experts_name)])]
 
     def hooks(self) -> Iterator[Removable]:
         """Make every router's matrix the sum of the frozen one and its delta."""
@@ -51,7 +56,7 @@ class RouterDeltas(Part):
 
     def _sum(self, name: str, frozen: Tensor) -> Tensor:
         delta: Tensor = self.layers[key(name)]
-        return frozen.float() + delta
+        return frozen.float() + F.pad(delta, (0, 0, 0, len(frozen) - len(delta)))
 
 
 class _Plus(nn.Module):

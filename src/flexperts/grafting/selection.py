@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import Self
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from flexperts.errors import GraftError
-from flexperts.moe.experts import FusedExperts
+from flexperts.moe.layout import LayerExperts, Note
 
 Batch = Mapping[str, Tensor]
 _STACK = 2**26
@@ -106,17 +106,17 @@ class LayerScores:
 
 @dataclass
 class _Probe:
-    """Scores one batch's chosen positions inside the experts modules' forward hooks."""
+    """Scores one batch's chosen positions while the experts are watched."""
 
     scores: dict[str, LayerScores] = field(default_factory=dict)
     positions: Tensor | None = None
 
-    def hook(self, experts: FusedExperts) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def note(self, experts: LayerExperts) -> Note:
         layer = self.scores[experts.name] = LayerScores.empty(experts.name, experts.num_experts)
         chunk = max(1, _STACK // (experts.num_experts * experts.width))
 
-        def score(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            hidden, index, weight, target = (t.reshape(-1, t.shape[-1])[self.positions] for t in (*args, output))
+        def score(*call: Tensor) -> None:
+            hidden, index, weight, target = (t[self.positions] for t in call)
             layer.add_routing(index, weight)
             for tokens, part in zip(torch.split(hidden, chunk), torch.split(target, chunk), strict=True):
                 layer.add_products(part, _outputs(experts, tokens))
@@ -124,7 +124,7 @@ class _Probe:
         return score
 
 
-def _outputs(experts: FusedExperts, hidden: Tensor) -> Tensor:
+def _outputs(experts: LayerExperts, hidden: Tensor) -> Tensor:
     """Return every expert's output ``[N, T, D]``, whatever the router says."""
     return torch.stack([experts.run(hidden, experts.expert(i)) for i in range(experts.num_experts)])
 
@@ -132,7 +132,7 @@ def _outputs(experts: FusedExperts, hidden: Tensor) -> Tensor:
 @torch.no_grad()
 def reconstruction_scores(
     forward: Callable[[Batch], object],
-    experts: Sequence[FusedExperts],
+    experts: Sequence[LayerExperts],
     batches: Iterable[Batch],
     *,
     max_tokens: int,
@@ -155,7 +155,7 @@ def reconstruction_scores(
     if not total:
         raise GraftError("calibration data", "it holds no token", "give the client at least one row")
     probe = _Probe()
-    handles = [e.module.register_forward_hook(probe.hook(e)) for e in experts]
+    handles = [handle for e in experts for handle in e.watch(probe.note(e))]
     try:
         for batch in batches:
             probe.positions = _sample(batch["attention_mask"], max_tokens / total, generator)

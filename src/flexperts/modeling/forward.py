@@ -31,7 +31,7 @@ def response_logits(model: nn.Module, batch: PaddedBatch) -> Tensor:
         "input_ids": batch.input_ids.to(device),
         "attention_mask": batch.attention_mask.to(device),
     }
-    if _keeps_logits(model):
+    if _takes(model, "logits_to_keep"):
         # Indices, not a number: on a slice's strides torch copies the vocabulary matrix once per row.
         columns = batch.input_ids.shape[1]
         inputs["logits_to_keep"] = torch.arange(max(0, columns - keep), columns, device=device)
@@ -42,11 +42,32 @@ def response_logits(model: nn.Module, batch: PaddedBatch) -> Tensor:
 def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Return the last layer's hidden states ``[B, S, D]``; the vocabulary projection is not computed."""
     device = next(model.parameters()).device
-    output = model.base_model(
-        input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False
-    )
+    # The text model of a multimodal family may not know the name of what it holds itself.
+    inner = model.model if model.base_model is model else model.base_model
+    output = inner(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False)
     states: Tensor = output.last_hidden_state
     return states
+
+
+def next_logits(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, cache: Any = None
+) -> tuple[Tensor, Any]:
+    """Return fp32 logits ``[B, V]`` of the token after the last column, and the cache with these columns in it.
+
+    Args:
+        model: A causal language model.
+        input_ids: Columns that the cache does not have yet, ``[B, S]``, padded on the left.
+        attention_mask: Which columns of cache and input are no padding, ``[B, C + S]``.
+        cache: Keys and values of the C columns before.
+    """
+    columns = input_ids.shape[1]
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if _takes(model, "position_ids"):
+        inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -columns:]
+    if _takes(model, "logits_to_keep"):
+        inputs["logits_to_keep"] = torch.arange(columns - 1, columns, device=input_ids.device)
+    output = model(**inputs, past_key_values=cache, use_cache=True)
+    return output.logits[:, -1].float(), output.past_key_values
 
 
 def token_losses(model: nn.Module, batch: PaddedBatch) -> tuple[Tensor, Tensor]:
@@ -57,6 +78,6 @@ def token_losses(model: nn.Module, batch: PaddedBatch) -> tuple[Tensor, Tensor]:
     return losses.sum(1), (labels != IGNORED).sum(1)
 
 
-def _keeps_logits(model: Any) -> bool:
+def _takes(model: Any, argument: str) -> bool:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(type(base).forward).parameters
+    return argument in inspect.signature(type(base).forward).parameters

@@ -9,12 +9,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from flexperts.base.build import resolve_base
 from flexperts.config.model import ModelConfig
 from flexperts.errors import ModelError
+from flexperts.modeling.placement import computing_device, placement
+from flexperts.modeling.quantization import ExpertsQuantization, check_quantized, check_quantizer
+from flexperts.modeling.skeleton import auto_class
+from flexperts.moe.experts import find_experts
 from flexperts.parameters.fingerprint import fingerprint
 
 
@@ -38,11 +42,13 @@ class LoadedBase:
 def load_base(config: ModelConfig) -> LoadedBase:
     """Load the base that a recipe names, building a shipped one on first use.
 
+    Every tensor is read in its storage type straight to its place, and quantized there where the recipe says so.
+
     Raises:
         ModelError: Nothing can be loaded under that name, it holds no safetensors, its own code would have to run
-            and ``trust_remote_code`` is off, or the device does not exist.
+            and ``trust_remote_code`` is off, the device does not exist, or experts that are to be quantized cannot.
     """
-    device = _device(config.device)
+    device = computing_device(config.device)
     source = resolve_base(config.base)
     transformers_logging.disable_progress_bar()  # transformers' bar would fight with the run's own display
     _check_weights(Path(source))
@@ -51,13 +57,24 @@ def load_base(config: ModelConfig) -> LoadedBase:
     trusted = config.trust_remote_code
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=getattr(torch, config.dtype), trust_remote_code=trusted, use_safetensors=True
+        described = AutoConfig.from_pretrained(source, trust_remote_code=trusted)
+        model = auto_class(described).from_pretrained(
+            source,
+            dtype=getattr(torch, config.dtype),
+            trust_remote_code=trusted,
+            use_safetensors=True,
+            **placement(config, described, device),
+            **_quantization(config, described),
         )
-        model = model.to(device)
+    except ModelError:
+        raise
     except _UNLOADABLE as error:
         raise _refused(config.base, error) from error
+    if config.quantization != "none":
+        check_quantized(model, config.base)
     _freeze(model)
+    _let_go_of_files(model)
+    _keep_rows_together(model)
     return LoadedBase(model, tokenizer, fingerprint(model), source)
 
 
@@ -87,21 +104,47 @@ def _refused(base: str, error: Exception) -> ModelError:
     return ModelError(f"model.base = {base!r}", reason, "check the name and the network")
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(
-            f"model.device = {name!r}", f"torch cannot use it ({reason})", "use auto or cpu"
-        ) from error
+def _quantization(config: ModelConfig, described: Any) -> dict[str, Any]:
+    """Return what ``from_pretrained`` is told about quantization."""
+    if config.quantization == "none":
+        return {}
+    check_quantizer(described, config.base)
+    # transformers' own loop takes experts one by one: no more than one is dequantized at a time.
+    return {
+        "quantization_config": ExpertsQuantization(config.quantization),
+        "experts_implementation": "eager",
+    }
 
 
 def _freeze(model: Any) -> None:
     model.requires_grad_(False)
     model.eval()
     # With frozen routers, a load-balancing term in the loss would train nothing it is meant to.
-    if hasattr(model.config, "output_router_logits"):
-        model.config.output_router_logits = False
+    text = model.config.get_text_config()
+    if hasattr(text, "output_router_logits"):
+        text.output_router_logits = False
+
+
+def _let_go_of_files(model: Any) -> None:
+    """Copy what is small out of the mapped files.
+
+    Tensors on a CPU are read in place from files. Where experts are stored one by one, they have been put together
+    in memory by now, and the rest would keep whole files mapped: the process would seem to hold the model twice.
+    """
+    try:
+        experts = {id(p) for e in find_experts(model) for p in e.stored}
+    except ModelError:  # a dense model, or one whose experts cannot be read: a method that needs them says so
+        return
+    for parameter in model.parameters():
+        if id(parameter) not in experts and parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
+
+
+def _keep_rows_together(model: Any) -> None:
+    """Give the vocabulary's projection whole rows.
+
+    On the slice that transformers takes of each row's last column, torch on a CPU copies the projection's matrix
+    once per row: gigabytes and minutes with a large vocabulary.
+    """
+    if (head := model.get_output_embeddings()) is not None:
+        head.register_forward_pre_hook(lambda _module, args: (args[0].contiguous(), *args[1:]))

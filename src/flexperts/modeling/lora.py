@@ -119,6 +119,21 @@ class LoraAdapters:
                 stack.enter_context(self.model.disable_adapter())
             yield
 
+    def in_use(self) -> dict[str, list[tuple[Tensor, Tensor]]] | None:
+        """Return by site the factors (A ``[r, in]``, B ``[out, r]`` times its scale) of the adapters in use now.
+
+        None where an adapter's output is weighted: no factors say the same.
+        """
+        factors: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for site in self.sites:
+            layer: Any = self.module(site)
+            used = [] if layer.disable_adapters else layer.active_adapters
+            if any(layer.lora_B[name]._forward_hooks for name in used):
+                return None
+            pairs = [(layer.lora_A[name].weight, layer.lora_B[name].weight * layer.scaling[name]) for name in used]
+            factors[site] = [(A.detach().clone(), B.detach()) for A, B in pairs]
+        return factors
+
     def config_json(self, base: str) -> str:
         """Return the text of PEFT's adapter_config.json for the shared adapter, the same on every client.
 

@@ -25,10 +25,10 @@ class _Mean:
     tokens: int = 0
 
     def hook(self, mask: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        """Return what adds a layer's input ``[B, S, in]`` where ``mask [B, S]`` is set."""
+        """Return what adds a layer's input ``[B, S, in]``, or ``[B, 1, S, in]``, where ``mask [B, S]`` is set."""
 
         def add(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self.total = self.total + args[0][mask].double().sum(0)
+            self.total = self.total + args[0].flatten(0, -2)[mask.flatten()].double().sum(0)
             self.tokens += int(mask.sum())
 
         return add
@@ -42,7 +42,7 @@ def mean_inputs(
 
     Args:
         model: The base, in eval mode, with whatever is hung onto it.
-        layers: Modules of ``model`` by name; each is called once in a forward pass, with ``[B, S, in]``.
+        layers: Modules of ``model`` by name; each is called once in a forward pass.
         batches: At least one.
         precision: As in training.
     """

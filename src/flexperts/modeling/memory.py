@@ -1,7 +1,12 @@
-"""Peak memory of this process: the device's own count on CUDA, resident memory on a Linux CPU."""
+"""Memory: what is free on this machine, and the peak of this process.
+
+On CUDA both are the device's own counts; on a Linux CPU the first is the smaller of what the system could give and
+what this process's control group still may take, the second resident memory.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -9,6 +14,37 @@ from pathlib import Path
 import torch
 
 _PROC = Path("/proc/self")
+_GROUPS = Path("/sys/fs/cgroup")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes that this process could still take.
+
+    Args:
+        device: The computing device; a CPU means the machine's memory.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", _read(_PROC.parent / "meminfo"), re.MULTILINE)
+    free = 1024 * int(found[1]) if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return min([free, *_group_room()])
+
+
+def _group_room() -> list[int]:
+    """Return what the control group leaves, where it sets a limit; its page cache would be given back."""
+    most, used = _read(_GROUPS / "memory.max").strip(), _read(_GROUPS / "memory.current").strip()
+    cached = re.search(r"^file (\d+)$", _read(_GROUPS / "memory.stat"), re.MULTILINE)
+    if not (most.isdigit() and used.isdigit()):
+        return []
+    return [int(most) - int(used) + (int(cached[1]) if cached else 0)]
+
+
+def _read(path: Path) -> str:
+    """Return a file's text, empty where there is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
 
 
 def reset_peak(device: torch.device) -> None:
@@ -24,8 +60,5 @@ def peak_bytes(device: torch.device) -> int | None:
     """Return the peak since the last ``reset_peak``, in bytes; None where it cannot be told."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    try:
-        found = re.search(r"^VmHWM:\s+(\d+) kB", (_PROC / "status").read_text(encoding="utf-8"), re.MULTILINE)
-    except OSError:
-        return None
+    found = re.search(r"^VmHWM:\s+(\d+) kB", _read(_PROC / "status"), re.MULTILINE)
     return 1024 * int(found[1]) if found else None

@@ -23,7 +23,7 @@ from flexperts.data.batches import PaddedBatch
 from flexperts.errors import ModelError
 from flexperts.modeling.forward import Precision
 from flexperts.modeling.recording import record
-from flexperts.moe.experts import FusedExperts
+from flexperts.moe.layout import LayerExperts
 from flexperts.moe.router import Router, find_router
 
 Floats = NDArray[np.float64]
@@ -41,7 +41,7 @@ class LayerRouting:
     Args:
         index: ``[T, K]``, the experts that were chosen.
         weight: ``[T, K]`` fp32, the weights that the experts got.
-        experts: N.
+        experts: ``N``.
         probabilities: ``[T, N]`` fp32, the full distribution; None where the router's matrix cannot be found.
     """
 
@@ -63,7 +63,7 @@ class RoutingRecorder:
         router: Its router, or None where there is no finding it.
     """
 
-    experts: FusedExperts
+    experts: LayerExperts
     router: Router | None
     _index: list[Tensor] = field(default_factory=list)
     _weight: list[Tensor] = field(default_factory=list)
@@ -72,12 +72,11 @@ class RoutingRecorder:
     def hooks(self, mask: Tensor) -> Iterator[RemovableHandle]:
         """Watch router and experts module for one pass."""
 
-        def chosen(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            _, index, weight = args
+        def chosen(_hidden: Tensor, index: Tensor, weight: Tensor, _output: Tensor) -> None:
             self._index.append(_kept(index, mask).cpu())
             self._weight.append(_kept(weight, mask).float().cpu())
 
-        yield self.experts.module.register_forward_pre_hook(chosen)
+        yield from self.experts.watch(chosen)
         if self.router is not None:
             yield self.router.module.register_forward_pre_hook(self._scored(self.router, mask))
 
@@ -97,14 +96,14 @@ class RoutingRecorder:
         return scored
 
 
-def routing_recorders(model: nn.Module, experts: Sequence[FusedExperts]) -> dict[str, RoutingRecorder]:
+def routing_recorders(model: nn.Module, experts: Sequence[LayerExperts]) -> dict[str, RoutingRecorder]:
     """Return a recorder for every experts module of ``model``, by the module's name."""
     return {e.name: RoutingRecorder(e, _router(model, e)) for e in experts}
 
 
 def record_routing(
     model: Any,
-    experts: Sequence[FusedExperts],
+    experts: Sequence[LayerExperts],
     batches: Iterable[PaddedBatch],
     precision: Precision,
     on_batch: Callable[[PaddedBatch], None] | None = None,
@@ -216,7 +215,7 @@ def _kept(values: Tensor, mask: Tensor) -> Tensor:
     return values.reshape(-1, values.shape[-1])[mask]
 
 
-def _router(model: nn.Module, experts: FusedExperts) -> Router | None:
+def _router(model: nn.Module, experts: LayerExperts) -> Router | None:
     try:
         return find_router(model, experts)
     except ModelError:

@@ -7,19 +7,21 @@ every routed expert and the router. Full module names of exact ``nn.Linear`` lay
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
 from flexperts.errors import ConfigError
+from flexperts.moe.language import language_modules
 
-_MIXERS = re.compile(r"Attention|Mamba|DeltaNet|ShortConv|LinearAttn", re.IGNORECASE)
+# Multi-head latent and compressed convolutional attention; as abbreviations they count in capitals only.
+_MIXERS = re.compile(r"Attention|Mamba|DeltaNet|ShortConv|LinearAttn|(?-i:MLA|CCA)", re.IGNORECASE)
 # Read as bare weights by their model, or renamed by PEFT's v4-to-v5 map: LoRA on them fails or stays dead.
 _EXCLUDED = frozenset({"gate_proj", "out_proj", "dt_proj", "o_a_proj"})
 
 
 def attention_linears(model: nn.Module, projections: Sequence[str] = ()) -> list[str]:
-    """Return the full names of the sequence-mixing Linear layers that LoRA may adapt.
+    """Return the full names of the language model's sequence-mixing Linear layers that LoRA may adapt.
 
     Args:
         model: Any causal language model of transformers.
@@ -30,10 +32,9 @@ def attention_linears(model: nn.Module, projections: Sequence[str] = ()) -> list
     """
     names = [
         f"{parent}.{child}"
-        for parent, module in model.named_modules()
-        if _MIXERS.search(type(module).__name__)
+        for parent, module in _mixers(model)
         for child, linear in module.named_children()
-        if type(linear) is nn.Linear and child not in _EXCLUDED
+        if type(linear) is nn.Linear and child not in _EXCLUDED  # a router may be a subclass that returns a tuple
     ]
     present = sorted({name.rsplit(".", 1)[-1] for name in names})
     missing = sorted(set(projections) - set(present))
@@ -44,3 +45,15 @@ def attention_linears(model: nn.Module, projections: Sequence[str] = ()) -> list
             f"choose from {present}" if present else "use a model with attention Linear layers",
         )
     return [name for name in names if not projections or name.rsplit(".", 1)[-1] in projections]
+
+
+def attention_modules(model: nn.Module) -> list[str]:
+    """Return the full names of the sequence-mixing modules, with or without adapters on their Linear layers."""
+    return [name for name, module in _mixers(model) if any(hasattr(m, "in_features") for m in module.children())]
+
+
+def _mixers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield what is called like a sequence mixer; decoder layers named after theirs are among it."""
+    for name, module in language_modules(model):
+        if _MIXERS.search(type(module).__name__):
+            yield name, module

@@ -1,6 +1,7 @@
 """Where a layer's router keeps its matrix: found by shape beside the experts, never by name of model or module.
 
-Shapes: N experts, D' width of the router's input (not always the experts' D).
+Shapes: N experts (more rows where the router has other choices too), D' width of the router's input (not always the
+experts' D).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from flexperts.errors import ModelError
-from flexperts.moe.experts import FusedExperts
+from flexperts.moe.layout import LayerExperts
 
 
 @dataclass(frozen=True)
@@ -35,24 +36,24 @@ class Router:
         return weight
 
 
-def find_router(model: nn.Module, experts: FusedExperts) -> Router:
-    """Return the router beside an experts module: the one matrix with N rows in its parent or two levels below.
+def find_router(model: nn.Module, experts: LayerExperts) -> Router:
+    """Return a layer's router: the one matrix with a row per choice in the experts' block or two levels below.
 
     Args:
         model: The model that holds ``experts``.
-        experts: One of its experts modules; it and whatever is named shared are not searched.
+        experts: The experts of one layer; they and whatever is named shared are not searched.
 
     Raises:
         ModelError: No such matrix is there, or several are.
     """
-    parent = experts.name.rpartition(".")[0]
-    around = _around(parent, model.get_submodule(parent), experts.module, depth=2)
-    found = [Router(name, module) for name, module in around if _is_matrix(module, experts.num_experts)]
+    rows = experts.num_experts + experts.num_identities
+    around = _around(experts.block, model.get_submodule(experts.block), experts.module, depth=2)
+    found = [Router(name, module) for name, module in around if _is_matrix(module, rows)]
     if len(found) == 1:
         return found[0]
     raise ModelError(
-        f"{parent or type(model).__name__} holds {', '.join(r.name for r in found) or 'no router matrix'}",
-        f"one matrix named weight must have {experts.num_experts} rows, one for each expert",
+        f"{experts.block or type(model).__name__} holds {', '.join(r.name for r in found) or 'no router matrix'}",
+        f"one matrix named weight must have {rows} rows, one for each expert",
         "use a method that leaves the router alone, or another base",
     )
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
-from torch import nn
+from accelerate.utils import has_offloaded_params
+from torch import Tensor, nn
+
+from flexperts.parameters.inner import inner_tensors
 
 _SAMPLES = 1024
 
@@ -15,12 +19,25 @@ def fingerprint(model: nn.Module) -> str:
 
     Two checkpoints of one architecture differ in nearly all values, so a sample tells them apart; hashing all bytes
     of a large base would take minutes at every start. This names a base; it is not a proof against tampering.
+    A quantized weight is named by its codes and scales, so a quantized base has a name of its own; an offloaded
+    weight is read where it lies, so where a base lies does not change its name.
     """
     digest = hashlib.sha256()
+    tied = getattr(model, "all_tied_weights_keys", None) or {}  # once offloaded, no longer the same tensor
     for name, parameter in sorted(model.named_parameters()):
+        if name in tied:
+            continue
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        flat = parameter.detach().reshape(-1)
-        step = max(1, -(-flat.numel() // _SAMPLES))
-        sample = flat[::step].cpu().contiguous()
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
+        for values in _stored(model, name, parameter):
+            flat = values.detach().reshape(-1)
+            step = max(1, -(-flat.numel() // _SAMPLES))
+            sample = flat[::step].cpu().contiguous()
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _stored(model: nn.Module, name: str, parameter: Any) -> list[Tensor]:
+    """Return the tensors that hold a parameter's values."""
+    path, _, own = name.rpartition(".")
+    module: Any = model.get_submodule(path)
+    return [module._hf_hook.weights_map[own]] if has_offloaded_params(module) else inner_tensors(parameter)

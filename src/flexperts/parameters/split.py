@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from flexperts.errors import SplitError
+from flexperts.parameters.inner import inner_tensors
 
 Parameters = Mapping[str, Parameter]
 
@@ -81,7 +82,8 @@ def aliases(split: ParameterSplit) -> list[str]:
 def kept_storages(split: ParameterSplit) -> set[int]:
     """Return the addresses of all memory that personal and frozen parameters own."""
     # Empty tensors have no memory to share: their address is 0.
-    return {storage(p) for group in (split.personal, split.frozen) for p in group.values()} - {0}
+    groups = (split.personal, split.frozen)
+    return {storage(t) for group in groups for p in group.values() for t in inner_tensors(p)} - {0}
 
 
 def storage(tensor: Tensor) -> int:
@@ -104,7 +106,7 @@ def _row(group: str, parameters: Parameters, trained: str, leaves: str) -> dict[
         "group": group,
         "tensors": len(parameters),
         "parameters": sum(p.numel() for p in parameters.values()),
-        "bytes": sum(p.numel() * p.element_size() for p in parameters.values()),
+        "bytes": sum(t.numel() * t.element_size() for p in parameters.values() for t in inner_tensors(p)),
         "trained": trained,
         "leaves": leaves,
     }

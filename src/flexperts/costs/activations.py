@@ -1,0 +1,140 @@
+"""What passes through a model, in bytes, estimated from its shapes.
+
+The factors are bytes per value that autograd keeps, counted with bf16 autocast on OLMoE; fp32 doubles them.
+Shapes: D width, I an expert's intermediate width, K experts per token.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from flexperts.config.run import RunConfig
+from flexperts.moe.attention import attention_modules
+from flexperts.moe.experts import find_experts
+from flexperts.moe.layout import LayerExperts
+
+_LAYER = 31
+"""Per D and layer: norms, residuals, attention with LoRA."""
+_INTO, _INSIDE = 2, 6
+"""Per D and per I of each of the K experts."""
+_GRAFT_INTO, _GRAFT_INSIDE = 4, 8
+"""The same of a grafted expert, with its gate."""
+_PASSING_INTO, _PASSING_INSIDE = 10, 6
+"""Per D and per I of each of the K experts while one layer computes."""
+_CHECKPOINT = 4
+"""Per D and layer where only the layers' inputs are kept."""
+_TRAINED_LOGIT, _SCORED_LOGIT = 18, 12
+"""Per logit: in the model's type and in fp32, softmax, and in training gradients."""
+_SCORES = 14
+"""Per value of the experts' outputs that the selection stacks: thrice in the model's type, once in fp64."""
+_STACKED = 2**26
+"""Values of them at once."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The longest row in tokens.
+
+    Args:
+        row: Prompt and response.
+        response: Response alone.
+    """
+
+    row: int
+    response: int
+
+
+@dataclass(frozen=True)
+class Activations:
+    """A run's activations.
+
+    Args:
+        model: The base, on the meta device or loaded, without adapters.
+        config: The run.
+        lengths: The longest row.
+        top_k: ``K``.
+    """
+
+    model: Any
+    config: RunConfig
+    lengths: Lengths
+    top_k: int
+
+    def training(self, personal: int) -> int:
+        """Return what the backward pass needs of one micro-batch.
+
+        Args:
+            personal: fp32 bytes of personal experts; whole ones are kept in the type of the products as well.
+        """
+        tokens, graft, experts = self._micro_batch * self.lengths.row, self.config.graft, find_experts(self.model)
+        per_token = self._layers * _LAYER * self._width + self._dense()
+        copies = personal // 2 if graft.rank == "full" else 0
+        for layer in experts:
+            per_token += self.top_k * self._expert(layer, _INTO, _INSIDE)
+            per_token += graft.experts * self._expert(layer, _GRAFT_INTO, _GRAFT_INSIDE) if personal else 0
+        kept = self._scale * tokens * per_token + copies
+        if self.config.training.gradient_checkpointing:
+            kept = tokens * self._layers * _CHECKPOINT * self._width + kept // self._layers
+        return kept + self._passing(tokens)
+
+    def evaluation(self) -> int:
+        """Return what answering needs: one layer at work, and all layers' keys and values."""
+        text, evaluation = self.model.config.get_text_config(), self.config.evaluation
+        tokens = evaluation.batch_size * (self.lengths.row + evaluation.max_new_tokens)
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        head = getattr(text, "head_dim", None) or self._width // text.num_attention_heads
+        return self._passing(tokens) + 2 * 2 * self._scale * tokens * self._layers * int(heads * head)
+
+    def selection(self) -> int:
+        """Return what scoring all experts of one layer needs beside its forward pass."""
+        graft = self.config.graft
+        batches = math.ceil(graft.calibration_rows / self._micro_batch)
+        tokens = min(self._micro_batch * self.lengths.row, math.ceil(graft.calibration_tokens / batches))
+        most = max(e.num_experts * e.width for e in find_experts(self.model))
+        return _SCORES * min(tokens * most, _STACKED) + self._passing(self._micro_batch * self.lengths.row)
+
+    def logits(self, rows: int, *, trained: bool) -> int:
+        """Return what the vocabulary's logits on ``rows`` responses need."""
+        vocabulary: int = self.model.config.get_text_config().vocab_size
+        factor = _TRAINED_LOGIT if trained else _SCORED_LOGIT
+        return factor * (self._micro_batch if trained else rows) * (self.lengths.response + 1) * vocabulary
+
+    @property
+    def _micro_batch(self) -> int:
+        training = self.config.training
+        return training.micro_batch_size or training.batch_size
+
+    @property
+    def _scale(self) -> int:
+        return 1 if self.config.model.precision == "bf16" else 2
+
+    @property
+    def _width(self) -> int:
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def _layers(self) -> int:
+        return int(self.model.config.get_text_config().num_hidden_layers)
+
+    def _passing(self, tokens: int) -> int:
+        """Return what the largest layer holds while it computes."""
+        most = max(self._expert(e, _PASSING_INTO, _PASSING_INSIDE) for e in find_experts(self.model))
+        return self._scale * tokens * self.top_k * most
+
+    def _expert(self, experts: LayerExperts, into: int, inside: int) -> int:
+        down = experts.expert(0).down
+        return into * experts.width + inside * (down.numel() // experts.width)
+
+    def _dense(self) -> int:
+        """Return what shared experts and dense MLPs keep per token: their inputs, and outputs twice."""
+        around = tuple(f"{name}." for name in attention_modules(self.model))
+        head = self.model.get_output_embeddings()
+        return sum(
+            2 * (layer.in_features + 2 * layer.out_features)
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, nn.Linear) and layer is not head and not name.startswith(around)
+        )

@@ -1,0 +1,27 @@
+"""The longest row of a run in tokens, by its data and its base's tokenizer alone."""
+
+from __future__ import annotations
+
+from transformers import AutoTokenizer
+
+from flexperts.base.build import resolve_base
+from flexperts.config.run import RunConfig
+from flexperts.costs.activations import Lengths
+from flexperts.data.clients import load_clients
+from flexperts.data.prompts import PromptEncoder
+
+
+def row_lengths(config: RunConfig) -> Lengths:
+    """Return the longest row and the longest response of all clients.
+
+    Raises:
+        FlexpertsError: Rows cannot be read or encoded.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(resolve_base(config.model.base), trust_remote_code=False)
+    encoder = PromptEncoder(tokenizer, config.model.template, config.training.max_length)
+    clients = load_clients(config.data, config.seed).values()
+    encoded = [encoder.encode_all((*c.train, *c.test, *c.validation)) for c in clients]
+    examples = [example for client in encoded for example in client]
+    return Lengths(
+        max(len(e.input_ids) for e in examples), max(len(e.input_ids) - e.prompt_length for e in examples)
+    )

@@ -1,0 +1,193 @@
+"""Before anything is loaded: does a run fit this machine's memory, and which settings make it smaller?
+
+Weights, trained values, gradients and moments are the plan's, from the method's own code on the meta device; what
+passes through the model is estimated from its shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flexperts.base.build import resolve_base
+from flexperts.config.run import RunConfig
+from flexperts.costs.activations import Activations, Lengths
+from flexperts.costs.figures import MethodPlan
+from flexperts.costs.models import Description, describe, meta_base
+from flexperts.costs.plan import model_facts, plan_method
+from flexperts.errors import FlexpertsError, ModelError
+from flexperts.modeling.load import LoadedBase
+from flexperts.modeling.memory import free_bytes
+from flexperts.modeling.placement import computing_device, placement
+from flexperts.modeling.quantization import planned_bytes
+from flexperts.recipe import parse_recipe
+
+PROCESS = 600_000_000
+"""Resident bytes of Python, torch, transformers and Flower before any base is loaded."""
+_KNOBS = (
+    "model.dtype=bfloat16",
+    "model.quantization=int8",
+    "model.quantization=nf4",
+    "training.gradient_checkpointing=true",
+    "training.micro_batch_size=1",
+    "graft.rank=32",
+    "graft.calibration_tokens=512",
+    "evaluation.batch_size=4",
+)
+"""Settings that can lower memory, each tried alone."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one phase of a run holds at its peak.
+
+    Args:
+        phase: selection, training or evaluation.
+        parts: What it is made of -> bytes.
+    """
+
+    phase: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """All of it, in bytes."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """A silo's memory, which is a whole run's too: in one process all silos take turns on one base.
+
+    Args:
+        base: Bytes of the frozen weights in ``model.dtype``.
+        needs: Phase by phase.
+        server: Bytes of a server apart from silos: it holds no base, but the shared weights, their mean, an update.
+        device: The computing device.
+        free: Bytes that it has free.
+    """
+
+    base: int
+    needs: tuple[Need, ...]
+    server: int
+    device: str
+    free: int
+
+    @property
+    def peak(self) -> Need:
+        """The phase that needs most."""
+        return max(self.needs, key=lambda need: need.total)
+
+
+class Estimator:
+    """Estimates runs of one base.
+
+    Args:
+        base: The recipe's name of it.
+        clients: Names of the clients.
+        lengths: The longest row; without it, ``training.max_length``, half of it response.
+
+    Raises:
+        ModelError: The base cannot be planned.
+    """
+
+    def __init__(self, base: str, clients: Sequence[str], lengths: Lengths | None = None) -> None:
+        self.description = describe(resolve_base(base))
+        self.clients, self.lengths = list(clients), lengths
+
+    def estimate(self, config: RunConfig) -> Preflight:
+        """Return a run's memory.
+
+        Raises:
+            FlexpertsError: The method refuses the run, or the model's layout cannot be read.
+        """
+        model = meta_base(self.description, config.model.dtype)
+        facts = model_facts(self.description, model)
+        device = computing_device(config.model.device)
+        stored = _on_device(config, self.description, model, device)
+        longest = config.training.max_length
+        passing = Activations(
+            model.model, config, self.lengths or Lengths(longest, longest // 2), facts.experts_per_token
+        )
+        planned = plan_method(model, facts, config, self.clients, bandwidth=1.0)
+        needs = tuple(_phases(stored, planned, passing, config, device))
+        return Preflight(facts.weights, needs, PROCESS + 12 * planned.shared, str(device), free_bytes(device))
+
+    def savings(self, config: RunConfig) -> dict[str, int]:
+        """Return the settings that lower the peak, each alone, and by how many bytes; the largest first."""
+        before, found = self.estimate(config).peak.total, {}
+        for setting in _KNOBS:
+            try:
+                saved = before - self.estimate(parse_recipe(config.to_toml(), [setting])).peak.total
+            except FlexpertsError:
+                continue  # it does not go with the run's other settings
+            if saved > before // 100:
+                found[setting] = saved
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def check_fits(made: Preflight, savings: dict[str, int]) -> None:
+    """Refuse a run that does not fit.
+
+    Args:
+        made: The run's memory.
+        savings: What would lower it, as ``Estimator.savings`` tells.
+
+    Raises:
+        ModelError: It needs more than is free.
+    """
+    if made.peak.total <= made.free:
+        return
+    knobs = [f"{setting} saves {gigabytes(saved)}" for setting, saved in savings.items()]
+    knobs.append("model.device_map = 'auto' leaves experts on disk")
+    raise ModelError(
+        f"this run needs {gigabytes(made.peak.total)} on {made.device} in {made.peak.phase}",
+        f"{gigabytes(made.free)} are free",
+        f"lower it ({'; '.join(knobs)}), or set model.preflight = false to try",
+    )
+
+
+def gigabytes(value: int) -> str:
+    """Return bytes as text in GB (10^9 bytes)."""
+    return f"{value / 1e9:.1f} GB"
+
+
+def _phases(
+    stored: int, planned: MethodPlan, passing: Activations, config: RunConfig, device: torch.device
+) -> Iterator[Need]:
+    memory, on_cpu = planned.memory, device.type == "cpu"
+    held = {"base": stored} | ({"process": PROCESS} if on_cpu else {})
+    # A client's stored state is mapped from its file while it takes its turn.
+    added = {"adapters, personal experts": memory.added, "stored state": planned.personal_state if on_cpu else 0}
+    if planned.personal:
+        yield Need("selection", held | {"activations": passing.selection()})
+    yield Need(
+        "training",
+        held
+        | added
+        | {
+            "gradients": memory.gradients,
+            "optimizer": memory.moments,
+            "activations": passing.training(planned.personal_state),
+            "logits": passing.logits(0, trained=True),
+        },
+    )
+    scored = passing.logits(config.evaluation.batch_size, trained=False)
+    yield Need("evaluation", held | added | {"activations": passing.evaluation(), "logits": scored})
+
+
+def _on_device(config: RunConfig, described: Description, base: LoadedBase, device: torch.device) -> int:
+    """Return the bytes of the base that lie on the computing device."""
+    whole: int = planned_bytes(base.model, config.model.quantization)
+    if config.model.device_map is None:
+        return whole
+    places: dict[str, Any] = placement(config.model, described.config, device)["device_map"]
+    elsewhere: list[torch.Tensor] = [
+        parameter
+        for name, parameter in base.model.named_parameters()
+        if places[name.rpartition(".")[0]] != str(device)
+    ]
+    return whole - sum(p.numel() * p.element_size() for p in elsewhere)

@@ -1,0 +1,137 @@
+"""Where a base's weights lie: on the computing device, and routed experts beside it where they do not fit.
+
+Attention carries LoRA and all else is small, so it is experts alone that wait in the CPU's memory or on disk;
+accelerate brings a layer's to the device for the time of its forward pass.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import convert_file_size_to_int
+from torch import nn
+
+from flexperts.config.model import ModelConfig
+from flexperts.errors import ModelError
+from flexperts.modeling.memory import free_bytes
+from flexperts.modeling.skeleton import skeleton
+from flexperts.moe.experts import find_experts
+from flexperts.moe.fused import FusedExperts
+from flexperts.moe.layout import LayerExperts
+
+_SHARE = 0.7
+"""Of the free memory, where the recipe gives no limit: training needs the rest."""
+_Place = Callable[[LayerExperts], str]
+
+
+def computing_device(name: str) -> torch.device:
+    """Return the device that a recipe's ``model.device`` names.
+
+    Raises:
+        ModelError: torch cannot use it.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"model.device = {name!r}", f"torch cannot use it ({reason})", "use auto or cpu"
+        ) from error
+
+
+def placement(config: ModelConfig, base: Any, device: torch.device) -> dict[str, Any]:
+    """Return what ``from_pretrained`` is told about places; every tensor is loaded straight to its own.
+
+    Args:
+        config: The recipe's.
+        base: The base's transformers configuration.
+        device: The computing device.
+
+    Raises:
+        ModelError: The map names no module of the base, or experts that cannot be read one by one from elsewhere.
+    """
+    if config.device_map is None:
+        return {"device_map": {"": str(device)}}
+    model = skeleton(base, config.dtype, trust_remote_code=config.trust_remote_code)
+    if config.device_map == "auto":
+        place = _automatic(config, model, device)
+    else:
+        place = _mapped(config.device_map, model, device)
+    if config.offload_folder is not None:
+        Path(config.offload_folder).mkdir(parents=True, exist_ok=True)
+    return {"device_map": _spread(model, place, device), "offload_folder": config.offload_folder}
+
+
+def _spread(model: nn.Module, place: _Place, device: torch.device) -> dict[str, str]:
+    """Return the place of every module that holds tensors of its own."""
+    places = {e.name: place(e) for e in find_experts(model)}
+    holders = sorted({name.rpartition(".")[0] for name in model.state_dict()})
+    return {name: next((places[up] for up in _upwards(name) if up in places), str(device)) for name in holders}
+
+
+def _mapped(wanted: dict[str, Any], model: nn.Module, device: torch.device) -> _Place:
+    """Place a layer's experts where the recipe puts them or the nearest module that they lie in."""
+    names = dict(model.named_modules())
+    if unknown := sorted(wanted.keys() - names.keys()):
+        close = difflib.get_close_matches(unknown[0], names, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "name modules as `flexperts inspect` does"
+        raise ModelError(f"model.device_map names {unknown[0]!r}", "the base has no such module", hint)
+    return lambda experts: _beside(
+        experts, next((wanted[up] for up in _upwards(experts.name) if up in wanted), str(device)), device
+    )
+
+
+def _automatic(config: ModelConfig, model: nn.Module, device: torch.device) -> _Place:
+    """Fill the device with what must lie there and then with experts, layer by layer; then the CPU; then the disk."""
+    stored = {e.name: sum(p.numel() * p.element_size() for p in e.stored) for e in find_experts(model)}
+    left = {str(device): _limit(config, "device", device) - (_bytes(model) - sum(stored.values()))}
+    if device.type != "cpu":
+        left["cpu"] = _limit(config, "cpu", torch.device("cpu"))
+
+    def place(experts: LayerExperts) -> str:
+        size = stored[experts.name]
+        first = next((where for where, room in left.items() if room >= size), "disk")
+        if first in left:
+            left[first] -= size
+        return _beside(experts, first, device)
+
+    return place
+
+
+def _beside(experts: LayerExperts, place: str, device: torch.device) -> str:
+    if place != str(device) and not isinstance(experts, FusedExperts):
+        raise ModelError(
+            f"model.device_map puts {experts.name} on {place}",
+            "its experts are not fused, and could not be read one by one from there",
+            "leave them on the device",
+        )
+    return place
+
+
+def _limit(config: ModelConfig, place: Any, device: torch.device) -> int:
+    if (given := config.max_memory.get(place)) is None:
+        return int(_SHARE * free_bytes(device))
+    try:
+        return int(given) if given.isdigit() else int(convert_file_size_to_int(given))
+    except ValueError as error:
+        raise ModelError(
+            f"model.max_memory.{place} = {given!r}", "it must be a size", "write it as '8GiB'"
+        ) from error
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _upwards(name: str) -> Iterator[str]:
+    """Yield a module's name and those of all that it lies in, up to the model, ``""``."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+    yield ""

@@ -1,0 +1,78 @@
+"""Batched experts: every expert runs on every token, and the router's score multiplies the expert's INPUT.
+
+    F(x) = sum_j E_j(g_j(x) x)        g_j(x) = 0 outside of the top K
+
+The experts module takes x ``[N * T, D]``, scaled, one expert after the other; the block above it adds a shared
+expert and returns (output, router logits). A term is hung beside the block, on x itself: a personal expert adds
+sigmoid(G(x)) E_p(x), as in every other layout, not E_p(sigmoid(G(x)) x). An expert is not linear: a gate on its
+input would not scale what it adds; on its output, gates and the selection's constants mean the same everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from flexperts.moe.fused import holds_fused
+from flexperts.moe.layout import ExpertWeights, LayerExperts, Note, Term, num_arguments
+from flexperts.moe.stored import read_part
+
+
+@dataclass(frozen=True)
+class BatchedExperts(LayerExperts):
+    """Experts in fused tensors ``[N, in, out]`` behind a block that scales their input.
+
+    Args:
+        parent: The block: it holds the experts module, the ``router`` and a shared expert.
+    """
+
+    parent: nn.Module
+
+    takes_routing: ClassVar[bool] = False
+
+    @classmethod
+    def recognise(cls, name: str, module: nn.Module, parent: nn.Module) -> Self | None:
+        """Recognise fused tensors in a module that is called with x alone, beside a router that knows its K."""
+        count = getattr(module, "num_experts", None)
+        if not isinstance(count, int) or not holds_fused(module, count) or num_arguments(module) != 1:
+            return None
+        return cls(name, module, parent) if hasattr(getattr(parent, "router", None), "top_k") else None
+
+    @property
+    def is_transposed(self) -> bool:
+        """Weights are stored input-major."""
+        return True
+
+    def expert(self, index: int) -> ExpertWeights:
+        """Return expert ``index`` as detached views into the fused tensors."""
+        parts = (read_part(self.module, name, index) for name in ("gate_up_proj", "down_proj"))
+        return ExpertWeights(*parts)  # type: ignore[arg-type]
+
+    def add(self, term: Term) -> RemovableHandle:
+        """Hang ``term`` beside the block, on its unscaled input."""
+
+        def added(_block: nn.Module, args: tuple[Tensor, ...], output: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            extra = term(args[0].reshape(-1, args[0].shape[-1]))
+            return None if extra is None else (output[0] + extra.to(output[0].dtype), *output[1:])
+
+        return self.parent.register_forward_hook(added)
+
+    def watch(self, note: Note) -> Iterator[RemovableHandle]:
+        """Note x and routing at the router, and the routed output, without the shared expert, at the experts."""
+        routing: list[Tensor] = []
+
+        def routed(router: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+            scores, logits = output
+            index = logits.topk(router.top_k, dim=-1).indices  # type: ignore[arg-type]
+            routing[:] = args[0], index, scores.gather(-1, index)
+
+        def computed(_module: nn.Module, _args: object, output: Tensor) -> None:
+            hidden, index, scores = routing
+            note(hidden, index, scores, output.view(-1, *hidden.shape).sum(0))
+
+        yield self.parent.router.register_forward_hook(routed)  # type: ignore[union-attr]
+        yield self.module.register_forward_hook(computed)

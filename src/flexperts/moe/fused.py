@@ -1,0 +1,89 @@
+"""Fused experts: a layer's experts in tensors ``[N, ...]``, called with (x, index, weights). Nearly every family.
+
+Source: transformers ``integrations/moe.py`` (``use_experts_implementation``), whose contract is
+``forward(hidden_states [T, D], top_k_index [T, K], top_k_weights [T, K]) -> [T, D]``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self, cast
+
+from torch import Tensor, nn
+
+from flexperts.moe.layout import ExpertWeights, LayerExperts, num_arguments, own_parameters
+from flexperts.moe.stored import read_part
+
+
+@dataclass(frozen=True)
+class FusedExperts(LayerExperts):
+    """The contract of transformers; what varies within it is told by the flags that transformers sets."""
+
+    @classmethod
+    def recognise(cls, name: str, module: nn.Module, parent: nn.Module) -> Self | None:
+        """Recognise the contract by tensors and signature."""
+        count = getattr(module, "num_experts", None)
+        holds = isinstance(count, int) and holds_fused(module, count)
+        return cls(name, module) if holds and num_arguments(module) == 3 else None
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether the up projection holds gate and up (U = 2 I)."""
+        return hasattr(self.module, "gate_up_proj")
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether weights are stored input-major, as ``[N, in, out]``."""
+        return bool(getattr(self.module, "is_transposed", False))
+
+    def expert(self, index: int) -> ExpertWeights:
+        """Return expert ``index`` as detached views into the fused tensors: in memory nothing is copied."""
+        up = "gate_up_proj" if self.has_gate else "up_proj"
+        names = (up, "down_proj", f"{up}_bias", "down_proj_bias")
+        parts = (read_part(self.module, name, index) for name in names)
+        return ExpertWeights(*parts)  # type: ignore[arg-type]
+
+    def activate(self, projected: Tensor) -> Tensor:
+        """Turn the up projection ``[T, U]`` into the intermediate ``[T, I]`` with the module's own rule."""
+        if self.has_gate and hasattr(self.module, "_apply_gate"):
+            return cast(Tensor, self.module._apply_gate(projected))  # type: ignore[operator]
+        return super().activate(projected)
+
+    def finish(self, output: Tensor) -> Tensor:
+        """Apply the norm that a few families put after each expert, to ``[T, D]``."""
+        if getattr(self.module, "has_post_expert_norm", False):
+            return cast(Tensor, self.module.post_expert_norm(output))  # type: ignore[operator]
+        return output
+
+
+@dataclass(frozen=True)
+class FusedExpertsWithIdentities(FusedExperts):
+    """The same contract, where the router may also choose numbers from N on: these hand x on unchanged."""
+
+    @classmethod
+    def recognise(cls, name: str, module: nn.Module, parent: nn.Module) -> Self | None:
+        """Recognise the contract by tensors, signature and its two counts; the up projection may have idle rows."""
+        routed, identities = (getattr(module, n, None) for n in ("num_routed_experts", "zero_expert_num"))
+        if not isinstance(routed, int) or not isinstance(identities, int):
+            return None
+        holds = holds_fused(module, routed, idle=identities)
+        return cls(name, module) if holds and num_arguments(module) == 3 else None
+
+    @property
+    def num_experts(self) -> int:
+        """N, the number of experts with weights."""
+        return cast(int, self.module.num_routed_experts)
+
+    @property
+    def num_identities(self) -> int:
+        """How many further choices the router has, numbered from N, that hand x on unchanged."""
+        return cast(int, self.module.zero_expert_num)
+
+
+def holds_fused(module: nn.Module, count: int, idle: int = 0) -> bool:
+    """Tell whether a module's own tensors are those of ``count`` fused experts, some with ``idle`` rows more."""
+    own = own_parameters(module)
+    if "down_proj" not in own or not ({"gate_up_proj", "up_proj"} & own.keys()):
+        return False
+    shapes = [p.shape for p in own.values()]
+    return any(len(s) == 3 for s in shapes) and all(s[0] in (count, count + idle) for s in shapes)

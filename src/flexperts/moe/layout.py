@@ -1,0 +1,170 @@
+"""The routed experts of one layer, however its model stores and calls them.
+
+The rest of the package knows a layer's experts as ``LayerExperts`` alone: how many there are, how one is read, how
+a term is hung beside them, how a call is watched. Each layout is one file: ``fused`` (nearly every family),
+``flat``, ``batched``, ``parallel``. ``experts.find_experts`` tells them apart by structure.
+
+Shapes: T tokens, D expert input and output width, I intermediate width, U = 2 I (gated) or I, N experts, K experts
+per token.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Self, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+Term = Callable[[Tensor], Tensor | None]
+"""Hidden states x ``[..., D]`` -> what is added to the layer's output ``[..., D]``, or None for nothing."""
+Note = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+"""(x ``[T, D]``, index ``[T, K]``, weights ``[T, K]``, routed output F(x) ``[T, D]``) of one call."""
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """One expert's tensors, as views into the stored ones or as copies of them.
+
+    Args:
+        up: ``[U, D]``, or ``[D, U]`` where the layout is transposed.
+        down: ``[D, I]``, or ``[I, D]`` where the layout is transposed.
+        up_bias: ``[U]`` or None.
+        down_bias: ``[D]`` or None.
+    """
+
+    up: Tensor
+    down: Tensor
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor) of the tensors that are present."""
+        for name in ("up", "down", "up_bias", "down_bias"):
+            if (tensor := getattr(self, name)) is not None:
+                yield name, tensor
+
+
+@dataclass(frozen=True)
+class LayerExperts(ABC):
+    """A layer's routed experts. What stands here fits a module that is called as ``module(x, index, weights)``.
+
+    Args:
+        name: Qualified name in the model, such as ``model.layers.4.mlp.experts``.
+        module: The module of that name.
+    """
+
+    name: str
+    module: nn.Module
+
+    takes_routing: ClassVar[bool] = True
+    """Whether ``module`` is called with (x, index, weights), so that its forward can be replaced."""
+
+    @classmethod
+    @abstractmethod
+    def recognise(cls, name: str, module: nn.Module, parent: nn.Module) -> Self | None:
+        """Return the experts that ``module`` holds in this layout, or None where it does not."""
+
+    @abstractmethod
+    def expert(self, index: int) -> ExpertWeights:
+        """Return expert ``index``, detached: views of the stored tensors where the layout allows it."""
+
+    @property
+    def num_experts(self) -> int:
+        """N, the number of routed experts."""
+        return cast(int, self.module.num_experts)
+
+    @property
+    def num_identities(self) -> int:
+        """How many further choices the router has, numbered from N, that hand x on unchanged."""
+        return 0
+
+    @property
+    def block(self) -> str:
+        """Name of the module that holds both the experts and their router."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def stored(self) -> list[nn.Parameter]:
+        """The model's parameters that hold this layer's routed experts."""
+        return list(self.module.parameters())
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether the up projection holds gate and up (U = 2 I)."""
+        return True
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether ``expert`` returns its weights input-major, as ``[in, out]``."""
+        return False
+
+    @property
+    def width(self) -> int:
+        """D, read from the tensors: some families run their experts in a latent space."""
+        return self.expert(0).up.shape[0 if self.is_transposed else 1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Storage type of the frozen weights."""
+        return self.expert(0).up.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the frozen weights lie."""
+        return self.expert(0).up.device
+
+    def project(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Apply one stored matrix to ``hidden [T, in]`` in the layout's orientation."""
+        return F.linear(hidden, weight.T if self.is_transposed else weight, bias)
+
+    def activate(self, projected: Tensor) -> Tensor:
+        """Turn the up projection ``[T, U]`` into the intermediate ``[T, I]`` with the model's own rule."""
+        if not self.has_gate:
+            return self._activation(projected)
+        gate, up = projected.chunk(2, dim=-1)
+        return self._activation(gate) * up
+
+    def finish(self, output: Tensor) -> Tensor:
+        """Apply what a few families do to each expert's output ``[T, D]``."""
+        return output
+
+    def run(self, hidden: Tensor, weights: ExpertWeights) -> Tensor:
+        """Return one expert's unweighted output ``[T, D]`` for ``hidden [T, D]``."""
+        intermediate = self.activate(self.project(hidden, weights.up, weights.up_bias))
+        return self.finish(self.project(intermediate, weights.down, weights.down_bias))
+
+    def add(self, term: Term) -> RemovableHandle:
+        """Hang ``term`` beside the experts: its value is added to what they give, in the dtype of that."""
+
+        def added(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            extra = term(args[0])
+            return None if extra is None else output + extra.to(output.dtype)
+
+        return self.module.register_forward_hook(added)
+
+    def watch(self, note: Note) -> Iterator[RemovableHandle]:
+        """Call ``note`` at every call of the experts, and yield the handles of the hooks that do it."""
+
+        def seen(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            note(*(t.reshape(-1, t.shape[-1]) for t in (*args, output)))
+
+        yield self.module.register_forward_hook(seen)
+
+    def _activation(self, projected: Tensor) -> Tensor:
+        return cast(Tensor, self.module.act_fn(projected))  # type: ignore[operator]
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that ``module`` itself holds, by name."""
+    return dict(module.named_parameters(recurse=False))
+
+
+def num_arguments(module: nn.Module) -> int:
+    """Return how many arguments the forward of ``module``'s class takes beside self."""
+    return len(inspect.signature(type(module).forward).parameters) - 1
