@@ -1,0 +1,47 @@
+"""`flexperts export`: a finished run's model as a folder that other tools read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+Client = Annotated[
+    Optional[str],  # noqa: UP045 - typer reads this at run time
+    typer.Option("--client", help="Whose model; not needed for one that all clients share.", show_default=False),
+]
+Form = Annotated[
+    str, typer.Option("--form", help="transformers: the whole model. merged: the global one. adapter. personal.")
+]
+State = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--state", help="global or personalized.", show_default="the form's own"),
+]
+Dtype = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--dtype", help="Stored weights: bfloat16 or float32.", show_default="the base's"),
+]
+
+
+def command(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    to: Annotated[Path, typer.Option("--to", help="Folder to create.")],
+    client: Client = None,
+    form: Form = "transformers",
+    state: State = None,
+    dtype: Dtype = None,
+    verify: Annotated[bool, typer.Option(help="Load it in a fresh process and compare logits.")] = True,
+) -> None:
+    """Write a model of a finished run as a folder that transformers or PEFT load, with a model card."""
+    from flexperts.artifacts import RunDirectory
+
+    RunDirectory.open(run).summary()  # say what is wrong with the path before anything heavy loads
+
+    from flexperts.export.exporting import export_run
+    from flexperts.reports.cells import size
+
+    done = export_run(run, to, client=client, form=form, state=state, dtype=dtype, check=verify)
+    typer.echo(f"{done.folder}: {size(done.bytes).text}, state {done.state}")
+    if done.difference:
+        typer.echo(str(done.difference))

@@ -1,0 +1,1 @@
+"""A run's models as folders that other tools read: transformers, PEFT."""

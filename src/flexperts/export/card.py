@@ -1,0 +1,250 @@
+"""The model card of an export: what it is, from what, how good, for whom, and how it is loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flexperts.export.content import Content
+from flexperts.export.verification import Difference
+from flexperts.federation.trained import TrainedRun
+from flexperts.files import write_text
+from flexperts.methods.base import State
+from flexperts.modeling.skeleton import auto_class
+
+_MODEL = """\
+from transformers import {auto}
+
+model = {auto}.from_pretrained({folder}, dtype="auto"{trust})
+"""
+_ADAPTER = """\
+from peft import PeftModel
+from transformers import {auto}
+
+base = {auto}.from_pretrained({base}, dtype="{dtype}")
+model = PeftModel.from_pretrained(base, {folder})
+"""
+_GRAFTS = """\
+from pathlib import Path
+
+from flexperts import find_experts, load_grafts
+
+for path in sorted(Path({folder}).glob("*graft.safetensors")):
+    load_grafts(path, find_experts(base)).attach()
+"""
+_CARD = """---
+base_model: {base}
+license: {license}
+library_name: {library}
+pipeline_tag: text-generation
+tags: [flexperts, federated-learning, mixture-of-experts]
+---
+
+# {title}
+
+{what}
+
+- Base: `{base}`, fingerprint `{fingerprint}`.
+- Method: `{method}`: {summary}. {rounds} rounds, seed {seed}.
+- Data: {data}. This card holds counts only.
+- Made by flexperts {version}. {checked}
+
+## Scores
+{scores}
+
+## Load
+```python
+{loading}```
+
+{note}
+
+## Use and limits
+For the tasks of {whom}, with prompts like those of training (the tokenizer's chat template where it has one). It is
+scored on few rows of one kind: it may get wrong what the base gets wrong, and with other tasks it can be worse.
+
+## Privacy
+{privacy}
+
+## Licence
+{terms}
+"""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of an export.
+
+    Args:
+        run: The run.
+        name: The folder's name.
+        form: One of the forms.
+        owner: The client whose model was read.
+        state: In which state.
+        dtype: Type of the stored weights.
+        content: What the model has beyond the base.
+    """
+
+    run: TrainedRun
+    name: str
+    form: str
+    owner: str
+    state: State
+    dtype: str
+    content: Content
+
+    @property
+    def client(self) -> str | None:
+        """Whose model it is; None where all clients have it."""
+        return None if self.state == "global" and self.run.model.method.one_global else self.owner
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what the mailable form says of itself."""
+        base = self.run.workspace.base
+        return {
+            "client": self.owner,
+            "state": self.state,
+            "method": self.run.config.method.name,
+            "round": self.run.server.round,
+            "base": {
+                "name": _base_name(self.run),
+                "fingerprint": base.fingerprint,
+                "dtype": self.run.config.model.dtype,
+            },
+            "dtype": self.dtype,
+        }
+
+    def loading(self, folder: str, base: str) -> str:
+        """Return the Python code that binds ``model`` to the exported model."""
+        names = {"folder": json.dumps(folder), "auto": auto_class(self.run.workspace.base.model.config).__name__}
+        if self.form in ("transformers", "merged"):
+            trust = ", trust_remote_code=True" if self.content.grafts else ""
+            return _MODEL.format(**names, trust=trust)
+        code = _ADAPTER.format(**names, base=json.dumps(base), dtype=self.run.config.model.dtype)
+        return code + (f"\n{_GRAFTS.format(**names)}" if self.content.grafts else "")
+
+
+def write_card(folder: Path, facts: Facts, difference: Difference | None) -> None:
+    """Write README.md.
+
+    Raises:
+        ArtifactError: It cannot be written.
+    """
+    from flexperts import __version__
+
+    run, method = facts.run, facts.run.model.method
+    whom = f"the silo `{facts.client}`" if facts.client else "the federation's silos"
+    text = _CARD.format(
+        base=_base_name(run),
+        license=_license(Path(run.workspace.base.source)) or "other",
+        library="transformers" if facts.form in ("transformers", "merged") else "peft",
+        title=f"{_base_name(run)} for {facts.client or 'all silos'}",
+        what=_what(facts),
+        fingerprint=run.workspace.base.fingerprint,
+        method=method.name,
+        summary=method.summary,
+        rounds=run.summary["rounds"],
+        seed=run.config.seed,
+        data=_data(facts),
+        version=__version__,
+        checked=f"{difference}"[:1].upper() + f"{difference}"[1:] + "."
+        if difference
+        else "Its logits were not checked.",
+        scores="\n".join(_scores(facts)),
+        loading=facts.loading(facts.name, _base_name(run)),
+        note=_note(facts),
+        whom=whom,
+        privacy=_privacy(facts),
+        terms=_terms(run),
+    )
+    write_text(folder / "README.md", text)
+
+
+def _what(facts: Facts) -> str:
+    content = facts.content
+    lora = f"LoRA on {len(content.lora)} attention layers"
+    grafts = sum(len(graft.indices) for part in content.grafts.values() for graft in part)
+    adapted = sum(len(layer.indices) for part in content.experts for layer in part)
+    also = [
+        f"{grafts} grafted experts, each with a sigmoid gate" if grafts else "",
+        f"{adapted} pretrained experts trained in place" if adapted else "",
+        f"{len(content.routers)} routers trained" if content.routers else "",
+    ]
+    parts = ", ".join([lora, *filter(None, also)])
+    forms = {
+        "transformers": f"The whole model, stored as {facts.dtype}; LoRA is merged into the base's weights",
+        "merged": f"The whole model, stored as {facts.dtype}; LoRA is merged into the base's weights",
+        "adapter": "A PEFT adapter folder, without the base",
+        "personal": f"All that this model has beyond the base: a PEFT adapter folder, and grafts as {facts.dtype}",
+    }
+    return f"{forms[facts.form]}. What was trained: {parts}. State: {facts.state}."
+
+
+def _data(facts: Facts) -> str:
+    clients = facts.run.server.clients
+    own = clients.get(facts.client or "")
+    silos = f"{len(clients)} silos with {sum(clients.values())} train rows in all"
+    return f"{silos}, of which {own} are {facts.client}'s" if own is not None else silos
+
+
+def _scores(facts: Facts) -> Iterator[str]:
+    """Yield the lines of a table over clients: the one whose model it is, or all."""
+    scored = facts.run.summary["clients"]
+    names = [facts.client] if facts.client else sorted(scored)
+    yield f"ROUGE-L (NLL in nats per token) on each silo's own {facts.run.config.evaluation.split} rows:\n"
+    states = facts.run.model.method.states
+    yield f"| silo | rows | {' | '.join(states)} |"
+    yield "|---" * (len(states) + 2) + "|"
+    for name in (n for n in names if n in scored):
+        cells = [f"{scored[name]['rouge_l'][s]:.1f} ({scored[name]['nll'][s]:.2f})" for s in states]
+        yield f"| {name} | {scored[name]['scored_rows']} | {' | '.join(cells)} |"
+    yield f"\nThis export is the state *{facts.state}*."
+
+
+def _note(facts: Facts) -> str:
+    if facts.form in ("transformers", "merged"):
+        if not facts.content.grafts:
+            return "The architecture is stock: whatever serves the base serves this folder."
+        return (
+            "The code that runs is `modeling_grafted.py` and `grafts.py` in this folder, some hundred lines: read "
+            "them before you trust them. Software that knows only stock architectures refuses this folder."
+        )
+    extra = " The grafts need flexperts; PEFT alone gives the model without them." if facts.content.grafts else ""
+    return f"The base must be `{_base_name(facts.run)}`: give its folder or hub id.{extra}"
+
+
+def _privacy(facts: Facts) -> str:
+    if facts.state == "personalized":
+        return (
+            f"Parts of this model were trained on `{facts.owner}`'s rows alone and may repeat what stands in them. "
+            "Share it as you would share the rows."
+        )
+    return (
+        "It was trained on all silos' rows and may repeat some of what stands in them; only differential privacy, "
+        "where the run used it, bounds that."
+    )
+
+
+def _terms(run: TrainedRun) -> str:
+    known = _license(Path(run.workspace.base.source))
+    base = (
+        f"The base's licence is {known}, as its card says" if known else "See the base's own card for its licence"
+    )
+    return f"{base}; this folder is a derivative of the base. Whose rows it was trained on decides what else holds."
+
+
+def _license(base: Path) -> str | None:
+    """Return the licence that the card of a local base names."""
+    card = base / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    found = re.search(r"\A---\n(?:.*\n)*?license: *(\S+)", text)
+    return found[1] if found else None
+
+
+def _base_name(run: TrainedRun) -> str:
+    """Return the base's name as the recipe has it; of a local folder, its last part alone."""
+    base = run.config.model.base
+    return Path(base).name if Path(base).is_absolute() else base

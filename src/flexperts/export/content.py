@@ -1,0 +1,193 @@
+"""What a client's model has beyond the base, read while it computes in a state, and merged into the base.
+
+Everything is read from adapters and parts, nothing from the method's name: what cannot stand in a folder of weights
+is refused by its kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexperts.errors import ConfigError
+from flexperts.federation.client import Client, Request
+from flexperts.grafting.expert_adapters import ExpertAdapters
+from flexperts.grafting.grafts import Graft, Grafts
+from flexperts.grafting.part import Part, key
+from flexperts.grafting.personal_expert import LowRankExpert
+from flexperts.grafting.router_deltas import RouterDeltas
+from flexperts.grafting.stacked_lora import StackedLora
+from flexperts.methods.base import State
+from flexperts.methods.turn import Turn
+from flexperts.modeling.lora import SHARED_PREFIX, LoraAdapters
+from flexperts.moe.fused import FusedExperts
+from flexperts.moe.layout import LayerExperts
+from flexperts.moe.router import find_router
+
+Factors = dict[str, tuple[Tensor, Tensor]]
+"""Attention layer -> LoRA's (A ``[r, in]``, B ``[out, r]``)."""
+_WEIGHTS = (Grafts, ExpertAdapters, RouterDeltas, StackedLora)
+"""The parts whose every effect is a weight of the base, or a graft."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a model has beyond the base.
+
+    Args:
+        lora: The adapters in use as one, fp32 copies.
+        scale: Factor of B A.
+        grafts: Personal experts beside the routed ones, by the part's name.
+        experts: Experts adapted in place.
+        routers: Experts modules with the delta on the router beside each.
+        logits: Logits of the reference tokens, by this very model.
+    """
+
+    lora: Factors
+    scale: float
+    grafts: dict[str, Grafts]
+    experts: list[ExpertAdapters]
+    routers: list[tuple[LayerExperts, Tensor]]
+    logits: Tensor
+
+    @property
+    def is_lora_alone(self) -> bool:
+        """Whether an adapter folder can hold it."""
+        return not (self.grafts or self.experts or self.routers)
+
+    def adapter(self) -> dict[str, Tensor]:
+        """Return LoRA's factors under the names of PEFT's files."""
+        start = f"{SHARED_PREFIX}model."
+        return {
+            f"{start}{site}.lora_{side}.weight": factor
+            for site, factors in self.lora.items()
+            for side, factor in zip("AB", factors, strict=True)
+        }
+
+    @torch.no_grad()
+    def merge(self, base: Any) -> None:
+        """Write LoRA, adapted experts and router deltas into the weights of the plain base, each rounded once."""
+        for site, (A, B) in self.lora.items():
+            weight = base.get_submodule(site).weight
+            weight.copy_(weight.float() + self.scale * (B @ A).to(weight.device))
+        for layer in (layer for part in self.experts for layer in part):
+            for index in layer.indices:
+                stored = dict(layer.experts.expert(index).items())
+                for name, tensor in whole_expert(layer[str(index)]).items():
+                    stored[name].copy_(tensor)
+        for experts, delta in self.routers:
+            weight = find_router(base, experts).weight
+            weight.copy_(weight.float() + delta)
+
+
+class Exported(Client):
+    """A client whose model is read."""
+
+    def content(self, request: Request, state: State, tokens: Tensor) -> Content:
+        """Return what its model has beyond the base in a state.
+
+        Args:
+            request: The finished global model.
+            state: global or personalized.
+            tokens: Token ids ``[B, S]`` for ``Content.logits``.
+
+        Raises:
+            ConfigError: It has something that no folder of weights can hold.
+        """
+        with self._turn(request, request.round) as (turn, _):
+            self.method.receive(turn)
+            with self.method.in_state(turn, state) as on_batch:
+                parts = [part for part in turn.parts.values() if part.enabled]
+                lora = _lora(turn.site.lora, [part for part in parts if isinstance(part, StackedLora)])
+                if reason := "; ".join(filter(None, map(unfit, parts))):
+                    raise self._refused(state, reason)
+                if on_batch is not None or lora is None:
+                    raise self._refused(state, "its weights change with every input")
+                return _read(turn, lora, logits_of(turn.model, tokens))
+
+    def _refused(self, state: State, reason: str) -> ConfigError:
+        others = [s for s in self.method.states if s not in ("zero_shot", state)]
+        other = f"export --state {others[0]}, or " if others else ""
+        return ConfigError(
+            f"{self.method.name} in state {state}", reason, f"{other}use the run itself: `flexperts generate`"
+        )
+
+
+@torch.no_grad()
+def logits_of(model: Any, tokens: Tensor) -> Tensor:
+    """Return a model's logits ``[B, S, V]`` as fp32 on the CPU."""
+    device = next(model.parameters()).device
+    logits: Tensor = model(input_ids=tokens.to(device), use_cache=False).logits
+    return logits.float().cpu()
+
+
+@torch.no_grad()
+def whole_expert(expert: Any) -> Mapping[str, Tensor]:
+    """Return a personal expert's tensors in the base's layout, fp32; a low-rank one's delta is added up."""
+    if not isinstance(expert, LowRankExpert):
+        return dict(expert.named_parameters())
+    tensors = {name: tensor.float() for name, tensor in expert.frozen.items()}
+    for name, A, B in (
+        ("up", expert.up_lora_A, expert.up_lora_B),
+        ("down", expert.down_lora_A, expert.down_lora_B),
+    ):
+        delta = expert.scale * (B @ A)
+        tensors[name] = tensors[name] + (delta.T if expert.experts.is_transposed else delta)
+    return tensors
+
+
+def graft_tensors(graft: Graft) -> dict[str, Tensor]:
+    """Return a layer's grafts as the exported code names them, its personal experts stacked ``[k, ...]``."""
+    each = [whole_expert(expert) for expert in graft.personal]
+    stacked = {name: torch.stack([tensors[name] for tensors in each]) for name in each[0]}
+    return stacked | {"gate_weight": graft.graft_gate_weight.detach(), "gate_bias": graft.graft_gate_bias.detach()}
+
+
+def unfit(part: Part) -> str:
+    """Return why a part cannot stand in a folder of weights; empty where it can."""
+    if not isinstance(part, _WEIGHTS):
+        return f"{type(part).__name__} has no form in a transformers model"
+    if isinstance(part, ExpertAdapters) and part.restrict:
+        return "experts that the router chooses are left out"
+    layers = part if isinstance(part, Grafts | ExpertAdapters) else ()
+    odd = [layer.experts for layer in layers if not isinstance(layer.experts, FusedExperts)]
+    return f"{type(odd[0].module).__name__} has a layout of its own" if odd else ""
+
+
+def _read(turn: Turn, lora: Factors, logits: Tensor) -> Content:
+    parts = {name: part for name, part in turn.parts.items() if part.enabled}
+    routers = [part for part in parts.values() if isinstance(part, RouterDeltas)]
+    return Content(
+        lora,
+        turn.site.lora.scale,
+        {name: part for name, part in parts.items() if isinstance(part, Grafts)},
+        [part for part in parts.values() if isinstance(part, ExpertAdapters)],
+        [(experts, part.layers[key(experts.name)]) for part in routers for experts in turn.site.experts],
+        logits,
+    )
+
+
+def _lora(lora: LoraAdapters, stacks: Sequence[StackedLora]) -> Factors | None:
+    """Return one pair of factors for each layer that computes what all adapters and stacks in use do together.
+
+    None where no factors can say it.
+    """
+    used = lora.in_use()
+    if used is None:
+        return None
+    if not all(used.values()):
+        return {}
+    layers: Any = [part.layers for part in stacks]
+    pairs = {
+        s: [(A, B / lora.scale) for A, B in used[s]] + [(layer[key(s)].A, layer[key(s)].B) for layer in layers]
+        for s in lora.sites
+    }
+    # What adds nothing is left out, such as a stacking method's fresh adapter.
+    numbers = range(len(pairs[lora.sites[0]]))
+    kept = [i for i in numbers if any(pairs[s][i][1].any() for s in lora.sites)] or [0]
+    sides = {s: list(zip(*(pairs[s][i] for i in kept), strict=True)) for s in lora.sites}
+    return {s: (torch.cat(A).float().cpu(), torch.cat(B, 1).float().cpu()) for s, (A, B) in sides.items()}

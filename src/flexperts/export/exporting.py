@@ -1,0 +1,209 @@
+"""A client's model of a finished run as a folder that other tools read."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flexperts.errors import ArtifactError, ConfigError
+from flexperts.export.card import Facts, write_card
+from flexperts.export.content import Content, Exported
+from flexperts.export.folders import write_model, write_peft, write_personal
+from flexperts.export.verification import REFERENCE_TEXT, Difference, verify
+from flexperts.federation.trained import TrainedRun, state_named
+from flexperts.files import unwritable
+from flexperts.methods.base import State
+
+FORMS = ("transformers", "merged", "adapter", "personal")
+DTYPES = ("bfloat16", "float32")
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written.
+
+    Args:
+        folder: Where.
+        state: In which state the model is.
+        bytes: Size of all files.
+        difference: How far its logits are from the run's; None where that was not checked.
+    """
+
+    folder: Path
+    state: State
+    bytes: int
+    difference: Difference | None
+
+
+def export_run(
+    path: Path,
+    out: Path,
+    *,
+    client: str | None = None,
+    form: str = "transformers",
+    state: str | None = None,
+    dtype: str | None = None,
+    check: bool = True,
+) -> Export:
+    """Write a client's model of a finished run; the folder appears whole, and checked, or not at all.
+
+    Args:
+        path: The run directory; the rows that its recipe names must be there.
+        out: The folder to create.
+        client: Whose model; None where the state is the same for all clients.
+        form: One of ``FORMS``.
+        state: global or personalized; None takes the form's own.
+        dtype: Type of the stored weights; None takes the base's.
+        check: Load the folder in a fresh process and compare its logits with the run's.
+
+    Raises:
+        ConfigError: A value is unknown, or the form cannot hold the client's model in that state.
+        ArtifactError: The run has not finished or is of another base, ``out`` exists, or the check fails.
+    """
+    _known("--form", form, FORMS)
+    _known("--dtype", dtype, (*DTYPES, None))
+    if out.exists():
+        raise ArtifactError(f"{out}", "it exists", "choose another --to, or delete it")
+    if form == "adapter" and dtype is not None:
+        raise ConfigError(f"--dtype {dtype}", "an adapter is stored as it was trained, in float32", "leave it out")
+    run = TrainedRun(path)
+    _check_plain(run, form)
+    stored = dtype or run.config.model.dtype
+    if form in ("transformers", "merged"):
+        _cast(run, getattr(torch, stored))
+    tokens = _reference_tokens(run)
+    owner, chosen, content = _read(run, client, form, state, tokens)
+    config_json = run.model.lora.config_json(run.config.model.base)
+    run.close()
+    with _appearing(out) as folder:
+        facts = Facts(run, out.name, form, owner, chosen, stored, content)
+        if form == "adapter":
+            write_peft(folder, config_json, content)
+        elif form == "personal":
+            write_personal(folder, config_json, content, facts.as_json(), getattr(torch, stored))
+        else:
+            write_model(folder, run.workspace.base, content)
+        found = _checked(facts, folder, tokens) if check else None
+        write_card(folder, facts, found)
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    return Export(out, chosen, size, found)
+
+
+def _known(option: str, value: str | None, known: Sequence[str | None]) -> None:
+    if value not in known:
+        raise ConfigError(
+            f"{option} {value}", f"it is one of {', '.join(filter(None, known))}", "choose one of these"
+        )
+
+
+def _cast(run: TrainedRun, dtype: torch.dtype) -> None:
+    """Bring the base to the type that is to be stored, so that the run computes with the same weights."""
+    for parameter in run.model.lora.frozen().values():
+        if parameter.is_floating_point() and getattr(torch, run.config.model.dtype) != dtype:
+            parameter.data = parameter.data.to(dtype)
+
+
+def _reference_tokens(run: TrainedRun) -> Tensor:
+    ids = run.workspace.base.tokenizer(REFERENCE_TEXT, return_tensors="pt")["input_ids"]
+    tokens: Tensor = ids[:, : run.config.training.max_length]
+    return tokens
+
+
+def _read(
+    run: TrainedRun, client: str | None, form: str, state: str | None, tokens: Tensor
+) -> tuple[str, State, Content]:
+    """Return whose model is read, in which state, and what it has beyond the base."""
+    states = _states(run, form, state)
+    if client is None:
+        states = [s for s in states if s == "global"]
+        client = _any_client(run, bool(states))
+    given, problem = run.client(client), None
+    reader = Exported(client, given.workspace, given.model, given.folder)
+    for each in states:
+        content = reader.content(run.request(client), each, tokens)
+        problem = _misfit(form, content)
+        if problem is None:
+            return client, each, content
+    assert problem is not None
+    raise ConfigError(f"--form {form} of {run.model.method.name}, state {states[-1]}", *problem)
+
+
+def _states(run: TrainedRun, form: str, name: str | None) -> Sequence[State]:
+    """Return the states that may be meant, the likeliest first."""
+    method = run.model.method
+    if name == "zero_shot" or method.states == ("zero_shot",):
+        raise ConfigError("state zero_shot", "it is the base as it was", "take the base itself")
+    if name is not None or form == "merged":
+        return [state_named(method, name or "global")]
+    beyond = [s for s in reversed(method.states) if s != "zero_shot"]
+    return beyond if form == "adapter" else beyond[:1]
+
+
+def _any_client(run: TrainedRun, is_global: bool) -> str:
+    """Return a client for a state that is the same for all.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if is_global and run.model.method.one_global:
+        return run.participants[0]
+    raise ConfigError(
+        "no --client", "the model differs from client to client", f"choose of {', '.join(run.clients)}"
+    )
+
+
+def _check_plain(run: TrainedRun, form: str) -> None:
+    """Refuse to write weights of a base that is not in memory as it was published."""
+    model = run.config.model
+    for name, usual in (("quantization", "none"), ("device_map", None)):
+        if form in ("transformers", "merged") and (found := getattr(model, name)) != usual:
+            raise ConfigError(
+                f"model.{name} = {found!r}",
+                "whole models are exported from bases that lie whole and unquantized in memory",
+                "take --form adapter or personal",
+            )
+
+
+def _misfit(form: str, content: Content) -> tuple[str, str] | None:
+    """Return rule and remedy where a form cannot hold a model."""
+    inside = bool(content.experts or content.routers)
+    if form == "merged" and content.grafts:
+        return "grafts cannot be merged: no stock architecture has a place for them", "take --form transformers"
+    if form == "adapter" and not content.is_lora_alone:
+        return "it is more than LoRA", "take --form transformers" + ("" if inside else ", or personal")
+    if form == "personal" and inside:
+        return "it changes the base's own experts", "take --form transformers"
+    if form == "personal" and not content.grafts:
+        return "it has no grafts: LoRA is all it has", "take --form adapter"
+    return None
+
+
+@contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """Yield a folder that becomes ``out`` when the block has ended well, and is gone otherwise."""
+    folder = out.with_name(f".{out.name}.part")
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        yield folder
+        folder.replace(out)
+    except OSError as error:
+        raise unwritable(out, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _checked(facts: Facts, folder: Path, tokens: Tensor) -> Difference:
+    """Load the folder in a fresh process, as its card says, and compare."""
+    code = facts.loading(str(folder), facts.run.workspace.base.source)
+    whole = facts.form in ("transformers", "merged")
+    types = {facts.dtype} if whole else {facts.dtype, facts.run.config.model.dtype}
+    coarsest = torch.bfloat16 if "bfloat16" in types else torch.float32
+    without = "" if facts.form == "personal" else "flexperts"
+    return verify(code, tokens, facts.content.logits, coarsest, without=without)

@@ -1,0 +1,151 @@
+"""The forms of an export as folders.
+
+transformers   the whole model; with grafts as code of its own, else as the stock architecture
+adapter        a PEFT folder
+personal       a PEFT folder with the grafts beside it
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flexperts.errors import ArtifactError
+from flexperts.export import grafts as shipped
+from flexperts.export.content import Content, graft_tensors
+from flexperts.federation.adapter import write_adapter
+from flexperts.files import read_json, write_json, write_text
+from flexperts.grafting.file import save_grafts
+from flexperts.modeling.load import LoadedBase
+from flexperts.modeling.skeleton import auto_class
+
+_CODE = "modeling_grafted"
+_MODELING = '''"""{architecture} with personal experts, which grafts.py adds. Made by flexperts."""
+
+from transformers import {config}, {architecture}
+
+from .grafts import hang_grafts
+
+
+class Grafted{config}({config}):
+    """``grafts``: name of an experts module -> constant factors of its personal experts."""
+
+    # Another type than the base's: what does not know grafts must refuse this model, not ignore them.
+    model_type = "grafted_{model_type}"
+
+
+class Grafted{architecture}({architecture}):
+    """The base with its grafts."""
+
+    config_class = Grafted{config}
+
+    def __init__(self, config):
+        super().__init__(config)
+        hang_grafts(self, config.grafts)
+'''
+
+
+def write_model(folder: Path, base: LoadedBase, content: Content) -> None:
+    """Write the whole model with its tokenizer; the base in memory is changed.
+
+    Args:
+        folder: An existing, empty folder.
+        base: The base without adapters, in the type that is to be stored.
+        content: What its model has beyond the base.
+
+    Raises:
+        ArtifactError: The base's class does not come with transformers, so that no code can build on it, or the
+            folder cannot be written.
+    """
+    content.merge(base.model)
+    grafted = bool(content.grafts)
+    if grafted and not type(base.model).__module__.startswith("transformers."):
+        raise ArtifactError(
+            f"base class {type(base.model).__name__}",
+            "grafts are exported for classes that come with transformers",
+            "take --form personal",
+        )
+    layout = _hang(base.model, content) if grafted else {}
+    try:
+        # With code of its own, a model is loaded as it lies in memory; a stock one as its hub checkpoints lie.
+        base.model.save_pretrained(folder, save_original_format=not grafted)
+        base.tokenizer.save_pretrained(folder)
+        for weights in folder.glob("*.safetensors"):
+            weights.chmod(0o644)  # safetensors writes 0600
+    except OSError as error:
+        raise ArtifactError(f"{folder}", f"it cannot be written ({error})", "free some space") from error
+    if grafted:
+        _write_code(folder, base.model, layout)
+
+
+def write_peft(folder: Path, config_json: str, content: Content) -> None:
+    """Write LoRA as a PEFT folder.
+
+    Args:
+        folder: Where it goes.
+        config_json: PEFT's configuration of the run's adapter.
+        content: What the model has beyond the base.
+    """
+    write_adapter(folder, config_json, content.adapter())
+
+
+def write_personal(
+    folder: Path, config_json: str, content: Content, about: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Write LoRA as a PEFT folder, the grafts beside it, and what they belong to as JSON; the grafts are changed.
+
+    Args:
+        folder: Where it goes.
+        config_json: PEFT's configuration of the run's adapter.
+        content: What the model has beyond the base.
+        about: What else the JSON says.
+        dtype: Type of the stored grafts.
+    """
+    write_peft(folder, config_json, content)
+    for name, part in content.grafts.items():
+        save_grafts(folder / f"{name}.safetensors", part.to(dtype))
+    indices = {
+        name: {layer: list(chosen) for layer, chosen in part.choice.items()}
+        for name, part in content.grafts.items()
+    }
+    write_json(folder / "personal.json", about | {"grafted_experts": indices})
+
+
+@torch.no_grad()
+def _hang(model: nn.Module, content: Content) -> dict[str, list[float]]:
+    """Give the model the exported code's grafts with the run's values; return their layout."""
+    layers = [graft for part in content.grafts.values() for graft in part]
+    names = list(dict.fromkeys(graft.experts.name for graft in layers))
+    by_name = {name: [graft for graft in layers if graft.experts.name == name] for name in names}
+    layout = {name: [c for graft in grafts for c in graft.scales] for name, grafts in by_name.items()}
+    shipped.hang_grafts(model, layout)
+    for name, grafts in by_name.items():
+        target: Any = model.get_submodule(f"{name}.graft")
+        each = [graft_tensors(graft) for graft in grafts]
+        for tensor_name, parameter in target.named_parameters():
+            parameter.copy_(torch.cat([tensors[tensor_name] for tensors in each]))
+    return layout
+
+
+def _write_code(folder: Path, model: Any, layout: dict[str, list[float]]) -> None:
+    """Write the code that loads the folder, and name it in the folder's config."""
+    config, kind = read_json(folder / "config.json"), type(model)
+    names = {
+        "architecture": kind.__name__,
+        "config": type(model.config).__name__,
+        "model_type": config["model_type"],
+    }
+    write_text(folder / f"{_CODE}.py", _MODELING.format(**names))
+    shutil.copyfile(shipped.__file__, folder / "grafts.py")
+    classes = {"AutoConfig": names["config"], auto_class(model.config).__name__: names["architecture"]}
+    own = {
+        "model_type": f"grafted_{config['model_type']}",
+        "architectures": [f"Grafted{names['architecture']}"],
+        "auto_map": {auto: f"{_CODE}.Grafted{name}" for auto, name in classes.items()},
+        "grafts": layout,
+    }
+    write_json(folder / "config.json", config | own)

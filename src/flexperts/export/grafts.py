@@ -1,0 +1,89 @@
+"""Personal experts beside the routed ones of a Mixture-of-Experts model of transformers. Needs torch alone.
+
+    y = sum_{j in TopK} g_j(x) E_j(x)  +  sum_p c_p sigmoid(G_p(x)) E_p(x)
+
+The first sum is what the model computes by itself; a hook on each experts module adds the second one. Whether a
+gate is fused into the up projection, how weights lie and what follows an expert is read from the experts module.
+
+Shapes: T tokens, D expert width, k personal experts. Made by flexperts, which copies this file into its exports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Graft(nn.Module):
+    """The k personal experts and the gate of one layer.
+
+    Args:
+        experts: The layer's experts module, with fused tensors ``[N, ...]``.
+        scales: c, a constant factor for each personal expert.
+    """
+
+    down: Tensor
+
+    def __init__(self, experts: nn.Module, scales: Sequence[float]) -> None:
+        super().__init__()
+        self.scales = list(scales)
+        up = "gate_up_proj" if hasattr(experts, "gate_up_proj") else "up_proj"
+        fused = {"up": up, "down": "down_proj", "up_bias": f"{up}_bias", "down_bias": "down_proj_bias"}
+        for name, source in fused.items():
+            tensor = getattr(experts, source, None)
+            empty = None if tensor is None else nn.Parameter(tensor.new_zeros(len(scales), *tensor.shape[1:]))
+            self.register_parameter(name, empty)
+        width = self.down.shape[2 if _is_transposed(experts) else 1]
+        self.gate_weight = nn.Parameter(self.down.new_zeros(len(scales), width))
+        self.gate_bias = nn.Parameter(self.down.new_zeros(len(scales)))
+
+    def forward(self, experts: Any, hidden: Tensor) -> Tensor:
+        """Return what the personal experts add to the layer's routed output, ``[T, D]`` for ``hidden [T, D]``."""
+        gates = torch.sigmoid(_linear(hidden, self.gate_weight, self.gate_bias)).unsqueeze(-1).unbind(-2)
+        # A factor of 1 is left out, as in training, so that no bit differs.
+        factors = [gate if c == 1 else gate * c for gate, c in zip(gates, self.scales, strict=True)]
+        terms = [factor * self._expert(experts, p, hidden) for p, factor in enumerate(factors)]
+        return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
+
+    def add(self, experts: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Forward hook of the experts module."""
+        added: Tensor = self(experts, args[0])
+        return output + added.to(output.dtype)
+
+    def _expert(self, experts: Any, p: int, hidden: Tensor) -> Tensor:
+        inner = _activate(experts, self._project(experts, "up", p, hidden))
+        output = self._project(experts, "down", p, inner)
+        return experts.post_expert_norm(output) if getattr(experts, "has_post_expert_norm", False) else output
+
+    def _project(self, experts: Any, name: str, p: int, hidden: Tensor) -> Tensor:
+        weight, bias = getattr(self, name)[p], getattr(self, f"{name}_bias")
+        return _linear(hidden, weight.T if _is_transposed(experts) else weight, None if bias is None else bias[p])
+
+
+def hang_grafts(model: nn.Module, layout: Mapping[str, Sequence[float]]) -> None:
+    """Give a model the grafts of ``layout``: name of an experts module -> factors of its personal experts."""
+    for name, scales in layout.items():
+        experts = model.get_submodule(name)
+        experts.graft = graft = Graft(experts, scales)
+        experts.register_forward_hook(graft.add)
+
+
+def _activate(experts: Any, projected: Tensor) -> Any:
+    if not hasattr(experts, "gate_up_proj"):
+        return experts.act_fn(projected)
+    if hasattr(experts, "_apply_gate"):
+        return experts._apply_gate(projected)
+    gate, up = projected.chunk(2, dim=-1)
+    return experts.act_fn(gate) * up
+
+
+def _is_transposed(experts: nn.Module) -> bool:
+    return bool(getattr(experts, "is_transposed", False))
+
+
+def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
