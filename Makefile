@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup run test slow faults fuzz deployment check format clean
+.PHONY: help setup run test slow families faults fuzz deployment test-all docs check format clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -27,6 +27,9 @@ test: setup  ## Run the default tests
 slow: setup  ## Run the tests that need the real base
 	$(BIN)/python -m pytest -m slow
 
+families: setup  ## Every property of every model family, and whether docs/models.md is current (minutes)
+	$(BIN)/python -m pytest -m families -n 2
+
 faults: setup  ## Kill runs at random places, damage their files, fill the disk (minutes)
 	$(BIN)/python -m pytest -m faults -n 2 -rP
 
@@ -35,6 +38,11 @@ fuzz: setup  ## Malformed recipes, messages and files by the thousand (minutes)
 
 deployment: setup  ## SuperLink, SuperNodes and workers on loopback, killed and resumed (minutes)
 	$(BIN)/python -m pytest -m deployment
+
+test-all: test slow families faults fuzz deployment  ## All tiers, one after the other
+
+docs: setup  ## Build the pages and the API reference into build/docs, warnings as errors
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
 
 check: setup  ## Formatting, lint, types, architecture
 	$(BIN)/ruff format --check .

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from flexperts.config.run import RunConfig
+from flexperts.methods import registry
 from flexperts.recipe import parse_recipe
 from flexperts.testing import save_tiny_base
 
@@ -20,6 +21,13 @@ torch.set_num_threads(1)
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved tiny qwen2_moe with a byte tokenizer and a chat template."""
     return save_tiny_base(tmp_path_factory.mktemp("base") / "tiny", max_position_embeddings=1024)
+
+
+@pytest.fixture
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the methods that a test registers."""
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(registry, "_LOADED", dict(registry._LOADED))
 
 
 @pytest.fixture

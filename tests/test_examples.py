@@ -19,6 +19,7 @@ SMALL = (
 )
 
 
+@pytest.mark.usefixtures("own_registry")
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda p: p.stem)
 def test_example_runs(example: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(example))["main"](tmp_path / "run", f"model.base={tiny_base}", *SMALL)

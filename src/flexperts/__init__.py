@@ -9,18 +9,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flexperts.artifacts import RunDirectory
     from flexperts.base.build import build_base
     from flexperts.config.run import RunConfig
     from flexperts.errors import FlexpertsError
     from flexperts.federation.observer import Observer
     from flexperts.federation.run import run_federation
     from flexperts.federation.trained import TrainedRun
+    from flexperts.grafting.file import load_grafts, save_grafts
     from flexperts.grafting.grafts import Grafts
     from flexperts.grafting.selection import reconstruction_scores
     from flexperts.methods.base import Method
     from flexperts.methods.registry import method_names, register_method
     from flexperts.moe.experts import find_experts
     from flexperts.parameters.split import split_parameters
+    from flexperts.parameters.store import load_personal
     from flexperts.recipe import load_recipe, parse_recipe
 
 __version__ = "0.1.0"
@@ -31,15 +34,19 @@ _HOMES = {
     "Method": "methods.base",
     "Observer": "federation.observer",
     "RunConfig": "config.run",
+    "RunDirectory": "artifacts",
     "TrainedRun": "federation.trained",
     "build_base": "base.build",
     "find_experts": "moe.experts",
+    "load_grafts": "grafting.file",
+    "load_personal": "parameters.store",
     "load_recipe": "recipe",
     "method_names": "methods.registry",
     "parse_recipe": "recipe",
     "reconstruction_scores": "grafting.selection",
     "register_method": "methods.registry",
     "run_federation": "federation.run",
+    "save_grafts": "grafting.file",
     "split_parameters": "parameters.split",
 }
 __all__ = [
@@ -48,15 +55,19 @@ __all__ = [
     "Method",
     "Observer",
     "RunConfig",
+    "RunDirectory",
     "TrainedRun",
     "build_base",
     "find_experts",
+    "load_grafts",
+    "load_personal",
     "load_recipe",
     "method_names",
     "parse_recipe",
     "reconstruction_scores",
     "register_method",
     "run_federation",
+    "save_grafts",
     "split_parameters",
 ]
 

@@ -1,10 +1,17 @@
-"""Method names and where their classes live. A new method is one file and one line here."""
+"""Method names and where their classes live. A new method is one file and one line here.
+
+A method of another package is known once that package is installed, by an entry point of the group
+``flexperts.methods``: its name is what recipes say, its value ``"package.module:Class"``. Nothing that a recipe or
+a message says imports code: only what is registered here, by an installed package or by ``register_method``.
+"""
 
 from __future__ import annotations
 
 import difflib
+from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -46,6 +53,9 @@ _METHODS: dict[str, str] = {
     "scaffold": "flexperts.methods.scaffold:Scaffold",
     "zero_shot": "flexperts.methods.zero_shot:ZeroShot",
 }
+_LOADED: dict[str, type[Method]] = {}
+_GROUP = "flexperts.methods"
+"""Entry points of installed packages."""
 
 
 def register_method(name: str, target: str | type[Method]) -> None:
@@ -56,21 +66,36 @@ def register_method(name: str, target: str | type[Method]) -> None:
         target: The class, or ``"package.module:Class"`` to import it when it is first used.
 
     Raises:
-        ConfigError: The name is taken by another class.
+        ConfigError: The name is taken by another class, or the class is no method.
     """
+    _find_installed()
+    _register(name, target)
+
+
+def _register(name: str, target: str | type[Method]) -> None:
     path = target if isinstance(target, str) else f"{target.__module__}:{target.__qualname__}"
     if _METHODS.get(name, path) != path:
-        raise ConfigError(f"method {name!r}", f"the name belongs to {_METHODS[name]}", "choose another name")
-    _METHODS[name] = path
+        rule = f"the name belongs to {_METHODS[name]}"
+        raise ConfigError(f"method {name!r} at {path!r}", rule, "choose another name, or uninstall its package")
     if not isinstance(target, str):
-        _LOADED[name] = target
+        _LOADED[name] = _checked(name, path, target)
+    _METHODS[name] = path
 
 
-_LOADED: dict[str, type[Method]] = {}
+@cache
+def _find_installed() -> None:
+    """Register the methods of installed packages, once."""
+    for point in entry_points(group=_GROUP):
+        _register(point.name, point.value)
 
 
 def method_names() -> list[str]:
-    """Return all registered names, sorted."""
+    """Return all registered names, sorted.
+
+    Raises:
+        ConfigError: An installed package gives a method a name that is taken.
+    """
+    _find_installed()
     return sorted(_METHODS)
 
 
@@ -78,16 +103,37 @@ def method_class(name: str) -> type[Method]:
     """Return the class registered under ``name``, imported on first use.
 
     Raises:
-        ConfigError: No such method; the error says which names are close.
+        ConfigError: No such method (the error says which names are close), or no class where it should live.
     """
+    _find_installed()
     if name not in _METHODS:
         close = difflib.get_close_matches(name, _METHODS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "see `flexperts methods`"
         raise ConfigError(f"method {name!r}", f"methods are {', '.join(method_names())}", hint)
     if name not in _LOADED:
-        module, _, attribute = _METHODS[name].partition(":")
-        _LOADED[name] = getattr(import_module(module), attribute)
+        _LOADED[name] = _imported(name, _METHODS[name])
     return _LOADED[name]
+
+
+def _imported(name: str, path: str) -> type[Method]:
+    module, _, attribute = path.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"method {name!r} at {path!r}", f"it cannot be imported ({error})", "install or mend its package"
+        ) from error
+    return _checked(name, path, found)
+
+
+def _checked(name: str, path: str, found: Any) -> type[Method]:
+    from flexperts.methods.base import Method
+
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise ConfigError(
+            f"method {name!r} at {path!r}", "it must be a subclass of flexperts.Method", "correct its package"
+        )
+    return found
 
 
 def make_method(config: MethodConfig) -> Method:
