@@ -1,22 +1,25 @@
 """The run directory: what a run leaves behind, and the only thing that reports read.
 
-config.toml            the whole recipe, defaults written out
-run_id                 32 hex digits by which silos know which run their state belongs to
-environment.json       versions and machine
-rounds.jsonl           one line per finished round, with its checksum
-summary.json           scores, bytes and seconds, with their checksum; written when the method's rounds are done,
-                       and once more with the reference's when those are
-shared/                the averaged LoRA as an ordinary PEFT adapter folder
-checkpoint.safetensors the server's whole state after the last finished round, from which a run is resumed and used
-partition.json         who had which rows: counts and hashes
-beyond.json            scores on other clients' rows and on general tasks, where the recipe asks for them
-personal/NAME.safetensors   each client's personal state, and in personal/before the one of the round before it
-                       (in a deployed run they lie at the client)
-predictions/NAME.jsonl      each client's generated answers and every row's scores (likewise)
-selection/NAME.json         the experts that a client chose, and every expert's loss (likewise)
-routing/NAME.jsonl          how each client's rows are routed, by round and state (likewise)
-tensorboard/           event files, where --track asks for them
-reference/             the reference method's run, laid out the same way
+Its files::
+
+  config.toml            the whole recipe, defaults written out
+  run_id                 32 hex digits by which silos know which run their state belongs to
+  environment.json       versions and machine
+  rounds.jsonl           one line per finished round, with its checksum
+  summary.json           scores, bytes and seconds, with their checksum; written when the method's rounds are done,
+                         and once more with the reference's when those are
+  shared/                the averaged LoRA as an ordinary PEFT adapter folder
+  checkpoint.safetensors the server's whole state after the last finished round, to resume and use it
+  partition.json         who had which rows: counts and hashes
+  beyond.json            scores on other clients' rows and on general tasks, where the recipe asks for them
+  personal/NAME.safetensors   each client's personal state, and in personal/before the one of the round before it
+                         (in a deployed run they lie at the client)
+  predictions/NAME.jsonl      each client's generated answers and every row's scores (likewise)
+  selection/NAME.json         the experts that a client chose, and every expert's loss (likewise)
+  routing/NAME.jsonl          how each client's rows are routed, by round and state (likewise)
+  joined/NAME.json            a client that joined after training: its rows (counts and hashes), steps, scores
+  tensorboard/           event files, where --track asks for them
+  reference/             the reference method's run, laid out the same way
 """
 
 from __future__ import annotations
@@ -47,17 +50,10 @@ from flexperts.files import (
     write_text,
 )
 
+JOINED = "joined"
 _PACKAGES = (
-    "flexperts",
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "flwr",
-    "numpy",
-    "safetensors",
-    "rouge-score",
-)
+    "flexperts", "torch", "transformers", "peft", "accelerate", "flwr", "numpy", "safetensors", "rouge-score",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -182,6 +178,11 @@ class RunDirectory:
         if (path := folder / f"{client}.json").exists():
             return read_json(path)
         return read_lines(path) if (path := folder / f"{client}.jsonl").exists() else None
+
+    def joined(self) -> dict[str, dict[str, Any]]:
+        """Return the records of the clients that joined after training, by name."""
+        paths = sorted((self.path / JOINED).glob("*.json"))
+        return {path.stem: opened(path, read_json(path), needed=True) for path in paths}
 
     @property
     def beyond(self) -> Path:

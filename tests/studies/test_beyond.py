@@ -17,6 +17,7 @@ from flexperts.evaluation.rouge import rouge_l
 from flexperts.federation.run import run_federation
 from flexperts.federation.trained import TrainedRun
 from flexperts.recipe import load_recipe
+from flexperts.studies.collect import collect_run
 
 CLIENTS = ["bank", "cafe", "farm"]
 Scores = dict[str, float]
@@ -95,6 +96,24 @@ def test_general_tasks_are_scored_once_for_all_and_for_every_personalized_model(
     reference = beyond(single / "reference")
     assert list(reference) == ["general"]  # fedavg has no personalized models
     assert reference["general"]["zero_shot"] == found["zero_shot"]
+
+
+def test_global_models_that_differ_by_client_are_each_scored(work: Path, tmp_path: Path) -> None:
+    ranks = ("method.name=hetlora", "method.options={ranks={bank=2}}", "training.local_steps=1")
+    run_federation(load_recipe(work / "recipe.toml", ranks), tmp_path / "run")
+    found = beyond(tmp_path / "run")
+    assert list(found["others"]) == ["global"]
+    assert list(found["others"]["global"]) == list(found["general"]["global"]) == CLIENTS
+    assert list(found["general"]["zero_shot"]) == CLIENTS[:1]
+    run = TrainedRun(tmp_path / "run")
+    try:
+        cafe = rows(work / "clients" / "cafe" / "test.jsonl", 2)
+        same(found["others"]["global"]["bank"]["by_client"]["cafe"], by_hand(run, "bank", "global", cafe))
+    finally:
+        run.close()
+    comparison = collect_run(tmp_path / "run")["entries"][0]
+    noted = found["others"]["global"]["bank"]["nll"]
+    assert comparison["scores"]["global"]["others"]["nll"]["clients"]["bank"]["mean"] == pytest.approx(noted)
 
 
 def test_nothing_is_measured_that_nobody_asked_for(work: Path, tmp_path: Path) -> None:

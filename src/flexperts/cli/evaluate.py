@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,15 +19,17 @@ def command(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None
     from flexperts.federation.trained import TrainedRun
 
     with RunDisplay() as display:
-        scores = TrainedRun(run).evaluate(display)
-    display.console.print(_table(scores))
+        trained = TrainedRun(run)
+        scores = trained.evaluate(display)
+    display.console.print(_table(scores, trained.joined))
 
 
-def _table(scores: dict[str, Any]) -> Any:
+def _table(scores: dict[str, Any], joined: Collection[str]) -> Any:
     from rich.table import Table
 
     states = list(next(iter(scores.values())))
     table = Table("client", *states, title="ROUGE-L (NLL) on each client's own scored rows", title_justify="left")
     for client, by_state in scores.items():
-        table.add_row(client, *(f"{by_state[s].rouge_l:.1f} ({by_state[s].nll:.2f})" for s in states))
+        label = f"{client} (joined)" if client in joined else client
+        table.add_row(label, *(f"{by_state[s].rouge_l:.1f} ({by_state[s].nll:.2f})" for s in states))
     return table

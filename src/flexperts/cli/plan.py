@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -46,7 +47,8 @@ def _show(made: Any) -> None:
         markup=False,
         soft_wrap=True,
     )
-    console.print(_table(made))
+    for table in _tables(made):
+        console.print(table)
     total = "up and down over each client's own link"
     console.print(
         f"{made.clients} clients, {made.bandwidth:g} Mbit/s; seconds: {total}; memory without activations"
@@ -57,28 +59,36 @@ def _show(made: Any) -> None:
             console.print(f"{name}: {note}", markup=False, soft_wrap=True)
 
 
-def _table(made: Any) -> Any:
-    from rich.table import Table
-
+def _tables(made: Any) -> Iterator[Any]:
+    """Yield what moves and what it takes apart: together they would not fit a terminal of 80 columns."""
     from flexperts.reports.cells import size
 
-    table = Table(title="one client, one round", title_justify="left")
+    moves = {
+        "shared": lambda row: _count(row.shared),
+        "up": lambda row: size(row.uplink).text,
+        "down": lambda row: size(row.downlink).text,
+        "seconds": lambda row: _seconds(row.seconds),
+        "at the server": lambda row: size(row.at_server).text,
+    }
+    takes = {
+        "personal": lambda row: _count(row.personal),
+        "memory": lambda row: size(row.memory.total).text,
+        "on disk": lambda row: size(row.personal_state).text,
+        "FLOPs": lambda row: f"{100 * row.overhead:+.2f} %",
+    }
+    yield _table("one client, one round: what moves", moves, made.methods)
+    yield _table("one client: what it takes", takes, made.methods)
+
+
+def _table(title: str, columns: Mapping[str, Callable[[Any], str]], rows: Sequence[Any]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
     table.add_column("method")
-    for column in ("shared", "personal", "up", "down", "seconds", "memory", "on disk", "FLOPs", "at the server"):
-        table.add_column(column, justify="right")
-    for row in made.methods:
-        table.add_row(
-            row.name,
-            _count(row.shared),
-            _count(row.personal),
-            size(row.uplink).text,
-            size(row.downlink).text,
-            _seconds(row.seconds),
-            size(row.memory.total).text,
-            size(row.personal_state).text,
-            f"{100 * row.overhead:+.2f} %",
-            size(row.at_server).text,
-        )
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(row.name, *(cell(row) for cell in columns.values()))
     return table
 
 

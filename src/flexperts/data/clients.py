@@ -67,9 +67,9 @@ def partition_manifest(clients: Clients) -> dict[str, Any]:
     """Return who has which rows, in counts (rows) and SHA-256 hashes, without any text but the categories' names.
 
     Returns:
-        ``{"sha256": of all clients, "clients": {name: {"train_rows", "test_rows", "categories", "train_sha256",
-        "test_sha256"}}}``; ``categories`` counts train rows. The clients stand in a dictionary of their own, as any
-        name may be a client's.
+        ``sha256`` of all clients, and ``clients``: for each name ``train_rows``, ``test_rows``, ``categories``
+        (which counts train rows), ``train_sha256``, ``test_sha256``. The clients stand in a dictionary of their
+        own, as any name may be a client's.
     """
     entries = {name: _entry(clients[name]) for name in sorted(clients)}
     total = hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()

@@ -5,9 +5,11 @@ Instruct models get their own chat template, base models the alpaca template of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from jinja2 import TemplateError
 
 from flexperts.data.rows import Row
 from flexperts.errors import ConfigError, DataError
@@ -72,10 +74,39 @@ class PromptEncoder:
             text = _ALPACA.format(instruction=instruction, **parts)
             return list(self.tokenizer(text)["input_ids"])
         question = f"{instruction}\n\n{context}" if context else instruction
-        messages = [{"role": "user", "content": question}]
-        return list(
-            self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-        )
+        return self._chat([{"role": "user", "content": question}])
+
+    def conversation(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Return a conversation's tokens, up to where the next response starts.
+
+        The alpaca template knows one instruction: it is the last turn, and the turns before are its input.
+
+        Args:
+            messages: Turns with ``role`` (system, user, assistant) and ``content``; the last one is a user's.
+
+        Raises:
+            ConfigError: The turns are others than that, or in an order that the chat template refuses.
+        """
+        roles = [message["role"] for message in messages]
+        if roles[-1:] != ["user"] or not {*roles} <= {"system", "user", "assistant"}:
+            raise ConfigError(
+                f"messages of the roles {roles}",
+                "turns are of system, user or assistant, and the last one is a user's",
+                "add what the user asks at the end",
+            )
+        if self.chat:
+            return self._chat(messages)
+        before = [m["content"] if m["role"] == "system" else f"{m['role']}: {m['content']}" for m in messages[:-1]]
+        return self.prompt(messages[-1]["content"], "\n\n".join(before))
+
+    def _chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        try:
+            encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        except TemplateError as error:
+            raise ConfigError(
+                "the messages", f"the model's chat template refuses them ({error})", "follow its order of turns"
+            ) from error
+        return list(encoded["input_ids"])
 
     def response(self, text: str) -> list[int]:
         """Return the response's tokens with EOS at the end, so that the model learns to stop."""

@@ -76,8 +76,6 @@ def _batch(
 
 
 def _greedy(model: Any, encoder: PromptEncoder, max_new_tokens: int) -> GenerationConfig:
-    ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends]) | {encoder.tokenizer.eos_token_id}
     # What is left unset, generate() takes from the base's own generation_config.json.
     return GenerationConfig(
         do_sample=False,
@@ -86,5 +84,12 @@ def _greedy(model: Any, encoder: PromptEncoder, max_new_tokens: int) -> Generati
         no_repeat_ngram_size=0,
         max_new_tokens=max_new_tokens,
         pad_token_id=encoder.tokenizer.pad_token_id,
-        eos_token_id=sorted(e for e in ends if e is not None),
+        eos_token_id=end_tokens(model, encoder),
     )
+
+
+def end_tokens(model: Any, encoder: PromptEncoder) -> list[int]:
+    """Return the tokens that end an answer: the tokenizer's, and those that the base's own settings name."""
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends]) | {encoder.tokenizer.eos_token_id}
+    return sorted(e for e in ends if e is not None)

@@ -18,7 +18,7 @@ from flexperts.federation.observer import Observer
 from flexperts.federation.trained import TrainedRun
 from flexperts.methods.base import State
 
-Measured = dict[str, dict[str, Any]]
+Measured = dict[State, dict[str, Any]]
 """State -> client -> numbers."""
 
 
@@ -43,9 +43,8 @@ def check_beyond(config: RunConfig) -> None:
 def look_beyond(run: TrainedRun, observer: Observer | None = None) -> dict[str, Measured]:
     """Measure what the recipe asks for: ``others``, ``general``, ``mmlu``.
 
-    The untouched base and the global model are one for all clients, so the first one stands for all; for the same
-    reason only personalized models are scored on other clients' rows: a global one's scores there are those that
-    the other clients report.
+    Where a state's model is one for all clients (the untouched base; with most methods the global model), the first
+    one stands for all; and it is not scored on other clients' rows: its scores there are those that they report.
 
     Args:
         run: The finished run.
@@ -54,11 +53,12 @@ def look_beyond(run: TrainedRun, observer: Observer | None = None) -> dict[str, 
     Raises:
         DataError, ConfigError: As ``check_beyond``.
     """
-    knowledge, found = run.config.knowledge, {}
-    clients = {name: run.client(name, observer) for name in run.clients}
-    if run.config.evaluation.others_rows and "personalized" in run.model.method.states and len(clients) > 1:
-        others = {name: _others(run, client, clients) for name, client in clients.items()}
-        found["others"] = {"personalized": others}
+    knowledge = run.config.knowledge
+    found: dict[str, Measured] = {}
+    clients = {name: run.client(name, observer) for name in run.participants}
+    own = _own_states(run)
+    if run.config.evaluation.others_rows and own and len(clients) > 1:
+        found["others"] = {s: {n: _others(run, c, s, clients) for n, c in clients.items()} for s in own}
     if knowledge.general:
         rows = _general_rows(run.config)
         found["general"] = _everywhere(run, clients, lambda c, s: _numbers(c.score(run.request(c.name), s, rows)))
@@ -76,17 +76,23 @@ def _everywhere(
     run: TrainedRun, clients: Mapping[str, Client], measure: Callable[[Client, State], dict[str, Any]]
 ) -> Measured:
     first = dict(list(clients.items())[:1])
-    who = {state: clients if state == "personalized" else first for state in run.model.method.states}
+    who = {state: clients if state in _own_states(run) else first for state in run.model.method.states}
     return {state: {name: measure(client, state) for name, client in some.items()} for state, some in who.items()}
 
 
-def _others(run: TrainedRun, client: Client, clients: Mapping[str, Client]) -> dict[str, Any]:
-    """Score a client's own model on the rows of each other client; every other client counts once."""
+def _own_states(run: TrainedRun) -> list[State]:
+    """Return the states in which each client has a model of its own."""
+    method = run.model.method
+    return [s for s in method.states if s == "personalized" or (s == "global" and not method.one_global)]
+
+
+def _others(run: TrainedRun, client: Client, state: State, clients: Mapping[str, Client]) -> dict[str, Any]:
+    """Score a client's model on the rows of each other client; every other client counts once."""
     count = run.config.evaluation.others_rows
     rows: dict[str, tuple[Row, ...]] = {
         name: other.scored_rows[:count] for name, other in clients.items() if other is not client
     }
-    each = {n: _numbers(client.score(run.request(client.name), "personalized", r)) for n, r in rows.items()}
+    each = {n: _numbers(client.score(run.request(client.name), state, r)) for n, r in rows.items()}
     means = {kind: sum(scores[kind] for scores in each.values()) / len(each) for kind in SCORES}
     return {**means, "rows": sum(scores["rows"] for scores in each.values()), "by_client": each}
 

@@ -49,7 +49,8 @@ class ClientModel:
             personal=method.has_personal_lora,
             checkpointing=config.training.gradient_checkpointing,
         )
-        self._lent = False
+        self.lent: dict[str, Part] | None = None
+        """The parts of the client that has the model now; None while it is free."""
 
     def close(self) -> None:
         """Take LoRA out of the base again."""
@@ -86,13 +87,13 @@ class ClientModel:
         Raises:
             GraftError: The personal tensors do not fit, or the model is lent already.
         """
-        if self._lent:
+        if self.lent is not None:
             raise GraftError("the resident model", "it is lent to another client", "wait for its turn to end")
-        self._lent = True
         parts: dict[str, Part] = {}
+        self.lent = parts
         try:
             self.lora.reset()
-            parts = {name: part.to(self.device) for name, part in self.method.parts(site).items()}
+            parts |= {name: part.to(self.device) for name, part in self.method.parts(site).items()}
             split = self._split(parts)
             load_personal_tensors(personal, split.personal)
             for part in parts.values():
@@ -101,7 +102,7 @@ class ClientModel:
         finally:
             for part in parts.values():
                 part.detach()
-            self._lent = False
+            self.lent = None
 
     def _split(self, parts: Mapping[str, Part]) -> ParameterSplit:
         added = self.lora.parameters() | named_parameters(parts)

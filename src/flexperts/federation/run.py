@@ -29,6 +29,7 @@ from flexperts.federation.workspace import Workspace
 from flexperts.files import write_json
 from flexperts.methods.registry import make_method
 from flexperts.modeling.memory import peak_bytes, reset_peak
+from flexperts.modeling.quantization import storage_line
 
 
 def run_federation(
@@ -99,6 +100,8 @@ def _prepare(config: RunConfig, observer: Observer, workspace: Workspace) -> Wor
     observer.stage(f"loading {config.model.base}")
     routed = bool(config.evaluation.routing_rows)
     workspace.check(config, needs_experts=routed or any(method.needs_experts for method in methods))
+    if config.model.quantization != "none":
+        observer.stage(storage_line(workspace.base.model))
     if workspace.encoder.cut:
         observer.stage(f"{workspace.encoder.cut} contexts cut to training.max_length {config.training.max_length}")
     return workspace

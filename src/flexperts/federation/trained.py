@@ -12,6 +12,7 @@ from flexperts.evaluation.scores import Scores
 from flexperts.federation.checkpoint import load_server
 from flexperts.federation.client import Client, Request
 from flexperts.federation.client_model import ClientModel
+from flexperts.federation.joined import workspace_of
 from flexperts.federation.observer import Observer
 from flexperts.federation.workspace import Workspace
 from flexperts.methods.base import Method, State
@@ -38,6 +39,8 @@ class TrainedRun:
         self.workspace = workspace or Workspace(self.config)
         self.model = ClientModel(self.workspace.base, self.config, make_method(self.config.method))
         self.server = load_server(self.run.checkpoint)
+        self.joined = self.run.joined()
+        self._workspaces: dict[str, Workspace] = {}
 
     def close(self) -> None:
         """Take the adapters out of the base again."""
@@ -45,7 +48,12 @@ class TrainedRun:
 
     @property
     def clients(self) -> list[str]:
-        """Names of the run's clients."""
+        """Names of the run's clients: those who took part, and those who joined after training."""
+        return sorted({*self.participants, *self.joined})
+
+    @property
+    def participants(self) -> list[str]:
+        """Names of the clients whom the summary scores."""
         return sorted(self.summary["clients"])
 
     def client(self, name: str, observer: Observer | None = None) -> Client:
@@ -61,11 +69,18 @@ class TrainedRun:
         """
         if name not in self.clients:
             raise ConfigError(f"client {name!r}", f"the run's clients are {', '.join(self.clients)}", "choose one")
-        client = Client(name, self.workspace, self.model, self.run.path, observer)
+        client = Client(name, self._workspace_of(name), self.model, self.run.path, observer)
         load_personal(
             client.store.path, base=self.workspace.base.fingerprint
         )  # a missing one must not start afresh
         return client
+
+    def _workspace_of(self, name: str) -> Workspace:
+        if name not in self.joined:
+            return self.workspace
+        if name not in self._workspaces:
+            self._workspaces[name] = workspace_of(self.run.path, self.joined[name], self.workspace)
+        return self._workspaces[name]
 
     def request(self, name: str) -> Request:
         """Return what the server would send a client now, so that it computes with the finished model."""

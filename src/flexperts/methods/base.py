@@ -61,6 +61,8 @@ class Method:
     """Whether one trainer sees all clients' rows."""
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "global")
     """Model states that exist and are evaluated."""
+    one_global: ClassVar[bool] = True
+    """Whether the global model is the same at every client."""
     additive: ClassVar[bool] = True
     """Whether a reply is the broadcast weights after training, all of them, to be averaged by rows: what clipping,
     noise, compression and robust aggregation work on."""
@@ -124,6 +126,10 @@ class Method:
     def train(self, turn: Turn) -> TrainResult:
         """Do one client's local work of one round, in place on the split's trained parameters."""
         return turn.fit()
+
+    def personalize(self, turn: Turn) -> TrainResult:
+        """Train the personal part alone, the shared one standing still, as who joins a finished run does."""
+        return turn.fit(shared=False)
 
     def outgoing(self, turn: Turn) -> Mapping[str, Tensor]:
         """Return what is sent after training: shared parameters, and what training has derived."""

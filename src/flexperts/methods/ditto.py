@@ -56,10 +56,13 @@ class Ditto(Method):
 
     def train(self, turn: Turn) -> TrainResult:
         """Train w as FedAvg does, then v near the w that was received."""
-        first = turn.fit(personal=False)
+        return joined(turn.fit(personal=False), self.personalize(turn))
+
+    def personalize(self, turn: Turn) -> TrainResult:
+        """Train v alone near the w that was received."""
         pull = proximal(turn.split.personal, _mirrored(turn.received), self.options.lam)
         with turn.site.lora.use(personal=1.0):
-            return joined(first, turn.fit(shared=False, hooks=StepHooks(penalty=pull)))
+            return turn.fit(shared=False, hooks=StepHooks(penalty=pull))
 
     @contextmanager
     def in_state(self, turn: Turn, state: State) -> Iterator[OnBatch | None]:

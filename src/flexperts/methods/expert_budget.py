@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexperts.moe.experts import FusedExperts
+from flexperts.moe.layout import LayerExperts
 
 
 @dataclass
@@ -80,7 +80,7 @@ class ExpertBudget:
             handle.remove()
 
     @torch.no_grad()
-    def __call__(self, experts: FusedExperts, index: Tensor, weights: Tensor) -> Collection[int]:
+    def __call__(self, experts: LayerExperts, index: Tensor, weights: Tensor) -> Collection[int]:
         """Return the experts that learn; checkpointing's second question gets the first answer."""
         if experts.name not in self._chosen:
             # Without gradient: checkpointing counts the tensors that the first question and the second save.
@@ -92,7 +92,7 @@ class ExpertBudget:
         mask = kwargs.get("attention_mask")
         self._mask, self._chosen = None if mask is None else mask.flatten().bool(), {}
 
-    def _choose(self, experts: FusedExperts, index: Tensor, weights: Tensor) -> set[int]:
+    def _choose(self, experts: LayerExperts, index: Tensor, weights: Tensor) -> set[int]:
         routing = routing_matrix(index, weights, experts.num_experts)
         count = max(1, round(self.budget * experts.num_experts))
         value = values_of(routing, self.lam, self.beta)
@@ -100,7 +100,7 @@ class ExpertBudget:
         self._note(experts, routing, chosen)
         return chosen
 
-    def _note(self, experts: FusedExperts, routing: Tensor, chosen: set[int]) -> None:
+    def _note(self, experts: LayerExperts, routing: Tensor, chosen: set[int]) -> None:
         zeros = torch.zeros(3, experts.num_experts, dtype=torch.float64)
         usage = self.usage.setdefault(experts.name, Usage(*zeros))
         usage.weight += routing.sum(0)

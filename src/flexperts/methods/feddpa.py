@@ -54,7 +54,7 @@ class FedDPA(Method):
             if ".lora_A." in name:
                 parameter.copy_(uniform_matrix(parameter.size(0), parameter.size(1), stream))
 
-    def fit_local(self, turn: Turn, settings: LocalSettings | None = None) -> TrainResult:
+    def personalize(self, turn: Turn, settings: LocalSettings | None = None) -> TrainResult:
         """Train l in a fixed mixture with g, which stands still."""
         with turn.site.lora.use(shared=1 - self.options.mix, personal=self.options.mix):
             return turn.fit(shared=False, settings=settings)
@@ -81,7 +81,7 @@ class InstanceWeights:
     Args:
         turn: The client's turn; its model is in use until ``close``.
         lam: lambda.
-        instances: S.
+        instances: ``S``.
     """
 
     def __init__(self, turn: Turn, lam: float, instances: int) -> None:

@@ -66,7 +66,7 @@ class FedDPAF(FedDPA):
         if turn.round <= rounds:
             return turn.fit(personal=False)
         steps = rounds * turn.settings.steps
-        return self.fit_local(turn, replace(turn.settings, steps=steps, first_step=0, total_steps=steps))
+        return self.personalize(turn, replace(turn.settings, steps=steps, first_step=0, total_steps=steps))
 
     def outgoing(self, turn: Turn) -> Mapping[str, Tensor]:
         """Send g, and nothing after the extra round."""

@@ -33,5 +33,5 @@ class FedDPAT(FedDPA):
         """Train l beside the received g, then g alone; in round 1 g has learnt nothing yet, and l waits."""
         if turn.round == 1:
             return turn.fit(personal=False)
-        first = self.fit_local(turn)
+        first = self.personalize(turn)
         return joined(first, turn.fit(personal=False))

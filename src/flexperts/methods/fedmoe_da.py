@@ -49,6 +49,7 @@ class FedMoEDA(OwnParts):
     """
 
     name = "fedmoe_da"
+    one_global = False
     summary = "clients keep experts and router of their own; the server mixes experts with similar router rows"
     source = "arXiv 2411.02115"
     sends = "attention LoRA, all routed experts' LoRA and routers"

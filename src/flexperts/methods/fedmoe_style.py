@@ -45,6 +45,7 @@ class FedMoEStyle(OwnParts):
     """
 
     name = "fedmoe_style"
+    one_global = False
     summary = "each client trains the experts it uses most; every expert is averaged over its holders"
     source = "arXiv 2408.11304"
     sends = "attention LoRA, held experts' LoRA and router rows, and which these are"

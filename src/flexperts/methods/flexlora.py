@@ -28,6 +28,7 @@ class FlexLoRA(RankedMethod):
     """
 
     name = "flexlora"
+    one_global = False
     summary = "LoRA of any ranks averaged as products, cut to every client's rank by SVD; nothing personal"
     source = "NeurIPS 2024, arXiv 2402.11505"
 

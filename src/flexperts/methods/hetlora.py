@@ -52,6 +52,7 @@ class HetLoRA(RankedMethod):
     """
 
     name = "hetlora"
+    one_global = False
     summary = "LoRA of any ranks, self-pruned, averaged with zeros by the norm of the product; nothing personal"
     source = "EMNLP 2024, arXiv 2401.06432"
     sends = "attention LoRA and its next rank"

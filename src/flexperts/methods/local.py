@@ -49,3 +49,7 @@ class Local(Flex):
     def train(self, turn: Turn) -> TrainResult:
         """Train everything together."""
         return turn.fit(hooks=StepHooks(around_batch=graft_dropout(turn)))
+
+    def personalize(self, turn: Turn) -> TrainResult:
+        """Train as ever: all that trains is personal."""
+        return self.train(turn)

@@ -18,7 +18,7 @@ from flexperts.grafting.calibration import CalibrationSettings, score_experts
 from flexperts.grafting.part import Part
 from flexperts.grafting.selection import LayerScores
 from flexperts.modeling.lora import LoraAdapters
-from flexperts.moe.experts import FusedExperts
+from flexperts.moe.layout import LayerExperts
 from flexperts.parameters.split import ParameterSplit
 from flexperts.seeding import generator
 from flexperts.training.local import LocalSettings, Objective, StepHooks, TrainResult, response_loss, train_local
@@ -57,7 +57,7 @@ class Site:
     client: str
     config: RunConfig
     lora: LoraAdapters
-    experts: Sequence[FusedExperts]
+    experts: Sequence[LayerExperts]
     examples: Sequence[Example]
     pad_token_id: int
     prepared: Prepared = Prepared()

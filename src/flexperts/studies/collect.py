@@ -148,11 +148,12 @@ def _scores(entry: Finished, state: str) -> dict[str, Any]:
 def _others(entry: Finished, state: str) -> list[dict[str, Any]]:
     """Return, by seed, scores on other clients' rows, by the client whose model is scored.
 
-    The untouched base and the global model are taken as one for all: what they score there is what the other
-    clients noted of the same rows.
+    Of a model that is one for all clients nothing is noted there: what it scores is what the other clients noted of
+    the same rows.
     """
-    if state == "personalized":
-        return [dict(beyond.get("others", {}).get(state, {})) for beyond in entry.beyond]
+    noted = [dict(beyond.get("others", {}).get(state, {})) for beyond in entry.beyond]
+    if state == "personalized" or all(noted):
+        return noted
     if not entry.others_rows or len(entry.clients) < 2:
         return [{} for _ in entry.runs]
     return [_of_the_others(seed, state, entry.others_rows) for seed in entry.predictions.values()]

@@ -95,6 +95,8 @@ def plan_comparison(
     if not names or len(set(names)) != len(names):
         raise ConfigError(f"entries {', '.join(names)}", "every name stands once", "drop the repetition")
     found = tuple(Entry(name, _settings(name, config)) for name in names)
+    if compare.reference is not None:
+        _settings(compare.reference, config)  # a misspelt name must not be passed over
     count = compare.seeds if seeds is None else seeds
     if count < 1:
         raise ConfigError(f"seeds = {count}", "a comparison needs at least one", "take 3 or more")

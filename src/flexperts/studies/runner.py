@@ -123,7 +123,10 @@ def _run_all(
     plan: Plan, waiting: list[Job], workers: int, keep_weights: bool, observer: Observer | None
 ) -> Iterator[tuple[Job, str | None]]:
     if workers == 1:
-        yield from ((job, _run(plan, job, keep_weights, observer)) for job in waiting)
+        try:
+            yield from ((job, _run(plan, job, keep_weights, observer)) for job in waiting)
+        finally:
+            _release()
         return
     # A fresh interpreter for each worker: CUDA cannot be used in a forked one.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -140,6 +143,13 @@ def _outcome(future: Future[str | None]) -> str | None:
 
 
 _workspace: Workspace | None = None
+"""What the runs of one process share, base and rows."""
+
+
+def _release() -> None:
+    """Give the base's memory back to a caller whose process goes on."""
+    global _workspace
+    _workspace = None
 
 
 def _run(plan: Plan, job: Job, keep_weights: bool, observer: Observer | None) -> str | None:

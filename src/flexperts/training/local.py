@@ -167,6 +167,7 @@ def train_local(
         losses.append(loss)
         tokens += sum(len(row.input_ids) for row in rows)
         on_step(loss)
+    optimizer.state.clear()  # schedule and optimizer hold each other: the moments would wait for the collector
     model.eval()
     return TrainResult(sum(losses) / len(losses), len(losses), len(examples), tokens, lr_sum)
 

@@ -162,3 +162,40 @@ def test_rows_are_encoded_in_order() -> None:
     rows = [Row("Q", "A"), Row("Longer question", "B"), Row("Q", "C")]
     made = encoder()
     assert made.encode_all(rows) == [made.encode(row) for row in rows]
+
+
+# Conversations.
+
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi."},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "Say it."},
+]
+
+
+@templates
+def test_a_conversation_of_one_turn_is_a_prompt(template: Template) -> None:
+    made = ENCODERS[template]
+    assert made.conversation(TURNS[-1:]) == made.prompt("Say it.")
+
+
+def test_turns_before_the_last_are_kept_in_both_templates() -> None:
+    chat = ENCODERS["chat"]
+    told = "<|system|>Be brief.\n<|user|>Hi.\n<|assistant|>Hello.\n<|user|>Say it.\n<|assistant|>"
+    assert chat.tokenizer.decode(chat.conversation(TURNS)) == told
+    alpaca = ENCODERS["alpaca"]
+    assert alpaca.conversation(TURNS) == alpaca.prompt("Say it.", "Be brief.\n\nuser: Hi.\n\nassistant: Hello.")
+
+
+@pytest.mark.parametrize("messages", [[], TURNS[:3], [{"role": "tool", "content": "Hi."}, TURNS[3]]])
+def test_other_conversations_are_refused(messages: list[dict[str, str]]) -> None:
+    with pytest.raises(ConfigError, match="the last one is a user's"):
+        ENCODERS["chat"].conversation(messages)
+
+
+def test_what_the_chat_template_refuses_is_told() -> None:
+    strict = encoder("chat")
+    strict.tokenizer.chat_template = "{{ raise_exception('no system turn here') }}"
+    with pytest.raises(ConfigError, match="no system turn here"):
+        strict.conversation(TURNS)

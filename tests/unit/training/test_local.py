@@ -121,6 +121,15 @@ def test_each_round_starts_with_a_fresh_optimizer(model: Any, split: ParameterSp
     assert moved == pytest.approx(0.01 * cosine(3, 0, 10), rel=1e-3)
 
 
+def test_no_moments_are_left_behind(model: Any, split: ParameterSplit) -> None:
+    """Optimizer and schedule hold each other; with whole experts the moments are gigabytes."""
+    seen: list[Optimizer] = []
+    handle = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: seen.append(optimizer))
+    train_local(model, split, EXAMPLES, SETTINGS, stream())
+    handle.remove()
+    assert not seen[0].state
+
+
 def test_only_trained_parameters_change(model: Any, split: ParameterSplit) -> None:
     before = {n: p.detach().clone() for n, p in model.state_dict().items()}
     train_local(model, split, EXAMPLES, replace(SETTINGS, steps=3, weight_decay=0.1), stream())

@@ -1,0 +1,70 @@
+"""`flexperts join`: a silo that comes after training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+
+def command(
+    run: Annotated[Path, typer.Argument(help="Run directory of a finished run.")],
+    data: Annotated[str, typer.Option(help="The newcomer's rows: .jsonl, .json, .csv, .parquet or hub:ORG/NAME.")],
+    test: Annotated[
+        Optional[str],  # noqa: UP045 - typer reads this at run time
+        typer.Option(help="Its test rows.", show_default="a share of the passages is held out"),
+    ] = None,
+    name: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Its name.", show_default="the file's, or its folder's if the file is train.*"),
+    ] = None,
+    steps: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Optimizer steps.", show_default="those of a participant in all rounds"),
+    ] = None,
+    settings: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Override a training.* or data.columns.* setting, such as training.personal_lr=1e-3. Repeatable.",
+        ),
+    ] = None,
+    seed: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Seed of its batches.", show_default="the run's"),
+    ] = None,
+) -> None:
+    """Take a new silo into a finished run: its personal part is trained, the shared weights stay as they are."""
+    from flexperts.artifacts import RunDirectory
+
+    summary = RunDirectory.open(run).summary()  # say what is wrong with the path before anything heavy loads
+
+    from flexperts.cli.display import RunDisplay
+    from flexperts.federation.joining import join
+
+    with RunDisplay() as display:
+        record = join(
+            run, data, test=test, name=name, steps=steps, settings=settings or (), seed=seed, observer=display
+        )
+    display.console.print(_table(record, summary))
+    display.console.print(
+        f"{record['client']} is a client of {run} now: {record['rows']['train_rows']} train rows, "
+        f"{record['steps']} steps; nothing of it was sent",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _table(record: dict[str, Any], summary: dict[str, Any]) -> Any:
+    """Return the newcomer's scores beside the mean of those who took part."""
+    from rich.table import Table
+
+    states = list(record["rouge_l"])
+    title = "ROUGE-L (NLL), each on its own scored rows"
+    table = Table("", *(state.replace("_", "-") for state in states), title=title, title_justify="left")
+    participants = f"mean of {len(summary['clients'])} participants"
+    for who, scores in ((record["client"], record), (participants, summary["mean"])):
+        table.add_row(who, *(f"{scores['rouge_l'][s]:.1f} ({scores['nll'][s]:.2f})" for s in states))
+    return table

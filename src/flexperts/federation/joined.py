@@ -1,0 +1,56 @@
+"""The rows of a client that joined after training: where they lie, as its record in the run directory says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flexperts.config.data import ClientFiles, DataConfig
+from flexperts.config.run import RunConfig
+from flexperts.data.clients import partition_manifest
+from flexperts.data.sources import HUB
+from flexperts.errors import DataError
+from flexperts.federation.workspace import Workspace
+
+
+def with_rows_of(config: RunConfig, name: str, files: ClientFiles, columns: Mapping[str, str]) -> RunConfig:
+    """Return a run with one client's own rows in place of all clients'; how they are held out stays the run's."""
+    old = config.data
+    kept = {"test_fraction": old.test_fraction, "validation_fraction": old.validation_fraction}
+    data = DataConfig(clients={name: files}, columns=dict(columns), **kept)
+    return config.model_copy(update={"data": data})
+
+
+def workspace_of(run: Path, record: Mapping[str, Any], workspace: Workspace) -> Workspace:
+    """Return the workspace of a client that has joined: its rows, on the base of the run's workspace.
+
+    Raises:
+        DataError: The rows cannot be read, or are no longer those that it joined with.
+    """
+    name, data = record["client"], record["data"]
+    files = ClientFiles(train=_from(run, data["train"]), test=data["test"] and _from(run, data["test"]))
+    own = workspace.for_run(with_rows_of(workspace.config, name, files, data["columns"]))
+    if partition_manifest(own.clients)["clients"][name] != record["rows"]:
+        raise DataError(
+            f"{files.train}", f"{name} joined with other rows than these", "restore them, or join by another name"
+        )
+    return own
+
+
+def kept_data(run: Path, files: ClientFiles, columns: Mapping[str, str]) -> dict[str, Any]:
+    """Return where rows lie as the record keeps it: relative to the run, so that it tells no more than it must."""
+    return {
+        "train": _seen_from(run, files.train),
+        "test": files.test and _seen_from(run, files.test),
+        "columns": dict(columns),
+    }
+
+
+def _seen_from(run: Path, source: str) -> str:
+    return source if source.startswith(HUB) else Path(os.path.relpath(source, run.resolve())).as_posix()
+
+
+def _from(run: Path, source: str) -> str:
+    return source if source.startswith(HUB) else str((run / source).resolve())
