@@ -10,7 +10,23 @@ import typer
 from rich.console import Console
 
 from flexperts import __version__
-from flexperts.cli import base, compare, data, evaluate, forget, generate, inspect, methods, plan, report, run, silo
+from flexperts.cli import (
+    base,
+    compare,
+    data,
+    evaluate,
+    export,
+    forget,
+    generate,
+    inspect,
+    join,
+    methods,
+    plan,
+    report,
+    run,
+    serve,
+    silo,
+)
 from flexperts.errors import FlexpertsError
 
 app = typer.Typer(
@@ -34,6 +50,9 @@ app.command("report")(report.command)
 app.command("plan")(plan.command)
 app.command("evaluate")(evaluate.command)
 app.command("generate")(generate.command)
+app.command("export")(export.command)
+app.command("join")(join.command)
+app.command("serve")(serve.command)
 app.command("inspect")(inspect.command)
 app.command("methods")(methods.command)
 app.command("forget")(forget.command)

@@ -12,9 +12,11 @@ from flexperts.deployment.settings import for_silo
 from flexperts.deployment.state import run_folder
 from flexperts.deployment.wire import pack, unpack
 from flexperts.errors import ArtifactError
+from flexperts.federation.client import Client, Request
 from flexperts.federation.client_app import request_of
+from flexperts.federation.observer import Observer
 from flexperts.federation.resident import Resident
-from flexperts.federation.trained import answer_one, state_named
+from flexperts.federation.trained import TrainedRun, answer_one, state_named
 from flexperts.federation.workspace import Workspace
 from flexperts.files import write_bytes
 from flexperts.methods.registry import make_method
@@ -61,3 +63,30 @@ class HomeModel:
             ConfigError: The method has no such state.
         """
         return answer_one(self.client, self.request, state_named(self.method, state), instruction, context)
+
+
+class HomeRun(TrainedRun):
+    """The same models in the place of a whole run, for serving them.
+
+    Args:
+        silo, run: As for ``HomeModel``.
+    """
+
+    def __init__(self, silo: SiloConfig, run: str) -> None:
+        # Not the constructor above: what it reads lies at the server.
+        self._home, self._name = HomeModel(silo, run), silo.name
+        client = self._home.client
+        self.config, self.workspace, self.model = client.config, client.workspace, client.model
+
+    @property
+    def clients(self) -> list[str]:
+        """The silo alone."""
+        return [self._name]
+
+    def client(self, name: str, observer: Observer | None = None) -> Client:
+        """Return the silo as a client."""
+        return self._home.client
+
+    def request(self, name: str) -> Request:
+        """Return what the silo was last sent."""
+        return self._home.request

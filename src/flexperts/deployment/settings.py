@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from flexperts.config.data import ClientFiles, DataConfig
 from flexperts.config.evaluation import KnowledgeConfig
 from flexperts.config.run import RunConfig
 from flexperts.config.silo import SiloConfig
 from flexperts.errors import ConfigError
 from flexperts.methods.registry import method_class
+
+_PLACES: dict[str, Any] = {"device": "auto", "device_map": None, "max_memory": {}, "offload_folder": None}
+"""Where a base lies is each silo's own affair."""
 
 
 def at_silos(config: RunConfig) -> RunConfig:
@@ -21,7 +26,7 @@ def at_silos(config: RunConfig) -> RunConfig:
     _refuse_what_needs_all_rows(config)
     parts = {
         "data": _at_silos(config.data),
-        "model": config.model.model_copy(update={"device": "auto"}),
+        "model": config.model.model_copy(update=_PLACES),
         "method": config.method.model_copy(update={"reference": None}),
         "knowledge": KnowledgeConfig(),
     }

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
-from typing import Literal
 
 from flwr.app import RecordDict
 
@@ -58,7 +57,7 @@ class Worker:
         self._run: tuple[str, str] | None = None
         self._resident: Resident | None = None
         self._base: LoadedBase | None = None
-        self._load(self._settings(silo.dtype))
+        self._load(self._settings(silo))
 
     def reply(self, request: bytes) -> bytes:
         """Return the reply to a request, both as ``wire`` packs them.
@@ -115,18 +114,23 @@ class Worker:
             resident.model.close()
 
     def _load_as(self, config: RunConfig) -> LoadedBase:
-        """Return the base in the recipe's storage type."""
-        wanted = self._settings(config.model.dtype)
+        """Return the base stored as the recipe says."""
+        wanted = self._settings(config.model)
         if self._base is None or wanted != self._loaded_as:
             self._load(wanted)
         assert self._base is not None
         return self._base
 
-    def _settings(self, dtype: Literal["bfloat16", "float32"]) -> ModelConfig:
-        """Return how the base is loaded: of a recipe, the storage type alone counts."""
+    def _settings(self, stored: SiloConfig | ModelConfig) -> ModelConfig:
+        """Return how the base is loaded: of a recipe, how it is stored counts, and nothing else."""
         silo = self.silo
-        trust = silo.trust_remote_code
-        return ModelConfig(base=silo.base, dtype=dtype, device=silo.device, trust_remote_code=trust)
+        return ModelConfig(
+            base=silo.base,
+            dtype=stored.dtype,
+            quantization=stored.quantization,
+            device=silo.device,
+            trust_remote_code=silo.trust_remote_code,
+        )
 
     def _load(self, wanted: ModelConfig) -> None:
         started = time.monotonic()

@@ -1,0 +1,191 @@
+"""`flexperts serve`: a finished run's models over HTTP, and a page to ask them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from flexperts.serving.address import Address
+from flexperts.serving.limits import Limits
+
+if TYPE_CHECKING:
+    from flexperts.serving.contract import Engine
+    from flexperts.serving.keys import KeyRing
+
+_Silo = Annotated[
+    Optional[Path],  # noqa: UP045 - typer reads this at run time
+    typer.Option(metavar="SILO.toml", help="Serve what this silo keeps of a deployed run: its own model, at home."),
+]
+_Keys = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--keys", metavar="FILE", help="Hashes of API keys by client; without it, for this machine only."),
+]
+_Made = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(metavar="FILE", help="Make a key for whoever has none in this file, print them once, and end."),
+]
+_Prompt = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=1, help="Longest prompt in tokens.", show_default="what the context holds"),
+]
+_Certificate = Annotated[Optional[Path], typer.Option(metavar="PEM", help="Serve HTTPS by this certificate.")]  # noqa: UP045
+_PrivateKey = Annotated[Optional[Path], typer.Option(metavar="PEM", help="The certificate's private key.")]  # noqa: UP045
+
+
+def command(
+    run: Annotated[str, typer.Argument(help="Run directory; with --silo, the id of a run that the silo keeps.")],
+    silo: _Silo = None,
+    keys: _Keys = None,
+    make_keys: _Made = None,
+    host: Annotated[str, typer.Option(help="Address or name to listen on.")] = Address.host,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = Address.port,
+    tls_cert: _Certificate = None,
+    tls_key: _PrivateKey = None,
+    max_rows: Annotated[int, typer.Option(min=1, help="Requests that are answered in one batch.")] = 16,
+    batch_tokens: Annotated[int, typer.Option(min=2, help="Tokens that a batch may hold, with prompts.")] = 16_384,
+    max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait for a place.")] = Limits.queue,
+    per_client: Annotated[int, typer.Option(min=1, help="Requests of one client at a time.")] = Limits.per_client,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = Limits.answer_tokens,
+    max_prompt: _Prompt = None,
+    max_body: Annotated[int, typer.Option(min=1024, help="Longest request in bytes.")] = Limits.body_bytes,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that an answer may take.")] = Limits.seconds,
+    grace: Annotated[int, typer.Option(min=0, help="Seconds to finish requests in when stopped.")] = 30,
+) -> None:
+    """Serve all models of a run from one resident base: OpenAI's API under /v1, a chat page at /."""
+    from flexperts.serving import keys as keys_of
+
+    clients, load = _at_silo(silo, run) if silo else _of_run(Path(run))
+    if make_keys:
+        _print_keys(make_keys, keys_of.make_keys(make_keys, clients))
+        return
+
+    address = Address(host, port, tls_cert, tls_key)
+    ring, key = _keys(keys, address, clients)
+    limits = Limits(max_queue, per_client, max_tokens, max_prompt, max_body, timeout)
+    _end_on_signals()
+    _serve(lambda: load(max_rows=max_rows, max_tokens=batch_tokens), ring, key, address, limits, grace)
+
+
+def _of_run(path: Path) -> tuple[Collection[str], Callable[..., Engine]]:
+    """Return a run's clients, and how to load it."""
+    from flexperts.artifacts import RunDirectory
+
+    directory = RunDirectory.open(path)
+
+    def load(**sizes: int) -> Engine:
+        from flexperts.serving.engine import open_engine
+
+        return open_engine(path, **sizes)
+
+    return {*directory.summary()["clients"], *directory.joined()}, load
+
+
+def _at_silo(path: Path, run: str) -> tuple[Collection[str], Callable[..., Engine]]:
+    """Return a silo's name, and how to load what it keeps of a run."""
+    from flexperts.recipe import load_silo
+
+    silo = load_silo(path)
+
+    def load(**sizes: int) -> Engine:
+        from flexperts.deployment.home import HomeRun
+        from flexperts.serving.engine import ServingEngine
+
+        return ServingEngine(HomeRun(silo, run), **sizes)
+
+    return {silo.name}, load
+
+
+def _print_keys(path: Path, made: Mapping[str, str]) -> None:
+    for owner, key in made.items():
+        typer.echo(f"{owner}\t{key}")
+    typer.echo(f"{path} holds the hashes of {len(made)} new keys; the keys are not shown again", err=True)
+
+
+def _keys(path: Path | None, address: Address, clients: Collection[str]) -> tuple[KeyRing, str | None]:
+    """Return who may call; without a file one key for everything, which lives as long as this process."""
+    from flexperts.errors import ConfigError
+    from flexperts.serving.keys import OPERATOR, KeyRing, hash_of, load_keys, new_key
+
+    if path:
+        return load_keys(path, clients), None
+    if not address.is_loopback:
+        rule = "others can reach it, so callers need keys"
+        raise ConfigError(f"--host {address.host}", rule, "make them with --make-keys FILE and give --keys FILE")
+    key = new_key()
+    return KeyRing({OPERATOR: [hash_of(key)]}), key
+
+
+def _serve(
+    open_engine: Callable[[], Engine], ring: KeyRing, key: str | None, address: Address, limits: Limits, grace: int
+) -> None:
+    """Listen at once, answer when the base is loaded, and go on until stopped or until the engine fails."""
+    try:
+        from flexperts.serving.server import make_server, running
+        from flexperts.serving.service import Service
+    except ModuleNotFoundError as error:
+        raise _missing(error) from error
+
+    service = Service(ring, limits)
+    server = make_server(service, address)
+    _log_to_stderr()
+    with address.listen() as door, running(server, service, door, grace):
+        typer.echo("loading", err=True)
+        engine = open_engine()
+        service.ready(engine)
+        _say_ready(engine, address, address.url(door), key)
+        _wait(engine)
+
+
+def _missing(error: ModuleNotFoundError) -> Exception:
+    from flexperts.errors import ConfigError
+
+    return ConfigError(f"the module {error.name} is missing", "serving needs it", "pip install 'flexperts[serve]'")
+
+
+def _say_ready(engine: Engine, address: Address, url: str, key: str | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for column in ("client", "ask it as"):
+        table.add_column(column, overflow="fold")
+    for client in dict.fromkeys(model.client for model in engine.models):
+        table.add_row(client, ", ".join(str(model) for model in engine.models if model.client == client))
+    Console(stderr=True).print(table)
+    if not address.is_loopback and not address.certificate:
+        typer.echo("keys and prompts travel unencrypted: give --tls-cert, or put a proxy before it", err=True)
+    typer.echo(f"{url}/v1 is the API, {url}/ the page; Ctrl-C stops both", err=True)
+    if key:
+        typer.echo(f"key until then: {key}\nopen {url}/#key={key}", err=True)
+
+
+def _wait(engine: Engine) -> None:
+    """Wait for the engine to fail, or for ever."""
+    import time
+
+    while engine.failure is None:
+        time.sleep(1)
+    raise engine.failure
+
+
+def _end_on_signals() -> None:
+    """Let SIGINT and SIGTERM end the process in an orderly way, with exit code 0."""
+    import signal
+    import sys
+
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, lambda *_: sys.exit(0))
+
+
+def _log_to_stderr() -> None:
+    """One line per chat request, and what goes wrong; neither keys nor texts are ever logged."""
+    import logging
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    for name, level in (("flexperts", logging.INFO), ("uvicorn", logging.WARNING)):
+        logging.getLogger(name).addHandler(handler)
+        logging.getLogger(name).setLevel(level)

@@ -1,0 +1,1 @@
+"""All clients of a finished run at once, from one resident base."""

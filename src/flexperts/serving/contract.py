@@ -1,0 +1,181 @@
+"""What the engine promises to whoever serves it: names of models, requests, pieces of answers, counters.
+
+Nothing here loads torch, so the HTTP side and its tests can use it without a model.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from flexperts.errors import ConfigError, FlexpertsError
+
+if TYPE_CHECKING:
+    from flexperts.methods.base import State
+
+Finish = Literal["stop", "length", "cancelled", "error"]
+"""Why an answer ended: end of sequence or a stop string, its limit, its asker gone, or the engine failed."""
+Message = Mapping[str, str]
+"""One turn of a conversation: ``role`` (system, user, assistant) and ``content``."""
+
+
+@dataclass(frozen=True)
+class ModelName:
+    """One client's model in one state; as text ``clinic``, ``clinic@global``, ``clinic@zero_shot``.
+
+    Args:
+        client: The client.
+        state: zero_shot, global or personalized; the last needs no mention in the text.
+    """
+
+    client: str
+    state: State
+
+    def __str__(self) -> str:
+        return self.client if self.state == "personalized" else f"{self.client}@{self.state}"
+
+
+def find_model(text: str, models: Sequence[ModelName]) -> ModelName:
+    """Return the model that a text names; a client alone means its most personal state.
+
+    Args:
+        text: ``client`` or ``client@state``.
+        models: What there is, each client's most personal state last.
+
+    Raises:
+        ConfigError: There is no such model; the message names the nearest one.
+    """
+    texts = {model.client: model for model in models}
+    texts |= {f"{model.client}@{model.state}": model for model in models}
+    if text in texts:
+        return texts[text]
+    near = difflib.get_close_matches(text, texts, 1)
+    remedy = f"did you mean {near[0]!r}?" if near else "choose one of these"
+    raise ConfigError(f"model {text!r}", f"the models are {', '.join(map(str, models))}", remedy)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is drawn.
+
+    Args:
+        max_new_tokens: Longest answer, in tokens.
+        temperature: 0 takes the likeliest token; otherwise logits are divided by it.
+        top_p: Tokens are drawn from the likeliest ones that together reach this probability.
+        seed: Of the draws; the same one gives the same answer whatever else is being served. None is any.
+        stop: Texts before which the answer ends.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next part of an answer; it never splits a character.
+
+    Args:
+        text: The text, possibly empty.
+        tokens: How many generated tokens it stands for.
+        finish: Set on the last piece alone.
+        error: What failed, where ``finish`` is ``error``.
+    """
+
+    text: str
+    tokens: int
+    finish: Finish | None = None
+    error: FlexpertsError | None = None
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What the engine has done since it started.
+
+    Args:
+        requests: Requests that were accepted.
+        finished: Requests that ended, for whatever reason.
+        failed: Those of them that ended by an error.
+        prompt_tokens: Prompt tokens read.
+        generated_tokens: Tokens generated.
+        steps: Forward passes.
+        rows: Rows of all forward passes together; over ``steps`` it is the mean batch.
+        prefills: Forward passes that read prompts.
+    """
+
+    requests: int = 0
+    finished: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    steps: int = 0
+    rows: int = 0
+    prefills: int = 0
+
+
+class Request(Protocol):
+    """A request that the engine has accepted."""
+
+    def cancel(self) -> None:
+        """End it at the next step; a last piece with ``cancelled`` follows, unless it has ended already."""
+
+
+class Engine(Protocol):
+    """One resident base that answers for all models of a run; all its methods may be called from any thread."""
+
+    @property
+    def models(self) -> tuple[ModelName, ...]:
+        """What can be asked, by client, each client's most personal state last."""
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens that a prompt and its answer may have together."""
+
+    @property
+    def counters(self) -> Counters:
+        """What has been done so far."""
+
+    @property
+    def queue_length(self) -> int:
+        """Requests that wait for a place in a batch."""
+
+    @property
+    def running(self) -> int:
+        """Requests that are being answered."""
+
+    @property
+    def failure(self) -> FlexpertsError | None:
+        """Why the engine answers no more; None while it does."""
+
+    def prompt_tokens(self, messages: Sequence[Message]) -> list[int]:
+        """Return a conversation's tokens, up to where the answer starts.
+
+        Raises:
+            ConfigError: A role or the order of the turns is not what the template takes.
+            DataError: The prompt leaves no room for an answer in the context.
+        """
+
+    def submit(
+        self, model: ModelName, prompt: Sequence[int], sampling: Sampling, on_piece: Callable[[Piece], None]
+    ) -> Request:
+        """Ask a model; return at once.
+
+        Args:
+            model: One of ``models``.
+            prompt: Tokens, from ``prompt_tokens``.
+            sampling: How to draw the answer.
+            on_piece: Gets the answer piece by piece, on the engine's thread, so it must be quick. The last piece
+                has a finish, and always comes.
+
+        Raises:
+            ConfigError: There is no such model, or a value of ``sampling`` is out of its range.
+            DataError: The prompt is empty, or does not fit the context.
+            ServingError: The engine is closed or has failed.
+        """
+
+    def close(self) -> None:
+        """End all requests and free the base."""

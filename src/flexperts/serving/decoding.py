@@ -1,0 +1,111 @@
+"""One answer in the making: draws tokens, turns them into text piece by piece, knows when it ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexperts.errors import ConfigError
+from flexperts.serving.contract import Finish, Piece, Sampling
+
+_UNFINISHED = "\ufffd"
+"""What a decoder makes of a character of which bytes are missing."""
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Refuse values out of their range.
+
+    Raises:
+        ConfigError: One is.
+    """
+    wrong = [
+        (f"max_tokens = {sampling.max_new_tokens}", "at least 1", sampling.max_new_tokens >= 1),
+        (f"temperature = {sampling.temperature}", "a number from 0", 0 <= sampling.temperature < math.inf),
+        (f"top_p = {sampling.top_p}", "above 0 and at most 1", 0 < sampling.top_p <= 1),
+        (f"stop = {list(sampling.stop)}", "texts that are not empty", all(sampling.stop)),
+    ]
+    for value, rule, holds in wrong:
+        if not holds:
+            raise ConfigError(value, f"it must be {rule}", "send another value, or leave it out")
+
+
+class Decoding:
+    """The tokens and the text of one answer.
+
+    Args:
+        tokenizer: Turns tokens into text.
+        ends: Tokens that end an answer.
+        sampling: How tokens are drawn; its limit is what the context leaves, or less.
+    """
+
+    def __init__(self, tokenizer: Any, ends: Collection[int], sampling: Sampling) -> None:
+        self.tokens: list[int] = []
+        self._tokenizer, self._ends, self._sampling = tokenizer, ends, sampling
+        self._sent_text = self._sent_tokens = 0
+        self._generator = torch.Generator()
+        if sampling.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(sampling.seed % 2**63)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self._sampling.temperature == 0
+
+    def draw(self, logits: Tensor) -> int:
+        """Return a token by fp32 ``logits [V]``; the draws of an answer depend on its own seed alone."""
+        chances = (logits.cpu() / self._sampling.temperature).softmax(-1)
+        if self._sampling.top_p < 1:
+            chances = nucleus(chances, self._sampling.top_p)
+        return int(torch.multinomial(chances, 1, generator=self._generator))
+
+    def take(self, token: int) -> Piece | None:
+        """Add a token; return what can be said now, or None while that is nothing."""
+        self.tokens.append(token)
+        text, finish = self._text(), self._finish()
+        if (cut := _first(self._sampling.stop, text)) is not None:
+            return self._piece(text[:cut], "stop")
+        return self._piece(text if finish else _settled(text, self._sampling.stop), finish)
+
+    def _text(self) -> str:
+        text: str = self._tokenizer.decode(
+            self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def _finish(self) -> Finish | None:
+        if self.tokens[-1] in self._ends:
+            return "stop"
+        return "length" if len(self.tokens) >= self._sampling.max_new_tokens else None
+
+    def _piece(self, text: str, finish: Finish | None) -> Piece | None:
+        new, tokens = text[self._sent_text :], len(self.tokens) - self._sent_tokens
+        if not new and not finish:
+            return None
+        self._sent_text, self._sent_tokens = max(len(text), self._sent_text), len(self.tokens)
+        return Piece(new, tokens, finish)
+
+
+def nucleus(chances: Tensor, top_p: float) -> Tensor:
+    """Return ``chances [V]`` without those beyond the likeliest tokens that together reach ``top_p``."""
+    ordered, tokens = chances.sort(descending=True)
+    beyond = ordered.cumsum(-1) - ordered >= top_p
+    return torch.zeros_like(chances).scatter(-1, tokens, ordered.masked_fill(beyond, 0.0))
+
+
+def _first(stop: Sequence[str], text: str) -> int | None:
+    """Return where the first of the stop strings begins in a text."""
+    return min((place for s in stop if (place := text.find(s)) >= 0), default=None)
+
+
+def _settled(text: str, stop: Sequence[str]) -> str:
+    """Return a text without an end that later tokens may change: half a character, the start of a stop string."""
+    if text.endswith(_UNFINISHED):
+        text = text[:-1]
+    starts = (n for s in stop for n in range(min(len(s) - 1, len(text)), 0, -1) if text.endswith(s[:n]))
+    return text[: len(text) - max(starts, default=0)]

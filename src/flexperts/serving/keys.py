@@ -1,0 +1,130 @@
+"""API keys: who may call which client's models. Only SHA-256 hashes of keys are kept.
+
+A key is 256 random bits, so its plain hash cannot be turned back by guessing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import re
+import secrets
+import tomllib
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+
+import tomli_w
+
+from flexperts.errors import ConfigError
+from flexperts.files import content_of, write_text
+
+OPERATOR = "*"
+"""Whose keys may call every model and read the metrics; no client can have this name."""
+_HASH = re.compile(r"sha256:[0-9a-f]{64}")
+_HEADER = """\
+# Who may call which client's models: SHA-256 hashes of keys, not the keys. "*" may call all.
+# To revoke a key, delete its hash; a new one is made for whoever has none. Read when the server starts.
+"""
+
+
+class KeyRing:
+    """Hashes of keys by their owner.
+
+    Args:
+        hashes: Client or ``"*"`` -> hashes as ``sha256:`` and 64 hex digits.
+    """
+
+    def __init__(self, hashes: Mapping[str, Iterable[str]]) -> None:
+        self._owners = [(digest.encode(), owner) for owner, digests in hashes.items() for digest in digests]
+
+    def owner(self, key: str) -> str | None:
+        """Return whose key this is, None if nobody's; the time taken does not depend on the key's value."""
+        given, found = hash_of(key).encode(), None
+        for digest, owner in self._owners:
+            if hmac.compare_digest(digest, given):
+                found = owner
+        return found
+
+
+def may_call(owner: str, client: str) -> bool:
+    """Tell whether an owner of a key may call a client's models, whatever their state."""
+    return owner in (OPERATOR, client)
+
+
+def new_key() -> str:
+    """Return a key that nobody has."""
+    return f"fx-{secrets.token_urlsafe(32)}"
+
+
+def hash_of(key: str) -> str:
+    """Return what is kept of a key."""
+    return f"sha256:{hashlib.sha256(key.encode()).hexdigest()}"
+
+
+def load_keys(path: Path, clients: Collection[str]) -> KeyRing:
+    """Read a file of hashes.
+
+    Args:
+        path: The TOML file, which only its owner may read and write.
+        clients: The run's clients.
+
+    Raises:
+        ConfigError: Group or others can read or write it, it holds something else, or names no client of the run.
+        ArtifactError: It cannot be read.
+    """
+    return KeyRing(_hashes(path, clients))
+
+
+def make_keys(path: Path, clients: Collection[str]) -> dict[str, str]:
+    """Make a key for every client, and one for the operator; whoever has one in the file keeps it.
+
+    Args:
+        path: The file of hashes; it is made if it is not there.
+        clients: The run's clients.
+
+    Returns:
+        Owner -> new key. This is the only time that it can be seen.
+
+    Raises:
+        ConfigError: See ``load_keys``.
+        ArtifactError: The file cannot be read or written.
+    """
+    hashes = _hashes(path, clients) if path.exists() else {}
+    new = {owner: new_key() for owner in (OPERATOR, *sorted(clients)) if not hashes.get(owner)}
+    hashes |= {owner: [hash_of(key)] for owner, key in new.items()}
+    before = os.umask(0o077)
+    try:
+        write_text(path, _HEADER + tomli_w.dumps({"keys": hashes}))
+    finally:
+        os.umask(before)
+    return new
+
+
+def _hashes(path: Path, clients: Collection[str]) -> dict[str, list[str]]:
+    content = content_of(path)
+    if path.stat().st_mode & 0o077:
+        raise ConfigError(f"{path}", "group or others can read or write it", f"chmod 600 {path}")
+    try:
+        found = tomllib.loads(content.decode())
+    except ValueError as error:
+        raise ConfigError(f"{path}", f"it is not valid TOML ({error})", "mend it") from error
+    keys = found.get("keys")
+    if set(found) != {"keys"} or not isinstance(keys, dict):
+        raise ConfigError(f"{path}", "it has one table, [keys]", "make it with --make-keys")
+    for owner, hashes in keys.items():
+        _check(path, owner, hashes, clients)
+    return keys
+
+
+def _check(path: Path, owner: str, hashes: object, clients: Collection[str]) -> None:
+    """Refuse an entry that is none; a key that someone pasted is not repeated."""
+    if owner != OPERATOR and owner not in clients:
+        known = ", ".join(sorted(clients))
+        raise ConfigError(f"{path}: {owner!r}", f"the run's clients are {known}", 'name one of them, or "*"')
+    if not isinstance(hashes, list) or not all(isinstance(h, str) and _HASH.fullmatch(h) for h in hashes):
+        raise ConfigError(
+            f"{path}: the keys of {owner!r}",
+            "they are a list of hashes, each sha256: and 64 hex digits",
+            "make them with --make-keys, or with `printf %s KEY | sha256sum`",
+        )

@@ -1,0 +1,83 @@
+"""Tokens to text: characters stay whole, stop strings never show, limits and chances hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flexperts.serving.contract import Piece, Sampling
+from flexperts.serving.decoding import Decoding, nucleus
+from flexperts.testing import byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+END = TOKENIZER.eos_token_id
+
+
+def pieces(text: str | bytes, *, end: bool = True, limit: int = 100, stop: tuple[str, ...] = ()) -> list[Piece]:
+    """Feed a text byte by byte, until the answer ends."""
+    answer = Decoding(TOKENIZER, {END}, Sampling(limit, stop=stop))
+    raw = text.encode() if isinstance(text, str) else text
+    letters = TOKENIZER.convert_tokens_to_ids(_letters(raw))
+    found: list[Piece] = []
+    for token in [*letters, *([END] if end else [])]:
+        if piece := answer.take(token):
+            found.append(piece)
+            if piece.finish:
+                break
+    return found
+
+
+def _letters(raw: bytes) -> list[str]:
+    """Return the byte tokenizer's names of bytes."""
+    table = dict(enumerate("".join(chr(c) for c in [*range(33, 127), *range(161, 173), *range(174, 256)])))
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    names = {byte: table[i] for i, byte in enumerate(plain)}
+    names |= {byte: chr(256 + i) for i, byte in enumerate(b for b in range(256) if b not in set(plain))}
+    return [names[byte] for byte in raw]
+
+
+def test_characters_are_never_split() -> None:
+    found = pieces("añ€😀!")
+    assert [piece.text for piece in found] == ["a", "ñ", "€", "😀", "!", ""]
+    assert [piece.tokens for piece in found] == [1, 2, 3, 4, 1, 1]
+    assert found[-1].finish == "stop"
+
+
+def test_half_a_character_at_the_end_is_shown_as_such() -> None:
+    assert pieces(b"a\xe2\x82", limit=3, end=False) == [Piece("a", 1), Piece("\ufffd", 2, "length")]
+    assert "".join(piece.text for piece in pieces(b"\x80\x80\x80a\xf0\x9f")) == "\ufffd\ufffd\ufffda\ufffd"
+
+
+def test_a_stop_string_ends_the_answer_before_it() -> None:
+    found = pieces("one. Two", stop=("Tw", ". T"))
+    assert "".join(piece.text for piece in found) == "one"
+    assert found[-1].finish == "stop"
+    assert sum(piece.tokens for piece in found) == len("one. T")
+
+
+def test_what_only_starts_like_a_stop_string_is_shown_in_the_end() -> None:
+    assert "".join(piece.text for piece in pieces("a##b#", stop=("###",))) == "a##b#"
+    assert [piece.text for piece in pieces("a##b", stop=("###",))] == ["a", "##b", ""]
+
+
+def test_the_limit_counts_tokens_and_the_end_is_no_text() -> None:
+    assert pieces("abc", limit=2) == [Piece("a", 1), Piece("b", 1, "length")]
+    assert pieces("") == [Piece("", 1, "stop")]
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.5, [1]), (0.6, [1, 3]), (0.85, [0, 1, 3]), (1.0, [0, 1, 2, 3])])
+def test_the_nucleus_is_the_fewest_likeliest_tokens_that_reach_top_p(top_p: float, kept: list[int]) -> None:
+    chances = torch.tensor([0.15, 0.55, 0.05, 0.25])
+    assert nucleus(chances, top_p).nonzero().flatten().tolist() == kept
+
+
+def test_draws_follow_the_chances_and_the_seed() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0, -torch.inf])
+
+    def drawn(seed: int, temperature: float) -> list[int]:
+        answer = Decoding(TOKENIZER, (), Sampling(1, temperature=temperature, seed=seed))
+        return [answer.draw(logits) for _ in range(3000)]
+
+    counts = torch.bincount(torch.tensor(drawn(0, 2.0)), minlength=4) / 3000
+    assert torch.allclose(counts, (logits / 2).softmax(-1), atol=0.03)
+    assert drawn(0, 1.0) == drawn(0, 1.0) != drawn(1, 1.0)

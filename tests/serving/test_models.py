@@ -1,0 +1,90 @@
+"""What each model adds to the base: taken from the run as evaluation sets it up, held once, copied nowhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from flexperts.federation.trained import TrainedRun
+from flexperts.grafting.personal_expert import FullExpert
+from flexperts.serving.contract import ModelName, find_model
+from flexperts.serving.lanes import MixedLane, OwnLane, lanes_of
+from flexperts.serving.mixed_grafts import MixedGrafts
+from flexperts.serving.models import Additions, additions, all_models
+
+from .disturbed_run import disturbed_run
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
+    """A FLEx run in bf16, as real ones are."""
+    out = tmp_path_factory.mktemp("runs") / "flex"
+    return disturbed_run(tiny_base, out, "model.dtype=bfloat16", "model.precision=bf16")
+
+
+def test_states_add_what_the_method_says(trained: TrainedRun) -> None:
+    untouched, common, own = (_added(trained, ModelName("clinic", s)) for s in trained.model.method.states)
+    assert untouched == Additions()
+    assert sorted(common.lora) == sorted(trained.model.lora.sites)
+    assert not common.grafts
+    assert own.lora_key == common.lora_key is not None
+    assert sorted(own.grafts) == [experts.name for experts in trained.model.experts]
+    assert trained.model.lent is None
+
+
+def test_what_is_common_has_one_key_and_what_is_personal_one_per_client(trained: TrainedRun) -> None:
+    own = [_added(trained, ModelName(client, "personalized")) for client in trained.clients]
+    assert len({added.lora_key for added in own}) == 1
+    assert len({added.graft_key for added in own}) == len(own)
+    lanes = lanes_of(trained)
+    assert isinstance(lanes[all_models(trained)[0]], MixedLane)
+    assert len(set(map(id, lanes.values()))) == 1
+
+
+def test_a_shared_graft_is_held_once(tiny_base: Path, tmp_path: Path) -> None:
+    trained = disturbed_run(tiny_base, tmp_path / "run", "graft.sharing=shared")
+    found = [_added(trained, ModelName(client, "global")) for client in trained.clients]
+    assert len({added.graft_key for added in found}) == 1
+    assert found[0].graft_key is not None
+
+
+def test_whole_experts_are_held_in_the_bases_type(trained: TrainedRun) -> None:
+    for layer in _added(trained, ModelName("shop", "personalized")).grafts.values():
+        experts = [expert for graft in layer for expert in graft.personal]
+        assert all(isinstance(expert, FullExpert) for expert in experts)
+        assert {p.dtype for expert in experts for p in expert.parameters()} == {torch.bfloat16}
+
+
+def test_low_rank_experts_read_the_base_where_it_lies(tiny_base: Path, tmp_path: Path) -> None:
+    trained = disturbed_run(tiny_base, tmp_path / "run", "graft.rank=4")
+    own = _added(trained, ModelName("clinic", "personalized"))
+    mixed = MixedGrafts({"clinic": own.grafts})
+    mixed.select(["clinic", None])
+    stored = {p.untyped_storage().data_ptr() for p in trained.model.base.model.parameters()}
+    for layer in mixed._layers:
+        assert layer._selected
+        assert {w.up.untyped_storage().data_ptr() for w, _ in layer._selected.runs} <= stored
+        assert layer._selected.rows.tolist() == [0]
+
+
+def test_other_parts_have_a_lane_of_their_own(tiny_base: Path, tmp_path: Path) -> None:
+    trained = disturbed_run(tiny_base, tmp_path / "run", "graft.place=in_place")
+    lanes = lanes_of(trained)
+    assert isinstance(lanes[ModelName("clinic", "personalized")], OwnLane)
+    assert isinstance(lanes[ModelName("clinic", "global")], MixedLane)
+
+
+def test_names_are_read_as_they_are_written() -> None:
+    models = [ModelName("clinic", "zero_shot"), ModelName("clinic", "global"), ModelName("clinic", "personalized")]
+    assert [str(model) for model in models] == ["clinic@zero_shot", "clinic@global", "clinic"]
+    assert [find_model(str(model), models) for model in models] == models
+    assert find_model("clinic@personalized", models) == models[2]
+    assert find_model("clinic", models[:2]) == models[1]
+
+
+def _added(trained: TrainedRun, name: ModelName) -> Additions:
+    found = additions(trained, name)
+    assert found is not None
+    return found
