@@ -1,14 +1,17 @@
-"""The exception tree. Every refusal says value, rule and remedy in one line.
+"""The exception tree.
 
-FlexpertsError (ValueError)
-├── ConfigError      a recipe, an override, a command-line value
-├── DataError        a data file, its columns, its rows
-├── ModelError       a base model that cannot be loaded or grafted
-├── GraftError       selection, attachment or a personal state that does not fit
-├── SplitError       a parameter that is not exactly one of shared / personal / frozen
-├── PrivacyError     an attempt to encode something that must stay on the client
-├── ArtifactError    a run directory or file that is missing, foreign or damaged
-└── FederationError  a round that cannot go on
+    FlexpertsError (ValueError)
+    ├── ConfigError      a recipe, an override, a command-line value
+    ├── DataError        a data file, its columns, its rows
+    ├── ModelError       a base model that cannot be loaded or grafted
+    ├── GraftError       selection, attachment or a personal state that does not fit
+    ├── SplitError       a parameter that is not exactly one of shared / personal / frozen
+    ├── PrivacyError     an attempt to encode something that must stay on the client
+    ├── ArtifactError    a run directory or file that is missing, foreign or damaged
+    ├── FederationError  a round that cannot go on
+    └── ServingError     a request that the serving engine cannot answer
+
+Every refusal says value, rule and remedy in one line.
 """
 
 from __future__ import annotations
@@ -61,3 +64,7 @@ class ArtifactError(FlexpertsError):
 
 class FederationError(FlexpertsError):
     """A round cannot go on."""
+
+
+class ServingError(FlexpertsError):
+    """The serving engine cannot answer."""

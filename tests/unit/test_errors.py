@@ -37,6 +37,6 @@ def test_errors_are_value_errors() -> None:
 
 
 def test_the_documented_tree_is_the_real_one() -> None:
-    branches = re.findall(r"^[├└]── (\w+)", errors.__doc__ or "", flags=re.MULTILINE)
+    branches = re.findall(r"^ *[├└]── (\w+)", errors.__doc__ or "", flags=re.MULTILINE)
     assert sorted(branches) == [c.__name__ for c in SUBCLASSES]
     assert not any(c.__subclasses__() for c in SUBCLASSES)

@@ -21,6 +21,7 @@ def command(
     from flexperts.federation.client_model import ClientModel
     from flexperts.methods.registry import make_method
     from flexperts.modeling.load import load_base
+    from flexperts.modeling.quantization import storage
     from flexperts.moe.attention import attention_linears
     from flexperts.recipe import parse_recipe
 
@@ -28,14 +29,16 @@ def command(
     chosen = make_method(config.method)
     base = load_base(config.model)
     projections = attention_linears(base.model)  # before LoRA takes their place
-    _show(base, ClientModel(base, config, chosen), projections)
+    stored = storage(base.model)
+    _show(base, ClientModel(base, config, chosen), projections, stored)
 
 
-def _show(base: Any, model: Any, projections: Sequence[str]) -> None:
+def _show(base: Any, model: Any, projections: Sequence[str], stored: Any) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
     from flexperts.cli.display import split_table
+    from flexperts.cli.preflight import storage_table
     from flexperts.methods.turn import Prepared
 
     console = Console()
@@ -47,6 +50,7 @@ def _show(base: Any, model: Any, projections: Sequence[str]) -> None:
         table.add_row(experts.name, str(experts.num_experts), str(experts.width), kind, str(experts.dtype))
     if model.experts:
         console.print(table)
+    console.print(storage_table(stored))
     targets = Counter(name.rsplit(".", 1)[-1] for name in projections)
     console.print("attention projections:", ", ".join(f"{count} {name}" for name, count in targets.items()))
     # Which experts a client would choose depends on its rows; how many parameters that is does not.

@@ -57,6 +57,10 @@ def command(
         return
     out = out or Path("runs") / name
 
+    from flexperts.cli.preflight import check_memory
+
+    check_memory(config)
+
     from flexperts.cli.display import RunDisplay
     from flexperts.federation.observer import Observers
     from flexperts.federation.run import run_federation

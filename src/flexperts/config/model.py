@@ -22,8 +22,31 @@ class ModelConfig(Section):
     """Prompt template: auto = the tokenizer's chat template where it has one, else alpaca."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    """How the frozen routed experts are stored: in dtype, or in 8 or 4 bits; all else stays in dtype."""
+    device_map: Literal["auto"] | dict[str, Literal["cpu", "disk"]] | None = None
+    """Where routed experts lie between uses that do not fit the device: module name -> cpu or disk, for all experts
+    in it, or auto, what fits max_memory on the device, then in the CPU's memory, then on disk."""
+    max_memory: dict[Literal["device", "cpu"], str] = Field(default_factory=dict)
+    """The most that device_map = "auto" fills, such as "8GiB"; else 70 % of what is free."""
+    offload_folder: str | None = None
+    """Folder for experts that lie on disk and are stored otherwise in the base's own files."""
+    preflight: bool = True
+    """Refuse a run that does not fit this machine's memory before anything is loaded."""
     trust_remote_code: bool = False
     """Run code that comes with the base; only for bases you trust."""
+
+    @model_validator(mode="after")
+    def _quantized_in_one_place(self) -> Self:
+        if self.quantization != "none" and self.device_map is not None:
+            raise ValueError(f"quantization = {self.quantization!r} and device_map exclude each other")
+        return self
+
+    @model_validator(mode="after")
+    def _limits_are_for_auto(self) -> Self:
+        if self.max_memory and self.device_map != "auto":
+            raise ValueError("max_memory is for device_map = 'auto'")
+        return self
 
 
 class LoraConfig(Section):

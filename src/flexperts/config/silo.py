@@ -28,6 +28,8 @@ class SiloConfig(Section):
     """The recipe's base on this machine: a shipped base's name, a local transformers folder, or a hub id."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Storage type that the base is loaded with at start; a recipe with the other one has it loaded again."""
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    """How its routed experts are stored at start; a recipe that says otherwise has the base loaded again."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     trust_remote_code: bool = False

@@ -185,14 +185,16 @@ def _what(facts: Facts) -> str:
 
 def _data(facts: Facts) -> str:
     clients = facts.run.server.clients
-    own = clients.get(facts.client or "")
     silos = f"{len(clients)} silos with {sum(clients.values())} train rows in all"
+    if (joined := facts.run.joined.get(facts.client or "")) is not None:
+        return f"{silos}; then {joined['rows']['train_rows']} of {facts.client}'s, which joined after training"
+    own = clients.get(facts.client or "")
     return f"{silos}, of which {own} are {facts.client}'s" if own is not None else silos
 
 
 def _scores(facts: Facts) -> Iterator[str]:
     """Yield the lines of a table over clients: the one whose model it is, or all."""
-    scored = facts.run.summary["clients"]
+    scored = facts.run.summary["clients"] | facts.run.joined
     names = [facts.client] if facts.client else sorted(scored)
     yield f"ROUGE-L (NLL in nats per token) on each silo's own {facts.run.config.evaluation.split} rows:\n"
     states = facts.run.model.method.states

@@ -34,10 +34,9 @@ def computing_device(name: str) -> torch.device:
     Raises:
         ModelError: torch cannot use it.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
-        return torch.empty(0, device=name).device
+        return torch.empty(0, device=wanted).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(
@@ -88,7 +87,7 @@ def _mapped(wanted: dict[str, Any], model: nn.Module, device: torch.device) -> _
 
 
 def _automatic(config: ModelConfig, model: nn.Module, device: torch.device) -> _Place:
-    """Fill the device with what must lie there and then with experts, layer by layer; then the CPU; then the disk."""
+    """Fill the device with what must lie there, then with experts layer by layer; then the CPU; then the disk."""
     stored = {e.name: sum(p.numel() * p.element_size() for p in e.stored) for e in find_experts(model)}
     left = {str(device): _limit(config, "device", device) - (_bytes(model) - sum(stored.values()))}
     if device.type != "cpu":

@@ -1,0 +1,86 @@
+"""A run's memory before anything loads, and a loaded base's storage: the tables that commands show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from flexperts.config.run import RunConfig
+    from flexperts.costs.preflight import Preflight
+    from flexperts.modeling.quantization import Storage
+
+_SMALL = 1_000_000_000
+"""Bytes of a checkpoint below which a run's memory is no question."""
+
+
+def check_memory(config: RunConfig) -> None:
+    """Show what a run of a large base needs, and refuse it where that is not free.
+
+    Raises:
+        ModelError: It does not fit; the message lists the settings that lower it.
+    """
+    from rich.console import Console
+
+    from flexperts.base.build import resolve_base
+    from flexperts.errors import FlexpertsError
+
+    model, console = config.model, Console()
+    if not model.preflight or model.trust_remote_code or _is_small(Path(resolve_base(model.base))):
+        return
+    from flexperts.costs.lengths import row_lengths
+    from flexperts.costs.preflight import Estimator, check_fits
+    from flexperts.data.clients import load_clients
+
+    try:
+        clients = list(load_clients(config.data, config.seed))
+        estimator = Estimator(model.base, clients, row_lengths(config))
+        made = estimator.estimate(config)
+    except FlexpertsError as error:  # what is wrong with the run itself, the run says in its own words
+        console.print(f"memory: not estimated ({error})", markup=False, soft_wrap=True)
+        return
+    console.print(_table(made))
+    check_fits(made, {} if made.peak.total <= made.free else estimator.savings(config))
+
+
+def storage_table(rows: Sequence[Storage]) -> Table:
+    """Return how a loaded base is stored, part by part."""
+    from rich.table import Table
+
+    from flexperts.reports.cells import size
+
+    table = Table("weights", "type", title="how the base is stored", title_justify="left")
+    for column in ("full", "stored"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(row.part, ", ".join(row.types), size(row.before).text, size(row.after).text)
+    return table
+
+
+def _is_small(folder: Path) -> bool:
+    """Tell whether a local checkpoint is small; what is on the hub is not known to be."""
+    return folder.is_dir() and sum(file.stat().st_size for file in folder.glob("*.safetensors")) < _SMALL
+
+
+def _table(made: Preflight) -> Any:
+    from rich.table import Table
+
+    from flexperts.reports.cells import size
+
+    table = Table(
+        title=f"memory on {made.device}: {size(made.peak.total).text} of {size(made.free).text} free",
+        title_justify="left",
+        caption=f"a server on a machine of its own: {size(made.server).text}",
+        caption_justify="left",
+    )
+    table.add_column("at the peak of")
+    for need in made.needs:
+        table.add_column(need.phase, justify="right")
+    for part in dict.fromkeys(part for need in made.needs for part in need.parts):
+        table.add_row(part, *(size(need.parts[part]).text if part in need.parts else "" for need in made.needs))
+    table.add_section()
+    table.add_row("together", *(size(need.total).text for need in made.needs))
+    return table

@@ -1,0 +1,45 @@
+"""Free memory is what the machine has available, or less where the control group sets a limit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from flexperts.modeling import memory
+from flexperts.modeling.memory import free_bytes
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine with 8,000 kB available, and no control group."""
+    (tmp_path / "self").mkdir()
+    (tmp_path / "meminfo").write_text("MemTotal: 16000 kB\nMemAvailable:    8000 kB\n")
+    monkeypatch.setattr(memory, "_PROC", tmp_path / "self")
+    monkeypatch.setattr(memory, "_GROUPS", tmp_path)
+    return tmp_path
+
+
+def test_what_is_available_is_free(machine: Path) -> None:
+    assert free_bytes(CPU) == 8000 * 1024
+
+
+def test_a_control_groups_limit_counts_without_its_page_cache(machine: Path) -> None:
+    (machine / "memory.max").write_text("5000000\n")
+    (machine / "memory.current").write_text("3000000\n")
+    (machine / "memory.stat").write_text("anon 2000000\nfile 1000000\n")
+    assert free_bytes(CPU) == 3_000_000
+
+
+def test_no_limit_is_no_limit(machine: Path) -> None:
+    (machine / "memory.max").write_text("max\n")
+    (machine / "memory.current").write_text("3000000\n")
+    assert free_bytes(CPU) == 8000 * 1024
+
+
+def test_other_systems_tell_something(machine: Path) -> None:
+    (machine / "meminfo").unlink()
+    assert free_bytes(CPU) > 0
