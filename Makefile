@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup run test slow families faults fuzz deployment test-all docs check format clean
+.PHONY: help setup run test slow families quantization faults fuzz deployment test-all docs check format clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -39,7 +39,12 @@ fuzz: setup  ## Malformed recipes, messages and files by the thousand (minutes)
 deployment: setup  ## SuperLink, SuperNodes and workers on loopback, killed and resumed (minutes)
 	$(BIN)/python -m pytest -m deployment
 
-test-all: test slow families faults fuzz deployment  ## All tiers, one after the other
+# Its library stays out of .venv: where it is installed, PEFT imports it in every process.
+quantization: setup  ## Bases in 8 and 4 bits
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --constraint constraints.txt --target build/quantization bitsandbytes
+	PYTHONPATH=build/quantization $(BIN)/python -m pytest -m quantization
+
+test-all: test slow families quantization faults fuzz deployment  ## All tiers, one after the other
 
 docs: setup  ## Build the pages and the API reference into build/docs, warnings as errors
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs

@@ -22,7 +22,7 @@ from flexperts.moe.quantized import QuantizedTensor, Scheme, quantized_bytes
 from flexperts.recipe import parse_recipe
 from flexperts.testing import save_tiny_base, tiny_model
 
-pytest.importorskip("bitsandbytes", reason="needs the extra quantization")
+pytestmark = pytest.mark.quantization
 SCHEMES = pytest.mark.parametrize("scheme", ["int8", "nf4"])
 LAYERS, N, D, I = 2, 4, 32, 16  # noqa: E741
 ERROR = {"int8": 0.01, "nf4": 0.12}
