@@ -150,7 +150,7 @@ def test_keys_are_printed_once(finished: Path, tmp_path: Path) -> None:
     [
         (["--host", "0.0.0.0"], "--host 0.0.0.0: others can reach it, so callers need keys"),
         (["--host", "::"], "so callers need keys"),
-        (["--keys", "nothing.toml"], "it cannot be read"),
+        (["--keys", "nothing.toml"], "make it with --make-keys"),
         (["--tls-cert", "nothing.pem"], "they cannot be used"),
         (["--tls-key", "nothing.pem"], "a key belongs to a certificate"),
         (["--host", "127.0.0.1", "--port", "{taken}"], "nothing can listen there"),

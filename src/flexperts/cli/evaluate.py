@@ -19,7 +19,9 @@ def command(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None
     from flexperts.federation.trained import TrainedRun
 
     with RunDisplay() as display:
+        display.stage("reading rows, loading the base")
         trained = TrainedRun(run)
+        display.stage(f"scoring {len(trained.clients)} clients")
         scores = trained.evaluate(display)
     display.console.print(_table(scores, trained.joined))
 

@@ -44,10 +44,10 @@ def _show(base: Any, model: Any, projections: Sequence[str], stored: Any) -> Non
     console = Console()
     kind = type(base.model).__name__
     console.print(f"{kind} from {base.source}, fingerprint {base.fingerprint[:12]}", markup=False, soft_wrap=True)
-    table = Table(Column("experts module", overflow="fold"), "experts", "width", "type", "weights")
+    kinds = ", ".join(sorted({f"{type(e.module).__name__} in {e.dtype}" for e in model.experts}))
+    table = Table(Column("experts module", overflow="fold"), "experts", "width", title=kinds, title_justify="left")
     for experts in model.experts:
-        kind = type(experts.module).__name__
-        table.add_row(experts.name, str(experts.num_experts), str(experts.width), kind, str(experts.dtype))
+        table.add_row(experts.name, str(experts.num_experts), str(experts.width))
     if model.experts:
         console.print(table)
     console.print(storage_table(stored))

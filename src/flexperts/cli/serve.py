@@ -101,7 +101,8 @@ def _at_silo(path: Path, run: str) -> tuple[Collection[str], Callable[..., Engin
 def _print_keys(path: Path, made: Mapping[str, str]) -> None:
     for owner, key in made.items():
         typer.echo(f"{owner}\t{key}")
-    typer.echo(f"{path} holds the hashes of {len(made)} new keys; the keys are not shown again", err=True)
+    new = f"{path} holds the hashes of {len(made)} new keys; the keys are not shown again"
+    typer.echo(new if made else f"{path}: everyone has a key already", err=True)
 
 
 def _keys(path: Path | None, address: Address, clients: Collection[str]) -> tuple[KeyRing, str | None]:

@@ -57,13 +57,19 @@ def describe(name: str) -> Description:
         return _from_file(name, path / "config.json" if path.is_dir() else path)
     if (short := name.rsplit("/", 1)[-1].lower()) in shipped_configs():
         return _from_text(name, _folder().joinpath(f"{short}.json").read_text(encoding="utf-8"))
+    if "/" not in name:  # no hub id: asking the network for it would take half a minute
+        raise _unknown(name, short)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        close = difflib.get_close_matches(short, shipped_configs(), n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else f"configs that ship: {', '.join(shipped_configs())}"
-        raise ModelError(f"model {name!r}", "no config is found by that name", f"{_REMEDY}; {hint}") from error
+        raise _unknown(name, short) from error
     return Description(name, config, _unquantized(config))
+
+
+def _unknown(name: str, short: str) -> ModelError:
+    close = difflib.get_close_matches(short, shipped_configs(), n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}?" if close else f"configs that ship: {', '.join(shipped_configs())}"
+    return ModelError(f"model {name!r}", "no config is found by that name", f"{_REMEDY}; {hint}")
 
 
 def meta_base(description: Description, dtype: str) -> LoadedBase:

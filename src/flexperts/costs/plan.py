@@ -6,6 +6,7 @@ The methods' own code runs on the meta device, so that a plan cannot disagree wi
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
 
 import torch
 
@@ -19,7 +20,9 @@ from flexperts.federation.client_model import ClientModel
 from flexperts.federation.privacy import check_additive
 from flexperts.methods.registry import make_method, method_names
 from flexperts.modeling.load import LoadedBase
+from flexperts.modeling.quantization import planned_bytes
 from flexperts.moe.experts import find_experts
+from flexperts.moe.quantized import Scheme
 from flexperts.moe.router import find_router
 from flexperts.recipe import parse_recipe
 
@@ -58,11 +61,12 @@ def plan(
         FlexpertsError: The model cannot be planned, or a named method or setting breaks a rule.
     """
     if clients < 1 or bandwidth <= 0:
-        raise ConfigError(f"clients = {clients}, bandwidth = {bandwidth}", "both are above 0", "mend them")
+        wrong = f"clients = {clients}" if clients < 1 else f"bandwidth = {bandwidth}"
+        raise ConfigError(wrong, "it must be above 0", "raise it")
     given, names = list(settings), [f"client-{number}" for number in range(1, clients + 1)]
     description = describe(model)
     base = meta_base(description, _config(given).model.dtype)
-    facts = model_facts(description, base)
+    facts = model_facts(description, base, _config(given).model.quantization)
     plans: list[MethodPlan] = []
     refused: dict[str, str] = {}
     for name, method, own in _rows(methods):
@@ -78,8 +82,10 @@ def plan(
     return Plan(facts, clients, bandwidth, tuple(plans), refused)
 
 
-def model_facts(description: Description, base: LoadedBase) -> ModelFacts:
-    """Count a base without adapters.
+def model_facts(
+    description: Description, base: LoadedBase, quantization: Literal["none"] | Scheme = "none"
+) -> ModelFacts:
+    """Count a base without adapters, its experts as they would be stored.
 
     Raises:
         ModelError: It has no experts modules that can be read.
@@ -92,7 +98,7 @@ def model_facts(description: Description, base: LoadedBase) -> ModelFacts:
         note=description.note,
         parameters=values,
         active_parameters=round(values - idle),
-        weights=sum(p.numel() * p.element_size() for p in base.model.parameters()),
+        weights=planned_bytes(base.model, quantization),
         moe_layers=len(experts),
         experts=experts[0].num_experts,
         experts_per_token=top_k,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flexperts.base.build import BASES
 from flexperts.export.content import Content
 from flexperts.export.verification import Difference
 from flexperts.federation.trained import TrainedRun
@@ -194,8 +195,9 @@ def _data(facts: Facts) -> str:
 
 def _scores(facts: Facts) -> Iterator[str]:
     """Yield the lines of a table over clients: the one whose model it is, or all."""
-    scored = facts.run.summary["clients"] | facts.run.joined
-    names = [facts.client] if facts.client else sorted(scored)
+    took_part = facts.run.summary["clients"]
+    scored = took_part | facts.run.joined
+    names = [facts.client] if facts.client else sorted(took_part)
     yield f"ROUGE-L (NLL in nats per token) on each silo's own {facts.run.config.evaluation.split} rows:\n"
     states = facts.run.model.method.states
     yield f"| silo | rows | {' | '.join(states)} |"
@@ -214,8 +216,10 @@ def _note(facts: Facts) -> str:
             "The code that runs is `modeling_grafted.py` and `grafts.py` in this folder, some hundred lines: read "
             "them before you trust them. Software that knows only stock architectures refuses this folder."
         )
+    base = _base_name(facts.run)
+    where = f" (`flexperts base build {base}` prints its folder)" if base in BASES else ""
     extra = " The grafts need flexperts; PEFT alone gives the model without them." if facts.content.grafts else ""
-    return f"The base must be `{_base_name(facts.run)}`: give its folder or hub id.{extra}"
+    return f"The base must be `{base}`: give its folder{where} or hub id.{extra}"
 
 
 def _privacy(facts: Facts) -> str:

@@ -201,7 +201,7 @@ def _appearing(out: Path) -> Iterator[Path]:
 
 def _checked(facts: Facts, folder: Path, tokens: Tensor) -> Difference:
     """Load the folder in a fresh process, as its card says, and compare."""
-    code = facts.loading(str(folder), facts.run.workspace.base.source)
+    code = facts.loading(str(folder.resolve()), facts.run.workspace.base.source)
     whole = facts.form in ("transformers", "merged")
     types = {facts.dtype} if whole else {facts.dtype, facts.run.config.model.dtype}
     coarsest = torch.bfloat16 if "bfloat16" in types else torch.float32

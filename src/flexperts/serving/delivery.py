@@ -9,12 +9,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from flexperts.errors import ServingError
 from flexperts.serving.contract import Engine, ModelName, Piece, Request, Sampling
 from flexperts.serving.metrics import Metrics
-from flexperts.serving.refusals import RefusedError, refused
+from flexperts.serving.refusals import RefusedError, refused, stopping
 
 _QUIET = 15.0
 """Seconds without a piece after which a proxy is shown that the connection lives."""
 _NO_RETRY = {"x-should-retry": "false"}
-_CLOSED = ServingError("this request", "the server is stopping", "ask again later")
 
 
 class Delivery:
@@ -72,7 +71,7 @@ class Delivery:
             if piece.error:
                 raise refused(piece.error)
             if piece.finish == "cancelled":
-                raise RefusedError(503, _CLOSED, code="stopping")
+                raise stopping()
             yield piece
             if piece.finish:
                 return

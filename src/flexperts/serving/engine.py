@@ -177,7 +177,7 @@ class ServingEngine:
             rows = [*(self._batch.rows if self._batch else ()), *self._queue]
             self._queue.clear()
         for row in rows:
-            row.fail(self._ended())
+            row.fail(self._failure) if self._failure else row.drop()
         self._batch = None
         self._open.close()
 

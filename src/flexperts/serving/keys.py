@@ -102,6 +102,8 @@ def make_keys(path: Path, clients: Collection[str]) -> dict[str, str]:
 
 
 def _hashes(path: Path, clients: Collection[str]) -> dict[str, list[str]]:
+    if not path.exists():
+        raise ConfigError(f"{path}", "there is no such file of keys", f"make it with --make-keys {path}")
     content = content_of(path)
     if path.stat().st_mode & 0o077:
         raise ConfigError(f"{path}", "group or others can read or write it", f"chmod 600 {path}")

@@ -60,6 +60,12 @@ def invalid(value: str, rule: str, remedy: str, param: str | None = None) -> Ref
     return RefusedError(400, ConfigError(value, rule, remedy), param=param)
 
 
+def stopping() -> RefusedError:
+    """Return the refusal of a request that the server's end has cut off, or that came after it."""
+    error = ServingError("this request", "the server is stopping", "ask again later")
+    return RefusedError(503, error, code="stopping")
+
+
 def later(status: int, value: str, rule: str, code: str, seconds: int) -> RefusedError:
     """Return the refusal of a request that may be taken when it is sent again after some seconds."""
     error = ServingError(value, rule, f"try again in {seconds} s")

@@ -28,8 +28,10 @@ def make_server(service: Service, address: Address) -> uvicorn.Server:
     Raises:
         ConfigError: The certificate and its key cannot be used.
     """
-    if address.key and not address.certificate:
-        raise ConfigError(f"--tls-key {address.key}", "a key belongs to a certificate", "give --tls-cert, too")
+    if bool(address.key) != bool(address.certificate):
+        given, other = ("--tls-key", "--tls-cert") if address.key else ("--tls-cert", "--tls-key")
+        value = f"{given} {address.key or address.certificate}"
+        raise ConfigError(value, "certificate and key belong together", f"give {other}, too")
     config = uvicorn.Config(
         make_app(service),
         log_config=None,

@@ -13,7 +13,7 @@ from flexperts.serving.keys import OPERATOR, KeyRing, may_call
 from flexperts.serving.limits import Limits
 from flexperts.serving.load import Load
 from flexperts.serving.metrics import Metrics
-from flexperts.serving.refusals import RefusedError, later, refused
+from flexperts.serving.refusals import RefusedError, later, refused, stopping
 
 _LOADING = 5
 """Seconds after which a caller may try again while the base is loading."""
@@ -63,6 +63,8 @@ class Service:
             raise later(503, "the base", "it is still loading", "loading", _LOADING)
         if self._engine.failure:
             raise refused(self._engine.failure)
+        if self._closed:
+            raise stopping()
         return self._engine
 
     def owner(self, request: Request) -> str:
