@@ -28,10 +28,8 @@ def make_server(service: Service, address: Address) -> uvicorn.Server:
     Raises:
         ConfigError: The certificate and its key cannot be used.
     """
-    if bool(address.key) != bool(address.certificate):
-        given, other = ("--tls-key", "--tls-cert") if address.key else ("--tls-cert", "--tls-key")
-        value = f"{given} {address.key or address.certificate}"
-        raise ConfigError(value, "certificate and key belong together", f"give {other}, too")
+    if address.key and not address.certificate:
+        raise ConfigError(f"--tls-key {address.key}", "a key belongs to a certificate", "give --tls-cert, too")
     config = uvicorn.Config(
         make_app(service),
         log_config=None,
@@ -44,7 +42,7 @@ def make_server(service: Service, address: Address) -> uvicorn.Server:
     try:
         config.load()
     except OSError as error:  # ssl.SSLError is one
-        files = f"--tls-cert {address.certificate} --tls-key {address.key}"
+        files = f"--tls-cert {address.certificate}" + (f" --tls-key {address.key}" if address.key else "")
         raise ConfigError(
             files, f"they cannot be used ({error})", "give a certificate and its key in PEM"
         ) from error
