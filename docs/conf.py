@@ -10,6 +10,9 @@ from typing import Any
 
 import flexperts
 
+# autodoc sets TYPE_CHECKING while it imports, under which pydantic cannot build models with extra="allow".
+import flexperts.serving.schemas
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "flexperts"
 
