@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from flexperts.serving.contract import Piece, Sampling
 from flexperts.serving.decoding import Decoding, nucleus
@@ -46,6 +48,16 @@ def test_characters_are_never_split() -> None:
 def test_half_a_character_at_the_end_is_shown_as_such() -> None:
     assert pieces(b"a\xe2\x82", limit=3, end=False) == [Piece("a", 1), Piece("\ufffd", 2, "length")]
     assert "".join(piece.text for piece in pieces(b"\x80\x80\x80a\xf0\x9f")) == "\ufffd\ufffd\ufffda\ufffd"
+
+
+def test_decoders_that_show_every_missing_byte_split_no_character() -> None:
+    """Byte-fallback vocabularies, as Mixtral's, decode an unfinished run to one U+FFFD for each byte."""
+    letters = ["a", *(f"<0x{byte:02X}>" for byte in "😀".encode())]
+    raw = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate([*letters, "</s>"])}, merges=[]))
+    raw.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    answer = Decoding(PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>"), {5}, Sampling(9))
+    found = [answer.take(token) for token in range(6)]
+    assert [piece and piece.text for piece in found] == ["a", None, None, None, "😀", ""]
 
 
 def test_a_stop_string_ends_the_answer_before_it() -> None:

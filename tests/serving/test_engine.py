@@ -232,12 +232,14 @@ def test_a_failed_batch_is_told_to_all_its_rows_and_the_next_one_works(
     with monkeypatch.context() as patch:
 
         def forward(*_: object) -> None:
+            patch.undo()  # the base itself still computes
             raise torch.OutOfMemoryError("no room")
 
         patch.setattr("flexperts.serving.batch.next_logits", forward)
         found = ask_all(engine, [(CLINIC, "Hi"), (SHOP, "Why?")])
     assert all(isinstance(asked.pieces[-1].error, ServingError) for asked in found)
-    assert all("no room" in str(asked.pieces[-1].error) for asked in found)
+    assert all("OutOfMemoryError" in str(asked.pieces[-1].error) for asked in found)
+    assert not any("no room" in str(asked.pieces[-1].error) for asked in found)  # a message may quote a prompt
     assert engine.failure is None
     assert engine.running == 0
     assert ask_all(engine, [(CLINIC, "Hi")])[0].pieces[-1].finish == "length"
@@ -310,5 +312,19 @@ def test_conversations_end_with_the_user(engine: ServingEngine, messages: Any) -
 
 
 def test_a_model_that_is_not_there_is_refused(engine: ServingEngine) -> None:
-    with pytest.raises(FlexpertsError, match="did you mean 'clinic'"):
-        engine.submit(ModelName("clinics", "personalized"), [5], Sampling(1), print)
+    for name in (ModelName("clinics", "personalized"), ModelName("clinic@global", "personalized")):
+        with pytest.raises(FlexpertsError, match="no such model"):
+            engine.submit(name, [5], Sampling(1), print)
+
+
+def test_a_base_that_computes_no_more_ends_the_engine(trained: TrainedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("device-side assert")
+
+    monkeypatch.setattr(trained, "close", lambda: None)
+    with serving(trained) as engine:
+        monkeypatch.setattr("flexperts.serving.batch.next_logits", broken)
+        asked = ask(engine, CLINIC, "Hi")
+        asked.wait()
+        engine._thread.join(10)
+        assert "RuntimeError" in str(engine.failure)

@@ -17,7 +17,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_next": {},  # running states: rows share a batch from the start
     "deepseek_v32": {},  # an indexer: one row at a time
 }
-STEPS = {"gpt_oss": 5, "deepseek_v3": 5, "qwen3_next": 3, "deepseek_v32": 1}
+STEPS = {"gpt_oss": 3, "deepseek_v3": 3, "qwen3_next": 2, "deepseek_v32": 1}
 """At least so many rows in a mean step."""
 
 

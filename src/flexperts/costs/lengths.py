@@ -9,6 +9,7 @@ from flexperts.config.run import RunConfig
 from flexperts.costs.activations import Lengths
 from flexperts.data.clients import load_clients
 from flexperts.data.prompts import PromptEncoder
+from flexperts.errors import ModelError
 
 
 def row_lengths(config: RunConfig) -> Lengths:
@@ -17,7 +18,12 @@ def row_lengths(config: RunConfig) -> Lengths:
     Raises:
         FlexpertsError: Rows cannot be read or encoded.
     """
-    tokenizer = AutoTokenizer.from_pretrained(resolve_base(config.model.base), trust_remote_code=False)
+    base = config.model.base
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve_base(base), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = f"its tokenizer cannot be loaded ({str(error).splitlines()[0]})"
+        raise ModelError(f"model.base = {base!r}", reason, "check the name and the network") from error
     encoder = PromptEncoder(tokenizer, config.model.template, config.training.max_length)
     clients = load_clients(config.data, config.seed).values()
     encoded = [encoder.encode_all((*c.train, *c.test, *c.validation)) for c in clients]

@@ -8,6 +8,7 @@ ratios of one table, not seconds of two.
 from __future__ import annotations
 
 import gc
+import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -224,7 +225,7 @@ def _decode(model: Any, prompts: torch.Tensor, count: int) -> None:
 def _last(model: Any) -> dict[str, Any]:
     """Ask for the last column's logits alone, where the model can."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return {"logits_to_keep": 1} if "logits_to_keep" in type(base).forward.__code__.co_varnames else {}
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(base).forward).parameters else {}
 
 
 def _prompts(base: LoadedBase, work: Workload) -> torch.Tensor:

@@ -97,7 +97,9 @@ def _file(path: Path) -> Iterator[Record]:
         raise DataError(f"data file {str(path)!r}", f"data files end in {endings}", "convert it to one of these")
     if not _is_file(path):
         raise DataError(
-            f"{path}", "there is no such data file", "check the path (a recipe's is relative to the recipe's folder)"
+            f"{path}",
+            "there is no such data file",
+            "check the path; in a recipe it is relative to the recipe's folder",
         )
     return readers[path.suffix.lower()](path)
 

@@ -51,7 +51,7 @@ tags: [flexperts, federated-learning, mixture-of-experts]
 
 - Base: `{base}`, fingerprint `{fingerprint}`.
 - Method: `{method}`: {summary}. {rounds} rounds, seed {seed}.
-- Data: {data}. This card holds counts only.
+- Data: {data}. Of their content this card says nothing.
 - Made by flexperts {version}. {checked}
 
 ## Scores

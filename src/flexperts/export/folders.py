@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from flexperts.errors import ArtifactError
@@ -76,7 +77,7 @@ def write_model(folder: Path, base: LoadedBase, content: Content) -> None:
         base.tokenizer.save_pretrained(folder)
         for weights in folder.glob("*.safetensors"):
             weights.chmod(0o644)  # safetensors writes 0600
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{folder}", f"it cannot be written ({error})", "free some space") from error
     if grafted:
         _write_code(folder, base.model, layout)

@@ -217,10 +217,14 @@ def _staging(run: Path, name: str) -> Iterator[Path]:
 
 def _publish(staging: Path, run: Path) -> None:
     """Move the newcomer's files to where the run has those of its clients; states of before are not needed."""
+    moved: list[Path] = []
     for path in sorted(p for p in staging.rglob("*") if p.is_file() and p.parent.name != "before"):
         target = run / path.relative_to(staging)
         try:
             target.parent.mkdir(exist_ok=True)
             path.replace(target)
         except OSError as error:
+            for other in moved:  # else they would stand in the way of another try
+                other.unlink(missing_ok=True)
             raise unwritable(target, error) from error
+        moved.append(target)

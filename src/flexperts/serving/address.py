@@ -43,7 +43,7 @@ class Address:
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         try:
             return socket.create_server((self.host, self.port), family=family)
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, UnicodeError) as error:
             where = f"--host {self.host} --port {self.port}"
             raise ConfigError(where, f"nothing can listen there ({error})", "choose another") from error
 

@@ -162,10 +162,10 @@ def _widened(mask: Tensor, columns: int) -> Tensor:
 
 
 def _told(error: Exception) -> FlexpertsError:
-    """Return an error as one that says value, rule and remedy."""
+    """Return an error as one that says value, rule and remedy; others' messages may quote a prompt."""
     if isinstance(error, FlexpertsError):
         return error
-    return ServingError("the answer", f"computing it failed ({type(error).__name__}: {error})", "ask again")
+    return ServingError("the answer", f"computing it failed ({type(error).__name__})", "ask again")
 
 
 @torch.no_grad()

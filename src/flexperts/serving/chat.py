@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from flexperts.errors import DataError, FlexpertsError
-from flexperts.serving.contract import ModelName, Sampling
+from flexperts.serving.contract import ModelName
 from flexperts.serving.delivery import Delivery
 from flexperts.serving.refusals import RefusedError, refused
 from flexperts.serving.replies import ALIVE, DONE, Completion, event, usage
@@ -50,6 +50,9 @@ async def complete(service: Service, request: Request) -> Response:
     except ClientDisconnect:
         _count(service, label, GONE)
         return Response(status_code=GONE)
+    except Exception:
+        _count(service, label, 500)
+        raise
     _count(service, label, 200)
     return whole
 
@@ -100,37 +103,35 @@ class EventStream(StreamingResponse):
 
 
 async def _submit(service: Service, owner: str, model: ModelName, wanted: ChatRequest) -> Delivery:
-    """Hand a request to the engine."""
-    sampling = wanted.sampling(service.limits)
+    """Hand a request to the engine; its place, taken before any work, is free again when it has ended."""
+    service.load.take(owner, service.engine.queue_length)
     try:
-        prompt = await run_in_threadpool(service.engine.prompt_tokens, wanted.conversation)
-        _check_length(len(prompt), service.limits.prompt_tokens)
-        return _placed(service, owner, model, prompt, sampling)
-    except FlexpertsError as error:
-        raise refused(error) from error
+        return await _delivery(service, owner, model, wanted)
+    except BaseException as error:
+        service.load.leave(owner)
+        if isinstance(error, FlexpertsError):
+            raise refused(error) from error
+        raise
+
+
+async def _delivery(service: Service, owner: str, model: ModelName, wanted: ChatRequest) -> Delivery:
+    sampling, engine = wanted.sampling(service.limits), service.engine
+    prompt = await run_in_threadpool(engine.prompt_tokens, wanted.conversation)
+    _check_length(len(prompt), service.limits.prompt_tokens)
+    return Delivery(
+        engine,
+        model,
+        prompt,
+        sampling,
+        seconds=service.limits.seconds,
+        metrics=service.metrics,
+        on_end=lambda: service.load.leave(owner),
+    )
 
 
 def _check_length(prompt: int, most: int | None) -> None:
     if most is not None and prompt > most:
         raise DataError(f"a prompt of {prompt} tokens", f"at most {most} are taken here", "shorten it")
-
-
-def _placed(service: Service, owner: str, model: ModelName, prompt: list[int], sampling: Sampling) -> Delivery:
-    """Take a place, which is free again when the engine has ended the request, or did not take it."""
-    service.load.take(owner, service.engine.queue_length)
-    try:
-        return Delivery(
-            service.engine,
-            model,
-            prompt,
-            sampling,
-            seconds=service.limits.seconds,
-            metrics=service.metrics,
-            on_end=lambda: service.load.leave(owner),
-        )
-    except BaseException:
-        service.load.leave(owner)
-        raise
 
 
 async def _unless_gone(request: Request, answer: Delivery) -> Response:

@@ -64,7 +64,7 @@ class Sampling:
         max_new_tokens: Longest answer, in tokens.
         temperature: 0 takes the likeliest token; otherwise logits are divided by it.
         top_p: Tokens are drawn from the likeliest ones that together reach this probability.
-        seed: Of the draws; the same one gives the same answer whatever else is being served. None is any.
+        seed: Of the draws; the same one gives the same answer again, up to rounding. None is any.
         stop: Texts before which the answer ends.
     """
 

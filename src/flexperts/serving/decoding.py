@@ -13,7 +13,9 @@ from flexperts.errors import ConfigError
 from flexperts.serving.contract import Finish, Piece, Sampling
 
 _UNFINISHED = "\ufffd"
-"""What a decoder makes of a character of which bytes are missing."""
+"""What a decoder makes of a character of which bytes are missing, some decoders of each byte."""
+_COLD = 1e-4
+"""Temperature below which only the likeliest token has a chance, and logits would overflow."""
 
 
 def check_sampling(sampling: Sampling) -> None:
@@ -55,7 +57,7 @@ class Decoding:
     @property
     def is_greedy(self) -> bool:
         """Whether the likeliest token is taken."""
-        return self._sampling.temperature == 0
+        return self._sampling.temperature < _COLD
 
     def draw(self, logits: Tensor) -> int:
         """Return a token by fp32 ``logits [V]``; the draws of an answer depend on its own seed alone."""
@@ -105,7 +107,7 @@ def _first(stop: Sequence[str], text: str) -> int | None:
 
 def _settled(text: str, stop: Sequence[str]) -> str:
     """Return a text without an end that later tokens may change: half a character, the start of a stop string."""
-    if text.endswith(_UNFINISHED):
-        text = text[:-1]
+    for _ in range(3):  # of a character's four bytes three can stand there without the last
+        text = text.removesuffix(_UNFINISHED)
     starts = (n for s in stop for n in range(min(len(s) - 1, len(text)), 0, -1) if text.endswith(s[:n]))
     return text[: len(text) - max(starts, default=0)]

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from flexperts.errors import ServingError
 from flexperts.serving.contract import Engine, ModelName, Piece, Request, Sampling
 from flexperts.serving.metrics import Metrics
-from flexperts.serving.refusals import RefusedError, refused, stopping
+from flexperts.serving.refusals import RefusedError, failed, stopping
 
 _QUIET = 15.0
 """Seconds without a piece after which a proxy is shown that the connection lives."""
@@ -69,7 +69,7 @@ class Delivery:
                 yield None
                 continue
             if piece.error:
-                raise refused(piece.error)
+                raise failed(piece.error)
             if piece.finish == "cancelled":
                 raise stopping()
             yield piece

@@ -19,7 +19,7 @@ from flexperts.errors import ConfigError, DataError, FlexpertsError, ServingErro
 from flexperts.evaluation.generation import end_tokens
 from flexperts.federation.trained import TrainedRun
 from flexperts.serving.batch import Batch, Row, probe
-from flexperts.serving.contract import Counters, Message, ModelName, Piece, Request, Sampling, find_model
+from flexperts.serving.contract import Counters, Message, ModelName, Piece, Request, Sampling
 from flexperts.serving.decoding import Decoding, check_sampling
 from flexperts.serving.lanes import Lane, lanes_of
 
@@ -100,7 +100,8 @@ class ServingEngine:
     @property
     def running(self) -> int:
         """Requests that are being answered."""
-        return len(self._batch.rows) if self._batch else 0
+        batch = self._batch  # the engine's thread may take it away meanwhile
+        return len(batch.rows) if batch else 0
 
     @property
     def failure(self) -> FlexpertsError | None:
@@ -118,7 +119,8 @@ class ServingEngine:
         self, model: ModelName, prompt: Sequence[int], sampling: Sampling, on_piece: Callable[[Piece], None]
     ) -> Request:
         """Ask a model; see ``contract.Engine``."""
-        model = find_model(str(model), self.models)
+        if model not in self._lanes:
+            raise ConfigError(f"model {str(model)!r}", "the engine has no such model", "ask one of its models")
         check_sampling(sampling)
         self._check_room(prompt)
         most = min(len(prompt) + sampling.max_new_tokens, self.context_length)
@@ -170,7 +172,7 @@ class ServingEngine:
                 self._advance()
         except Exception as error:
             self._failure = ServingError(
-                "the engine", f"it failed ({type(error).__name__}: {error})", "start the server again"
+                "the engine", f"it failed ({type(error).__name__})", "start the server again"
             )
         with self._changed:
             self._closed = True
@@ -205,6 +207,8 @@ class ServingEngine:
             running = self._batch.leave() if self._batch else []
             for row in {*running, *new}:
                 row.fail(error)
+            self._leave()
+            probe(self._base)  # a device that can compute nothing any more does end the engine
 
     def _admit(self, new: list[Row]) -> None:
         """Move rows from the head of the queue to ``new``, in their order."""
@@ -235,12 +239,16 @@ class ServingEngine:
             and (len(others) + 1) * longest <= self._max_tokens
         )
 
+    def _leave(self) -> None:
+        """Take the lane's changes off the base; if that fails, no later request may meet what is left."""
+        self._lane, self._batch = None, None
+        self._open.close()
+
     def _enter(self, lane: Lane) -> None:
         """Set the base up for a lane, if it is not already."""
         if lane is self._lane:
             return
-        self._open.close()
-        self._lane, self._batch = None, None
+        self._leave()
         self._open.enter_context(lane.opened())
         self._lane = lane
         self._batch = Batch(self._base, lane, self._encoder, self._trained.config.model.precision)

@@ -44,12 +44,12 @@ class RefusedError(Exception):
 
 
 def refused(error: FlexpertsError) -> RefusedError:
-    """Return the refusal of a request that the engine did not take, or could not finish.
+    """Return the refusal of a request that was not taken: what the caller did wrong is told in full."""
+    return RefusedError(400, error) if isinstance(error, ConfigError | DataError) else failed(error)
 
-    Only what the caller did wrong is told in full: what failed in a batch may concern another caller's request.
-    """
-    if isinstance(error, ConfigError | DataError):
-        return RefusedError(400, error)
+
+def failed(error: FlexpertsError) -> RefusedError:
+    """Return the refusal of a request that could not be answered; the cause may be another caller's."""
     log.error("%s", error)
     told = ServingError("this request", "the engine could not answer it", "ask again, or tell the operator")
     return RefusedError(503, told, code="engine_failed")
