@@ -29,6 +29,7 @@ from flexperts.artifacts import RunDirectory, environment
 from flexperts.costs.lengths import row_lengths
 from flexperts.costs.models import describe
 from flexperts.costs.preflight import Estimator
+from flexperts.data.clients import load_clients
 from flexperts.files import write_json, write_text
 from flexperts.modeling.skeleton import skeleton
 from flexperts.recipe import load_recipe
@@ -174,7 +175,8 @@ def main() -> None:
     recipe = given.scratch / "recipe.toml"
     write_text(recipe, text)
     config = load_recipe(recipe)
-    estimate = Estimator(config.model.base, list(SILOS), row_lengths(config)).estimate(config)
+    lengths = row_lengths(config, load_clients(config.data, config.seed))
+    estimate = Estimator(config.model.base, list(SILOS), lengths).estimate(config)
     watched = watched_run(recipe, given.scratch / "run")
     summary = RunDirectory.open(given.scratch / "run").summary()
     result = {

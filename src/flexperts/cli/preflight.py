@@ -36,8 +36,8 @@ def check_memory(config: RunConfig) -> None:
     from flexperts.data.clients import load_clients
 
     try:
-        clients = list(load_clients(config.data, config.seed))
-        estimator = Estimator(model.base, clients, row_lengths(config))
+        clients = load_clients(config.data, config.seed)
+        estimator = Estimator(model.base, list(clients), row_lengths(config, clients))
         made = estimator.estimate(config)
     except FlexpertsError as error:  # what is wrong with the run itself, the run says in its own words
         console.print(f"memory: not estimated ({error})", markup=False, soft_wrap=True)

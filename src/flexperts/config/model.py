@@ -32,7 +32,7 @@ class ModelConfig(Section):
     offload_folder: str | None = None
     """Folder for experts that lie on disk and are stored otherwise in the base's own files."""
     preflight: bool = True
-    """Refuse a run that does not fit this machine's memory before anything is loaded."""
+    """Let `flexperts run` refuse what does not fit this machine's memory, before a base of 1 GB or more is loaded."""
     trust_remote_code: bool = False
     """Run code that comes with the base; only for bases you trust."""
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from flexperts.config.run import RunConfig
+from flexperts.grafting.selection import STACK
 from flexperts.moe.attention import attention_modules
 from flexperts.moe.experts import find_experts
 from flexperts.moe.layout import LayerExperts
@@ -31,8 +32,6 @@ _TRAINED_LOGIT, _SCORED_LOGIT = 18, 12
 """Per logit: in the model's type and in fp32, softmax, and in training gradients."""
 _SCORES = 14
 """Per value of the experts' outputs that the selection stacks: thrice in the model's type, once in fp64."""
-_STACKED = 2**26
-"""Values of them at once."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class Activations:
         batches = math.ceil(graft.calibration_rows / self._micro_batch)
         tokens = min(self._micro_batch * self.lengths.row, math.ceil(graft.calibration_tokens / batches))
         most = max(e.num_experts * e.width for e in find_experts(self.model))
-        return _SCORES * min(tokens * most, _STACKED) + self._passing(self._micro_batch * self.lengths.row)
+        return _SCORES * min(tokens * most, STACK) + self._passing(self._micro_batch * self.lengths.row)
 
     def logits(self, rows: int, *, trained: bool) -> int:
         """Return what the vocabulary's logits on ``rows`` responses need."""

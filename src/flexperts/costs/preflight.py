@@ -23,6 +23,7 @@ from flexperts.modeling.load import LoadedBase
 from flexperts.modeling.memory import free_bytes
 from flexperts.modeling.placement import computing_device, placement
 from flexperts.modeling.quantization import planned_bytes
+from flexperts.parameters.inner import stored_bytes
 from flexperts.recipe import parse_recipe
 
 PROCESS = 600_000_000
@@ -190,4 +191,4 @@ def _on_device(config: RunConfig, described: Description, base: LoadedBase, devi
         for name, parameter in base.model.named_parameters()
         if places[name.rpartition(".")[0]] != str(device)
     ]
-    return whole - sum(p.numel() * p.element_size() for p in elsewhere)
+    return whole - sum(map(stored_bytes, elsewhere))

@@ -8,7 +8,6 @@ ratios of one table, not seconds of two.
 from __future__ import annotations
 
 import gc
-import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,14 +23,15 @@ from flexperts.costs.models import experts_per_token
 from flexperts.costs.rounds import planned_sites
 from flexperts.data.prompts import Example
 from flexperts.federation.client_model import ClientModel
+from flexperts.federation.local_settings import local_settings
 from flexperts.methods.registry import make_method
-from flexperts.modeling.forward import autocast
+from flexperts.modeling.forward import autocast, takes
 from flexperts.modeling.load import LoadedBase
 from flexperts.modeling.memory import peak_bytes, reset_peak
 from flexperts.parameters.split import ParameterSplit
 from flexperts.recipe import parse_recipe
 from flexperts.seeding import generator
-from flexperts.training.local import LocalSettings, train_local
+from flexperts.training.local import train_local
 
 UNTOUCHED, REFERENCE = "untouched base", "fedavg (attention LoRA)"
 VARIANTS: dict[str, tuple[str, ...] | None] = {
@@ -193,21 +193,13 @@ def _measure_once(
 
 
 def _train(model: Any, split: ParameterSplit, config: RunConfig, work: Workload) -> None:
-    training = config.training
-    settings = LocalSettings(
+    training = config.training.model_copy(update={"batch_size": work.rows, "warmup_ratio": 0.0})
+    settings = local_settings(
+        config.model_copy(update={"training": training}),
         steps=work.steps,
-        batch_size=work.rows,
-        micro_batch_size=training.micro_batch_size or work.rows,
-        lr=training.lr,
-        personal_lr=training.personal_lr or training.lr,
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
         first_step=0,
         total_steps=work.steps,
-        warmup_steps=0,
-        precision=config.model.precision,
         pad_token_id=0,
-        optimizer=training.optimizer,
     )
     tokens = _random(model, work, work.prompt + work.response).tolist()
     examples = [Example(tuple(row), work.prompt) for row in tokens]
@@ -224,8 +216,7 @@ def _decode(model: Any, prompts: torch.Tensor, count: int) -> None:
 
 def _last(model: Any) -> dict[str, Any]:
     """Ask for the last column's logits alone, where the model can."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(base).forward).parameters else {}
+    return {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
 
 
 def _prompts(base: LoadedBase, work: Workload) -> torch.Tensor:

@@ -20,6 +20,7 @@ from flexperts.data.prompts import Example
 from flexperts.data.rows import ClientRows, Row
 from flexperts.evaluation.scores import EvaluationSettings, Scores, evaluate
 from flexperts.federation.client_model import ClientModel
+from flexperts.federation.local_settings import local_settings
 from flexperts.federation.observer import Observer
 from flexperts.federation.protection import Outgoing, protect, told
 from flexperts.federation.routing_log import prompt_batches, routing_lines, write_routing
@@ -264,20 +265,12 @@ class Client:
             )
             for owner in owners
         )
-        return LocalSettings(
+        return local_settings(
+            self.config,
             steps=steps,
-            batch_size=training.batch_size,
-            micro_batch_size=training.micro_batch_size or training.batch_size,
-            lr=training.lr,
-            personal_lr=training.personal_lr or training.lr,
-            weight_decay=training.weight_decay,
-            max_grad_norm=training.max_grad_norm,
             first_step=(round_number - 1) * steps,
             total_steps=rounds * steps,
-            warmup_steps=round(training.warmup_ratio * rounds * steps),
-            precision=self.config.model.precision,
             pad_token_id=self.workspace.encoder.tokenizer.pad_token_id,
-            optimizer=training.optimizer,
         )
 
     def _counter(self, task: str, total: int) -> Callable[[int], None]:

@@ -70,9 +70,8 @@ class TrainedRun:
         if name not in self.clients:
             raise ConfigError(f"client {name!r}", f"the run's clients are {', '.join(self.clients)}", "choose one")
         client = Client(name, self._workspace_of(name), self.model, self.run.path, observer)
-        load_personal(
-            client.store.path, base=self.workspace.base.fingerprint
-        )  # a missing one must not start afresh
+        # A missing or damaged state must not start afresh.
+        load_personal(client.store.path, base=self.workspace.base.fingerprint)
         return client
 
     def _workspace_of(self, name: str) -> Workspace:

@@ -21,7 +21,7 @@ from flexperts.errors import GraftError
 from flexperts.moe.layout import LayerExperts, Note
 
 Batch = Mapping[str, Tensor]
-_STACK = 2**26
+STACK = 2**26
 """Values of all experts' outputs that are held at once; 512 MiB in float64."""
 
 
@@ -113,7 +113,7 @@ class _Probe:
 
     def note(self, experts: LayerExperts) -> Note:
         layer = self.scores[experts.name] = LayerScores.empty(experts.name, experts.num_experts)
-        chunk = max(1, _STACK // (experts.num_experts * experts.width))
+        chunk = max(1, STACK // (experts.num_experts * experts.width))
 
         def score(*call: Tensor) -> None:
             hidden, index, weight, target = (t[self.positions] for t in call)

@@ -6,7 +6,9 @@ Shapes: B rows, S columns, R response columns, V vocabulary.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -31,7 +33,7 @@ def response_logits(model: nn.Module, batch: PaddedBatch) -> Tensor:
         "input_ids": batch.input_ids.to(device),
         "attention_mask": batch.attention_mask.to(device),
     }
-    if _takes(model, "logits_to_keep"):
+    if takes(model, "logits_to_keep"):
         # Indices, not a number: on a slice's strides torch copies the vocabulary matrix once per row.
         columns = batch.input_ids.shape[1]
         inputs["logits_to_keep"] = torch.arange(max(0, columns - keep), columns, device=device)
@@ -62,9 +64,9 @@ def next_logits(
     """
     columns = input_ids.shape[1]
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
-    if _takes(model, "position_ids"):
+    if takes(model, "position_ids"):
         inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -columns:]
-    if _takes(model, "logits_to_keep"):
+    if takes(model, "logits_to_keep"):
         inputs["logits_to_keep"] = torch.arange(columns - 1, columns, device=input_ids.device)
     output = model(**inputs, past_key_values=cache, use_cache=True)
     return output.logits[:, -1].float(), output.past_key_values
@@ -78,6 +80,13 @@ def token_losses(model: nn.Module, batch: PaddedBatch) -> tuple[Tensor, Tensor]:
     return losses.sum(1), (labels != IGNORED).sum(1)
 
 
-def _takes(model: Any, argument: str) -> bool:
+def takes(model: Any, argument: str) -> bool:
+    """Tell whether a model, with adapters or without, has an argument of that name."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return argument in inspect.signature(type(base).forward).parameters
+    return argument in _arguments(type(base).forward)
+
+
+@cache
+def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
+    """Return the names that a model class takes; asked for at every decoded token."""
+    return frozenset(inspect.signature(forward).parameters)

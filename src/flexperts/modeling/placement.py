@@ -22,6 +22,7 @@ from flexperts.modeling.skeleton import skeleton
 from flexperts.moe.experts import find_experts
 from flexperts.moe.fused import FusedExperts
 from flexperts.moe.layout import LayerExperts
+from flexperts.parameters.inner import stored_bytes
 
 _SHARE = 0.7
 """Of the free memory, where the recipe gives no limit: training needs the rest."""
@@ -88,8 +89,9 @@ def _mapped(wanted: dict[str, Any], model: nn.Module, device: torch.device) -> _
 
 def _automatic(config: ModelConfig, model: nn.Module, device: torch.device) -> _Place:
     """Fill the device with what must lie there, then with experts layer by layer; then the CPU; then the disk."""
-    stored = {e.name: sum(p.numel() * p.element_size() for p in e.stored) for e in find_experts(model)}
-    left = {str(device): _limit(config, "device", device) - (_bytes(model) - sum(stored.values()))}
+    stored = {e.name: sum(map(stored_bytes, e.stored)) for e in find_experts(model)}
+    fixed = sum(map(stored_bytes, model.parameters())) - sum(stored.values())
+    left = {str(device): _limit(config, "device", device) - fixed}
     if device.type != "cpu":
         left["cpu"] = _limit(config, "cpu", torch.device("cpu"))
 
@@ -122,10 +124,6 @@ def _limit(config: ModelConfig, place: Any, device: torch.device) -> int:
         raise ModelError(
             f"model.max_memory.{place} = {given!r}", "it must be a size", "write it as '8GiB'"
         ) from error
-
-
-def _bytes(model: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def _upwards(name: str) -> Iterator[str]:

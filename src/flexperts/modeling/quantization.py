@@ -20,6 +20,7 @@ from flexperts.errors import ModelError
 from flexperts.moe.attention import attention_modules
 from flexperts.moe.experts import find_experts
 from flexperts.moe.quantized import BLOCK, QuantizedTensor, Scheme, quantized_bytes
+from flexperts.parameters.inner import stored_bytes
 
 _METHOD = "flexperts"
 
@@ -160,13 +161,6 @@ def storage_line(model: nn.Module) -> str:
         + (f" (of {row.before / 1e6:,.1f})" if row.after != row.before else "")
         for row in storage(model)
     )
-
-
-def stored_bytes(parameter: Tensor) -> int:
-    """Return the bytes that a parameter takes."""
-    if isinstance(parameter, QuantizedTensor):
-        return parameter.stored_bytes
-    return parameter.numel() * parameter.element_size()
 
 
 def _type(parameter: Tensor) -> str:

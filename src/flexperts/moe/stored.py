@@ -31,7 +31,7 @@ def read_part(module: nn.Module, name: str, index: int) -> Tensor | None:
     whole = read(module, name)
     if whole is None:
         return None
-    part = whole[index].to(computing_device(module))
+    part = whole[index].to(computing_device(module)) if has_offloaded_params(module) else whole[index]
     return part.dequantize() if isinstance(part, QuantizedTensor) else part
 
 

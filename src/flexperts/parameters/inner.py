@@ -13,3 +13,8 @@ def inner_tensors(tensor: Any) -> list[Tensor]:
     if is_traceable_wrapper_subclass(tensor):
         return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
     return [tensor]
+
+
+def stored_bytes(tensor: Any) -> int:
+    """Return the bytes that a tensor's values take where it is stored."""
+    return sum(inner.numel() * inner.element_size() for inner in inner_tensors(tensor))

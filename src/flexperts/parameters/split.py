@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from flexperts.errors import SplitError
-from flexperts.parameters.inner import inner_tensors
+from flexperts.parameters.inner import inner_tensors, stored_bytes
 
 Parameters = Mapping[str, Parameter]
 
@@ -106,7 +106,7 @@ def _row(group: str, parameters: Parameters, trained: str, leaves: str) -> dict[
         "group": group,
         "tensors": len(parameters),
         "parameters": sum(p.numel() for p in parameters.values()),
-        "bytes": sum(t.numel() * t.element_size() for p in parameters.values() for t in inner_tensors(p)),
+        "bytes": sum(map(stored_bytes, parameters.values())),
         "trained": trained,
         "leaves": leaves,
     }

@@ -45,7 +45,9 @@ class MixedLane:
     one_row = False
 
     def __init__(self, trained: TrainedRun, models: Mapping[ModelName, Additions]) -> None:
-        self._trained, self._models = trained, models
+        self._trained = trained
+        # Keys alone: what many models have alike is kept once.
+        self._keys = {name: (added.lora_key, added.graft_key) for name, added in models.items()}
         dtype = torch.bfloat16 if trained.config.model.precision == "bf16" else torch.float32
         adapters = {added.lora_key: added.lora for added in models.values() if added.lora_key}
         grafts = {added.graft_key: added.grafts for added in models.values() if added.graft_key}
@@ -62,8 +64,8 @@ class MixedLane:
 
     def select(self, models: Sequence[ModelName]) -> None:
         """Give every row what its model adds."""
-        self._lora.select([self._models[model].lora_key for model in models])
-        self._grafts.select([self._models[model].graft_key for model in models])
+        self._lora.select([self._keys[model][0] for model in models])
+        self._grafts.select([self._keys[model][1] for model in models])
 
 
 class OwnLane:
