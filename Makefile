@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup run test slow families quantization faults fuzz deployment test-all docs check format clean
+.PHONY: help setup run test slow families quantization faults fuzz deployment test-all bench docs check format clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -45,6 +45,9 @@ quantization: setup  ## Bases in 8 and 4 bits
 	PYTHONPATH=build/quantization $(BIN)/python -m pytest -m quantization
 
 test-all: test slow families quantization faults fuzz deployment  ## All tiers, one after the other
+
+bench: setup  ## Measure speed and scale, write docs/performance.md (the page says how long it takes)
+	$(BIN)/python benchmarks/performance/suite.py
 
 docs: setup  ## Build the pages and the API reference into build/docs, warnings as errors
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs

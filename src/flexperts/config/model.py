@@ -32,7 +32,7 @@ class ModelConfig(Section):
     offload_folder: str | None = None
     """Folder for experts that lie on disk and are stored otherwise in the base's own files."""
     preflight: bool = True
-    """Let `flexperts run` refuse what does not fit this machine's memory, before a base of 1 GB or more is loaded."""
+    """Let `flexperts run` refuse what does not fit the machine's memory, before a base of 1 GB or more loads."""
     trust_remote_code: bool = False
     """Run code that comes with the base; only for bases you trust."""
 
