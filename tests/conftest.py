@@ -30,7 +30,7 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_LOADED", dict(registry._LOADED))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def recipe(tiny_base: Path) -> Callable[..., RunConfig]:
     """Return a function that makes a recipe of a few seconds on the tiny base, with overrides on top."""
 

@@ -20,32 +20,23 @@ from transformers import AutoModelForCausalLM
 
 from flexperts.artifacts import RunDirectory
 from flexperts.cli.main import main
+from flexperts.config.run import RunConfig
 from flexperts.errors import ArtifactError, ConfigError
 from flexperts.export import exporting
 from flexperts.export.content import logits_of
 from flexperts.export.exporting import Export, export_run
 from flexperts.export.verification import Difference, verify
 from flexperts.federation.run import run_federation
-from flexperts.recipe import parse_recipe
 
-RECIPE = """
-[model]
-base = "{base}"
-dtype = "float32"
-precision = "fp32"
-[data.silos]
-train_rows = 4
-test_rows = 4
-[training]
-max_length = 640
-lr = 0.05
-personal_lr = 0.3
-[federation]
-rounds = 1
-[evaluation]
-max_new_tokens = 1
-rows = 1
-"""
+Recipe = Callable[..., RunConfig]
+SHORT = (
+    "data.silos.train_rows=4",
+    "training.lr=0.05",
+    "training.personal_lr=0.3",
+    "federation.rounds=1",
+    "evaluation.max_new_tokens=1",
+    "evaluation.rows=1",
+)
 OTHER_MODEL = """
 import torch
 
@@ -60,14 +51,13 @@ Run = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Return a function that trains a method with some settings, once."""
 
     @cache
     def make(method: str = "flex", *settings: str) -> Path:
         out = tmp_path_factory.mktemp("runs") / "run"
-        overrides = (f"method.name={method}", *settings)
-        run_federation(parse_recipe(RECIPE.format(base=tiny_base), overrides), out)
+        run_federation(recipe(*SHORT, f"method.name={method}", *settings), out)
         return out
 
     return make

@@ -61,21 +61,8 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
-    from flexperts.recipe import parse_recipe
-
-    text = f"""
-        [model]
-        base = "{tiny_base}"
-        dtype = "float32"
-        precision = "fp32"
-        [data.silos]
-        train_rows = 8
-        test_rows = 4
-        [training]
-        max_length = 640
-    """
-    return Place(parse_recipe(text, SHORT), tmp_path_factory.mktemp("damage"))
+def place(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(recipe(*SHORT), tmp_path_factory.mktemp("damage"))
 
 
 def damages(whole: bytes, seed: str) -> Iterator[tuple[str, bytes | None]]:

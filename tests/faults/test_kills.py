@@ -7,17 +7,26 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from siege import left_behind
 
-from flexperts.recipe import parse_recipe
+from flexperts.config.run import RunConfig
 
 pytestmark = pytest.mark.faults
 
 KILLS = 12
+Recipe = Callable[..., RunConfig]
+SHORT = (
+    "lora.dropout=0.1",
+    "federation.rounds=3",
+    "evaluation.max_new_tokens=2",
+    "evaluation.rows=2",
+    "evaluation.every=1",
+)
 SIEGE = Path(__file__).with_name("siege.py")
 SCENARIOS = {
     "flex": ("method.name=flex", "federation.participation=0.5"),
@@ -43,33 +52,14 @@ run with what is measured beyond the rounds."""
 assert KILLS * len(SCENARIOS) >= 50
 
 
-def recipe_file(base: Path, folder: Path, settings: tuple[str, ...]) -> Path:
-    text = f"""
-        [model]
-        base = "{base}"
-        dtype = "float32"
-        precision = "fp32"
-        [data.silos]
-        train_rows = 8
-        test_rows = 4
-        [training]
-        max_length = 640
-        [lora]
-        dropout = 0.1
-        [federation]
-        rounds = 3
-        [evaluation]
-        max_new_tokens = 2
-        rows = 2
-        every = 1
-    """
-    recipe = folder / "recipe.toml"
-    recipe.write_text(parse_recipe(text, settings).to_toml())
-    return recipe
+def written(config: RunConfig, folder: Path) -> Path:
+    path = folder / "recipe.toml"
+    path.write_text(config.to_toml())
+    return path
 
 
-def besieged(base: Path, folder: Path, settings: tuple[str, ...], seed: int) -> dict[str, Any]:
-    recipe = recipe_file(base, folder, settings)
+def besieged(config: RunConfig, folder: Path, seed: int) -> dict[str, Any]:
+    recipe = written(config, folder)
     command = [sys.executable, "-W", "ignore", str(SIEGE), str(recipe), str(folder), str(KILLS), str(seed)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -78,9 +68,9 @@ def besieged(base: Path, folder: Path, settings: tuple[str, ...], seed: int) -> 
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_killed_runs_end_as_undisturbed_ones(tiny_base: Path, tmp_path: Path, name: str) -> None:
+def test_killed_runs_end_as_undisturbed_ones(recipe: Recipe, tmp_path: Path, name: str) -> None:
     seed = sorted(SCENARIOS).index(name)
-    report = besieged(tiny_base, tmp_path, SCENARIOS[name], seed)
+    report = besieged(recipe(*SHORT, *SCENARIOS[name]), tmp_path, seed)
     print(f"{name}: {len(report['killed'])} kills in {report['runs']} runs, {sorted(set(report['killed']))}")
     assert report["differ"] == []
     assert len(report["killed"]) >= KILLS
@@ -101,11 +91,11 @@ def started(recipe: Path, out: Path) -> subprocess.Popen[str]:
         ("selection/help_desk.json", "rounds.jsonl", "personal/before/clinic.safetensors"),
     ],
 )
-def test_the_command_is_killed_from_outside(tiny_base: Path, tmp_path: Path, signs: tuple[str, ...]) -> None:
+def test_the_command_is_killed_from_outside(recipe: Recipe, tmp_path: Path, signs: tuple[str, ...]) -> None:
     """Whole processes, killed as soon as a file appears, whatever they are doing by then."""
-    recipe, out = recipe_file(tiny_base, tmp_path, ()), tmp_path / "out"
+    path, out = written(recipe(*SHORT), tmp_path), tmp_path / "out"
     for sign in signs:
-        process = started(recipe, out)
+        process = started(path, out)
         while not (out / sign).exists():
             assert process.poll() is None, process.stderr and process.stderr.read()
             time.sleep(0.01)
@@ -113,7 +103,7 @@ def test_the_command_is_killed_from_outside(tiny_base: Path, tmp_path: Path, sig
         process.communicate(timeout=60)
         assert process.returncode == -signal.SIGKILL
     for folder in (out, tmp_path / "straight"):
-        process = started(recipe, folder)
+        process = started(path, folder)
         _, said = process.communicate(timeout=300)
         assert process.returncode == 0, said
     assert left_behind(out) == left_behind(tmp_path / "straight")

@@ -14,40 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexperts.config.run import RunConfig
 from flexperts.federation.run import run_federation
 from flexperts.federation.trained import TrainedRun
 from flexperts.parameters.payload import Payload
-from flexperts.recipe import parse_recipe
 from flexperts.serving.contract import ModelName, Piece, Sampling
 from flexperts.serving.engine import ServingEngine
 
+Recipe = Callable[..., RunConfig]
 QUESTIONS = ("Hi", "Sum up the note about the till and the shelf please", "Why?", "What is this note about?")
 LENGTH = 10
-_RECIPE = """
-[model]
-base = "{base}"
-dtype = "float32"
-precision = "fp32"
-[data.silos]
-train_rows = 4
-test_rows = 4
-[training]
-max_length = 640
-local_steps = 1
-batch_size = 1
-[graft]
-calibration_rows = 1
-[federation]
-rounds = 1
-[evaluation]
-rows = 1
-max_new_tokens = {length}
-"""
+_SHORT = (
+    "data.silos.train_rows=4",
+    "training.local_steps=1",
+    "training.batch_size=1",
+    "graft.calibration_rows=1",
+    "federation.rounds=1",
+    "evaluation.rows=1",
+    f"evaluation.max_new_tokens={LENGTH}",
+)
 
 
-def disturbed_run(base: Path, out: Path, *overrides: str) -> TrainedRun:
+def disturbed_run(recipe: Recipe, out: Path, *overrides: str) -> TrainedRun:
     """Return a run of the four silos that ship, its shared and personal weights moved apart by noise."""
-    run_federation(parse_recipe(_RECIPE.format(base=base, length=LENGTH), overrides), out)
+    run_federation(recipe(*_SHORT, *overrides), out)
     trained = TrainedRun(out)
     trained.server.shared = Payload.of(_noisy(trained.server.shared.tensors(), "server"))
     for name in trained.clients:

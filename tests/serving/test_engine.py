@@ -15,16 +15,27 @@ from flexperts.serving.batch import Batch
 from flexperts.serving.contract import ModelName, Piece, Sampling
 from flexperts.serving.engine import ServingEngine
 
-from .disturbed_run import LENGTH, QUESTIONS, Asked, ask, ask_all, ask_in_waves, disturbed_run, everything, serving
+from .disturbed_run import (
+    LENGTH,
+    QUESTIONS,
+    Asked,
+    Recipe,
+    ask,
+    ask_all,
+    ask_in_waves,
+    disturbed_run,
+    everything,
+    serving,
+)
 
 CLINIC, SHOP = ModelName("clinic", "personalized"), ModelName("shop", "personalized")
 LONG = Sampling(900)
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
+def trained(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
     """A FLEx run with whole personal experts."""
-    return disturbed_run(tiny_base, tmp_path_factory.mktemp("runs") / "flex")
+    return disturbed_run(recipe, tmp_path_factory.mktemp("runs") / "flex")
 
 
 @pytest.fixture
@@ -56,10 +67,8 @@ def test_a_mixed_batch_answers_as_one_client_at_a_time(engine: ServingEngine, tr
 
 
 @pytest.mark.parametrize("overrides", MIXABLE.values(), ids=MIXABLE.keys())
-def test_whatever_grafts_and_adapters_they_have(
-    tiny_base: Path, tmp_path: Path, overrides: tuple[str, ...]
-) -> None:
-    trained = disturbed_run(tiny_base, tmp_path / "run", *overrides)
+def test_whatever_grafts_and_adapters_they_have(recipe: Recipe, tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    trained = disturbed_run(recipe, tmp_path / "run", *overrides)
     with serving(trained) as engine:
         _compare(engine, trained, everything(trained))
         assert engine.counters.prefills == 1 + len(engine.models)
@@ -67,9 +76,9 @@ def test_whatever_grafts_and_adapters_they_have(
 
 @pytest.mark.parametrize("overrides", OWN.values(), ids=OWN.keys())
 def test_other_parts_are_served_a_model_at_a_time(
-    tiny_base: Path, tmp_path: Path, overrides: tuple[str, ...]
+    recipe: Recipe, tmp_path: Path, overrides: tuple[str, ...]
 ) -> None:
-    trained = disturbed_run(tiny_base, tmp_path / "run", *overrides)
+    trained = disturbed_run(recipe, tmp_path / "run", *overrides)
     with serving(trained) as engine:
         _compare(engine, trained, everything(trained))
 
@@ -188,8 +197,8 @@ def test_limits_of_a_batch_hold_and_nobody_overtakes(trained: TrainedRun, monkey
     assert all(tokens <= 400 for _, tokens in sizes)
 
 
-def test_models_that_cannot_mix_do_not_starve_each_other(tiny_base: Path, tmp_path: Path) -> None:
-    trained = disturbed_run(tiny_base, tmp_path / "run", "graft.place=in_place")
+def test_models_that_cannot_mix_do_not_starve_each_other(recipe: Recipe, tmp_path: Path) -> None:
+    trained = disturbed_run(recipe, tmp_path / "run", "graft.place=in_place")
     with serving(trained) as engine:
         alone = [ask_all(engine, [(model, "Hi")])[0].tokens for model in (SHOP, CLINIC)]
         running = ask(engine, CLINIC, "Why?", Sampling(60))

@@ -9,7 +9,7 @@ import pytest
 
 from flexperts.testing import save_tiny_base
 
-from .disturbed_run import ask_in_waves, disturbed_run, everything, serving
+from .disturbed_run import Recipe, ask_in_waves, disturbed_run, everything, serving
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
@@ -22,9 +22,9 @@ STEPS = {"gpt_oss": 3, "deepseek_v3": 3, "qwen3_next": 2, "deepseek_v32": 1}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rows_that_come_and_go_get_the_answers_of_the_run(tmp_path: Path, family: str) -> None:
+def test_rows_that_come_and_go_get_the_answers_of_the_run(tmp_path: Path, family: str, recipe: Recipe) -> None:
     base = save_tiny_base(tmp_path / "base", family, **{"max_position_embeddings": 1024, **FAMILIES[family]})
-    trained = disturbed_run(base, tmp_path / "run", "lora.projections=[]")
+    trained = disturbed_run(recipe, tmp_path / "run", f"model.base={str(base)!r}", "lora.projections=[]")
     asks = everything(trained)
     ordinary = [trained.generate(model.client, question, state=model.state) for model, question in asks]
     with serving(trained, max_rows=7) as engine:

@@ -14,14 +14,14 @@ from flexperts.serving.lanes import MixedLane, OwnLane, lanes_of
 from flexperts.serving.mixed_grafts import MixedGrafts
 from flexperts.serving.models import Additions, additions, all_models
 
-from .disturbed_run import disturbed_run
+from .disturbed_run import Recipe, disturbed_run
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
+def trained(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
     """A FLEx run in bf16, as real ones are."""
     out = tmp_path_factory.mktemp("runs") / "flex"
-    return disturbed_run(tiny_base, out, "model.dtype=bfloat16", "model.precision=bf16")
+    return disturbed_run(recipe, out, "model.dtype=bfloat16", "model.precision=bf16")
 
 
 def test_states_add_what_the_method_says(trained: TrainedRun) -> None:
@@ -43,8 +43,8 @@ def test_what_is_common_has_one_key_and_what_is_personal_one_per_client(trained:
     assert len(set(map(id, lanes.values()))) == 1
 
 
-def test_a_shared_graft_is_held_once(tiny_base: Path, tmp_path: Path) -> None:
-    trained = disturbed_run(tiny_base, tmp_path / "run", "graft.sharing=shared")
+def test_a_shared_graft_is_held_once(recipe: Recipe, tmp_path: Path) -> None:
+    trained = disturbed_run(recipe, tmp_path / "run", "graft.sharing=shared")
     found = [_added(trained, ModelName(client, "global")) for client in trained.clients]
     assert len({added.graft_key for added in found}) == 1
     assert found[0].graft_key is not None
@@ -57,8 +57,8 @@ def test_whole_experts_are_held_in_the_bases_type(trained: TrainedRun) -> None:
         assert {p.dtype for expert in experts for p in expert.parameters()} == {torch.bfloat16}
 
 
-def test_low_rank_experts_read_the_base_where_it_lies(tiny_base: Path, tmp_path: Path) -> None:
-    trained = disturbed_run(tiny_base, tmp_path / "run", "graft.rank=4")
+def test_low_rank_experts_read_the_base_where_it_lies(recipe: Recipe, tmp_path: Path) -> None:
+    trained = disturbed_run(recipe, tmp_path / "run", "graft.rank=4")
     own = _added(trained, ModelName("clinic", "personalized"))
     mixed = MixedGrafts({"clinic": own.grafts})
     mixed.select(["clinic", None])
@@ -69,8 +69,8 @@ def test_low_rank_experts_read_the_base_where_it_lies(tiny_base: Path, tmp_path:
         assert layer._selected.rows.tolist() == [0]
 
 
-def test_other_parts_have_a_lane_of_their_own(tiny_base: Path, tmp_path: Path) -> None:
-    trained = disturbed_run(tiny_base, tmp_path / "run", "graft.place=in_place")
+def test_other_parts_have_a_lane_of_their_own(recipe: Recipe, tmp_path: Path) -> None:
+    trained = disturbed_run(recipe, tmp_path / "run", "graft.place=in_place")
     lanes = lanes_of(trained)
     assert isinstance(lanes[ModelName("clinic", "personalized")], OwnLane)
     assert isinstance(lanes[ModelName("clinic", "global")], MixedLane)

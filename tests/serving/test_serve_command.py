@@ -21,42 +21,26 @@ import openai
 import pytest
 
 from flexperts.cli.main import main
+from flexperts.config.run import RunConfig
 from flexperts.federation.run import run_federation
 from flexperts.federation.trained import TrainedRun
-from flexperts.recipe import parse_recipe
 from flexperts.serving.engine import open_engine
 from flexperts.serving.keys import OPERATOR
 
 from .scripted_engine import KEYS, Served, bearer, served, until
 
 PROGRAM = Path(sys.executable).with_name("flexperts")
-RECIPE = """
-[model]
-base = "{base}"
-dtype = "float32"
-precision = "fp32"
-[data.silos]
-train_rows = 8
-test_rows = 4
-[training]
-max_length = 640
-lr = 0.05
-personal_lr = 0.3
-[federation]
-rounds = 1
-[evaluation]
-max_new_tokens = 6
-rows = 1
-"""
+Recipe = Callable[..., RunConfig]
+SHORT = ("federation.rounds=1", "training.lr=0.05", "training.personal_lr=0.3", "evaluation.rows=1")
 CLIENTS = ["clinic", "help_desk", "law_firm", "shop"]
 STATES = ["zero_shot", "global", "personalized"]
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of FLEx for four silos; tests must not write into it."""
     out = tmp_path_factory.mktemp("serving") / "run"
-    run_federation(parse_recipe(RECIPE.format(base=tiny_base)), out)
+    run_federation(recipe(*SHORT, "evaluation.max_new_tokens=6"), out)
     return out
 
 
