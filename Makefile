@@ -46,7 +46,9 @@ quantization: setup  ## Bases in 8 and 4 bits
 
 test-all: test slow families quantization faults fuzz deployment  ## All tiers, one after the other
 
+# Ray stays out of .venv: only one rival needs it.
 bench: setup  ## Measure speed and scale, write docs/performance.md (the page says how long it takes)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --constraint constraints.txt --target build/ray ray
 	$(BIN)/python benchmarks/performance/suite.py
 
 docs: setup  ## Build the pages and the API reference into build/docs, warnings as errors

@@ -52,7 +52,7 @@ def _row(figure: Figure) -> str:
     unit = "" if figure.unit == "ratio" else f" {figure.unit}"
     cells = (
         figure.name,
-        f"{figure.value:,.3g}{unit}" if abs(figure.value) < 1000 else f"{figure.value:,.0f}{unit}",
+        f"{figure.value:,.4g}{unit}" if abs(figure.value) < 1000 else f"{figure.value:,.0f}{unit}",
         target(figure),
         _VERDICTS[figure.met],
         figure.limit,

@@ -14,6 +14,7 @@ from flexperts.grafting import selection
 from flexperts.grafting.calibration import CalibrationSettings, score_experts
 from flexperts.grafting.rules import RULES, coefficients, select, subset_error
 from flexperts.grafting.selection import LayerScores, reconstruction_scores
+from flexperts.moe import fused
 from flexperts.moe.experts import find_experts
 from flexperts.testing import run_expert, tiny_model
 
@@ -78,18 +79,58 @@ def test_batching_does_not_change_the_sums() -> None:
         torch.testing.assert_close(a.errors, b.errors, rtol=1e-5, atol=0)
 
 
-def scores(model: Any, mask: torch.Tensor = MASK) -> list[LayerScores]:
-    batches = [{"input_ids": tokens(), "attention_mask": mask}]
+def scores(model: Any, *, pairs: bool = True) -> list[LayerScores]:
+    batches = [{"input_ids": tokens(), "attention_mask": MASK}]
     return reconstruction_scores(
-        lambda b: model(**b), find_experts(model), batches, max_tokens=10**6, generator=torch.Generator()
+        lambda b: model(**b),
+        find_experts(model),
+        batches,
+        max_tokens=10**6,
+        generator=torch.Generator(),
+        pairs=pairs,
     )
+
+
+def test_all_experts_at_once_give_what_each_gives_alone(family: str) -> None:
+    for experts in find_experts(tiny_model(family)):
+        hidden = torch.randn(13, experts.width, generator=torch.Generator().manual_seed(3))
+        alone = [experts.run(hidden, experts.expert(i)) for i in range(experts.num_experts)]
+        with torch.no_grad():
+            torch.testing.assert_close(list(experts.run_all(hidden)), alone, rtol=1e-5, atol=1e-7)
+
+
+def test_weights_that_do_not_lie_whole_are_read_one_expert_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = scores(tiny_model())
+    monkeypatch.setattr(fused, "lies_whole", lambda module: False)
+    monkeypatch.setattr(fused.FusedExperts, "_weights", refusing_slices(fused.FusedExperts._weights))
+    for a, b in zip(scores(tiny_model()), expected, strict=True):
+        torch.testing.assert_close(a.gram, b.gram, rtol=1e-5, atol=1e-9)
+
+
+def refusing_slices(read: Any) -> Any:
+    def one(experts: Any, index: int | slice) -> Any:
+        assert isinstance(index, int)
+        return read(experts, index)
+
+    return one
+
+
+def test_experts_scored_alone_have_the_same_errors_and_no_pairs() -> None:
+    for one, all_ in zip(scores(tiny_model(), pairs=False), scores(tiny_model()), strict=True):
+        torch.testing.assert_close(one.errors, all_.errors, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(one.gram, all_.gram.diagonal().diag(), rtol=1e-5, atol=1e-9)
+        assert select("greedy", one, 1, torch.Generator()) == select("greedy", all_, 1, torch.Generator())
+        with pytest.raises(GraftError, match="scored one by one; score them with pairs = True"):
+            select("greedy", one, 2, torch.Generator())
+        with pytest.raises(GraftError, match="a subset of 2 experts"):
+            coefficients(one, (0, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunks_do_not_change_the_sums(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     model = tiny_model(dtype=dtype)
     whole = scores(model)
-    monkeypatch.setattr(selection, "_STACK", 4 * 32 * 5)  # five tokens at a time; 21 are scored
+    monkeypatch.setattr(selection, "STACK", 4 * 64 * 5)  # five tokens at a time; 21 are scored
     for a, b in zip(whole, scores(model), strict=True):
         assert a.tokens == b.tokens == 21
         torch.testing.assert_close((b.gram, b.cross, b.energy), (a.gram, a.cross, a.energy), rtol=1e-5, atol=1e-9)
@@ -112,6 +153,16 @@ def test_counts_and_weights_are_those_of_the_router(family: str) -> None:
         assert layer.counts.tolist() == counts
         assert 0 < sum(counts) <= index.shape[1] * layer.tokens
         assert layer.weights.tolist() == pytest.approx(weights)
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+def test_autocast_does_not_round_the_sums(pairs: bool) -> None:
+    outputs, target = torch.randn(5, 200, 32, generator=torch.Generator().manual_seed(0)).bfloat16().split((4, 1))
+    layer = LayerScores.empty("layer", 4, pairs=pairs)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer.add_products(target[0], outputs)
+    exact = (target.double() - outputs.double()).square().sum((1, 2))
+    torch.testing.assert_close(layer.errors, exact, rtol=2e-6, atol=0)
 
 
 def test_bf16_products_are_summed_in_float64() -> None:

@@ -101,7 +101,7 @@ def main() -> None:
     recipe, folder, kills, seed = sys.argv[1:]
     torch.set_num_threads(1)
     workspace = Workspace(parse_recipe(Path(recipe).read_text()))
-    _ = workspace.examples, workspace.base
+    workspace.check(workspace.config, needs_experts=False)  # loads rows and base, once for all runs
     print(json.dumps(besiege(workspace, Path(folder), int(kills), random.Random(seed))))
 
 

@@ -22,6 +22,7 @@ from flexperts.errors import FederationError
 from flexperts.federation.admission import Admission, root_mean_square
 from flexperts.federation.checkpoint import load_server
 from flexperts.federation.round_log import RoundLog
+from flexperts.methods.fedavg import FedAvg
 from flexperts.methods.hetlora import HetLoRA
 from flexperts.methods.local import Local
 from flexperts.methods.server import Server
@@ -49,8 +50,7 @@ def tensors(**named: torch.Tensor) -> Fault:
 
 def put(place: int, value: float) -> Callable[[np.ndarray[Any, Any]], Any]:
     def change(vector: np.ndarray[Any, Any]) -> Any:
-        vector[place] = value
-        return vector
+        return np.where(np.arange(vector.size) == place, value, vector)
 
     return change
 
@@ -363,8 +363,6 @@ def reply(info: dict[str, Any] | None = None, payload: Payload = START) -> Recor
 
 def test_without_a_known_base_any_is_taken(recipe: Recipe) -> None:
     assert admission(recipe(), Local()).server.base == ""
-    from flexperts.methods.fedavg import FedAvg
-
     assert admission(recipe(), FedAvg()).update("b", reply()).client == "b"
     with pytest.raises(FederationError, match="base"):
         admission(recipe(), FedAvg(), base="y").update("b", reply())
@@ -378,6 +376,29 @@ def test_how_far_an_update_went_is_measured_in_float64() -> None:
     long = np.ones(3_000_000, dtype=np.float32)
     long[2_500_000] = 4
     assert root_mean_square(long, np.ones_like(long)) == pytest.approx((9 / 3e6) ** 0.5)
+
+
+@pytest.mark.parametrize(("start", "step", "taken"), [(100, 9.99, True), (100, 10.01, False), (0, 9.99, True)])
+def test_near_a_start_that_is_large_an_update_is_measured_from_it(
+    recipe: Recipe, start: float, step: float, taken: bool
+) -> None:
+    """The quick look at the values alone cannot tell here, and must not decide."""
+    sent = replace(START, vector=np.full_like(START.vector, start))
+    content = reply(payload=replace(sent, vector=sent.vector + np.float32(step)))
+    judge = admission(recipe("federation.max_update_rms=10"), FedAvg(), shared=sent)
+    if taken:
+        assert judge.update("b", content).client == "b"
+    else:
+        with pytest.raises(FederationError, match=r"federation\.max_update_rms = 10"):
+            judge.update("b", content)
+
+
+def test_the_quick_look_knows_each_round_s_start(recipe: Recipe) -> None:
+    judge = admission(recipe("federation.max_update_rms=10"), FedAvg())
+    assert judge.update("b", reply()).client == "b"
+    judge.server.shared = replace(START, vector=np.full_like(START.vector, 100))
+    with pytest.raises(FederationError, match=r"federation\.max_update_rms = 10"):
+        judge.update("b", reply())
 
 
 def test_where_replies_are_no_trained_weights_the_values_count(recipe: Recipe) -> None:

@@ -37,7 +37,7 @@ def turn_of(config: RunConfig) -> Iterator[tuple[Method, Turn, list[PaddedBatch]
     """Lend the tiny base to one client, with values in everything that trains."""
     workspace, method = Workspace(config), make_method(config.method)
     model = ClientModel(workspace.base, config, method)
-    site = model.site(CLIENT, workspace.examples[CLIENT])
+    site = model.site(CLIENT, workspace.examples(CLIENT))
     site = replace(site, prepared=method.prepare(site))
     stream = torch.Generator().manual_seed(11)
     batches = prompt_batches(workspace.encoder, workspace.clients[CLIENT].test, 3)

@@ -48,7 +48,7 @@ def take_turn(recipe: Callable[..., RunConfig]) -> Callable[..., Any]:
         config = recipe(*overrides)
         workspace, method = Workspace(config), make_method(config.method)
         model = ClientModel(workspace.base, config, method)
-        site = model.site(CLIENT, workspace.examples[CLIENT], None, fields.pop("agreement", None))
+        site = model.site(CLIENT, workspace.examples(CLIENT), None, fields.pop("agreement", None))
         site = replace(site, prepared=method.prepare(site))
         with model.lend(site, {}) as (split, parts):
             if disturbed:

@@ -86,7 +86,7 @@ def test_centralized_sees_every_row_of_every_client_and_ignores_participation(
     method = make_method(config.method)
     model = ClientModel(workspace.base, config, method)
     client = Client("shop", workspace, model, tmp_path)
-    own = [example for rows in workspace.examples.values() for example in rows]
+    own = [example for name in workspace.clients for example in workspace.examples(name)]
     assert sorted(e.input_ids for e in client.examples) == sorted(e.input_ids for e in own)
     assert client._local_settings(2).steps == 12
     assert client._local_settings(2).first_step == 12

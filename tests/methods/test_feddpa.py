@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,8 +17,8 @@ from flexperts.data.batches import PaddedBatch
 from flexperts.data.prompts import PromptEncoder
 from flexperts.data.rows import Row
 from flexperts.errors import FederationError
-from flexperts.evaluation.generation import generate, prompt_batch
-from flexperts.evaluation.scores import EvaluationSettings, response_nll
+from flexperts.evaluation.generation import prompt_batch
+from flexperts.evaluation.scores import EvaluationSettings, evaluate
 from flexperts.federation.run import run_federation
 from flexperts.methods.feddpa import InstanceWeights
 from flexperts.methods.feddpa_f import FedDPAF
@@ -130,22 +129,18 @@ def test_nll_and_answers_are_those_of_merged_weights(
 ) -> None:
     with personalized(take_turn) as (turn, weights):
         settings = EvaluationSettings(4, 3, "fp32")
-        nlls, counts = response_nll(turn.model, encoder, ROWS, settings, weights)
-        prompts = [encoder.encode(row).prompt for row in ROWS]
-        answers = generate(
-            turn.model, encoder, prompts, max_new_tokens=4, batch_size=3, precision="fp32", on_batch=weights
-        )
+        scores = evaluate(turn.model, encoder, ROWS, settings, on_batch=weights)
         models = by_row(turn, merged, alphas(turn, merged, encoder, 0.7, 3))
     nll, tokens = 0.0, 0
-    for model, row, answer in zip(models, ROWS, answers, strict=True):
+    for model, row, answer in zip(models, ROWS, scores.predictions, strict=True):
         example = encoder.encode(row)
         with torch.no_grad():
             logp = model(torch.tensor([example.input_ids])).logits[0].double().log_softmax(-1)
         places = range(example.prompt_length, len(example.input_ids))
         nll, tokens = nll - sum(float(logp[p - 1, example.input_ids[p]]) for p in places), tokens + len(places)
         assert answer == greedy(model, encoder, list(example.prompt), 4)
-    assert sum(counts) == tokens
-    assert np.average(nlls, weights=counts) == pytest.approx(nll / tokens, abs=1e-4)
+    assert sum(scores.tokens) == tokens
+    assert scores.nll == pytest.approx(nll / tokens, abs=1e-4)
 
 
 def greedy(model: Any, encoder: PromptEncoder, ids: list[int], count: int) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from flexperts.communication.messages import Update
@@ -19,23 +21,43 @@ def weighted_mean(updates: Iterable[Update]) -> Vector:
     grid yields them so. Source: McMahan et al., 2017 (FedAvg).
 
     Raises:
-        FederationError: There is no update, clients are not sorted, or a vector is not finite or does not fit.
+        FederationError: There is no update, clients are not sorted, one has no row or does not fit, or the mean is
+            not finite. Whose fault that is shows where updates arrive, before they get here.
     """
     total: Vector | None = None
     rows, last = 0, ""
     for update in updates:
-        _check(update, last)
-        if total is not None and update.vector.shape != total.shape:
+        _check_turn(update, last)
+        if total is None:
+            total = update.vector * np.float32(update.rows)
+        elif update.vector.shape == total.shape:
+            _add_weighted(total, update)
+        else:
             raise FederationError(
                 f"{update.client} sent {update.vector.size} values", f"others sent {total.size}", "use one recipe"
             )
-        weighted = update.vector * np.float32(update.rows)
-        total = weighted if total is None else np.add(total, weighted, out=total)
         rows, last = rows + update.rows, update.client
-        del update, weighted  # before the next one arrives
+        del update  # before the next one arrives
     if total is None:
         raise FederationError("no update arrived", "a round needs at least one", "check that the silos are up")
-    return np.asarray(total / np.float32(rows), dtype=np.float32)
+    if not np.isfinite(total).all():
+        raise FederationError("the mean of the updates", "its values must be finite", "lower training.lr")
+    return np.divide(total, np.float32(rows), out=total)
+
+
+def _add_weighted(total: Vector, update: Update) -> None:
+    """Add an update times its rows in place, reading both once.
+
+    The product is rounded before it is added, as by two operations: where they are fused, it is with a factor of 1.
+    """
+    torch.from_numpy(total).addcmul_(_as_tensor(update.vector), torch.ones(()), value=update.rows)
+
+
+def _as_tensor(vector: Vector) -> Tensor:
+    """Return a vector as a tensor to be read: torch warns of what came in a message and cannot be written to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(vector)
 
 
 def holders_mean(current: Mapping[str, Tensor], updates: Iterable[Update]) -> dict[str, Tensor]:
@@ -70,17 +92,19 @@ def checked(updates: Iterable[Update]) -> Iterator[Update]:
     """
     last = ""
     for update in updates:
-        _check(update, last)
+        _check_turn(update, last)
+        check_finite(update)
         last = update.client
         yield update
     if not last:
         raise FederationError("no update arrived", "a round needs at least one", "check that the silos are up")
 
 
-def _check(update: Update, last: str) -> None:
+def _check_turn(update: Update, last: str) -> None:
     if update.client <= last:
         raise FederationError(f"{update.client} after {last}", "updates are averaged sorted by client", "sort them")
-    check_finite(update)
+    if update.rows < 1:
+        check_finite(update)
 
 
 def check_finite(update: Update) -> None:

@@ -2,15 +2,17 @@
 
 A payload is built from a ``ParameterSplit``'s shared group and from what a method declares that it derives;
 personal and frozen parameters have no way in. A reply may hold its update packed (``compression.py``) in place of
-the fp32 vector; whoever receives it rebuilds the vector. Requests: ``query.join`` (who are you), ``query.initial``
-(your initial shared weights), ``train``, ``evaluate``.
+the fp32 vector and its manifest; whoever sent what it changes has that manifest, and rebuilds the vector. Requests:
+``query.join`` (who are you), ``query.initial`` (your initial shared weights), ``train``, ``evaluate``.
 """
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -100,9 +102,10 @@ def records(
     fields = dict(info)
     content = RecordDict()
     if payload is not None and payload.size:
-        fields[_MANIFEST] = zlib.compress(payload.manifest.to_json().encode())
         arrays: Mapping[str, NDArray[Any]] = {SHARED: payload.vector.astype(np.float32, copy=False)}
-        if packed is not None:
+        if packed is None:
+            fields[_MANIFEST] = zlib.compress(payload.manifest.to_json().encode())
+        else:
             arrays, fields = packed.arrays, fields | dict(packed.about)
         content[SHARED] = ArrayRecord({n: Array(np.ascontiguousarray(a)) for n, a in arrays.items()})
     content[_INFO] = ConfigRecord(fields)
@@ -122,7 +125,7 @@ def metrics_of(content: RecordDict) -> Metrics:
 
 
 def payload_of(content: RecordDict, sender: str, sent: Payload | None = None) -> Payload:
-    """Return a message's payload, checked on arrival.
+    """Return a message's payload, checked on arrival; its values are the message's own bytes and cannot be changed.
 
     Args:
         content: A request's or a reply's content.
@@ -140,11 +143,10 @@ def payload_of(content: RecordDict, sender: str, sent: Payload | None = None) ->
         raise FederationError(
             f"{sender} sent arrays {sorted(arrays)}", "a message carries one payload and no other", "refuse it"
         )
-    manifest = _manifest(content, sender)
     values = {name: _values(array, sender) for name, array in content.array_records[SHARED].items()}
     if packed:
-        return _rebuilt(Packed(values, info_of(content)), manifest, sender, sent)
-    vector = values[SHARED]
+        return _rebuilt(Packed(values, info_of(content)), sender, sent)
+    manifest, vector = _manifest(content, sender), values[SHARED]
     if vector.dtype != np.float32 or vector.shape != (manifest.size,):
         raise FederationError(
             f"{sender} sent {vector.dtype}{list(vector.shape)}",
@@ -154,26 +156,36 @@ def payload_of(content: RecordDict, sender: str, sent: Payload | None = None) ->
     return Payload(manifest, vector)
 
 
-def _rebuilt(packed: Packed, manifest: Manifest, sender: str, sent: Payload | None) -> Payload:
+def _rebuilt(packed: Packed, sender: str, sent: Payload | None) -> Payload:
     """Return what was sent plus the packed update."""
     if sent is None:
         raise FederationError(
             f"{sender} sent a packed update", "there is nothing here that it could change", "refuse it"
         )
-    # Before anything of the size that the manifest claims is made.
-    Payload(manifest, sent.vector).check(sent.manifest, sender)
-    return Payload(manifest, sent.vector + unpack(packed, sent.size, sender))
+    return Payload(sent.manifest, sent.vector + unpack(packed, sent.size, sender))
 
 
 def _values(array: Array, sender: str) -> NDArray[Any]:
     try:
-        return array.numpy()
+        return _view(array)
     except Exception as error:  # another machine's bytes: NumPy raises whatever its parser meets in them
         raise FederationError(
             f"{sender} sent an array that cannot be read ({error!r})",
             "arrays come in NumPy's format without objects",
             "use one flexperts version on every silo",
         ) from error
+
+
+def _view(array: Array) -> NDArray[Any]:
+    """Return an array where its bytes lie in the message; ``Array.numpy`` would copy them. It is read only."""
+    if array.stype != "numpy.ndarray":
+        raise TypeError(f"it is serialized as {array.stype!r}")
+    file = BytesIO(array.data)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("its header is not of version 1.0")
+    shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+    values = np.frombuffer(array.data, dtype, math.prod(shape), file.tell())  # refuses objects
+    return values.reshape(shape, order="F" if by_columns else "C")
 
 
 def _manifest(content: RecordDict, sender: str) -> Manifest:

@@ -16,6 +16,8 @@ class EvaluationConfig(Section):
     """Rows that are scored: validation to choose settings by, test to report."""
     rows: int | None = Field(None, ge=1)
     """Rows per client that are scored; without it, all."""
+    clients: int | None = Field(None, ge=1)
+    """Clients that are scored, drawn by their names: the same in every round, method and seed; without it, all."""
     every: int | None = Field(None, ge=1)
     """Evaluate after every so many rounds; the last round is always evaluated."""
     answers: Literal["always", "last"] = "always"

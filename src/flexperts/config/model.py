@@ -78,7 +78,7 @@ class GraftConfig(Section):
     """Start of the gate's logit; 0 opens it half."""
     calibration_rows: int = Field(64, ge=1)
     """Train rows whose tokens the selection reads."""
-    calibration_tokens: int = Field(4096, ge=1)
+    calibration_tokens: int = Field(8192, ge=1)
     """Token budget of the selection, per layer."""
     selection: Literal[
         "reconstruction", "scaled", "frequency", "router_weight", "random", "greedy", "exhaustive"

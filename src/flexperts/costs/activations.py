@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from flexperts.config.run import RunConfig
-from flexperts.grafting.selection import STACK
+from flexperts.grafting.selection import STACK, TOKENS
 from flexperts.moe.attention import attention_modules
 from flexperts.moe.experts import find_experts
 from flexperts.moe.layout import LayerExperts
@@ -30,8 +30,8 @@ _CHECKPOINT = 4
 """Per D and layer where only the layers' inputs are kept."""
 _TRAINED_LOGIT, _SCORED_LOGIT = 18, 12
 """Per logit: in the model's type and in fp32, softmax, and in training gradients."""
-_SCORES = 14
-"""Per value of the experts' outputs that the selection stacks: thrice in the model's type, once in fp64."""
+_SCORES = 12
+"""Per value of all experts' up projections and outputs: twice in the model's type, in fp64 for pairs."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ class Activations:
         """Return what scoring all experts of one layer needs beside its forward pass."""
         graft = self.config.graft
         batches = math.ceil(graft.calibration_rows / self._micro_batch)
-        tokens = min(self._micro_batch * self.lengths.row, math.ceil(graft.calibration_tokens / batches))
-        most = max(e.num_experts * e.width for e in find_experts(self.model))
+        tokens = min(self._micro_batch * self.lengths.row, math.ceil(graft.calibration_tokens / batches), TOKENS)
+        most = max(e.num_experts * self._expert(e, 1, 2) for e in find_experts(self.model))
         return _SCORES * min(tokens * most, STACK) + self._passing(self._micro_batch * self.lengths.row)
 
     def logits(self, rows: int, *, trained: bool) -> int:

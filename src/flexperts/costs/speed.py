@@ -121,7 +121,7 @@ def measure(
     facts: dict[str, tuple[int, float]] = {}
     for number in range(work.repeats + 1):
         for name, own in list(variants.items())[:: -1 if number % 2 else 1]:
-            with _set_up(base, own, settings) as (model, split, config):
+            with set_up(base, own, settings) as (model, split, config):
                 if name not in facts:
                     trained = sum(p.numel() for p in split.trained.values()) if split else 0
                     facts[name] = trained, counted_flops(model, _prompts(base, work))
@@ -132,7 +132,12 @@ def measure(
 
 @torch.no_grad()
 def counted_flops(model: Any, input_ids: torch.Tensor) -> float:
-    """Return the FLOPs per token that torch counts in a forward pass over ``input_ids [B, S]``.
+    """Return the FLOPs per token that torch counts in a forward pass over ``input_ids [B, S]``."""
+    return count(model, lambda: model(input_ids=input_ids, use_cache=False)) / input_ids.numel()
+
+
+def count(model: Any, call: Callable[[], object]) -> float:
+    """Return the FLOPs that torch counts while ``call`` runs.
 
     Experts run in transformers' eager loop meanwhile, as torch does not count fused ones. Attention over the
     context is in the count only where torch knows the kernel: with eager attention always, with fused ones on CUDA.
@@ -142,15 +147,15 @@ def counted_flops(model: Any, input_ids: torch.Tensor) -> float:
     base.set_experts_implementation("eager")
     try:
         with FlopCounterMode(display=False) as counter:
-            model(input_ids=input_ids, use_cache=False)
+            call()
     finally:
         base.set_experts_implementation(before)
-    return float(counter.get_total_flops() / input_ids.numel())
+    return float(counter.get_total_flops())
 
 
 @contextmanager
-def _set_up(
-    base: LoadedBase, own: tuple[str, ...] | None, settings: Sequence[str]
+def set_up(
+    base: LoadedBase, own: tuple[str, ...] | None, settings: Sequence[str] = ()
 ) -> Iterator[tuple[Any, ParameterSplit | None, RunConfig]]:
     """Yield the model as a variant trains it; which experts are grafted has no influence on time."""
     config = parse_recipe("data.silos = {}", [*settings, *(own or ())])
@@ -179,7 +184,7 @@ def _measure_once(
 ) -> None:
     prompts, precision = _prompts(base, work), config.model.precision
     reset_peak(prompts.device)
-    step = _timed(prompts.device, lambda: _train(model, split, config, work)) / work.steps if split else None
+    step = _timed(prompts.device, lambda: train(model, split, config, work)) / work.steps if split else None
     trained_peak = peak_bytes(prompts.device)
     model.eval()
     with torch.no_grad(), autocast(prompts.device, precision):
@@ -192,7 +197,14 @@ def _measure_once(
         times.peak.append(trained_peak if split else peak_bytes(prompts.device))
 
 
-def _train(model: Any, split: ParameterSplit, config: RunConfig, work: Workload) -> None:
+def train(
+    model: Any,
+    split: ParameterSplit,
+    config: RunConfig,
+    work: Workload,
+    on_step: Callable[[float], None] = lambda loss: None,
+) -> None:
+    """Train for ``work.steps`` steps on random tokens, as a client does; ``on_step`` is called after each."""
     training = config.training.model_copy(update={"batch_size": work.rows, "warmup_ratio": 0.0})
     settings = local_settings(
         config.model_copy(update={"training": training}),
@@ -203,7 +215,7 @@ def _train(model: Any, split: ParameterSplit, config: RunConfig, work: Workload)
     )
     tokens = _random(model, work, work.prompt + work.response).tolist()
     examples = [Example(tuple(row), work.prompt) for row in tokens]
-    train_local(model, split, examples, settings, generator(work.seed, "speed"))
+    train_local(model, split, examples, settings, generator(work.seed, "speed"), on_step)
 
 
 def _decode(model: Any, prompts: torch.Tensor, count: int) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from flexperts.data.prompts import Example
 
@@ -47,6 +48,14 @@ def pad_batch(examples: Sequence[Example], pad_token_id: int) -> PaddedBatch:
         mask[row, start:] = 1
         labels[row, start + example.prompt_length :] = ids[row, start + example.prompt_length :]
     return PaddedBatch(ids, mask, labels, max(len(e.input_ids) - e.prompt_length for e in examples))
+
+
+def pad_responses(examples: Sequence[Example], pad_token_id: int) -> PaddedBatch:
+    """Join the rows' responses into one batch, padded on the right: they are read after their prompts."""
+    responses = [torch.tensor(e.input_ids[e.prompt_length :]) for e in examples]
+    ids = pad_sequence(responses, batch_first=True, padding_value=pad_token_id)
+    labels = pad_sequence(responses, batch_first=True, padding_value=IGNORED)
+    return PaddedBatch(ids, (labels != IGNORED).long(), labels, ids.shape[1])
 
 
 def training_batches(

@@ -13,7 +13,7 @@ FIELDS = ("instruction", "context", "response", "category")
 REQUIRED = ("instruction", "response")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One instruction example.
 

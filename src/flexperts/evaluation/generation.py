@@ -1,4 +1,7 @@
-"""Greedy batched generation: left-padded, sorted by length, with a key-value cache."""
+"""Greedy batched generation: left-padded, sorted by length, with a key-value cache that rows leave when they end.
+
+Shapes: B rows, C columns, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from flexperts.data.batches import PaddedBatch, pad_batch
 from flexperts.data.prompts import Example, PromptEncoder
-from flexperts.modeling.forward import Precision, autocast
+from flexperts.modeling.caches import keep_rows, sharing
+from flexperts.modeling.forward import Precision, autocast, next_logits
+from flexperts.modeling.reading import ReadPrompts, read_prompts
 
 
 @torch.no_grad()
@@ -22,7 +26,6 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
     precision: Precision,
-    on_rows: Callable[[int], None] = lambda rows: None,
     on_batch: Callable[[PaddedBatch], None] | None = None,
 ) -> list[str]:
     """Return the greedy answer to each prompt, in the order of the prompts.
@@ -34,22 +37,24 @@ def generate(
         max_new_tokens: Longest answer, in tokens.
         batch_size: Prompts generated together; neighbours in length share a batch.
         precision: As in training.
-        on_rows: Gets the number of rows after each batch.
         on_batch: Gets the prompts of each batch before it is generated.
     """
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers = [""] * len(prompts)
-    config = _greedy(model, encoder, max_new_tokens)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    for chosen in longest_first(prompts, batch_size):
         batch = prompt_batch([prompts[i] for i in chosen], encoder)
         if on_batch:
             on_batch(batch)
-        texts = _batch(model, encoder, batch, config, precision)
+        with autocast(next(model.parameters()).device, precision):
+            texts = answer(model, encoder, read_prompts(model, batch), max_new_tokens)
         for index, text in zip(chosen, texts, strict=True):
             answers[index] = text
-        on_rows(len(chosen))
     return answers
+
+
+def longest_first(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
+    """Return the prompts' numbers in batches of neighbours in length: little is padded, and memory fails early."""
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def prompt_batch(prompts: Sequence[Sequence[int]], encoder: PromptEncoder) -> PaddedBatch:
@@ -57,35 +62,29 @@ def prompt_batch(prompts: Sequence[Sequence[int]], encoder: PromptEncoder) -> Pa
     return pad_batch([Example(tuple(p), len(p)) for p in prompts], encoder.tokenizer.pad_token_id)
 
 
-def _batch(
-    model: Any,
-    encoder: PromptEncoder,
-    batch: PaddedBatch,
-    config: GenerationConfig,
-    precision: Precision,
-) -> list[str]:
-    device = next(model.parameters()).device
-    with autocast(device, precision):
-        output = model.generate(
-            input_ids=batch.input_ids.to(device),
-            attention_mask=batch.attention_mask.to(device),
-            generation_config=config,
-        )
-    new = output[:, batch.input_ids.shape[1] :]
-    return [text.strip() for text in encoder.tokenizer.batch_decode(new, skip_special_tokens=True)]
+def answer(model: Any, encoder: PromptEncoder, read: ReadPrompts, max_new_tokens: int) -> list[str]:
+    """Return the greedy answers to prompts that are read; their cache is used up."""
+    tokens = _decode(model, read, frozenset(end_tokens(model, encoder)), max_new_tokens)
+    return [text.strip() for text in encoder.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
 
-def _greedy(model: Any, encoder: PromptEncoder, max_new_tokens: int) -> GenerationConfig:
-    # What is left unset, generate() takes from the base's own generation_config.json.
-    return GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=encoder.tokenizer.pad_token_id,
-        eos_token_id=end_tokens(model, encoder),
-    )
+def _decode(model: Any, read: ReadPrompts, ends: frozenset[int], limit: int) -> list[list[int]]:
+    """Return every answer's tokens, the one that ends it included."""
+    answers = [[token] for token in read.logits.argmax(-1).tolist()]
+    rows, mask, cache = list(range(len(answers))), read.mask, read.cache
+    can_leave = sharing(cache) != "never"
+    while open_ := [row for row in rows if len(answers[row]) < limit and answers[row][-1] not in ends]:
+        if can_leave and len(open_) < len(rows):
+            kept = torch.tensor([rows.index(row) for row in open_], device=mask.device)
+            keep_rows(cache, kept, 0)
+            rows, mask = open_, mask[kept]
+        last = torch.tensor([answers[row][-1:] for row in rows], device=mask.device)
+        mask = torch.cat([mask, torch.ones_like(last)], dim=1)
+        logits, cache = next_logits(model, last, mask, cache)
+        likeliest = dict(zip(rows, logits.argmax(-1).tolist(), strict=True))
+        for row in open_:
+            answers[row].append(likeliest[row])
+    return answers
 
 
 def end_tokens(model: Any, encoder: PromptEncoder) -> list[int]:

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from flexperts.data.batches import PaddedBatch, pad_batch
-from flexperts.data.prompts import PromptEncoder
+from flexperts.data.batches import PaddedBatch, pad_batch, pad_responses
+from flexperts.data.prompts import Example, PromptEncoder
 from flexperts.data.rows import Row
-from flexperts.evaluation.generation import generate, prompt_batch
+from flexperts.evaluation.generation import answer, longest_first, prompt_batch
 from flexperts.evaluation.rouge import rouge_l
 from flexperts.modeling.forward import Precision, autocast, token_losses
+from flexperts.modeling.reading import read_prompts, response_losses
 
 SCORES = ("rouge_l", "nll")
 """Names of the scores, as files hold them."""
@@ -92,50 +93,41 @@ def evaluate(
         encoder: The encoder that the model is trained with.
         rows: At least one.
         settings: Lengths, batch size, precision, whether to generate.
-        on_rows: Gets the number of rows after each batch, generated if there are answers.
-        on_batch: Gets the prompts of every batch before it is generated or scored.
+        on_rows: Gets the number of rows after each batch.
+        on_batch: Gets the prompts of every batch before it is read.
     """
-    nlls, tokens = response_nll(
-        model, encoder, rows, settings, on_batch, (lambda rows: None) if settings.answers else on_rows
-    )
+    examples = encoder.encode_all(rows)
+    nlls, tokens, predictions = [0.0] * len(rows), [0] * len(rows), [""] * len(rows)
+    for chosen in longest_first([e.prompt for e in examples], settings.batch_size):
+        sums, counts, answers = _batch(model, encoder, [examples[i] for i in chosen], settings, on_batch)
+        for index, total, count, text in zip(chosen, sums, counts, answers, strict=True):
+            nlls[index], tokens[index], predictions[index] = total / count, count, text
+        on_rows(len(chosen))
     if not settings.answers:
-        return Scores(nlls, tokens)
-    predictions = generate(
-        model,
-        encoder,
-        [encoder.encode(row).prompt for row in rows],
-        max_new_tokens=settings.max_new_tokens,
-        batch_size=settings.batch_size,
-        precision=settings.precision,
-        on_rows=on_rows,
-        on_batch=on_batch,
-    )
+        return Scores(tuple(nlls), tuple(tokens))
     points = rouge_l(predictions, [row.response for row in rows])
-    return Scores(nlls, tokens, tuple(points), tuple(predictions))
+    return Scores(tuple(nlls), tuple(tokens), tuple(points), tuple(predictions))
 
 
 @torch.no_grad()
-def response_nll(
+def _batch(
     model: Any,
     encoder: PromptEncoder,
-    rows: Sequence[Row],
+    examples: Sequence[Example],
     settings: EvaluationSettings,
-    on_batch: Callable[[PaddedBatch], None] | None = None,
-    on_rows: Callable[[int], None] = lambda rows: None,
-) -> tuple[tuple[float, ...], tuple[int, ...]]:
-    """Return every row's mean response NLL (nats per token) and its count of response tokens."""
-    examples = encoder.encode_all(rows)
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
-    nlls, tokens = [0.0] * len(rows), [0] * len(rows)
-    for start in range(0, len(order), settings.batch_size):
-        chosen = order[start : start + settings.batch_size]
-        batch_rows = [examples[i] for i in chosen]
-        if on_batch:
-            on_batch(prompt_batch([e.prompt for e in batch_rows], encoder))
-        batch = pad_batch(batch_rows, encoder.tokenizer.pad_token_id)
-        with autocast(next(model.parameters()).device, settings.precision):
-            sums, counts = token_losses(model, batch)
-        for index, total, count in zip(chosen, sums.double().tolist(), counts.tolist(), strict=True):
-            nlls[index], tokens[index] = total / count, count
-        on_rows(len(chosen))
-    return tuple(nlls), tuple(tokens)
+    on_batch: Callable[[PaddedBatch], None] | None,
+) -> tuple[list[float], list[int], list[str]]:
+    """Return every row's NLL in nats, its count of response tokens, and its answer."""
+    prompts, pad = prompt_batch([e.prompt for e in examples], encoder), encoder.tokenizer.pad_token_id
+    if on_batch:
+        on_batch(prompts)
+    with autocast(next(model.parameters()).device, settings.precision):
+        read = read_prompts(model, prompts)
+        if read.can_go_on:
+            sums, counts = response_losses(model, read, pad_responses(examples, pad))
+        else:
+            sums, counts = token_losses(model, pad_batch(examples, pad))
+        answers = [""] * len(examples)
+        if settings.answers:
+            answers = answer(model, encoder, read, settings.max_new_tokens)
+    return sums.double().tolist(), counts.tolist(), answers

@@ -34,6 +34,7 @@ class Admission:
 
     def __init__(self, method: Method, config: RunConfig, server: Server) -> None:
         self.method, self.config, self.server = method, config, server
+        self._start: tuple[Vector | None, float] = None, 0.0
 
     def update(self, client: str, content: RecordDict) -> Update:
         """Return the update that a reply to the coming round's training holds.
@@ -84,8 +85,7 @@ class Admission:
         payload.check(self.method.uplink(self.server, client), client)
         known = {name: value for name, value in metrics.items() if name != "personal_sent"}
         update = Update(client, payload, int(metrics["rows"]), known)
-        check_finite(update)
-        self._check_size(update)
+        self._check_values(update)
         self.method.check_update(self.server, update)
         return update
 
@@ -107,16 +107,38 @@ class Admission:
                 "start that silo again: it joins with the rows that it has",
             )
 
-    def _check_size(self, update: Update) -> None:
-        """Refuse an update that has gone too far, or values too large where replies are no trained weights."""
+    def _check_values(self, update: Update) -> None:
+        """Refuse what is not finite or has gone too far, or is too large where replies are no trained weights.
+
+        Nearly always the values alone are too small for that, which one look at them tells: an update's norm is at
+        most the sum of their norm and of that of where they started.
+        """
         allowed = self.config.federation.max_update_rms
-        found = root_mean_square(update.vector, self.server.shared.vector if self.method.additive else None)
+        start = self.server.shared.vector if self.method.additive else None
+        farthest = quick_norm(update.vector) + (0.0 if start is None else self._norm(start))
+        if farthest < 0.99 * allowed * math.sqrt(update.vector.size):
+            return
+        check_finite(update)
+        found = root_mean_square(update.vector, start)
         if not found <= allowed:
             raise FederationError(
                 f"{update.client}: root mean square of the update {found:.3g}",
                 f"federation.max_update_rms = {allowed:g} is the most",
                 "lower training.lr on that silo",
             )
+
+    def _norm(self, start: Vector) -> float:
+        """Return the norm of what a round starts from, taken once."""
+        if self._start[0] is not start:
+            self._start = start, quick_norm(start)
+        return self._start[1]
+
+
+def quick_norm(values: Vector) -> float:
+    """Return the L2 norm, to a tenth of a percent; not finite where values are not, or are too large for this."""
+    blocks = (values[first : first + _BLOCK] for first in range(0, values.size, _BLOCK))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return math.sqrt(sum(float(np.dot(block, block)) for block in blocks))
 
 
 def leaked(content: RecordDict) -> int:

@@ -102,13 +102,18 @@ class Client:
     @cached_property
     def examples(self) -> list[Example]:
         """The train rows that it trains on, encoded."""
-        owners = self.workspace.examples if self.method.pools_rows else [self.name]
-        return [example for owner in owners for example in self.workspace.examples[owner]]
+        owners = self.workspace.clients if self.method.pools_rows else [self.name]
+        return [example for owner in owners for example in self.workspace.examples(owner)]
 
     def join(self) -> dict[str, str | int]:
-        """Prepare, and return what the server may know of this client: names, sizes, the method's report."""
-        _, meta = self._stored(_NEWEST)
-        site = self.model.site(self.name, self.examples, _prepared(meta))
+        """Return what the server may know of this client: names, sizes, the method's report.
+
+        It prepares if the report is about that, and else in its first round: of many clients few may ever train.
+        """
+        site = self.model.site(self.name, ())
+        if self.method.reports_prepared(self.config):
+            _, meta = self._stored(_NEWEST)
+            site = self.model.site(self.name, self.examples, _prepared(meta))
         return {
             "client": self.name,
             "base": self.model.base.fingerprint,
@@ -159,6 +164,7 @@ class Client:
         )
         key = f"{rows_hash(ClientRows((), tuple(rows)))} {self.config.training.max_length} {settings}"
         if state == "zero_shot" and key in known:
+            self._stored(request.round)  # whoever is scored has a state, computed for the occasion or not
             scores: Scores = known[key]
             return scores
         report = self._counter(f"{self.name}: {state} {'answers' if answers else 'NLL'}", len(rows))
@@ -255,10 +261,10 @@ class Client:
 
     def _local_settings(self, round_number: int) -> LocalSettings:
         training, rounds = self.config.training, self.config.federation.rounds
-        owners = self.workspace.examples if self.method.pools_rows else [self.name]
+        owners = self.workspace.clients if self.method.pools_rows else [self.name]
         steps = sum(
             steps_per_round(
-                len(self.workspace.examples[owner]),
+                len(self.workspace.clients[owner].train),
                 training.batch_size,
                 training.local_steps,
                 training.local_epochs,

@@ -6,6 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from flwr.serverapp import Grid
@@ -80,17 +81,26 @@ def found(method: Method, members: Membership, server: Server) -> None:
     Raises:
         ConfigError: The method cannot run with these clients.
     """
+    server.agreement, server.reports = _fitting(method, members)
+    server.clients = {name: members.told[name].rows for name in server.reports}
+    method.check_clients(server.clients)
+
+
+def _fitting(method: Method, members: Membership) -> tuple[Any, dict[str, Any]]:
+    """Return the agreement and the reports it is of; those that do not fit the ones before are turned away."""
+    told = {name: members.told[name].report for name in members.online}
+    with suppress(FlexpertsError):  # nearly always all fit; one after the other takes the square of their number
+        return agreed(method, told), told
+    agreement: Any = None
     reports: dict[str, Any] = {}
-    for name in members.online:
+    for name, report in told.items():
         try:
-            server.agreement = agreed(method, {**reports, name: members.told[name].report})
+            agreement = agreed(method, {**reports, name: report})
         except FlexpertsError as error:
             members.turn_away(name, str(error))
         else:
-            reports[name] = members.told[name].report
-    server.reports = reports
-    server.clients = {name: members.told[name].rows for name in reports}
-    method.check_clients(server.clients)
+            reports[name] = report
+    return agreement, reports
 
 
 def enrol(method: Method, server: Server, one: Introduction) -> None:
@@ -101,6 +111,8 @@ def enrol(method: Method, server: Server, one: Introduction) -> None:
     """
     if server.base and one.base != server.base:
         raise other_base(one, server.base)
+    if server.clients.get(one.client) == one.rows and server.reports.get(one.client, ...) == one.report:
+        return
     clients = {**server.clients, one.client: one.rows}
     reports = {**server.reports, one.client: one.report}
     change_clients(method, server, clients, reports, "start a new run with it")

@@ -31,6 +31,9 @@ class Asked:
     def node(self, reply: Message) -> int:
         """Return the node that a reply is about."""
         answered, sender = reply.metadata.reply_to_message_id, reply.metadata.src_node_id
+        own = self._sent.get(sender)
+        if own is not None and own.message_id == answered:  # as ever; nobody else's request needs a look
+            return sender
         found = (node for node, sent in self._sent.items() if answered and sent.message_id == answered)
         return next(found, sender)
 

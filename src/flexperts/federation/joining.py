@@ -18,6 +18,7 @@ from flexperts.data.clients import client_name, partition_manifest
 from flexperts.data.sources import HUB
 from flexperts.errors import ArtifactError, ConfigError
 from flexperts.evaluation.scores import SCORES, Scores
+from flexperts.federation.checkpoint import load_server
 from flexperts.federation.client import Client, Request
 from flexperts.federation.joined import kept_data, with_rows_of
 from flexperts.federation.observer import Observer
@@ -160,7 +161,7 @@ def _check_personal(method: Method, summary: Mapping[str, Any]) -> None:
 def _check_free(run: RunDirectory, name: str) -> None:
     """Refuse the name of a client that the run has or had: nothing of it may be overwritten."""
     summary = run.summary()
-    taken = {*summary["clients"], *summary["unscored"], *run.joined()}
+    taken = {*load_server(run.checkpoint).clients, *summary["clients"], *summary["unscored"], *run.joined()}
     file = run.path / "personal" / f"{name}.safetensors"
     # Beside a staging folder the file is what a killed join has left.
     if name in taken or (file.exists() and not _staged(run.path, name).exists()):

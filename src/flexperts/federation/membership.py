@@ -86,16 +86,17 @@ class Membership:
         self.refused: list[tuple[str, str]] = []
         """Who was turned away and why, until it is written down."""
         self.observer = observer
+        self._node_of: dict[str, int] = {}
         self._away: set[int] = set()
 
     @property
     def online(self) -> list[str]:
         """Names of the clients that are online, sorted."""
-        return sorted(self.nodes.values())
+        return sorted(self._node_of)
 
     def node(self, client: str) -> int:
         """Return an online client's node."""
-        return next(node for node, name in self.nodes.items() if name == client)
+        return self._node_of[client]
 
     def look(self, grid: Grid, timeout: float) -> Change:
         """Take off the nodes that have gone and ask those that are new who they are.
@@ -107,7 +108,7 @@ class Membership:
             timeout: Seconds to wait for answers.
         """
         online = set(grid.get_node_ids())
-        left = sorted(self.nodes.pop(node) for node in self.nodes.keys() - online)
+        left = sorted(self._take_off(node) for node in self.nodes.keys() - online)
         self._away = set() if left else self._away & online
         strangers = sorted(online - self.nodes.keys() - self._away)
         joined = self._introduced(grid, strangers, timeout) if strangers else []
@@ -116,7 +117,7 @@ class Membership:
     def turn_away(self, client: str, reason: str) -> None:
         """Take a client off that is online and may not take part."""
         node = self.node(client)
-        del self.nodes[node]
+        self._take_off(node)
         self._refuse(node, client, reason)
 
     def written_down(self) -> list[tuple[str, str]]:
@@ -149,11 +150,16 @@ class Membership:
         except FederationError as error:
             self._refuse(node, self._called(node, reply), str(error), ask_again=True)
             return None
-        if one.client in self.nodes.values():
+        if one.client in self._node_of:
             self._refuse(node, one.client, f"node {node} says so too, and the name's owner is online; rename one")
             return None
-        self.nodes[node], self.told[one.client] = one.client, one
+        self.nodes[node], self._node_of[one.client], self.told[one.client] = one.client, node, one
         return one.client
+
+    def _take_off(self, node: int) -> str:
+        client = self.nodes.pop(node)
+        del self._node_of[client]
+        return client
 
     def _called(self, node: int, reply: Message) -> str:
         """Return what to call a node that cannot join: by the name it gives, unless it is none or another's."""
@@ -161,7 +167,7 @@ class Membership:
             name = client_name(str(info_of(reply.content)["client"]))
         except (KeyError, ValueError):
             return f"node {node}"
-        return f"node {node}" if name in self.nodes.values() else name
+        return f"node {node}" if name in self._node_of else name
 
     def _refuse(self, node: int, who: str, reason: str, *, ask_again: bool = False) -> None:
         if not ask_again:

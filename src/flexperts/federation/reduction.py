@@ -46,11 +46,8 @@ def reduced(config: RunConfig, sent: Payload, updates: Iterable[Update]) -> Iter
     if federation.aggregation == "mean" and privacy.noise == "none":
         return updates
     rows: list[int] = []
-    changes = _changes(sent, updates, rows)
-    if federation.aggregation == "mean":
-        change = _mean(privacy, changes)
-    else:
-        change = _robust(federation, list(checked(changes)))
+    changes = checked(_changes(sent, updates, rows))
+    change = _mean(privacy, changes) if federation.aggregation == "mean" else _robust(federation, list(changes))
     return [Update(EVERYONE, Payload(sent.manifest, sent.vector + change), sum(rows), {})]
 
 

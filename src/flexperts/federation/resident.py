@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache, partial
 from pathlib import Path
 
 from flwr.app import Context
@@ -10,7 +11,7 @@ from flexperts.config.run import RunConfig
 from flexperts.federation.client import Client
 from flexperts.federation.client_model import ClientModel
 from flexperts.federation.observer import current_observer
-from flexperts.federation.workspace import Workspace
+from flexperts.federation.workspace import CLIENTS_KEPT, Workspace
 from flexperts.methods.registry import make_method
 from flexperts.recipe import parse_recipe
 
@@ -27,13 +28,15 @@ class Resident:
     def __init__(self, workspace: Workspace, config: RunConfig, folder: Path) -> None:
         self.workspace, self.folder = workspace, folder
         self.model = ClientModel(workspace.base, config, make_method(config.method))
-        self._clients: dict[str, Client] = {}
+        self._client = lru_cache(CLIENTS_KEPT)(partial(_client, workspace, self.model, folder))
 
     def client(self, name: str) -> Client:
-        """Return the client of that name."""
-        if name not in self._clients:
-            self._clients[name] = Client(name, self.workspace, self.model, self.folder, current_observer())
-        return self._clients[name]
+        """Return the client of that name; all it must remember lies on disk."""
+        return self._client(name)
+
+
+def _client(workspace: Workspace, model: ClientModel, folder: Path, name: str) -> Client:
+    return Client(name, workspace, model, folder, current_observer())
 
 
 _residents: dict[tuple[str, str], Resident] = {}

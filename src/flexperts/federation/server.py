@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flwr.app import ArrayRecord, Message
@@ -156,6 +156,7 @@ def _read_initial(name: str, replies: list[Message]) -> Initial:
         payload, adapter = payload_of(content, name), str(info["adapter"])
         check_finite(Update(name, payload, 1, {}))
         json.loads(adapter)
+        payload = replace(payload, vector=payload.vector.copy())  # it outlives the message
         return Initial(payload, json.loads(str(info["split"])), adapter, encoded_bytes(content))
     except FederationError:
         raise

@@ -30,7 +30,7 @@ from flexperts.federation.reduction import reduced
 from flexperts.federation.round_log import RoundLog
 from flexperts.methods.base import Method
 from flexperts.methods.server import Server
-from flexperts.seeding import generator
+from flexperts.seeding import derive_seed, generator
 
 
 class FlexpertsStrategy(Strategy):
@@ -107,7 +107,7 @@ class FlexpertsStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Return one evaluation request per client that is online, in rounds that evaluate."""
+        """Return one request per client that is scored and online, in rounds that evaluate."""
         self._started, self._asked = time.monotonic(), Asked()
         return sendable(grid, self._evaluate_requests() if self._evaluates() else iter(()))
 
@@ -136,7 +136,7 @@ class FlexpertsStrategy(Strategy):
                 enrol(self.method, self.server, self.members.told[name])
             except FlexpertsError as error:
                 self.members.turn_away(name, str(error))
-        log.left, log.joined = change.left, [name for name in change.joined if name in self.members.online]
+        log.left, log.joined = change.left, sorted(set(change.joined) & set(self.members.online))
         for word, names in (("gone", log.left), ("joining", log.joined)):
             if names:
                 self.observer.stage(f"{word}: {', '.join(names)}")
@@ -160,11 +160,18 @@ class FlexpertsStrategy(Strategy):
             yield self._asked.note(request(content, "train", self.members.node(name), str(log.number)))
 
     def _evaluate_requests(self) -> Iterator[Message]:
-        for name in self.members.online:
+        for name in sorted(set(self._scored_clients()) & set(self.members.online)):
             info = self._info(self.server.round) | {"states": list(self.method.states), "answers": self._answers()}
             content = records(info, payload=self.method.final(self.server, name))
             self.rounds[-1].evaluation["downlink"][name] = encoded_bytes(content)
             yield self._asked.note(request(content, "evaluate", self.members.node(name), str(self.server.round)))
+
+    def _scored_clients(self) -> list[str]:
+        """Return who is scored, sorted: drawn by names alone, so the same in other rounds, methods and seeds."""
+        count, names = self.config.evaluation.clients, sorted(self.server.clients)
+        if count is None or count >= len(names):
+            return names
+        return sorted(sorted(names, key=lambda name: derive_seed(0, "evaluated", name))[:count])
 
     def _evaluates(self) -> bool:
         """Tell whether the round that was just trained is evaluated."""
@@ -203,7 +210,7 @@ class FlexpertsStrategy(Strategy):
     def _score(self, name: str, reply: Message, log: RoundLog) -> None:
         """Note a reply's scores, or why there are none."""
         try:
-            self._check_turn(name, reply, self.members.online, log.scores)
+            self._check_turn(name, reply, log.evaluation["downlink"], log.scores)
             log.scores[name] = self.admission.scores(name, reply.content)
             log.evaluation["uplink"][name] = encoded_bytes(reply.content)
         except FederationError as error:
@@ -241,7 +248,7 @@ class FlexpertsStrategy(Strategy):
 
     def _close_evaluation(self, log: RoundLog) -> None:
         """Note who has no scores; in the end somebody must."""
-        for name in sorted(self.server.clients):
+        for name in self._scored_clients():
             if name not in log.scores and name not in log.unscored:
                 asked = name in log.evaluation["downlink"]
                 log.unscored[name] = "it did not answer in time" if asked else "it was not online"

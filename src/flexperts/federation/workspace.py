@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from flexperts.config.run import RunConfig
@@ -14,6 +15,9 @@ from flexperts.grafting.rules import pick_layers
 from flexperts.modeling.load import LoadedBase, load_base
 from flexperts.moe.attention import attention_linears
 from flexperts.moe.experts import find_experts
+
+CLIENTS_KEPT = 64
+"""Clients whose encoded rows, many times the size of their text, stay in memory between their turns."""
 
 
 @dataclass
@@ -46,10 +50,14 @@ class Workspace:
         """The resident base."""
         return self.loaded or load_base(self.config.model)
 
+    def examples(self, client: str) -> list[Example]:
+        """Return a client's train rows, encoded; those of the last few clients are kept."""
+        return self._examples(client)
+
     @cached_property
-    def examples(self) -> dict[str, list[Example]]:
-        """Every client's train rows, encoded."""
-        return {name: self.encoder.encode_all(rows.train) for name, rows in self.clients.items()}
+    def _examples(self) -> Callable[[str], list[Example]]:
+        clients, encoder = self.clients, self.encoder
+        return lru_cache(CLIENTS_KEPT)(lambda name: encoder.encode_all(clients[name].train))
 
     def check(self, config: RunConfig, *, needs_experts: bool) -> None:
         """Refuse what would otherwise fail in the middle of a run.
@@ -61,8 +69,8 @@ class Workspace:
         Raises:
             FlexpertsError: A row does not fit, the base cannot be grafted, or has too few experts or projections.
         """
-        _ = self.examples
-        for rows in self.clients.values():
+        for name, rows in self.clients.items():
+            self.examples(name)
             self.encoder.encode_all((*rows.test, *rows.validation))
         attention_linears(self.base.model, config.lora.projections)
         wanted, found = config.graft.experts, find_experts(self.base.model) if needs_experts else []

@@ -26,6 +26,7 @@ class CalibrationSettings:
         batch_size: Rows per forward pass.
         pad_token_id: Token that fills short rows; it is never scored.
         precision: As in training.
+        pairs: Whether experts are compared with each other too.
     """
 
     rows: int
@@ -33,6 +34,7 @@ class CalibrationSettings:
     batch_size: int
     pad_token_id: int
     precision: Precision
+    pairs: bool = False
 
 
 def score_experts(
@@ -51,17 +53,26 @@ def score_experts(
         settings: Which tokens are read.
         generator: Stream that draws rows and tokens.
     """
-    order = torch.randperm(len(examples), generator=generator).tolist()[: settings.rows]
-    chosen = sorted((examples[i] for i in order), key=lambda example: len(example.input_ids))
-    padded = [
-        pad_batch(chosen[start : start + settings.batch_size], settings.pad_token_id)
-        for start in range(0, len(chosen), settings.batch_size)
-    ]
-    batches = [{"input_ids": batch.input_ids, "attention_mask": batch.attention_mask} for batch in padded]
+    batches = calibration_batches(examples, settings, generator)
     device = next(model.parameters()).device
 
     def forward(batch: Batch) -> None:
         hidden_states(model, **batch)
 
     with autocast(device, settings.precision):
-        return reconstruction_scores(forward, experts, batches, max_tokens=settings.tokens, generator=generator)
+        return reconstruction_scores(
+            forward, experts, batches, max_tokens=settings.tokens, generator=generator, pairs=settings.pairs
+        )
+
+
+def calibration_batches(
+    examples: Sequence[Example], settings: CalibrationSettings, generator: Generator
+) -> list[Batch]:
+    """Draw a client's rows and put those of similar length together."""
+    order = torch.randperm(len(examples), generator=generator).tolist()[: settings.rows]
+    chosen = sorted((examples[i] for i in order), key=lambda example: len(example.input_ids))
+    padded = [
+        pad_batch(chosen[start : start + settings.batch_size], settings.pad_token_id)
+        for start in range(0, len(chosen), settings.batch_size)
+    ]
+    return [{"input_ids": batch.input_ids, "attention_mask": batch.attention_mask} for batch in padded]

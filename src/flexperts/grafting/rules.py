@@ -108,7 +108,8 @@ def select(rule: str, layer: LayerScores, k: int, generator: Generator) -> tuple
 
     Raises:
         ConfigError: There is no such rule.
-        GraftError: k is not from 1 to N, or the rule has too many subsets to try.
+        GraftError: k is not from 1 to N, the rule has too many subsets to try, or it compares subsets of several
+            experts and these were not scored in pairs.
     """
     if rule not in RULES:
         close = difflib.get_close_matches(rule, RULES, n=1)
@@ -124,7 +125,7 @@ def coefficients(layer: LayerScores, indices: Sequence[int]) -> tuple[float, ...
     Experts that cannot be told apart share their coefficient; one whose output is always zero gets 0.
 
     Raises:
-        GraftError: ``indices`` are not different experts of the layer.
+        GraftError: ``indices`` are not different experts of the layer, or several that were not scored in pairs.
     """
     _check(layer, indices)
     return tuple(_solve(layer, torch.tensor([list(indices)]))[0].tolist())
@@ -134,7 +135,7 @@ def subset_error(layer: LayerScores, indices: Sequence[int]) -> float:
     """Return err(S), in the units of ``layer.energy``.
 
     Raises:
-        GraftError: ``indices`` are not different experts of the layer.
+        GraftError: ``indices`` are not different experts of the layer, or several that were not scored in pairs.
     """
     _check(layer, indices)
     return _errors(layer, [indices]).item()
@@ -179,6 +180,9 @@ def _solve(layer: LayerScores, index: Tensor) -> Tensor:
 
     Experts are brought to length 1 first, so that the cut against collinear ones does not hit merely small ones.
     """
+    if index.shape[1] > 1 and not layer.pairs:
+        value = f"{layer.name}: a subset of {index.shape[1]} experts"
+        raise GraftError(value, "they were scored one by one", "score them with pairs = True")
     length = layer.gram.diagonal().sqrt()
     inverse = torch.where(length > 0, 1 / length, 0.0)[index]
     gram = layer.gram[index.unsqueeze(-1), index.unsqueeze(-2)] * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)

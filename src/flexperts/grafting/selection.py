@@ -2,8 +2,8 @@
 
     s* = argmin_s  sum_x || F(x) - E_s(x) ||^2        F(x) = sum_{j in TopK} g_j(x) E_j(x)
 
-With one expert kept, its re-normalised router weight is 1. All layers are scored in ONE forward pass: hooks add
-inner products in float64 and store no output. Every rule in ``rules`` works on these sums alone.
+With one expert kept, its re-normalised router weight is 1. All layers are scored in ONE forward pass: hooks add up
+inner products and store no output. Every rule in ``rules`` works on these sums alone.
 Shapes: T tokens, D width, N experts, K experts per token.
 Source: FLEx (arXiv 2506.00965), after the layer-wise criterion of Lu et al., ACL 2024.
 """
@@ -22,7 +22,9 @@ from flexperts.moe.layout import LayerExperts, Note
 
 Batch = Mapping[str, Tensor]
 STACK = 2**26
-"""Values of all experts' outputs that are held at once; 512 MiB in float64."""
+"""Values of all experts' up projections and outputs that are held at once."""
+TOKENS = 256
+"""Tokens at once: enough for matrix products, few enough that a small model's outputs are still in the cache."""
 
 
 @dataclass
@@ -31,12 +33,13 @@ class LayerScores:
 
     Args:
         name: Experts module name.
-        gram: ``[N, N]``, sum of E_s(x) . E_t(x).
+        gram: ``[N, N]``, sum of E_s(x) . E_t(x); zero outside of its diagonal without ``pairs``.
         cross: ``[N]``, sum of F(x) . E_s(x).
         energy: Sum of ||F(x)||^2.
         counts: ``[N]``, tokens that the router sent to each expert.
         weights: ``[N]``, sum of the router weights that each expert got.
         tokens: Calibration tokens that were scored.
+        pairs: Whether experts are compared with each other, as subsets of several need it, or with F alone.
     """
 
     name: str
@@ -46,12 +49,14 @@ class LayerScores:
     counts: Tensor
     weights: Tensor
     tokens: int
+    pairs: bool = True
 
     @classmethod
-    def empty(cls, name: str, num_experts: int) -> Self:
+    def empty(cls, name: str, num_experts: int, *, pairs: bool = True) -> Self:
         """Return the sums before any token."""
+        gram = torch.zeros(num_experts, num_experts, dtype=torch.float64)
         cross, counts, weights = torch.zeros(3, num_experts, dtype=torch.float64)
-        return cls(name, torch.zeros(num_experts, num_experts, dtype=torch.float64), cross, 0.0, counts, weights, 0)
+        return cls(name, gram, cross, 0.0, counts, weights, 0, pairs)
 
     @property
     def errors(self) -> Tensor:
@@ -82,18 +87,21 @@ class LayerScores:
             rule = f"{self.name} has {len(self.cross)} experts"
             raise GraftError(f"graft.experts = {k}", rule, f"ask for 1 to {len(self.cross)}")
 
-    def add_products(self, target: Tensor, outputs: Tensor) -> None:
+    def add_products(self, target: Tensor, outputs: Iterable[Tensor]) -> None:
         """Add tokens' inner products.
+
+        A single expert's error is far from zero, so that fp32 is enough within a call; the system that pairs enter
+        may be near singular, and is computed in fp64.
 
         Args:
             target: F, ``[T, D]``.
-            outputs: Every expert's own output, ``[N, T, D]``.
+            outputs: Every expert's own output ``[T, D]``, in their order.
         """
-        stacked = torch.cat([outputs, target[None]]).double().flatten(1)
-        products = (stacked @ stacked.T).cpu()
-        self.gram += products[:-1, :-1]
-        self.cross += products[:-1, -1]
-        self.energy += products[-1, -1].item()
+        products = _all_products(target, outputs) if self.pairs else _single_products(target, outputs)
+        gram, cross, energy = (p.double().cpu() for p in products)
+        self.gram += gram
+        self.cross += cross
+        self.energy += energy.item()
         self.tokens += len(target)
 
     def add_routing(self, index: Tensor, weight: Tensor) -> None:
@@ -104,29 +112,53 @@ class LayerScores:
         self.weights += torch.bincount(chosen, given, minlength=N)[:N]
 
 
-@dataclass
-class _Probe:
-    """Scores one batch's chosen positions while the experts are watched."""
+def _single_products(target: Tensor, outputs: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return gram, its diagonal alone, cross and energy; one expert's output is held at a time."""
+    dtype = torch.promote_types(target.dtype, torch.float32)
+    whole, squares, cross = target.to(dtype).flatten(), [], []
+    for output in outputs:
+        row = output.to(dtype).flatten()
+        squares.append(row.dot(row))  # dot is no product that autocast would round
+        cross.append(row.dot(whole))
+    return torch.stack(squares).diag(), torch.stack(cross), whole.dot(whole)
 
+
+def _all_products(target: Tensor, outputs: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return gram, cross and energy in fp64."""
+    stacked = torch.stack([*outputs, target]).double().flatten(1)
+    products = stacked @ stacked.T
+    return products[:-1, :-1], products[:-1, -1], products[-1, -1]
+
+
+@dataclass
+class Probe:
+    """Scores one batch's chosen positions while the experts are watched.
+
+    Args:
+        pairs: See ``LayerScores``.
+        scores: The sums by experts module, in the order in which they were noted.
+        positions: What to score of the next batch, as flat positions.
+    """
+
+    pairs: bool
     scores: dict[str, LayerScores] = field(default_factory=dict)
-    positions: Tensor | None = None
+    positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
 
     def note(self, experts: LayerExperts) -> Note:
-        layer = self.scores[experts.name] = LayerScores.empty(experts.name, experts.num_experts)
-        chunk = max(1, STACK // (experts.num_experts * experts.width))
+        """Return what scores a call of ``experts``."""
+        layer = LayerScores.empty(experts.name, experts.num_experts, pairs=self.pairs)
+        self.scores[experts.name] = layer
+        values = experts.num_experts * (experts.width + experts.expert(0).up.numel() // experts.width)
+        chunk = min(TOKENS, max(1, STACK // values))
 
         def score(*call: Tensor) -> None:
-            hidden, index, weight, target = (t[self.positions] for t in call)
+            positions = self.positions.to(call[0].device)
+            hidden, index, weight, target = (t.index_select(0, positions) for t in call)
             layer.add_routing(index, weight)
             for tokens, part in zip(torch.split(hidden, chunk), torch.split(target, chunk), strict=True):
-                layer.add_products(part, _outputs(experts, tokens))
+                layer.add_products(part, experts.run_all(tokens))
 
         return score
-
-
-def _outputs(experts: LayerExperts, hidden: Tensor) -> Tensor:
-    """Return every expert's output ``[N, T, D]``, whatever the router says."""
-    return torch.stack([experts.run(hidden, experts.expert(i)) for i in range(experts.num_experts)])
 
 
 @torch.no_grad()
@@ -137,6 +169,7 @@ def reconstruction_scores(
     *,
     max_tokens: int,
     generator: Generator,
+    pairs: bool = False,
 ) -> list[LayerScores]:
     """Score every expert of every layer in one pass over the calibration batches.
 
@@ -146,6 +179,7 @@ def reconstruction_scores(
         batches: Dicts with at least ``attention_mask [B, S]``; padding is never scored.
         max_tokens: Token budget per layer, spread evenly over the batches.
         generator: Stream that picks the tokens where there are more than the budget.
+        pairs: Compare the experts with each other too, for rules that choose several together.
 
     Raises:
         GraftError: There is no calibration token.
@@ -154,7 +188,7 @@ def reconstruction_scores(
     total = sum(int(batch["attention_mask"].sum()) for batch in batches)
     if not total:
         raise GraftError("calibration data", "it holds no token", "give the client at least one row")
-    probe = _Probe()
+    probe = Probe(pairs)
     handles = [handle for e in experts for handle in e.watch(probe.note(e))]
     try:
         for batch in batches:

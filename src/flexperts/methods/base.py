@@ -90,6 +90,10 @@ class Method:
         """Decide what is decided once, before any training."""
         return Prepared()
 
+    def reports_prepared(self, config: RunConfig) -> bool:
+        """Tell whether ``report`` looks at what ``prepare`` decided; else clients prepare in their first round."""
+        return False
+
     def report(self, site: Site) -> Any:
         """Return what the server is told when the client joins, as plain JSON values; by default nothing."""
         return None

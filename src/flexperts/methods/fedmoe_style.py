@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flexperts.communication.average import holders_mean
 from flexperts.communication.messages import Update
+from flexperts.config.run import RunConfig
 from flexperts.grafting.expert_adapters import ExpertAdapters
 from flexperts.grafting.part import Part, key
 from flexperts.grafting.router_deltas import RouterDeltas
@@ -67,6 +68,10 @@ class FedMoEStyle(OwnParts):
     def prepare(self, site: Site) -> Prepared:
         """Keep the experts that the client's own tokens are routed to most often."""
         return Prepared({s.name: most_activated(s, self.options.keep) for s in site.score_experts()})
+
+    def reports_prepared(self, config: RunConfig) -> bool:
+        """The held experts are told."""
+        return True
 
     def report(self, site: Site) -> Any:
         """Tell which experts are held: by these the server knows what to send and what to expect."""

@@ -83,9 +83,13 @@ class Flex(Method):
         choice = {s.name: select(graft.selection, s, graft.experts, stream) for s in layers}
         return Prepared(choice, {s.name: s.relative.tolist() for s in layers}, _scales(graft.scale, layers, choice))
 
+    def reports_prepared(self, config: RunConfig) -> bool:
+        """Where a common expert has to be chosen."""
+        return config.graft.sharing != "personal"
+
     def report(self, site: Site) -> Any:
         """Tell the reconstruction losses where a common expert has to be chosen."""
-        return site.prepared.selection if site.config.graft.sharing != "personal" else None
+        return site.prepared.selection if self.reports_prepared(site.config) else None
 
     def agree(self, reports: Mapping[str, Any]) -> Any:
         """Rank every layer's experts by their mean loss over the clients, where these were told."""

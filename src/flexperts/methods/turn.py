@@ -80,6 +80,7 @@ class Site:
             batch_size=training.micro_batch_size or training.batch_size,
             pad_token_id=self.pad_token_id,
             precision=self.config.model.precision,
+            pairs=graft.experts > 1,
         )
         stream = self.generator("calibration")
         with self.lora.use():

@@ -57,27 +57,41 @@ def next_logits(
     """Return fp32 logits ``[B, V]`` of the token after the last column, and the cache with these columns in it.
 
     Args:
+        model, input_ids, attention_mask, cache: As for ``last_logits``.
+    """
+    logits, cache = last_logits(model, input_ids, attention_mask, cache, keep=1)
+    return logits[:, -1], cache
+
+
+def last_logits(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, cache: Any = None, *, keep: int
+) -> tuple[Tensor, Any]:
+    """Return fp32 logits ``[B, keep, V]`` after each of the last columns, and the cache with all columns in it.
+
+    Args:
         model: A causal language model.
-        input_ids: Columns that the cache does not have yet, ``[B, S]``, padded on the left.
+        input_ids: Columns that the cache does not have yet, ``[B, S]``.
         attention_mask: Which columns of cache and input are no padding, ``[B, C + S]``.
         cache: Keys and values of the C columns before.
+        keep: How many columns.
     """
     columns = input_ids.shape[1]
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
     if takes(model, "position_ids"):
         inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -columns:]
     if takes(model, "logits_to_keep"):
-        inputs["logits_to_keep"] = torch.arange(columns - 1, columns, device=input_ids.device)
+        inputs["logits_to_keep"] = torch.arange(columns - keep, columns, device=input_ids.device)
     output = model(**inputs, past_key_values=cache, use_cache=True)
-    return output.logits[:, -1].float(), output.past_key_values
+    return output.logits[:, -keep:].float(), output.past_key_values
 
 
 def token_losses(model: nn.Module, batch: PaddedBatch) -> tuple[Tensor, Tensor]:
     """Return per-row sums of response NLL ``[B]`` (nats) and counts of response tokens ``[B]``."""
     logits = response_logits(model, batch)
     labels = batch.labels[:, -batch.response_columns :].to(logits.device)
-    losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-    return losses.sum(1), (labels != IGNORED).sum(1)
+    # Rows are flattened, not transposed: each token's logits stay together in memory.
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    return losses.view_as(labels).sum(1), (labels != IGNORED).sum(1)
 
 
 def takes(model: Any, argument: str) -> bool:

@@ -6,13 +6,14 @@ Source: transformers ``integrations/moe.py`` (``use_experts_implementation``), w
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self, cast
 
 from torch import Tensor, nn
 
 from flexperts.moe.layout import ExpertWeights, LayerExperts, num_arguments, own_parameters
-from flexperts.moe.stored import read_part
+from flexperts.moe.stored import lies_whole, read_part
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,27 @@ class FusedExperts(LayerExperts):
 
     def expert(self, index: int) -> ExpertWeights:
         """Return expert ``index`` as detached views into the fused tensors: in memory nothing is copied."""
+        return self._weights(index)
+
+    def _weights(self, index: int | slice) -> ExpertWeights:
         up = "gate_up_proj" if self.has_gate else "up_proj"
         names = (up, "down_proj", f"{up}_bias", "down_proj_bias")
         parts = (read_part(self.module, name, index) for name in names)
         return ExpertWeights(*parts)  # type: ignore[arg-type]
+
+    def run_all(self, hidden: Tensor) -> Iterator[Tensor]:
+        """Yield every expert's output ``[T, D]``, with one up projection for all where all weights lie whole."""
+        if not lies_whole(self.module):
+            yield from super().run_all(hidden)
+            return
+        every = self._weights(slice(self.num_experts))
+        # Computed as [N, U, T], so that each half that the activation takes is one piece of memory.
+        projected = ((every.up.mT if self.is_transposed else every.up) @ hidden.T).mT
+        if every.up_bias is not None:
+            projected = projected + every.up_bias.unsqueeze(1)
+        biases = [None] * self.num_experts if every.down_bias is None else every.down_bias
+        for intermediate, down, bias in zip(self.activate(projected), every.down, biases, strict=True):
+            yield self.finish(self.project(intermediate, down, bias))
 
     def activate(self, projected: Tensor) -> Tensor:
         """Turn the up projection ``[T, U]`` into the intermediate ``[T, I]`` with the module's own rule."""

@@ -26,13 +26,18 @@ def read(module: nn.Module, name: str) -> Tensor | None:
     return parameter.detach()  # type: ignore[no-any-return]
 
 
-def read_part(module: nn.Module, name: str, index: int) -> Tensor | None:
+def read_part(module: nn.Module, name: str, index: int | slice) -> Tensor | None:
     """Return ``parameter[index]`` where the module computes: a view in memory, or a copy of that part alone."""
     whole = read(module, name)
     if whole is None:
         return None
     part = whole[index].to(computing_device(module)) if has_offloaded_params(module) else whole[index]
     return part.dequantize() if isinstance(part, QuantizedTensor) else part
+
+
+def lies_whole(module: nn.Module) -> bool:
+    """Tell whether a module's weights can all be read at once without a copy: neither codes nor offloaded."""
+    return not has_offloaded_params(module) and not any(isinstance(p, QuantizedTensor) for p in module.parameters())
 
 
 def computing_device(module: nn.Module) -> torch.device:

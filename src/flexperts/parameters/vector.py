@@ -81,7 +81,7 @@ class Manifest:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def unflatten(self, vector: Vector) -> dict[str, Tensor]:
-        """Cut a vector into named fp32 tensors that share its memory.
+        """Cut a vector into named fp32 tensors that share its memory, or a copy of what cannot be written to.
 
         Raises:
             FederationError: The vector's length is not the manifest's.
@@ -94,7 +94,8 @@ class Manifest:
             )
         if is_sizes_only(vector):
             return {n: torch.empty(s, device="meta") for n, s in zip(self.names, self.shapes, strict=True)}
-        pieces = torch.split(torch.from_numpy(vector), [prod(s) for s in self.shapes])
+        values = torch.from_numpy(vector if vector.flags.writeable else vector.copy())
+        pieces = torch.split(values, [prod(s) for s in self.shapes])
         return {n: piece.view(s) for n, s, piece in zip(self.names, self.shapes, pieces, strict=True)}
 
 

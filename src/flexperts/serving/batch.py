@@ -14,8 +14,8 @@ from torch import Tensor
 from flexperts.data.prompts import PromptEncoder
 from flexperts.errors import FlexpertsError, ServingError
 from flexperts.evaluation.generation import prompt_batch
+from flexperts.modeling.caches import Sharing, join, keep_rows, sharing
 from flexperts.modeling.forward import Precision, autocast, next_logits
-from flexperts.serving.caches import Sharing, join, keep_rows, sharing
 from flexperts.serving.contract import ModelName, Piece
 from flexperts.serving.decoding import Decoding
 from flexperts.serving.lanes import Lane

@@ -18,6 +18,7 @@ from transformers import get_cosine_schedule_with_warmup
 from flexperts.data.batches import pad_batch, training_batches
 from flexperts.data.prompts import Example
 from flexperts.errors import FederationError
+from flexperts.modeling.attention import attention_in_fp32
 from flexperts.modeling.forward import Precision, autocast, token_losses
 from flexperts.parameters.split import ParameterSplit
 
@@ -129,6 +130,7 @@ def response_loss(model: nn.Module, rows: Sequence[Example], settings: LocalSett
         yield sums.sum() / total
 
 
+@attention_in_fp32()
 def train_local(
     model: nn.Module,
     split: ParameterSplit,

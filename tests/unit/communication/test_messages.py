@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from flwr.app import Array, ArrayRecord, RecordDict
 from torch.nn import Parameter
 
-from flexperts.communication.messages import encode, info_of, metrics_of, payload_of, records
+from flexperts.communication.messages import _view, encode, info_of, metrics_of, payload_of, records
 from flexperts.errors import FederationError, PrivacyError
 from flexperts.federation.flower_private import assume_identity
 from flexperts.parameters.payload import Payload
@@ -230,3 +231,43 @@ def test_a_client_with_other_tensors_is_refused() -> None:
     for other in (Manifest(("a",), ((3,),)), Manifest(("b",), ((2,),)), Manifest(("a",), ((2, 1),))):
         with pytest.raises(FederationError, match="bank sent a as "):
             sent.check(other, "bank")
+
+
+def test_a_payload_is_read_where_it_lies_and_its_tensors_are_copies() -> None:
+    content = records({"client": "bank"}, {}, PAYLOAD)
+    data = content.array_records["shared"]["shared"].data
+    received = payload_of(content, "bank")
+    assert np.shares_memory(received.vector, np.frombuffer(data, np.uint8))
+    assert not received.vector.flags.writeable
+    received.tensors()["a"].add_(1)
+    assert received.vector.tolist() == VECTOR.tolist()
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_arrays_are_read_as_numpy_reads_them(order: Any) -> None:
+    whole = np.asarray(np.arange(6, dtype=np.float32).reshape(2, 3), order=order)
+    for array in (Array(whole), Array(whole.astype(">f4")), Array(whole[:0]), Array(np.asarray(np.float32(3)))):
+        found = _view(array)
+        assert (found.dtype, found.shape, found.tolist()) == (
+            array.numpy().dtype,
+            array.numpy().shape,
+            array.numpy().tolist(),
+        )
+
+
+@pytest.mark.parametrize("cut", [0, 5, 100, 131, -1])
+def test_what_is_cut_off_is_refused(cut: int) -> None:
+    content = records({"client": "bank"}, {}, PAYLOAD)
+    array = content.array_records["shared"]["shared"]
+    array.data = array.data[:cut]
+    with pytest.raises(FederationError, match="bank sent an array that cannot be read"):
+        payload_of(content, "bank")
+
+
+def test_objects_are_refused() -> None:
+    content = records({"client": "bank"}, {}, PAYLOAD)
+    file = BytesIO()
+    np.save(file, np.array([{}, {}, {}]), allow_pickle=True)
+    content.array_records["shared"]["shared"].data = file.getvalue()
+    with pytest.raises(FederationError, match=r"cannot be read.*objects"):
+        payload_of(content, "bank")

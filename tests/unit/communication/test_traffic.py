@@ -43,6 +43,27 @@ def test_chunked_vectors_are_counted_whole() -> None:
     assert 10_000_000 < encoded_bytes(content) <= 10_100_000
 
 
+CHUNK = (5 << 20) // 4  # fp32 values; an array's own heading goes before them
+SIZES = [1, 3, 1000, CHUNK - 33, CHUNK - 32, CHUNK - 31, CHUNK, 2 * CHUNK, 11 * CHUNK]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("factor", [0, 1])
+def test_the_count_is_that_of_the_objects_themselves(size: int, factor: int) -> None:
+    """Zeros make equal chunks, which Flower moves once."""
+    values = np.arange(size, dtype=np.float32) * np.float32(factor)
+    content = records({"client": "bank"}, {"loss": 1.0}, payload(values))
+    assert encoded_bytes(content) == sum(len(part) for part in encoded_objects(content))
+
+
+def test_the_count_knows_several_arrays() -> None:
+    vector = normal(1000).numpy()
+    unlike = ArrayRecord({"a": Array(vector), "b": Array(vector.astype(np.float16)), "c": Array(vector[:0])})
+    alike = ArrayRecord({"a": Array(vector), "b": Array(vector)})
+    for content in (RecordDict({"x": unlike}), RecordDict({"x": alike}), RecordDict({"x": alike, "y": unlike})):
+        assert encoded_bytes(content) == sum(len(part) for part in encoded_objects(content))
+
+
 def test_the_payload_is_in_the_encoding() -> None:
     vector = normal(1000).numpy()
     assert vector.tobytes() in b"".join(encoded_objects(records({}, None, payload(vector))))

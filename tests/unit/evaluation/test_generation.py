@@ -12,6 +12,7 @@ from flexperts.data.rows import Row
 from flexperts.evaluation.generation import generate
 from flexperts.evaluation.rouge import rouge_l
 from flexperts.evaluation.scores import EvaluationSettings, evaluate
+from flexperts.modeling.forward import next_logits
 from flexperts.testing import byte_tokenizer, tiny_model
 
 QUESTIONS = ["Hi", "What is this note about?", "x" * 60, "Sum up", "Why?", "A note on the till and the shelf"]
@@ -115,10 +116,31 @@ def test_habits_of_the_base_do_not_reach_greedy_answers(
     assert answers(model, encoder, prompts) == expected
 
 
-def test_progress_counts_the_rows(model: Any, encoder: PromptEncoder, prompts: list[list[int]]) -> None:
-    counts: list[int] = []
-    generate(model, encoder, prompts, max_new_tokens=1, batch_size=4, precision="fp32", on_rows=counts.append)
-    assert counts == [4, 2]
+@pytest.mark.parametrize(
+    ("family", "leave"), [("qwen2_moe", True), ("qwen3_next", True), ("deepseek_v32", False)], ids=lambda v: str(v)
+)
+def test_rows_that_have_ended_leave_the_batch_where_caches_allow_it(
+    encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch, family: str, leave: bool
+) -> None:
+    model = tiny_model(family)
+    stream = torch.Generator().manual_seed(1)  # of one length: padding changes what indexers choose
+    asked = [torch.randint(256, (9,), generator=stream).tolist() for _ in range(4)]
+    free = [argmax_tokens(model, prompt, {257}) for prompt in asked]
+    end = next(t for t in free[0][2:6] if t not in free[0][:2] and any(t not in other for other in free))
+    model.generation_config.eos_token_id = end
+    expected = [argmax_tokens(model, prompt, {257, end}) for prompt in asked]
+    assert len({len(tokens) for tokens in expected}) > 1
+
+    fed: list[int] = []
+
+    def watched(model: Any, ids: torch.Tensor, *rest: Any) -> Any:
+        fed.append(len(ids))
+        return next_logits(model, ids, *rest)
+
+    monkeypatch.setattr("flexperts.evaluation.generation.next_logits", watched)
+    assert answers(model, encoder, asked) == [text(encoder, tokens) for tokens in expected]
+    steps = [sum(len(tokens) > n for tokens in expected) for n in range(1, max(map(len, expected)))]
+    assert fed == (steps if leave else [4] * len(steps))
 
 
 def test_no_prompts_no_answers(model: Any, encoder: PromptEncoder) -> None:

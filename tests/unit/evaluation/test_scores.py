@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from flexperts.data.prompts import PromptEncoder
 from flexperts.data.rows import Row
+from flexperts.evaluation.generation import generate
 from flexperts.evaluation.rouge import rouge_l
 from flexperts.evaluation.scores import EvaluationSettings, Scores, evaluate
 from flexperts.testing import byte_tokenizer, tiny_model
@@ -60,7 +61,7 @@ def test_without_answers_there_is_no_rouge_and_nothing_is_generated(
     model: Any, encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = evaluate(model, encoder, ROWS, settings(answers=True))
-    monkeypatch.setattr("flexperts.evaluation.scores.generate", None)
+    monkeypatch.setattr("flexperts.evaluation.scores.answer", None)
     seen: list[int] = []
     scores = evaluate(model, encoder, ROWS, settings(answers=False), seen.append)
     assert (scores.nlls, scores.tokens) == (whole.nlls, whole.tokens)
@@ -81,3 +82,14 @@ def test_with_answers_every_row_has_its_points(model: Any, encoder: PromptEncode
     assert scores.points == tuple(rouge_l(scores.predictions, [row.response for row in rows]))
     assert scores.rouge_l == pytest.approx(sum(scores.points) / 4)
     assert sum(seen) == 4
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "deepseek_v32", "gpt_oss"])
+def test_rows_score_alike_whatever_cache_a_family_has(encoder: PromptEncoder, family: str) -> None:
+    model = tiny_model(family)
+    rows = [Row(f"Note {n}", response) for n, response in enumerate(("rain", "snow", "wind"))]  # no padding
+    scores = evaluate(model, encoder, rows, settings(answers=True, batch_size=3))
+    assert scores.nlls == pytest.approx([row_nll(model, encoder, row)[0] for row in rows], rel=1e-5)
+    prompts = [encoder.prompt(row.instruction) for row in rows]
+    alone = [generate(model, encoder, [p], max_new_tokens=4, batch_size=1, precision="fp32")[0] for p in prompts]
+    assert list(scores.predictions) == alone

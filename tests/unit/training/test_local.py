@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -486,3 +487,18 @@ def test_phases_of_all_rounds_join_to_one_schedule(share: float, per_round: int)
     ]
     assert [p.first_step for p in parts] == [r * parts[0].steps for r in range(4)]
     assert {p.total_steps for p in parts} == {4 * parts[0].steps}
+
+
+def test_a_cpu_trains_with_attention_in_fp32(
+    model: Any, split: ParameterSplit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products run in bf16 around it."""
+    seen, kernel = [], F.scaled_dot_product_attention
+
+    def noted(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append((query.dtype, torch.is_autocast_enabled("cpu")))
+        return kernel(query, *args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    train_local(model, split, EXAMPLES, replace(SETTINGS, precision="bf16"), stream())
+    assert set(seen) == {(torch.float32, False)}

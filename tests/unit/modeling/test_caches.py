@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from flexperts.modeling.caches import join, keep_rows, sharing
 from flexperts.modeling.forward import next_logits
-from flexperts.serving.caches import join, keep_rows, sharing
 from flexperts.testing import tiny_model
 
 LENGTHS = {"a window not filled yet": 5, "a window filled": 9, "longer": 20}
