@@ -105,12 +105,11 @@ def target(figure: Figure) -> str:
 
 
 def commit() -> str:
-    """Return the commit that is measured, with a mark where files differ from it."""
-    told = subprocess.run(
-        ["git", "describe", "--always", "--dirty=, with changes", "--abbrev=7", "--exclude=*"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return told.stdout.strip() or "not a git checkout"
+    """Return the commit that is measured, with a mark where what is measured differs from it."""
+    changed = _git("status", "--porcelain", "--", "src", "benchmarks/performance")
+    return (_git("rev-parse", "--short", "HEAD") or "not a git checkout") + (", with changes" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    told = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return told.stdout.strip()
