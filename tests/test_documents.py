@@ -38,6 +38,16 @@ def test_the_page_on_packing_shows_the_committed_results() -> None:
     assert benchmark.table(entries) in (ROOT / "docs" / "privacy.md").read_text()
 
 
+def test_the_pages_on_speed_and_scale_show_the_committed_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "performance")
+    speed, scale, suite = (script(f"performance/{name}") for name in ("page", "scale_page", "suite"))
+    missing = [name for name in suite.SCRIPTS if not (ROOT / "benchmarks" / "results" / f"{name}.json").exists()]
+    assert missing == []
+    assert speed.PAGE.read_text(encoding="utf-8") == speed.page()
+    found = json.loads((ROOT / "benchmarks" / "results" / "scale.json").read_text(encoding="utf-8"))
+    assert scale.PAGE.read_text(encoding="utf-8") == scale.page(found)
+
+
 STUDIES = sorted((ROOT / "docs" / "results").glob("*/comparison.json"))
 
 

@@ -39,9 +39,11 @@ def compare(clients: int, megabytes: int, times: int) -> dict[str, Any]:
     replies = {name: _reply(name, server, number) for number, name in enumerate(server.clients)}
     buffers = [_values(content, values) for content in replies.values()]
     admission = Admission(FedAvg(), _config(), server)
+    updates = list(_admitted(admission, replies))
     ways: dict[str, Callable[[], Vector]] = {
         "plain_sum": lambda: _plain_sum(buffers),
         "numpy_sum": lambda: _numpy_sum(buffers),
+        "mean": lambda: weighted_mean(iter(updates)),
         "server": lambda: weighted_mean(_admitted(admission, replies)),
         "by_copies": lambda: _by_copies(admission, replies),
     }
@@ -54,6 +56,7 @@ def compare(clients: int, megabytes: int, times: int) -> dict[str, Any]:
             seconds[way].append(time.perf_counter() - started)
     return {
         "seconds": seconds,
+        "mean_ratio": _ratio(seconds, "mean", "plain_sum"),
         "ratio": _ratio(seconds, "server", "plain_sum"),
         "by_copies_ratio": _ratio(seconds, "by_copies", "plain_sum"),
         "clients": clients,

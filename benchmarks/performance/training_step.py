@@ -123,10 +123,10 @@ def bases(given: argparse.Namespace) -> Iterator[tuple[str, LoadedBase]]:
         yield name, base
 
 
-def stack(device: str) -> LoadedBase:
-    """Return two layers of Qwen1.5-MoE-A2.7B's shape with random weights and a small vocabulary."""
+def stack(device: str, layers: int = 2) -> LoadedBase:
+    """Return layers of Qwen1.5-MoE-A2.7B's shape with random weights and a small vocabulary."""
     config = describe("qwen1.5-moe-a2.7b").config
-    config.update({"num_hidden_layers": 2, "vocab_size": 1024, "bos_token_id": 0, "eos_token_id": 0})
+    config.update({"num_hidden_layers": layers, "vocab_size": 1024, "bos_token_id": 0, "eos_token_id": 0})
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.requires_grad_(False).eval()

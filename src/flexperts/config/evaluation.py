@@ -28,7 +28,7 @@ class EvaluationConfig(Section):
     """Rows per client whose routing is described at every evaluation; 0 = none."""
     max_new_tokens: int = Field(32, ge=1)
     """Longest generated answer."""
-    batch_size: int = Field(20, ge=1)
+    batch_size: int = Field(32, ge=1)
     """Rows per forward pass and generated batch."""
 
 
