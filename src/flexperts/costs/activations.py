@@ -31,7 +31,7 @@ _CHECKPOINT = 4
 _TRAINED_LOGIT, _SCORED_LOGIT = 18, 12
 """Per logit: in the model's type and in fp32, softmax, and in training gradients."""
 _SCORES = 12
-"""Per value of all experts' up projections and outputs: twice in the model's type, in fp64 for pairs."""
+"""Per value of the up projections and outputs that are held: twice in the model's type, in fp64 for pairs."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ class Activations:
         graft = self.config.graft
         batches = math.ceil(graft.calibration_rows / self._micro_batch)
         tokens = min(self._micro_batch * self.lengths.row, math.ceil(graft.calibration_tokens / batches), TOKENS)
-        most = max(e.num_experts * self._expert(e, 1, 2) for e in find_experts(self.model))
+        pairs = graft.experts > 1
+        most = max((e.num_experts if pairs else 1) * self._expert(e, 1, 2) for e in find_experts(self.model))
         return _SCORES * min(tokens * most, STACK) + self._passing(self._micro_batch * self.lengths.row)
 
     def logits(self, rows: int, *, trained: bool) -> int:

@@ -22,9 +22,9 @@ from flexperts.moe.layout import LayerExperts, Note
 
 Batch = Mapping[str, Tensor]
 STACK = 2**26
-"""Values of all experts' up projections and outputs that are held at once."""
-TOKENS = 256
-"""Tokens at once: enough for matrix products, few enough that a small model's outputs are still in the cache."""
+"""Values of all experts' up projections and outputs that are held at once, where pairs need them all."""
+TOKENS = 512
+"""Tokens at once: enough for matrix products, few enough that one expert's outputs are small."""
 
 
 @dataclass
@@ -149,7 +149,7 @@ class Probe:
         layer = LayerScores.empty(experts.name, experts.num_experts, pairs=self.pairs)
         self.scores[experts.name] = layer
         values = experts.num_experts * (experts.width + experts.expert(0).up.numel() // experts.width)
-        chunk = min(TOKENS, max(1, STACK // values))
+        chunk = min(TOKENS, max(1, STACK // values)) if self.pairs else TOKENS
 
         def score(*call: Tensor) -> None:
             positions = self.positions.to(call[0].device)

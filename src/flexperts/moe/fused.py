@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from flexperts.moe.layout import ExpertWeights, LayerExperts, num_arguments, own_parameters
 from flexperts.moe.stored import lies_whole, read_part
 
+_TOGETHER = 2**20
+"""Values of all experts' up projections that stay in a cache; with more, one expert after the other is faster."""
+
 
 @dataclass(frozen=True)
 class FusedExperts(LayerExperts):
@@ -48,8 +51,9 @@ class FusedExperts(LayerExperts):
         return ExpertWeights(*parts)  # type: ignore[arg-type]
 
     def run_all(self, hidden: Tensor) -> Iterator[Tensor]:
-        """Yield every expert's output ``[T, D]``, with one up projection for all where all weights lie whole."""
-        if not lies_whole(self.module):
+        """Yield every expert's output ``[T, D]``, with one up projection for all where that pays."""
+        values = len(hidden) * self.num_experts * (self.expert(0).up.numel() // self.width)
+        if values > _TOGETHER or not lies_whole(self.module):
             yield from super().run_all(hidden)
             return
         every = self._weights(slice(self.num_experts))

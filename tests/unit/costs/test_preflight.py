@@ -58,7 +58,7 @@ def test_experts_elsewhere_are_not_on_the_device(estimator: Estimator) -> None:
 
 
 def test_every_knob_is_listed_with_what_it_saves(estimator: Estimator) -> None:
-    config = recipe()
+    config = recipe("evaluation.batch_size=4")  # training needs most
     savings = estimator.savings(config)
     assert {"model.quantization=nf4", "training.gradient_checkpointing=true", "graft.rank=32"} <= savings.keys()
     before = estimator.estimate(config).peak.total
