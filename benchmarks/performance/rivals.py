@@ -51,7 +51,7 @@ TOLERANCE = 0.05
 """How far a rival's held-out loss may lie from ours, as a share of what training has gained."""
 NOTES = (
     "The rivals are written from their public description, in a few dozen lines each; what is fair and what is not "
-    "stands at the head of each file of [rival_systems](../benchmarks/performance/rival_systems).",
+    "stands at the head of each file of `benchmarks/performance/rival_systems`.",
     "A client takes two short steps a round here, so that 20 clients fit a CPU. What loading, building, sending "
     "and averaging cost does not grow with the steps, so their share shrinks with more of them; what a Trainer's "
     "own step costs more stays.",
