@@ -190,8 +190,8 @@ def figures(workload: Workload, found: dict[str, Any]) -> list[Figure]:
             "Scoring all experts over their matrix products, expert by expert",
             ratio(products["scoring"], products["expert by expert"]),
             at_most=1.2,
-            limit="Activations, fp32 copies of the outputs, two inner products per expert: memory traffic, which "
-            "is much beside products of an inner width of 96.",
+            limit="Activations and inner products are memory traffic, which is much beside products of an inner "
+            "width of 96; small experts are computed together, which makes up for it.",
         ),
         Figure(
             "The same on a layer of Qwen1.5-MoE's shape: 60 experts of 1408, hidden 2048",
@@ -202,8 +202,7 @@ def figures(workload: Workload, found: dict[str, Any]) -> list[Figure]:
         Figure(
             "The first over its products in the fewest calls",
             ratio(products["scoring"], products["fewest"]),
-            limit="One call for all up projections is what scoring uses too; down projections stay apart, so that "
-            "one expert's output is in the cache at a time.",
+            limit="The fewest calls are what scoring uses too; the rest is activations and inner products.",
         ),
         Figure(
             "Selection beside its forward pass, in forward passes",

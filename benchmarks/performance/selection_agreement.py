@@ -42,8 +42,8 @@ def token_errors(workload: Workload, examples: Sequence[Example]) -> TokenErrors
     def into(experts: LayerExperts) -> Note:
         def note(hidden: Tensor, _index: Tensor, _weights: Tensor, target: Tensor) -> None:
             outputs = experts.run_all(hidden[keep])
-            errors = [(target[keep].float() - output.float()).square().sum(1) for output in outputs]
-            found[experts.name].append(torch.stack(errors, 1))
+            errors = [(target[keep].float() - some.float()).square().sum(-1) for some in outputs]
+            found[experts.name].append(torch.cat(errors).T)
 
         return note
 

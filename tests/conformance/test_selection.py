@@ -96,7 +96,9 @@ def test_all_experts_at_once_give_what_each_gives_alone(family: str) -> None:
         hidden = torch.randn(13, experts.width, generator=torch.Generator().manual_seed(3))
         alone = [experts.run(hidden, experts.expert(i)) for i in range(experts.num_experts)]
         with torch.no_grad():
-            torch.testing.assert_close(list(experts.run_all(hidden)), alone, rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(
+                torch.cat([*experts.run_all(hidden)]), torch.stack(alone), rtol=1e-5, atol=1e-7
+            )
 
 
 def test_weights_that_do_not_lie_whole_are_read_one_expert_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +162,7 @@ def test_autocast_does_not_round_the_sums(pairs: bool) -> None:
     outputs, target = torch.randn(5, 200, 32, generator=torch.Generator().manual_seed(0)).bfloat16().split((4, 1))
     layer = LayerScores.empty("layer", 4, pairs=pairs)
     with torch.autocast("cpu", torch.bfloat16):
-        layer.add_products(target[0], outputs)
+        layer.add_products(target[0], [outputs[:1], outputs[1:]])
     exact = (target.double() - outputs.double()).square().sum((1, 2))
     torch.testing.assert_close(layer.errors, exact, rtol=2e-6, atol=0)
 

@@ -95,7 +95,7 @@ class LayerScores:
 
         Args:
             target: F, ``[T, D]``.
-            outputs: Every expert's own output ``[T, D]``, in their order.
+            outputs: Every expert's own output in their order, some at a time: ``[n, T, D]``.
         """
         products = _all_products(target, outputs) if self.pairs else _single_products(target, outputs)
         gram, cross, energy = (p.double().cpu() for p in products)
@@ -113,19 +113,19 @@ class LayerScores:
 
 
 def _single_products(target: Tensor, outputs: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return gram, its diagonal alone, cross and energy; one expert's output is held at a time."""
+    """Return gram, its diagonal alone, cross and energy."""
     dtype = torch.promote_types(target.dtype, torch.float32)
     whole, squares, cross = target.to(dtype).flatten(), [], []
-    for output in outputs:
-        row = output.to(dtype).flatten()
-        squares.append(row.dot(row))  # dot is no product that autocast would round
-        cross.append(row.dot(whole))
-    return torch.stack(squares).diag(), torch.stack(cross), whole.dot(whole)
+    for some in outputs:
+        rows = some.flatten(1)
+        squares.append(torch.linalg.vector_norm(rows, dim=1, dtype=dtype).square())
+        cross.append((rows * whole).sum(1))  # no matrix product: autocast would round that
+    return torch.cat(squares).diag(), torch.cat(cross), whole.dot(whole)
 
 
 def _all_products(target: Tensor, outputs: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Return gram, cross and energy in fp64."""
-    stacked = torch.stack([*outputs, target]).double().flatten(1)
+    stacked = torch.cat([*outputs, target[None]]).double().flatten(1)
     products = stacked @ stacked.T
     return products[:-1, :-1], products[:-1, -1], products[-1, -1]
 

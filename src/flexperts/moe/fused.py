@@ -51,19 +51,21 @@ class FusedExperts(LayerExperts):
         return ExpertWeights(*parts)  # type: ignore[arg-type]
 
     def run_all(self, hidden: Tensor) -> Iterator[Tensor]:
-        """Yield every expert's output ``[T, D]``, with one up projection for all where that pays."""
+        """Yield all experts' outputs: together where they are small, and one by one elsewhere."""
         values = len(hidden) * self.num_experts * (self.expert(0).up.numel() // self.width)
         if values > _TOGETHER or not lies_whole(self.module):
             yield from super().run_all(hidden)
             return
         every = self._weights(slice(self.num_experts))
+        up, down = (w if self.is_transposed else w.mT for w in (every.up, every.down))
         # Computed as [N, U, T], so that each half that the activation takes is one piece of memory.
-        projected = ((every.up.mT if self.is_transposed else every.up) @ hidden.T).mT
+        projected = (up.mT @ hidden.T).mT
         if every.up_bias is not None:
             projected = projected + every.up_bias.unsqueeze(1)
-        biases = [None] * self.num_experts if every.down_bias is None else every.down_bias
-        for intermediate, down, bias in zip(self.activate(projected), every.down, biases, strict=True):
-            yield self.finish(self.project(intermediate, down, bias))
+        outputs = self.activate(projected) @ down
+        if every.down_bias is not None:
+            outputs = outputs + every.down_bias.unsqueeze(1)
+        yield self.finish(outputs)
 
     def activate(self, projected: Tensor) -> Tensor:
         """Turn the up projection ``[T, U]`` into the intermediate ``[T, I]`` with the module's own rule."""

@@ -140,8 +140,8 @@ class LayerExperts(ABC):
         return self.finish(self.project(intermediate, weights.down, weights.down_bias))
 
     def run_all(self, hidden: Tensor) -> Iterator[Tensor]:
-        """Yield every expert's unweighted output ``[T, D]`` for ``hidden [T, D]``, in their order."""
-        return (self.run(hidden, self.expert(i)) for i in range(self.num_experts))
+        """Yield all experts' unweighted outputs for ``hidden [T, D]``, in order, some at a time: ``[n, T, D]``."""
+        return (self.run(hidden, self.expert(i))[None] for i in range(self.num_experts))
 
     def add(self, term: Term) -> RemovableHandle:
         """Hang ``term`` beside the experts: its value is added to what they give, in the dtype of that."""

@@ -32,7 +32,7 @@ def problem(seed: int = 0, N: int = 6, T: int = 9, D: int = 3) -> Problem:
 
 def sums(experts: np.ndarray, target: np.ndarray) -> LayerScores:
     layer = LayerScores.empty("layer", len(experts))
-    layer.add_products(torch.tensor(target)[:, None], torch.tensor(experts)[:, :, None])
+    layer.add_products(torch.tensor(target)[:, None], [torch.tensor(experts)[:, :, None]])
     return layer
 
 
