@@ -183,7 +183,7 @@ def figures(seconds: dict[str, float], found: dict[str, Any], default: int) -> l
             "quick start: evaluation of all states over training",
             seconds["evaluation"] / seconds["training"],
             at_most=1.0,
-            limit="Half is reading prompts; the untouched and the global model rarely end before the limit.",
+            limit="Reading prompts, and as many steps as the longest answer of a batch has tokens.",
         ),
         Figure(
             f"answers in batches of {default}",

@@ -39,8 +39,7 @@ NOTES = (
     "Ratios of medians; the methods took turns. A step is batch, forward, backward, clipping and optimizer. FLOPs "
     "are those that torch counts in a whole step, forward and backward, with attention over the context.",
     "A frozen matrix costs two products in a step (the output, and the gradient of the input), a trained copy a "
-    "third. Where time grows less than FLOPs, routed experts with few tokens each are the reason: they read "
-    "weights for longer than they multiply, and a personal expert, which sees all tokens, does not.",
+    "third.",
 )
 UNTRIED = "The options for a GPU (`--device cuda`, with `--experts` or `--compile`) are untried."
 LORA, FULL, LOW_RANK = "LoRA", "FLEx, trained copy", "FLEx, rank 8"
