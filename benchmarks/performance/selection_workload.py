@@ -44,7 +44,7 @@ class Workload:
         return calibration_batches(examples, self.settings, Generator().manual_seed(0))
 
     def select(self, examples: Sequence[Example]) -> list[LayerScores]:
-        """Score as a client does when it joins."""
+        """Score as a client does in its first round."""
         return score_experts(self.model, self.experts, examples, self.settings, Generator().manual_seed(0))
 
     @torch.no_grad()
