@@ -21,6 +21,8 @@ from flexperts.testing import METHOD_SETTINGS
 
 Recipe = Callable[..., RunConfig]
 BANDWIDTH = 10.0
+WRAPPING = 4_000
+"""Bytes that a message has beside its payload's values: metrics, the manifest, Flower's objects."""
 VARIANTS = {name: (f"method.name={name}", *METHOD_SETTINGS.get(name, ())) for name in method_names()} | {
     "flex, two of low rank": ("graft.experts=2", "graft.rank=2"),
     "flex, greedy, fitted": ("graft.experts=2", "graft.selection=greedy", "graft.scale=least_squares"),
@@ -113,3 +115,21 @@ def check_means(plan: MethodPlan, logs: list[Any]) -> None:
         sizes = [size for log in logs for size in log["declared"][direction].values()]
         assert mean == pytest.approx(sum(sizes) / max(1, len(sizes)))
     assert plan.seconds == pytest.approx(8 * (plan.uplink + plan.downlink) / (BANDWIDTH * 1e6))
+
+
+@pytest.mark.parametrize("kind", ["none", "fp16", "int8", "top_k"])
+def test_packed_replies_are_planned_as_they_are_sent(
+    recipe: Recipe, tiny_base: Path, tmp_path: Path, shared_workspaces: dict[str, Workspace], kind: str
+) -> None:
+    config = recipe(f"compression.kind={kind}", "training.local_steps=1", "evaluation.rows=1")
+    workspace = shared_workspaces.setdefault("all", Workspace(config))
+    run_federation(config, tmp_path / "run", workspace=workspace)
+    log = json.loads((tmp_path / "run" / "rounds.jsonl").read_text().splitlines()[0])
+
+    plan = planned(config, tiny_base, sorted(workspace.clients))
+    sent = [*log["uplink"].values()]
+    wrapping = [size - plan.uplink for size in sent]
+    assert 0 < min(wrapping) <= max(wrapping) < WRAPPING
+    assert plan.at_server == pytest.approx(len(sent) * (plan.uplink + plan.downlink))
+    unpacked = sum(plan.uplink_groups.values())
+    assert plan.uplink == unpacked if kind == "none" else plan.uplink < 0.6 * unpacked

@@ -57,6 +57,14 @@ def pack(change: Vector, settings: CompressionConfig) -> Packed:
     return packers[settings.kind]()
 
 
+def packed_bytes(size: int, settings: CompressionConfig) -> int:
+    """Return how many bytes the arrays of an update of ``size`` values take, packed or, by kind "none", as fp32."""
+    kept = max(1, round(settings.fraction * size))
+    scales = -(-size // settings.block)
+    sizes = {"none": 4 * size, "fp16": 2 * size, "int8": size + 4 * scales, "top_k": (4 + 2) * kept}
+    return sizes[settings.kind] if size else 0
+
+
 def unpack(packed: Packed, size: int, sender: str) -> Vector:
     """Rebuild an update of ``size`` values.
 

@@ -1,4 +1,4 @@
-"""A plan's figures. Bytes are those of payloads (fp32 values); a message's wrapping adds a few kilobytes."""
+"""A plan's figures. Bytes are those of payloads; a message's wrapping adds a few kilobytes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class MethodPlan:
         name, method: The row's name; the method's, empty for what is none.
         shared, personal: Parameters trained.
         uplink, downlink: Payload bytes per client and round.
-        uplink_groups, downlink_groups: The same by tensor group.
+        uplink_groups, downlink_groups: The same by tensor group, before packing.
         memory: While it trains.
         personal_state: Bytes on disk of its personal parameters, one generation of the two that are kept.
         flops_per_token: Of a forward pass with all that the method adds.

@@ -10,11 +10,12 @@ from typing import Literal
 
 import torch
 
+from flexperts.communication.compression import packed_bytes
 from flexperts.config.run import RunConfig
 from flexperts.costs.figures import Memory, MethodPlan, ModelFacts, Plan
 from flexperts.costs.flops import added_flops, base_flops
 from flexperts.costs.models import Description, describe, experts_per_token, meta_base
-from flexperts.costs.rounds import mean_groups, planned_rounds, planned_sites
+from flexperts.costs.rounds import mean_groups, mean_packed, planned_rounds, planned_sites
 from flexperts.errors import ConfigError, FlexpertsError
 from flexperts.federation.client_model import ClientModel
 from flexperts.federation.privacy import check_additive
@@ -142,20 +143,21 @@ def plan_method(
     finally:
         model.close()
     up, down = mean_groups(rounds, "uplink"), mean_groups(rounds, "downlink")
+    sent, received = mean_packed(rounds), float(sum(down.values()))
     return MethodPlan(
         name=name or method.name,
         method=method.name,
         shared=shared,
         personal=personal,
-        uplink=sum(up.values()),
-        downlink=sum(down.values()),
+        uplink=sent,
+        downlink=received,
         uplink_groups=up,
         downlink_groups=down,
         memory=_memory(facts, config, _values(own), shared + personal),
         personal_state=_FP32 * personal,
         flops_per_token=flops,
         overhead=flops / facts.flops_per_token - 1,
-        seconds=_seconds(sum(up.values()) + sum(down.values()), bandwidth),
+        seconds=_seconds(sent + received, bandwidth),
         at_server=sum(r.total for r in rounds) / len(rounds),
         note=method.plan_note,
         rounds=tuple(rounds),
@@ -167,13 +169,13 @@ def _dense(base: LoadedBase, facts: ModelFacts, config: RunConfig, clients: int,
     experts = find_experts(base.model)
     left_out = sum(_values(e.stored) + find_router(base.model, e).weight.numel() for e in experts)
     values = facts.parameters - left_out
-    size = float(_FP32 * values)
+    size, sent = float(_FP32 * values), float(packed_bytes(values, config.compression))
     return MethodPlan(
         name=DENSE,
         method="",
         shared=values,
         personal=0,
-        uplink=size,
+        uplink=sent,
         downlink=size,
         uplink_groups={"dense weights": size},
         downlink_groups={"dense weights": size},
@@ -181,8 +183,8 @@ def _dense(base: LoadedBase, facts: ModelFacts, config: RunConfig, clients: int,
         personal_state=0,
         flops_per_token=facts.flops_per_token,
         overhead=0.0,
-        seconds=_seconds(2 * size, bandwidth),
-        at_server=2 * size * clients,
+        seconds=_seconds(sent + size, bandwidth),
+        at_server=(sent + size) * clients,
         note="no method here; all that is outside of routed experts and routers",
     )
 

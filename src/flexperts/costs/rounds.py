@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from flexperts.communication.compression import packed_bytes
 from flexperts.communication.messages import Update
 from flexperts.communication.traffic import group_bytes
 from flexperts.federation.client_model import ClientModel
@@ -46,18 +47,20 @@ class RoundBytes:
 
     Args:
         number: The round, from 1.
-        uplink: Participating client -> what it sends, by tensor group.
+        uplink: Participating client -> what it sends, by tensor group, before packing.
         downlink: Participating client -> what it is sent.
+        packed: Participating client -> what it sends in all, packed as the recipe says.
     """
 
     number: int
     uplink: dict[str, Groups]
     downlink: dict[str, Groups]
+    packed: dict[str, int]
 
     @property
     def total(self) -> int:
         """Bytes of all clients in both directions."""
-        return sum(sum(groups.values()) for each in (self.uplink, self.downlink) for groups in each.values())
+        return sum(self.packed.values()) + sum(sum(groups.values()) for groups in self.downlink.values())
 
 
 def planned_sites(model: ClientModel, clients: Collection[str], top_k: int) -> dict[str, PlannedSite]:
@@ -77,7 +80,8 @@ def planned_rounds(model: ClientModel, sites: dict[str, PlannedSite]) -> list[Ro
         present = sorted(method.participants(server, drawn))
         down = {name: method.broadcast(server, name).manifest for name in present}
         up = {name: method.uplink(server, name) for name in present}
-        rounds.append(RoundBytes(number, _by_group(up), _by_group(down)))
+        packed = {name: packed_bytes(manifest.size, config.compression) for name, manifest in up.items()}
+        rounds.append(RoundBytes(number, _by_group(up), _by_group(down), packed))
         if method.sends_back:
             method.aggregate(server, [_update(name, manifest) for name, manifest in up.items()])
         server.round = number
@@ -122,13 +126,14 @@ def _alike(name: str, count: int, top_k: int) -> LayerScores:
     return LayerScores(name, torch.eye(count, dtype=torch.float64), ones / 2, 1.0, ones * top_k, ones, count)
 
 
-def mean_groups(rounds: Sequence[RoundBytes], direction: str) -> dict[str, float]:
-    """Return mean bytes by group over all rounds and their participants; nobody taking part is 0 bytes.
-
-    Args:
-        rounds: The rounds.
-        direction: uplink or downlink.
-    """
+def mean_groups(rounds: Sequence[RoundBytes], direction: Literal["uplink", "downlink"]) -> dict[str, float]:
+    """Return mean bytes by group over all rounds and their participants; nobody taking part is 0 bytes."""
     payloads = [groups for each in rounds for groups in getattr(each, direction).values()]
     names = sorted({group for groups in payloads for group in groups})
     return {name: sum(groups.get(name, 0) for groups in payloads) / len(payloads) for name in names}
+
+
+def mean_packed(rounds: Sequence[RoundBytes]) -> float:
+    """Return mean bytes of a reply over all rounds and their participants; nobody taking part is 0 bytes."""
+    sent = [size for each in rounds for size in each.packed.values()]
+    return sum(sent) / len(sent) if sent else 0.0

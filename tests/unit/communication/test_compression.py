@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from flexperts.communication.compression import Packed, pack, unpack
+from flexperts.communication.compression import Packed, pack, packed_bytes, unpack
 from flexperts.communication.messages import info_of, payload_of, records
 from flexperts.communication.traffic import encoded_bytes, personal_bytes
 from flexperts.config.federation import CompressionConfig
@@ -49,6 +49,14 @@ def test_int8_is_off_by_half_a_step_of_its_block(change: Vector, block: int) -> 
         ours, theirs = (v[start : start + block].astype(np.float64) for v in (change, got))
         step = np.abs(ours).max() / 127
         assert (np.abs(ours - theirs) <= step * (0.5 + 1e-4) + 2.0**-142).all()
+
+
+@given(CHANGES, st.sampled_from(["fp16", "int8", "top_k"]), st.integers(1, 50), st.floats(0.01, 1.0))
+def test_sizes_are_told_without_packing(change: Vector, kind: str, block: int, fraction: float) -> None:
+    chosen = settings(kind, block=block, fraction=fraction)
+    assert packed_bytes(change.size, chosen) == sum(a.nbytes for a in pack(change, chosen).arrays.values())
+    assert packed_bytes(change.size, settings("none")) == change.nbytes
+    assert packed_bytes(0, chosen) == 0
 
 
 @given(CHANGES, st.floats(0.01, 1.0))
