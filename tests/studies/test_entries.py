@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from flexperts.errors import ConfigError
+from flexperts.methods.registry import method_names
 from flexperts.studies.entries import Plan, plan_comparison
 from flexperts.studies.runner import jobs
 
@@ -61,9 +62,9 @@ def test_what_cannot_run_is_refused(
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["a,b", " "])
+@pytest.mark.parametrize("name", ["a,b", " ", "all"])
 def test_a_name_that_could_not_be_listed_is_refused(planned: Planned, name: str) -> None:
-    with pytest.raises(ConfigError, match="holds no comma"):
+    with pytest.raises(ConfigError, match="holds no comma, is not empty"):
         planned("fedavg", settings=(f'compare.variants={{"{name}" = ["training.lr=0.1"]}}',))
 
 
@@ -71,6 +72,14 @@ def test_the_recipes_method_and_its_reference_stand_for_entries_that_nobody_name
     plan = planned()
     assert [entry.name for entry in plan.entries] == ["fedprox", "fedavg"]
     assert plan.seeds == (0, 1)
+
+
+def test_all_stands_for_every_method_that_is_not_named(planned: Planned) -> None:
+    plan = planned("strong", "fedprox", "all", "other")
+    names = [entry.name for entry in plan.entries]
+    assert (names[:2], names[-1]) == (["strong", "fedprox"], "other")
+    assert sorted(names[1:-1]) == sorted(method_names())
+    assert plan.entries[names.index("scaffold")].settings[-1] == "training.lr=0.5"
 
 
 def test_arguments_go_before_the_recipe(planned: Planned) -> None:

@@ -13,7 +13,7 @@ def command(
     methods: Annotated[
         Optional[str],  # noqa: UP045 - typer reads this at run time
         typer.Option(
-            help="Methods, and variants that the recipe defines, with commas between them.",
+            help="Methods (all = every other one), and variants that the recipe defines, with commas between them.",
             show_default="the recipe's [compare] entries",
         ),
     ] = None,

@@ -51,7 +51,8 @@ class CompareConfig(Section):
     """What `flexperts compare` runs beside each other; a single run has no use for it."""
 
     entries: tuple[str, ...] = ()
-    """Methods and variants, in the order of the table; empty = the recipe's own method and its reference."""
+    """Methods and variants, in the order of the table ("all" = every method not named beside it); empty = the
+    recipe's own method and its reference."""
     variants: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Name -> settings (KEY=VALUE) on top of the recipe; under a method's name, what that method needs."""
     seeds: int = Field(3, ge=1)
@@ -65,6 +66,6 @@ class CompareConfig(Section):
 
     @model_validator(mode="after")
     def _names_can_be_listed(self) -> Self:
-        if odd := [name for name in self.variants if "," in name or not name.strip()]:
-            raise ValueError(f"variant {odd[0]!r}: a name is not empty and holds no comma")
+        if odd := [name for name in self.variants if "," in name or name.strip() in ("", "all")]:
+            raise ValueError(f'variant {odd[0]!r}: a name holds no comma, is not empty and not "all"')
         return self

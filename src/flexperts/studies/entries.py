@@ -82,7 +82,8 @@ def plan_comparison(
     Args:
         recipe: The recipe's file.
         settings: KEY=VALUE on top of it.
-        entries: Names of methods, and of variants that ``[compare.variants]`` defines.
+        entries: Names of methods, and of variants that ``[compare.variants]`` defines; "all" stands for all
+            methods that are not named beside it.
         seeds: How many; they are 0, 1, ...
         reference: The entry that others are compared with.
 
@@ -91,7 +92,7 @@ def plan_comparison(
     """
     config = load_recipe(recipe, settings)
     compare, method = config.compare, config.method
-    names = tuple(entries) or compare.entries or tuple(n for n in (method.name, method.reference) if n)
+    names = _expanded(entries or compare.entries or [n for n in (method.name, method.reference) if n])
     if not names or len(set(names)) != len(names):
         raise ConfigError(f"entries {', '.join(names)}", "every name stands once", "drop the repetition")
     found = tuple(Entry(name, _settings(name, config)) for name in names)
@@ -103,6 +104,11 @@ def plan_comparison(
     plan = Plan(recipe, tuple(settings), found, tuple(range(count)), reference)
     plan.check()
     return plan
+
+
+def _expanded(names: Sequence[str]) -> tuple[str, ...]:
+    others = [name for name in method_names() if name not in names]
+    return tuple(each for name in names for each in (others if name == "all" else [name]))
 
 
 def _settings(name: str, config: RunConfig) -> tuple[str, ...]:
