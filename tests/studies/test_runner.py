@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from filelock import FileLock
 
 from flexperts.artifacts import RunDirectory
@@ -289,6 +290,18 @@ def test_a_base_that_is_kept_is_scored_anew_where_contexts_are_cut_elsewhere(
     assert found["long", "long"] == found["short", "long"]
     assert found["long", "short"] == found["short", "short"]
     assert found["long", "long"] != found["long", "short"]
+
+
+def test_workers_divide_the_cores_unless_the_user_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for workers in (2, 3, 16):
+        runner._share_cores(workers)
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    runner._share_cores(2)
+    assert taken == [4, 2, 1]
 
 
 @pytest.mark.slow

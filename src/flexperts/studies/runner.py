@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shutil
 import traceback
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
 from flexperts.errors import ArtifactError, ConfigError, FlexpertsError
@@ -129,9 +131,16 @@ def _run_all(
             _release()
         return
     # A fresh interpreter for each worker: CUDA cannot be used in a forked one.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, fresh, initializer=_share_cores, initargs=(workers,)) as pool:
         started = {pool.submit(_run, plan, job, keep_weights, None): job for job in waiting}
         yield from ((started[future], _outcome(future)) for future in as_completed(started))
+
+
+def _share_cores(workers: int) -> None:
+    """Leave each process its part of the cores; each would take all, and they would wait for each other."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
 def _outcome(future: Future[str | None]) -> str | None:
