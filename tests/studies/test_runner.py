@@ -23,12 +23,14 @@ from flexperts.artifacts import RunDirectory
 from flexperts.config.run import RunConfig
 from flexperts.errors import ArtifactError, ConfigError, FlexpertsError
 from flexperts.federation.client import Client
+from flexperts.federation.observer import Observer
 from flexperts.files import read_json
 from flexperts.methods.turn import Turn
 from flexperts.studies import runner
 from flexperts.studies.collect import collect_comparison
 from flexperts.studies.entries import Plan, plan_comparison
-from flexperts.studies.runner import HEAVY, Job, run_comparison
+from flexperts.studies.finished import DONE
+from flexperts.studies.runner import HEAVY, Job, jobs, run_comparison
 
 Planned = Callable[..., Plan]
 Runs = list[tuple[str, int]]
@@ -133,19 +135,32 @@ def test_the_recipes_reference_stands_where_it_is_an_entry(plan: Planned, tmp_pa
     assert read_json(tmp_path / "out" / "compare.json")["reference"] == "flex"
 
 
-def test_a_run_that_another_process_has_in_hand_is_left_to_it(plan: Planned, tmp_path: Path, ran: Runs) -> None:
-    entries, out, seen = ["fedavg", "flex"], tmp_path / "out", []
-    folder = out / "runs" / "fedavg"
-    folder.mkdir(parents=True)
-    with FileLock(folder / "seed-0.lock"):
-        run_comparison(
-            plan(entries=entries, seeds=1), out, on_done=lambda job, error: seen.append((job.entry.name, error))
-        )
-    assert ran == [("flex", 0)]
-    assert [name for name, error in seen if error] == ["fedavg"]
-    assert "another process" in str(dict(seen)["fedavg"])
-    run_comparison(plan(entries=entries, seeds=1), out)
-    assert ran == [("flex", 0), ("fedavg", 0)]
+@pytest.mark.parametrize("outcome", ["finished", "died"])
+def test_a_run_that_another_process_has_in_hand_is_waited_for_at_the_end(
+    plan: Planned, tmp_path: Path, ran: Runs, outcome: str
+) -> None:
+    """Finished there, it is not run again here; where that process died, it is."""
+    wanted, out = plan(entries=["fedavg", "flex"], seeds=1), tmp_path / "out"
+    seen: list[Any] = []
+    busy = jobs(wanted, out)[0]
+    busy.folder.mkdir(parents=True)
+    lock = FileLock(busy.folder.with_name("seed-0.lock"), thread_local=False)
+
+    class Told(Observer):
+        def stage(self, text: str) -> None:
+            if "another process runs: fedavg, seed 0" in text:
+                seen.append("waiting")
+                if outcome == "finished":
+                    (busy.folder / DONE).touch()
+                lock.release()
+
+    lock.acquire()
+    failed = run_comparison(
+        wanted, out, observer=Told(), on_done=lambda job, error: seen.append((job.entry.name, error))
+    )
+    assert failed == []
+    assert seen == [("flex", None), "waiting", ("fedavg", None)]
+    assert ran == [("flex", 0), *([("fedavg", 0)] if outcome == "died" else [])]
 
 
 def test_a_broken_first_entry_does_not_break_the_next(plan: Planned, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def command(
             noted = job.folder / "error.txt"
             where = f" (see {noted})" if noted.exists() else ""
             outcome = f"failed: {error}{where}" if error else "finished"
-            display.say(f"[{done}/{total}] {job.entry.name}, seed {job.seed}: {outcome}")
+            display.say(f"[{done}/{total}] {job}: {outcome}")
 
         failed = run_comparison(
             plan, out, workers=workers, keep_weights=keep_weights, observer=display, on_done=tell

@@ -28,6 +28,12 @@ HEAVY = ("personal", "shared", "checkpoint.safetensors")
 """Weights of a finished run, which a comparison does not read."""
 
 
+_BUSY = "another process runs it"
+"""What is returned of a job that another process has in hand."""
+_FOREVER = -1.0
+"""Timeout of a lock that is waited for without end; a process that dies lets go of its locks."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One run of a comparison.
@@ -41,6 +47,10 @@ class Job:
     entry: Entry
     seed: int
     folder: Path
+
+    def __str__(self) -> str:
+        """Return its entry and seed."""
+        return f"{self.entry.name}, seed {self.seed}"
 
     @property
     def done(self) -> bool:
@@ -64,6 +74,8 @@ def run_comparison(
 ) -> list[Job]:
     """Run what is not finished, and return the jobs that failed; ``error.txt`` in a job's folder says where.
 
+    Several calls may share a directory: what another process runs is passed over and waited for at the end.
+
     Args:
         plan: The comparison.
         out: Its directory; one that holds a part of the comparison is continued, and may gain entries and seeds.
@@ -78,11 +90,18 @@ def run_comparison(
     """
     _claim(plan, out)
     waiting = [job for job in jobs(plan, out) if not job.done]
-    failed = []
-    for job, error in _run_all(plan, waiting, workers, keep_weights, observer):
-        on_done(job, error)
-        if error:
-            failed.append(job)
+    failed: list[Job] = []
+    for patience in (0.0, _FOREVER):
+        busy = []
+        for job, error in _run_all(plan, waiting, workers, keep_weights, observer, patience):
+            if error == _BUSY:
+                busy.append(job)
+                continue
+            on_done(job, error)
+            failed += [job] if error else []
+        if busy and observer:
+            observer.stage(f"waiting for what another process runs: {', '.join(map(str, busy))}")
+        waiting = busy
     return failed
 
 
@@ -122,18 +141,23 @@ def _entries(plan: Plan, before: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 def _run_all(
-    plan: Plan, waiting: list[Job], workers: int, keep_weights: bool, observer: Observer | None
+    plan: Plan,
+    waiting: list[Job],
+    workers: int,
+    keep_weights: bool,
+    observer: Observer | None,
+    patience: float,
 ) -> Iterator[tuple[Job, str | None]]:
     if workers == 1:
         try:
-            yield from ((job, _run(plan, job, keep_weights, observer)) for job in waiting)
+            yield from ((job, _run(plan, job, keep_weights, observer, patience)) for job in waiting)
         finally:
             _release()
         return
     # A fresh interpreter for each worker: CUDA cannot be used in a forked one.
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, fresh, initializer=_share_cores, initargs=(workers,)) as pool:
-        started = {pool.submit(_run, plan, job, keep_weights, None): job for job in waiting}
+        started = {pool.submit(_run, plan, job, keep_weights, None, patience): job for job in waiting}
         yield from ((started[future], _outcome(future)) for future in as_completed(started))
 
 
@@ -161,15 +185,15 @@ def _release() -> None:
     _workspace = None
 
 
-def _run(plan: Plan, job: Job, keep_weights: bool, observer: Observer | None) -> str | None:
-    """Run one job, unless another process does or did, and return what went wrong."""
+def _run(plan: Plan, job: Job, keep_weights: bool, observer: Observer | None, patience: float) -> str | None:
+    """Run one job, unless another process did, and return what went wrong; ``_BUSY`` where its lock stays held."""
     job.folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(job.folder.with_name(f"{job.folder.name}.lock"), timeout=0)
+    lock = FileLock(job.folder.with_name(f"{job.folder.name}.lock"), timeout=patience)
     try:
         with lock:
             return None if job.done else _run_alone(plan, job, keep_weights, observer)
     except Timeout:
-        return "another process runs it now: start again when that has ended"
+        return _BUSY
 
 
 def _run_alone(plan: Plan, job: Job, keep_weights: bool, observer: Observer | None) -> str | None:
