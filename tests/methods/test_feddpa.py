@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from flexperts.data.batches import PaddedBatch
 from flexperts.data.prompts import PromptEncoder
 from flexperts.data.rows import Row
 from flexperts.errors import FederationError
-from flexperts.evaluation.generation import prompt_batch
+from flexperts.evaluation.generation import generate, prompt_batch
 from flexperts.evaluation.scores import EvaluationSettings, evaluate
 from flexperts.federation.run import run_federation
 from flexperts.methods.feddpa import InstanceWeights
@@ -145,11 +146,40 @@ def test_nll_and_answers_are_those_of_merged_weights(
 
 def greedy(model: Any, encoder: PromptEncoder, ids: list[int], count: int) -> str:
     """The most likely tokens one by one, without a cache."""
+    return str(
+        encoder.tokenizer.decode(greedy_tokens(model, encoder, ids, count), skip_special_tokens=True)
+    ).strip()
+
+
+def greedy_tokens(model: Any, encoder: PromptEncoder, ids: list[int], count: int) -> list[int]:
     start = len(ids)
     while len(ids) < start + count and (len(ids) == start or ids[-1] != encoder.tokenizer.eos_token_id):
         with torch.no_grad():
             ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
-    return str(encoder.tokenizer.decode(ids[start:], skip_special_tokens=True)).strip()
+    return ids[start:]
+
+
+@pytest.mark.parametrize("way", ["evaluate", "generate"])
+def test_rows_keep_their_weights_when_others_have_ended(
+    take_turn: Any, merged: Callable[..., Any], encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """A token that only some rows write ends their answers: the others go on, each with its own weights."""
+    prompts = [list(encoder.encode(row).prompt) for row in ROWS]
+    with personalized(take_turn) as (turn, weights):
+        models = by_row(turn, merged, alphas(turn, merged, encoder, 0.7, 3))
+        free = [greedy_tokens(m, encoder, p, 12) for m, p in zip(models, prompts, strict=True)]
+        end = next(t for tokens in free for t in tokens if any(t not in others for others in free))
+        alone = [[*takewhile(lambda t: t != end, tokens), *([end] if end in tokens else [])] for tokens in free]
+        assert len({len(tokens) for tokens in alone}) > 1
+        monkeypatch.setattr("flexperts.evaluation.generation.end_tokens", lambda *_: [end])
+        if way == "evaluate":
+            settings = EvaluationSettings(12, 3, "fp32")
+            answers: Sequence[str] = evaluate(turn.model, encoder, ROWS, settings, on_batch=weights).predictions
+        else:
+            settled = {"max_new_tokens": 12, "batch_size": 3, "precision": "fp32", "on_batch": weights}
+            answers = generate(turn.model, encoder, prompts, **settled)
+    decode = encoder.tokenizer.batch_decode(alone, skip_special_tokens=True)
+    assert list(answers) == [text.strip() for text in decode]
 
 
 def test_another_lambda_is_another_model_and_0_is_the_global_one(take_turn: Any, encoder: PromptEncoder) -> None:

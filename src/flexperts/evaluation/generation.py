@@ -45,7 +45,7 @@ def generate(
         if on_batch:
             on_batch(batch)
         with autocast(next(model.parameters()).device, precision):
-            texts = answer(model, encoder, read_prompts(model, batch), max_new_tokens)
+            texts = answer(model, encoder, read_prompts(model, batch), max_new_tokens, rows_leave=on_batch is None)
         for index, text in zip(chosen, texts, strict=True):
             answers[index] = text
     return answers
@@ -62,17 +62,25 @@ def prompt_batch(prompts: Sequence[Sequence[int]], encoder: PromptEncoder) -> Pa
     return pad_batch([Example(tuple(p), len(p)) for p in prompts], encoder.tokenizer.pad_token_id)
 
 
-def answer(model: Any, encoder: PromptEncoder, read: ReadPrompts, max_new_tokens: int) -> list[str]:
-    """Return the greedy answers to prompts that are read; their cache is used up."""
-    tokens = _decode(model, read, frozenset(end_tokens(model, encoder)), max_new_tokens)
+def answer(
+    model: Any, encoder: PromptEncoder, read: ReadPrompts, max_new_tokens: int, *, rows_leave: bool
+) -> list[str]:
+    """Return the greedy answers to prompts that are read; their cache is used up.
+
+    Args:
+        model, encoder, max_new_tokens: As for ``generate``.
+        read: The prompts.
+        rows_leave: Whether rows leave the batch when they end; not where the model is set for each row of it.
+    """
+    tokens = _decode(model, read, frozenset(end_tokens(model, encoder)), max_new_tokens, rows_leave)
     return [text.strip() for text in encoder.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
 
-def _decode(model: Any, read: ReadPrompts, ends: frozenset[int], limit: int) -> list[list[int]]:
+def _decode(model: Any, read: ReadPrompts, ends: frozenset[int], limit: int, rows_leave: bool) -> list[list[int]]:
     """Return every answer's tokens, the one that ends it included."""
     answers = [[token] for token in read.logits.argmax(-1).tolist()]
     rows, mask, cache = list(range(len(answers))), read.mask, read.cache
-    can_leave = sharing(cache) != "never"
+    can_leave = rows_leave and sharing(cache) != "never"
     while open_ := [row for row in rows if len(answers[row]) < limit and answers[row][-1] not in ends]:
         if can_leave and len(open_) < len(rows):
             kept = torch.tensor([rows.index(row) for row in open_], device=mask.device)

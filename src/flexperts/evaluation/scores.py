@@ -129,5 +129,6 @@ def _batch(
             sums, counts = token_losses(model, pad_batch(examples, pad))
         answers = [""] * len(examples)
         if settings.answers:
-            answers = answer(model, encoder, read, settings.max_new_tokens)
+            limit = settings.max_new_tokens
+            answers = answer(model, encoder, read, limit, rows_leave=on_batch is None)
     return sums.double().tolist(), counts.tolist(), answers
