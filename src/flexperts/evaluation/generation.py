@@ -37,7 +37,7 @@ def generate(
         max_new_tokens: Longest answer, in tokens.
         batch_size: Prompts generated together; neighbours in length share a batch.
         precision: As in training.
-        on_batch: Gets the prompts of each batch before it is generated.
+        on_batch: Gets the prompts of each batch before it is generated; the batch then keeps its rows to the end.
     """
     answers = [""] * len(prompts)
     for chosen in longest_first(prompts, batch_size):
