@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from flexperts.config.changes import recipe_changes
 from flexperts.errors import ArtifactError
 from flexperts.files import (
     content_of,
@@ -112,7 +113,7 @@ class RunDirectory:
         if run.config_toml != config_toml:
             raise ArtifactError(
                 f"{path / 'config.toml'}",
-                "it holds a run of another recipe",
+                f"it holds a run of another recipe ({recipe_changes(run.config_toml, config_toml)})",
                 "resume with the recipe and --set of the first start",
             )
         if not run.checkpoint.exists() and not (path / "summary.json").exists() and run._has_rounds():

@@ -16,6 +16,16 @@ Every refusal says value, rule and remedy in one line.
 
 from __future__ import annotations
 
+from typing import Any
+
+_LONGEST_SHOWN = 200
+
+
+def shown(value: Any) -> str:
+    """Return a value as a message shows it, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+
 
 class FlexpertsError(ValueError):
     """Base of all errors a user can cause and mend.

@@ -14,9 +14,8 @@ from flexperts.config.data import DataConfig
 from flexperts.config.run import RunConfig
 from flexperts.config.section import Section
 from flexperts.config.silo import SiloConfig
-from flexperts.errors import ConfigError
+from flexperts.errors import ConfigError, shown
 
-_LONGEST_SHOWN = 200
 _PLACES = {"recipe": "recipes folder", "silo file": "example in docs/deploy.md"}
 
 
@@ -131,13 +130,8 @@ def _offence(detail: Mapping[str, Any], schema: type[Section]) -> str:
             else f"known: {_keys_at(path[:-1], schema)}"
         )
         return f"unknown key {key!r} ({known})"
-    shown = "" if detail["type"] in ("missing", "value_error") else f" = {_shown(detail['input'])}"
-    return f"{key or 'recipe'}{shown}: {detail['msg'].removeprefix('Value error, ')}"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+    value = "" if detail["type"] in ("missing", "value_error") else f" = {shown(detail['input'])}"
+    return f"{key or 'recipe'}{value}: {detail['msg'].removeprefix('Value error, ')}"
 
 
 def _keys_at(path: list[str], schema: Any) -> list[str]:
@@ -187,4 +181,4 @@ def _resolved(source: str | None, folder: Path) -> str | None:
     try:
         return str((folder / source).resolve())
     except (OSError, ValueError, RuntimeError) as error:  # a zero byte, a link to itself
-        raise ConfigError(f"path {source[:_LONGEST_SHOWN]!r}", f"it is none ({error})", "correct it") from error
+        raise ConfigError(f"path {shown(source)}", f"it is none ({error})", "correct it") from error

@@ -359,7 +359,11 @@ def test_a_run_is_not_taken_up_with_another_recipe(work: Path, finished: tuple[P
     out, _ = finished
     before = listing(out)
     answer = call("run", work / "recipe.toml", "--out", out, "--resume", "--set", "seed=1")
-    refused(answer, "it holds a run of another recipe", "resume with the recipe and --set of the first start")
+    refused(
+        answer,
+        "it holds a run of another recipe (seed: 0, now 1)",
+        "resume with the recipe and --set of the first start",
+    )
     refused(call("run", work / "recipe.toml", "--resume"), "--resume", "give its --out")
     assert answer[1].strip() == ""
     assert listing(out) == before

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flexperts.config.changes import recipe_changes
 from flexperts.config.data import DataConfig
 from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError
@@ -180,6 +181,20 @@ def test_toml_round_trip_is_the_same_config(
         }
     )
     assert parse_recipe(config.to_toml()) == config
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "told"),
+    [
+        ("a = 1\n[b]\nc = [1]", "a = 2\n[b]\nc = [1, 2]", "a: 1, now 2; b.c: [1], now [1, 2]"),
+        ("a = 1", "b = 1", "a: 1, now unset; b: unset, now 1"),
+        ("a = 1\n[b]", "a = 1", "in how it is written"),
+        ("a = ", "a = 1", "it cannot be read: Invalid value"),
+        ("", "\n".join(f"k{i} = {i}" for i in range(7)), "and 3 more"),
+    ],
+)
+def test_what_differs_between_two_recipes_is_told(before: str, now: str, told: str) -> None:
+    assert told in recipe_changes(before, now)
 
 
 def test_written_toml_holds_the_defaults() -> None:

@@ -6,16 +6,18 @@ import multiprocessing
 import os
 import shutil
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
+from flexperts.config.changes import recipe_changes
 from flexperts.errors import ArtifactError, ConfigError, FlexpertsError
 from flexperts.federation.observer import Observer
 from flexperts.federation.run import run_federation
@@ -30,8 +32,8 @@ HEAVY = ("personal", "shared", "checkpoint.safetensors")
 
 _BUSY = "another process runs it"
 """What is returned of a job that another process has in hand."""
-_FOREVER = -1.0
-"""Timeout of a lock that is waited for without end; a process that dies lets go of its locks."""
+_AT_ONCE, _FOREVER = 0.0, -1.0
+"""Timeouts of a lock: not waited for, or without end; a process that dies lets go of its locks."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,10 @@ class Job:
         return (self.folder / DONE).exists()
 
 
+OnDone = Callable[[Job, str | None], None]
+"""Is told of each job, and of its error if it failed."""
+
+
 def jobs(plan: Plan, out: Path) -> list[Job]:
     """Return all runs, seed by seed, so that what is finished early can be compared early."""
     return [Job(e, s, out / RUNS / folder_name(e.name) / f"{SEED}{s}") for s in plan.seeds for e in plan.entries]
@@ -70,7 +76,7 @@ def run_comparison(
     workers: int = 1,
     keep_weights: bool = False,
     observer: Observer | None = None,
-    on_done: Callable[[Job, str | None], None] = lambda job, error: None,
+    on_done: OnDone = lambda job, error: None,
 ) -> list[Job]:
     """Run what is not finished, and return the jobs that failed; ``error.txt`` in a job's folder says where.
 
@@ -89,19 +95,13 @@ def run_comparison(
         ConfigError: The reference is none of its entries.
     """
     _claim(plan, out)
+    run = partial(_run, plan, keep_weights, observer if workers == 1 else None)
     waiting = [job for job in jobs(plan, out) if not job.done]
-    failed: list[Job] = []
-    for patience in (0.0, _FOREVER):
-        busy = []
-        for job, error in _run_all(plan, waiting, workers, keep_weights, observer, patience):
-            if error == _BUSY:
-                busy.append(job)
-                continue
-            on_done(job, error)
-            failed += [job] if error else []
-        if busy and observer:
+    failed, busy = _sort_out(_run_all(partial(run, _AT_ONCE), waiting, workers), on_done)
+    if busy:
+        if observer:
             observer.stage(f"waiting for what another process runs: {', '.join(map(str, busy))}")
-        waiting = busy
+        failed += _sort_out(_run_all(partial(run, _FOREVER), busy, workers), on_done)[0]
     return failed
 
 
@@ -111,9 +111,10 @@ def _claim(plan: Plan, out: Path) -> None:
     claim: dict[str, Any] = {"title": plan.recipe.stem, "recipe": plan.base.to_toml()}
     before = read_claim(out) if path.exists() else claim
     if any(before[key] != value for key, value in claim.items()):
-        raise ArtifactError(
-            f"{out}", "it holds a comparison of another recipe", "give the recipe and --set of the first start"
-        )
+        titles = f"it was {before['title']}, now {claim['title']}"
+        changes = recipe_changes(before["recipe"], claim["recipe"]) if before["title"] == claim["title"] else titles
+        rule = f"it holds a comparison of another recipe ({changes})"
+        raise ArtifactError(f"{out}", rule, "give the recipe and --set of the first start")
     entries = _entries(plan, before.get("entries", {}), out)
     planned = [entry.name for entry in plan.entries]
     there = [name for name in entries if name in planned or finished_marks(out, name)]
@@ -141,24 +142,32 @@ def _entries(plan: Plan, before: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 def _run_all(
-    plan: Plan,
-    waiting: list[Job],
-    workers: int,
-    keep_weights: bool,
-    observer: Observer | None,
-    patience: float,
+    run: Callable[[Job], str | None], waiting: Sequence[Job], workers: int
 ) -> Iterator[tuple[Job, str | None]]:
     if workers == 1:
         try:
-            yield from ((job, _run(plan, job, keep_weights, observer, patience)) for job in waiting)
+            yield from ((job, run(job)) for job in waiting)
         finally:
             _release()
         return
     # A fresh interpreter for each worker: CUDA cannot be used in a forked one.
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, fresh, initializer=_share_cores, initargs=(workers,)) as pool:
-        started = {pool.submit(_run, plan, job, keep_weights, None, patience): job for job in waiting}
+        started = {pool.submit(run, job): job for job in waiting}
         yield from ((started[future], _outcome(future)) for future in as_completed(started))
+
+
+def _sort_out(outcomes: Iterable[tuple[Job, str | None]], on_done: OnDone) -> tuple[list[Job], list[Job]]:
+    """Report the jobs as they end; return those that failed, and those that another process has in hand."""
+    failed: list[Job] = []
+    busy: list[Job] = []
+    for job, error in outcomes:
+        if error == _BUSY:
+            busy.append(job)
+            continue
+        on_done(job, error)
+        failed += [job] if error else []
+    return failed, busy
 
 
 def _share_cores(workers: int) -> None:
@@ -185,7 +194,7 @@ def _release() -> None:
     _workspace = None
 
 
-def _run(plan: Plan, job: Job, keep_weights: bool, observer: Observer | None, patience: float) -> str | None:
+def _run(plan: Plan, keep_weights: bool, observer: Observer | None, patience: float, job: Job) -> str | None:
     """Run one job, unless another process did, and return what went wrong; ``_BUSY`` where its lock stays held."""
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(job.folder.with_name(f"{job.folder.name}.lock"), timeout=patience)

@@ -1,0 +1,40 @@
+"""What differs between two recipes."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from typing import Any
+
+from flexperts.errors import shown
+
+_MOST_TOLD = 4
+
+
+def recipe_changes(before: str, now: str) -> str:
+    """Return the keys in which two recipes differ, with both values, for a message.
+
+    Args:
+        before: A recipe's TOML, as it lies on disk.
+        now: Another's.
+    """
+    try:
+        old, new = (_flat(tomllib.loads(text)) for text in (before, now))
+    except ValueError as error:
+        return f"it cannot be read: {error}"
+    keys = [key for key in old | new if old.get(key) != new.get(key)]
+    told = [f"{key}: {_at(old, key)}, now {_at(new, key)}" for key in keys[:_MOST_TOLD]]
+    more = [f"and {len(keys) - _MOST_TOLD} more"] if keys[_MOST_TOLD:] else []
+    return "; ".join([*told, *more]) or "in how it is written"
+
+
+def _at(flat: Mapping[str, Any], key: str) -> str:
+    return shown(flat[key]) if key in flat else "unset"
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a recipe's values by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
