@@ -17,7 +17,7 @@ from flexperts.parameters.vector import Vector
 class AdaptiveOptions(base.Options):
     """Settings of an adaptive server optimizer."""
 
-    server_lr: float = Field(1e-2, gt=0)
+    server_lr: float = Field(3e-3, gt=0)
     """The server's learning rate: about the largest change of a weight in one round."""
     beta_1: float = Field(0.9, ge=0, lt=1)
     """Decay of the first moment."""
