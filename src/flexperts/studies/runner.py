@@ -110,11 +110,7 @@ def _claim(plan: Plan, out: Path) -> None:
     path, compare = out / CLAIM, plan.base.compare
     claim: dict[str, Any] = {"title": plan.recipe.stem, "recipe": plan.base.to_toml()}
     before = read_claim(out) if path.exists() else claim
-    if any(before[key] != value for key, value in claim.items()):
-        titles = f"it was {before['title']}, now {claim['title']}"
-        changes = recipe_changes(before["recipe"], claim["recipe"]) if before["title"] == claim["title"] else titles
-        rule = f"it holds a comparison of another recipe ({changes})"
-        raise ArtifactError(f"{out}", rule, "give the recipe and --set of the first start")
+    _check_same_recipe(before, claim, out)
     entries = _entries(plan, before.get("entries", {}), out)
     planned = [entry.name for entry in plan.entries]
     there = [name for name in entries if name in planned or finished_marks(out, name)]
@@ -124,6 +120,17 @@ def _claim(plan: Plan, out: Path) -> None:
         raise ConfigError(f"reference {reference!r}", f"it is one of {', '.join(there)}", "add it to the entries")
     bootstrap = {"confidence": compare.confidence, "resamples": compare.resamples}
     write_json(path, claim | {"entries": entries, "reference": reference, **bootstrap})
+
+
+def _check_same_recipe(before: dict[str, Any], claim: dict[str, Any], out: Path) -> None:
+    if before["title"] != claim["title"]:
+        changes = f"it was {before['title']}, now {claim['title']}"
+    elif before["recipe"] != claim["recipe"]:
+        changes = recipe_changes(before["recipe"], claim["recipe"])
+    else:
+        return
+    rule = f"it holds a comparison of another recipe ({changes})"
+    raise ArtifactError(f"{out}", rule, "give the recipe and --set of the first start")
 
 
 def _entries(plan: Plan, before: dict[str, Any], out: Path) -> dict[str, Any]:
