@@ -12,12 +12,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from flexperts import __version__
 from flexperts.artifacts import RunDirectory
-from flexperts.cli.main import main
+from flexperts.cli.main import app, main
 from flexperts.methods.registry import method_class, method_names
 from flexperts.modeling.load import load_base
 from flexperts.parameters.store import load_personal, save_personal
@@ -69,6 +72,12 @@ def start(*arguments: str | Path, cwd: Path) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
+def command_lines(command: Any) -> list[list[str]]:
+    """Return a command and all below it, each as its words."""
+    below = getattr(command, "commands", {})
+    return [[], *([name, *rest] for name, one in below.items() for rest in command_lines(one))]
+
+
 def listing(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
@@ -94,18 +103,8 @@ def finished(work: Path) -> tuple[Path, str]:
 
 
 def test_help_of_every_command_imports_nothing_heavy() -> None:
-    commands = [
-        [],
-        ["run"],
-        ["evaluate"],
-        ["generate"],
-        ["inspect"],
-        ["methods"],
-        ["base"],
-        ["base", "build"],
-        ["base", "partition"],
-    ]
-    commands += [["data"], ["data", "make-silos"]]
+    commands = command_lines(typer.main.get_command(app))
+    assert ["data", "make-silos"] in commands
     code = f"""
 import sys
 from flexperts.cli.main import main
@@ -121,6 +120,12 @@ assert not heavy, heavy
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Usage: flexperts") == len(commands)
+
+
+def test_the_package_runs_as_a_module(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "flexperts", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.strip() == __version__
 
 
 def test_methods_lists_them_all_with_what_they_send_and_their_sources(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,11 +16,12 @@ from flexperts.communication.traffic import encoded_objects
 from flexperts.config.run import RunConfig
 from flexperts.config.silo import SiloConfig
 from flexperts.deployment import worker as worker_module
-from flexperts.deployment.kept import kept_runs
+from flexperts.deployment.kept import keep_recipe, kept_runs
 from flexperts.deployment.settings import for_silo
 from flexperts.deployment.state import make_private
 from flexperts.deployment.wire import pack, unpack
 from flexperts.deployment.worker import Worker
+from flexperts.errors import ArtifactError
 from flexperts.federation.client_app import answer
 from flexperts.federation.observer import Observer
 from flexperts.federation.resident import Resident
@@ -103,6 +104,13 @@ def test_the_base_is_loaded_once_for_all_messages_and_runs(
     assert any(line.startswith("run 01234567, round 1: trained, ") for line in lines)
     kept = {kept.run: (kept.method, kept.round) for kept in kept_runs(Path(silo.state), "clinic")}
     assert kept == {RUN: ("flex", 1), OTHER: ("fedavg", 1), "a" * 32: ("flex", 1)}
+
+
+def test_a_run_does_not_go_on_with_another_recipe(tmp_path: Path, handed: Handed) -> None:
+    keep_recipe(tmp_path, handed().to_toml())
+    keep_recipe(tmp_path, handed().to_toml())
+    with pytest.raises(ArtifactError, match=r"another recipe \(seed: 0, now 1\); start a new run"):
+        keep_recipe(tmp_path, handed("seed=1").to_toml())
 
 
 def test_a_message_that_comes_twice_gets_the_same_answer(worker: Worker, silo: SiloConfig, handed: Handed) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexperts.artifacts import RunDirectory
+from flexperts.config.changes import recipe_changes
 from flexperts.deployment.state import run_folder, run_ids
 from flexperts.errors import ArtifactError
 from flexperts.files import write_text
@@ -39,8 +40,9 @@ def keep_recipe(folder: Path, recipe: str) -> None:
     """
     if not (folder / "config.toml").exists():
         write_text(folder / "config.toml", recipe)
-    elif RunDirectory.open(folder).config_toml != recipe:
-        raise ArtifactError(f"{folder}", "it holds a run of another recipe", "start a new run on the server")
+    elif (kept := RunDirectory.open(folder).config_toml) != recipe:
+        rule = f"it holds a run of another recipe ({recipe_changes(kept, recipe)})"
+        raise ArtifactError(f"{folder}", rule, "start a new run on the server")
 
 
 def kept_runs(state: Path, client: str) -> Iterator[KeptRun]:
