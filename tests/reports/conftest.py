@@ -113,6 +113,11 @@ def entry(draw: random.Random, name: str, clients: list[str], seeds: int, refere
         "seeds": list(range(seeds)),
         "own_state": "personalized" if personal else "global",
         "scores": made,
+        "ability": {
+            state: {"rouge_l": tested(draw, draw.uniform(0, 8), 3), "nll": tested(draw, draw.uniform(-1, 0), 0.2)}
+            for state in made
+            if state != "zero_shot"
+        },
         "against": None
         if name == reference
         else {"rouge_l": tested(draw, draw.uniform(-8, 4), 3), "nll": tested(draw, draw.uniform(-0.2, 0.5), 0.2)},
@@ -171,7 +176,7 @@ def reduced(whole: Comparison) -> Comparison:
     made = copy.deepcopy(whole)
     for found in made["entries"]:
         found |= {"against": None, "peak_memory": None, "curves": {}, "routing": None, "routing_rounds": None}
-        found |= {"selection": None, "privacy": None}
+        found |= {"selection": None, "privacy": None, "ability": {}}
         for state in found["scores"].values():
             state |= {"others": None, "general": None, "mmlu": None}
         found["bytes"]["groups"] = {"uplink": {}, "downlink": {}}

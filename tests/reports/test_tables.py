@@ -146,20 +146,30 @@ def test_client_by_client(
         close(row[3], stat(found), half)
 
 
-def test_what_personalization_cost(whole: Comparison, read: Callable[[Comparison], dict[str, Grid]]) -> None:
-    rows = by_name(read(whole)["ability"])
+@pytest.mark.parametrize("by_row", [True, False])
+def test_what_personalization_cost(
+    whole: Comparison, read: Callable[[Comparison], dict[str, Grid]], by_row: bool
+) -> None:
+    for entry in whole["entries"] if not by_row else ():
+        entry["ability"] = {}
+    rows = {tuple(row[:2]): row for row in read(whole)["ability"][1:]}
+    assert set(rows) == {(e["name"], s) for e in whole["entries"] for s in e["scores"] if s != "zero_shot"}
     for entry in whole["entries"]:
-        row, own, start = rows[entry["name"]], entry["scores"][entry["own_state"]], entry["scores"]["zero_shot"]
-        wanted = (
-            (1, "general", "rouge_l", 1, 0.05),
-            (3, "general", "nll", 1, 0.0005),
-            (5, "mmlu", "accuracy", 100, 0.05),
-        )
-        for column, place, metric, scale, half in wanted:
-            ours, base = own[place][metric], start[place][metric]
-            close(row[column], [scale * ours["mean"], scale * ours["std"]], half)
-            change = [scale * (a - b) for a, b in zip(ours["seeds"], base["seeds"], strict=True)]
-            close(row[column + 1], [fmean(change), stdev(change)], half)
+        for state, found in entry["scores"].items():
+            if state == "zero_shot":
+                continue
+            wanted = (
+                (2, "general", "rouge_l", 1, 0.05),
+                (4, "general", "nll", 1, 0.0005),
+                (6, "mmlu", "accuracy", 100, 0.05),
+            )
+            for column, place, metric, scale, half in wanted:
+                row, ours, base = rows[entry["name"], state], found[place][metric], entry["scores"]["zero_shot"]
+                close(row[column], [scale * ours["mean"], scale * ours["std"]], half)
+                change = [scale * (a - b) for a, b in zip(ours["seeds"], base[place][metric]["seeds"], strict=True)]
+                test = entry["ability"].get(state, {}).get(metric)
+                with_rows = [test[key] for key in ("difference", "low", "high")] if test else []
+                close(row[column + 1], with_rows or [fmean(change), stdev(change)], half)
 
 
 def test_privacy_stands_where_noise_was_added(
@@ -235,12 +245,13 @@ def test_missing_numbers_are_dashes(whole: Comparison) -> None:
     whole["entries"][1]["bytes"]["uplink_per_client_per_round"] = None
     whole["entries"][1]["scores"]["global"]["general"]["nll"]["mean"] = float("nan")
     whole["entries"][2]["scores"]["zero_shot"]["general"]["rouge_l"]["seeds"] = []
+    whole["entries"][1]["ability"] = whole["entries"][2]["ability"] = {}
     row = by_name(of_html(whole)["main"])["fedavg"]
     assert (row[5], row[12]) == ("–", "–")
-    ability = by_name(of_html(whole)["ability"])
-    assert ability["fedavg"][3:5] == ["–", "–"]
-    assert "±" not in ability["local"][2]
-    assert numbers(ability["local"][2])
+    ability = {tuple(row[:2]): row for row in of_html(whole)["ability"]}
+    assert ability["fedavg", "global"][4:6] == ["–", "–"]
+    assert "±" not in ability["local", "personalized"][3]
+    assert numbers(ability["local", "personalized"][3])
 
 
 def test_an_entry_without_all_seeds_is_named(whole: Comparison) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import pytest
+
+from flexperts.studies.collect import collect_comparison
 
 Entries = dict[str, dict[str, Any]]
 Json = dict[str, Any]
@@ -131,6 +134,38 @@ def test_what_lies_beyond_the_own_rows_comes_from_its_file(entries: Entries, com
             if state == "personalized":
                 seeds = [{c: b["others"][state][c][kind] for c in who} for b in beyond]
                 is_statistic(scores["others"][kind], seeds)
+
+
+@every_entry
+def test_what_training_cost_is_told_by_row_with_an_interval(entries: Entries, compared: Path, name: str) -> None:
+    entry, states = entries[name], [state for state in STATES[name] if state != "zero_shot"]
+    assert list(entry["ability"]) == states
+    for state in states:
+        for kind in ("rouge_l", "nll"):
+            test, scores = entry["ability"][state][kind], entry["scores"]
+            means = [scores[s]["general"][kind]["mean"] for s in (state, "zero_shot")]
+            assert test["difference"] == pytest.approx(means[0] - means[1], rel=1e-9)
+            assert test["low"] <= test["difference"] <= test["high"]
+            assert 0 < test["p"] <= 1
+    for run in runs(compared, name):
+        for state, clients in run.json("beyond.json")["general"].items():
+            for found in clients.values():
+                each, tokens = found["by_row"], [row["tokens"] for row in found["by_row"]]
+                assert found["rouge_l"] == pytest.approx(fmean(row["rouge_l"] for row in each)), state
+                assert found["nll"] == pytest.approx(fmean([row["nll"] for row in each], tokens)), state
+
+
+def test_runs_without_rows_on_general_tasks_have_no_interval(compared: Path, tmp_path: Path) -> None:
+    shutil.copytree(compared, tmp_path / "old")
+    for path in (tmp_path / "old").rglob("beyond.json"):
+        beyond = json.loads(path.read_text())
+        for clients in beyond["general"].values():
+            for found in clients.values():
+                del found["by_row"]
+        path.write_text(json.dumps(beyond))
+    found = collect_comparison(tmp_path / "old")["entries"]
+    assert [entry["ability"] for entry in found] == [{}] * len(found)
+    assert all(entry["scores"][entry["own_state"]]["general"] for entry in found)
 
 
 @every_entry

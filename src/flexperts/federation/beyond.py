@@ -61,7 +61,7 @@ def look_beyond(run: TrainedRun, observer: Observer | None = None) -> dict[str, 
         found["others"] = {s: {n: _others(run, c, s, clients) for n, c in clients.items()} for s in own}
     if knowledge.general:
         rows = _general_rows(run.config)
-        found["general"] = _everywhere(run, clients, lambda c, s: _numbers(c.score(run.request(c.name), s, rows)))
+        found["general"] = _everywhere(run, clients, lambda c, s: _by_row(c.score(run.request(c.name), s, rows)))
     if knowledge.mmlu:
         found["mmlu"] = _everywhere(run, clients, lambda c, s: _questions(run, c, s))
     return found
@@ -99,6 +99,11 @@ def _others(run: TrainedRun, client: Client, state: State, clients: Mapping[str,
 
 def _numbers(scores: Scores) -> dict[str, Any]:
     return {**scores.metrics(), "rows": scores.rows}
+
+
+def _by_row(scores: Scores) -> dict[str, Any]:
+    """Return means and every row's numbers: of the same rows for all clients, so states can be compared by row."""
+    return {**_numbers(scores), "by_row": [scores.row(i) for i in range(scores.rows)]}
 
 
 def _questions(run: TrainedRun, client: Client, state: State) -> dict[str, Any]:

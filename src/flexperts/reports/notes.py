@@ -46,13 +46,21 @@ def client_note(comparison: Comparison, metric: str) -> str:
 
 def ability_note(comparison: Comparison) -> str:
     """Return the note of the table of general ability."""
-    spread = " (mean ± sample standard deviation, paired by seed)" if len(comparison["seeds"]) > 1 else ""
     text = (
         "General tasks: instructions on which no client trained. MMLU: multiple choice by likelihood; with four "
-        f"choices, chance is 25 %. Minus zero-shot: own state minus the untouched base, seed by seed{spread}; "
+        f"choices, chance is 25 %. Minus zero-shot: minus the untouched base{_ability_words(comparison)}; "
         "below 0 for ROUGE-L and accuracy, above 0 for NLL, is ability lost."
     )
     return _joined(text, counts(comparison))
+
+
+def _ability_words(comparison: Comparison) -> str:
+    if any(entry.get("ability") for entry in comparison["entries"]):
+        return (
+            f", in brackets the {100 * comparison['confidence']:g} % interval of a paired bootstrap over the rows "
+            "of these tasks, not adjusted for how many are shown"
+        )
+    return " (mean ± sample standard deviation, paired by seed)" if len(comparison["seeds"]) > 1 else ""
 
 
 def _score_words(comparison: Comparison) -> str:

@@ -46,9 +46,9 @@ def against(entry: Entry, metric: str) -> Mapping[str, Any] | None:
     return (entry.get("against") or {}).get(metric) or None
 
 
-def change(entry: Entry, place: str, metric: str) -> dict[str, Any] | None:
-    """Return mean and sample std over seeds of own state minus zero-shot, paired by seed."""
-    ours, start = own(entry, place, metric), stat(entry, "zero_shot", place, metric)
+def change(entry: Entry, state: str, place: str, metric: str) -> dict[str, Any] | None:
+    """Return mean and sample std over seeds of a state minus zero-shot, paired by seed."""
+    ours, start = stat(entry, state, place, metric), stat(entry, "zero_shot", place, metric)
     if ours is None or start is None:
         return None
     first, second = mean(ours), mean(start)

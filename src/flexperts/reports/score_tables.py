@@ -65,22 +65,32 @@ def client_table(comparison: Comparison, metric: str) -> Table:
 
 
 def ability_table(comparison: Comparison) -> Table:
-    """Return what personalization cost in general ability: own state, and own state minus zero-shot."""
-    measured = [e for e in ordered(comparison) if any(own(e, *where) for where in _WITHIN_ABILITY)]
-    rows = [(words(e["name"]), *(c for where in _WITHIN_ABILITY for c in _ability(e, *where))) for e in measured]
-    state = own_state_words(comparison)
-    header = [Column("entry", words=True)]
+    """Return what training cost in general ability: every trained state, and its difference to zero-shot."""
+    measured = [(e, state) for e in ordered(comparison) for state in e["scores"] if _is_measured(e, state)]
+    rows = tuple(
+        (words(e["name"]), words(STATES[s]), *(c for where in _WITHIN_ABILITY for c in _ability(e, s, *where)))
+        for e, s in measured
+    )
+    header = [Column("entry", words=True), Column("state", words=True)]
     for name, place in (("ROUGE-L", "general tasks"), ("NLL", "general tasks"), ("accuracy, %", "MMLU")):
-        header += [Column(name, f"{state}, {place}"), Column(f"{name}, minus zero-shot", f"{state}, {place}")]
+        header += [Column(name, place), Column(f"{name}, minus zero-shot", place)]
     title = "What personalization cost in general ability"
-    return Table("ability", title, ability_note(comparison), tuple(header), tuple(rows))
+    return Table("ability", title, ability_note(comparison), tuple(header), rows)
 
 
-def _ability(entry: Entry, place: str, metric: str) -> tuple[Cell, Cell]:
-    found, difference = own(entry, place, metric), change(entry, place, metric)
+def _is_measured(entry: Entry, state: str) -> bool:
+    """Tell whether a trained state was scored beyond its clients; of the untouched base, only where it is all."""
+    trained = state != "zero_shot" or entry["own_state"] == "zero_shot"
+    return trained and any(stat(entry, state, *where) for where in _WITHIN_ABILITY)
+
+
+def _ability(entry: Entry, state: str, place: str, metric: str) -> tuple[Cell, Cell]:
+    found, difference = stat(entry, state, place, metric), change(entry, state, place, metric)
     if metric == "accuracy":
         return _percent(found), _percent(difference, sign=True)
-    return spread(found, DIGITS[metric]), spread(difference, DIGITS[metric], sign=True)
+    test = ((entry.get("ability") or {}).get(state) or {}).get(metric)
+    digits = DIGITS[metric]
+    return spread(found, digits), interval(test, digits) if test else spread(difference, digits, sign=True)
 
 
 def _percent(found: Any, *, sign: bool = False) -> Cell:

@@ -18,6 +18,7 @@ from flexperts.artifacts import RunDirectory
 from flexperts.errors import ArtifactError
 from flexperts.evaluation.scores import SCORES, Scores
 from flexperts.files import read_json
+from flexperts.studies.ability import abilities
 from flexperts.studies.contrast import contrasts
 from flexperts.studies.curves import curves
 from flexperts.studies.finished import CLAIM, RUNS, Finished, read_claim
@@ -62,7 +63,10 @@ def collect(
         "confidence": confidence,
         "resamples": resamples,
         "clients": first.clients,
-        "entries": [_entry(entry) | {"against": against.get(entry.name)} for entry in finished],
+        "entries": [
+            _entry(entry) | {"ability": abilities(entry, confidence, resamples), "against": against.get(entry.name)}
+            for entry in finished
+        ],
         "examples": examples(first, finished),
     }
 
