@@ -17,7 +17,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = [
     {"errors"},
-    {"config", "seeding", "files"},
+    {"config", "environment", "seeding", "files"},
     {"recipe", "artifacts", "base", "moe", "parameters", "data"},
     {"modeling"},
     {"grafting", "training", "evaluation", "communication"},

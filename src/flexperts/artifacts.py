@@ -4,7 +4,7 @@ Its files::
 
   config.toml            the whole recipe, defaults written out
   run_id                 32 hex digits by which silos know which run their state belongs to
-  environment.json       versions and machine
+  environment.json       versions, code and machine
   rounds.jsonl           one line per finished round, with its checksum
   summary.json           scores, bytes and seconds, with their checksum; written when the method's rounds are done,
                          and once more with the reference's when those are
@@ -26,16 +26,15 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from flexperts.config.changes import recipe_changes
+from flexperts.environment import environment
 from flexperts.errors import ArtifactError
 from flexperts.files import (
     content_of,
@@ -52,9 +51,6 @@ from flexperts.files import (
 )
 
 JOINED = "joined"
-_PACKAGES = (
-    "flexperts", "torch", "transformers", "peft", "accelerate", "flwr", "numpy", "safetensors", "rouge-score",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -265,32 +261,3 @@ class RunDirectory:
                 "finish it with `flexperts run --resume`",
             )
         return opened(path, read_json(path), needed=checked)
-
-
-def environment() -> dict[str, Any]:
-    """Return package versions and what the machine is."""
-    return {
-        "packages": {name: _version(name) for name in _PACKAGES},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-    }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )

@@ -68,9 +68,11 @@ def _difference(entry: dict[str, Any], metric: str) -> float:
     return float(entry["against"][metric]["difference"]) if entry["against"] else 0.0
 
 
-def test_a_mark_is_hollow_where_the_interval_includes_zero(whole: Comparison) -> None:
-    for low, fill in ((-1.0, "fill: var(--paper)"), (0.5, "fill: {}")):
-        whole["entries"][1]["against"]["rouge_l"] = {"difference": 1.0, "low": low, "high": 2.0}
+def test_a_mark_is_hollow_where_two_are_not_told_apart(whole: Comparison) -> None:
+    hollow = "fill: var(--paper)"
+    for low, p, fill in ((-1.0, 0.01, hollow), (0.5, 0.01, "fill: {}"), (0.5, 0.06, hollow)):
+        test = {"difference": 1.0, "low": low, "high": 2.0, "p_adjusted": p}
+        whole["entries"][1]["against"]["rouge_l"] = test
         plot = difference_plot(whole, "rouge_l")
         colour = looks(whole)["fedavg"].colour
         assert plot is not None

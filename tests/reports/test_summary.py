@@ -39,33 +39,47 @@ def test_the_best_and_its_interval_come_first(ranked: Comparison) -> None:
         "flex is +4.0 [+1.0, +7.0]; the 95 % interval excludes 0 (adjusted p = 0.002)."
     )
     assert second.startswith("flex (personalized), the reference, has the best NLL")
-    assert "1 is better and 1 worse with an interval that excludes 0; 0 are not told apart" in third
+    assert (
+        "1 is better and 1 worse, with an interval that excludes 0 and an adjusted p below 0.05; 0 are not" in third
+    )
 
 
 def test_an_interval_over_zero_is_said_to_decide_nothing(ranked: Comparison) -> None:
     put(ranked, "local", 34.0, 0.5, (-1.0, 4.0, 9.0))
     first, second, third = summary(ranked)
-    assert "includes 0, so the two are not told apart" in first
+    assert "includes 0 (adjusted p = 0.002), so the two are not told apart" in first
     assert second == "It is also best by NLL (0.500 ± 0.010)."
     assert "0 are better and 1 worse" in third
     assert "1 is not told apart" in third
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "metric", "expected"),
+    ("low", "high", "p", "metric", "expected"),
     [
-        (1, 2, "rouge_l", "better"),
-        (-2, -1, "rouge_l", "worse"),
-        (1, 2, "nll", "worse"),
-        (-2, -1, "nll", "better"),
-        (-1, 1, "nll", "open"),
-        (0, 1, "rouge_l", "open"),
-        (None, 1, "rouge_l", "none"),
+        (1, 2, 0.01, "rouge_l", "better"),
+        (-2, -1, 0.01, "rouge_l", "worse"),
+        (1, 2, 0.01, "nll", "worse"),
+        (-2, -1, 0.01, "nll", "better"),
+        (-1, 1, 0.01, "nll", "open"),
+        (0, 1, 0.01, "rouge_l", "open"),
+        (1, 2, 0.06, "rouge_l", "open"),  # one of many intervals that would leave 0 out by chance
+        (None, 1, 0.01, "rouge_l", "none"),
     ],
 )
-def test_lower_nll_is_better(low: float | None, high: float, metric: str, expected: str) -> None:
-    assert verdict({"difference": 0.5, "low": low, "high": high}, metric) == expected
-    assert verdict(None, metric) == "none"
+def test_lower_nll_is_better(
+    whole: Comparison, low: float | None, high: float, p: float, metric: str, expected: str
+) -> None:
+    entry = whole["entries"][1]
+    entry["against"] = {metric: {"difference": 0.5, "low": low, "high": high, "p": 0.01, "p_adjusted": p}}
+    assert verdict(whole, entry, metric) == expected
+    assert verdict(whole, whole["entries"][0], metric) == "none"
+
+
+def test_what_adjustment_undoes_is_said(ranked: Comparison) -> None:
+    ranked["entries"][2]["against"]["rouge_l"]["p_adjusted"] = 0.059
+    first, _, third = summary(ranked)
+    assert "the 95 % interval excludes 0 (adjusted p = 0.059), so the two are not told apart." in first
+    assert "0 are better and 1 worse" in third
 
 
 def test_a_single_run_is_set_against_its_base(single: Comparison) -> None:

@@ -112,9 +112,11 @@ def test_the_comparison(whole: Comparison, read: Callable[[Comparison], dict[str
         close(row[9], stat(scores["global"]["own"]["nll"]), 0.0005)
         close(row[10], stat(own["others"]["rouge_l"]), 0.05)
         close(row[11], stat(own["others"]["nll"]), 0.0005)
+        close(row[12], stat(scores["global"]["others"]["rouge_l"]), 0.05)
+        close(row[13], stat(scores["global"]["others"]["nll"]), 0.0005)
         sent = entry["bytes"]["uplink_per_client_per_round"]
-        close(row[12], [sent], 50 if sent < 999_950 else 5e4)
-        close(row[14], [entry["seconds"]["training"]], 0.5)
+        close(row[14], [sent], 50 if sent < 999_950 else 5e4)
+        close(row[16], [entry["seconds"]["training"]], 0.5)
     base = whole["entries"][0]["scores"]["zero_shot"]
     close(rows["base, untrained"][2], stat(base["own"]["rouge_l"]), 0.05)
     close(rows["base, untrained"][11], stat(base["others"]["nll"]), 0.0005)
@@ -137,13 +139,14 @@ def test_client_by_client(
     whole: Comparison, read: Callable[[Comparison], dict[str, Grid]], metric: str, half: float
 ) -> None:
     grid = read(whole)[f"clients-{metric}"]
-    assert [h.split(" (")[0] for h in grid[0]] == ["entry", "clinic", "shop", "mean"]
+    assert [h.split(" (")[0] for h in grid[0]] == ["entry", "own state", "clinic", "shop", "mean"]
     for entry in whole["entries"]:
         found = entry["scores"][entry["own_state"]]["own"][metric]
         row = by_name(grid)[entry["name"]]
-        for column, client in enumerate(whole["clients"], 1):
+        assert row[1] == entry["own_state"]
+        for column, client in enumerate(whole["clients"], 2):
             close(row[column], stat(found["clients"][client]), half)
-        close(row[3], stat(found), half)
+        close(row[4], stat(found), half)
 
 
 @pytest.mark.parametrize("by_row", [True, False])
@@ -207,7 +210,24 @@ def test_routing(whole: Comparison, read: Callable[[Comparison], dict[str, Grid]
         layers = [v for c in entry["routing"][entry["own_state"]].values() for v in c.values()]
         for key, text in zip(keys, row[2:], strict=True):
             values = [len(v) if isinstance(v := layer[key], list) else v for layer in layers if key in layer]
-            close(text, [fmean(values)] if values else [], 0.05 if key == "dead" else 0.0005)
+            half = {"dead": 0.05, "divergence": 0.005}.get(key, 0.0005)
+            close(text, [fmean(values)] if values else [], half)
+
+
+def test_a_divergence_far_below_one_is_not_printed_as_nothing(whole: Comparison) -> None:
+    for layers in whole["entries"][0]["routing"]["personalized"].values():
+        for layer in layers.values():
+            layer["divergence"] = 4.24e-7
+    assert by_name(of_markdown(whole)["routing"])["flex"][4] == "4.2e−07"
+
+
+def test_runs_of_several_environments_are_told(
+    whole: Comparison, read: Callable[[Comparison], dict[str, Grid]]
+) -> None:
+    whole["environment"] |= {"cores": [2, 4], "revision": ["0123456789", None]}
+    rows = dict(read(whole)["environment"][1:])
+    assert (rows["cores"], rows["revision"], rows["torch"]) == ("2 / 4", "0123456789 / –", "2.13.0")
+    assert "the runs differ" in tables(whole)["environment"].note
 
 
 def test_selection(whole: Comparison, read: Callable[[Comparison], dict[str, Grid]]) -> None:
@@ -247,7 +267,7 @@ def test_missing_numbers_are_dashes(whole: Comparison) -> None:
     whole["entries"][2]["scores"]["zero_shot"]["general"]["rouge_l"]["seeds"] = []
     whole["entries"][1]["ability"] = whole["entries"][2]["ability"] = {}
     row = by_name(of_html(whole)["main"])["fedavg"]
-    assert (row[5], row[12]) == ("–", "–")
+    assert (row[5], row[14]) == ("–", "–")
     ability = {tuple(row[:2]): row for row in of_html(whole)["ability"]}
     assert ability["fedavg", "global"][4:6] == ["–", "–"]
     assert "±" not in ability["local", "personalized"][3]

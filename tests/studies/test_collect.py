@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from flexperts.files import opened, sealed
 from flexperts.studies.collect import collect_comparison
 
 Entries = dict[str, dict[str, Any]]
@@ -65,7 +66,7 @@ def is_statistic(found: Json, seeds: list[dict[str, float]]) -> None:
 
 def test_the_head(comparison: Json, compared: Path, work: Path) -> None:
     assert comparison["kind"] == "comparison"
-    assert (comparison["title"], comparison["split"], comparison["reference"]) == ("recipe", "test", "flex")
+    assert (comparison["title"], comparison["split"], comparison["reference"]) == ("out", "test", "flex")
     assert (comparison["confidence"], comparison["resamples"]) == (0.95, 500)
     assert (comparison["seeds"], comparison["clients"]) == ([0, 1], CLIENTS)
     assert [entry["name"] for entry in comparison["entries"]] == list(STATES)
@@ -166,6 +167,20 @@ def test_runs_without_rows_on_general_tasks_have_no_interval(compared: Path, tmp
     found = collect_comparison(tmp_path / "old")["entries"]
     assert [entry["ability"] for entry in found] == [{}] * len(found)
     assert all(entry["scores"][entry["own_state"]]["general"] for entry in found)
+
+
+def test_what_runs_do_not_share_is_told_of_each(compared: Path, tmp_path: Path) -> None:
+    """Environments that differ stand side by side; a group of tensors that a seed never sent counts as 0 there."""
+    out = shutil.copytree(compared, tmp_path / "mixed")
+    environment, summary = (out / "runs" / "flex" / "seed-1" / n for n in ("environment.json", "summary.json"))
+    environment.write_text(json.dumps(json.loads(environment.read_text()) | {"threads": 99}))
+    numbers = opened(summary, json.loads(summary.read_text()))
+    numbers["bytes"]["groups"]["uplink"]["new"] = 10
+    summary.write_text(json.dumps(sealed(numbers)))
+    found = collect_comparison(out)
+    assert found["environment"]["threads"] == [Run(compared, "flex", 0).json("environment.json")["threads"], 99]
+    flex = next(entry for entry in found["entries"] if entry["name"] == "flex")
+    assert flex["bytes"]["groups"]["uplink"]["new"] == 5
 
 
 @every_entry

@@ -160,7 +160,7 @@ def test_an_entry_that_has_not_finished_is_left_out(compared: Path, tmp_path: Pa
 
 
 def test_an_unfinished_reference_is_refused(compared: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="flex of recipe: the reference has not finished"):
+    with pytest.raises(ArtifactError, match="flex of copy: the reference has not finished"):
         collect_comparison(without(compared, tmp_path, "flex/seed-0", "flex/seed-1"))
 
 

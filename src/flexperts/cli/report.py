@@ -18,7 +18,6 @@ def command(path: Annotated[Path, typer.Argument(help="Directory of a run or of 
 
 _WIDE = 120
 """Columns of a terminal that has room for more than each client's own rows."""
-_WHERE_WIDE = ("own state", "p, adjusted")
 
 
 def write_reports(console: Any, comparison: Mapping[str, Any], out: Path) -> None:
@@ -62,4 +61,4 @@ def _is_left_out(column: Any, own: str, narrow: bool) -> bool:
     about_nll = "NLL" in column.name and (column.name, column.group) != ("NLL", own)
     if narrow and not column.words and column.group != own:
         return True
-    return bool(about_nll or column.name == "received" or (narrow and column.name in _WHERE_WIDE))
+    return bool(about_nll or column.name == "received" or (narrow and column.name == "p, adjusted"))

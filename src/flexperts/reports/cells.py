@@ -88,6 +88,12 @@ def number(value: Any, digits: int) -> Cell:
     return Cell(MISSING) if value is None else Cell(_fixed(value, digits), value)
 
 
+def significant(value: Any) -> Cell:
+    """Return a number that may be far below 1 with two significant digits, such as 4.2e-07."""
+    value = finite(value)
+    return Cell(MISSING) if value is None else Cell(f"{value:.2g}".replace("-", MINUS), value)
+
+
 def signed(value: Any, digits: int) -> Cell:
     """Return a difference: its sign always stands, but where it rounds to zero."""
     value = finite(value)

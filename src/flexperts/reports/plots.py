@@ -49,8 +49,8 @@ def score_plot(comparison: Comparison, metric: str) -> Plot | None:
 
 
 def difference_plot(comparison: Comparison, metric: str) -> Plot | None:
-    """Return differences to the reference with their intervals; hollow where the interval includes 0."""
-    compared = {e["name"] for e in comparison["entries"] if verdict(against(e, metric), metric) != "none"}
+    """Return differences to the reference with their intervals; hollow where they are not told apart."""
+    compared = {e["name"] for e in comparison["entries"] if verdict(comparison, e, metric) != "none"}
     if not compared:
         return None
     entries = [e for e in ordered(comparison) if e["name"] in compared | {comparison["reference"]}]
@@ -62,7 +62,7 @@ def difference_plot(comparison: Comparison, metric: str) -> Plot | None:
         for row, entry in enumerate(entries):
             test = against(entry, metric) or {"low": 0.0, "difference": 0.0, "high": 0.0}
             ends = float(test["low"]), float(test["difference"]), float(test["high"])
-            told_apart = verdict(test, metric) != "open" or entry["name"] == comparison["reference"]
+            told_apart = verdict(comparison, entry, metric) != "open"
             _whisker(axes, comparison, entry, row, ends, filled=told_apart)
         axes.set_xlabel(_better(metric))
         return Plot(title, svg(figure, f"difference-{metric}", title))

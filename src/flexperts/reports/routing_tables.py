@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from statistics import fmean, median
 from typing import Any
 
-from flexperts.reports.cells import Cell, Column, Table, finite, number, words
-from flexperts.reports.notes import counts
-from flexperts.reports.reading import STATES, Comparison, Entry, layer_names, measure, ordered, routing_of
+from flexperts.reports.cells import Cell, Column, Table, finite, number, significant, words
+from flexperts.reports.reading import Comparison, Entry, layer_names, measure, ordered, routing_of
+from flexperts.reports.score_tables import WHO, own_state
 
 MEASURES = {
     "entropy": "entropy",
@@ -23,21 +23,16 @@ MEASURES = {
 
 def routing_table(comparison: Comparison) -> Table:
     """Return means over clients and layers of the routing of every entry's own state."""
-    header = (Column("entry", words=True), Column("own state", words=True), *map(Column, MEASURES.values()))
+    header = (*WHO, *map(Column, MEASURES.values()))
     rows = tuple(
-        (
-            words(entry["name"]),
-            words(STATES.get(entry["own_state"], entry["own_state"])),
-            *(_mean(clients, key) for key in MEASURES),
-        )
+        (words(entry["name"]), own_state(entry), *(_mean(clients, key) for key in MEASURES))
         for entry in ordered(comparison)
         if (clients := routing_of(entry))
     )
     note = (
         "Means over clients and layers, on the clients' own rows after the last round, first seed. Entropy of the "
         "router's distribution and divergence (Jensen-Shannon) in nats; evenness is the load's entropy, 1 is even. "
-        "Agreement and divergence compare with the untouched base on the same tokens; dead experts get no token. "
-        + counts(comparison)
+        "Agreement and divergence compare with the untouched base on the same tokens; dead experts get no token."
     )
     return Table("routing", "Routing", note, header, rows)
 
@@ -72,7 +67,8 @@ def selected(comparison: Comparison) -> Entry | None:
 def _mean(clients: Mapping[str, Mapping[str, Mapping[str, Any]]], key: str) -> Cell:
     found = [measure(layer, key) for layers in clients.values() for layer in layers.values()]
     present = [value for value in found if value is not None]
-    return number(fmean(present) if present else None, 1 if key == "dead" else 3)
+    average = fmean(present) if present else None
+    return significant(average) if key == "divergence" else number(average, 1 if key == "dead" else 3)
 
 
 def _selection(layer: Mapping[str, Any]) -> tuple[Cell, ...]:

@@ -36,6 +36,8 @@ from flexperts.reports.reading import (
 DIGITS = {"rouge_l": 1, "nll": 3}
 """Digits after the point of each score."""
 LOWEST_IS_BEST = {"nll"}
+WHO = (Column("entry", words=True), Column("own state", words=True))
+"""The first columns of a table of entries in their own state."""
 _WITHIN_ABILITY = (("general", "rouge_l"), ("general", "nll"), ("mmlu", "accuracy"))
 
 
@@ -55,11 +57,11 @@ def client_table(comparison: Comparison, metric: str) -> Table:
     for entry in ordered(comparison):
         found = own(entry, "own", metric)
         cells = [spread(((found or {}).get("clients") or {}).get(c), digits) for c in clients]
-        rows.append((words(entry["name"]), *cells, spread(found, digits)))
-    for column in range(1, len(clients) + 2):
+        rows.append((words(entry["name"]), own_state(entry), *cells, spread(found, digits)))
+    for column in range(2, len(clients) + 3):
         rows = mark_best(rows, column, lowest=metric in LOWEST_IS_BEST)
     group = _place(comparison, own_state_words(comparison), "own")
-    header = (Column("entry", words=True), *(Column(c, group) for c in clients), Column("mean", group))
+    header = (*WHO, *(Column(c, group) for c in clients), Column("mean", group))
     title = f"{METRICS[metric]} by client"
     return Table(f"clients-{metric}", title, client_note(comparison, metric), header, tuple(rows))
 
@@ -102,16 +104,16 @@ def _percent(found: Any, *, sign: bool = False) -> Cell:
 def _main_header(comparison: Comparison) -> tuple[Column, ...]:
     state = own_state_words(comparison)
     own_rows, others = (_place(comparison, state, place) for place in ("own", "others"))
-    shared = _place(comparison, "global", "own")
+    shared, shared_others = (_place(comparison, "global", place) for place in ("own", "others"))
     level = f"{100 * comparison['confidence']:g}\u00a0%"
     tests = ("ROUGE-L", f"Δ ROUGE-L to reference [{level}]", "p, adjusted")
     losses = ("NLL", f"Δ NLL to reference [{level}]", "p, adjusted")
     return (
-        Column("entry", words=True),
-        Column("own state", words=True),
+        *WHO,
         *(Column(name, own_rows) for name in (*tests, *losses)),
         *(Column(name, shared) for name in ("ROUGE-L", "NLL")),
         *(Column(name, others) for name in ("ROUGE-L", "NLL")),
+        *(Column(name, shared_others) for name in ("ROUGE-L", "NLL")),
         *(Column(name, "per client and round") for name in ("sent", "received")),
         Column("training, s"),
     )
@@ -127,15 +129,21 @@ def _main_row(comparison: Comparison, entry: Entry) -> tuple[Cell, ...]:
     sent, seconds = entry.get("bytes") or {}, entry.get("seconds") or {}
     return (
         words(name),
-        words(STATES.get(entry["own_state"], entry["own_state"])),
+        own_state(entry),
         *_tested(entry, "rouge_l"),
         *_tested(entry, "nll"),
         *(spread(stat(entry, "global", "own", metric), DIGITS[metric]) for metric in METRICS),
         *(spread(own(entry, "others", metric), DIGITS[metric]) for metric in METRICS),
+        *(spread(stat(entry, "global", "others", metric), DIGITS[metric]) for metric in METRICS),
         size(sent.get("uplink_per_client_per_round")),
         size(sent.get("downlink_per_client_per_round")),
         number(seconds.get("training"), 0),
     )
+
+
+def own_state(entry: Entry) -> Cell:
+    """Return the state that a method ends in, in words."""
+    return words(STATES.get(entry["own_state"], entry["own_state"]))
 
 
 def _tested(entry: Entry, metric: str) -> tuple[Cell, Cell, Cell]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flexperts.reports.cells import Cell, Column, Table, words
+from flexperts.reports.cells import MISSING, Column, Table, words
 from flexperts.reports.reading import Comparison, ordered
 
 
@@ -25,16 +25,23 @@ def entries_table(comparison: Comparison) -> Table:
 
 
 def environment_table(comparison: Comparison) -> Table:
-    """Return versions and machine, one fact a row."""
-    rows = tuple(_facts(comparison.get("environment") or {}))
+    """Return versions, code and machine, one fact a row."""
+    facts = _flat(comparison.get("environment") or {})
+    mixed = any(isinstance(value, list) for value in facts.values())
+    note = "Where several values stand, the runs differ." if mixed else ""
     header = (Column("what", words=True), Column("value", words=True))
-    return Table("environment", "Environment", "", header, rows)
+    rows = tuple((words(name), words(_text(value))) for name, value in facts.items())
+    return Table("environment", "Environment", note, header, rows)
 
 
-def _facts(found: Mapping[str, Any]) -> list[tuple[Cell, Cell]]:
-    facts = []
+def _flat(found: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
     for name, value in found.items():
-        facts += (
-            _facts(value) if isinstance(value, Mapping) else [(words(name), words("–" if value is None else value))]
-        )
-    return facts
+        flat |= _flat(value) if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return " / ".join(map(_text, value))
+    return MISSING if value is None else str(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flexperts.reports.cells import interval, number, p_value, spread
+from flexperts.reports.cells import finite, interval, number, p_value, spread
 from flexperts.reports.reading import METRICS, STATES, Comparison, Entry, against, mean, ordered, own, stat
 from flexperts.reports.score_tables import DIGITS
 
@@ -37,13 +37,22 @@ def facts(comparison: Comparison) -> list[tuple[str, str]]:
     return [(name, str(len(values))) for name, values in found] + [("scored rows", comparison["split"])]
 
 
-def verdict(test: Mapping[str, Any] | None, metric: str) -> str:
-    """Return better, worse or open, as the interval lies to 0; none without an interval."""
-    if interval(test, 1).value is None or test is None:
+def verdict(comparison: Comparison, entry: Entry, metric: str) -> str:
+    """Return how an entry stands to the reference: better, worse, open (not told apart), or none without a test.
+
+    Two entries are told apart when the interval leaves 0 out and the p-value, adjusted for the number of
+    comparisons, is below 1 - confidence: of many intervals, some leave 0 out by chance.
+    """
+    test = against(entry, metric)
+    if test is None or interval(test, 1).value is None:
         return "none"
-    if test["low"] <= 0 <= test["high"]:
+    if _holds_zero(test) or (finite(test.get("p_adjusted")) or 0.0) >= 1 - comparison["confidence"]:
         return "open"
     return "better" if (test["low"] > 0) != (metric == "nll") else "worse"
+
+
+def _holds_zero(test: Mapping[str, Any]) -> bool:
+    return bool(test["low"] <= 0 <= test["high"])
 
 
 def _best(comparison: Comparison, entry: Entry, metric: str) -> str:
@@ -62,29 +71,29 @@ def _best(comparison: Comparison, entry: Entry, metric: str) -> str:
 
 
 def _difference(comparison: Comparison, entry: Entry, metric: str) -> str:
-    test = against(entry, metric)
-    found = verdict(test, metric)
+    test, found = against(entry, metric), verdict(comparison, entry, metric)
     if test is None or found == "none":
         return ""
-    says = "includes 0, so the two are not told apart" if found == "open" else "excludes 0"
     p = p_value(test.get("p_adjusted"))
-    level = f"{100 * comparison['confidence']:g} %"
     adjusted = "" if p.value is None else f" (adjusted p {p.text if p.text.startswith('<') else '= ' + p.text})"
-    text = interval(test, DIGITS[metric]).text
-    return f" Its difference to {comparison['reference']} is {text}; the {level} interval {says}{adjusted}."
+    zero = "includes 0" if _holds_zero(test) else "excludes 0"
+    so = ", so the two are not told apart" if found == "open" else ""
+    level, text = f"{100 * comparison['confidence']:g} %", interval(test, DIGITS[metric]).text
+    return f" Its difference to {comparison['reference']} is {text}; the {level} interval {zero}{adjusted}{so}."
 
 
 def _standing(comparison: Comparison, metric: str) -> list[str]:
-    """Return how many entries the reference beats, by intervals."""
-    found = [verdict(against(entry, metric), metric) for entry in comparison["entries"]]
+    """Return how many entries are told apart from the reference."""
+    found = [verdict(comparison, entry, metric) for entry in comparison["entries"]]
     total = len(found) - found.count("none")
     if total < 2:
         return []
     better, worse, undecided = (found.count(kind) for kind in ("better", "worse", "open"))
     return [
         f"Of {total} entries compared with {comparison['reference']} by {METRICS[metric]}, {better} "
-        f"{'is' if better == 1 else 'are'} better and {worse} worse with an interval that excludes 0; "
-        f"{undecided} {'is' if undecided == 1 else 'are'} not told apart."
+        f"{'is' if better == 1 else 'are'} better and {worse} worse, with an interval that excludes 0 and an "
+        f"adjusted p below {1 - comparison['confidence']:.2g}; {undecided} {'is' if undecided == 1 else 'are'} not "
+        "told apart."
     ]
 
 

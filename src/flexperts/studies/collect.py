@@ -38,7 +38,7 @@ def collect(
     """Return the comparison of finished runs.
 
     Args:
-        title: What it is called.
+        title: What it is called: its directory.
         recipe: The recipe's text, without any entry's settings.
         finished: Entries with at least one finished run each, in the order of the table.
         reference: The entry that the others are compared with.
@@ -56,7 +56,7 @@ def collect(
         "kind": "comparison",
         "title": title,
         "recipe": _placeless(recipe),
-        "environment": next(iter(first.runs.values())).environment(),
+        "environment": _together([run.environment() for entry in finished for run in entry.runs.values()]),
         "split": first.summaries[0]["split"],
         "reference": reference,
         "seeds": sorted({seed for entry in finished for seed in entry.runs}),
@@ -69,6 +69,14 @@ def collect(
         ],
         "examples": examples(first, finished),
     }
+
+
+def _together(found: Sequence[Any]) -> Any:
+    """Return what equally nested values have in common; where some differ, a list of what there is."""
+    if isinstance(found[0], Mapping):
+        return {key: _together([each.get(key) for each in found]) for key in found[0]}
+    distinct = list(dict.fromkeys(found))
+    return distinct[0] if len(distinct) == 1 else distinct
 
 
 def _placeless(recipe: str) -> str:
@@ -94,7 +102,7 @@ def collect_comparison(path: Path) -> dict[str, Any]:
     found = [Finished.read(path, name, settings) for name, settings in claim["entries"].items()]
     finished = [entry for entry in found if entry.runs]
     bootstrap = {key: claim[key] for key in ("confidence", "resamples")}
-    return collect(claim["title"], claim["recipe"], finished, claim["reference"], **bootstrap)
+    return collect(path.resolve().name, claim["recipe"], finished, claim["reference"], **bootstrap)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -117,7 +125,7 @@ def collect_run(path: Path) -> dict[str, Any]:
         name = str(other.summary()["method"])
         name = f"{name} as reference" if name == finished[0].name else name
         finished.append(Finished(name, (), {int(other.summary()["seed"]): other}))
-    return collect(path.name, run.config_toml, finished, finished[0].name)
+    return collect(path.resolve().name, run.config_toml, finished, finished[0].name)
 
 
 def _entry(entry: Finished) -> dict[str, Any]:
@@ -196,10 +204,12 @@ def _spread(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def _mean_of(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return means over seeds of equally nested numbers."""
-    return {
-        key: _mean_of([seed[key] for seed in seeds])
-        if isinstance(value, Mapping)
-        else float(np.mean([seed[key] for seed in seeds]))
-        for key, value in seeds[0].items()
-    }
+    """Return means over seeds of nested numbers; what a seed has nothing of counts as 0 there."""
+    keys = dict.fromkeys(key for seed in seeds for key in seed)
+    return {key: _mean([seed.get(key) for seed in seeds]) for key in keys}
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    if any(isinstance(value, Mapping) for value in values):
+        return _mean_of([value or {} for value in values])
+    return float(np.mean([value or 0 for value in values]))

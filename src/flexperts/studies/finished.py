@@ -79,14 +79,14 @@ class Finished:
 
 
 def read_claim(out: Path) -> dict[str, Any]:
-    """Return what a directory's comparison is: title, recipe, entries, reference, bootstrap.
+    """Return what a directory's comparison is: recipe, entries, reference, bootstrap.
 
     Raises:
         ArtifactError: The file is missing or damaged.
     """
     path = out / CLAIM
     claim = read_json(path)
-    wanted = {"title", "recipe", "entries", "reference", "confidence", "resamples"}
+    wanted = {"recipe", "entries", "reference", "confidence", "resamples"}
     if not isinstance(claim, dict) or not wanted <= claim.keys():
         raise ArtifactError(f"{path}", f"it holds {', '.join(sorted(wanted))}", "restore it from a copy")
     return claim

@@ -108,7 +108,7 @@ def run_comparison(
 def _claim(plan: Plan, out: Path) -> None:
     """Note whose directory it is, or refuse one of another recipe."""
     path, compare = out / CLAIM, plan.base.compare
-    claim: dict[str, Any] = {"title": plan.recipe.stem, "recipe": plan.base.to_toml()}
+    claim: dict[str, Any] = {"recipe": plan.base.to_toml()}
     before = read_claim(out) if path.exists() else claim
     _check_same_recipe(before, claim, out)
     entries = _entries(plan, before.get("entries", {}), out)
@@ -123,12 +123,9 @@ def _claim(plan: Plan, out: Path) -> None:
 
 
 def _check_same_recipe(before: dict[str, Any], claim: dict[str, Any], out: Path) -> None:
-    if before["title"] != claim["title"]:
-        changes = f"it was {before['title']}, now {claim['title']}"
-    elif before["recipe"] != claim["recipe"]:
-        changes = recipe_changes(before["recipe"], claim["recipe"])
-    else:
+    if before["recipe"] == claim["recipe"]:
         return
+    changes = recipe_changes(before["recipe"], claim["recipe"])
     rule = f"it holds a comparison of another recipe ({changes})"
     raise ArtifactError(f"{out}", rule, "give the recipe and --set of the first start")
 

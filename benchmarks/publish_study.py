@@ -1,0 +1,143 @@
+"""Put a finished comparison under docs/results: its numbers, its tables, every row's scores; and fill the page.
+
+    python benchmarks/publish_study.py runs/study-silos      # a new study, or a new state of one
+    python benchmarks/publish_study.py                       # only what is made from the committed numbers
+
+A study's folder holds comparison.json and report.md, as ``flexperts compare`` writes them, and rows.json.gz:
+entry -> seed -> client -> state -> score -> one number per scored row, in the order of the client's rows, no texts.
+
+The page docs/results/README.md holds tables made from these numbers, each between two comments, such as
+``<!-- table study-p3: rouge_l nll -->`` and ``<!-- end -->``: a study's folder, and columns out of ``COLUMNS``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from flexperts.files import write_json, write_text
+from flexperts.reports.cells import Cell, interval, number, size
+from flexperts.reports.markdown import markdown_report
+from flexperts.reports.reading import against, mean, ordered, own, stat
+from flexperts.reports.score_tables import DIGITS
+from flexperts.reports.summary import verdict
+from flexperts.studies.collect import collect_comparison
+from flexperts.studies.finished import Finished, read_claim
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+PAGE = RESULTS / "README.md"
+_TABLE = re.compile(r"(<!-- table (?P<study>[^ :]+): (?P<columns>[^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Comparison = Mapping[str, Any]
+Entry = Mapping[str, Any]
+
+
+def _difference(metric: str) -> Callable[[Comparison, Entry], str]:
+    def text(comparison: Comparison, entry: Entry) -> str:
+        shown = interval(against(entry, metric), DIGITS[metric]).text
+        told_apart = verdict(comparison, entry, metric) in ("better", "worse")
+        return f"**{shown}**" if told_apart else shown
+
+    return text
+
+
+def _both(state: str | None, place: str) -> Callable[[Comparison, Entry], str]:
+    """Return what shows ROUGE-L and NLL of a state (None: the entry's own) on some rows."""
+
+    def text(_: Comparison, entry: Entry) -> str:
+        found = {m: mean(stat(entry, state or entry["own_state"], place, m)) for m in ("rouge_l", "nll")}
+        return f"{number(found['rouge_l'], 1).text}, {number(found['nll'], 2).text}"
+
+    return text
+
+
+def _ability(state: str | None) -> Callable[[Comparison, Entry], str]:
+    def text(_: Comparison, entry: Entry) -> str:
+        tests = (entry.get("ability") or {}).get(state or entry["own_state"]) or {}
+        return interval(tests.get("nll"), 2).text
+
+    return text
+
+
+def _text(cell: Callable[[Entry], Cell]) -> Callable[[Comparison, Entry], str]:
+    return lambda _, entry: cell(entry).text
+
+
+COLUMNS: dict[str, tuple[str, Callable[[Comparison, Entry], str]]] = {
+    "rouge_l": ("ROUGE-L", _text(lambda e: number(mean(own(e, "own", "rouge_l")), 1))),
+    "rouge_l_difference": ("to the reference", _difference("rouge_l")),
+    "nll": ("NLL", _text(lambda e: number(mean(own(e, "own", "nll")), 3))),
+    "nll_difference": ("to the reference", _difference("nll")),
+    "global": ("global model: ROUGE-L, NLL", _both("global", "own")),
+    "others": ("others' rows: ROUGE-L, NLL", _both(None, "others")),
+    "general": ("general tasks: ROUGE-L, NLL", _both(None, "general")),
+    "general_change": ("general NLL, minus the base's", _ability(None)),
+    "sent": ("sent per client and round", _text(lambda e: size(e["bytes"]["uplink_per_client_per_round"]))),
+    "personal": ("personal parameters", _text(lambda e: number(e["parameters"]["personal"], 0))),
+    "seeds": ("seeds", lambda _, e: str(len(e["seeds"]))),
+}
+"""A column's name on the page -> heading, and what a row shows; bold differences are told apart."""
+
+
+def table(comparison: Comparison, columns: str) -> str:
+    """Return a Markdown table of entries, best ROUGE-L first."""
+    chosen = [COLUMNS[name] for name in columns.split()]
+    lines = [["entry", *(heading for heading, _ in chosen)], ["---", *["---:"] * len(chosen)]]
+    lines += [[entry["name"], *(text(comparison, entry) for _, text in chosen)] for entry in ordered(comparison)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def filled(page: str) -> str:
+    """Return the page with every table made from its study's numbers."""
+
+    def fill(found: re.Match[str]) -> str:
+        numbers = json.loads((RESULTS / found["study"] / "comparison.json").read_text(encoding="utf-8"))
+        return f"{found[1]}{table(numbers, found['columns'])}{found[4]}"
+
+    return _TABLE.sub(fill, page)
+
+
+def row_scores(out: Path) -> dict[str, Any]:
+    """Return entry -> seed -> client -> state -> score -> one number per row, of a comparison's finished runs."""
+    entries = [Finished.read(out, name, settings) for name, settings in read_claim(out)["entries"].items()]
+    return {
+        e.name: {s: {c: _by_state(r) for c, r in seed.items()} for s, seed in e.predictions.items()}
+        for e in entries
+        if e.runs
+    }
+
+
+def _by_state(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    return {
+        state: {score: [round(row["scores"][state][score], 4) for row in rows] for score in scores}
+        for state, scores in rows[0]["scores"].items()
+    }
+
+
+def publish(out: Path) -> None:
+    """Write a comparison's numbers and rows into the folder of its name."""
+    folder = RESULTS / out.resolve().name
+    write_json(folder / "comparison.json", collect_comparison(out), indent=None)
+    packed = gzip.compress(json.dumps(row_scores(out), separators=(",", ":")).encode(), mtime=0)
+    (folder / "rows.json.gz").write_bytes(packed)
+
+
+def main() -> None:
+    """Publish a comparison, if one is named, and write what is made from all of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, nargs="?", help="directory of a finished comparison")
+    wanted = parser.parse_args()
+    if wanted.out:
+        publish(wanted.out)
+    for path in sorted(RESULTS.glob("*/comparison.json")):
+        write_text(path.with_name("report.md"), markdown_report(json.loads(path.read_text(encoding="utf-8"))))
+    write_text(PAGE, filled(PAGE.read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    main()

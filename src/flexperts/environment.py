@@ -1,0 +1,59 @@
+"""What a run was run by: packages, code, machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = (
+    "flexperts", "torch", "transformers", "peft", "accelerate", "flwr", "numpy", "safetensors", "rouge-score",
+)  # fmt: skip
+
+
+def environment() -> dict[str, Any]:
+    """Return package versions, this code's revision where it is a git checkout, and what the machine is."""
+    import torch
+
+    return {
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "revision": _revision(Path(__file__).parents[2]),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _revision(checkout: Path) -> str | None:
+    """Return a checkout's commit, with "-dirty" behind it if files differ from it; None of an installed package."""
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=10"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
