@@ -49,7 +49,7 @@ def command(
     out = out or Path("runs") / recipe.stem
 
     from flexperts.cli.display import ProgressDisplay
-    from flexperts.cli.report import write_reports
+    from flexperts.cli.report import report
     from flexperts.studies.collect import collect_comparison
     from flexperts.studies.runner import Job, jobs, run_comparison
 
@@ -68,6 +68,6 @@ def command(
         failed = run_comparison(
             plan, out, workers=workers, keep_weights=keep_weights, observer=display, on_done=tell
         )
-    write_reports(display.console, collect_comparison(out), out)
+    report(display.console, collect_comparison(out), out)
     if failed:
         raise typer.Exit(1)

@@ -13,23 +13,19 @@ def command(path: Annotated[Path, typer.Argument(help="Directory of a run or of 
     """Write comparison.json, report.html (opens from disk) and report.md into a finished directory."""
     from rich.console import Console
 
-    write_reports(Console(), _collected(path), path)
+    report(Console(), _collected(path), path)
 
 
 _WIDE = 120
 """Columns of a terminal that has room for more than each client's own rows."""
 
 
-def write_reports(console: Any, comparison: Mapping[str, Any], out: Path) -> None:
-    """Write a comparison's files and print its main tables."""
-    from flexperts.files import write_json, write_text
-    from flexperts.reports.html import html_report
-    from flexperts.reports.markdown import markdown_report
+def report(console: Any, comparison: Mapping[str, Any], out: Path) -> None:
+    """Write a comparison's files and print its main table."""
+    from flexperts.reports.files import write_reports
     from flexperts.reports.tables import tables
 
-    write_json(out / "comparison.json", comparison, indent=None)
-    write_text(out / "report.html", html_report(comparison))
-    write_text(out / "report.md", markdown_report(comparison))
+    write_reports(comparison, out)
     console.print(_rich(tables(comparison)["main"], narrow=console.width < _WIDE))
     console.print(f"everything is in {out}: report.html to look at, report.md, comparison.json", soft_wrap=True)
 

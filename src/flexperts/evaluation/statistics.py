@@ -62,16 +62,6 @@ class Difference:
     p: float
 
 
-def macro_difference(seeds: Sequence[Paired]) -> float:
-    """Return the mean over seeds of the mean over clients of the weighted mean over rows.
-
-    Raises:
-        DataError: There is no seed, or the seeds have different clients.
-    """
-    _check_seeds(seeds)
-    return float(np.mean(_seed_means(seeds)))
-
-
 def paired_bootstrap(
     seeds: Sequence[Paired],
     *,

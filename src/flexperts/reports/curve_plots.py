@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from flexperts.reports.cells import finite
 from flexperts.reports.figures import GRID, MUTED, canvas, drawing, looks, shortened, svg
-from flexperts.reports.plots import WIDTH, Plot
+from flexperts.reports.plots import NARROW, WIDTH, Plot
 from flexperts.reports.reading import METRICS, Comparison, Entry, ordered
 from flexperts.reports.routing_tables import MEASURES
 
@@ -20,7 +20,6 @@ TOGETHER = 6
 TRAINING = "training"
 """Stands for the training loss where a metric of the clients' rows could stand."""
 CURVES = METRICS | {TRAINING: "Training loss"}
-_SMALL = 210
 
 
 def curve_plots(comparison: Comparison, metric: str) -> list[Plot]:
@@ -56,7 +55,7 @@ def _one_plot(comparison: Comparison, entries: list[Entry], metric: str) -> Plot
 def _small_plot(comparison: Comparison, entries: list[Entry], entry: Entry, metric: str) -> Plot:
     label = f"{CURVES[metric]} over rounds: {entry['name']}"
     with drawing():
-        figure, axes = canvas(_SMALL, 140)
+        figure, axes = canvas(NARROW, 140)
         for other in entries:
             curve = _curve(other, other["own_state"], metric)
             axes.plot(curve["rounds"], _values(curve["mean"]), color=GRID, linewidth=1)

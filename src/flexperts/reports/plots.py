@@ -12,7 +12,8 @@ from flexperts.reports.figures import INK, MUTED, PAPER, canvas, drawing, looks,
 from flexperts.reports.reading import METRICS, Comparison, Entry, against, mean, ordered, own
 from flexperts.reports.summary import verdict
 
-WIDTH = 400
+WIDTH, NARROW = 400, 210
+"""Widths of plots that stand alone and of those that stand beside each other, in points."""
 _ROW = 19
 
 

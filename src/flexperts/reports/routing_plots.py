@@ -10,10 +10,8 @@ from matplotlib.figure import Figure
 
 from flexperts.reports.cells import finite
 from flexperts.reports.figures import INK, canvas, drawing, heat, shortened, svg
-from flexperts.reports.plots import WIDTH, Plot
+from flexperts.reports.plots import NARROW, WIDTH, Plot
 from flexperts.reports.reading import Comparison, Entry, layer_names, measure, routing_of
-
-_SMALL = 210
 
 
 def shown_entry(comparison: Comparison) -> Entry | None:
@@ -66,7 +64,7 @@ def _use(layers: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], Any]:
 
 def _map(key: str, client: str, names: list[str], values: Any, top: float) -> Plot:
     with drawing():
-        figure, axes = canvas(_SMALL, 56 + 14 * min(len(names), 24))
+        figure, axes = canvas(NARROW, 56 + 14 * min(len(names), 24))
         heat(axes, values, names, [str(i) for i in range(values.shape[1])], top)
         axes.set_xlabel("expert")
         axes.set_ylabel("layer")
@@ -78,7 +76,7 @@ def _scale(top: float) -> Plot:
     from matplotlib.colors import Normalize
 
     with drawing():
-        figure = Figure(figsize=(_SMALL / 72, 44 / 72), layout="constrained")
+        figure = Figure(figsize=(NARROW / 72, 44 / 72), layout="constrained")
         colours = ScalarMappable(Normalize(0, top), cmap="cividis")
         bar = figure.colorbar(colours, cax=figure.add_subplot(), orientation="horizontal")
         bar.outline.set_visible(False)
