@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from flexperts.artifacts import environment
+from flexperts.environment import environment
 from flexperts.federation.run import run_federation
 from flexperts.federation.workspace import Workspace
 from flexperts.files import write_json

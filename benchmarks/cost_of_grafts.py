@@ -16,8 +16,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from flexperts.artifacts import environment, write_json
 from flexperts.costs.speed import REFERENCE, VARIANTS, Speed, Workload, measure
+from flexperts.environment import environment
+from flexperts.files import write_json
 from flexperts.modeling.load import load_base
 from flexperts.recipe import parse_recipe
 

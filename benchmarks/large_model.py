@@ -25,11 +25,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from flexperts.artifacts import RunDirectory, environment
+from flexperts.artifacts import RunDirectory
 from flexperts.costs.lengths import row_lengths
 from flexperts.costs.models import describe
 from flexperts.costs.preflight import Estimator
 from flexperts.data.clients import load_clients
+from flexperts.environment import environment
 from flexperts.files import write_json, write_text
 from flexperts.modeling.skeleton import skeleton
 from flexperts.recipe import load_recipe

@@ -20,9 +20,10 @@ import random
 from pathlib import Path
 from typing import Any
 
-from flexperts.artifacts import RunDirectory, environment
+from flexperts.artifacts import RunDirectory
 from flexperts.config.run import RunConfig
 from flexperts.data.silos.generate import SILOS, write_silos
+from flexperts.environment import environment
 from flexperts.federation.joining import join
 from flexperts.federation.run import run_federation
 from flexperts.federation.workspace import Workspace

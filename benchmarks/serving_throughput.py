@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
-from flexperts.artifacts import environment
 from flexperts.data.silos.generate import write_silos
+from flexperts.environment import environment
 from flexperts.evaluation.generation import prompt_batch
 from flexperts.federation.run import run_federation
 from flexperts.federation.trained import TrainedRun

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flexperts.artifacts import environment
+from flexperts.environment import environment
 from flexperts.files import write_json
 
 ROOT = Path(__file__).parents[2]
