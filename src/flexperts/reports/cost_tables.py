@@ -25,8 +25,8 @@ def cost_table(comparison: Comparison) -> Table:
     )
     note = (
         "Bytes as encoded on the wire, powers of 1,000. Personal bytes sent are counted by searching every message "
-        "for personal tensors. Peak memory is the process's, leftovers of earlier runs included: what a method needs "
-        "is planned by flexperts plan. Seconds are means over seeds, on the machine below. "
+        "for personal tensors. Peak memory is the process's, leftovers of earlier runs included: what a method "
+        "needs is planned by flexperts plan. Seconds are means over seeds, on the machine below. "
     )
     rows = tuple(_cost_row(entry) for entry in ordered(comparison))
     return Table("cost", "Bytes, parameters, memory, time", note + counts(comparison), header, rows)
