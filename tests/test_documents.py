@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -61,3 +63,28 @@ def test_a_studys_tables_are_those_of_its_numbers(path: Path) -> None:
     assert path.with_name("report.md").read_text(encoding="utf-8") == markdown_report(comparison)
     chooses = path.parent.name.startswith("rates")
     assert comparison["split"] == ("validation" if chooses else "test")
+    assert comparison["title"] == path.parent.name
+
+
+def test_the_results_page_shows_the_studies_numbers() -> None:
+    publishing = script("publish_study")
+    page = publishing.PAGE.read_text(encoding="utf-8")
+    assert page.count("<!-- table ") >= 4
+    assert publishing.filled(page) == page
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "docs" / "results").glob("*/rows.json.gz")), ids=lambda p: p.parent.name
+)
+def test_a_studys_rows_come_to_its_numbers(path: Path) -> None:
+    """Of ROUGE-L, whose mean is plain: over rows, clients and seeds."""
+    rows = json.loads(gzip.decompress(path.read_bytes()))
+    entries = json.loads(path.with_name("comparison.json").read_text(encoding="utf-8"))["entries"]
+    assert set(rows) == {entry["name"] for entry in entries}
+    for entry in entries:
+        found = entry["scores"][entry["own_state"]]["own"]["rouge_l"]
+        seeds = [
+            fmean(fmean(client[entry["own_state"]]["rouge_l"]) for client in seed.values())
+            for seed in rows[entry["name"]].values()
+        ]
+        assert seeds == pytest.approx(found["seeds"], abs=1e-3)

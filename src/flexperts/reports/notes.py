@@ -25,8 +25,8 @@ def interval_note(comparison: Comparison) -> str:
     seeds = "widened by Student's t for the training seeds" if many else "which says nothing of other seeds"
     return (
         f"Δ: own state minus the reference's own state ({comparison['reference']}), row by row. In brackets the "
-        f"{level} interval of a paired bootstrap over rows ({resamples} resamples), {seeds}; it speaks of "
-        f"these clients only. p-values are of the same draws, adjusted by Benjamini and Hochberg for "
+        f"{level} interval of a paired bootstrap over rows ({resamples} resamples), {seeds}; of clients that were "
+        "not there it says nothing. p-values are of the same draws, adjusted by Benjamini and Hochberg for "
         f"{_count(compared, 'comparison')}; the intervals are not adjusted."
     )
 
