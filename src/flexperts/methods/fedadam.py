@@ -18,7 +18,7 @@ class FedAdam(AdaptiveMethod):
     Open choices: no bias correction, as in the paper (Flower's FedAdam has one, with exponent t + 1 in round t); v
     starts at tau^2, the least value that the paper allows (Flower: 0); the mean is by rows, as in the paper's
     experiments, where its algorithm has a uniform one. Defaults: server_lr 3e-3, the best of 1e-3, 3e-3 and 1e-2
-    on our validation rows (docs/results, "Rates"; at 1e-2 four rounds left a ROUGE-L below the untouched base's
+    on our validation rows (docs/results/choices.md; at 1e-2 four rounds left a ROUGE-L below the untouched base's
     where clients conflict); beta_1 0.9, beta_2 0.99, tau 1e-3 as in the paper's experiments.
     """
 
