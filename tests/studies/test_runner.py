@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,15 @@ def test_seeds_and_entries_can_be_added(plan: Planned, compared: Path, tmp_path:
     run_comparison(plan(entries=["flex", "fedprox"], seeds=2), out)
     assert ran == [("fedprox", 0), ("fedprox", 1)]
     assert list(read_json(out / "compare.json")["entries"]) == [*ENTRIES, "fedprox"]
+
+
+def test_processes_that_start_at_once_lose_nothing_of_each_other(plan: Planned, tmp_path: Path, ran: Runs) -> None:
+    """Each writes the claim that all share, with its own entry in it."""
+    names = ["flex", "fedavg", "local", "fedprox", "fedsa_lora", "zero_shot"] * 4
+    plans = [plan(entries=[name], seeds=1) for name in names]
+    with ThreadPoolExecutor(len(plans)) as pool:
+        list(pool.map(lambda each: run_comparison(each, tmp_path / "new"), plans))
+    assert set(read_json(tmp_path / "new" / "compare.json")["entries"]) == set(names)
 
 
 @pytest.mark.parametrize("setting", ["training.lr=0.5", "data.validation_fraction=0.2", "federation.rounds=3"])

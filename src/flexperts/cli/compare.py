@@ -51,7 +51,7 @@ def command(
     from flexperts.cli.display import ProgressDisplay
     from flexperts.cli.report import report
     from flexperts.studies.collect import collect_comparison
-    from flexperts.studies.runner import Job, jobs, run_comparison
+    from flexperts.studies.runner import Job, alone_in, jobs, run_comparison
 
     total = len(jobs(plan, out))
     left = [job for job in jobs(plan, out) if not job.done]
@@ -68,6 +68,7 @@ def command(
         failed = run_comparison(
             plan, out, workers=workers, keep_weights=keep_weights, observer=display, on_done=tell
         )
-    report(display.console, collect_comparison(out), out)
+    with alone_in(out):
+        report(display.console, collect_comparison(out), out)
     if failed:
         raise typer.Exit(1)

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from flexperts.errors import ArtifactError, ConfigError, FlexpertsError
 from flexperts.federation.observer import Observer
 from flexperts.federation.run import run_federation
 from flexperts.federation.workspace import Workspace
-from flexperts.files import write_json, write_text
+from flexperts.files import unwritable, write_json, write_text
 from flexperts.studies.entries import Entry, Plan
 from flexperts.studies.finished import CLAIM, DONE, RUNS, SEED, finished_marks, folder_name, read_claim
 
@@ -94,7 +95,9 @@ def run_comparison(
         ArtifactError: The directory holds another recipe's comparison.
         ConfigError: The reference is none of its entries.
     """
-    _claim(plan, out)
+    _claim(plan, out)  # a refusal comes before anything is written
+    with alone_in(out):
+        write_json(out / CLAIM, _claim(plan, out))
     run = partial(_run, plan, keep_weights, observer if workers == 1 else None)
     waiting = [job for job in jobs(plan, out) if not job.done]
     failed, busy = _sort_out(_run_all(partial(run, _AT_ONCE), waiting, workers), on_done)
@@ -105,8 +108,27 @@ def run_comparison(
     return failed
 
 
-def _claim(plan: Plan, out: Path) -> None:
-    """Note whose directory it is, or refuse one of another recipe."""
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Keep other processes that share a comparison's directory waiting, while a file of all of them is written.
+
+    Raises:
+        ArtifactError: The directory cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / f"{CLAIM}.lock")
+        lock.acquire()
+    except OSError as error:
+        raise unwritable(out, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _claim(plan: Plan, out: Path) -> dict[str, Any]:
+    """Return what a directory is for, with what it holds already, or refuse one of another recipe."""
     path, compare = out / CLAIM, plan.base.compare
     claim: dict[str, Any] = {"recipe": plan.base.to_toml()}
     before = read_claim(out) if path.exists() else claim
@@ -119,7 +141,7 @@ def _claim(plan: Plan, out: Path) -> None:
     if reference not in there:
         raise ConfigError(f"reference {reference!r}", f"it is one of {', '.join(there)}", "add it to the entries")
     bootstrap = {"confidence": compare.confidence, "resamples": compare.resamples}
-    write_json(path, claim | {"entries": entries, "reference": reference, **bootstrap})
+    return claim | {"entries": entries, "reference": reference, **bootstrap}
 
 
 def _check_same_recipe(before: dict[str, Any], claim: dict[str, Any], out: Path) -> None:
