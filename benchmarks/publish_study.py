@@ -23,7 +23,7 @@ from typing import Any
 from flexperts.files import write_json, write_text
 from flexperts.reports.cells import Cell, interval, number, size
 from flexperts.reports.markdown import markdown_report
-from flexperts.reports.reading import against, mean, ordered, own, stat
+from flexperts.reports.reading import ability, against, mean, ordered, own, stat
 from flexperts.reports.score_tables import DIGITS
 from flexperts.reports.summary import verdict
 from flexperts.studies.collect import collect_comparison
@@ -56,14 +56,6 @@ def _both(state: str | None, place: str) -> Callable[[Comparison, Entry], str]:
     return text
 
 
-def _ability(state: str | None) -> Callable[[Comparison, Entry], str]:
-    def text(_: Comparison, entry: Entry) -> str:
-        tests = (entry.get("ability") or {}).get(state or entry["own_state"]) or {}
-        return interval(tests.get("nll"), 2).text
-
-    return text
-
-
 def _text(cell: Callable[[Entry], Cell]) -> Callable[[Comparison, Entry], str]:
     return lambda _, entry: cell(entry).text
 
@@ -76,7 +68,10 @@ COLUMNS: dict[str, tuple[str, Callable[[Comparison, Entry], str]]] = {
     "global": ("global model: ROUGE-L, NLL", _both("global", "own")),
     "others": ("others' rows: ROUGE-L, NLL", _both(None, "others")),
     "general": ("general tasks: ROUGE-L, NLL", _both(None, "general")),
-    "general_change": ("general NLL, minus the base's", _ability(None)),
+    "general_change": (
+        "general NLL, minus the base's",
+        _text(lambda e: interval(ability(e, e["own_state"], "nll"), 2)),
+    ),
     "sent": ("sent per client and round", _text(lambda e: size(e["bytes"]["uplink_per_client_per_round"]))),
     "personal": ("personal parameters", _text(lambda e: number(e["parameters"]["personal"], 0))),
     "seeds": ("seeds", lambda _, e: str(len(e["seeds"]))),

@@ -53,8 +53,12 @@ def test_the_pages_on_speed_and_scale_show_the_committed_results(monkeypatch: py
 STUDIES = sorted((ROOT / "docs" / "results").glob("*/comparison.json"))
 
 
+ROWS = sorted((ROOT / "docs" / "results").glob("*/rows.json.gz"))
+
+
 def test_there_are_results() -> None:
     assert STUDIES
+    assert ROWS
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.parent.name)
@@ -73,9 +77,7 @@ def test_the_results_page_shows_the_studies_numbers() -> None:
     assert publishing.filled(page) == page
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "docs" / "results").glob("*/rows.json.gz")), ids=lambda p: p.parent.name
-)
+@pytest.mark.parametrize("path", ROWS, ids=lambda path: path.parent.name)
 def test_a_studys_rows_come_to_its_numbers(path: Path) -> None:
     """Of ROUGE-L, whose mean is plain: over rows, clients and seeds."""
     rows = json.loads(gzip.decompress(path.read_bytes()))

@@ -46,6 +46,11 @@ def against(entry: Entry, metric: str) -> Mapping[str, Any] | None:
     return (entry.get("against") or {}).get(metric) or None
 
 
+def ability(entry: Entry, state: str, metric: str) -> Mapping[str, Any] | None:
+    """Return the test of a trained state against the untouched base on general tasks; None without scores by row."""
+    return ((entry.get("ability") or {}).get(state) or {}).get(metric)
+
+
 def change(entry: Entry, state: str, place: str, metric: str) -> dict[str, Any] | None:
     """Return mean and sample std over seeds of a state minus zero-shot, paired by seed."""
     ours, start = stat(entry, state, place, metric), stat(entry, "zero_shot", place, metric)

@@ -24,6 +24,7 @@ from flexperts.reports.reading import (
     STATES,
     Comparison,
     Entry,
+    ability,
     against,
     change,
     mean,
@@ -90,8 +91,7 @@ def _ability(entry: Entry, state: str, place: str, metric: str) -> tuple[Cell, C
     found, difference = stat(entry, state, place, metric), change(entry, state, place, metric)
     if metric == "accuracy":
         return _percent(found), _percent(difference, sign=True)
-    test = ((entry.get("ability") or {}).get(state) or {}).get(metric)
-    digits = DIGITS[metric]
+    test, digits = ability(entry, state, metric), DIGITS[metric]
     return spread(found, digits), interval(test, digits) if test else spread(difference, digits, sign=True)
 
 
