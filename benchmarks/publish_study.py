@@ -60,6 +60,10 @@ def _text(cell: Callable[[Entry], Cell]) -> Callable[[Comparison, Entry], str]:
     return lambda _, entry: cell(entry).text
 
 
+def _general(entry: Entry) -> Mapping[str, Any] | None:
+    return ability(entry, entry["own_state"], "nll")
+
+
 COLUMNS: dict[str, tuple[str, Callable[[Comparison, Entry], str]]] = {
     "rouge_l": ("ROUGE-L", _text(lambda e: number(mean(own(e, "own", "rouge_l")), 1))),
     "rouge_l_difference": ("to the reference", _difference("rouge_l")),
@@ -70,7 +74,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Comparison, Entry], str]]] = {
     "general": ("general tasks: ROUGE-L, NLL", _both(None, "general")),
     "general_change": (
         "general NLL, minus the base's",
-        _text(lambda e: interval(ability(e, e["own_state"], "nll"), 2)),
+        _text(lambda e: interval(_general(e), 2)),
     ),
     "sent": ("sent per client and round", _text(lambda e: size(e["bytes"]["uplink_per_client_per_round"]))),
     "personal": ("personal parameters", _text(lambda e: number(e["parameters"]["personal"], 0))),

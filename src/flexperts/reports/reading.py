@@ -47,7 +47,7 @@ def against(entry: Entry, metric: str) -> Mapping[str, Any] | None:
 
 
 def ability(entry: Entry, state: str, metric: str) -> Mapping[str, Any] | None:
-    """Return the test of a trained state against the untouched base on general tasks; None without scores by row."""
+    """Return the test of a trained state against the untouched base on general tasks; None if not scored by row."""
     return ((entry.get("ability") or {}).get(state) or {}).get(metric)
 
 
