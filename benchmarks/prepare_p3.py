@@ -5,7 +5,9 @@
 SOURCE holds closed_qa, information_extraction, classification, summarization and general, each a .jsonl file,
 with the fields instruction, context, response, dataset and split (train or test, divided by passage); general.jsonl
 holds tasks that no client trains on. Rows with long prompts or answers are left out, so that a run takes minutes on
-a CPU; of the rest, an even share of every data set is drawn, with a fixed seed.
+a CPU; of the rest, an even share of every data set is drawn, with a fixed seed. The pool for mixtures holds none of
+the split's train rows, because rates are chosen on validation rows, which are drawn from those; its prompts may be
+longer, since few closed questions with short ones are left.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ def write(path: Path, rows: Sequence[Row]) -> None:
 
 
 def main() -> None:
-    """Write every client's train.jsonl and test.jsonl, all of these rows as pool.jsonl, and general.jsonl."""
+    """Write every client's train.jsonl and test.jsonl, pool.jsonl of other rows, and general.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
@@ -64,13 +66,18 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=100, help="most test rows per client")
     parser.add_argument("--prompt", type=int, default=500, help="prompts are shorter than this, in characters")
     parser.add_argument("--answer", type=int, default=200, help="answers are shorter than this, in characters")
+    parser.add_argument("--pool", type=int, default=160, help="most rows of each client's task in the pool")
+    parser.add_argument("--pool-prompt", type=int, default=700, help="prompts in the pool are shorter than this")
     wanted = parser.parse_args()
     pool: list[Row] = []
     for client in CLIENTS:
+        source = wanted.source / f"{client}.jsonl"
+        drawn = {}
         for split, count in (("train", wanted.train), ("test", wanted.test)):
-            rows = short_rows(wanted.source / f"{client}.jsonl", split, wanted.prompt, wanted.answer)
-            pool += (chosen := draw(rows, count))
-            write(wanted.out / client / f"{split}.jsonl", chosen)
+            drawn[split] = draw(short_rows(source, split, wanted.prompt, wanted.answer), count)
+            write(wanted.out / client / f"{split}.jsonl", drawn[split])
+        rows = (row for split in drawn for row in short_rows(source, split, wanted.pool_prompt, wanted.answer))
+        pool += draw([row for row in rows if row not in drawn["train"]], wanted.pool)
     write(wanted.out / "pool.jsonl", pool)
     general = short_rows(wanted.source / "general.jsonl", "test", wanted.prompt, wanted.answer)
     write(wanted.out / "general.jsonl", draw(general, wanted.test))
