@@ -7,7 +7,8 @@ A study's folder holds comparison.json and report.md, as ``flexperts compare`` w
 entry -> seed -> client -> state -> score -> one number per scored row, in the order of the client's rows, no texts.
 
 The page docs/results/README.md holds tables made from these numbers, each between two comments, such as
-``<!-- table study-p3: rouge_l nll -->`` and ``<!-- end -->``: a study's folder, and columns out of ``COLUMNS``.
+``<!-- table study-p3: rouge_l nll -->`` and ``<!-- end -->``: a study's folder, and columns out of ``COLUMNS``; or
+``<!-- rounds study-p3: nll -->``: a score after every round.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ from flexperts.studies.finished import Finished, read_claim
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 PAGE = RESULTS / "README.md"
-_TABLE = re.compile(r"(<!-- table (?P<study>[^ :]+): (?P<columns>[^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(
+    r"(?P<head><!-- (?P<kind>table|rounds) (?P<study>[^ :]+): (?P<wanted>[^>]+) -->\n).*?(?P<end><!-- end -->)",
+    re.DOTALL,
+)
 
 Comparison = Mapping[str, Any]
 Entry = Mapping[str, Any]
@@ -86,9 +90,25 @@ COLUMNS: dict[str, tuple[str, Callable[[Comparison, Entry], str]]] = {
 def table(comparison: Comparison, columns: str) -> str:
     """Return a Markdown table of entries, best ROUGE-L first."""
     chosen = [COLUMNS[name] for name in columns.split()]
-    lines = [["entry", *(heading for heading, _ in chosen)], ["---", *["---:"] * len(chosen)]]
-    lines += [[entry["name"], *(text(comparison, entry) for _, text in chosen)] for entry in ordered(comparison)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    lines = [[entry["name"], *(text(comparison, entry) for _, text in chosen)] for entry in ordered(comparison)]
+    return _markdown([heading for heading, _ in chosen], lines)
+
+
+def rounds(comparison: Comparison, metric: str) -> str:
+    """Return a Markdown table of a score by round, mean over seeds: own states, then the others' global ones."""
+    curves = [(e["name"], e["curves"][e["own_state"]][metric]) for e in ordered(comparison)]
+    curves += [
+        (f"{e['name']}: global state", e["curves"]["global"][metric])
+        for e in ordered(comparison)
+        if e["own_state"] != "global" and "global" in e["curves"]
+    ]
+    lines = [[name, *(number(value, 2).text for value in curve["mean"])] for name, curve in curves]
+    return _markdown([str(i) for i in curves[0][1]["rounds"]], lines)
+
+
+def _markdown(headings: list[str], lines: list[list[str]]) -> str:
+    head = [["entry", *headings], ["---", *["---:"] * len(headings)]]
+    return "".join(f"| {' | '.join(line)} |\n" for line in [*head, *lines])
 
 
 def filled(page: str) -> str:
@@ -96,7 +116,8 @@ def filled(page: str) -> str:
 
     def fill(found: re.Match[str]) -> str:
         numbers = json.loads((RESULTS / found["study"] / "comparison.json").read_text(encoding="utf-8"))
-        return f"{found[1]}{table(numbers, found['columns'])}{found[4]}"
+        make = {"table": table, "rounds": rounds}[found["kind"]]
+        return f"{found['head']}{make(numbers, found['wanted'])}{found['end']}"
 
     return _TABLE.sub(fill, page)
 

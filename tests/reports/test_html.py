@@ -152,8 +152,8 @@ def test_every_part_has_its_section_and_its_line_in_the_contents(whole: Comparis
     wanted = ["comparison", "clients", "curves", "ability", "cost", "routing", "examples", "setup"]
     assert headings(text) == wanted
     assert re.findall(r"<li><a href=\"#(\w+)\"", text) == wanted
-    # 4 of scores, 2 of bytes, 3 of curves, 2 clients and a scale, gates, 3 that drift.
-    assert text.count("<svg") == 4 + 2 + 3 + 3 + 1 + 3
+    # 4 of scores, 2 of bytes, 3 of curves, 3 that drift; for each entry 2 clients and a scale; gates of two.
+    assert text.count("<svg") == 4 + 2 + 3 + 3 + 3 * len(whole["entries"]) + 2
 
 
 def test_missing_parts_are_left_out(single: Comparison) -> None:

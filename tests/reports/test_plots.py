@@ -17,7 +17,7 @@ from flexperts.reports.bytes_plot import bytes_plot
 from flexperts.reports.curve_plots import curve_plots, drift_plots
 from flexperts.reports.figures import looks
 from flexperts.reports.plots import difference_plot, score_plot
-from flexperts.reports.routing_plots import opening_plot, routing_plots
+from flexperts.reports.routing_plots import routing_plots
 
 Comparison = dict[str, Any]
 MANY = [f"entry {i}" for i in range(15)]
@@ -172,11 +172,26 @@ def pixels(svg: str) -> np.ndarray[Any, Any]:
     return image[::-1] if upside_down else image
 
 
+def own_routing(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    return list(entry["routing"][entry["own_state"]].values())
+
+
+def test_every_entry_has_its_maps_on_one_scale_and_only_grafts_have_gates(whole: Comparison) -> None:
+    whole["entries"][2]["routing"] = None
+    first, second = routing_plots(whole)
+    assert [first.entry, second.entry] == [entry["name"] for entry in whole["entries"][:2]]
+    assert [plot.title for plot in first.use] == [plot.title for plot in second.use]
+    assert re.findall('colours from 0 to [^"]+', first.use[-1].svg) == re.findall(
+        'colours from 0 to [^"]+', second.use[-1].svg
+    )
+    assert [plots.opening is not None for plots in (first, second)] == [True, False]
+
+
 def test_a_heat_map_has_layers_as_rows_and_experts_as_columns(whole: Comparison) -> None:
-    clinic, shop, scale = routing_plots(whole)
+    clinic, shop, scale = routing_plots(whole)[0].use
     assert (clinic.title, shop.title, scale.title) == ("clinic", "shop", "Share of selections")
     layers = whole["entries"][0]["routing"]["personalized"]
-    top = max(max(layer["utilisation"]) for found in layers.values() for layer in found.values())
+    top = max(max(layer["utilisation"]) for e in whole["entries"] for c in own_routing(e) for layer in c.values())
     values = np.array([layers["shop"][f"model.layers.{i}.mlp.experts"]["utilisation"] for i in range(6)])
     image = pixels(shop.svg)
     assert image.shape[:2] == values.shape
@@ -186,7 +201,7 @@ def test_a_heat_map_has_layers_as_rows_and_experts_as_columns(whole: Comparison)
 def test_gates_are_written_as_numbers_and_several_grafts_are_averaged(whole: Comparison) -> None:
     layers = whole["entries"][0]["routing"]["personalized"]
     layers["shop"]["model.layers.2.mlp.experts"]["opening"] = [0.25, 0.75, 0.11]
-    plot = opening_plot(whole)
+    plot = routing_plots(whole)[0].opening
     assert plot is not None
     assert ">0.37</text>" in plot.svg
     for layer in layers["clinic"].values():

@@ -78,7 +78,7 @@ def test_lower_nll_is_better(
 def test_what_adjustment_undoes_is_said(ranked: Comparison) -> None:
     ranked["entries"][2]["against"]["rouge_l"]["p_adjusted"] = 0.059
     first, _, third = summary(ranked)
-    assert "the 95 % interval excludes 0 (adjusted p = 0.059), so the two are not told apart." in first
+    assert "the 95 % interval excludes 0 (adjusted p = 0.059): after adjustment, not told apart." in first
     assert "0 are better and 1 worse" in third
 
 

@@ -226,7 +226,7 @@ def test_runs_of_several_environments_are_told(
 ) -> None:
     whole["environment"] |= {"cores": [2, 4], "revision": ["0123456789", None]}
     rows = dict(read(whole)["environment"][1:])
-    assert (rows["cores"], rows["revision"], rows["torch"]) == ("2 / 4", "0123456789 / –", "2.13.0")
+    assert (rows["cores"], rows["revision"], rows["packages.torch"]) == ("2 / 4", "0123456789 / –", "2.13.0")
     assert "the runs differ" in tables(whole)["environment"].note
 
 

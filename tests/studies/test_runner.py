@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flexperts.artifacts import RunDirectory
 from flexperts.config.run import RunConfig
@@ -243,6 +244,26 @@ def test_a_failing_entry_costs_no_other(
     assert not (failed.folder / "error.txt").exists()
     assert sorted(name for name in HEAVY if (failed.folder / name).exists()) == sorted(HEAVY)
     assert without_measured(collect_comparison(started)) == without_measured(comparison) | {"title": "started"}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_run_is_tracked_by_its_own_name(plan: Planned, tmp_path: Path, workers: int) -> None:
+    assert (
+        run_comparison(plan(entries=["k2", "local"], seeds=1), tmp_path, workers=workers, track=["tensorboard"])
+        == []
+    )
+    for name, method in (("k2", "flex"), ("local", "local")):
+        folder = tmp_path / "runs" / name / "seed-0" / "tensorboard" / method
+        events = EventAccumulator(str(folder)).Reload()
+        assert [point.step for point in events.Scalars("loss/mean")] == [1, 2]
+        (settings,) = folder.glob("*/hparams.yml")
+        assert f"run: {name}, seed 0/{method}" in settings.read_text()
+
+
+def test_an_unknown_tracker_is_refused_before_anything_is_written(plan: Planned, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="tracker 'tensorbord'"):
+        run_comparison(plan(), tmp_path / "out", track=["tensorbord"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_error_of_ours_is_told_as_it_is(plan: Planned, started: Path, monkeypatch: pytest.MonkeyPatch) -> None:

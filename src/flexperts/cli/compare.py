@@ -37,6 +37,12 @@ def command(
     ] = [],  # noqa: B006 - typer copies it
     workers: Annotated[int, typer.Option(min=1, help="Runs side by side, each with a base of its own.")] = 1,
     keep_weights: Annotated[bool, typer.Option("--keep-weights", help="Keep every run's weights.")] = False,
+    track: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            metavar="TRACKER", help="Log every run, as the same option of `flexperts run` does. Repeatable."
+        ),
+    ] = None,
 ) -> None:
     """Run every method with every seed, then write table, HTML report and Markdown; resumable at any point."""
     from flexperts.errors import ConfigError
@@ -50,8 +56,9 @@ def command(
 
     from flexperts.cli.display import ProgressDisplay
     from flexperts.cli.report import report
+    from flexperts.studies.claim import alone_in
     from flexperts.studies.collect import collect_comparison
-    from flexperts.studies.runner import Job, alone_in, jobs, run_comparison
+    from flexperts.studies.runner import Job, jobs, run_comparison
 
     total = len(jobs(plan, out))
     left = [job for job in jobs(plan, out) if not job.done]
@@ -66,7 +73,13 @@ def command(
             display.say(f"[{done}/{total}] {job}: {outcome}")
 
         failed = run_comparison(
-            plan, out, workers=workers, keep_weights=keep_weights, observer=display, on_done=tell
+            plan,
+            out,
+            workers=workers,
+            keep_weights=keep_weights,
+            track=track or (),
+            observer=display,
+            on_done=tell,
         )
     with alone_in(out):
         report(display.console, collect_comparison(out), out)

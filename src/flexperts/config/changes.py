@@ -6,6 +6,7 @@ import tomllib
 from collections.abc import Mapping
 from typing import Any
 
+from flexperts.config.flat import flat
 from flexperts.errors import shown
 
 _MOST_TOLD = 4
@@ -19,7 +20,7 @@ def recipe_changes(before: str, now: str) -> str:
         now: Another's.
     """
     try:
-        old, new = (_flat(tomllib.loads(text)) for text in (before, now))
+        old, new = (flat(tomllib.loads(text)) for text in (before, now))
     except ValueError as error:
         return f"it cannot be read: {error}"
     keys = [key for key in old | new if old.get(key) != new.get(key)]
@@ -28,13 +29,5 @@ def recipe_changes(before: str, now: str) -> str:
     return "; ".join([*told, *more]) or "in how it is written"
 
 
-def _at(flat: Mapping[str, Any], key: str) -> str:
-    return shown(flat[key]) if key in flat else "unset"
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a recipe's values by dotted key."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+def _at(settings: Mapping[str, Any], key: str) -> str:
+    return shown(settings[key]) if key in settings else "unset"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +13,7 @@ from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import LoggerType
 
+from flexperts.config.flat import flat
 from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError
 from flexperts.federation.observer import Observer
@@ -35,14 +36,16 @@ class Tracking(Observer):
         names: Trackers, as accelerate calls them.
         config: The run.
         out: The run directory; a tracker that writes files writes them into the folder of its name there.
+        name: What trackers call the run; by default the directory's name.
 
     Raises:
         ConfigError: A tracker is unknown, or its package is not installed.
     """
 
-    def __init__(self, names: Sequence[str], config: RunConfig, out: Path) -> None:
-        self._classes = {name: _tracker_class(name) for name in names}
+    def __init__(self, names: Sequence[str], config: RunConfig, out: Path, *, name: str | None = None) -> None:
+        self._classes = tracker_classes(names)
         self._config, self._out = config, out.resolve()
+        self._name = name or self._out.name
         self._trackers: list[Any] = []
         self._open = ExitStack()
 
@@ -65,7 +68,7 @@ class Tracking(Observer):
         # run_federation begins with the reference when the method's own summary is written.
         if self._config.method.reference and (self._out / "summary.json").exists():
             config, run = config.with_method(method), f"reference/{method}"
-        settings = {"run": f"{self._out.name}/{run}", **hyperparameters(config)}
+        settings = {"run": f"{self._name}/{run}", **hyperparameters(config)}
         for name in self._classes:
             self._start(name, run, settings)
 
@@ -98,12 +101,21 @@ def tracker_names() -> list[str]:
     return sorted(LOGGER_TYPE_TO_CLASS.keys() - _FORGETFUL)
 
 
+def tracker_classes(names: Sequence[str]) -> dict[str, Any]:
+    """Return trackers' classes by name.
+
+    Raises:
+        ConfigError: A tracker is unknown, or its package is not installed.
+    """
+    return {name: _tracker_class(name) for name in names}
+
+
 def hyperparameters(config: RunConfig) -> dict[str, bool | int | float | str]:
     """Return a recipe as flat settings, such as ``training.lr``; lists become text.
 
     Of a file only the last part of its path is told: the rest is about the machine.
     """
-    return dict(_flat(tomllib.loads(config.to_toml())))
+    return {key: _plain(value) for key, value in flat(tomllib.loads(config.to_toml())).items()}
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
@@ -140,16 +152,10 @@ def _by_client(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return groups
 
 
-def _flat(value: Any, *path: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, below in value.items():
-            yield from _flat(below, *path, key)
-    elif isinstance(value, list):
-        yield ".".join(path), ", ".join(map(str, value))
-    elif isinstance(value, str) and Path(value).is_absolute():
-        yield ".".join(path), Path(value).name
-    else:
-        yield ".".join(path), value
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _tracker_class(name: str) -> Any:

@@ -14,7 +14,7 @@ from flexperts.reports.curve_plots import CURVES, curve_plots, drift_plots
 from flexperts.reports.figures import looks
 from flexperts.reports.plots import Plot, difference_plot, score_plot
 from flexperts.reports.reading import METRICS, Comparison, ordered
-from flexperts.reports.routing_plots import opening_plot, routing_plots, shown_entry
+from flexperts.reports.routing_plots import routing_plots
 from flexperts.reports.summary import facts, summary
 from flexperts.reports.tables import tables
 
@@ -42,7 +42,7 @@ def html_report(comparison: Mapping[str, Any]) -> str:
         legend=[(entry["name"], looks(comparison)[entry["name"]]) for entry in ordered(comparison)],
         tables=made,
         plots=_plots(comparison),
-        routed=shown_entry(comparison),
+        routing=routing_plots(comparison),
         heads=_heads,
         safe_svg=_safe_svg,
     )
@@ -56,8 +56,6 @@ def _plots(comparison: Comparison) -> dict[str, list[Plot]]:
         "bytes": [bytes_plot(comparison, metric) for metric in METRICS],
         "curves": [plots[0] for plots in curves.values() if len(plots) == 1],
         **{f"curves-{metric}": [*plots] if len(plots) > 1 else [] for metric, plots in curves.items()},
-        "routing": [*routing_plots(comparison)],
-        "opening": [opening_plot(comparison)],
         "drift": [*drift_plots(comparison)],
     }
     return {key: [plot for plot in plots if plot is not None] for key, plots in made.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,25 +15,49 @@ from flexperts.reports.plots import NARROW, WIDTH, Plot
 from flexperts.reports.reading import Comparison, Entry, layer_names, measure, routing_of
 
 
-def shown_entry(comparison: Comparison) -> Entry | None:
-    """Return the entry whose routing is drawn: the first that recorded some of its own state."""
-    return next((entry for entry in comparison["entries"] if routing_of(entry)), None)
+@dataclass(frozen=True)
+class RoutingPlots:
+    """What is drawn of an entry's routing.
+
+    Args:
+        entry: Its name.
+        use: A map of expert use per client (layers by experts), and their colours' scale last; may be empty.
+        opening: How far the gates of the personal experts open, layers by clients; None where there are none.
+    """
+
+    entry: str
+    use: list[Plot]
+    opening: Plot | None
 
 
-def routing_plots(comparison: Comparison) -> list[Plot]:
-    """Return one map of expert use per client (layers by experts, one colour scale), and the scale last."""
-    maps = {client: _use(layers) for client, layers in routing_of(shown_entry(comparison) or _NOTHING).items()}
-    maps = {client: (names, values) for client, (names, values) in maps.items() if np.isfinite(values).any()}
-    if not maps:
-        return []
-    top = max(float(np.nanmax(values)) for _, values in maps.values()) or 1.0
-    drawn = [_map(f"routing-{i}", client, *found, top) for i, (client, found) in enumerate(maps.items())]
-    return [*drawn, _scale(top)]
+def routing_plots(comparison: Comparison) -> list[RoutingPlots]:
+    """Return the plots of every entry that recorded the routing of its own state, all maps on one colour scale."""
+    maps = {entry["name"]: _maps(entry) for entry in comparison["entries"]}
+    top = max((float(np.nanmax(v)) for clients in maps.values() for _, v in clients.values()), default=0.0) or 1.0
+    made = [
+        RoutingPlots(e["name"], _use_plots(f"routing-{i}", maps[e["name"]], top), _opening_plot(f"opening-{i}", e))
+        for i, e in enumerate(comparison["entries"])
+    ]
+    return [plots for plots in made if plots.use or plots.opening]
 
 
-def opening_plot(comparison: Comparison) -> Plot | None:
-    """Return how far the gates of the personal experts open, layers by clients, as numbers on colours."""
-    clients = routing_of(shown_entry(comparison) or _NOTHING)
+_Map = tuple[list[str], Any]
+"""Layers' short names, and shares ``[layers, experts]``."""
+
+
+def _maps(entry: Entry) -> dict[str, _Map]:
+    """Return the clients' maps that have a number in them."""
+    maps = {client: _use(layers) for client, layers in routing_of(entry).items()}
+    return {client: found for client, found in maps.items() if np.isfinite(found[1]).any()}
+
+
+def _use_plots(key: str, maps: Mapping[str, _Map], top: float) -> list[Plot]:
+    drawn = [_map(f"{key}-{i}", client, *found, top) for i, (client, found) in enumerate(maps.items())]
+    return [*drawn, _scale(f"{key}-scale", top)] if drawn else []
+
+
+def _opening_plot(key: str, entry: Entry) -> Plot | None:
+    clients = routing_of(entry)
     names = layer_names(module for layers in clients.values() for module in layers)
     rows = [[measure(layers.get(m, {}), "opening") for layers in clients.values()] for m in names]
     values = np.array([[np.nan if v is None else v for v in row] for row in rows], dtype=float)
@@ -46,14 +71,11 @@ def opening_plot(comparison: Comparison) -> Plot | None:
             _write(axes, values, top)
         axes.set_ylabel("layer")
         figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02).outline.set_visible(False)
-        return Plot("Gate opening", svg(figure, "opening", "gate opening by layer and client"))
+        return Plot("Gate opening", svg(figure, key, "gate opening by layer and client"))
 
 
-_NOTHING: Mapping[str, Any] = {"own_state": "", "routing": None}
-
-
-def _use(layers: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], Any]:
-    """Return layers' short names and ``[layers, experts]`` shares; layers of fewer experts end in gaps."""
+def _use(layers: Mapping[str, Mapping[str, Any]]) -> _Map:
+    """Return a client's map; layers of fewer experts end in gaps."""
     names = layer_names(layers)
     rows = [[finite(v) for v in layers[module].get("utilisation") or []] for module in names]
     values = np.full((len(rows), max((len(row) for row in rows), default=0)), np.nan)
@@ -71,7 +93,7 @@ def _map(key: str, client: str, names: list[str], values: Any, top: float) -> Pl
         return Plot(shortened(client, 34), svg(figure, key, f"use of experts by layer: {client}"))
 
 
-def _scale(top: float) -> Plot:
+def _scale(key: str, top: float) -> Plot:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
@@ -80,7 +102,7 @@ def _scale(top: float) -> Plot:
         colours = ScalarMappable(Normalize(0, top), cmap="cividis")
         bar = figure.colorbar(colours, cax=figure.add_subplot(), orientation="horizontal")
         bar.outline.set_visible(False)
-        return Plot("Share of selections", svg(figure, "routing-scale", f"colours from 0 to {top:.3g}"))
+        return Plot("Share of selections", svg(figure, key, f"colours from 0 to {top:.3g}"))
 
 
 def _write(axes: Any, values: Any, top: float) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+from flexperts.config.flat import flat
 from flexperts.reports.cells import MISSING, Column, Table, words
 from flexperts.reports.reading import Comparison, ordered
 
@@ -26,19 +26,12 @@ def entries_table(comparison: Comparison) -> Table:
 
 def environment_table(comparison: Comparison) -> Table:
     """Return versions, code and machine, one fact a row."""
-    facts = _flat(comparison.get("environment") or {})
+    facts = flat(comparison.get("environment") or {})
     mixed = any(isinstance(value, list) for value in facts.values())
     note = "Where several values stand, the runs differ." if mixed else ""
     header = (Column("what", words=True), Column("value", words=True))
     rows = tuple((words(name), words(_text(value))) for name, value in facts.items())
     return Table("environment", "Environment", note, header, rows)
-
-
-def _flat(found: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in found.items():
-        flat |= _flat(value) if isinstance(value, Mapping) else {name: value}
-    return flat
 
 
 def _text(value: Any) -> str:

@@ -77,7 +77,8 @@ def _difference(comparison: Comparison, entry: Entry, metric: str) -> str:
     p = p_value(test.get("p_adjusted"))
     adjusted = "" if p.value is None else f" (adjusted p {p.text if p.text.startswith('<') else '= ' + p.text})"
     zero = "includes 0" if _holds_zero(test) else "excludes 0"
-    so = ", so the two are not told apart" if found == "open" else ""
+    so = ", so the two are not told apart" if _holds_zero(test) else ": after adjustment, not told apart"
+    so = so if found == "open" else ""
     level, text = f"{100 * comparison['confidence']:g} %", interval(test, DIGITS[metric]).text
     return f" Its difference to {comparison['reference']} is {text}; the {level} interval {zero}{adjusted}{so}."
 

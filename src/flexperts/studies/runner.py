@@ -9,27 +9,25 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
-from flexperts.config.changes import recipe_changes
-from flexperts.errors import ArtifactError, ConfigError, FlexpertsError
-from flexperts.federation.observer import Observer
+from flexperts.errors import FlexpertsError
+from flexperts.federation.observer import Observer, Observers
 from flexperts.federation.run import run_federation
+from flexperts.federation.tracking import Tracking, tracker_classes
 from flexperts.federation.workspace import Workspace
-from flexperts.files import unwritable, write_json, write_text
+from flexperts.files import write_json, write_text
+from flexperts.studies.claim import alone_in, claimed
 from flexperts.studies.entries import Entry, Plan
-from flexperts.studies.finished import CLAIM, DONE, RUNS, SEED, finished_marks, folder_name, read_claim
+from flexperts.studies.finished import CLAIM, DONE, RUNS, SEED, folder_name
 
 HEAVY = ("personal", "shared", "checkpoint.safetensors")
 """Weights of a finished run, which a comparison does not read."""
-
 
 _BUSY = "another process runs it"
 """What is returned of a job that another process has in hand."""
@@ -76,6 +74,7 @@ def run_comparison(
     *,
     workers: int = 1,
     keep_weights: bool = False,
+    track: Sequence[str] = (),
     observer: Observer | None = None,
     on_done: OnDone = lambda job, error: None,
 ) -> list[Job]:
@@ -88,17 +87,20 @@ def run_comparison(
         out: Its directory; one that holds a part of the comparison is continued, and may gain entries and seeds.
         workers: Processes; each holds a base in memory.
         keep_weights: Keep every run's weights.
+        track: Trackers that log every run, as accelerate calls them.
         observer: Receives the progress of runs in this process (``workers`` = 1).
         on_done: Called after each job, with its error if it failed.
 
     Raises:
         ArtifactError: The directory holds another recipe's comparison.
-        ConfigError: The reference is none of its entries.
+        ConfigError: The reference is none of its entries, or a tracker cannot be had.
     """
-    _claim(plan, out)  # a refusal comes before anything is written
+    tracker_classes(track)
+    claimed(plan, out)  # a refusal comes before anything is written
     with alone_in(out):
-        write_json(out / CLAIM, _claim(plan, out))
-    run = partial(_run, plan, keep_weights, observer if workers == 1 else None)
+        write_json(out / CLAIM, claimed(plan, out))
+    manner = _Manner(plan, keep_weights, tuple(track), observer if observer and workers == 1 else Observer())
+    run = partial(_run, manner)
     waiting = [job for job in jobs(plan, out) if not job.done]
     failed, busy = _sort_out(_run_all(partial(run, _AT_ONCE), waiting, workers), on_done)
     if busy:
@@ -108,63 +110,14 @@ def run_comparison(
     return failed
 
 
-@contextmanager
-def alone_in(out: Path) -> Iterator[None]:
-    """Keep other processes that share a comparison's directory waiting, while a file of all of them is written.
+@dataclass(frozen=True)
+class _Manner:
+    """How every job of a comparison is run."""
 
-    Raises:
-        ArtifactError: The directory cannot be written.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / f"{CLAIM}.lock")
-        lock.acquire()
-    except OSError as error:
-        raise unwritable(out, error) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _claim(plan: Plan, out: Path) -> dict[str, Any]:
-    """Return what a directory is for, with what it holds already, or refuse one of another recipe."""
-    path, compare = out / CLAIM, plan.base.compare
-    claim: dict[str, Any] = {"recipe": plan.base.to_toml()}
-    before = read_claim(out) if path.exists() else claim
-    _check_same_recipe(before, claim, out)
-    entries = _entries(plan, before.get("entries", {}), out)
-    planned = [entry.name for entry in plan.entries]
-    there = [name for name in entries if name in planned or finished_marks(out, name)]
-    known = [name for name in (before.get("reference"), compare.reference) if name in there]
-    reference = plan.reference or [*known, *planned][0]
-    if reference not in there:
-        raise ConfigError(f"reference {reference!r}", f"it is one of {', '.join(there)}", "add it to the entries")
-    bootstrap = {"confidence": compare.confidence, "resamples": compare.resamples}
-    return claim | {"entries": entries, "reference": reference, **bootstrap}
-
-
-def _check_same_recipe(before: dict[str, Any], claim: dict[str, Any], out: Path) -> None:
-    if before["recipe"] == claim["recipe"]:
-        return
-    changes = recipe_changes(before["recipe"], claim["recipe"])
-    rule = f"it holds a comparison of another recipe ({changes})"
-    raise ArtifactError(f"{out}", rule, "give the recipe and --set of the first start")
-
-
-def _entries(plan: Plan, before: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Return all entries of the directory, or refuse some that would take another's finished runs for their own."""
-    new = {entry.name: list(entry.settings) for entry in plan.entries}
-    entries = before | new
-    places: dict[str, str] = {}
-    for name in entries:
-        started = any((out / RUNS / folder_name(name)).glob("*/config.toml"))
-        if started and before.get(name, entries[name]) != entries[name]:
-            changed = f"{out}: entry {name!r} with {entries[name]}"
-            raise ArtifactError(changed, f"it was run with {before[name]}", "give the variant another name")
-        if (other := places.setdefault(folder_name(name), name)) != name:
-            raise ArtifactError(f"entries {other!r} and {name!r}", "their folders have one name", "rename one")
-    return entries
+    plan: Plan
+    keep_weights: bool
+    track: tuple[str, ...]
+    observer: Observer
 
 
 def _run_all(
@@ -220,29 +173,31 @@ def _release() -> None:
     _workspace = None
 
 
-def _run(plan: Plan, keep_weights: bool, observer: Observer | None, patience: float, job: Job) -> str | None:
+def _run(manner: _Manner, patience: float, job: Job) -> str | None:
     """Run one job, unless another process did, and return what went wrong; ``_BUSY`` where its lock stays held."""
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(job.folder.with_name(f"{job.folder.name}.lock"), timeout=patience)
     try:
         with lock:
-            return None if job.done else _run_alone(plan, job, keep_weights, observer)
+            return None if job.done else _run_alone(manner, job)
     except Timeout:
         return _BUSY
 
 
-def _run_alone(plan: Plan, job: Job, keep_weights: bool, observer: Observer | None) -> str | None:
+def _run_alone(manner: _Manner, job: Job) -> str | None:
     """Run one job and return what went wrong: one broken entry must not cost the others."""
     global _workspace
     try:
-        config = plan.config(job.entry, job.seed)
+        config = manner.plan.config(job.entry, job.seed)
         _workspace = _workspace.for_run(config) if _workspace else Workspace(config)
-        run_federation(config, job.folder, observer, resume=True, workspace=_workspace)
+        with Tracking(manner.track, config, job.folder, name=str(job)) as tracking:
+            observer = Observers(manner.observer, tracking)
+            run_federation(config, job.folder, observer, resume=True, workspace=_workspace)
     except Exception as error:
         write_text(job.folder / "error.txt", traceback.format_exc())
         return str(error) if isinstance(error, FlexpertsError) else repr(error)
     (job.folder / "error.txt").unlink(missing_ok=True)
-    for name in () if keep_weights else HEAVY:
+    for name in () if manner.keep_weights else HEAVY:
         path = job.folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     write_text(job.folder / DONE, "")

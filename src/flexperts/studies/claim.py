@@ -1,0 +1,84 @@
+"""What a comparison's directory is for: one recipe, its entries and its reference; other uses are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from flexperts.config.changes import recipe_changes
+from flexperts.errors import ArtifactError, ConfigError
+from flexperts.files import unwritable
+from flexperts.studies.entries import Plan
+from flexperts.studies.finished import CLAIM, RUNS, finished_marks, folder_name, read_claim
+
+
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Keep other processes that share a comparison's directory waiting, while a file of all of them is written.
+
+    Raises:
+        ArtifactError: The directory cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / f"{CLAIM}.lock")
+        lock.acquire()
+    except OSError as error:
+        raise unwritable(out, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def claimed(plan: Plan, out: Path) -> dict[str, Any]:
+    """Return what a directory is for, with what it holds already.
+
+    Args:
+        plan: What is to be run there.
+        out: The directory; it need not exist.
+
+    Raises:
+        ArtifactError: It holds another recipe's comparison, or runs of an entry that had other settings.
+        ConfigError: The reference is none of its entries.
+    """
+    path, compare = out / CLAIM, plan.base.compare
+    claim: dict[str, Any] = {"recipe": plan.base.to_toml()}
+    before = read_claim(out) if path.exists() else claim
+    _check_same_recipe(before, claim, out)
+    entries = _entries(plan, before.get("entries", {}), out)
+    planned = [entry.name for entry in plan.entries]
+    there = [name for name in entries if name in planned or finished_marks(out, name)]
+    known = [name for name in (before.get("reference"), compare.reference) if name in there]
+    reference = plan.reference or [*known, *planned][0]
+    if reference not in there:
+        raise ConfigError(f"reference {reference!r}", f"it is one of {', '.join(there)}", "add it to the entries")
+    bootstrap = {"confidence": compare.confidence, "resamples": compare.resamples}
+    return claim | {"entries": entries, "reference": reference, **bootstrap}
+
+
+def _check_same_recipe(before: dict[str, Any], claim: dict[str, Any], out: Path) -> None:
+    if before["recipe"] == claim["recipe"]:
+        return
+    changes = recipe_changes(before["recipe"], claim["recipe"])
+    rule = f"it holds a comparison of another recipe ({changes})"
+    raise ArtifactError(f"{out}", rule, "give the recipe and --set of the first start")
+
+
+def _entries(plan: Plan, before: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Return all entries of the directory, or refuse some that would take another's finished runs for their own."""
+    new = {entry.name: list(entry.settings) for entry in plan.entries}
+    entries = before | new
+    places: dict[str, str] = {}
+    for name in entries:
+        started = any((out / RUNS / folder_name(name)).glob("*/config.toml"))
+        if started and before.get(name, entries[name]) != entries[name]:
+            changed = f"{out}: entry {name!r} with {entries[name]}"
+            raise ArtifactError(changed, f"it was run with {before[name]}", "give the variant another name")
+        if (other := places.setdefault(folder_name(name), name)) != name:
+            raise ArtifactError(f"entries {other!r} and {name!r}", "their folders have one name", "rename one")
+    return entries
