@@ -5,9 +5,11 @@
 SOURCE holds closed_qa, information_extraction, classification, summarization and general, each a .jsonl file,
 with the fields instruction, context, response, dataset and split (train or test, divided by passage); general.jsonl
 holds tasks that no client trains on. Rows with long prompts or answers are left out, so that a run takes minutes on
-a CPU; of the rest, an even share of every data set is drawn, with a fixed seed. The pool for mixtures holds none of
-the split's train rows, because rates are chosen on validation rows, which are drawn from those; its prompts may be
-longer, since few closed questions with short ones are left.
+a CPU; of the rest, an even share of every data set is drawn, with a fixed seed.
+
+The pool for mixtures holds none of the split's train rows, because rates are chosen on validation rows, which are
+drawn from those; its prompts may be longer, since few closed questions with short ones are left. It has one row per
+passage: its rows become train and test rows of any client, and nobody may train on a passage that is tested.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +25,7 @@ from typing import Any
 
 CLIENTS = ("classification", "closed_qa", "information_extraction", "summarization")
 Row = dict[str, Any]
+_PASSAGE = re.compile(r"(?:Context|Process):(.*?)(?:Question:|$)", re.DOTALL)
 
 
 def short_rows(path: Path, split: str, longest_prompt: int, longest_answer: int) -> list[Row]:
@@ -34,6 +38,18 @@ def short_rows(path: Path, split: str, longest_prompt: int, longest_answer: int)
         and len(row["instruction"]) + len(row["context"]) < longest_prompt
         and len(row["response"]) < longest_answer
     ]
+
+
+def passage(row: Row) -> str:
+    """Return what a prompt asks about, where it says so, else the prompt."""
+    found = _PASSAGE.search(row["instruction"])
+    return (found[1] if found else row["instruction"]).strip()
+
+
+def one_per_passage(rows: Sequence[Row], taken: Sequence[Row]) -> list[Row]:
+    """Return rows whose passage is of no row before them, and of none that is taken."""
+    first = {passage(row): row for row in reversed([*taken, *rows])}
+    return [row for row in rows if first[passage(row)] is row]
 
 
 def draw(rows: Sequence[Row], count: int) -> list[Row]:
@@ -76,8 +92,8 @@ def main() -> None:
         for split, count in (("train", wanted.train), ("test", wanted.test)):
             drawn[split] = draw(short_rows(source, split, wanted.prompt, wanted.answer), count)
             write(wanted.out / client / f"{split}.jsonl", drawn[split])
-        rows = (row for split in drawn for row in short_rows(source, split, wanted.pool_prompt, wanted.answer))
-        pool += draw([row for row in rows if row not in drawn["train"]], wanted.pool)
+        rows = [row for split in drawn for row in short_rows(source, split, wanted.pool_prompt, wanted.answer)]
+        pool += draw(one_per_passage(rows, drawn["train"]), wanted.pool)
     write(wanted.out / "pool.jsonl", pool)
     general = short_rows(wanted.source / "general.jsonl", "test", wanted.prompt, wanted.answer)
     write(wanted.out / "general.jsonl", draw(general, wanted.test))
