@@ -24,9 +24,8 @@ from typing import Any
 from flexperts.files import write_json, write_text
 from flexperts.reports.cells import Cell, interval, number, size
 from flexperts.reports.markdown import markdown_report
-from flexperts.reports.reading import ability, against, mean, ordered, own, stat
+from flexperts.reports.reading import Comparison, Entry, ability, against, mean, ordered, own, stat, verdict
 from flexperts.reports.score_tables import DIGITS
-from flexperts.reports.summary import verdict
 from flexperts.studies.collect import collect_comparison
 from flexperts.studies.finished import Finished, read_claim
 
@@ -36,9 +35,6 @@ _TABLE = re.compile(
     r"(?P<head><!-- (?P<kind>table|rounds) (?P<study>[^ :]+): (?P<wanted>[^>]+) -->\n).*?(?P<end><!-- end -->)",
     re.DOTALL,
 )
-
-Comparison = Mapping[str, Any]
-Entry = Mapping[str, Any]
 
 
 def _difference(metric: str) -> Callable[[Comparison, Entry], str]:
@@ -75,7 +71,6 @@ COLUMNS: dict[str, tuple[str, Callable[[Comparison, Entry], str]]] = {
     "nll_difference": ("to the reference", _difference("nll")),
     "global": ("global model: ROUGE-L, NLL", _both("global", "own")),
     "others": ("others' rows: ROUGE-L, NLL", _both(None, "others")),
-    "general": ("general tasks: ROUGE-L, NLL", _both(None, "general")),
     "general_change": (
         "general NLL, minus the base's",
         _text(lambda e: interval(_general(e), 2)),

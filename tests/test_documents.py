@@ -33,6 +33,23 @@ def test_the_comparison_shows_the_committed_results() -> None:
     assert benchmark.table(entries) in (ROOT / "docs" / "comparison.md").read_text()
 
 
+def test_a_mixture_has_no_passage_twice_and_none_that_rates_were_chosen_on() -> None:
+    """Rows are asked about what follows "Context:" or "Process:"; others are their own passage."""
+    one_per_passage = script("prepare_p3").one_per_passage
+    ask = "Answer the question.\nQuestion: {}?\nContext: {}"
+    prompts = [
+        ask.format("Who", "Ada wrote."),
+        ask.format("What", "Ada wrote. "),
+        ask.format("Who", "Bob read."),
+        "Sum.",
+    ]
+    rows = [{"instruction": prompt, "dataset": "x"} for prompt in prompts]
+    assert one_per_passage(rows, []) == [rows[0], rows[2], rows[3]]
+    assert one_per_passage(rows, [{"instruction": ask.format("When", "Bob read.")}]) == [rows[0], rows[3]]
+    process = "Process:\n- rain\n\nQuestion:\nsuppose {} happens, how will it affect b."
+    assert len(one_per_passage([{"instruction": process.format(c)} for c in "ab"], [])) == 1
+
+
 def test_the_page_on_packing_shows_the_committed_results() -> None:
     benchmark = script("compression")
     entries = json.loads((ROOT / "benchmarks" / "results" / "compression.json").read_text())["entries"]

@@ -37,6 +37,15 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise unwritable(path, error) from error
 
 
+def placeless(value: Any) -> Any:
+    """Return a value as others may see it: of an absolute path only the last name, in lists and mappings too."""
+    if isinstance(value, Mapping):
+        return {key: placeless(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [placeless(inner) for inner in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
 def unwritable(path: Path, error: Exception) -> ArtifactError:
     """Return the refusal of a file that cannot be written."""
     return ArtifactError(f"{path}", f"it cannot be written ({error})", "free some space or choose another folder")

@@ -25,6 +25,7 @@ from flexperts.federation import tracking
 from flexperts.federation.observer import Observer, Observers
 from flexperts.federation.run import run_federation
 from flexperts.federation.tracking import Tracking, hyperparameters, scalars, tracker_names
+from flexperts.files import placeless
 from flexperts.recipe import parse_recipe
 
 Recipe = Callable[..., RunConfig]
@@ -121,6 +122,14 @@ def test_tensorboard_holds_every_number_of_every_round_and_the_recipe(recipe: Re
 
 def hyperparameters_of(run: Path) -> dict[str, Any]:
     return hyperparameters(parse_recipe((run / "config.toml").read_text()))
+
+
+def test_hyperparameters_tell_no_places() -> None:
+    assert placeless({"a": ["/home/ada/rows.jsonl", 1], "b": "/x/y", "c": "x/y"}) == {
+        "a": ["rows.jsonl", 1],
+        "b": "y",
+        "c": "x/y",
+    }
 
 
 @pytest.mark.parametrize("reference", [False, True], ids=["in the method", "in the reference"])

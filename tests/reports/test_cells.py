@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexperts.reports.cells import (
+    MINUS,
     MISSING,
     Cell,
     Column,
@@ -18,12 +19,17 @@ from flexperts.reports.cells import (
     number,
     p_value,
     percent,
-    plain,
     signed,
     size,
     spread,
     words,
 )
+
+
+def plain(cell: Cell) -> str:
+    """Return a number's text as Python reads it: no commas, ASCII minus."""
+    return cell.text.replace(MINUS, "-").replace(",", "")
+
 
 NUMBERS = st.floats(-1e6, 1e6, allow_nan=False)
 UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from flexperts.reports.summary import facts, summary, verdict
+from flexperts.reports.reading import verdict
+from flexperts.reports.summary import facts, summary
 
 Comparison = dict[str, Any]
 

@@ -279,6 +279,13 @@ def test_an_entry_without_all_seeds_is_named(whole: Comparison) -> None:
     assert "Seeds are missing of: local (1 of 3)." in tables(whole)["main"].note
 
 
+def test_an_interval_of_one_seed_is_not_said_to_be_widened(whole: Comparison) -> None:
+    assert "seed in common" not in tables(whole)["main"].note
+    whole["entries"][1]["seeds"] = [1]
+    name = whole["entries"][1]["name"]
+    assert f"for the training seeds (not of {name}: one seed in common)" in tables(whole)["main"].note
+
+
 def test_the_note_says_what_the_interval_is(whole: Comparison) -> None:
     note = tables(whole)["main"].note
     for words in ("95 %", "10,000 resamples", "bootstrap", "Benjamini", "2 comparisons", "3 seeds, 2 clients"):

@@ -183,6 +183,15 @@ def test_what_runs_do_not_share_is_told_of_each(compared: Path, tmp_path: Path) 
     assert flex["bytes"]["groups"]["uplink"]["new"] == 5
 
 
+def test_an_entrys_settings_do_not_tell_where_its_files_lie(compared: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(compared, tmp_path / "elsewhere")
+    claim = json.loads((out / "compare.json").read_text())
+    claim["entries"]["k2"] = ["graft.experts=2", f"data.folder='{tmp_path}/wards'"]
+    (out / "compare.json").write_text(json.dumps(claim))
+    entry = next(e for e in collect_comparison(out)["entries"] if e["name"] == "k2")
+    assert entry["settings"] == ["graft.experts=2", "data.folder=wards"]
+
+
 @every_entry
 def test_bytes_parameters_and_seconds(entries: Entries, compared: Path, name: str) -> None:
     entry, logs = entries[name], [run.lines("rounds.jsonl") for run in runs(compared, name)]

@@ -60,17 +60,17 @@ def command(
     from flexperts.studies.collect import collect_comparison
     from flexperts.studies.runner import Job, jobs, run_comparison
 
-    total = len(jobs(plan, out))
-    left = [job for job in jobs(plan, out) if not job.done]
+    planned = jobs(plan, out)
     with ProgressDisplay() as display:
-        display.say(f"{total} runs, {total - len(left)} of them finished already; everything is in {out}")
+        before = sum(job.done for job in planned)
+        display.say(f"{len(planned)} runs, {before} of them finished already; everything is in {out}")
 
         def tell(job: Job, error: str | None) -> None:
-            done = sum(job.done for job in jobs(plan, out))
+            done = sum(job.done for job in planned)
             noted = job.folder / "error.txt"
             where = f" (see {noted})" if noted.exists() else ""
             outcome = f"failed: {error}{where}" if error else "finished"
-            display.say(f"[{done}/{total}] {job}: {outcome}")
+            display.say(f"[{done}/{len(planned)}] {job}: {outcome}")
 
         failed = run_comparison(
             plan,

@@ -13,7 +13,7 @@ from flexperts.base.build import BASES
 from flexperts.export.content import Content
 from flexperts.export.verification import Difference
 from flexperts.federation.trained import TrainedRun
-from flexperts.files import write_text
+from flexperts.files import placeless, write_text
 from flexperts.methods.base import State
 from flexperts.modeling.skeleton import auto_class
 
@@ -252,5 +252,4 @@ def _license(base: Path) -> str | None:
 
 def _base_name(run: TrainedRun) -> str:
     """Return the base's name as the recipe has it; of a local folder, its last part alone."""
-    base = run.config.model.base
-    return Path(base).name if Path(base).is_absolute() else base
+    return str(placeless(run.config.model.base))

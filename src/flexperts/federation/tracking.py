@@ -17,6 +17,7 @@ from flexperts.config.flat import flat
 from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError
 from flexperts.federation.observer import Observer
+from flexperts.files import placeless
 
 PROJECT = "flexperts"
 """Name of the project that trackers without a directory of their own put all runs in."""
@@ -115,7 +116,8 @@ def hyperparameters(config: RunConfig) -> dict[str, bool | int | float | str]:
 
     Of a file only the last part of its path is told: the rest is about the machine.
     """
-    return {key: _plain(value) for key, value in flat(tomllib.loads(config.to_toml())).items()}
+    settings = flat(placeless(tomllib.loads(config.to_toml())))
+    return {key: ", ".join(map(str, v)) if isinstance(v, list) else v for key, v in settings.items()}
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
@@ -150,12 +152,6 @@ def _by_client(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
             if dot:  # else it is a count of rows
                 groups.setdefault(f"{metric}/{state}", {})[client] = value
     return groups
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _tracker_class(name: str) -> Any:

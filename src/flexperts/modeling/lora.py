@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from flexperts.files import placeless
 from flexperts.moe.attention import attention_linears
 
 SHARED_PREFIX = "base_model."
@@ -143,7 +144,7 @@ class LoraAdapters:
             self.model.peft_config["default"].save_pretrained(folder)
             config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
         config["target_modules"] = sorted(config["target_modules"])
-        config["base_model_name_or_path"] = Path(base).name if Path(base).is_absolute() else base
+        config["base_model_name_or_path"] = placeless(base)
         return json.dumps(config, indent=2, sort_keys=True)
 
     def _activate(self, names: list[str]) -> None:

@@ -145,11 +145,6 @@ def percent(value: Any, *, sign: bool = False) -> Cell:
     return Cell(_signed(100 * value, 1) if sign else _fixed(100 * value, 1), value)
 
 
-def plain(cell: Cell) -> str:
-    """Return a number's text as Python reads it: no commas, ASCII minus."""
-    return cell.text.replace(MINUS, "-").replace(",", "")
-
-
 def mark_best(rows: Sequence[tuple[Cell, ...]], column: int, *, lowest: bool = False) -> list[tuple[Cell, ...]]:
     """Return rows with the best of a column's cells marked, where at least two can be compared."""
     values = [row[column].value for row in rows]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flexperts.reports.reading import METRICS, Comparison
+from flexperts.reports.reading import METRICS, Comparison, Entry
 
 
 def counts(comparison: Comparison) -> str:
@@ -23,12 +23,20 @@ def interval_note(comparison: Comparison) -> str:
     level, resamples = f"{100 * comparison['confidence']:g} %", f"{comparison['resamples']:,}"
     many = len(comparison["seeds"]) > 1
     seeds = "widened by Student's t for the training seeds" if many else "which says nothing of other seeds"
+    single = [e["name"] for e in comparison["entries"] if many and e.get("against") and _paired(comparison, e) == 1]
+    seeds += f" (not of {', '.join(single)}: one seed in common)" if single else ""
     return (
         f"Δ: own state minus the reference's own state ({comparison['reference']}), row by row. In brackets the "
         f"{level} interval of a paired bootstrap over rows ({resamples} resamples), {seeds}; of clients that were "
         "not there it says nothing. p-values are of the same draws, adjusted by Benjamini and Hochberg for "
         f"{_count(compared, 'comparison')}; the intervals are not adjusted."
     )
+
+
+def _paired(comparison: Comparison, entry: Entry) -> int:
+    """Return how many seeds an entry has in common with the reference."""
+    reference = next(e for e in comparison["entries"] if e["name"] == comparison["reference"])
+    return len({*entry["seeds"]} & {*reference["seeds"]})
 
 
 def main_note(comparison: Comparison) -> str:

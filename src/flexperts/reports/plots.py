@@ -9,8 +9,7 @@ from matplotlib.axes import Axes
 
 from flexperts.reports.cells import finite
 from flexperts.reports.figures import INK, MUTED, PAPER, canvas, drawing, looks, shortened, svg
-from flexperts.reports.reading import METRICS, Comparison, Entry, against, mean, ordered, own
-from flexperts.reports.summary import verdict
+from flexperts.reports.reading import METRICS, Comparison, Entry, against, mean, ordered, own, verdict
 
 WIDTH, NARROW = 400, 210
 """Widths of plots that stand alone and of those that stand beside each other, in points."""

@@ -1,4 +1,4 @@
-"""Ways into ``comparison.json``: names for states, an entry's numbers, the order of entries and layers."""
+"""Ways into ``comparison.json``: an entry's numbers and how it stands, words for states, the order of things."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from statistics import fmean, stdev
 from typing import Any
 
-from flexperts.reports.cells import finite
+from flexperts.reports.cells import finite, interval
 
 Entry = Mapping[str, Any]
 Comparison = Mapping[str, Any]
@@ -44,6 +44,25 @@ def mean(found: Mapping[str, Any] | None) -> float | None:
 def against(entry: Entry, metric: str) -> Mapping[str, Any] | None:
     """Return the test of an entry against the reference; None for the reference itself."""
     return (entry.get("against") or {}).get(metric) or None
+
+
+def verdict(comparison: Comparison, entry: Entry, metric: str) -> str:
+    """Return how an entry stands to the reference: better, worse, open (not told apart), or none without a test.
+
+    Two entries are told apart when the interval leaves 0 out and the p-value, adjusted for the number of
+    comparisons, is below 1 - confidence: of many intervals, some leave 0 out by chance.
+    """
+    test = against(entry, metric)
+    if test is None or interval(test, 1).value is None:
+        return "none"
+    if holds_zero(test) or (finite(test.get("p_adjusted")) or 0.0) >= 1 - comparison["confidence"]:
+        return "open"
+    return "better" if (test["low"] > 0) != (metric == "nll") else "worse"
+
+
+def holds_zero(test: Mapping[str, Any]) -> bool:
+    """Return whether a test's interval has 0 in it."""
+    return bool(test["low"] <= 0 <= test["high"])
 
 
 def ability(entry: Entry, state: str, metric: str) -> Mapping[str, Any] | None:

@@ -46,7 +46,7 @@ def main_table(comparison: Comparison) -> Table:
     """Return the comparison: one row per entry, best first, and the untouched base last."""
     rows = [_main_row(comparison, entry) for entry in ordered(comparison)]
     rows = mark_best(mark_best(rows, 2), 5, lowest=True)
-    rows += _base_row(comparison, len(rows[0]) if rows else 0)
+    rows += _base_row(comparison)
     return Table("main", "Scores and differences", main_note(comparison), _main_header(comparison), tuple(rows))
 
 
@@ -155,18 +155,11 @@ def _tested(entry: Entry, metric: str) -> tuple[Cell, Cell, Cell]:
     )
 
 
-def _base_row(comparison: Comparison, length: int) -> list[tuple[Cell, ...]]:
+def _base_row(comparison: Comparison) -> list[tuple[Cell, ...]]:
     """Return the untouched base's row, from the first entry that has one, unless it is an entry itself."""
     entries = comparison["entries"]
     measured = [e for e in entries if stat(e, "zero_shot", "own", "nll") or stat(e, "zero_shot", "own", "rouge_l")]
     if not measured or any(e["own_state"] == "zero_shot" for e in entries):
         return []
-    cells = [words("base, untrained"), words(STATES["zero_shot"]), *[number(None, 0)] * (length - 2)]
-    for column, place, metric in (
-        (2, "own", "rouge_l"),
-        (5, "own", "nll"),
-        (10, "others", "rouge_l"),
-        (11, "others", "nll"),
-    ):
-        cells[column] = spread(stat(measured[0], "zero_shot", place, metric), DIGITS[metric])
-    return [tuple(cells)]
+    scores = {"zero_shot": measured[0]["scores"]["zero_shot"]}
+    return [_main_row(comparison, {"name": "base, untrained", "own_state": "zero_shot", "scores": scores})]

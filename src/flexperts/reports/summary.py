@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from flexperts.reports.cells import finite, interval, number, p_value, spread
-from flexperts.reports.reading import METRICS, STATES, Comparison, Entry, against, mean, ordered, own, stat
+from flexperts.reports.cells import interval, number, p_value, spread
+from flexperts.reports.reading import (
+    METRICS,
+    STATES,
+    Comparison,
+    Entry,
+    against,
+    holds_zero,
+    mean,
+    ordered,
+    own,
+    stat,
+    verdict,
+)
 from flexperts.reports.score_tables import DIGITS
 
 
@@ -37,24 +48,6 @@ def facts(comparison: Comparison) -> list[tuple[str, str]]:
     return [(name, str(len(values))) for name, values in found] + [("scored rows", comparison["split"])]
 
 
-def verdict(comparison: Comparison, entry: Entry, metric: str) -> str:
-    """Return how an entry stands to the reference: better, worse, open (not told apart), or none without a test.
-
-    Two entries are told apart when the interval leaves 0 out and the p-value, adjusted for the number of
-    comparisons, is below 1 - confidence: of many intervals, some leave 0 out by chance.
-    """
-    test = against(entry, metric)
-    if test is None or interval(test, 1).value is None:
-        return "none"
-    if _holds_zero(test) or (finite(test.get("p_adjusted")) or 0.0) >= 1 - comparison["confidence"]:
-        return "open"
-    return "better" if (test["low"] > 0) != (metric == "nll") else "worse"
-
-
-def _holds_zero(test: Mapping[str, Any]) -> bool:
-    return bool(test["low"] <= 0 <= test["high"])
-
-
 def _best(comparison: Comparison, entry: Entry, metric: str) -> str:
     name, state = entry["name"], STATES.get(entry["own_state"], entry["own_state"])
     score = spread(own(entry, "own", metric), DIGITS[metric]).text
@@ -76,8 +69,8 @@ def _difference(comparison: Comparison, entry: Entry, metric: str) -> str:
         return ""
     p = p_value(test.get("p_adjusted"))
     adjusted = "" if p.value is None else f" (adjusted p {p.text if p.text.startswith('<') else '= ' + p.text})"
-    zero = "includes 0" if _holds_zero(test) else "excludes 0"
-    so = ", so the two are not told apart" if _holds_zero(test) else ": after adjustment, not told apart"
+    zero = "includes 0" if holds_zero(test) else "excludes 0"
+    so = ", so the two are not told apart" if holds_zero(test) else ": after adjustment, not told apart"
     so = so if found == "open" else ""
     level, text = f"{100 * comparison['confidence']:g} %", interval(test, DIGITS[metric]).text
     return f" Its difference to {comparison['reference']} is {text}; the {level} interval {zero}{adjusted}{so}."

@@ -17,12 +17,12 @@ import tomli_w
 from flexperts.artifacts import RunDirectory
 from flexperts.errors import ArtifactError
 from flexperts.evaluation.scores import SCORES, Scores
-from flexperts.files import read_json
+from flexperts.files import placeless, read_json
 from flexperts.studies.ability import abilities
 from flexperts.studies.contrast import contrasts
 from flexperts.studies.curves import curves
 from flexperts.studies.finished import CLAIM, RUNS, Finished, read_claim
-from flexperts.studies.routing import routing_of
+from flexperts.studies.routing import routing_and_selection
 from flexperts.studies.samples import examples
 
 
@@ -55,7 +55,7 @@ def collect(
     return {
         "kind": "comparison",
         "title": title,
-        "recipe": _placeless(recipe),
+        "recipe": tomli_w.dumps(placeless(tomllib.loads(recipe))),
         "environment": _together([run.environment() for entry in finished for run in entry.runs.values()]),
         "split": first.summaries[0]["split"],
         "reference": reference,
@@ -79,15 +79,11 @@ def _together(found: Sequence[Any]) -> Any:
     return distinct[0] if len(distinct) == 1 else distinct
 
 
-def _placeless(recipe: str) -> str:
-    """Return a recipe with the last names of absolute paths only: a comparison is shown to others."""
-
-    def shorten(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: shorten(inner) for key, inner in value.items()}
-        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-
-    return tomli_w.dumps(shorten(tomllib.loads(recipe)))
+def _setting(setting: str) -> str:
+    """Return a KEY=VALUE of an entry as others may see it."""
+    key, _, value = setting.partition("=")
+    bare = value.strip(" \"'")
+    return setting if placeless(bare) == bare else f"{key}={placeless(bare)}"
 
 
 def collect_comparison(path: Path) -> dict[str, Any]:
@@ -133,7 +129,7 @@ def _entry(entry: Finished) -> dict[str, Any]:
     return {
         "name": entry.name,
         "method": entry.method,
-        "settings": list(entry.settings),
+        "settings": [_setting(setting) for setting in entry.settings],
         "seeds": list(entry.runs),
         "own_state": entry.states[-1],
         "scores": {state: _scores(entry, state) for state in entry.states},
@@ -143,7 +139,7 @@ def _entry(entry: Finished) -> dict[str, Any]:
         "peak_memory": max((s["peak_memory"] for s in summaries if s.get("peak_memory")), default=None),
         "privacy": summaries[0].get("privacy"),
         "curves": curves(entry),
-        **routing_of(entry),
+        **routing_and_selection(entry),
     }
 
 

@@ -93,7 +93,7 @@ def plan_comparison(
     config = load_recipe(recipe, settings)
     compare, method = config.compare, config.method
     names = _expanded(entries or compare.entries or [n for n in (method.name, method.reference) if n])
-    if not names or len(set(names)) != len(names):
+    if len(set(names)) != len(names):
         raise ConfigError(f"entries {', '.join(names)}", "every name stands once", "drop the repetition")
     found = tuple(Entry(name, _settings(name, config)) for name in names)
     if compare.reference is not None:

@@ -13,7 +13,7 @@ from flexperts.studies.finished import Finished
 _OVER_ROUNDS = ("entropy", "divergence", "agreement", "opening")
 
 
-def routing_of(entry: Finished) -> dict[str, Any]:
+def routing_and_selection(entry: Finished) -> dict[str, Any]:
     """Return an entry's ``routing``, ``routing_rounds`` and ``selection``; None where its runs did not note it."""
     clients = entry.clients
     lines = [run.of_client("routing", client) or [] for run in entry.runs.values() for client in clients]
