@@ -124,7 +124,7 @@ def hyperparameters_of(run: Path) -> dict[str, Any]:
     return hyperparameters(parse_recipe((run / "config.toml").read_text()))
 
 
-def test_hyperparameters_tell_no_places() -> None:
+def test_of_a_path_only_the_last_name_is_told_in_lists_too() -> None:
     assert placeless({"a": ["/home/ada/rows.jsonl", 1], "b": "/x/y", "c": "x/y"}) == {
         "a": ["rows.jsonl", 1],
         "b": "y",
