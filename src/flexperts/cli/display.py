@@ -38,6 +38,10 @@ class ProgressDisplay(Observer):
         """Print a line."""
         self.console.print(text, style="bold", markup=False, soft_wrap=True)
 
+    def notice(self, text: str) -> None:
+        """Print what surprises."""
+        self.console.print(f"  note: {text}", style="yellow", markup=False, soft_wrap=True)
+
     def refused(self, client: str, reason: str) -> None:
         """Print who is refused and why."""
         self.console.print(f"  {client} refused: {reason}", style="yellow", markup=False, soft_wrap=True)

@@ -59,7 +59,8 @@ def _with_validation(rows: ClientRows, share: float, seed: int, where: str) -> C
 def rows_hash(rows: ClientRows) -> str:
     """Return a SHA-256 that names a client's rows, side by side."""
     sides = (rows.train, rows.test, *([rows.validation] if rows.validation else []))
-    content = [[astuple(row) for row in side] for side in sides]
+    # The last field says where a row came from, and is no part of it.
+    content = [[astuple(row)[:-1] for row in side] for side in sides]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ class Row:
         context: The passage asked about; may be empty.
         category: Name of the task; may be empty.
         passage: Identity of the passage, by which train and test are told apart.
+        where: File and row that it came from, for messages; no part of the row itself.
     """
 
     instruction: str
@@ -30,6 +32,7 @@ class Row:
     context: str = ""
     category: str = ""
     passage: str = ""
+    where: str = dataclasses.field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def read_rows(
 def _row(record: Mapping[str, Any], columns: Mapping[str, str], where: str, passage: str | None) -> Row:
     values = {field: _value(record, field, columns, where) for field in FIELDS}
     identity = str(record.get(passage or "passage") or values["context"] or values["instruction"])
-    return Row(**values, passage=_encodable(identity, f"{where}: {passage or 'passage'}"))
+    return Row(**values, passage=_encodable(identity, f"{where}: {passage or 'passage'}"), where=where)
 
 
 def _value(record: Mapping[str, Any], field: str, columns: Mapping[str, str], where: str) -> str:

@@ -14,6 +14,9 @@ class Observer:
     def stage(self, text: str) -> None:
         """A new stage of the run begins."""
 
+    def notice(self, text: str) -> None:
+        """Something that may be right but surprises, in one line; it is told once."""
+
     def progress(self, task: str, done: int, total: int) -> None:
         """``done`` of ``total`` units of a task are done."""
 
@@ -44,6 +47,11 @@ class Observers(Observer):
         """Pass it on."""
         for observer in self.observers:
             observer.stage(text)
+
+    def notice(self, text: str) -> None:
+        """Pass it on."""
+        for observer in self.observers:
+            observer.notice(text)
 
     def progress(self, task: str, done: int, total: int) -> None:
         """Pass it on."""
