@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jinja2 import TemplateError
+import regex
 
+from flexperts.data.chat_template import ChatTemplate
 from flexperts.data.rows import Row
-from flexperts.errors import ConfigError, DataError
+from flexperts.data.tokens import TokenEncoder, set_pad_token
+from flexperts.errors import ConfigError, DataError, FlexpertsError
 
 Template = Literal["auto", "chat", "alpaca"]
 
@@ -27,7 +29,7 @@ class Example:
     """One encoded row.
 
     Args:
-        input_ids: Prompt, response and end-of-sequence tokens.
+        input_ids: Prompt, response and the token that ends it.
         prompt_length: How many of them are prompt; the loss is taken on the rest.
     """
 
@@ -41,40 +43,59 @@ class Example:
 
 
 class PromptEncoder:
-    """Encodes rows for one tokenizer.
+    """Encodes rows for one tokenizer; control tokens in their texts become plain characters.
 
     Args:
-        tokenizer: A transformers tokenizer; its pad token is set to one that differs from EOS.
+        tokenizer: A transformers tokenizer; its pad token is set to one that differs from EOS, its chat template to
+            the one that is used.
         template: ``"chat"``, ``"alpaca"`` or ``"auto"`` (chat where the tokenizer has a chat template).
         max_length: Longest example in tokens; contexts are cut to fit, prompts and answers never.
+        settings: Variables of the chat template.
+        date: The day (ISO) that a chat template is told when it asks for the present one; None is today.
+        vocabulary: Rows of the base's embedding; None where that is not known.
 
     Raises:
         ConfigError: The template cannot be used with this tokenizer.
     """
 
-    def __init__(self, tokenizer: Any, template: Template = "auto", max_length: int = 512) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: Template = "auto",
+        max_length: int = 512,
+        *,
+        settings: Mapping[str, Any] | None = None,
+        date: str | None = None,
+        vocabulary: int | None = None,
+    ) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
         has_chat = bool(tokenizer.chat_template)
-        if tokenizer.eos_token_id is None:
+        if template == "chat" and not has_chat:
+            raise ConfigError("model.template = 'chat'", "the tokenizer has no chat template", "use 'alpaca'")
+        is_chat = has_chat if template == "auto" else template == "chat"
+        if not is_chat and tokenizer.eos_token_id is None:
             raise ConfigError(
                 "the tokenizer", "it has no EOS token, so nothing could learn to stop", "set eos_token"
             )
-        if template == "chat" and not has_chat:
-            raise ConfigError("model.template = 'chat'", "the tokenizer has no chat template", "use 'alpaca'")
-        self.chat = has_chat if template == "auto" else template == "chat"
-        _set_pad_token(tokenizer)
-        self.cut = 0
+        set_pad_token(tokenizer, vocabulary)
+        self.chat = ChatTemplate(tokenizer, settings, date, vocabulary) if is_chat else None
+        """The chat template; None where the alpaca template is used."""
+        written = str(tokenizer.chat_template or "")
+        self.tokens = self.chat.tokens if self.chat else TokenEncoder(tokenizer, vocabulary, written)
+        self.end_token: int = self.chat.end_token if self.chat else tokenizer.eos_token_id
+        """The token that ends an answer."""
+        self.cut: list[str] = []
+        """File and row of every context that was cut."""
 
     def prompt(self, instruction: str, context: str = "") -> list[int]:
-        """Return the prompt's tokens, up to where the response starts."""
-        if not self.chat:
-            parts = {"with_input": "", "input": ""}
-            if context:
-                parts = {"with_input": ", paired with an input", "input": f"### Input:\n{context}\n\n"}
-            text = _ALPACA.format(instruction=instruction, **parts)
-            return list(self.tokenizer(text)["input_ids"])
-        question = f"{instruction}\n\n{context}" if context else instruction
-        return self._chat([{"role": "user", "content": question}])
+        """Return the prompt's tokens, up to where the response starts.
+
+        Raises:
+            FlexpertsError: The template or the tokenizer cannot write it.
+        """
+        if self.chat:
+            return self.chat.prompt(_asking(instruction, context))
+        return self._text(self._alpaca(instruction, context))
 
     def conversation(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Return a conversation's tokens, up to where the next response starts.
@@ -86,6 +107,7 @@ class PromptEncoder:
 
         Raises:
             ConfigError: The turns are others than that, or in an order that the chat template refuses.
+            DataError: The template or the tokenizer cannot write a text of theirs.
         """
         roles = [message["role"] for message in messages]
         if roles[-1:] != ["user"] or not {*roles} <= {"system", "user", "assistant"}:
@@ -95,67 +117,84 @@ class PromptEncoder:
                 "add what the user asks at the end",
             )
         if self.chat:
-            return self._chat(messages)
+            return self.chat.prompt(messages)
         before = [m["content"] if m["role"] == "system" else f"{m['role']}: {m['content']}" for m in messages[:-1]]
         return self.prompt(messages[-1]["content"], "\n\n".join(before))
 
-    def _chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        try:
-            encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-        except TemplateError as error:
-            raise ConfigError(
-                "the messages", f"the model's chat template refuses them ({error})", "follow its order of turns"
-            ) from error
-        return list(encoded["input_ids"])
+    def plain(self, text: str, *, beginning: bool = True) -> list[int]:
+        """Return the tokens of a text without any template.
 
-    def response(self, text: str) -> list[int]:
-        """Return the response's tokens with EOS at the end, so that the model learns to stop."""
-        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
+        Args:
+            text: The text.
+            beginning: Whether the tokens that the tokenizer puts in front of texts, such as BOS, come first.
+        """
+        marked = self.tokens.mark(text)
+        return self._text(marked) if beginning else self.tokens.encode(marked)
 
     def encode(self, row: Row) -> Example:
-        """Return the row's tokens; a context that is too long is cut at its end, and counted in ``cut``.
+        """Return the row's tokens; a context that is too long is cut at its end, between characters, and noted.
 
         Raises:
-            DataError: Even without context the row does not fit ``max_length``.
+            DataError: Even without context the row does not fit ``max_length``, or the template or the tokenizer
+                cannot write it.
         """
-        response = self.response(row.response)
-        prompt = self.prompt(row.instruction, row.context)
-        if len(prompt) + len(response) > self.max_length:
-            prompt = self._shorten(row, self.max_length - len(response))
+        try:
+            prompt, response = self._turn(row, row.context)
+            if len(prompt) + len(response) > self.max_length:
+                prompt, response = self._shortened(row, len(prompt) + len(response))
+        except FlexpertsError as error:
+            raise DataError(f"{row.where or 'a row'}: {error.value}", error.rule, error.remedy) from error
         return Example((*prompt, *response), len(prompt))
 
     def encode_all(self, rows: Sequence[Row]) -> list[Example]:
         """Encode rows in order."""
         return [self.encode(row) for row in rows]
 
-    def _shorten(self, row: Row, room: int) -> list[int]:
-        self.cut += 1
-        context = self.tokenizer(row.context, add_special_tokens=False)["input_ids"]
-        keep = len(context)
-        while True:
-            prompt = self.prompt(row.instruction, self.tokenizer.decode(context[:keep]))
-            if len(prompt) <= room:
-                return prompt
-            if not keep:
+    def _turn(self, row: Row, context: str) -> tuple[list[int], list[int]]:
+        """Return the tokens of a row's prompt, and those of its response with the end."""
+        if self.chat:
+            return self.chat.turn(_asking(row.instruction, context), row.response)
+        asked, answer = self._alpaca(row.instruction, context), self.tokens.mark(row.response)
+        prompt = self.tokens.encode(asked)
+        response = self.tokens.encode_after(prompt, asked, answer)
+        return [*self.tokens.beginning, *prompt], [*response, self.end_token]
+
+    def _text(self, marked: str) -> list[int]:
+        return [*self.tokens.beginning, *self.tokens.encode(marked)]
+
+    def _alpaca(self, instruction: str, context: str) -> str:
+        parts = {"with_input": "", "input": ""}
+        if context:
+            parts = {
+                "with_input": ", paired with an input",
+                "input": f"### Input:\n{self.tokens.mark(context)}\n\n",
+            }
+        return _ALPACA.format(instruction=self.tokens.mark(instruction), **parts)
+
+    def _shortened(self, row: Row, length: int) -> tuple[list[int], list[int]]:
+        ends = self._cuts(row.context)
+        while length > self.max_length:
+            if not ends:
                 raise DataError(
-                    f"a row of {len(prompt)} prompt tokens with {self.max_length - room} response tokens",
+                    f"{length} tokens without context",
                     f"training.max_length = {self.max_length} must hold instruction and response",
-                    "raise training.max_length or shorten the row",
+                    "raise training.max_length, shorten the row, or set data.on_bad_row = 'drop'",
                 )
-            # Cutting tokens can merge or split others at the seam, so measure again rather than trust the count.
-            keep = max(0, keep - max(1, len(prompt) - room))
+            # Cutting can merge or split tokens at the seam, so measure again rather than trust the count.
+            del ends[max(0, len(ends) - (length - self.max_length)) :]
+            prompt, response = self._turn(row, row.context[: ends[-1]] if ends else "")
+            length = len(prompt) + len(response)
+        self.cut.append(row.where)
+        return prompt, response
+
+    def _cuts(self, text: str) -> list[int]:
+        """Return where a text may end: behind a character as people see it, at a token's end where it is known."""
+        characters = {match.end() for match in regex.finditer(r"\X", text)}
+        if self.tokenizer.is_fast:
+            found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            characters &= {end for _, end in found["offset_mapping"]}
+        return sorted(characters)
 
 
-def _set_pad_token(tokenizer: Any) -> None:
-    """Make sure that padding and EOS differ: where they are one token, masking padding hides EOS."""
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
-        return
-    special = [tokenizer.unk_token, *tokenizer.all_special_tokens]
-    others = [t for t in special if t is not None and t != tokenizer.eos_token]
-    if not others:
-        raise ConfigError(
-            "the tokenizer's pad token",
-            "it must differ from EOS, and no other special token exists",
-            "add one",
-        )
-    tokenizer.pad_token = others[0]
+def _asking(instruction: str, context: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"{instruction}\n\n{context}" if context else instruction}]

@@ -72,8 +72,12 @@ def answer(
         read: The prompts.
         rows_leave: Whether rows leave the batch when they end; not where the model is set for each row of it.
     """
-    tokens = _decode(model, read, frozenset(end_tokens(model, encoder)), max_new_tokens, rows_leave)
-    return [text.strip() for text in encoder.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    ends = frozenset(end_tokens(model, encoder))
+    tokens = _decode(model, read, ends, max_new_tokens, rows_leave)
+    said = [
+        answer[:-1] if answer[-1] in ends else answer for answer in tokens
+    ]  # not every end token is a special one
+    return [text.strip() for text in encoder.tokenizer.batch_decode(said, skip_special_tokens=True)]
 
 
 def _decode(model: Any, read: ReadPrompts, ends: frozenset[int], limit: int, rows_leave: bool) -> list[list[int]]:
@@ -96,7 +100,7 @@ def _decode(model: Any, read: ReadPrompts, ends: frozenset[int], limit: int, row
 
 
 def end_tokens(model: Any, encoder: PromptEncoder) -> list[int]:
-    """Return the tokens that end an answer: the tokenizer's, and those that the base's own settings name."""
+    """Return the tokens that end an answer, as the template, the tokenizer and the base name them."""
     ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends]) | {encoder.tokenizer.eos_token_id}
+    ends = set(ends if isinstance(ends, list) else [ends]) | {encoder.end_token, encoder.tokenizer.eos_token_id}
     return sorted(e for e in ends if e is not None)

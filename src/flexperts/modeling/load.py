@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -39,37 +44,64 @@ class LoadedBase:
     source: str
 
 
-def load_base(config: ModelConfig) -> LoadedBase:
+def load_tokenizer(config: ModelConfig) -> tuple[Any, Any]:
+    """Load the tokenizer of the base that a recipe names, and transformers' configuration of the base.
+
+    Raises:
+        ModelError: They cannot be loaded.
+    """
+    source, trusted = resolve_base(config.base), config.trust_remote_code
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
+        return tokenizer, AutoConfig.from_pretrained(source, trust_remote_code=trusted)
+    except _UNLOADABLE as error:
+        raise _refused(config.base, error) from error
+
+
+def load_base(config: ModelConfig, tokenizer: Any = None) -> LoadedBase:
     """Load the base that a recipe names, building a shipped one on first use.
 
     Every tensor is read in its storage type straight to its place, and quantized there where the recipe says so.
 
+    Args:
+        config: Which base, and how it is stored.
+        tokenizer: Its tokenizer, where that is in memory already.
+
     Raises:
-        ModelError: Nothing can be loaded under that name, it holds no safetensors, its own code would have to run
-            and ``trust_remote_code`` is off, the device does not exist, or experts that are to be quantized cannot.
+        ModelError: Nothing can be loaded under that name, it holds no safetensors, or not exactly the model's
+            weights, its own code would have to run and ``trust_remote_code`` is off, the device does not exist, or
+            experts that are to be quantized cannot.
     """
     device = computing_device(config.device)
     source = resolve_base(config.base)
     transformers_logging.disable_progress_bar()  # transformers' bar would fight with the run's own display
+    logging.getLogger("transformers.modeling_utils").setLevel(
+        logging.ERROR
+    )  # its table of keys: see _check_complete
     _check_weights(Path(source))
     # A hub repository without safetensors would be converted by a service and loaded from what that one returns.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     trusted = config.trust_remote_code
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
         described = AutoConfig.from_pretrained(source, trust_remote_code=trusted)
-        model = auto_class(described).from_pretrained(
+        model, found = auto_class(described).from_pretrained(
             source,
             dtype=getattr(torch, config.dtype),
             trust_remote_code=trusted,
             use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
             **placement(config, described, device),
             **_quantization(config, described),
         )
     except ModelError:
         raise
     except _UNLOADABLE as error:
+        with suppress(SafetensorError):  # damaged files are told as such
+            _check_names(_lacking(Path(source)), _RANDOM, config.base)
         raise _refused(config.base, error) from error
+    _check_complete(model, described, found, config.base)
     if config.quantization != "none":
         check_quantized(model, config.base)
     _freeze(model)
@@ -79,6 +111,52 @@ def load_base(config: ModelConfig) -> LoadedBase:
 
 
 _UNLOADABLE = (OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError, ImportError, SafetensorError)
+
+
+_RANDOM = "its files lack weights of the model, which would be random at every start"
+_MOST_NAMED = 5
+
+
+def _check_complete(model: Any, described: Any, found: Mapping[str, Iterable[Any]], base: str) -> None:
+    """Refuse weights that are not exactly the model's."""
+    inside = {name for name, _ in model.named_children()}
+    # Of a model that also sees or hears, the language model alone may be loaded; the files hold the rest too.
+    whole = described.get_text_config() is described
+    extra = [name for name in found["unexpected_keys"] if whole or name.partition(".")[0] in inside]
+    _check_names(found["missing_keys"], _RANDOM, base)
+    _check_names(extra, "its files hold weights that the model has no place for", base)
+    misshapen = [name for name, *_ in found["mismatched_keys"]]
+    _check_names(misshapen, "its files hold weights of other shapes than the model's", base)
+
+
+def _check_names(names: Iterable[str], rule: str, base: str) -> None:
+    if told := sorted(names):
+        more = f" and {len(told) - _MOST_NAMED} more" if told[_MOST_NAMED:] else ""
+        raise ModelError(
+            f"model.base = {base!r}: {', '.join(told[:_MOST_NAMED])}{more}",
+            rule,
+            "download or save the base again, with the config.json that belongs to its weights",
+        )
+
+
+def _lacking(folder: Path) -> Iterator[str]:
+    """Yield the weights that some experts have in a folder's files and others of the same layer have not.
+
+    transformers puts experts together while it reads them, and cannot say which weight it missed.
+    """
+    groups: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - no dictionary
+                if match := _NUMBERED.fullmatch(name):
+                    groups[match[1]][match[3]].add(match[2])
+    for before, kinds in groups.items():
+        everyone = set().union(*kinds.values())
+        yield from (f"{before}{number}{after}" for after, some in kinds.items() for number in everyone - some)
+
+
+_NUMBERED = re.compile(r"(.+\.)(\d+)(\.\D+)")
+"""A weight of one of several equal parts: what is before the part's number, the number, what is behind it."""
 
 
 def _check_weights(folder: Path) -> None:

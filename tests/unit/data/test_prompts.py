@@ -26,6 +26,12 @@ ENCODERS = {"chat": encoder("chat"), "alpaca": encoder("alpaca")}
 templates = pytest.mark.parametrize("template", ["chat", "alpaca"])
 
 
+def response(made: PromptEncoder, text: str) -> list[int]:
+    """Return the tokens of an answer with what ends it, as they follow any prompt of the byte tokenizer."""
+    example = made.encode(Row("Q", text))
+    return list(example.input_ids[example.prompt_length :])
+
+
 def test_chat_prompt() -> None:
     made = encoder()
     assert made.tokenizer.decode(made.prompt("Say it.", "A note.")) == "<|user|>Say it.\n\nA note.\n<|assistant|>"
@@ -61,17 +67,17 @@ def test_chat_without_a_template_is_refused() -> None:
 @given(
     instruction=st.text(min_size=1, max_size=20),
     context=st.text(max_size=20),
-    response=st.text(min_size=1, max_size=20),
+    answer=st.text(min_size=1, max_size=20),
 )
 def test_the_training_prompt_is_the_evaluation_prompt(
-    template: Template, instruction: str, context: str, response: str
+    template: Template, instruction: str, context: str, answer: str
 ) -> None:
     made = ENCODERS[template]
-    example = made.encode(Row(instruction, response, context))
+    example = made.encode(Row(instruction, answer, context))
     assert list(example.prompt) == made.prompt(instruction, context)
-    assert list(example.input_ids) == made.prompt(instruction, context) + made.response(response)
-    assert made.tokenizer.decode(example.input_ids[example.prompt_length : -1]) == response
-    assert made.cut == 0
+    assert list(example.input_ids) == made.prompt(instruction, context) + response(made, answer)
+    assert made.tokenizer.decode(example.input_ids[example.prompt_length : -1]) == answer
+    assert made.cut == []
 
 
 @templates
@@ -123,18 +129,18 @@ def test_a_long_context_is_cut_and_counted(template: Template) -> None:
     whole = len(encoder(template).encode(ROW).input_ids)
     made = encoder(template, max_length=whole)
     assert len(made.encode(ROW).input_ids) == whole
-    assert made.cut == 0
+    assert made.cut == []
     long = Row(ROW.instruction, ROW.response, "A note." + " and more" * 50)
     example = made.encode(long)
-    assert made.cut == 1
+    assert len(made.cut) == 1
     assert len(example.input_ids) == whole
     text = made.tokenizer.decode(example.input_ids)
     assert ROW.instruction in text
     assert "A note." in text
     assert "and more" not in text
-    assert list(example.input_ids[example.prompt_length :]) == made.response(ROW.response)
+    assert list(example.input_ids[example.prompt_length :]) == response(made, ROW.response)
     made.encode(long)
-    assert made.cut == 2
+    assert len(made.cut) == 2
 
 
 @given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=200), st.integers(0, 80))
@@ -145,7 +151,7 @@ def test_cut_rows_always_fit(context: str, room: int) -> None:
     example = made.encode(Row("Say it.", "Yes.", context))
     assert least <= len(example.input_ids) <= least + room
     assert made.tokenizer.decode(example.input_ids).startswith("<|user|>Say it.")
-    assert list(example.input_ids[example.prompt_length :]) == made.response("Yes.")
+    assert list(example.input_ids[example.prompt_length :]) == response(made, "Yes.")
 
 
 @templates

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from flexperts.config.model import ModelConfig
 from flexperts.errors import ModelError
@@ -61,9 +65,63 @@ def test_a_base_that_needs_its_own_code_is_refused_without_running_it(tiny_base:
 
 def test_trust_runs_it(tiny_base: Path, tmp_path: Path) -> None:
     marker = planted(tiny_base, tmp_path / "base", "own_moe")
+    # As the code has it in memory: transformers cannot know how an unknown architecture's files were laid out.
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    kept = (tmp_path / "base" / "config.json").read_text()
+    model.save_pretrained(tmp_path / "base", save_original_format=False)
+    (tmp_path / "base" / "config.json").write_text(kept)
     loaded = load_base(config(tmp_path / "base", trust_remote_code=True))
     assert marker.read_text() == "ran"
     assert type(loaded.model).__name__ == "OwnModel"
+
+
+def test_weights_that_an_own_architecture_has_no_place_for_are_refused(tiny_base: Path, tmp_path: Path) -> None:
+    planted(tiny_base, tmp_path / "base", "own_moe")
+    with pytest.raises(ModelError, match=r"experts\.down_proj.* would be random"):
+        load_base(config(tmp_path / "base", trust_remote_code=True))
+
+
+def edited(base: Path, folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """Copy a base with other tensors in its file."""
+    shutil.copytree(base, folder)
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lm_head.weight",
+        "model.norm.weight",
+        "model.embed_tokens.weight",
+        "model.layers.1.self_attn.q_proj.bias",
+        "model.layers.0.mlp.gate.weight",
+        "model.layers.0.mlp.experts.2.up_proj.weight",
+    ],
+)
+def test_a_missing_weight_is_refused_by_name(tiny_base: Path, tmp_path: Path, name: str) -> None:
+    folder = edited(tiny_base, tmp_path / "base", lambda tensors: [tensors.pop(name)])
+    with pytest.raises(ModelError) as caught:
+        load_base(config(folder))
+    assert name in str(caught.value)
+    assert "would be random" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.7.mlp.gate.weight", "score.weight", "model.layers.0.mlp.router.weight"]
+)
+def test_a_weight_without_a_place_is_refused_by_name(tiny_base: Path, tmp_path: Path, name: str) -> None:
+    folder = edited(tiny_base, tmp_path / "base", lambda tensors: tensors.update({name: torch.ones(2, 2)}))
+    with pytest.raises(ModelError, match=re.escape(name)):
+        load_base(config(folder))
+
+
+def test_a_weight_of_another_shape_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    folder = edited(tiny_base, tmp_path / "base", lambda t: t.update({"model.norm.weight": torch.ones(3)}))
+    with pytest.raises(ModelError, match="norm"):
+        load_base(config(folder))
 
 
 def test_a_known_architecture_is_loaded_without_the_code_beside_it(tiny_base: Path, tmp_path: Path) -> None:

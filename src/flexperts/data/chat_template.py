@@ -1,0 +1,264 @@
+"""A tokenizer's chat template: what it writes around a question and an answer, found out before it is used.
+
+A turn that is trained is the template's own rendering of the whole conversation: the prompt is what the template
+writes before an answer, and must be the beginning of that rendering; the answer ends with what the template writes
+to end a turn, and with EOS where it writes nothing of the kind.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from flexperts.data.tokens import TokenEncoder
+from flexperts.errors import ConfigError, DataError
+
+Messages = Sequence[Mapping[str, str]]
+_QUESTION, _ANSWER = "zqxquestion", "zqxanswer"
+"""What no template writes by itself."""
+_GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
+_DATE_CODES = "aAbBcCdDeFgGhHIjklmMnpPrRSTuUVwWxXyYzZ"
+
+
+class ChatTemplate:
+    """A chat template in use.
+
+    Args:
+        tokenizer: Its tokenizer. Settings, and a prompt that its template lacks, become part of its
+            ``chat_template``, so that whoever gets the tokenizer renders alike.
+        settings: Variables of the template, such as ``enable_thinking``.
+        date: The day (ISO) that a template is told when it asks for the present one; None is today.
+        vocabulary: Rows of the base's embedding; None where that is not known.
+
+    Raises:
+        ConfigError: The template fails, loses the question or the answer, or its prompt does not begin the
+            conversation; or nothing ends a turn.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        settings: Mapping[str, Any] | None = None,
+        date: str | None = None,
+        vocabulary: int | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        own = _default(tokenizer)
+        self.uses_date = "strftime_now" in own
+        self._clock = _clock(date) if self.uses_date else ""
+        self._set(own, "".join(_assignment(name, value) for name, value in (settings or {}).items()))
+        self.notices: list[str] = []
+        asked, whole = self._probe()
+        self.tokens = TokenEncoder(tokenizer, vocabulary, f"{own}\0{asked}\0{whole}")
+        self._tail = whole[_find(whole, _ANSWER) + len(_ANSWER) :]
+        self._end = self._end_of_turn()
+        controls = self.tokens.controls_in(self._end)
+        if not controls and tokenizer.eos_token_id is None:
+            raise ConfigError(
+                "the tokenizer", "it has no EOS token and its chat template ends no turn", "set its eos_token"
+            )
+        self.end_token: int = self.tokens.id_of(controls[-1][0]) if controls else tokenizer.eos_token_id
+        """The token that ends an answer."""
+        self._eos = [] if controls else [self.end_token]
+        self.tokens.checked([self.end_token])
+
+    def prompt(self, messages: Messages) -> list[int]:
+        """Return a conversation's tokens, up to where the next answer starts.
+
+        Raises:
+            ConfigError: The template refuses the conversation.
+            DataError: It loses the last question, or a text cannot be encoded.
+        """
+        return self.tokens.encode(self._asked(self.tokens.mark(list(messages))))
+
+    def turn(self, messages: Messages, answer: str) -> tuple[list[int], list[int]]:
+        """Return the tokens of a conversation's prompt, and those of the answer with what ends it.
+
+        Raises:
+            ConfigError: The template refuses the conversation.
+            DataError: It loses or changes the question or the answer, or a text cannot be encoded.
+        """
+        marked = self.tokens.mark([*messages, {"role": "assistant", "content": answer}])
+        asked, whole = self._asked(marked[:-1]), self._render(marked)
+        rest = whole.removeprefix(asked)
+        if not (whole.startswith(asked) and rest.endswith(self._tail)):
+            raise DataError(
+                "the chat template", "it writes this conversation otherwise than its prompt", "use another template"
+            )
+        rest = rest[: len(rest) - len(self._tail)]
+        _check_kept(marked[-1]["content"], rest, "answer")
+        prompt = self.tokens.encode(asked)
+        return prompt, [*self.tokens.encode_after(prompt, asked, rest + self._end), *self._eos]
+
+    def _asked(self, marked: Messages) -> str:
+        text = self._render(marked, add_generation_prompt=True)
+        for message in marked:
+            if message["role"] != "assistant":  # of earlier answers, some templates leave the thinking out
+                _check_kept(message["content"], text, f"{message['role']}'s turn")
+        return text
+
+    def _render(self, messages: Messages, **options: Any) -> str:
+        template = self.tokenizer.chat_template
+        try:
+            rendered: str = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, chat_template=self._clock + template, **options
+            )
+        except Exception as error:  # a template is a program
+            told = _told(error, messages)
+            raise ConfigError(
+                "the messages", f"the model's chat template refuses them ({told})", "follow its order of turns"
+            ) from error
+        return rendered
+
+    def _set(self, template: str, settings: str, after: str = "") -> None:
+        if not template.startswith(settings):
+            template = settings + template
+        self.tokenizer.chat_template = template + after
+
+    def _probe(self) -> tuple[str, str]:
+        """Return a prompt and a whole conversation; give the template the prompt that it lacks.
+
+        Raises:
+            ConfigError: See the class.
+        """
+        question = [{"role": "user", "content": _QUESTION}]
+        both = [*question, {"role": "assistant", "content": _ANSWER}]
+        try:
+            asked, bare = self._render(question, add_generation_prompt=True), self._render(question)
+            whole = self._render(both)
+        except ConfigError as error:
+            raise ConfigError(
+                "the tokenizer's chat template", error.rule, "correct it, or set model.template = 'alpaca'"
+            ) from error
+        for word, text, what in (
+            (_QUESTION, asked, "question"),
+            (_QUESTION, whole, "question"),
+            (_ANSWER, whole, "answer"),
+        ):
+            if _find(text, word) < 0:
+                raise ConfigError(
+                    "the tokenizer's chat template",
+                    f"it does not write the {what}",
+                    "correct it, or set model.template = 'alpaca'",
+                )
+        before = whole[: _find(whole, _ANSWER)]
+        if asked == bare and before.startswith(bare) and (header := before[len(bare) :].rstrip(" ")):
+            self._set(self.tokenizer.chat_template, "", _if_asked(header))
+            self.notices.append(
+                "the chat template has no generation prompt: what it writes before an answer is taken"
+            )
+            asked = self._render(question, add_generation_prompt=True)
+        if not before.startswith(asked):
+            raise ConfigError(
+                "the tokenizer's chat template",
+                "its prompt is not what it writes before an answer in a conversation",
+                "choose its variant by model.chat_template_kwargs (often enable_thinking = false), or set "
+                "model.template = 'alpaca'",
+            )
+        return asked, whole
+
+    def _end_of_turn(self) -> str:
+        """Return what ends an answer: what the template marks as generated, else its first control tokens."""
+        marked = self._marked_tail() if _GENERATION.search(self.tokenizer.chat_template) else ""
+        if controls := self.tokens.controls_in(marked):
+            return marked[: controls[-1].end()]
+        end = 0
+        for control in self.tokens.controls_in(self._tail):
+            if end and control.start() != end:
+                break
+            end = control.end()
+        return self._tail[:end]
+
+    def _marked_tail(self) -> str:
+        """Return what the template marks as generated behind an answer."""
+        messages = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+        found = self.tokenizer.apply_chat_template(
+            messages,
+            chat_template=self._clock + self.tokenizer.chat_template,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        ids = [i for i, m in zip(found["input_ids"], found["assistant_masks"], strict=True) if m]
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=False)
+        tail = text[_find(text, _ANSWER) + len(_ANSWER) :]
+        return tail if self._tail.startswith(tail) else ""
+
+
+def _default(tokenizer: Any) -> str:
+    """Return the tokenizer's template.
+
+    Raises:
+        ConfigError: It has several and none is the default.
+    """
+    try:
+        template: str = tokenizer.get_chat_template()
+    except ValueError as error:
+        names = ", ".join(sorted(tokenizer.chat_template))
+        raise ConfigError(
+            f"the tokenizer's chat templates {names}",
+            "none of them is called default",
+            "save the tokenizer with the one you want as its only template, or set model.template = 'alpaca'",
+        ) from error
+    return template
+
+
+def _find(text: str, word: str) -> int:
+    """Return where a probe stands last in a text, -1 where it does not; templates may change its case."""
+    return text.lower().rfind(word)
+
+
+def _check_kept(text: str, rendered: str, what: str) -> None:
+    """Refuse a rendering without a text that belongs in it; white space and case do not count."""
+    plain, within = ("".join(t.casefold().split()) for t in (text, rendered))
+    if plain not in within and _escaped(text) not in rendered:
+        raise DataError(
+            "the chat template",
+            f"it does not write this {what} as it is",
+            "change the text, or use another template",
+        )
+
+
+def _escaped(text: str) -> str:
+    """Return a text as a template writes it that makes JSON of messages."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+def _told(error: Exception, messages: Messages) -> str:
+    """Return what an error says, without what was said in the conversation."""
+    said = next(iter(str(error).strip().splitlines()), "")[:200]
+    words = {word for message in messages for word in str(message["content"]).split()}
+    return type(error).__name__ if not said or words & set(said.split()) else f"{type(error).__name__}: {said}"
+
+
+def _literal(value: Any) -> str:
+    """Return a value as a template writes it."""
+    if isinstance(value, str):
+        escaped = value.encode("unicode_escape").decode().replace('"', '\\"')
+        return f'"{escaped}"'
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_literal(key)}: {_literal(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return str(value).lower()
+
+
+def _assignment(name: str, value: Any) -> str:
+    # The empty text keeps a line break at the template's start, which a block would swallow.
+    return f"{{% set {name} = {_literal(value)} %}}{{{{ '' }}}}"
+
+
+def _if_asked(prompt: str) -> str:
+    return f"{{% if add_generation_prompt %}}{{{{ {_literal(prompt)} }}}}{{% endif %}}"
+
+
+def _clock(date: str | None) -> str:
+    """Return a template's start that stops its clock: a run's prompts must not change overnight."""
+    day = (
+        datetime.fromisoformat(date) if date else datetime.now().replace(hour=0, minute=0, second=0, microsecond=0)
+    )
+    codes = {f"%{flag}{code}": day.strftime(f"%{flag}{code}") for flag in ("-", "") for code in _DATE_CODES}
+    replaced = "".join(f"|replace({_literal(code)}, {_literal(value)})" for code, value in codes.items())
+    return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}{{{{ '' }}}}"
