@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
@@ -93,3 +95,79 @@ def test_draws_follow_the_chances_and_the_seed() -> None:
     counts = torch.bincount(torch.tensor(drawn(0, 2.0)), minlength=4) / 3000
     assert torch.allclose(counts, (logits / 2).softmax(-1), atol=0.03)
     assert drawn(0, 1.0) == drawn(0, 1.0) != drawn(1, 1.0)
+
+
+# Every tokenizer: the pieces together are the whole text.
+
+
+def byte_fallback() -> PreTrainedTokenizerFast:
+    """A vocabulary of some words, with bytes for all else and a space before words, as sentencepiece makes them."""
+    words = ["▁", "▁the", "▁Müller", "a", "b", "中", "\ufffd", *(f"<0x{byte:02X}>" for byte in range(256)), "</s>"]
+    raw = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(words)}, merges=[]))
+    raw.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>")
+
+
+def metaspace() -> PreTrainedTokenizerFast:
+    raw = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(["▁a", "b", "▁", "中▁", "é", "</s>"])}, merges=[]))
+    raw.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>")
+
+
+def word_pieces() -> PreTrainedTokenizerFast:
+    raw = Tokenizer(
+        models.WordPiece({t: i for i, t in enumerate(["a", "##b", "Mü", "##ller", "</s>"])}, unk_token="a")
+    )
+    raw.decoder = decoders.WordPiece()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>")
+
+
+KINDS = {kind.__name__: kind() for kind in (byte_fallback, metaspace, word_pieces, byte_tokenizer)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+def test_the_pieces_are_the_whole_text(kind: str, data: st.DataObject) -> None:
+    tokenizer = KINDS[kind]
+    end = tokenizer.eos_token_id
+    tokens = data.draw(
+        st.lists(st.integers(0, min(len(tokenizer), 262) - 2).filter(lambda t: t != end), max_size=40)
+    )
+    text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    stop = data.draw(st.sampled_from([(), ("b",), (" a", "中a"), ("\ufffd",), ("the M", "ller", "zz")]))
+    answer = Decoding(tokenizer, {end}, Sampling(1000, stop=stop))
+    found = []
+    for token in [*tokens, end]:
+        if piece := answer.take(token):
+            found.append(piece)
+            if piece.finish:
+                break
+    joined = "".join(piece.text for piece in found)
+    cut = min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))
+    # One bad byte makes the byte-fallback decoder take back the good ones before it, which have been said.
+    if kind != "byte_fallback" or "\ufffd" not in text:
+        assert joined == text[:cut]
+    assert not any(s in joined for s in stop)
+    assert sum(piece.tokens for piece in found) == len(answer.tokens)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("byte_fallback", "中国"),
+        ("byte_tokenizer", "中国"),
+        ("byte_fallback", "हिन्दी the"),
+        ("byte_tokenizer", "👩‍👩‍👧 é"),
+    ],
+)
+def test_no_piece_holds_half_a_character(kind: str, text: str) -> None:
+    tokenizer = KINDS[kind]
+    names = [f"<0x{byte:02X}>" for byte in text.encode()] if kind == "byte_fallback" else _letters(text.encode())
+    answer = Decoding(tokenizer, {tokenizer.eos_token_id}, Sampling(1000))
+    taken = [answer.take(token) for token in [*tokenizer.convert_tokens_to_ids(names), tokenizer.eos_token_id]]
+    pieces_of = [piece.text for piece in taken if piece]
+    assert "".join(pieces_of) == text
+    assert not any("\ufffd" in piece for piece in pieces_of)
+    assert len(pieces_of) > 2

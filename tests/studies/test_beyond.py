@@ -42,7 +42,8 @@ def by_hand(run: TrainedRun, client: str, state: Any, scored: list[Row]) -> Scor
     with run.client(client).in_state(run.request(client), state) as (model, _):
         total, count = 0.0, 0
         for row in scored:
-            prompt, response = encoder.prompt(row.instruction), encoder.response(row.response)
+            example = encoder.encode(row)
+            prompt, response = list(example.prompt), list(example.input_ids[example.prompt_length :])
             logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
             total += float(F.cross_entropy(logits.double(), torch.tensor(response), reduction="sum"))
             count += len(response)

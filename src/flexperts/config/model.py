@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -20,6 +20,10 @@ class ModelConfig(Section):
     """Type of the matrix products (autocast); trained weights are always fp32."""
     template: Literal["auto", "chat", "alpaca"] = "auto"
     """Prompt template: auto = the tokenizer's chat template where it has one, else alpaca."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables of the chat template, such as {enable_thinking = false}."""
+    template_date: str | None = Field(None, pattern=r"^\d{4}-\d{2}-\d{2}$")
+    """Day that a chat template is told when it asks for the present one; a run keeps that of its start."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     quantization: Literal["none", "int8", "nf4"] = "none"

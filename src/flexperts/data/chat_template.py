@@ -27,8 +27,7 @@ class ChatTemplate:
     """A chat template in use.
 
     Args:
-        tokenizer: Its tokenizer. Settings, and a prompt that its template lacks, become part of its
-            ``chat_template``, so that whoever gets the tokenizer renders alike.
+        tokenizer: Its tokenizer.
         settings: Variables of the template, such as ``enable_thinking``.
         date: The day (ISO) that a template is told when it asks for the present one; None is today.
         vocabulary: Rows of the base's embedding; None where that is not known.
@@ -49,7 +48,8 @@ class ChatTemplate:
         own = _default(tokenizer)
         self.uses_date = "strftime_now" in own
         self._clock = _clock(date) if self.uses_date else ""
-        self._set(own, "".join(_assignment(name, value) for name, value in (settings or {}).items()))
+        self.template = "".join(_assignment(name, value) for name, value in (settings or {}).items()) + own
+        """The template with these settings, and with the prompt that it may lack: whoever has it renders alike."""
         self.notices: list[str] = []
         asked, whole = self._probe()
         self.tokens = TokenEncoder(tokenizer, vocabulary, f"{own}\0{asked}\0{whole}")
@@ -101,10 +101,9 @@ class ChatTemplate:
         return text
 
     def _render(self, messages: Messages, **options: Any) -> str:
-        template = self.tokenizer.chat_template
         try:
             rendered: str = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, chat_template=self._clock + template, **options
+                list(messages), tokenize=False, chat_template=self._clock + self.template, **options
             )
         except Exception as error:  # a template is a program
             told = _told(error, messages)
@@ -112,11 +111,6 @@ class ChatTemplate:
                 "the messages", f"the model's chat template refuses them ({told})", "follow its order of turns"
             ) from error
         return rendered
-
-    def _set(self, template: str, settings: str, after: str = "") -> None:
-        if not template.startswith(settings):
-            template = settings + template
-        self.tokenizer.chat_template = template + after
 
     def _probe(self) -> tuple[str, str]:
         """Return a prompt and a whole conversation; give the template the prompt that it lacks.
@@ -146,7 +140,7 @@ class ChatTemplate:
                 )
         before = whole[: _find(whole, _ANSWER)]
         if asked == bare and before.startswith(bare) and (header := before[len(bare) :].rstrip(" ")):
-            self._set(self.tokenizer.chat_template, "", _if_asked(header))
+            self.template += _if_asked(header)
             self.notices.append(
                 "the chat template has no generation prompt: what it writes before an answer is taken"
             )
@@ -162,7 +156,7 @@ class ChatTemplate:
 
     def _end_of_turn(self) -> str:
         """Return what ends an answer: what the template marks as generated, else its first control tokens."""
-        marked = self._marked_tail() if _GENERATION.search(self.tokenizer.chat_template) else ""
+        marked = self._marked_tail() if _GENERATION.search(self.template) else ""
         if controls := self.tokens.controls_in(marked):
             return marked[: controls[-1].end()]
         end = 0
@@ -177,7 +171,7 @@ class ChatTemplate:
         messages = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
         found = self.tokenizer.apply_chat_template(
             messages,
-            chat_template=self._clock + self.tokenizer.chat_template,
+            chat_template=self._clock + self.template,
             return_dict=True,
             return_assistant_tokens_mask=True,
         )
@@ -216,7 +210,7 @@ def _check_kept(text: str, rendered: str, what: str) -> None:
     if plain not in within and _escaped(text) not in rendered:
         raise DataError(
             "the chat template",
-            f"it does not write this {what} as it is",
+            f"it does not write the {what} as it is",
             "change the text, or use another template",
         )
 
@@ -260,5 +254,6 @@ def _clock(date: str | None) -> str:
         datetime.fromisoformat(date) if date else datetime.now().replace(hour=0, minute=0, second=0, microsecond=0)
     )
     codes = {f"%{flag}{code}": day.strftime(f"%{flag}{code}") for flag in ("-", "") for code in _DATE_CODES}
-    replaced = "".join(f"|replace({_literal(code)}, {_literal(value)})" for code, value in codes.items())
+    order = {"%%": "\0", **codes, "\0": "%"}
+    replaced = "".join(f"|replace({_literal(code)}, {_literal(value)})" for code, value in order.items())
     return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}{{{{ '' }}}}"

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import regex
 
+from flexperts.config.run import RunConfig
 from flexperts.data.chat_template import ChatTemplate
 from flexperts.data.rows import Row
 from flexperts.data.tokens import TokenEncoder, set_pad_token
@@ -31,10 +32,12 @@ class Example:
     Args:
         input_ids: Prompt, response and the token that ends it.
         prompt_length: How many of them are prompt; the loss is taken on the rest.
+        cut: Whether the context had to be cut.
     """
 
     input_ids: tuple[int, ...]
     prompt_length: int
+    cut: bool = False
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -46,8 +49,7 @@ class PromptEncoder:
     """Encodes rows for one tokenizer; control tokens in their texts become plain characters.
 
     Args:
-        tokenizer: A transformers tokenizer; its pad token is set to one that differs from EOS, its chat template to
-            the one that is used.
+        tokenizer: A transformers tokenizer; its pad token is set to one that differs from EOS.
         template: ``"chat"``, ``"alpaca"`` or ``"auto"`` (chat where the tokenizer has a chat template).
         max_length: Longest example in tokens; contexts are cut to fit, prompts and answers never.
         settings: Variables of the chat template.
@@ -84,8 +86,11 @@ class PromptEncoder:
         self.tokens = self.chat.tokens if self.chat else TokenEncoder(tokenizer, vocabulary, written)
         self.end_token: int = self.chat.end_token if self.chat else tokenizer.eos_token_id
         """The token that ends an answer."""
-        self.cut: list[str] = []
-        """File and row of every context that was cut."""
+
+    @property
+    def notices(self) -> list[str]:
+        """What surprises about the template, a line each."""
+        return self.chat.notices if self.chat else []
 
     def prompt(self, instruction: str, context: str = "") -> list[int]:
         """Return the prompt's tokens, up to where the response starts.
@@ -95,7 +100,7 @@ class PromptEncoder:
         """
         if self.chat:
             return self.chat.prompt(_asking(instruction, context))
-        return self._text(self._alpaca(instruction, context))
+        return [*self.tokens.beginning, *self.tokens.encode(self._alpaca(instruction, context))]
 
     def conversation(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Return a conversation's tokens, up to where the next response starts.
@@ -121,18 +126,8 @@ class PromptEncoder:
         before = [m["content"] if m["role"] == "system" else f"{m['role']}: {m['content']}" for m in messages[:-1]]
         return self.prompt(messages[-1]["content"], "\n\n".join(before))
 
-    def plain(self, text: str, *, beginning: bool = True) -> list[int]:
-        """Return the tokens of a text without any template.
-
-        Args:
-            text: The text.
-            beginning: Whether the tokens that the tokenizer puts in front of texts, such as BOS, come first.
-        """
-        marked = self.tokens.mark(text)
-        return self._text(marked) if beginning else self.tokens.encode(marked)
-
     def encode(self, row: Row) -> Example:
-        """Return the row's tokens; a context that is too long is cut at its end, between characters, and noted.
+        """Return the row's tokens; a context that is too long is cut at its end, between characters.
 
         Raises:
             DataError: Even without context the row does not fit ``max_length``, or the template or the tokenizer
@@ -140,11 +135,12 @@ class PromptEncoder:
         """
         try:
             prompt, response = self._turn(row, row.context)
-            if len(prompt) + len(response) > self.max_length:
+            cut = len(prompt) + len(response) > self.max_length
+            if cut:
                 prompt, response = self._shortened(row, len(prompt) + len(response))
         except FlexpertsError as error:
             raise DataError(f"{row.where or 'a row'}: {error.value}", error.rule, error.remedy) from error
-        return Example((*prompt, *response), len(prompt))
+        return Example((*prompt, *response), len(prompt), cut)
 
     def encode_all(self, rows: Sequence[Row]) -> list[Example]:
         """Encode rows in order."""
@@ -158,9 +154,6 @@ class PromptEncoder:
         prompt = self.tokens.encode(asked)
         response = self.tokens.encode_after(prompt, asked, answer)
         return [*self.tokens.beginning, *prompt], [*response, self.end_token]
-
-    def _text(self, marked: str) -> list[int]:
-        return [*self.tokens.beginning, *self.tokens.encode(marked)]
 
     def _alpaca(self, instruction: str, context: str) -> str:
         parts = {"with_input": "", "input": ""}
@@ -184,7 +177,6 @@ class PromptEncoder:
             del ends[max(0, len(ends) - (length - self.max_length)) :]
             prompt, response = self._turn(row, row.context[: ends[-1]] if ends else "")
             length = len(prompt) + len(response)
-        self.cut.append(row.where)
         return prompt, response
 
     def _cuts(self, text: str) -> list[int]:
@@ -194,6 +186,35 @@ class PromptEncoder:
             found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             characters &= {end for _, end in found["offset_mapping"]}
         return sorted(characters)
+
+
+def encoder_of(config: RunConfig, tokenizer: Any, described: Any) -> PromptEncoder:
+    """Return the encoder of a run.
+
+    Args:
+        config: The run.
+        tokenizer: The base's tokenizer.
+        described: transformers' configuration of the base.
+
+    Raises:
+        ConfigError: The template cannot be used, or ``training.max_length`` is more than the base can read.
+    """
+    text, model, longest = described.get_text_config(), config.model, config.training.max_length
+    most = getattr(text, "max_position_embeddings", None)
+    if most is not None and longest > most:
+        raise ConfigError(
+            f"training.max_length = {longest}",
+            f"the base reads at most {most} tokens",
+            f"lower it to {most} or less",
+        )
+    return PromptEncoder(
+        tokenizer,
+        model.template,
+        longest,
+        settings=model.chat_template_kwargs,
+        date=model.template_date,
+        vocabulary=text.vocab_size,
+    )
 
 
 def _asking(instruction: str, context: str) -> list[dict[str, str]]:

@@ -33,7 +33,7 @@ class TokenEncoder:
         self.tokenizer, self.vocabulary = tokenizer, vocabulary
         added = {token.content: (number, token.special) for number, token in tokenizer.added_tokens_decoder.items()}
         # Some tokenizers add runs of white space as tokens: these are text.
-        self._controls = {
+        self._controls: dict[str, int] = {
             content: number
             for content, (number, special) in added.items()
             if special or (content in written and not content.isspace())
@@ -53,6 +53,15 @@ class TokenEncoder:
     def id_of(self, control: str) -> int:
         """Return a control token's id."""
         return self._controls[control]
+
+    def plain(self, text: str, *, beginning: bool = True) -> list[int]:
+        """Return the tokens of a text from outside.
+
+        Args:
+            text: The text.
+            beginning: Whether ``beginning`` comes first; the tokens that some tokenizers put behind texts never do.
+        """
+        return [*(self.beginning if beginning else ()), *self.encode(self.mark(text))]
 
     def encode(self, marked: str) -> list[int]:
         """Return the tokens of a text; what is marked in it becomes plain characters.

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from flexperts.data.batches import PaddedBatch, pad_batch
 from flexperts.data.prompts import Example
+from flexperts.data.tokens import TokenEncoder
 from flexperts.modeling.forward import Precision, autocast, response_logits
 
 Encoded = tuple[tuple[str, str], list[int], list[int]]
@@ -121,7 +122,9 @@ class LiveModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     def __init__(self, model: Any, tokenizer: Any, how: Forward) -> None:
         super().__init__()
         self.model, self.tokenizer, self.how = model, tokenizer, how
-        self.max_length: int = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _LENGTH
+        text = model.config.get_text_config()
+        self._texts = TokenEncoder(tokenizer, text.vocab_size, str(tokenizer.chat_template or ""))
+        self.max_length: int = getattr(text, "max_position_embeddings", None) or _LENGTH
 
     @property
     def eot_token_id(self) -> int:
@@ -135,9 +138,8 @@ class LiveModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return self.eot_token_id if bos is None else int(bos)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Return the text's tokens; the tokenizer decides on special ones unless told."""
-        special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return list(self.tokenizer(string, **special)["input_ids"])
+        """Return the text's tokens: what the tokenizer puts in front, unless told not to, and nothing behind."""
+        return self._texts.plain(string, beginning=add_special_tokens is not False)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Return the log-likelihood of every continuation (nats) and whether greedy decoding gives it."""

@@ -102,8 +102,6 @@ def _prepare(config: RunConfig, observer: Observer, workspace: Workspace) -> Wor
     workspace.check(config, needs_experts=routed or any(method.needs_experts for method in methods))
     if config.model.quantization != "none":
         observer.stage(storage_line(workspace.base.model))
-    if workspace.encoder.cut:
-        observer.stage(f"{workspace.encoder.cut} contexts cut to training.max_length {config.training.max_length}")
     return workspace
 
 

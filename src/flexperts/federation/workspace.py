@@ -9,10 +9,12 @@ from typing import Any
 
 from flexperts.config.run import RunConfig
 from flexperts.data.clients import Clients, load_clients
-from flexperts.data.prompts import Example, PromptEncoder
+from flexperts.data.prompts import Example, PromptEncoder, encoder_of
+from flexperts.data.rows import ClientRows
 from flexperts.errors import GraftError
+from flexperts.federation.observer import current_observer
 from flexperts.grafting.rules import pick_layers
-from flexperts.modeling.load import LoadedBase, load_base
+from flexperts.modeling.load import LoadedBase, load_base, load_tokenizer
 from flexperts.moe.attention import attention_linears
 from flexperts.moe.experts import find_experts
 
@@ -42,13 +44,26 @@ class Workspace:
 
     @cached_property
     def clients(self) -> Clients:
-        """Every client's rows."""
-        return load_clients(self.config.data, self.config.seed)
+        """Every client's rows; all of them can be encoded."""
+        read = load_clients(self.config.data, self.config.seed)
+        for notice in self.encoder.notices:
+            current_observer().notice(notice)
+        return {name: self._fitting(name, rows) for name, rows in read.items()}
+
+    def _fitting(self, name: str, rows: ClientRows) -> ClientRows:
+        for side in (rows.train, rows.test, rows.validation):
+            examples = self.encoder.encode_all(side)
+            if cut := [row.where for row, example in zip(side, examples, strict=True) if example.cut]:
+                longest = self.config.training.max_length
+                current_observer().notice(
+                    f"{name}: {len(cut)} contexts cut to training.max_length {longest}: {cut}"
+                )
+        return rows
 
     @cached_property
     def base(self) -> LoadedBase:
         """The resident base."""
-        return self.loaded or load_base(self.config.model)
+        return self.loaded or load_base(self.config.model, self.encoder.tokenizer)
 
     def examples(self, client: str) -> list[Example]:
         """Return a client's train rows, encoded; those of the last few clients are kept."""
@@ -69,9 +84,6 @@ class Workspace:
         Raises:
             FlexpertsError: A row does not fit, the base cannot be grafted, or has too few experts or projections.
         """
-        for name, rows in self.clients.items():
-            self.examples(name)
-            self.encoder.encode_all((*rows.test, *rows.validation))
         attention_linears(self.base.model, config.lora.projections)
         wanted, found = config.graft.experts, find_experts(self.base.model) if needs_experts else []
         pick_layers(found, config.graft.layers if found else ())
@@ -83,8 +95,10 @@ class Workspace:
 
     @cached_property
     def encoder(self) -> PromptEncoder:
-        """The one encoder of training, selection, evaluation and chat."""
-        return PromptEncoder(self.base.tokenizer, self.config.model.template, self.config.training.max_length)
+        """The one encoder of training, selection, evaluation and chat; it needs no weights."""
+        model, loaded = self.config.model, self.loaded
+        tokenizer, described = (loaded.tokenizer, loaded.model.config) if loaded else load_tokenizer(model)
+        return encoder_of(self.config, tokenizer, described)
 
 
 def _rows_of(config: RunConfig) -> tuple[Any, ...]:

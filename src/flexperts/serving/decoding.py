@@ -7,13 +7,12 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
+from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from flexperts.errors import ConfigError
 from flexperts.serving.contract import Finish, Piece, Sampling
 
-_UNFINISHED = "\ufffd"
-"""What a decoder makes of a character of which bytes are missing, some decoders of each byte."""
 _COLD = 1e-4
 """Temperature below which only the likeliest token has a chance, and logits would overflow."""
 
@@ -47,7 +46,9 @@ class Decoding:
     def __init__(self, tokenizer: Any, ends: Collection[int], sampling: Sampling) -> None:
         self.tokens: list[int] = []
         self._tokenizer, self._ends, self._sampling = tokenizer, ends, sampling
-        self._sent_text = self._sent_tokens = 0
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._held: list[int] = []
+        self._waiting, self._sent_tokens = "", 0
         self._generator = torch.Generator()
         if sampling.seed is None:
             self._generator.seed()
@@ -69,15 +70,30 @@ class Decoding:
     def take(self, token: int) -> Piece | None:
         """Add a token; return what can be said now, or None while that is nothing."""
         self.tokens.append(token)
-        text, finish = self._text(), self._finish()
-        if (cut := _first(self._sampling.stop, text)) is not None:
-            return self._piece(text[:cut], "stop")
-        return self._piece(text if finish else _settled(text, self._sampling.stop), finish)
+        finish = self._finish()
+        if token not in self._ends:
+            self._waiting += self._next(token)
+        if finish:
+            self._waiting += self._rest()
+        if (cut := _first(self._sampling.stop, self._waiting)) is not None:
+            return self._piece(cut, "stop")
+        return self._piece(len(self._waiting) if finish else _settled(self._waiting, self._sampling.stop), finish)
 
-    def _text(self) -> str:
-        text: str = self._tokenizer.decode(
-            self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+    def _next(self, token: int) -> str:
+        """Return the text that a token adds; nothing while a character is not whole."""
+        self._held.append(token)
+        try:
+            text = self._stream.step(self._tokenizer.backend_tokenizer, token)
+        except Exception:  # a byte that fits nothing made the decoder think anew of what has been said
+            text, self._stream = self._rest(), DecodeStream([token], skip_special_tokens=True)
+        if text is not None:
+            self._held = []
+        return text or ""
+
+    def _rest(self) -> str:
+        """Return the text of tokens that have said nothing yet, half a character too."""
+        held, self._held = self._held, []
+        text: str = self._tokenizer.decode(held, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
     def _finish(self) -> Finish | None:
@@ -85,12 +101,12 @@ class Decoding:
             return "stop"
         return "length" if len(self.tokens) >= self._sampling.max_new_tokens else None
 
-    def _piece(self, text: str, finish: Finish | None) -> Piece | None:
-        new, tokens = text[self._sent_text :], len(self.tokens) - self._sent_tokens
-        if not new and not finish:
+    def _piece(self, length: int, finish: Finish | None) -> Piece | None:
+        if not length and not finish:
             return None
-        self._sent_text, self._sent_tokens = max(len(text), self._sent_text), len(self.tokens)
-        return Piece(new, tokens, finish)
+        text, self._waiting = self._waiting[:length], self._waiting[length:]
+        tokens, self._sent_tokens = len(self.tokens) - self._sent_tokens, len(self.tokens)
+        return Piece(text, tokens, finish)
 
 
 def nucleus(chances: Tensor, top_p: float) -> Tensor:
@@ -105,9 +121,7 @@ def _first(stop: Sequence[str], text: str) -> int | None:
     return min((place for s in stop if (place := text.find(s)) >= 0), default=None)
 
 
-def _settled(text: str, stop: Sequence[str]) -> str:
-    """Return a text without an end that later tokens may change: half a character, the start of a stop string."""
-    for _ in range(3):  # of a character's four bytes three can stand there without the last
-        text = text.removesuffix(_UNFINISHED)
+def _settled(text: str, stop: Sequence[str]) -> int:
+    """Return the length of a text without an end that may be the start of a stop string."""
     starts = (n for s in stop for n in range(min(len(s) - 1, len(text)), 0, -1) if text.endswith(s[:n]))
-    return text[: len(text) - max(starts, default=0)]
+    return len(text) - max(starts, default=0)

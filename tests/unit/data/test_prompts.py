@@ -77,7 +77,7 @@ def test_the_training_prompt_is_the_evaluation_prompt(
     assert list(example.prompt) == made.prompt(instruction, context)
     assert list(example.input_ids) == made.prompt(instruction, context) + response(made, answer)
     assert made.tokenizer.decode(example.input_ids[example.prompt_length : -1]) == answer
-    assert made.cut == []
+    assert not example.cut
 
 
 @templates
@@ -129,18 +129,17 @@ def test_a_long_context_is_cut_and_counted(template: Template) -> None:
     whole = len(encoder(template).encode(ROW).input_ids)
     made = encoder(template, max_length=whole)
     assert len(made.encode(ROW).input_ids) == whole
-    assert made.cut == []
+    assert not made.encode(ROW).cut
     long = Row(ROW.instruction, ROW.response, "A note." + " and more" * 50)
     example = made.encode(long)
-    assert len(made.cut) == 1
+    assert example.cut
     assert len(example.input_ids) == whole
     text = made.tokenizer.decode(example.input_ids)
     assert ROW.instruction in text
     assert "A note." in text
     assert "and more" not in text
     assert list(example.input_ids[example.prompt_length :]) == response(made, ROW.response)
-    made.encode(long)
-    assert len(made.cut) == 2
+    assert [one.cut for one in made.encode_all([long, ROW, long])] == [True, False, True]
 
 
 @given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=200), st.integers(0, 80))
@@ -201,7 +200,10 @@ def test_other_conversations_are_refused(messages: list[dict[str, str]]) -> None
 
 
 def test_what_the_chat_template_refuses_is_told() -> None:
-    strict = encoder("chat")
-    strict.tokenizer.chat_template = "{{ raise_exception('no system turn here') }}"
+    tokenizer = byte_tokenizer()
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn here') }}{% endif %}"
+    tokenizer.chat_template = refusing + tokenizer.chat_template
+    strict = PromptEncoder(tokenizer, "chat")
+    assert strict.tokenizer.decode(strict.conversation(TURNS[3:])) == "<|user|>Say it.\n<|assistant|>"
     with pytest.raises(ConfigError, match="no system turn here"):
         strict.conversation(TURNS)

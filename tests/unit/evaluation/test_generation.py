@@ -83,7 +83,7 @@ def test_it_stops_at_the_end_of_sequence(
         encoder.tokenizer.eos_token = encoder.tokenizer.convert_ids_to_tokens(end)
     else:
         model.generation_config.eos_token_id = end if told_by == "model" else [258, end]
-    assert answers(model, encoder, prompts)[0] == text(encoder, kept)
+    assert answers(model, encoder, prompts)[0] == text(encoder, kept[:-1])  # what ends an answer is no part of it
 
 
 def test_special_tokens_are_no_part_of_an_answer(
@@ -138,7 +138,8 @@ def test_rows_that_have_ended_leave_the_batch_where_caches_allow_it(
         return next_logits(model, ids, *rest)
 
     monkeypatch.setattr("flexperts.evaluation.generation.next_logits", watched)
-    assert answers(model, encoder, asked) == [text(encoder, tokens) for tokens in expected]
+    said = [tokens[:-1] if tokens[-1] == end else tokens for tokens in expected]
+    assert answers(model, encoder, asked) == [text(encoder, tokens) for tokens in said]
     steps = [sum(len(tokens) > n for tokens in expected) for n in range(1, max(map(len, expected)))]
     assert fed == (steps if leave else [4] * len(steps))
 
@@ -157,7 +158,8 @@ def test_evaluation_scores_the_generated_answers_and_the_responses(model: Any, e
     assert scores.rouge_l == pytest.approx(sum(points) / 6)
     total, tokens = 0.0, 0
     for row in rows:
-        response = encoder.response(row.response)
+        example = encoder.encode(row)
+        response = list(example.input_ids[example.prompt_length :])
         ids = torch.tensor([[*encoder.prompt(row.instruction), *response]])
         with torch.no_grad():
             logs = model(input_ids=ids).logits[0].double().log_softmax(-1)

@@ -34,7 +34,8 @@ def settings(*, answers: bool, batch_size: int = 2) -> EvaluationSettings:
 
 @torch.no_grad()
 def row_nll(model: Any, encoder: PromptEncoder, row: Row) -> tuple[float, int]:
-    prompt, response = encoder.prompt(row.instruction, row.context), encoder.response(row.response)
+    example = encoder.encode(row)
+    prompt, response = list(example.prompt), list(example.input_ids[example.prompt_length :])
     logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
     return float(F.cross_entropy(logits.double(), torch.tensor(response))), len(response)
 
