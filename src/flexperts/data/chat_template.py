@@ -46,8 +46,9 @@ class ChatTemplate:
     ) -> None:
         self.tokenizer = tokenizer
         own = _default(tokenizer)
-        self.uses_date = "strftime_now" in own
-        self._clock = _clock(date) if self.uses_date else ""
+        self.date = (date or f"{datetime.now():%Y-%m-%d}") if "strftime_now" in own else None
+        """The day (ISO) that the template is told; None where it does not ask."""
+        self._clock = _clock(self.date) if self.date else ""
         self.template = "".join(_assignment(name, value) for name, value in (settings or {}).items()) + own
         """The template with these settings, and with the prompt that it may lack: whoever has it renders alike."""
         self.notices: list[str] = []
@@ -248,11 +249,9 @@ def _if_asked(prompt: str) -> str:
     return f"{{% if add_generation_prompt %}}{{{{ {_literal(prompt)} }}}}{{% endif %}}"
 
 
-def _clock(date: str | None) -> str:
+def _clock(date: str) -> str:
     """Return a template's start that stops its clock: a run's prompts must not change overnight."""
-    day = (
-        datetime.fromisoformat(date) if date else datetime.now().replace(hour=0, minute=0, second=0, microsecond=0)
-    )
+    day = datetime.fromisoformat(date)
     codes = {f"%{flag}{code}": day.strftime(f"%{flag}{code}") for flag in ("-", "") for code in _DATE_CODES}
     order = {"%%": "\0", **codes, "\0": "%"}
     replaced = "".join(f"|replace({_literal(code)}, {_literal(value)})" for code, value in order.items())

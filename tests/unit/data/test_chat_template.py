@@ -228,7 +228,7 @@ CLOCK = "{{ strftime_now('%d %b %Y') }}|{{ strftime_now('%A, %-d.%-m.%y %H:%M') 
 def test_a_template_is_told_one_day() -> None:
     made = PromptEncoder(tokenizer(CLOCK), date="2024-02-09")
     assert made.chat is not None
-    assert made.chat.uses_date
+    assert made.chat.date == "2024-02-09"
     told = made.tokenizer.decode(made.prompt("Q"))
     assert told.startswith("09 Feb 2024|Friday, 9.2.24 00:00|<|im_start|>user\nQ")
     assert made.prompt("Q") == PromptEncoder(tokenizer(CLOCK), date="2024-02-09").prompt("Q")
@@ -255,7 +255,8 @@ def test_without_a_date_it_is_today_and_other_templates_have_none() -> None:
     assert made.chat is not None
     assert other.chat is not None
     assert made.tokenizer.decode(made.prompt("Q")).startswith(f"{datetime.now():%d %b}")
-    assert not other.chat.uses_date
+    assert made.chat.date == f"{datetime.now():%Y-%m-%d}"
+    assert other.chat.date is None
 
 
 # What ends an answer.

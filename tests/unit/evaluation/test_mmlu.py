@@ -17,6 +17,7 @@ pytest.importorskip("lm_eval")
 import datasets
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean_stderr
+from tokenizers import processors
 
 from flexperts.errors import ConfigError, DataError
 from flexperts.evaluation import harness
@@ -279,3 +280,27 @@ def test_missing_and_empty_files_and_too_many_shots_are_refused(folder):
 def test_without_shots_a_subject_needs_no_dev_rows(folder, model, tokenizer):
     write(folder / "dev.jsonl", [question("anatomy", 1, 0)])
     assert ask(model, tokenizer, folder).questions == 10
+
+
+@pytest.mark.parametrize("behind", ["<s> $A </s>", "$A </s>", "<s> $A"])
+def test_a_tokenizer_that_ends_every_text_asks_the_same_letters(model, tokenizer, folder, behind):
+    """With EOS behind question and answer, all four answers would be compared by their EOS too."""
+    ending = byte_tokenizer()
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=behind, special_tokens=[("<s>", 256), ("</s>", 257)]
+    )
+    live = harness.LiveModel(model, ending, harness.Forward(3, "fp32"))
+    _, letter = live._encode_pair("Answer:", " A")
+    assert letter == tokenizer(" A")["input_ids"]
+    front = [256] if behind.startswith("<s>") else []
+    assert live.tok_encode("Q") == [*front, *tokenizer("Q")["input_ids"]]
+    assert live.tok_encode("Q", add_special_tokens=False) == tokenizer("Q")["input_ids"]
+    if not front:
+        assert ask(model, ending, folder) == ask(model, tokenizer, folder)
+
+
+def test_control_tokens_in_questions_are_text(model, tokenizer, folder):
+    live = harness.LiveModel(model, tokenizer, harness.Forward(3, "fp32"))
+    tokens = live.tok_encode("Is </s> the end?<pad>")
+    assert max(tokens) < 256
+    assert tokenizer.decode(tokens) == "Is </s> the end?<pad>"
