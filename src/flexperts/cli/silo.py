@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flexperts.cli.generate import About, State
+
+if TYPE_CHECKING:
+    from flexperts.config.silo import SiloConfig
+    from flexperts.errors import FlexpertsError
 
 app = typer.Typer(no_args_is_help=True, help="Serve a silo: its rows, its base and its personal models stay there.")
 
@@ -52,17 +57,58 @@ def serve(silo: _Silo) -> None:
 
 @app.command("check")
 def check(silo: _Silo) -> None:
-    """Read the silo's rows and look at its state folder, without loading the base."""
-    from flexperts.config.data import ClientFiles, DataConfig
-    from flexperts.data.clients import load_clients
-    from flexperts.deployment.listening import is_served
-    from flexperts.deployment.state import check_private
+    """Read the silo's rows and look at its state folder, without loading the base; tell all that is wrong."""
     from flexperts.recipe import load_silo
 
     settings = load_silo(silo)
+    files = [("train", settings.data.train), *([("test", settings.data.test)] if settings.data.test else [])]
+    wrong = [error for split, source in files for error in _caught(_read_file, settings, source, split)]
+    wrong = wrong or _caught(_show_rows, settings)
+    wrong += _caught(_show_state, settings)
+    for error in wrong[:-1]:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+    if wrong:
+        raise wrong[-1]
+
+
+def _caught(look: Callable[..., None], *arguments: object) -> list[FlexpertsError]:
+    """Return what a check finds wrong, so that the others can be made too."""
+    from flexperts.errors import FlexpertsError
+
+    try:
+        look(*arguments)
+    except FlexpertsError as error:
+        return [error]
+    return []
+
+
+def _read_file(settings: SiloConfig, source: str, split: str) -> None:
+    """Read one of the silo's files and print what surprises in it."""
+    from flexperts.data.sources import read_source
+
+    data = settings.data
+
+    def say(text: str) -> None:
+        typer.echo(f"note: {settings.name}: {text}")
+
+    read_source(source, data.columns, split=split, on_bad_row=data.on_bad_row, say=say)
+
+
+def _show_rows(settings: SiloConfig) -> None:
+    """Divide the rows as a run does, and print how many there are; their files have been told of before."""
+    from flexperts.config.data import ClientFiles, DataConfig
+    from flexperts.data.clients import load_clients
+
     own = {settings.name: ClientFiles(train=settings.data.train, test=settings.data.test)}
-    rows = load_clients(DataConfig(clients=own, columns=settings.data.columns), 0)[settings.name]
+    config = DataConfig(clients=own, columns=settings.data.columns, on_bad_row=settings.data.on_bad_row)
+    rows = load_clients(config, 0)[settings.name]
     typer.echo(f"{settings.name}: {len(rows.train)} train rows, {len(rows.test)} test rows")
+
+
+def _show_state(settings: SiloConfig) -> None:
+    from flexperts.deployment.listening import is_served
+    from flexperts.deployment.state import check_private
+
     state = Path(settings.state)
     check_private(state)
     served = state.exists() and is_served(state)

@@ -11,6 +11,7 @@ from flexperts.config.run import RunConfig
 from flexperts.data.clients import Clients, load_clients
 from flexperts.data.prompts import Example, PromptEncoder
 from flexperts.errors import GraftError
+from flexperts.federation.observer import current_observer
 from flexperts.grafting.rules import pick_layers
 from flexperts.modeling.load import LoadedBase, load_base
 from flexperts.moe.attention import attention_linears
@@ -43,7 +44,7 @@ class Workspace:
     @cached_property
     def clients(self) -> Clients:
         """Every client's rows."""
-        return load_clients(self.config.data, self.config.seed)
+        return load_clients(self.config.data, self.config.seed, current_observer().notice)
 
     @cached_property
     def base(self) -> LoadedBase:
