@@ -304,11 +304,15 @@ def plain(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
     ("train", "test", "said"),
     [
         (None, None, ["train.jsonl: there is no such data file"]),
-        ([{"question": "q", "response": "a"}], None, ["row 1: no column 'instruction'", "question"]),
+        (
+            [{"question": "q", "response": "a"}],
+            None,
+            ["bank: ", "train.jsonl: no column 'instruction'", "question"],
+        ),
         (GOOD, [], ["test.jsonl: a split needs at least one row"]),
         (GOOD[:1], None, ["bank: 1 passages with test_fraction"]),
         (GOOD, GOOD[1:2], ["bank: 1 passages stand in train and in test"]),
-        (GOOD, [{"instruction": "q"}], ["test.jsonl, row 1: no column 'response'"]),
+        (GOOD, [{"instruction": "q"}], ["test.jsonl: no column 'response'"]),
     ],
     ids=["missing", "column", "empty", "few", "shared", "test-column"],
 )

@@ -95,11 +95,11 @@ def _missing(
         f"the {field} is required" if field in REQUIRED else f"the recipe takes the {field} from there"
         for field in missing
     ]
-    hints = [f"{f} = {_hint(f, c, columns, mapped) or 'COLUMN'!r}" for f, c in missing.items()]
+    hints = [f"{f} = {hint!r}" for f, c in missing.items() if (hint := _hint(f, c, columns, mapped))]
     return DataError(
         f"{source}: no column {' and no '.join(map(repr, missing.values()))} among [{names_shown(columns)}]",
         ", ".join(rules),
-        f"name its column under [data.columns], such as {', '.join(hints)}",
+        f"name its column under [data.columns]{', such as ' if hints else ''}{', '.join(hints)}, or add it",
     )
 
 

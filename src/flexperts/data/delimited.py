@@ -18,7 +18,7 @@ from flexperts.errors import DataError
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
 _QUOTED = re.compile(r'"([^"]*+(?:""[^"]*+)*+)"')
 _BREAK = re.compile(r"\r\n?|\n")
-_NAMED_DELIMITER = re.compile(r'"?sep=(.)"?(?:\r\n?|\n)')  # Excel's own first line
+_NAMED_DELIMITER = re.compile(r'"?sep=([,;|\t])"?(?:\r\n?|\n)')  # Excel's own first line
 _DOUBLE = 'write a quote that belongs to the text twice (""), and quote the whole cell'
 _TOLD = 10
 
@@ -131,8 +131,8 @@ def _fault(line: _Line, columns: int) -> tuple[str, str] | None:
 
 def _holds_rows(cell: str, columns: int, delimiter: str) -> bool:
     """Tell whether a line inside a cell, after its first, has a row's delimiters, none of them before a blank."""
-    between = re.compile(rf"{re.escape(delimiter)}(?! )")
-    return any(len(between.findall(line)) == columns - 1 for line in _BREAK.split(cell)[1:])
+    inner = _BREAK.split(cell)[1:]
+    return any(line.count(delimiter) == columns - 1 and f"{delimiter} " not in line for line in inner)
 
 
 def _numbers(lines: Sequence[int]) -> str:

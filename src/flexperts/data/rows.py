@@ -115,6 +115,8 @@ def read_labelled(
         raise DataError(table.source, "a split needs at least one row", "add rows or leave the client out")
     settle_bad_rows(table.source, bad, len(good) + len(bad), on_bad_row, say)
     say_columns(table.source, table.columns, columns, fields, identity, by or "", say=say)
+    if broken := sum("\ufffd" in f"{row.instruction}{row.context}{row.response}" for row, _ in good):
+        say(f"{table.source}: {broken} rows hold U+FFFD, which stands where a conversion lost a character")
     for field, count in numbers.items():
         say(f"{table.source}: {count} rows have a number as {field}, which is taken as text, as it is written")
     return [row for row, _ in good], [text for _, text in good]

@@ -163,10 +163,12 @@ def _parquet(path: Path) -> Table:
                 read = [name for name in file.schema_arrow.names if name in wanted]
                 row = 0
                 for batch in file.iter_batches(columns=read):
-                    columns = [_values(batch.column(name)) for name in read]
+                    columns = [_values(path, name, batch.column(name)) for name in read]
                     for values in zip(*columns, strict=True):
                         row += 1
                         yield Record(f"row {row}", dict(zip(read, values, strict=True)))
+        except DataError:
+            raise
         except damage as error:
             raise _unreadable(path, error) from error
 
@@ -185,14 +187,19 @@ def _unreadable(path: Path, error: Exception) -> DataError:
     return DataError(f"{path}", f"it is not a readable Parquet file ({error})", "write it again")
 
 
-def _values(column: Any) -> list[Any]:
+def _values(path: Path, name: str, column: Any) -> list[Any]:
     """Return a Parquet column as Python values; Arrow writes its numbers, which knows how few digits they need."""
     import pyarrow
     import pyarrow.compute
 
     kind = column.type
     if not (pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind) or pyarrow.types.is_decimal(kind)):
-        return list(column.to_pylist())
+        try:
+            return list(column.to_pylist())
+        except (ValueError, OverflowError) as error:  # whose words hold a value
+            raise DataError(
+                f"{path}: column {name!r} of type {kind}", "it must be text or a number", "write it as text"
+            ) from error
     text = column.cast(pyarrow.string()).to_pylist()
     finite = pyarrow.compute.is_finite(column).to_pylist()
     return [t if t is None else Number(t) if f else float("nan") for t, f in zip(text, finite, strict=True)]

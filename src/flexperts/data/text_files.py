@@ -38,13 +38,12 @@ def text_of(path: Path) -> str:
                 f"{path}", f"it is {kind}, whatever its ending says", "save it as UTF-8 CSV or JSON lines"
             )
     encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
+    if encoding in ("utf-8", "utf-8-sig") and b"\0" in content:
+        raise _zeros(path, content)
     try:
-        text = content.decode(encoding)
+        return content.decode(encoding)
     except UnicodeDecodeError as error:
         raise _undecodable(path, content, encoding, error) from error
-    if "\0" in text:
-        raise _zeros(path, content, text)
-    return text
 
 
 def _unpacked(path: Path) -> bytes:
@@ -84,8 +83,8 @@ def _is_western(content: bytes) -> bool:
     return True
 
 
-def _zeros(path: Path, content: bytes, text: str) -> DataError:
+def _zeros(path: Path, content: bytes) -> DataError:
     if 3 * content.count(b"\0") > len(content):
         return DataError(f"{path}", "it looks like UTF-16 without its byte order mark", _SAVE)
-    line = text.count("\n", 0, text.index("\0")) + 1
+    line = content.count(b"\n", 0, content.index(b"\0")) + 1
     return DataError(f"{path}, line {line}", "it holds zero bytes, which no text does", "restore it from a copy")

@@ -34,7 +34,7 @@ def workspace_of(run: Path, record: Mapping[str, Any], workspace: Workspace) -> 
     """
     name, data = record["client"], record["data"]
     files = ClientFiles(train=_from(run, data["train"]), test=data["test"] and _from(run, data["test"]))
-    on_bad_row = data.get("on_bad_row", "refuse")  # records of before have none
+    on_bad_row = data.get("on_bad_row", "refuse")
     own = workspace.for_run(with_rows_of(workspace.config, name, files, data["columns"], on_bad_row))
     if partition_manifest(own.clients)["clients"][name] != record["rows"]:
         raise DataError(
@@ -49,7 +49,7 @@ def kept_data(run: Path, files: ClientFiles, columns: Mapping[str, str], on_bad_
         "train": _seen_from(run, files.train),
         "test": files.test and _seen_from(run, files.test),
         "columns": dict(columns),
-        "on_bad_row": on_bad_row,
+        **({"on_bad_row": on_bad_row} if on_bad_row != "refuse" else {}),
     }
 
 
