@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from flexperts.cli.generate import About, State
 
 if TYPE_CHECKING:
+    from flexperts.config.data import DataConfig
     from flexperts.config.silo import SiloConfig
     from flexperts.errors import FlexpertsError
 
 app = typer.Typer(no_args_is_help=True, help="Serve a silo: its rows, its base and its personal models stay there.")
 
+_Side = Literal["train", "test"]
 _Silo = Annotated[Path, typer.Argument(metavar="SILO.toml", help="The silo's file; see docs/deploy.md.")]
 
 
@@ -61,9 +63,12 @@ def check(silo: _Silo) -> None:
     from flexperts.recipe import load_silo
 
     settings = load_silo(silo)
-    files = [("train", settings.data.train), *([("test", settings.data.test)] if settings.data.test else [])]
-    wrong = [error for split, source in files for error in _caught(_read_file, settings, source, split)]
-    wrong = wrong or _caught(_show_rows, settings)
+    config = _data_of(settings)
+    files: dict[_Side, str | None] = {"train": settings.data.train, "test": settings.data.test}
+    wrong = [
+        e for side, file in files.items() if file for e in _caught(_read_file, settings.name, file, config, side)
+    ]
+    wrong = wrong or _caught(_show_rows, settings.name, config)
     wrong += _caught(_show_state, settings)
     for error in wrong[:-1]:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
@@ -82,27 +87,28 @@ def _caught(look: Callable[..., None], *arguments: object) -> list[FlexpertsErro
     return []
 
 
-def _read_file(settings: SiloConfig, source: str, split: str) -> None:
-    """Read one of the silo's files and print what surprises in it."""
-    from flexperts.data.sources import read_source
+def _data_of(settings: SiloConfig) -> DataConfig:
+    """Return the silo's rows as a run's only client; how they are divided is each run's to say."""
+    from flexperts.config.data import ClientFiles, DataConfig
 
     data = settings.data
-
-    def say(text: str) -> None:
-        typer.echo(f"note: {settings.name}: {text}")
-
-    read_source(source, data.columns, split=split, on_bad_row=data.on_bad_row, say=say)
+    own = {settings.name: ClientFiles(train=data.train, test=data.test)}
+    return DataConfig(clients=own, columns=data.columns, on_bad_row=data.on_bad_row)
 
 
-def _show_rows(settings: SiloConfig) -> None:
-    """Divide the rows as a run does, and print how many there are; their files have been told of before."""
-    from flexperts.config.data import ClientFiles, DataConfig
+def _read_file(name: str, source: str, config: DataConfig, side: _Side) -> None:
+    """Read one of the silo's files and print what surprises in it."""
+    from flexperts.data.clients import read_client_file
+
+    read_client_file(name, source, config, side, lambda text: typer.echo(f"note: {text}"))
+
+
+def _show_rows(name: str, config: DataConfig) -> None:
+    """Divide the rows as a run does, and print how many there are; what surprises in the files was said before."""
     from flexperts.data.clients import load_clients
 
-    own = {settings.name: ClientFiles(train=settings.data.train, test=settings.data.test)}
-    config = DataConfig(clients=own, columns=settings.data.columns, on_bad_row=settings.data.on_bad_row)
-    rows = load_clients(config, 0)[settings.name]
-    typer.echo(f"{settings.name}: {len(rows.train)} train rows, {len(rows.test)} test rows")
+    rows = load_clients(config, 0)[name]
+    typer.echo(f"{name}: {len(rows.train)} train rows, {len(rows.test)} test rows")
 
 
 def _show_state(settings: SiloConfig) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from flexperts.config.data import ClientFiles, DataConfig
 from flexperts.data.folders import client_folders
@@ -115,27 +114,23 @@ def _made(source: str, rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _files(name: str, files: ClientFiles, config: DataConfig, seed: int, say: Say) -> ClientRows:
-    def read(source: str, split: str) -> list[Row]:
-        with _of_client(name):
-            return read_source(
-                source,
-                config.columns,
-                split=split,
-                on_bad_row=config.on_bad_row,
-                say=lambda text: say(f"{name}: {text}"),
-            )
-
-    train = read(files.train, "train")
+    train = read_client_file(name, files.train, config, "train", say)
     if files.test is None:
         return split_rows(train, config.test_fraction, seed, name)
-    return ClientRows(tuple(train), tuple(read(files.test, "test")))
+    return ClientRows(tuple(train), tuple(read_client_file(name, files.test, config, "test", say)))
 
 
-@contextmanager
-def _of_client(name: str) -> Iterator[None]:
-    """Put the client's name before what a reader refuses: a file's name seldom holds it."""
+def read_client_file(
+    name: str, source: str, config: DataConfig, split: Literal["train", "test"], say: Say = unsaid
+) -> list[Row]:
+    """Read one of a client's files; what is said and refused names the client, as a file's name seldom does.
+
+    Raises:
+        DataError: As ``read_source``.
+    """
+    how: dict[str, Any] = {"split": split, "on_bad_row": config.on_bad_row}
     try:
-        yield
+        return read_source(source, config.columns, **how, say=lambda text: say(f"{name}: {text}"))
     except DataError as error:
         raise DataError(f"{name}: {error.value}", error.rule, error.remedy) from error
 

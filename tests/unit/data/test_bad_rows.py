@@ -105,7 +105,7 @@ def test_rows_of_elsewhere_are_settled_alike() -> None:
     ]
     with pytest.raises(DataError, match="clinic: 2 of 5 rows cannot be used"):
         settle_bad_rows("clinic", bad, 5, "refuse")
-    with pytest.raises(DataError, match="mend them$"):
+    with pytest.raises(DataError, match=r"mend them$"):
         settle_bad_rows("clinic", bad, 5, None)
 
 
@@ -121,7 +121,8 @@ def test_lines_name_client_and_file(tmp_path: Path) -> None:
     found, notes = clients(recipe, tmp_path)
     assert len(found["ward"].train) + len(found["ward"].test) == 8
     assert notes == [
-        f"ward: {tmp_path / 'a.jsonl'}: 1 of 9 rows are left out (data.on_bad_row = 'drop'): line 9, row 9: no response",
+        f"ward: {tmp_path / 'a.jsonl'}: "
+        "1 of 9 rows are left out (data.on_bad_row = 'drop'): line 9, row 9: no response",
         f"ward: {tmp_path / 'a.jsonl'}: columns that are not used: 'id'",
     ]
     with pytest.raises(DataError, match=rf"^ward: {tmp_path / 'a.jsonl'}, line 9, row 9: no response"):
@@ -161,7 +162,7 @@ def test_test_rows_of_no_client_are_bad_rows(tmp_path: Path) -> None:
     recipe = "[data]\non_bad_row = 'refuse'\n[data.partition]\nsource = 'pool.jsonl'\ntest = 'test.jsonl'\n"
     recipe += "by = 'natural'\ncolumn = 'ward'"
     with pytest.raises(
-        DataError, match="test.jsonl, line 2, row 2: its ward is none that a client trains on"
+        DataError, match=r"test.jsonl, line 2, row 2: its ward is none that a client trains on"
     ) as caught:
         clients(recipe, tmp_path)
     assert "Smith" not in str(caught.value)

@@ -39,22 +39,25 @@ ALPACA = {"instruction": "Q", "input": "C", "output": "A"}
         (ALPACA, {}, Row("Q", "A", "C"), "context is read from 'input', response is read from 'output'"),
         (ALPACA, {"response": "output"}, Row("Q", "A", "C"), "context is read from 'input'"),
         (ALPACA, {"context": "input"}, Row("Q", "A", "C"), "response is read from 'output'"),
-        (ALPACA, {"instruction": "input"}, Row("C", "A"), "response is read from 'output'; columns that are not used: 'instruction'"),
+        (ALPACA, {"instruction": "input"}, Row("C", "A"),
+         "response is read from 'output'; columns that are not used: 'instruction'"),
         (ALPACA, {"response": "output", "context": ""}, Row("Q", "A"), "columns that are not used: 'input'"),
         ({**ALPACA, "text": "T"}, {}, Row("Q", "A", "C"),
          "context is read from 'input', response is read from 'output'; columns that are not used: 'text'"),
         ({**ALPACA, "mine": "B"}, {"response": "mine"}, Row("Q", "B", "C"),
          "context is read from 'input'; columns that are not used: 'output'"),
-        ({"instruction": "Q", "input": "C", "mine": "B"}, {"response": "mine"}, Row("Q", "B", "C"), "context is read from 'input'"),
+        ({"instruction": "Q", "input": "C", "mine": "B"}, {"response": "mine"}, Row("Q", "B", "C"),
+         "context is read from 'input'"),
         ({"prompt": "Q", "completion": "A"}, {}, Row("Q", "A"),
          "instruction is read from 'prompt', response is read from 'completion'"),
         ({"prompt": "Q", "response": "A"}, {}, Row("Q", "A"), "instruction is read from 'prompt'"),
-        ({"prompt": "Q", "completion": "A", "id": 3}, {"instruction": "prompt", "response": "completion"}, Row("Q", "A"),
-         "columns that are not used: 'id'"),
+        ({"prompt": "Q", "completion": "A", "id": 3}, {"instruction": "prompt", "response": "completion"},
+         Row("Q", "A"), "columns that are not used: 'id'"),
         ({"instruction": "Q", "context": "C", "response": "A", "category": "k"}, {}, Row("Q", "A", "C", "k"), None),
         ({"instruction": "Q", "context": "C", "response": "A", "input": "no", "output": "no", "prompt": "no"}, {},
          Row("Q", "A", "C"), "columns that are not used: 'input', 'output', 'prompt'"),
-        ({"instruction": "Q", "response": "A", "messages": []}, {}, Row("Q", "A"), "columns that are not used: 'messages'"),
+        ({"instruction": "Q", "response": "A", "messages": []}, {}, Row("Q", "A"),
+         "columns that are not used: 'messages'"),
     ],
 )  # fmt: skip
 def test_known_columns_fill_what_the_recipe_leaves_open(
@@ -69,8 +72,10 @@ def test_known_columns_fill_what_the_recipe_leaves_open(
 @pytest.mark.parametrize(
     ("record", "columns", "remedy"),
     [
-        ({"question": "q", "answer": "a"}, {}, ", such as instruction = 'question', response = 'answer', or add it"),
-        ({"Instruction": "q", "Response": "a"}, {}, ", such as instruction = 'Instruction', response = 'Response', or add it"),
+        ({"question": "q", "answer": "a"}, {},
+         ", such as instruction = 'question', response = 'answer', or add it"),
+        ({"Instruction": "q", "Response": "a"}, {},
+         ", such as instruction = 'Instruction', response = 'Response', or add it"),
         ({"instruction": "q", "input": "c"}, {}, ", or add it"),
         ({"instruction": "q", "context": "c", "id": "1"}, {}, ", or add it"),
         ({"instruction": "q", "reply": "c"}, {}, ", such as response = 'reply', or add it"),
@@ -92,8 +97,10 @@ def test_hints_name_a_column_only_where_it_helps(
 @pytest.mark.parametrize(
     ("record", "named"),
     [
-        ({"instruction": "q", "output": "a", "completion": "b"}, "columns 'output', 'completion': either may be the response"),
-        ({"prompt": "q", "output": "a", "completion": "b"}, "columns 'output', 'completion': either may be the response"),
+        ({"instruction": "q", "output": "a", "completion": "b"},
+         "columns 'output', 'completion': either may be the response"),
+        ({"prompt": "q", "output": "a", "completion": "b"},
+         "columns 'output', 'completion': either may be the response"),
     ],
 )  # fmt: skip
 def test_two_columns_that_may_be_meant(tmp_path: Path, record: dict[str, Any], named: str) -> None:
