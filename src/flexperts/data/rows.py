@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -101,7 +101,7 @@ def read_labelled(
     used = {*fields.values(), identity, *([by] if by else [])}
     good: list[tuple[Row, str]] = []
     bad: list[BadRow] = []
-    numbers: Counter[str] = Counter()
+    numbers: Counter[str] = Counter()  # field -> rows that have a number there
     for record in table.records(used):
         where = f"{table.source}, {record.place}"
         try:
@@ -115,11 +115,18 @@ def read_labelled(
         raise DataError(table.source, "a split needs at least one row", "add rows or leave the client out")
     settle_bad_rows(table.source, bad, len(good) + len(bad), on_bad_row, say)
     say_columns(table.source, table.columns, columns, fields, identity, by or "", say=say)
-    if broken := sum("\ufffd" in f"{row.instruction}{row.context}{row.response}" for row, _ in good):
-        say(f"{table.source}: {broken} rows hold U+FFFD, which stands where a conversion lost a character")
-    for field, count in numbers.items():
-        say(f"{table.source}: {count} rows have a number as {field}, which is taken as text, as it is written")
-    return [row for row, _ in good], [text for _, text in good]
+    rows = [row for row, _ in good]
+    _say_texts(table.source, rows, numbers, say)
+    return rows, [text for _, text in good]
+
+
+def _say_texts(source: str, rows: Sequence[Row], numbers: Mapping[str, int], say: Say) -> None:
+    """Say what surprises in the rows' texts, in counts alone."""
+    if numbers:
+        counts = ", ".join(f"{field} of {count} rows" for field, count in numbers.items())
+        say(f"{source}: numbers are taken as text, as they are written ({counts})")
+    if broken := sum("\ufffd" in f"{row.instruction}{row.context}{row.response}" for row in rows):
+        say(f"{source}: {broken} rows hold U+FFFD, which stands where a conversion lost a character")
 
 
 class _BadValueError(Exception):

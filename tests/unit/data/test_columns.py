@@ -146,7 +146,7 @@ def test_numbers_are_text_as_they_are_written(tmp_path: Path, written: str, text
     path.write_text(f'{{"instruction": "q", "response": {written}}}\n{{"instruction": "q", "response": "many"}}\n')
     rows = read_source(str(path), {}, say=notes.append)
     assert [(row.response, type(row.response)) for row in rows] == [(text, str), ("many", str)]
-    assert notes == [f"{path}: 1 rows have a number as response, which is taken as text, as it is written"]
+    assert notes == [f"{path}: numbers are taken as text, as they are written (response of 1 rows)"]
     path.with_suffix(".json").write_text(f'[{{"instruction": {written}, "response": "a", "context": {written}}}]')
     (row,) = read_source(str(path.with_suffix(".json")), {})
     assert (row.instruction, row.context) == (text, text)

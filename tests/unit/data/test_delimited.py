@@ -17,7 +17,7 @@ from flexperts.data.sources import read_source
 from flexperts.errors import DataError
 
 HEAD = "instruction,response\n"
-REOPENED = "a quote opens a cell here, and after the quote that closes it"
+REOPENED = "a quote opens a cell here, and after the quote that closes it (line"
 
 
 def read(folder: Path, text: str, name: str = "rows.csv", **how: object) -> tuple[list[Row], list[str]]:
@@ -44,10 +44,10 @@ def answers(rows: list[Row]) -> list[tuple[str, str]]:
         ('q1,a1\nq2,a2\n"q3,a3', ", line 4: a quote opens a cell here and is never closed"),
         ('"q1\nand on",a1\r\nq2,"a2', ", line 4: a quote opens a cell here and is never closed"),
         ('q1,"a\nb"\n"q\nr","x\ny\nz\n', ", line 5: a quote opens a cell here and is never closed"),
-        ('q1,"a1" and more\nq2,a2\n', ", line 2:  2)"),
-        ('q1,"a1\nq2,"a2"\nq3,a3\n', ", line 2:  3)"),
-        ('q1,"say \\"hi\\""\n', ", line 2:  2)"),
-        ('q1,"a1"""b"\n', ", line 2:  2)"),
+        ('q1,"a1" and more\nq2,a2\n', f", line 2: {REOPENED} 2)"),
+        ('q1,"a1\nq2,"a2"\nq3,a3\n', f", line 2: {REOPENED} 3)"),
+        ('q1,"say \\"hi\\""\n', f", line 2: {REOPENED} 2)"),
+        ('q1,"a1"""b"\n', f", line 2: {REOPENED} 2)"),
     ],
 )  # fmt: skip
 def test_quotes_that_do_not_tell_where_rows_end(tmp_path: Path, body: str, said: str) -> None:
