@@ -386,3 +386,35 @@ def test_rows_hash_names_the_rows() -> None:
         ClientRows((row(1, "r"),), (row(2, "q"),)),
     ]
     assert len({rows_hash(r) for r in [rows, *others]}) == 4
+
+
+def test_a_hub_data_set_is_read_by_the_same_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    rows = {
+        "instruction": ["Q", "R", None],
+        "input": ["C", "", "D"],
+        "output": [1.5, 2.0, 3.0],
+        "id": [0, 1, 2],
+        "unusable": [[1], [2], [3]],
+    }
+    asked: list[tuple[str, str]] = []
+
+    def load(name: str, split: str) -> Any:
+        asked.append((name, split))
+        return datasets.Dataset.from_dict(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    notes: list[str] = []
+    found = read_source("hub:org/name:dev", {}, on_bad_row="drop", say=notes.append)
+    assert found == [Row("Q", "1.5", "C", "", "C"), Row("R", "2.0", "", "", "R")]
+    assert [row.where for row in found] == ["hub:org/name, row 1", "hub:org/name, row 2"]
+    assert asked == [("org/name", "dev")]
+    assert notes == [
+        "hub:org/name: 1 of 3 rows are left out (data.on_bad_row = 'drop'): row 3: instruction is empty",
+        "hub:org/name: context is read from 'input', response is read from 'output'; "
+        "columns that are not used: 'id', 'unusable'",
+        "hub:org/name: numbers are taken as text, as they are written (response of 2 rows)",
+    ]
+    with pytest.raises(DataError, match=r"hub:org/name, row 3: instruction is empty"):
+        read_source("hub:org/name", {})
