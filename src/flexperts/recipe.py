@@ -73,7 +73,7 @@ def _text(path: Path, kind: str) -> str:
 
 def _tree(text: str, where: str) -> dict[str, Any]:
     try:
-        tree = tomllib.loads(text)
+        tree = tomllib.loads(text.removeprefix("\ufeff"))  # Windows' editors put a byte order mark first
         _check_values(tree, where)
         return tree
     except (ValueError, RecursionError) as error:
@@ -176,9 +176,22 @@ def _absolute_silo(silo: SiloConfig, folder: Path) -> SiloConfig:
 
 
 def _resolved(source: str | None, folder: Path) -> str | None:
-    if source is None or source.startswith("hub:"):
+    return None if source is None else located(source, folder)
+
+
+def located(source: str, folder: Path) -> str:
+    """Return a data source as an absolute path, or as it is if it is on the hub.
+
+    A link keeps its own name, as names say what files hold: caches of the hub link ``train.jsonl`` to a hash.
+
+    Raises:
+        ConfigError: It is no path.
+    """
+    if source.startswith("hub:"):
         return source
     try:
-        return str((folder / source).resolve())
+        path = folder / source
+        real = path.resolve()
+        return str(real if path.name == ".." else path.parent.resolve() / path.name)
     except (OSError, ValueError, RuntimeError) as error:  # a zero byte, a link to itself
         raise ConfigError(f"path {shown(source)}", f"it is none ({error})", "correct it") from error

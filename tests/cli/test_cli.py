@@ -221,6 +221,39 @@ def test_made_silos_train_from_their_folder(tmp_path: Path, tiny_base: Path) -> 
     )
 
 
+def test_what_surprises_in_the_rows_is_said_once(tmp_path: Path, tiny_base: Path) -> None:
+    for ward, ending in (("ward_a", "jsonl"), ("ward_c", "csv")):
+        (tmp_path / "silos" / ward).mkdir(parents=True)
+        rows = [
+            {"instruction": f"{ward} {i}", "input": "about", "output": str(i), "passage": str(i)} for i in range(8)
+        ]
+        path = tmp_path / "silos" / ward / f"train.{ending}"
+        if ending == "jsonl":
+            jsonl(path, *rows, {"instruction": "private", "output": ""})
+        else:
+            path.write_text("\n".join(map(",".join, [rows[0].keys(), *(row.values() for row in rows)])))
+    (tmp_path / "silos" / "pool.csv").write_text("")
+    recipe = tmp_path / "recipe.toml"
+    data = "[data]\nfolder = 'silos'\non_bad_row = 'drop'\n[knowledge]\ngeneral = 'silos/ward_c/train.csv'\n"
+    recipe.write_text(RECIPE.format(base=tiny_base) + f"{data}[method]\nname = 'fedavg'\nreference = 'local'\n")
+    code, printed, said = call("run", recipe, "--out", tmp_path / "out")
+    assert (code, said) == (0, "")
+    silos = tmp_path / "silos"
+    notes = [line.removeprefix("  note: ") for line in printed.splitlines() if line.startswith("  note: ")]
+    known = "context is read from 'input', response is read from 'output'"
+    rows_notes = [note for note in notes if str(silos) in note]
+    assert sorted(rows_notes) == sorted([
+        f"{silos}: not read, as it is no client's folder: pool.csv",
+        f"ward_a: {silos / 'ward_a' / 'train.jsonl'}: 1 of 9 rows are left out (data.on_bad_row = 'drop'): "
+        "line 9, row 9: output is empty",
+        f"ward_a: {silos / 'ward_a' / 'train.jsonl'}: {known}",
+        f"ward_c: {silos / 'ward_c' / 'train.csv'}: {known}",
+        f"{silos / 'ward_c' / 'train.csv'}: {known}",
+    ])  # fmt: skip
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert {name: client["train_rows"] for name, client in summary["clients"].items()} == {"ward_a": 6, "ward_c": 6}
+
+
 def test_run_without_out_makes_a_folder_named_after_the_recipe(
     work: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -304,11 +337,15 @@ def plain(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
     ("train", "test", "said"),
     [
         (None, None, ["train.jsonl: there is no such data file"]),
-        ([{"question": "q", "response": "a"}], None, ["row 1: no column 'instruction'", "question"]),
+        (
+            [{"question": "q", "response": "a"}],
+            None,
+            ["bank: ", "train.jsonl: no column 'instruction'", "question"],
+        ),
         (GOOD, [], ["test.jsonl: a split needs at least one row"]),
         (GOOD[:1], None, ["bank: 1 passages with test_fraction"]),
         (GOOD, GOOD[1:2], ["bank: 1 passages stand in train and in test"]),
-        (GOOD, [{"instruction": "q"}], ["test.jsonl, row 1: no column 'response'"]),
+        (GOOD, [{"instruction": "q"}], ["test.jsonl: no column 'response'"]),
     ],
     ids=["missing", "column", "empty", "few", "shared", "test-column"],
 )

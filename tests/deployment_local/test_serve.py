@@ -139,6 +139,48 @@ def test_check_refuses_rows_that_cannot_be_read(silo_file: Path) -> None:
         call("check", silo_file)
 
 
+def test_check_tells_all_that_is_wrong(silo_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "train.csv").write_text('instruction,response\nq,"private\nq,a\n')
+    (tmp_path / "test.jsonl").write_text('{"instruction": "q"}\n{"instruction": "private", "response": ""}\n')
+    (tmp_path / "state").mkdir(mode=0o755)
+    text = re.sub(r'train = ".*"', 'train = "train.csv"', silo_file.read_text())
+    silo_file.write_text(re.sub(r'test = ".*"', 'test = "test.jsonl"', text))
+    done = subprocess.run([PROGRAM, "silo", "check", silo_file], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    first, second, third = done.stderr.splitlines()
+    assert first.startswith(f"error: clinic: {tmp_path / 'train.csv'}, line 2: a quote opens a cell here")
+    assert second.startswith(
+        f"error: clinic: {tmp_path / 'test.jsonl'}: 2 of 2 rows cannot be used: line 1, row 1: no"
+    )
+    assert third.startswith("error: ")
+    assert "chmod 700" in third
+    assert "private" not in done.stdout + done.stderr
+
+
+def test_check_says_what_surprises(silo_file: Path, tmp_path: Path) -> None:
+    rows = "".join(f"q{i},c{i},{i},\n" for i in range(9))
+    (tmp_path / "train.csv").write_text(f"instruction,input,output,id\n{rows}q,c,,\n")
+    text = re.sub(r'train = ".*"', 'train = "train.csv"\non_bad_row = "drop"', silo_file.read_text())
+    silo_file.write_text(re.sub(r"test = .*", "", text))
+    said = call("check", silo_file).splitlines()
+    path = tmp_path / "train.csv"
+    assert said[:3] == [
+        f"note: clinic: {path}: "
+        "1 of 10 rows are left out (data.on_bad_row = 'drop'): line 11, row 10: output is empty",
+        f"note: clinic: {path}: context is read from 'input', response is read from 'output'; "
+        "columns that are not used: 'id'",
+        "clinic: 7 train rows, 2 test rows",
+    ]
+
+
+def test_check_refuses_what_no_run_could_divide(silo_file: Path, tmp_path: Path) -> None:
+    text = silo_file.read_text()
+    train = re.findall(r'train = "(.*)"', text)[0]
+    silo_file.write_text(re.sub(r'test = ".*"', f'test = "{train}"', text))
+    with pytest.raises(DataError, match="stand in train and in test"):
+        call("check", silo_file)
+
+
 def test_runs_are_listed_and_forgotten(silo_file: Path, handed: Callable[..., RunConfig], tmp_path: Path) -> None:
     assert "last round" in call("runs", silo_file)
     folder = tmp_path / "state" / "runs" / RUN

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from flwr.app import Context, RecordDict
 
 from flexperts.config.run import RunConfig
 from flexperts.config.silo import SiloConfig
 from flexperts.data.clients import load_clients
+from flexperts.deployment.relay import _silo
 from flexperts.deployment.settings import at_silos, for_silo
 from flexperts.errors import ConfigError, DataError
 from flexperts.recipe import load_silo, parse_recipe
@@ -113,6 +115,32 @@ def test_a_silo_takes_nothing_of_its_own_from_a_recipe(recipe: Recipe, tmp_path:
     trusting = silo.model_copy(update={"trust_remote_code": True})
     assert for_silo(recipe(), trusting).model.trust_remote_code
     assert (mine.model.dtype, mine.training, mine.seed) == (theirs.model.dtype, theirs.training, theirs.seed)
+
+
+@pytest.mark.parametrize("mark", ["\ufeff", ""])
+def test_a_silos_file_may_start_with_a_byte_order_mark(tmp_path: Path, mark: str) -> None:
+    path = written(tmp_path, mark + SILO)
+    assert load_silo(path).name == "a"
+    context = Context(0, 0, {"silo": str(path)}, RecordDict(), {})
+    assert _silo(context) == ("a", tmp_path / "state")
+
+
+def test_links_to_a_silos_rows_keep_their_names(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_text("")
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train.csv").symlink_to(tmp_path / "blob")
+    assert load_silo(written(tmp_path, SILO)).data.train == str(tmp_path / "rows" / "train.csv")
+
+
+@pytest.mark.parametrize("theirs", ["refuse", "drop"])
+@pytest.mark.parametrize("own", [None, "refuse", "drop"])
+def test_a_silo_says_itself_what_becomes_of_bad_rows(
+    recipe: Recipe, tmp_path: Path, theirs: str, own: str | None
+) -> None:
+    silo = load_silo(written(tmp_path, SILO + (f'on_bad_row = "{own}"' if own else "")))
+    handed = recipe(f"data={{folder = '/x', on_bad_row = '{theirs}'}}")
+    assert for_silo(at_silos(handed), silo).data.on_bad_row == (own or "refuse")
+    assert for_silo(handed, silo).data.on_bad_row == (own or "refuse")
 
 
 def test_silo_settings_are_frozen(tmp_path: Path) -> None:

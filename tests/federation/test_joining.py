@@ -22,6 +22,7 @@ from flexperts.config.run import RunConfig
 from flexperts.data.silos.generate import write_silos
 from flexperts.errors import ArtifactError, ConfigError, DataError, FlexpertsError
 from flexperts.federation.joining import join
+from flexperts.federation.observer import Observer
 from flexperts.federation.run import run_federation
 from flexperts.federation.trained import TrainedRun
 from flexperts.federation.workspace import Workspace
@@ -266,6 +267,33 @@ def test_a_method_takes_a_newcomer_or_refuses_it_by_name(
     scores = run.client("shop").evaluate(run.request("shop"), make_method(config.method).states, answers=False)
     assert {state: its.nll for state, its in scores.items()} == record["nll"]
     run.close()
+
+
+def test_a_newcomers_link_and_bad_rows(finished: Path, workspace: Workspace) -> None:
+    """Read again later, its rows are the same: where they lie and what was left out stands in its record."""
+    shop = finished.parent / "shop"
+    blob = shop / "7f3a"
+    blob.write_text((shop / "train.jsonl").read_text() + '{"instruction": "private"}\n')
+    (shop / "train.jsonl").unlink()
+    (shop / "train.jsonl").symlink_to(blob)
+    with pytest.raises(DataError, match=r"shop: .*train.jsonl, line 9, row 9: no response"):
+        comes(finished, workspace)
+    told: list[str] = []
+    observer = Observer()
+    observer.notice = told.append  # type: ignore[method-assign]
+    record = comes(finished, workspace, settings=["data.on_bad_row=drop"], observer=observer)
+    assert (record["client"], record["rows"]["train_rows"]) == ("shop", 8)
+    assert record["data"]["train"] == "../shop/train.jsonl"
+    assert record["data"]["on_bad_row"] == "drop"
+    assert [note for note in told if "left out" in note] == [
+        f"shop: {shop / 'train.jsonl'}: "
+        "1 of 9 rows are left out (data.on_bad_row = 'drop'): line 9, row 9: no response"
+    ]
+    run = TrainedRun(finished, workspace)
+    try:
+        assert len(run.client("shop").rows.train) == 8
+    finally:
+        run.close()
 
 
 def test_what_is_refused_changes_nothing(finished: Path, workspace: Workspace, tmp_path: Path) -> None:

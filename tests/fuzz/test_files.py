@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from dataclasses import asdict
@@ -143,7 +144,14 @@ JSONL = b'{"instruction": "Add", "context": "1 and 1", "response": "2", "categor
 CSV = b'instruction,context,response,category\nAdd,1 and 1,2,sums\n"a,b",,c,d\n'
 JSON = b'[{"instruction": "Add", "response": "2"}, {"instruction": "Sub", "response": "0", "passage": "p"}]'
 ROWS = st.dictionaries(st.sampled_from(["instruction", "response", "context", "category", "passage"]) | TEXT, PLAIN)
-ENDINGS = {".jsonl": JSONL, ".csv": CSV, ".json": JSON, ".parquet": b"PAR1" + b"\0" * 20 + b"PAR1"}
+ENDINGS = {
+    ".jsonl": JSONL,
+    ".jsonl.gz": gzip.compress(JSONL),
+    ".csv": CSV,
+    ".tsv": CSV.replace(b",", b"\t"),
+    ".json": JSON,
+    ".parquet": b"PAR1" + b"\0" * 20 + b"PAR1",
+}
 SOURCES = st.sampled_from(sorted(ENDINGS)).flatmap(
     lambda ending: st.tuples(
         st.just(ending),
@@ -163,11 +171,12 @@ SOURCES = st.sampled_from(sorted(ENDINGS)).flatmap(
 COLUMNS = st.dictionaries(st.sampled_from(["instruction", "response", "category"]), TEXT, max_size=1)
 
 
-@fuzz(1500, st.tuples(SOURCES, COLUMNS, st.none() | TEXT))
+@fuzz(1500, st.tuples(SOURCES, COLUMNS, st.none() | TEXT, st.sampled_from(["refuse", "drop"])))
 def test_data_files(drawn: Any, folder: Path) -> None:
-    (ending, content), columns, passage = drawn
+    (ending, content), columns, passage, on_bad_row = drawn
     (folder / f"rows{ending}").write_bytes(content)
-    for row in read_source(str(folder / f"rows{ending}"), columns, passage=passage):
+    path = str(folder / f"rows{ending}")
+    for row in read_source(path, columns, passage=passage, on_bad_row=on_bad_row):
         assert row.instruction.strip()
         assert row.response.strip()
         assert row.passage

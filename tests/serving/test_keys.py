@@ -49,6 +49,12 @@ def test_the_file_holds_hashes_for_its_owner_alone(path: Path) -> None:
     assert os.umask(before) == before
 
 
+def test_a_file_of_keys_may_start_with_a_byte_order_mark(path: Path) -> None:
+    made = make_keys(path, CLIENTS)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_keys(path, CLIENTS).owner(made["shop"]) == "shop"
+
+
 def test_who_has_a_key_keeps_it(path: Path) -> None:
     old = make_keys(path, ["clinic"])
     new = make_keys(path, CLIENTS)

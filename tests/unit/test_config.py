@@ -224,6 +224,39 @@ def test_overridden_data_paths_are_resolved_too(tmp_path: Path) -> None:
     assert load_recipe(tmp_path / "r.toml", ["data.folder=b"]).data.folder == str(tmp_path / "b")
 
 
+@pytest.mark.parametrize(
+    ("link", "target"),
+    [
+        ("snap/a.jsonl", "blobs/a3f9c0e"),
+        ("snap/b.csv", "blobs/x.txt"),
+        ("c.parquet", "blobs/deep/01"),
+        ("d.jsonl.gz", "blobs/y"),
+    ],
+)
+def test_a_link_keeps_its_own_name(tmp_path: Path, link: str, target: str) -> None:
+    """As the hub's cache has it: the name says what the file holds."""
+    for path in (tmp_path / target, tmp_path / link):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / target).write_text("")
+    (tmp_path / link).symlink_to(tmp_path / target)
+    (tmp_path / "other").symlink_to(tmp_path / "blobs")
+    text = f"[data.clients.a]\ntrain = '{link}'\ntest = 'other/../{link}'\n"
+    files = parse_recipe(text, folder=tmp_path).data.clients["a"]
+    assert files.train == files.test == str(tmp_path / link)
+    pooled = f"data.partition = {{source = '{link}', by = 'natural'}}\nknowledge.general = '{link}'"
+    config = parse_recipe(pooled, folder=tmp_path)
+    assert config.data.partition
+    assert (config.data.partition.source, config.knowledge.general) == (str(tmp_path / link),) * 2
+
+
+@pytest.mark.parametrize("mark", [b"\xef\xbb\xbf", b""])
+@pytest.mark.parametrize("line", ["\n", "\r\n"])
+def test_a_byte_order_mark_before_a_recipe(tmp_path: Path, mark: bytes, line: str) -> None:
+    (tmp_path / "r.toml").write_bytes(mark + f"seed = 3{line}[data.silos]{line}".encode())
+    assert load_recipe(tmp_path / "r.toml").seed == 3
+    assert parse_recipe(f"\ufeffseed = 3{line}[data.silos]").seed == 3
+
+
 def test_files_that_are_no_recipe(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no such recipe"):
         load_recipe(tmp_path / "none.toml")

@@ -10,7 +10,9 @@ import typer
 
 def command(
     run: Annotated[Path, typer.Argument(help="Run directory of a finished run.")],
-    data: Annotated[str, typer.Option(help="The newcomer's rows: .jsonl, .json, .csv, .parquet or hub:ORG/NAME.")],
+    data: Annotated[
+        str, typer.Option(help="The newcomer's rows: .jsonl, .json, .csv, .tsv, .parquet or hub:ORG/NAME.")
+    ],
     test: Annotated[
         Optional[str],  # noqa: UP045 - typer reads this at run time
         typer.Option(help="Its test rows.", show_default="a share of the passages is held out"),
@@ -28,7 +30,8 @@ def command(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Override a training.* or data.columns.* setting, such as training.personal_lr=1e-3. Repeatable.",
+            help="Override a training.* or data.columns.* setting or data.on_bad_row, such as "
+            "training.personal_lr=1e-3. Repeatable.",
         ),
     ] = None,
     seed: Annotated[

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
 from flexperts.cli.generate import About, State
 
+if TYPE_CHECKING:
+    from flexperts.config.data import DataConfig
+    from flexperts.config.run import RunConfig
+    from flexperts.config.silo import SiloConfig
+    from flexperts.errors import FlexpertsError
+
 app = typer.Typer(no_args_is_help=True, help="Serve a silo: its rows, its base and its personal models stay there.")
 
+_Side = Literal["train", "test"]
 _Silo = Annotated[Path, typer.Argument(metavar="SILO.toml", help="The silo's file; see docs/deploy.md.")]
 
 
@@ -51,18 +59,79 @@ def serve(silo: _Silo) -> None:
 
 
 @app.command("check")
-def check(silo: _Silo) -> None:
-    """Read the silo's rows and look at its state folder, without loading the base."""
-    from flexperts.config.data import ClientFiles, DataConfig
-    from flexperts.data.clients import load_clients
-    from flexperts.deployment.listening import is_served
-    from flexperts.deployment.state import check_private
-    from flexperts.recipe import load_silo
+def check(
+    silo: _Silo,
+    recipe: Annotated[
+        Optional[Path],  # noqa: UP045 - typer reads this at run time
+        typer.Option(help="Recipe of the run that the rows are for.", show_default="default settings"),
+    ] = None,
+) -> None:
+    """Read and encode the silo's rows as a run does, without loading the base's weights; tell all that is wrong."""
+    from flexperts.config.data import DataConfig
+    from flexperts.config.run import RunConfig
+    from flexperts.deployment.settings import for_silo
+    from flexperts.federation.observer import Observer, observing
+    from flexperts.recipe import load_recipe, load_silo
 
     settings = load_silo(silo)
-    own = {settings.name: ClientFiles(train=settings.data.train, test=settings.data.test)}
-    rows = load_clients(DataConfig(clients=own, columns=settings.data.columns), 0)[settings.name]
-    typer.echo(f"{settings.name}: {len(rows.train)} train rows, {len(rows.test)} test rows")
+    config = for_silo(load_recipe(recipe) if recipe else RunConfig(data=DataConfig(at_silos=True)), settings)
+    files: dict[_Side, str | None] = {"train": settings.data.train, "test": settings.data.test}
+    said: set[str] = set()
+
+    class Notes(Observer):
+        """Prints each note once: files are read by themselves first, so that all that is wrong is found."""
+
+        def notice(self, text: str) -> None:
+            if text not in said:
+                typer.echo(f"note: {text}")
+            said.add(text)
+
+    with observing(Notes()):
+        wrong = [
+            e
+            for side, file in files.items()
+            if file
+            for e in _caught(_read_file, settings.name, file, config.data, side)
+        ]
+        wrong = wrong or _caught(_show_rows, settings.name, config)
+    wrong += _caught(_show_state, settings)
+    for error in wrong[:-1]:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+    if wrong:
+        raise wrong[-1]
+
+
+def _caught(look: Callable[..., None], *arguments: object) -> list[FlexpertsError]:
+    """Return what a check finds wrong, so that the others can be made too."""
+    from flexperts.errors import FlexpertsError
+
+    try:
+        look(*arguments)
+    except FlexpertsError as error:
+        return [error]
+    return []
+
+
+def _read_file(name: str, source: str, config: DataConfig, side: _Side) -> None:
+    from flexperts.data.clients import read_client_file
+    from flexperts.federation.observer import current_observer
+
+    read_client_file(name, source, config, side, current_observer().notice)
+
+
+def _show_rows(name: str, config: RunConfig) -> None:
+    """Divide and encode the rows as a run does, and print how many there are."""
+    from flexperts.federation.workspace import Workspace
+
+    rows = Workspace(config).clients[name]
+    longest = config.training.max_length
+    typer.echo(f"{name}: {len(rows.train)} train rows, {len(rows.test)} test rows; all fit {longest} tokens")
+
+
+def _show_state(settings: SiloConfig) -> None:
+    from flexperts.deployment.listening import is_served
+    from flexperts.deployment.state import check_private
+
     state = Path(settings.state)
     check_private(state)
     served = state.exists() and is_served(state)

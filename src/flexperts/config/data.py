@@ -14,11 +14,18 @@ _FIELDS = ("instruction", "context", "response", "category")
 def _of_fields(columns: dict[str, str]) -> dict[str, str]:
     if unknown := set(columns) - set(_FIELDS):
         raise ValueError(f"columns maps {sorted(unknown)}; fields are {', '.join(_FIELDS)}")
+    columns_named = [column for column in columns.values() if column]
+    if twice := sorted({c for c in columns_named if columns_named.count(c) > 1}):
+        raise ValueError(f"columns maps two fields to {', '.join(map(repr, twice))}; each has a column of its own")
+    if empty := [field for field in ("instruction", "response") if columns.get(field) == ""]:
+        raise ValueError(f"columns maps {empty[0]} to nothing; it is required")
     return columns
 
 
+OnBadRow = Literal["refuse", "drop"]
+"""What happens where rows cannot be used."""
 Columns = Annotated[dict[str, str], AfterValidator(_of_fields)]
-"""Field of a row -> column of a file."""
+"""Field of a row -> column of a file; an empty name leaves an optional field empty."""
 
 
 class SilosConfig(Section):
@@ -36,7 +43,7 @@ class ClientFiles(Section):
     """One client's own data."""
 
     train: str
-    """File (.jsonl, .json, .csv, .parquet) or hub:org/name[:split]."""
+    """File (.jsonl, .json, .csv, .tsv, .parquet; see docs/data.md) or hub:org/name[:split]."""
     test: str | None = None
     """Test file; without it, data.test_fraction of the passages is held out."""
 
@@ -45,7 +52,7 @@ class PartitionConfig(Section):
     """One pooled data set, divided over the clients; every row goes to exactly one of them."""
 
     source: str
-    """File (.jsonl, .json, .csv, .parquet) or hub:org/name[:split] with all rows."""
+    """File (.jsonl, .json, .csv, .tsv, .parquet; see docs/data.md) or hub:org/name[:split] with all rows."""
     test: str | None = None
     """Test file; without it, data.test_fraction of each client's passages is held out."""
     by: Literal["pathological", "dirichlet", "natural", "iid"]
@@ -91,7 +98,7 @@ class DataConfig(Section):
     silos: SilosConfig | None = None
     """The shipped silos."""
     folder: str | None = None
-    """A folder with one sub-folder per client that holds train.jsonl and test.jsonl."""
+    """A folder with one sub-folder per client that holds a file train.* and maybe test.*, of any kind."""
     clients: dict[str, ClientFiles] = Field(default_factory=dict)
     """Client name -> its files."""
     partition: PartitionConfig | None = None
@@ -100,6 +107,8 @@ class DataConfig(Section):
     """Every silo reads its own rows: a deployed run, whose recipe names no path."""
     columns: Columns = Field(default_factory=dict)
     """Field (instruction, context, response, category) -> column, where it is named otherwise."""
+    on_bad_row: OnBadRow = "refuse"
+    """Where rows cannot be used: refuse their file with all of them, or drop them and say which."""
     test_fraction: float = Field(0.2, gt=0, lt=1)
     """Share of passages held out where a client has no test file."""
     validation_fraction: float = Field(0.0, ge=0, lt=1)

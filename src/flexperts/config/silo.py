@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from flexperts.config.data import ClientFiles, Columns
+from flexperts.config.data import ClientFiles, Columns, OnBadRow
 from flexperts.config.section import Section
 
 
@@ -15,6 +15,8 @@ class SiloData(ClientFiles):
 
     columns: Columns = Field(default_factory=dict)
     """Field (instruction, context, response, category) -> column, where it is named otherwise."""
+    on_bad_row: OnBadRow = "refuse"
+    """Where rows cannot be used: refuse their file with all of them, or drop them and say which."""
 
 
 class SiloConfig(Section):

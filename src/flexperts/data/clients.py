@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from flexperts.config.data import ClientFiles, DataConfig
+from flexperts.data.folders import client_folders
 from flexperts.data.partition import load_partition
-from flexperts.data.rows import ClientRows, read_rows
+from flexperts.data.records import Record, Say, Table, unsaid
+from flexperts.data.rows import ClientRows, Row, read_rows
 from flexperts.data.sources import check_disjoint, read_source, split_rows
 from flexperts.errors import DataError
 
@@ -21,12 +24,13 @@ _LONGEST_NAME = 200
 """Bytes of a client's name: with what is put around it, it is a file's name, which most systems end at 255."""
 
 
-def load_clients(config: DataConfig, seed: int) -> Clients:
+def load_clients(config: DataConfig, seed: int, say: Say = unsaid) -> Clients:
     """Read all clients' rows, sorted by client name.
 
     Args:
         config: The recipe's data section.
         seed: Seed of a partition, and of the train/test split where there is no test file.
+        say: Gets what may be right but surprises, a line each, with client and file.
 
     Raises:
         DataError: A file is missing or breaks a rule, a split is empty, a test passage is trained on, a pooled data
@@ -41,11 +45,12 @@ def load_clients(config: DataConfig, seed: int) -> Clients:
     if config.silos:
         clients = _shipped(config)
     elif config.folder:
-        clients = {n: _files(n, f, config, seed) for n, f in _folder(Path(config.folder)).items()}
+        folders = client_folders(Path(config.folder), say)
+        clients = {n: _files(n, f, config, seed, say) for n, f in folders.items()}
     elif config.partition:
-        clients = load_partition(config, seed)
+        clients = load_partition(config, seed, say)
     else:
-        clients = {n: _files(n, f, config, seed) for n, f in config.clients.items()}
+        clients = {n: _files(n, f, config, seed, say) for n, f in config.clients.items()}
     checked = {client_name(n): check_disjoint(clients[n], n) for n in sorted(clients)}
     share = config.validation_fraction
     return {n: _with_validation(rows, share, seed, n) for n, rows in checked.items()} if share else checked
@@ -95,30 +100,39 @@ def _shipped(config: DataConfig) -> Clients:
     settings = config.silos
     made = {s: generate_silo(s, settings.seed, settings.train_rows, settings.test_rows) for s in SILOS}
     return {
-        silo: ClientRows(*(tuple(read_rows(sides[side], {}, where=f"{silo} {side}")) for side in ("train", "test")))
+        silo: ClientRows(
+            *(tuple(read_rows(_made(f"{silo} {side}", sides[side]), {})) for side in ("train", "test"))
+        )
         for silo, sides in made.items()
     }
 
 
-def _folder(folder: Path) -> dict[str, ClientFiles]:
-    found = {p.parent.name: p for p in folder.glob("*/train.jsonl")}
-    if not found:
-        raise DataError(
-            f"data.folder = {folder}",
-            "it must hold <client>/train.jsonl files",
-            "see `flexperts data make-silos`",
-        )
-    tests = {name: path.with_name("test.jsonl") for name, path in found.items()}
-    return {
-        n: ClientFiles(train=str(p), test=str(tests[n]) if tests[n].exists() else None) for n, p in found.items()
-    }
+def _made(source: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    return Table(
+        source, list(rows[0]), lambda _: (Record(f"row {number}", row) for number, row in enumerate(rows, 1))
+    )
 
 
-def _files(name: str, files: ClientFiles, config: DataConfig, seed: int) -> ClientRows:
-    train = read_source(files.train, config.columns)
+def _files(name: str, files: ClientFiles, config: DataConfig, seed: int, say: Say) -> ClientRows:
+    train = read_client_file(name, files.train, config, "train", say)
     if files.test is None:
         return split_rows(train, config.test_fraction, seed, name)
-    return ClientRows(tuple(train), tuple(read_source(files.test, config.columns, split="test")))
+    return ClientRows(tuple(train), tuple(read_client_file(name, files.test, config, "test", say)))
+
+
+def read_client_file(
+    name: str, source: str, config: DataConfig, split: Literal["train", "test"], say: Say = unsaid
+) -> list[Row]:
+    """Read one of a client's files; what is said and refused names the client, as a file's name seldom does.
+
+    Raises:
+        DataError: As ``read_source``.
+    """
+    how: dict[str, Any] = {"split": split, "on_bad_row": config.on_bad_row}
+    try:
+        return read_source(source, config.columns, **how, say=lambda text: say(f"{name}: {text}"))
+    except DataError as error:
+        raise DataError(f"{name}: {error.value}", error.rule, error.remedy) from error
 
 
 def client_name(name: str) -> str:

@@ -8,23 +8,25 @@ of row, each is scored on all of them. A passage may stand with several clients,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from flexperts.config.data import DataConfig, PartitionConfig
+from flexperts.data.bad_rows import BadRow, settle_bad_rows
+from flexperts.data.columns import possible_columns
 from flexperts.data.partitioners import Shares, assign
-from flexperts.data.rows import ClientRows, Row, read_rows
-from flexperts.data.sources import Record, read_records, split_rows
+from flexperts.data.records import Say, unsaid
+from flexperts.data.rows import ClientRows, Label, Row, read_labelled
+from flexperts.data.sources import open_table, split_rows
 from flexperts.errors import DataError
 
 Labelled = tuple[list[Row], list[str]]
 
 
-def load_partition(config: DataConfig, seed: int) -> dict[str, ClientRows]:
+def load_partition(config: DataConfig, seed: int, say: Say = unsaid) -> dict[str, ClientRows]:
     """Read the pooled rows and divide them as ``config.partition`` says.
 
     Args:
         config: A data section with a partition.
         seed: The run's seed.
+        say: Gets what may be right but surprises, a line each.
 
     Raises:
         DataError: A file breaks a rule, a row has no label, the rows cannot be divided so that every client gets
@@ -32,14 +34,15 @@ def load_partition(config: DataConfig, seed: int) -> dict[str, ClientRows]:
     """
     settings = config.partition
     assert settings is not None
-    rows, labels = _read(settings.source, "train", settings, config.columns)
+    rows, labels = _read(settings.source, "train", config, say)
     shares = assign(labels, settings, seed)
     if settings.test is None:
         return {
             name: split_rows([rows[i] for i in share], config.test_fraction, seed, name)
             for name, share in shares.items()
         }
-    tests = _tests(shares, labels, _read(settings.test, "test", settings, config.columns), settings)
+    test = _of_clients(_read(settings.test, "test", config, say), {*labels}, config, say)
+    tests = _tests(shares, labels, test, settings)
     return {name: ClientRows(tuple(rows[i] for i in share), tests[name]) for name, share in shares.items()}
 
 
@@ -49,12 +52,6 @@ def _tests(
     """Return every client's rows of the shared test file."""
     if settings.by in ("iid", "dirichlet"):
         return dict.fromkeys(shares, tuple(test[0]))
-    if strange := sorted(set(test[1]) - set(labels)):
-        raise DataError(
-            f"{settings.test}: {settings.column} {strange[0]!r}",
-            "no client trains on rows with this label",
-            "drop these test rows, or add such rows to the source",
-        )
     return {name: _of(name, {labels[i] for i in share}, test, settings) for name, share in shares.items()}
 
 
@@ -62,48 +59,35 @@ def _of(name: str, own: set[str], test: Labelled, settings: PartitionConfig) -> 
     found = tuple(row for row, label in zip(*test, strict=True) if label in own)
     if not found:
         raise DataError(
-            f"{settings.test}: no rows with {settings.column} {min(own)!r}",
-            f"client {name} needs at least one test row",
+            f"{settings.test}: no rows of client {name}, by {settings.column}",
+            "each client needs at least one test row",
             "add some, or leave data.partition.test out",
         )
     return found
 
 
-def _read(source: str, split: str, settings: PartitionConfig, columns: dict[str, str]) -> Labelled:
-    records = list(read_records(source, split))
-    rows = read_rows(records, columns, where=source)
-    return rows, _labels(records, rows, settings, source)
+def _of_clients(test: Labelled, known: set[str], config: DataConfig, say: Say) -> Labelled:
+    """Return the test rows whose label some client trains on; the others are bad rows."""
+    settings = config.partition
+    assert settings is not None
+    assert settings.test is not None
+    if settings.by in ("iid", "dirichlet"):
+        return test
+    strange = [
+        BadRow(row.where, f"its {settings.column} is none that a client trains on", "each test row has a client")
+        for row, label in zip(*test, strict=True)
+        if label not in known
+    ]
+    settle_bad_rows(settings.test, strange, len(test[0]), config.on_bad_row, say)
+    kept = [(row, label) for row, label in zip(*test, strict=True) if label in known]
+    return [row for row, _ in kept], [label for _, label in kept]
 
 
-def _labels(records: Sequence[Record], rows: Sequence[Row], settings: PartitionConfig, where: str) -> list[str]:
-    """Return what each row is told apart by; nothing where the partition does not look at it."""
-    if settings.by == "iid":
-        return [""] * len(rows)
-    if settings.column == "category":
-        found = [row.category for row in rows]
-    else:
-        found = [_cell(r, settings.column, f"{where}, row {n}") for n, r in enumerate(records, 1)]
-    empty = next((number for number, label in enumerate(found, 1) if not label.strip()), None)
-    if empty is not None:
-        raise DataError(
-            f"{where}, row {empty}: {settings.column} is empty",
-            f"data.partition by = {settings.by!r} needs it in every row",
-            "fill it in, drop the row, or name another data.partition.column",
-        )
-    return found
-
-
-def _cell(record: Record, column: str, where: str) -> str:
-    """Return a label as text; ids are often whole numbers."""
-    if column not in record:
-        raise DataError(
-            f"{where}: no column {column!r} among {sorted(record)}",
-            "data.partition.column must name one",
-            "correct data.partition.column",
-        )
-    value = record[column]
-    if value is not None and (isinstance(value, bool) or not isinstance(value, str | int)):
-        raise DataError(
-            f"{where}: {column} = {value!r}", "it must be text or a whole number", "write it as a string"
-        )
-    return "" if value is None else str(value)
+def _read(source: str, split: str, config: DataConfig, say: Say) -> Labelled:
+    """Read rows and what each is told apart by; nothing where the partition does not look at it."""
+    settings = config.partition
+    assert settings is not None
+    label = Label(settings.column, f"data.partition by = {settings.by!r} needs it in every row")
+    table = open_table(source, {*possible_columns(config.columns), settings.column}, split, say)
+    by = None if settings.by == "iid" else label
+    return read_labelled(table, config.columns, by, on_bad_row=config.on_bad_row, say=say)

@@ -1,17 +1,19 @@
-"""The one schema of instruction data, and the reading of it from mappings with any column names."""
+"""The one schema of instruction data, and the reading of it from tables with any column names."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Iterable, Mapping
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from flexperts.config.data import OnBadRow
+from flexperts.data.bad_rows import BadRow, settle_bad_rows
+from flexperts.data.columns import FIELDS, PASSAGE, REQUIRED, fields_of, say_columns
+from flexperts.data.records import Number, Record, Say, Table, names_shown, unsaid, whole_number
 from flexperts.errors import DataError
-
-FIELDS = ("instruction", "context", "response", "category")
-REQUIRED = ("instruction", "response")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,7 @@ class Row:
         context: The passage asked about; may be empty.
         category: Name of the task; may be empty.
         passage: Identity of the passage, by which train and test are told apart.
-        where: File and row that it came from, for messages; no part of the row itself.
+        where: File, line and row that it came from, for messages; no part of the row itself.
     """
 
     instruction: str
@@ -44,65 +46,155 @@ class ClientRows:
     validation: tuple[Row, ...] = ()
 
 
-def read_rows(
-    records: Iterable[Mapping[str, Any]],
-    columns: Mapping[str, str],
-    *,
-    where: str,
-    passage: str | None = None,
-) -> list[Row]:
-    """Turn records into rows.
+class Label(NamedTuple):
+    """What rows are told apart by.
 
     Args:
-        records: Mappings from column name to value.
-        columns: Field name -> column name, for the fields whose column is named otherwise.
-        where: Name of the source, for errors.
+        column: The field category, or any column.
+        rule: Why each row needs it.
+    """
+
+    column: str
+    rule: str
+
+
+def read_rows(
+    table: Table,
+    columns: Mapping[str, str],
+    *,
+    on_bad_row: OnBadRow = "refuse",
+    passage: str | None = None,
+    say: Say = unsaid,
+) -> list[Row]:
+    """Turn a table into rows.
+
+    Args:
+        table: The table.
+        columns: Field -> column, for the fields whose column is named otherwise; see ``columns.fields_of``.
+        on_bad_row: Whether rows that cannot be used are left out.
         passage: Column that identifies the passage; the context (or the instruction) serves where it is missing.
+        say: Gets what surprises, a line each.
 
     Raises:
-        DataError: A required column is missing, a value is not text, or there is no row.
+        DataError: A column is missing, rows are bad and must not be left out, or no row is left.
     """
-    rows = [_row(record, columns, f"{where}, row {number}", passage) for number, record in enumerate(records, 1)]
-    if not rows:
-        raise DataError(where, "a split needs at least one row", "add rows or leave the client out")
-    return rows
+    return read_labelled(table, columns, None, on_bad_row=on_bad_row, passage=passage, say=say)[0]
 
 
-def _row(record: Mapping[str, Any], columns: Mapping[str, str], where: str, passage: str | None) -> Row:
-    values = {field: _value(record, field, columns, where) for field in FIELDS}
-    identity = str(record.get(passage or "passage") or values["context"] or values["instruction"])
-    return Row(**values, passage=_encodable(identity, f"{where}: {passage or 'passage'}"), where=where)
+def read_labelled(
+    table: Table,
+    columns: Mapping[str, str],
+    label: Label | None,
+    *,
+    on_bad_row: OnBadRow = "refuse",
+    passage: str | None = None,
+    say: Say = unsaid,
+) -> tuple[list[Row], list[str]]:
+    """Turn a table into rows and their labels; see ``read_rows``. Without ``label`` the labels are empty.
+
+    Raises:
+        DataError: As ``read_rows``; a row without a label is a bad row.
+    """
+    fields = fields_of(table.source, table.columns, columns) if table.columns else {name: name for name in REQUIRED}
+    by = _label_column(table, fields, label) if label and table.columns else None
+    identity = passage or PASSAGE
+    used = {*fields.values(), identity, *([by] if by else [])}
+    good: list[tuple[Row, str]] = []
+    bad: list[BadRow] = []
+    numbers: Counter[str] = Counter()  # field -> rows that have a number there
+    for record in table.records(used):
+        where = f"{table.source}, {record.place}"
+        try:
+            row = _row(record, fields, identity, where)
+            good.append((row, _label(record, by, label) if by and label else ""))
+        except _BadValueError as error:
+            bad.append(BadRow(where, error.what, error.rule))
+        else:
+            numbers.update(f for f in FIELDS[:3] if isinstance(record.values.get(fields.get(f, "")), Number))
+    if not (good or bad):
+        raise DataError(table.source, "a split needs at least one row", "add rows or leave the client out")
+    settle_bad_rows(table.source, bad, len(good) + len(bad), on_bad_row, say)
+    say_columns(table.source, table.columns, columns, fields, identity, by or "", say=say)
+    rows = [row for row, _ in good]
+    _say_texts(table.source, rows, numbers, say)
+    return rows, [text for _, text in good]
 
 
-def _value(record: Mapping[str, Any], field: str, columns: Mapping[str, str], where: str) -> str:
-    column = columns.get(field, field)
-    value = record.get(column)
-    # A column that the recipe names must exist: a misspelt one would leave the field empty in silence.
-    if (field in REQUIRED or field in columns) and column not in record:
-        raise DataError(
-            f"{where}: no column {column!r} among {sorted(record)}",
-            f"the {field} is required" if field in REQUIRED else f"the recipe takes the {field} from there",
-            f"name its column under [data.columns], such as {field} = {_closest(column, record)!r}",
-        )
-    if not isinstance(value, str) and value is not None:
-        raise DataError(f"{where}: {column} = {value!r}", "it must be text", "write it as a string")
-    if field in REQUIRED and not (value or "").strip():
-        raise DataError(f"{where}: {column} is empty", f"the {field} must hold text", "fill it in or drop the row")
-    return _encodable(value or "", f"{where}: {column}")
+def _say_texts(source: str, rows: Sequence[Row], numbers: Mapping[str, int], say: Say) -> None:
+    """Say what surprises in the rows' texts, in counts alone."""
+    if numbers:
+        counts = ", ".join(f"{field} of {count} rows" for field, count in numbers.items())
+        say(f"{source}: numbers are taken as text, as they are written ({counts})")
+    if broken := sum("\ufffd" in f"{row.instruction}{row.context}{row.response}" for row in rows):
+        say(f"{source}: {broken} rows hold U+FFFD, which stands where a conversion lost a character")
 
 
-def _encodable(text: str, where: str) -> str:
-    """Return text if it has a UTF-8 form: JSON can name halves of characters, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where} holds {text[error.start]!r}", "it must be whole Unicode text", "mend it"
-        ) from error
+class _BadValueError(Exception):
+    def __init__(self, what: str, rule: str) -> None:
+        super().__init__(what)
+        self.what, self.rule = what, rule
+
+
+def _row(record: Record, fields: Mapping[str, str], identity: str, where: str) -> Row:
+    if record.fault:
+        raise _BadValueError(*record.fault)
+    values = {field: _field(record.values, field, column) for field, column in fields.items()}
+    named = _text(record.values, identity)
+    passage = named if named.strip() else values.get("context") or values["instruction"]
+    return Row(**values, passage=passage, where=where)
+
+
+def _field(values: Mapping[str, Any], field: str, column: str) -> str:
+    if field not in REQUIRED:
+        return _text(values, column)
+    if column not in values:
+        raise _BadValueError(f"no {column}", f"the {field} is required")
+    text = _text(values, column)
+    if not text.strip():
+        raise _BadValueError(f"{column} is empty", f"the {field} must hold text")
     return text
 
 
-def _closest(column: str, record: Mapping[str, Any]) -> str:
-    """Return the column that a misspelt one most likely means."""
-    close: list[str] = difflib.get_close_matches(column, list(record), n=1, cutoff=0.0)
-    return close[0] if close else "column"
+def _text(values: Mapping[str, Any], column: str) -> str:
+    """Return a value as text; nothing is empty text."""
+    value = values.get(column)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise _BadValueError(f"{column} is {_kind(value)}", "it must be text or a number")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can name halves of characters, which no tokenizer takes
+        raise _BadValueError(f"{column} holds half of a character", "it must be whole Unicode text") from error
+    return str(value)
+
+
+def _kind(value: object) -> str:
+    """Return what a value is, for a message that must not show it."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "a list of objects, such as a chat"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "not a finite number"
+    kinds = {bool: "true or false", list: "a list", dict: "an object"}
+    return kinds.get(type(value), f"of the type {type(value).__name__}")
+
+
+def _label_column(table: Table, fields: Mapping[str, str], label: Label) -> str:
+    column = fields.get("category", "category") if label.column == "category" else label.column
+    if column not in table.columns:
+        raise DataError(
+            f"{table.source}: no column {column!r} among [{names_shown(table.columns)}]",
+            "data.partition.column must name one",
+            "correct data.partition.column",
+        )
+    return column
+
+
+def _label(record: Record, column: str, label: Label) -> str:
+    """Return a label as text; ids are often whole numbers."""
+    text = _text(record.values, column)
+    if isinstance(record.values.get(column), Number) and whole_number(record.values[column]) is None:
+        raise _BadValueError(f"{column} is a number with a fraction", "it must be text or a whole number")
+    if not text.strip():
+        raise _BadValueError(f"{column} is empty", label.rule)
+    return text

@@ -1,44 +1,85 @@
-"""Reading instruction rows from JSONL, JSON, CSV and Parquet files and from the hub.
+"""Reading instruction rows from files of text and Parquet and from the hub.
 
 Files are read directly, not through a dataset cache: private rows are not copied elsewhere on the disk.
 """
 
 from __future__ import annotations
 
-import csv
-import json
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from flexperts.config.data import OnBadRow
+from flexperts.data.columns import possible_columns
+from flexperts.data.delimited import read_delimited
+from flexperts.data.json_files import read_json, read_json_lines
+from flexperts.data.records import (
+    ENDINGS,
+    Number,
+    Record,
+    Say,
+    Table,
+    name_and_ending,
+    names_shown,
+    repeated,
+    unsaid,
+)
 from flexperts.data.rows import ClientRows, Row, read_rows
+from flexperts.data.text_files import text_of
 from flexperts.errors import DataError
 from flexperts.seeding import derive_seed
 
-Record = Mapping[str, Any]
 HUB = "hub:"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
 def read_source(
-    source: str, columns: Mapping[str, str], *, split: str = "train", passage: str | None = None
+    source: str,
+    columns: Mapping[str, str],
+    *,
+    split: str = "train",
+    passage: str | None = None,
+    on_bad_row: OnBadRow = "refuse",
+    say: Say = unsaid,
 ) -> list[Row]:
     """Read all rows of a file, or of a hub data set named ``hub:org/name`` or ``hub:org/name:split``.
+
+    Args:
+        source: The file or data set.
+        columns, passage, on_bad_row, say: As for ``read_rows``.
+        split: The data set's split, where the name holds none.
 
     Raises:
         DataError: The source is missing, of an unknown kind, damaged, or breaks the row rules.
     """
-    return read_rows(read_records(source, split), columns, where=source, passage=passage)
+    table = open_table(source, possible_columns(columns), split, say)
+    return read_rows(table, columns, on_bad_row=on_bad_row, passage=passage, say=say)
 
 
-def read_records(source: str, split: str = "train") -> Iterator[Record]:
-    """Read a source's records with all their columns; see ``read_source``.
+def open_table(source: str, wanted: Collection[str], split: str = "train", say: Say = unsaid) -> Table:
+    """Open a source with all its columns; see ``read_source``.
+
+    Args:
+        source: The file or data set.
+        wanted: Columns that may be needed.
+        split: The data set's split, where the name holds none.
+        say: Gets what surprises, a line each.
 
     Raises:
         DataError: The source is missing, of an unknown kind, or damaged.
     """
-    return _hub(source.removeprefix(HUB), split) if source.startswith(HUB) else _file(Path(source))
+    if source.startswith(HUB):
+        return _hub(source.removeprefix(HUB), split)
+    path = _checked(Path(source))
+    kind = name_and_ending(path)[1]
+    if kind == ".parquet":
+        return _parquet(path)
+    text = text_of(path)
+    if kind in (".csv", ".tsv"):
+        return read_delimited(path, text, wanted, say, "\t" if kind == ".tsv" else None)
+    return read_json_lines(path, text) if kind == ".jsonl" else read_json(path, text)
 
 
 def split_rows(
@@ -85,97 +126,115 @@ def check_disjoint(rows: ClientRows, where: str) -> ClientRows:
     return rows
 
 
-def _file(path: Path) -> Iterator[Record]:
-    readers: dict[str, Callable[[Path], Iterator[Record]]] = {
-        ".jsonl": _jsonl,
-        ".json": _json,
-        ".csv": _csv,
-        ".parquet": _parquet,
-    }
-    if path.suffix.lower() not in readers:
-        endings = ", ".join(sorted(readers))
-        raise DataError(f"data file {str(path)!r}", f"data files end in {endings}", "convert it to one of these")
+def _checked(path: Path) -> Path:
+    """Return the path of a file that is there, and whose name, which may be a link's, says what it holds."""
+    if name_and_ending(path)[1] not in ENDINGS:
+        raise DataError(
+            f"data file {str(path)!r}",
+            f"data files end in {', '.join(ENDINGS)}, those of text maybe with .gz behind it",
+            "convert it to one of these",
+        )
     if not _is_file(path):
         raise DataError(
             f"{path}",
             "there is no such data file",
             "check the path; in a recipe it is relative to the recipe's folder",
         )
-    return readers[path.suffix.lower()](path)
+    return path
 
 
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # such as a name that is too long
+    except (OSError, ValueError):  # such as a name that is too long, or one with a zero byte
         return False
 
 
-def _jsonl(path: Path) -> Iterator[Record]:
-    try:
-        with path.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _object(line, f"{path}, line {number}")
-    except (UnicodeDecodeError, OSError) as error:
-        raise DataError(f"{path}", f"it is not readable UTF-8 text ({error})", "save it as UTF-8") from error
-
-
-def _json(path: Path) -> Iterator[Record]:
-    try:
-        records = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise DataError(f"{path}", f"it is not valid JSON ({error})", "mend it") from error
-    if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
-        raise DataError(f"{path}", "it must hold a list of objects", "write one object per row, or use .jsonl")
-    yield from records
-
-
-def _object(line: str, where: str) -> Record:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(where, f"it is not valid JSON ({error})", "mend or remove the line") from error
-    if not isinstance(record, dict):
-        raise DataError(where, "each line must hold one JSON object", "mend or remove the line")
-    return record
-
-
-def _csv(path: Path) -> Iterator[Record]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as lines:
-            reader = csv.DictReader(lines)
-            for record in reader:
-                if None in record:
-                    raise DataError(
-                        f"{path}, line {reader.line_num}",
-                        f"it has more cells than the {len(reader.fieldnames or ())} columns of the header",
-                        "quote cells that hold commas",
-                    )
-                yield record
-    except (UnicodeDecodeError, OSError, csv.Error) as error:
-        raise DataError(f"{path}", f"it is not a readable CSV file ({error})", "save it as UTF-8 CSV") from error
-
-
-def _parquet(path: Path) -> Iterator[Record]:
+def _parquet(path: Path) -> Table:
+    """Open a Parquet file; of its columns only those that are asked for are read, some rows at a time."""
     import pyarrow
     import pyarrow.parquet
 
+    damage = (pyarrow.ArrowException, OSError, ValueError, OverflowError)
+
+    def records(wanted: Collection[str]) -> Iterator[Record]:
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                read = [name for name in file.schema_arrow.names if name in wanted]
+                row = 0
+                for batch in file.iter_batches(columns=read):
+                    columns = [_values(path, name, batch.column(name)) for name in read]
+                    for values in zip(*columns, strict=True):
+                        row += 1
+                        yield Record(f"row {row}", dict(zip(read, values, strict=True)))
+        except DataError:
+            raise
+        except damage as error:
+            raise _unreadable(path, error) from error
+
     try:
-        yield from pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}", f"it is not a readable Parquet file ({error})", "write it again") from error
+        columns = pyarrow.parquet.read_schema(path).names
+    except damage as error:
+        raise _unreadable(path, error) from error
+    if twice := repeated(columns):
+        raise DataError(
+            f"{path}: {names_shown(twice)}", "a column's name must come only once", "rename or drop the other one"
+        )
+    return Table(str(path), columns, records)
 
 
-def _hub(name: str, split: str) -> Iterator[Record]:
+def _unreadable(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path}", f"it is not a readable Parquet file ({error})", "write it again")
+
+
+def _values(path: Path, name: str, column: Any) -> list[Any]:
+    """Return a Parquet column as Python values; Arrow writes its numbers, which knows how few digits they need."""
+    import pyarrow
+    import pyarrow.compute
+
+    kind = column.type
+    if not (pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind) or pyarrow.types.is_decimal(kind)):
+        try:
+            return list(column.to_pylist())
+        except (ValueError, OverflowError) as error:  # whose words hold a value
+            raise DataError(
+                f"{path}: column {name!r} of type {kind}", "it must be text or a number", "write it as text"
+            ) from error
+    text = column.cast(pyarrow.string()).to_pylist()
+    finite = pyarrow.compute.is_finite(column).to_pylist()
+    return [t if t is None else Number(t) if f else float("nan") for t, f in zip(text, finite, strict=True)]
+
+
+def _hub(name: str, split: str) -> Table:
+    """Open a hub data set; it stays on this machine, mapped into memory, and only what is asked for is read."""
     from datasets import load_dataset
 
     name, _, named_split = name.partition(":")
     if not _HUB_NAME.fullmatch(name):  # the library would take a path or an address too
         raise DataError(f"{HUB}{name}", "a hub data set is called org/name", "name one, or give a file's path")
     try:
-        yield from load_dataset(name, split=named_split or split)
+        found = load_dataset(name, split=named_split or split)
+        columns = list(found.column_names)
     except Exception as error:  # the library raises a dozen kinds; each means that the rows cannot be had
-        raise DataError(
-            f"{HUB}{name}", f"the hub data set cannot be loaded ({error})", "check its name and the network"
-        ) from error
+        raise _unloadable(name, error) from error
+
+    def records(wanted: Collection[str]) -> Iterator[Record]:
+        try:
+            chosen = found.select_columns([c for c in columns if c in wanted])
+            for row, values in enumerate(chosen, 1):
+                yield Record(f"row {row}", {column: _number(value) for column, value in values.items()})
+        except Exception as error:
+            raise _unloadable(name, error) from error
+
+    return Table(f"{HUB}{name}", columns, records)
+
+
+def _number(value: Any) -> Any:
+    is_number = type(value) is int or (isinstance(value, float) and math.isfinite(value))
+    return Number(value) if is_number else value
+
+
+def _unloadable(name: str, error: Exception) -> DataError:
+    return DataError(
+        f"{HUB}{name}", f"the hub data set cannot be loaded ({error})", "check its name and the network"
+    )

@@ -65,7 +65,7 @@ def _silo(context: Context) -> tuple[str, Path]:
     """Return the silo's name and state folder, from the file that this SuperNode's configuration names."""
     try:
         path = Path(str(context.node_config["silo"]))
-        silo = tomllib.loads(path.read_text(encoding="utf-8"))
+        silo = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         return str(silo["name"]), (path.parent / str(silo["state"])).resolve()
     except (KeyError, OSError, ValueError) as error:
         raise ConfigError(

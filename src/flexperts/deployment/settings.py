@@ -41,7 +41,8 @@ def for_silo(config: RunConfig, silo: SiloConfig) -> RunConfig:
         silo: The silo's own settings.
     """
     files = ClientFiles(train=silo.data.train, test=silo.data.test)
-    data = _kept(config.data) | {"clients": {silo.name: files}, "columns": silo.data.columns}
+    own_rows = {"clients": {silo.name: files}, "columns": silo.data.columns, "on_bad_row": silo.data.on_bad_row}
+    data = _kept(config.data) | own_rows
     own = {"base": silo.base, "device": silo.device, "trust_remote_code": silo.trust_remote_code}
     parts = {
         "data": DataConfig.model_validate(data),

@@ -49,7 +49,7 @@ def connection_of(engine: str) -> str:
 def _connections(path: Path) -> list[str]:
     """Return the names of the SuperLinks in Flower's config.toml."""
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8")).get("superlink", {})
+        found = tomllib.loads(path.read_text(encoding="utf-8-sig")).get("superlink", {})
     except (OSError, ValueError):
         return []
     return sorted(name for name, value in found.items() if isinstance(value, dict))

@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 
+from flexperts.data.bad_rows import BadRow, settle_bad_rows
 from flexperts.data.batches import PaddedBatch
-from flexperts.data.sources import Record, read_records
+from flexperts.data.records import whole_number
+from flexperts.data.sources import open_table
 from flexperts.errors import ConfigError, DataError
 from flexperts.modeling.forward import Precision
 from flexperts.seeding import generator
@@ -25,6 +27,7 @@ from flexperts.seeding import generator
 HUB = "hub"
 _PREFIX = "mmlu_"
 _LETTERS = ["A", "B", "C", "D"]
+_COLUMNS = ("subject", "question", "choices", "answer")
 _TASK = {
     "test_split": "test",
     "fewshot_split": "dev",
@@ -190,31 +193,33 @@ def _description(subject: str) -> str:
     return f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
 
 
-def _read(path: Path) -> dict[str, list[Record]]:
+def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
     """Return a file's rows by subject."""
-    rows: dict[str, list[Record]] = defaultdict(list)
-    for number, record in enumerate(read_records(str(path)), 1):
-        row = _row(record, f"{path}, row {number}")
-        rows[row["subject"]].append(row)
+    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    bad: list[BadRow] = []
+    for record in open_table(str(path), _COLUMNS).records(_COLUMNS):
+        if fault := record.fault or _fault(record.values):
+            bad.append(BadRow(f"{path}, {record.place}", *fault))
+            continue
+        subject, question, choices, answer = (record.values[name] for name in _COLUMNS)
+        row = {"subject": subject, "question": question, "choices": choices, "answer": whole_number(answer)}
+        rows[subject].append(row)
+    settle_bad_rows(str(path), bad, len(bad) + sum(map(len, rows.values())), None)
     if not rows:
         raise DataError(f"{path}", "it holds no question", "give a file with subject, question, choices, answer")
     return dict(rows)
 
 
-def _row(record: Record, where: str) -> dict[str, Any]:
-    """Return the four fields of a record.
-
-    Raises:
-        DataError: One is missing or of the wrong kind.
-    """
-    subject, question, choices, answer = (record.get(k) for k in ("subject", "question", "choices", "answer"))
+def _fault(values: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return what is wrong with a question, and the rule."""
+    subject, question, choices, answer = (values.get(name) for name in _COLUMNS)
     if not (_text(subject) and _text(question)):
-        raise DataError(where, "subject and question must be texts that are not empty", "mend or remove the row")
+        return "subject or question is missing", "subject and question must be texts that are not empty"
     if not isinstance(choices, list) or len(choices) != 4 or not all(isinstance(c, str) for c in choices):
-        raise DataError(f"{where}: choices = {choices!r}", "it must be a list of four texts", "mend the row")
-    if type(answer) is not int or not 0 <= answer <= 3:
-        raise DataError(f"{where}: answer = {answer!r}", "it must be 0, 1, 2 or 3", "give the right choice's index")
-    return {"subject": subject, "question": question, "choices": choices, "answer": answer}
+        return "choices is something else", "it must be a list of four texts"
+    if whole_number(answer) not in range(4):
+        return "answer is something else", "it must be 0, 1, 2 or 3, the right choice's index"
+    return None
 
 
 def _text(value: object) -> bool:

@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flexperts.config.run import RunConfig
+from flexperts.data.records import Say, unsaid
 from flexperts.data.rows import Row
 from flexperts.data.sources import read_source
 from flexperts.evaluation.mmlu import check_source, mmlu
 from flexperts.evaluation.scores import SCORES, Scores
 from flexperts.federation.client import Client
-from flexperts.federation.observer import Observer
+from flexperts.federation.observer import Observer, current_observer
 from flexperts.federation.trained import TrainedRun
 from flexperts.methods.base import State
 
@@ -35,7 +36,7 @@ def check_beyond(config: RunConfig) -> None:
         ConfigError: lm-eval is not installed.
     """
     if config.knowledge.general:
-        _general_rows(config)
+        _general_rows(config, current_observer().notice)
     if config.knowledge.mmlu:
         check_source(config.knowledge.mmlu, config.knowledge.mmlu_shots)
 
@@ -67,9 +68,10 @@ def look_beyond(run: TrainedRun, observer: Observer | None = None) -> dict[str, 
     return found
 
 
-def _general_rows(config: RunConfig) -> tuple[Row, ...]:
+def _general_rows(config: RunConfig, say: Say = unsaid) -> tuple[Row, ...]:
     assert config.knowledge.general is not None
-    return tuple(read_source(config.knowledge.general, {}, split="test")[: config.knowledge.general_rows])
+    rows = read_source(config.knowledge.general, {}, split="test", on_bad_row=config.data.on_bad_row, say=say)
+    return tuple(rows[: config.knowledge.general_rows])
 
 
 def _everywhere(

@@ -7,19 +7,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flexperts.config.data import ClientFiles, DataConfig
+from flexperts.config.data import ClientFiles, DataConfig, OnBadRow
 from flexperts.config.run import RunConfig
 from flexperts.data.clients import partition_manifest
 from flexperts.data.sources import HUB
 from flexperts.errors import DataError
 from flexperts.federation.workspace import Workspace
+from flexperts.recipe import located
 
 
-def with_rows_of(config: RunConfig, name: str, files: ClientFiles, columns: Mapping[str, str]) -> RunConfig:
+def with_rows_of(
+    config: RunConfig, name: str, files: ClientFiles, columns: Mapping[str, str], on_bad_row: OnBadRow
+) -> RunConfig:
     """Return a run with one client's own rows in place of all clients'; how they are held out stays the run's."""
     old = config.data
     kept = {"test_fraction": old.test_fraction, "validation_fraction": old.validation_fraction}
-    data = DataConfig(clients={name: files}, columns=dict(columns), **kept)
+    data = DataConfig(clients={name: files}, columns=dict(columns), on_bad_row=on_bad_row, **kept)
     return config.model_copy(update={"data": data})
 
 
@@ -31,7 +34,8 @@ def workspace_of(run: Path, record: Mapping[str, Any], workspace: Workspace) -> 
     """
     name, data = record["client"], record["data"]
     files = ClientFiles(train=_from(run, data["train"]), test=data["test"] and _from(run, data["test"]))
-    own = workspace.for_run(with_rows_of(workspace.config, name, files, data["columns"]))
+    on_bad_row = data.get("on_bad_row", "refuse")
+    own = workspace.for_run(with_rows_of(workspace.config, name, files, data["columns"], on_bad_row))
     if partition_manifest(own.clients)["clients"][name] != record["rows"]:
         raise DataError(
             f"{files.train}", f"{name} joined with other rows than these", "restore them, or join by another name"
@@ -39,12 +43,13 @@ def workspace_of(run: Path, record: Mapping[str, Any], workspace: Workspace) -> 
     return own
 
 
-def kept_data(run: Path, files: ClientFiles, columns: Mapping[str, str]) -> dict[str, Any]:
+def kept_data(run: Path, files: ClientFiles, columns: Mapping[str, str], on_bad_row: OnBadRow) -> dict[str, Any]:
     """Return where rows lie as the record keeps it: relative to the run, so that it tells no more than it must."""
     return {
         "train": _seen_from(run, files.train),
         "test": files.test and _seen_from(run, files.test),
         "columns": dict(columns),
+        **({"on_bad_row": on_bad_row} if on_bad_row != "refuse" else {}),
     }
 
 
@@ -53,4 +58,4 @@ def _seen_from(run: Path, source: str) -> str:
 
 
 def _from(run: Path, source: str) -> str:
-    return source if source.startswith(HUB) else str((run / source).resolve())
+    return located(source, run)

@@ -15,23 +15,24 @@ from flexperts.artifacts import JOINED, RunDirectory
 from flexperts.config.data import ClientFiles
 from flexperts.config.run import RunConfig
 from flexperts.data.clients import client_name, partition_manifest
+from flexperts.data.records import name_and_ending
 from flexperts.data.sources import HUB
 from flexperts.errors import ArtifactError, ConfigError
 from flexperts.evaluation.scores import SCORES, Scores
 from flexperts.federation.checkpoint import load_server
 from flexperts.federation.client import Client, Request
 from flexperts.federation.joined import kept_data, with_rows_of
-from flexperts.federation.observer import Observer
+from flexperts.federation.observer import Observer, observing
 from flexperts.federation.trained import TrainedRun
 from flexperts.federation.workspace import Workspace
 from flexperts.files import sealed, unwritable, write_json
 from flexperts.methods.base import Method, State
 from flexperts.methods.registry import make_method
 from flexperts.parameters.vector import vector_hash
-from flexperts.recipe import parse_recipe
+from flexperts.recipe import located, parse_recipe
 from flexperts.training.local import LocalSettings, TrainResult
 
-_OWN = ("training.", "data.columns.")
+_OWN = ("training.", "data.columns.", "data.on_bad_row")
 """Starts of the settings that a newcomer may have of its own; the others have made the run's models."""
 _COMMON = ("training.max_length", "training.gradient_checkpointing")
 
@@ -55,11 +56,11 @@ def join(
 
     Args:
         path: The directory of a finished run.
-        data: The newcomer's rows: a file (.jsonl, .json, .csv, .parquet) or ``hub:org/name[:split]``.
+        data: The newcomer's rows: a file (.jsonl, .json, .csv, .tsv, .parquet) or ``hub:org/name[:split]``.
         test: Its test rows; without them, the run's share of its passages is held out.
         name: Its name; by default that of the file, or of the folder in which a file ``train`` lies.
         steps: Optimizer steps; by default as many as a participant with these rows had in all rounds.
-        settings: Its own ``KEY=VALUE`` of [training] and [data.columns].
+        settings: Its own ``KEY=VALUE`` of [training] and [data.columns], and data.on_bad_row.
         seed: Seed of its batches; by default the run's.
         observer: Receives progress.
         workspace: A workspace of the same base, in memory already.
@@ -79,15 +80,17 @@ def join(
     _check_free(run, name)
     trains = _own_settings(run, settings, config.seed if seed is None else seed, steps)
     files = ClientFiles(train=_located(data), test=None if test is None else _located(test))
-    rows_only = with_rows_of(config, name, files, trains.data.columns)
+    read = trains.data.columns, trains.data.on_bad_row
+    rows_only = with_rows_of(config, name, files, *read)
     observer.stage(f"{name}: reading rows, loading {config.model.base}")
     own = workspace.for_run(rows_only) if workspace else Workspace(rows_only)
-    rows = partition_manifest(own.clients)["clients"][name]  # what is wrong with them is found without the base
+    with observing(observer):
+        rows = partition_manifest(own.clients)["clients"][name]  # what is wrong with them is found without the base
     own.check(config, needs_experts=method.needs_experts)
     with closing(TrainedRun(run.path, own)) as trained, _staging(run.path, name) as staging:
         _check_base(trained)
         newcomer = Newcomer(trains, steps, name, own, trained.model, staging, observer)
-        known = {"client": name, "data": kept_data(run.path, files, trains.data.columns), "rows": rows}
+        known = {"client": name, "data": kept_data(run.path, files, *read), "rows": rows}
         record = known | newcomer.onboard(trained.request(name))
         _publish(staging, run.path)
         write_json(run.path / JOINED / f"{name}.json", sealed(record))  # last: it makes the newcomer a client
@@ -183,7 +186,9 @@ def _own_settings(run: RunDirectory, settings: Iterable[str], seed: int, steps: 
     for override in given:
         key = override.partition("=")[0].strip()
         if not key.startswith(_OWN) or key in _COMMON:
-            rule = f"a newcomer's own are training.* (not {' or '.join(_COMMON)}) and data.columns.*"
+            rule = (
+                f"a newcomer's own are training.* (not {' or '.join(_COMMON)}), data.columns.* and data.on_bad_row"
+            )
             raise ConfigError(f"--set {override}", rule, "leave it out: the others are the run's")
     if steps is not None and steps < 1:
         raise ConfigError(f"steps = {steps}", "a newcomer takes at least one", "raise it or leave it out")
@@ -192,11 +197,12 @@ def _own_settings(run: RunDirectory, settings: Iterable[str], seed: int, steps: 
 
 def _name_of(source: str) -> str:
     path = Path(source.removeprefix(HUB))
-    return path.resolve().parent.name if path.stem == "train" else path.stem
+    name = name_and_ending(path)[0]
+    return Path(located(source, Path())).parent.name if name == "train" else name
 
 
 def _located(source: Path | str) -> str:
-    return str(source) if str(source).startswith(HUB) else str(Path(source).resolve())
+    return located(str(source), Path())
 
 
 def _staged(run: Path, name: str) -> Path:

@@ -63,7 +63,8 @@ def run_federation(
     elif (summary := _finished(config, out)) is not None:
         return summary
     logging.getLogger("flwr").setLevel(logging.WARNING)  # Flower narrates every round
-    workspace = _prepare(config, observer, workspace or Workspace(config))
+    with observing(observer):
+        workspace = _prepare(config, observer, workspace or Workspace(config))
     loading = time.monotonic() - started
     with observing(observer):
         summary = _run_method(workspace, config, out)

@@ -8,10 +8,12 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from flexperts.config.run import RunConfig
+from flexperts.data.bad_rows import BadRow, settle_bad_rows, some
 from flexperts.data.clients import Clients, load_clients
 from flexperts.data.prompts import Example, PromptEncoder, encoder_of
+from flexperts.data.records import Say
 from flexperts.data.rows import ClientRows
-from flexperts.errors import GraftError
+from flexperts.errors import DataError, GraftError
 from flexperts.federation.observer import current_observer
 from flexperts.grafting.rules import pick_layers
 from flexperts.modeling.load import LoadedBase, load_base, load_tokenizer
@@ -44,21 +46,36 @@ class Workspace:
 
     @cached_property
     def clients(self) -> Clients:
-        """Every client's rows; all of them can be encoded."""
-        read = load_clients(self.config.data, self.config.seed)
-        for notice in self.encoder.notices:
-            current_observer().notice(notice)
-        return {name: self._fitting(name, rows) for name, rows in read.items()}
+        """Every client's rows, of which all can be encoded."""
+        say = current_observer().notice
+        read = load_clients(self.config.data, self.config.seed, say)
+        for line in self.encoder.notices:
+            say(line)
+        return {name: self._fitting(name, rows, say) for name, rows in read.items()}
 
-    def _fitting(self, name: str, rows: ClientRows) -> ClientRows:
-        for side in (rows.train, rows.test, rows.validation):
-            examples = self.encoder.encode_all(side)
-            if cut := [row.where for row, example in zip(side, examples, strict=True) if example.cut]:
-                longest = self.config.training.max_length
-                current_observer().notice(
-                    f"{name}: {len(cut)} contexts cut to training.max_length {longest}: {cut}"
-                )
-        return rows
+    def _fitting(self, name: str, rows: ClientRows, say: Say) -> ClientRows:
+        """Return a client's rows but for those that cannot be encoded, where the recipe lets them be left out."""
+        sides = {side: getattr(rows, side) for side in ("train", "test", "validation")}
+        bad: list[BadRow] = []
+        cut: list[str] = []
+        for side, its in sides.items():
+            fitting = []
+            for row in its:
+                try:
+                    example = self.encoder.encode(row)
+                except DataError as error:
+                    bad.append(BadRow(row.where, error.value.removeprefix(f"{row.where}: "), error.rule))
+                    continue
+                fitting.append(row)
+                cut += [row.where] * example.cut
+            sides[side] = tuple(fitting)
+        fewest = min(len(its) for side, its in sides.items() if getattr(rows, side))
+        total = len(rows.train) + len(rows.test) + len(rows.validation)
+        settle_bad_rows(name, bad, total if fewest else len(bad), self.config.data.on_bad_row, say)
+        if cut:
+            longest = self.config.training.max_length
+            say(f"{name}: {len(cut)} contexts are cut to training.max_length = {longest} tokens: {some(cut)}")
+        return ClientRows(**sides)
 
     @cached_property
     def base(self) -> LoadedBase:

@@ -108,7 +108,7 @@ def _hashes(path: Path, clients: Collection[str]) -> dict[str, list[str]]:
     if path.stat().st_mode & 0o077:
         raise ConfigError(f"{path}", "group or others can read or write it", f"chmod 600 {path}")
     try:
-        found = tomllib.loads(content.decode())
+        found = tomllib.loads(content.decode("utf-8-sig"))
     except ValueError as error:
         raise ConfigError(f"{path}", f"it is not valid TOML ({error})", "mend it") from error
     keys = found.get("keys")

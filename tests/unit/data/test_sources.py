@@ -111,7 +111,7 @@ def test_missing_file(tmp_path: Path, kind: str) -> None:
     assert refusal(path).startswith(f"{path}: there is no such data file")
 
 
-@pytest.mark.parametrize("name", ["rows.txt", "rows", "rows.jsonl.gz"])
+@pytest.mark.parametrize("name", ["rows.txt", "rows", "rows.gz", "rows.parquet.gz", "rows.jsonl.bz2", ".jsonl"])
 def test_unknown_suffix(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("x")
     assert "data files end in .csv, .json, .jsonl, .parquet" in refusal(tmp_path / name)
@@ -120,9 +120,11 @@ def test_unknown_suffix(tmp_path: Path, name: str) -> None:
 def test_bad_json_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(RECORDS[0]) + "\n\n{broken\n")
-    assert refusal(path).startswith(f"{path}, line 3: it is not valid JSON")
+    assert refusal(path).startswith(f"{path}, line 3, row 2: it is not valid JSON")
     path.write_text(json.dumps(RECORDS[0]) + "\n[1, 2]\n")
-    assert refusal(path).startswith(f"{path}, line 2: each line must hold one JSON object")
+    assert refusal(path).startswith(
+        f"{path}, line 2, row 2: it is no JSON object: each line must hold one JSON object"
+    )
 
 
 @pytest.mark.parametrize("text", ["", "[{}", "{'a': 1}"])
@@ -148,19 +150,22 @@ def test_text_in_another_encoding(tmp_path: Path, kind: str) -> None:
 def test_csv_row_with_more_cells_than_columns(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("instruction,response\na,b\nwhat, when,c\n")
-    assert refusal(path).startswith(f"{path}, line 3: it has more cells than the 2 columns")
+    assert refusal(path).startswith(f"{path}, line 3, row 2: it has more cells than the 2 columns")
 
 
 def test_csv_row_with_fewer_cells_than_columns(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("instruction,response\na\n")
-    assert "row 1: response is empty" in refusal(path)
+    assert "line 2, row 1: it has fewer cells than the 2 columns" in refusal(path)
 
 
-def test_csv_cell_beyond_the_limit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [131_072, 131_073, 3_000_000])
+def test_csv_cells_of_any_size(tmp_path: Path, size: int) -> None:
+    """The csv module's limit is 131,072, for all of a process."""
     path = tmp_path / "rows.csv"
-    path.write_text("instruction,response\na," + "b" * (csv.field_size_limit() + 1))
-    assert "it is not a readable CSV file" in refusal(path)
+    path.write_text("instruction,response\na," + "b" * size + '\nc,"' + "d\n" * (size // 2) + '"\n')
+    assert [len(row.response) for row in read_source(str(path), {})] == [size, size // 2 * 2]
+    assert csv.field_size_limit() == 131_072
 
 
 def test_parquet_cut_anywhere(tmp_path: Path) -> None:
@@ -193,18 +198,30 @@ def test_required_column_missing(tmp_path: Path, kind: str, field: str) -> None:
     path = tmp_path / f"rows.{kind}"
     WRITERS[kind](path, [{**{k: v for k, v in RECORDS[0].items() if k != field}, "other": "x"}])
     said = refusal(path)
-    assert f"row 1: no column '{field}' among [" in said
+    assert said.startswith(f"{path}: no column '{field}' among [")
     assert f"the {field} is required" in said
     assert "'other'" in said
     assert "no column 'wrong' among" in refusal(path, **{field: "wrong"})
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
-@pytest.mark.parametrize(("field", "value"), [("response", 3), ("context", ["a"]), ("instruction", True)])
-def test_values_must_be_text(tmp_path: Path, kind: str, field: str, value: Any) -> None:
+@pytest.mark.parametrize(
+    ("field", "value", "shown"),
+    [
+        ("context", ["a"], "a list"),
+        ("instruction", True, "true or false"),
+        ("response", {"private": "text"}, "an object"),
+        ("category", False, "true or false"),
+        ("response", float("nan"), "not a finite number"),
+        ("context", float("inf"), "not a finite number"),
+        ("instruction", [{"role": "user", "content": "private"}], "a list of objects, such as a chat"),
+    ],
+)
+def test_values_must_be_text(tmp_path: Path, kind: str, field: str, value: Any, shown: str) -> None:
     path = tmp_path / f"rows.{kind}"
     WRITERS[kind](path, [{**RECORDS[0], field: value}])
-    assert f"row 1: {field} = {value!r}: it must be text" in refusal(path)
+    assert f"row 1: {field} is {shown}: it must be text or a number" in refusal(path)
+    assert "private" not in refusal(path)
 
 
 @kinds
@@ -369,3 +386,35 @@ def test_rows_hash_names_the_rows() -> None:
         ClientRows((row(1, "r"),), (row(2, "q"),)),
     ]
     assert len({rows_hash(r) for r in [rows, *others]}) == 4
+
+
+def test_a_hub_data_set_is_read_by_the_same_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    rows = {
+        "instruction": ["Q", "R", None],
+        "input": ["C", "", "D"],
+        "output": [1.5, 2.0, 3.0],
+        "id": [0, 1, 2],
+        "unusable": [[1], [2], [3]],
+    }
+    asked: list[tuple[str, str]] = []
+
+    def load(name: str, split: str) -> Any:
+        asked.append((name, split))
+        return datasets.Dataset.from_dict(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    notes: list[str] = []
+    found = read_source("hub:org/name:dev", {}, on_bad_row="drop", say=notes.append)
+    assert found == [Row("Q", "1.5", "C", "", "C"), Row("R", "2.0", "", "", "R")]
+    assert [row.where for row in found] == ["hub:org/name, row 1", "hub:org/name, row 2"]
+    assert asked == [("org/name", "dev")]
+    assert notes == [
+        "hub:org/name: 1 of 3 rows are left out (data.on_bad_row = 'drop'): row 3: instruction is empty",
+        "hub:org/name: context is read from 'input', response is read from 'output'; "
+        "columns that are not used: 'id', 'unusable'",
+        "hub:org/name: numbers are taken as text, as they are written (response of 2 rows)",
+    ]
+    with pytest.raises(DataError, match=r"hub:org/name, row 3: instruction is empty"):
+        read_source("hub:org/name", {})

@@ -245,9 +245,10 @@ def test_without_lm_eval_the_remedy_is_named(monkeypatch, folder):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"answer": 4}, "row 1: answer = 4: it must be 0, 1, 2 or 3"),
-        ({"answer": "1"}, "answer = '1'"),
-        ({"answer": True}, "answer = True"),
+        ({"answer": 4}, "row 1: answer is something else: it must be 0, 1, 2 or 3"),
+        ({"answer": "1"}, "answer is something else"),
+        ({"answer": True}, "answer is something else"),
+        ({"answer": 1.0}, "answer is something else"),
         ({"choices": ["a", "b", "c"]}, "a list of four texts"),
         ({"choices": "abcd"}, "a list of four texts"),
         ({"subject": " "}, "subject and question must be texts"),

@@ -1,0 +1,114 @@
+"""Which column of a source fills which field of a row: as the recipe says, else by the names that are in use."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+
+from flexperts.data.records import Say, names_shown
+from flexperts.errors import DataError
+
+FIELDS = ("instruction", "context", "response", "category")
+REQUIRED = ("instruction", "response")
+KNOWN = {
+    "instruction": ("instruction", "prompt"),
+    "context": ("context", "input"),
+    "response": ("response", "output", "completion"),
+    "category": ("category",),
+}
+"""Field -> its column in Dolly's and our own files, in Alpaca's, in files of prompt and completion."""
+PASSAGE = "passage"
+_CHATS = ("messages", "conversations", "conversation", "chat")
+_MEANT = {
+    "instruction": ("question", "query", "prompt", "input", "user", "task", "q"),
+    "response": ("answer", "output", "completion", "reply", "assistant", "a"),
+    "context": ("passage", "document", "text", "note", "background", "input"),
+    "category": ("task", "type", "label", "class"),
+}
+"""Names that others give the fields: hints, never taken without being told."""
+
+
+def possible_columns(mapped: Mapping[str, str]) -> set[str]:
+    """Return every column that may be read."""
+    return {PASSAGE, *mapped.values(), *(name for names in KNOWN.values() for name in names)}
+
+
+def fields_of(source: str, columns: Sequence[str], mapped: Mapping[str, str]) -> dict[str, str]:
+    """Return which column fills which field. What the recipe maps comes first; the rest goes by known names.
+
+    Args:
+        source: The source, for messages.
+        columns: Its columns.
+        mapped: Field -> column by the recipe; an empty name leaves an optional field empty.
+
+    Raises:
+        DataError: A column is missing, or several could be meant.
+    """
+    found = {field: column for field, column in mapped.items() if column}
+    for field in FIELDS:
+        free = [name for name in KNOWN[field] if name in columns and name not in found.values()]
+        if field in mapped or not free:
+            continue
+        if len(free) > 1 and free[0] != field:
+            raise DataError(
+                f"{source}: columns {names_shown(free)}",
+                f"either may be the {field}",
+                f"say which under [data.columns], such as {field} = {free[0]!r}",
+            )
+        found[field] = free[0]
+    wanted = {field: field for field in REQUIRED} | found
+    if missing := {
+        field: column for field, column in wanted.items() if column not in columns or field not in found
+    }:
+        raise _missing(source, missing, columns, mapped)
+    return found
+
+
+def say_columns(
+    source: str, columns: Sequence[str], mapped: Mapping[str, str], found: Mapping[str, str], *others: str, say: Say
+) -> None:
+    """Say which fields go by a known name that is not their own, and which columns are not used, in one line.
+
+    Args:
+        source, columns, mapped: As for ``fields_of``.
+        found: What it returned.
+        others: Columns that are used otherwise.
+        say: Gets the line, where there is anything to say.
+    """
+    taken = [f"{f} is read from {c!r}" for f, c in found.items() if f not in mapped and c != f]
+    unused = [name for name in columns if name not in {PASSAGE, *found.values(), *others}]
+    parts = [", ".join(taken), f"columns that are not used: {names_shown(unused)}" if unused else ""]
+    if told := "; ".join(part for part in parts if part):
+        say(f"{source}: {told}")
+
+
+def _missing(
+    source: str, missing: Mapping[str, str], columns: Sequence[str], mapped: Mapping[str, str]
+) -> DataError:
+    if chats := [name for name in columns if name in _CHATS]:
+        return DataError(
+            f"{source}: column {chats[0]!r}, and no column {' or '.join(map(repr, missing.values()))}",
+            "chats are not read: a row is one instruction and its response",
+            "write each turn that is to be learnt as a row with instruction and response",
+        )
+    rules = [
+        f"the {field} is required" if field in REQUIRED else f"the recipe takes the {field} from there"
+        for field in missing
+    ]
+    hints = [f"{f} = {hint!r}" for f, c in missing.items() if (hint := _hint(f, c, columns, mapped))]
+    return DataError(
+        f"{source}: no column {' and no '.join(map(repr, missing.values()))} among [{names_shown(columns)}]",
+        ", ".join(rules),
+        f"name its column under [data.columns]{', such as ' if hints else ''}{', '.join(hints)}, or add it",
+    )
+
+
+def _hint(field: str, column: str, columns: Sequence[str], mapped: Mapping[str, str]) -> str | None:
+    """Return the column that is most likely meant, if one is: a misspelt name, or one that others use.
+
+    A column of another field is never meant: with response = 'instruction' a model would learn to repeat questions.
+    """
+    others = {name for other, names in KNOWN.items() if other != field for name in (*names, mapped.get(other))}
+    free = {name.casefold(): name for name in columns if name not in others - {*_MEANT[field]}}
+    close = difflib.get_close_matches(column.casefold(), list(free), n=1, cutoff=0.75)
+    return next((free[word] for word in (*close, *_MEANT[field]) if word in free), None)

@@ -1,0 +1,182 @@
+"""Tables as text: cells between commas, semicolons or tabs, quoted as RFC 4180 says.
+
+Python's csv module lets a quote that is not closed take up the rows after it, keeps the last of two columns of one
+name, and has one limit on cells for the whole process. Here it is certain where rows end, or the file is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from flexperts.data.records import Record, Say, Table, names_shown, repeated
+from flexperts.errors import DataError
+
+DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
+_QUOTED = re.compile(r'"([^"]*+(?:""[^"]*+)*+)"')
+_BREAK = re.compile(r"\r\n?|\n")
+_NAMED_DELIMITER = re.compile(r'"?sep=([,;|\t])"?(?:\r\n?|\n)')  # Excel's own first line
+_DOUBLE = 'write a quote that belongs to the text twice (""), and quote the whole cell'
+_TOLD = 10
+
+
+class _Line(NamedTuple):
+    number: int
+    cells: list[str]
+    stray: bool
+    """Whether a quote stands in a cell that is not quoted."""
+
+
+def read_delimited(path: Path, text: str, wanted: Collection[str], say: Say, delimiter: str | None = None) -> Table:
+    """Return a table's columns and records; lines without any text are no records.
+
+    Args:
+        path: The file, for messages.
+        text: Its text.
+        wanted: Columns that may be needed: where the header holds several delimiters, they tell which it is.
+        say: Gets what is passed over, and cells that may have taken up rows.
+        delimiter: The delimiter, where the file's ending says it.
+
+    Raises:
+        DataError: The delimiter cannot be told, a column comes twice, or quotes do not tell where rows end.
+    """
+    start = 0
+    if named := _NAMED_DELIMITER.match(text):
+        delimiter, start = named[1], named.end()
+    delimiter = delimiter or _delimiter(path, text, wanted)
+    lines = _lines(path, text, delimiter, start)
+    header = [name.strip() for name in _header(lines)]
+    columns = _columns(path, header)
+    records = list(_records(path, columns, len(header), lines, delimiter, say))
+    return Table(str(path), columns, lambda _: records)
+
+
+def _header(lines: Iterator[_Line]) -> list[str]:
+    return next((line.cells for line in lines), [])
+
+
+def _delimiter(path: Path, text: str, wanted: Collection[str]) -> str:
+    """Return the delimiter by which the header holds most of the wanted columns."""
+    found = {}
+    for delimiter in DELIMITERS:
+        with contextlib.suppress(DataError):  # quotes that end before another delimiter
+            header = {name.strip() for name in _header(_lines(path, text, delimiter, 0))}
+            found[delimiter] = len(header) > 1, len(header & {*wanted})
+    best = [delimiter for delimiter, score in found.items() if score == max(found.values())]
+    if len(best) == 1 or not text.strip() or not found:
+        return best[0] if best else ","
+    several = found[best[0]][0]
+    what = f"its header may have {' or '.join(DELIMITERS[d] for d in best)}" if several else "its header has none"
+    raise DataError(
+        f"{path}: {what}",
+        "cells stand between commas, semicolons or tabs, and a first line names the columns",
+        "write it so, with cells in quotes where they hold a delimiter",
+    )
+
+
+def _columns(path: Path, header: Sequence[str]) -> list[str]:
+    """Return the columns' names; those without one at the end, as spreadsheets leave them, are none."""
+    named = [name or f"(column {number})" for number, name in enumerate(header, 1)]
+    last = max((n for n, name in enumerate(header, 1) if name), default=0)
+    if twice := repeated(named[:last]):
+        raise DataError(
+            f"{path}: {names_shown(twice)}", "a column's name must come only once", "rename or delete the other one"
+        )
+    return named[:last]
+
+
+def _records(
+    path: Path, columns: Sequence[str], width: int, lines: Iterator[_Line], delimiter: str, say: Say
+) -> Iterator[Record]:
+    beyond = width > len(columns)
+    blank: list[int] = []
+    swallowing: list[int] = []
+    row = 0
+    for line in lines:
+        if not any(cell.strip() for cell in line.cells):
+            blank.append(line.number)
+            continue
+        row += 1
+        place = f"line {line.number}, row {row}"
+        if fault := _fault(line, len(columns)):
+            yield Record(place, {}, fault)
+            continue
+        beyond = beyond or len(line.cells) > len(columns)
+        if any(_holds_rows(cell, len(columns), delimiter) for cell in line.cells):
+            swallowing.append(line.number)
+        yield Record(place, dict(zip(columns, line.cells, strict=False)))
+    if beyond:
+        say(f"{path}: empty cells beyond the {len(columns)} named columns are passed over")
+    if blank:
+        say(f"{path}: {len(blank)} rows without any text are passed over ({_numbers(blank)})")
+    if swallowing:
+        say(
+            f"{path}: {len(swallowing)} quoted cells hold line breaks and lines that look like rows of their own; "
+            f"see whether their quotes close where they should (rows that start at {_numbers(swallowing)})"
+        )
+
+
+def _fault(line: _Line, columns: int) -> tuple[str, str] | None:
+    if line.stray:
+        return "a quote stands inside a cell that is not quoted", _DOUBLE
+    if len(line.cells) < columns:
+        return f"it has fewer cells than the {columns} columns of the header", "each row must have them all"
+    if any(cell.strip() for cell in line.cells[columns:]):
+        return f"it has more cells than the {columns} columns of the header", "quote cells that hold delimiters"
+    return None
+
+
+def _holds_rows(cell: str, columns: int, delimiter: str) -> bool:
+    """Tell whether a line inside a cell, after its first, has a row's delimiters, none of them before a blank."""
+    inner = _BREAK.split(cell)[1:]
+    return any(line.count(delimiter) == columns - 1 and f"{delimiter} " not in line for line in inner)
+
+
+def _numbers(lines: Sequence[int]) -> str:
+    more = f" and {len(lines) - _TOLD} more" if len(lines) > _TOLD else ""
+    return f"line {', '.join(map(str, lines[:_TOLD]))}{more}"
+
+
+def _lines(path: Path, text: str, delimiter: str, start: int) -> Iterator[_Line]:
+    """Yield a table's rows with the line that each starts at; empty lines are left out."""
+    ends = re.compile(rf"[{re.escape(delimiter)}\r\n]|\Z")
+    at, number = start, 1 + len(_BREAK.findall(text, 0, start))
+    while at < len(text):
+        first, cells, stray = number, [], False
+        while True:
+            if text.startswith('"', at):
+                cell, at = _quoted(path, text, at, number, delimiter)
+                number += len(_BREAK.findall(cell))
+                cells.append(cell.replace('""', '"'))
+            else:
+                end = next(ends.finditer(text, at)).start()
+                cell, at = text[at:end], end
+                cells.append(cell)
+                stray = stray or '"' in cell
+            if not text.startswith(delimiter, at):
+                break
+            at += 1
+        if ending := _BREAK.match(text, at):
+            at, number = ending.end(), number + 1
+        if cells != [""]:
+            yield _Line(first, cells, stray)
+
+
+def _quoted(path: Path, text: str, at: int, number: int, delimiter: str) -> tuple[str, int]:
+    """Return a quoted cell and where it ends; if no cell can end there, all rows after it are in doubt."""
+    cell = _QUOTED.match(text, at)
+    if cell is None:
+        raise DataError(
+            f"{path}, line {number}", "a quote opens a cell here and is never closed", f"close it, or {_DOUBLE}"
+        )
+    if text[cell.end() : cell.end() + 1] not in ("", "\r", "\n", delimiter):
+        closing = number + len(_BREAK.findall(cell[1]))
+        raise DataError(
+            f"{path}, line {number}",
+            f"a quote opens a cell here, and after the quote that closes it (line {closing}) the cell goes on",
+            _DOUBLE,
+        )
+    return cell[1], cell.end()

@@ -1,0 +1,96 @@
+"""A folder with one sub-folder per client: what is a client, and what is not, and why."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from flexperts.config.data import ClientFiles
+from flexperts.data.records import ENDINGS, Say, name_and_ending
+from flexperts.errors import DataError
+
+_SIDES = ("train", "test")
+_SHOWN = 10
+
+
+def client_folders(folder: Path, say: Say) -> dict[str, ClientFiles]:
+    """Return each sub-folder's train and test file, by the sub-folder's name.
+
+    Hidden files and folders, and files called README, are passed over. Everything else that is not read is said.
+
+    Args:
+        folder: The folder.
+        say: Gets what is not read, a line for each kind.
+
+    Raises:
+        DataError: The folder cannot be read or has no client, or a sub-folder's files cannot be told.
+    """
+    clients: dict[str, ClientFiles] = {}
+    idle: dict[str, list[str]] = defaultdict(list)
+    loose = []
+    for entry in _entries(folder):
+        if not entry.is_dir():
+            loose.append(entry.name)
+            continue
+        files, others = _sides(entry)
+        if files:
+            clients[entry.name] = ClientFiles(**files)
+        reason = "not read" if files else "no client, as it has no file train.*; it holds"
+        if others or not files:
+            idle[f"{reason}: {_some(others) or 'nothing'}"].append(entry.name)
+    told = [f"{folder}: {_some(names)}: {reason}" for reason, names in idle.items()]
+    told += [f"{folder}: not read, as it is no client's folder: {_some(loose)}"] if loose else []
+    if not clients:
+        raise DataError(
+            "; ".join([f"data.folder = {folder}", *told]),
+            f"it must hold <client>/train.jsonl files (or {', '.join(e for e in ENDINGS if e != '.jsonl')})",
+            "see `flexperts data make-silos`",
+        )
+    for line in told:
+        say(line)
+    return clients
+
+
+def _sides(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """Return a sub-folder's train and test file, and the names of what else it holds."""
+    entries = _entries(folder)
+    found: dict[str, list[Path]] = {side: [] for side in _SIDES}
+    for path in entries:
+        if name_and_ending(path)[0].lower() in _SIDES and not path.is_dir():
+            found[name_and_ending(path)[0].lower()].append(path)
+    for side, paths in found.items():
+        found[side] = paths = [p for p in paths if name_and_ending(p)[1] in ENDINGS] or paths
+        if len(paths) > 1:
+            raise DataError(
+                f"{folder}: {_some(p.name for p in paths)}",
+                f"a client has one {side} file",
+                "join them, or move the others out of its folder",
+            )
+    if found["test"] and not found["train"]:
+        raise DataError(
+            f"{folder}: {found['test'][0].name} and no file train.*",
+            "a client trains on rows",
+            "add its train file",
+        )
+    files = {side: str(paths[0]) for side, paths in found.items() if paths}
+    return files, [path.name for path in entries if str(path) not in files.values()]
+
+
+def _entries(folder: Path) -> list[Path]:
+    """Return what lies in a folder, sorted, but for hidden files and READMEs."""
+    try:
+        entries = sorted(folder.iterdir())
+    except (OSError, ValueError) as error:
+        reason = "there is no such folder" if not folder.exists() else f"it cannot be read ({error})"
+        raise DataError(
+            f"data.folder = {folder}",
+            f"it must hold <client>/train.jsonl files, and {reason}",
+            "check the path; in a recipe it is relative to the recipe's folder",
+        ) from error
+    return [e for e in entries if not e.name.startswith(".") and name_and_ending(e)[0].lower() != "readme"]
+
+
+def _some(names: Iterable[str]) -> str:
+    every = list(names)
+    return ", ".join(every[:_SHOWN]) + (f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else "")
