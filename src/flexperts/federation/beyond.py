@@ -12,7 +12,7 @@ from flexperts.config.run import RunConfig
 from flexperts.data.rows import Row
 from flexperts.data.sources import read_source
 from flexperts.evaluation.mmlu import check_source, mmlu
-from flexperts.evaluation.scores import SCORES, Scores
+from flexperts.evaluation.scores import SCORES, Scores, mean_of
 from flexperts.federation.client import Client
 from flexperts.federation.observer import Observer
 from flexperts.federation.trained import TrainedRun
@@ -93,7 +93,7 @@ def _others(run: TrainedRun, client: Client, state: State, clients: Mapping[str,
         name: other.scored_rows[:count] for name, other in clients.items() if other is not client
     }
     each = {n: _numbers(client.score(run.request(client.name), state, r)) for n, r in rows.items()}
-    means = {kind: sum(scores[kind] for scores in each.values()) / len(each) for kind in SCORES}
+    means = {kind: mean_of(scores[kind] for scores in each.values()) for kind in SCORES}
     return {**means, "rows": sum(scores["rows"] for scores in each.values()), "by_client": each}
 
 

@@ -15,6 +15,7 @@ from flwr.app import Context, RecordDict, UserConfig
 from flexperts.artifacts import RunDirectory
 from flexperts.config.run import RunConfig
 from flexperts.data.clients import partition_manifest
+from flexperts.federation.answer_limit import tell_limit
 from flexperts.federation.beyond import check_beyond, is_wanted, look_beyond
 from flexperts.federation.checkpoint import load_server
 from flexperts.federation.client_app import app as client_app
@@ -104,6 +105,7 @@ def _prepare(config: RunConfig, observer: Observer, workspace: Workspace) -> Wor
         observer.stage(storage_line(workspace.base.model))
     if workspace.encoder.cut:
         observer.stage(f"{workspace.encoder.cut} contexts cut to training.max_length {config.training.max_length}")
+    tell_limit(workspace, config, observer)
     return workspace
 
 

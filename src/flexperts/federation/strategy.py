@@ -24,6 +24,7 @@ from flexperts.federation.checkpoint import save_server
 from flexperts.federation.enrolment import enrol
 from flexperts.federation.exchange import Asked, error_of, one_line, request, sendable
 from flexperts.federation.membership import Membership
+from flexperts.federation.not_finite import reasons
 from flexperts.federation.observer import Observer
 from flexperts.federation.privacy import privacy_spent
 from flexperts.federation.reduction import reduced
@@ -211,8 +212,10 @@ class FlexpertsStrategy(Strategy):
         """Note a reply's scores, or why there are none."""
         try:
             self._check_turn(name, reply, log.evaluation["downlink"], log.scores)
-            log.scores[name] = self.admission.scores(name, reply.content)
+            log.score(name, self.admission.scores(name, reply.content))
             log.evaluation["uplink"][name] = encoded_bytes(reply.content)
+            for state, reason in reasons(log.scores[name]).items():
+                self.observer.notice(f"{name}, {state}: no score; {reason}")
         except FederationError as error:
             log.unscored[name] = self._refused(name, error)
 

@@ -20,6 +20,7 @@ from flexperts.modeling.quantization import ExpertsQuantization, check_quantized
 from flexperts.modeling.skeleton import auto_class
 from flexperts.moe.experts import find_experts
 from flexperts.parameters.fingerprint import fingerprint
+from flexperts.parameters.finite import first_not_finite
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ def load_base(config: ModelConfig) -> LoadedBase:
 
     Raises:
         ModelError: Nothing can be loaded under that name, it holds no safetensors, its own code would have to run
-            and ``trust_remote_code`` is off, the device does not exist, or experts that are to be quantized cannot.
+            and ``trust_remote_code`` is off, the device does not exist, experts that are to be quantized cannot, or a
+            weight is no finite number.
     """
     device = computing_device(config.device)
     source = resolve_base(config.base)
@@ -72,6 +74,7 @@ def load_base(config: ModelConfig) -> LoadedBase:
         raise _refused(config.base, error) from error
     if config.quantization != "none":
         check_quantized(model, config.base)
+    _check_finite(model, config.base)
     _freeze(model)
     _let_go_of_files(model)
     _keep_rows_together(model)
@@ -89,6 +92,15 @@ def _check_weights(folder: Path) -> None:
             f"base folder {str(folder)!r}",
             f"it must hold its weights as safetensors ({'only ' + found[0] if found else 'it holds none'})",
             "save it there with save_pretrained of a present transformers",
+        )
+
+
+def _check_finite(model: Any, base: str) -> None:
+    if (name := first_not_finite(model)) is not None:
+        raise ModelError(
+            f"model.base = {base!r}: {name}",
+            "it holds NaN or infinity, and a base's weights are finite numbers",
+            "get its files anew, or use another base",
         )
 
 
