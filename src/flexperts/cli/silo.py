@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flexperts.cli.generate import About, State
+from flexperts.cli.generate import About, MaxTokens, State, say
 
 app = typer.Typer(no_args_is_help=True, help="Serve a silo: its rows, its base and its personal models stay there.")
 
@@ -96,6 +96,7 @@ def generate(
     instruction: Annotated[str, typer.Argument(help="What to ask.")],
     context: About = "",
     state: State = None,
+    max_tokens: MaxTokens = None,
 ) -> None:
     """Print the answer of the silo's own model; nothing leaves this machine."""
     from flexperts.recipe import load_silo
@@ -104,7 +105,7 @@ def generate(
 
     from flexperts.deployment.home import HomeModel
 
-    typer.echo(HomeModel(settings, run).generate(instruction, context, state))
+    say(HomeModel(settings, run).generate(instruction, context, state, max_new_tokens=max_tokens))
 
 
 @app.command("forget")

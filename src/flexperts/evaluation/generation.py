@@ -26,17 +26,19 @@ class Answer(str):
 
     Args:
         text: The text.
+        tokens: How many were generated, the one that ends it included.
         cut: Whether it reached the limit of tokens before it came to its end.
         finite: Whether all logits that it was chosen by are finite numbers; where not, it ends before them.
     """
 
+    tokens: int
     cut: bool
     finite: bool
 
-    def __new__(cls, text: str, cut: bool = False, finite: bool = True) -> Answer:
+    def __new__(cls, text: str, tokens: int = 0, cut: bool = False, finite: bool = True) -> Answer:
         """Return the text with its marks."""
         made = super().__new__(cls, text)
-        made.cut, made.finite = cut, finite
+        made.tokens, made.cut, made.finite = tokens, cut, finite
         return made
 
 
@@ -101,7 +103,7 @@ def answer(
         [[token for token in tokens if token != _BROKEN] for tokens in answers], skip_special_tokens=True
     )
     return [
-        Answer(text.strip(), cut=tokens[-1] not in ends, finite=tokens[-1] != _BROKEN)
+        Answer(text.strip(), len(tokens), cut=tokens[-1] not in ends, finite=tokens[-1] != _BROKEN)
         for text, tokens in zip(texts, answers, strict=True)
     ]
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from flexperts.data.batches import PaddedBatch, pad_batch, pad_responses
@@ -95,7 +96,7 @@ def finite_or_none(value: float | None) -> float | None:
 def mean_of(values: Iterable[float | None]) -> float | None:
     """Return a plain mean; None where a value is missing, which is never left out in silence."""
     found = [math.nan if value is None else value for value in values]
-    return finite_or_none(sum(found) / len(found)) if found else None
+    return finite_or_none(float(np.mean(found))) if found else None
 
 
 def evaluate(

@@ -22,7 +22,7 @@ from flexperts.federation.answer_limit import tell_limit, with_recorded_limit
 from flexperts.federation.checkpoint import load_server
 from flexperts.federation.client import Client, Request
 from flexperts.federation.joined import kept_data, with_rows_of
-from flexperts.federation.not_finite import reasons
+from flexperts.federation.not_finite import reasons_of
 from flexperts.federation.observer import Observer
 from flexperts.federation.trained import TrainedRun
 from flexperts.federation.workspace import Workspace
@@ -159,8 +159,7 @@ class Newcomer(Client):
 def _scored(scores: Mapping[State, Scores]) -> dict[str, Any]:
     """Return the scores as a summary has them for a client."""
     by_kind = {kind: {state: getattr(its, kind) for state, its in scores.items()} for kind in SCORES}
-    named = {f"{kind}.{state}": value for kind, its in by_kind.items() for state, value in its.items()}
-    return {**by_kind, "not_finite": reasons(named), "scored_rows": next(iter(scores.values())).rows}
+    return {**by_kind, "not_finite": reasons_of(scores), "scored_rows": next(iter(scores.values())).rows}
 
 
 def _check_personal(method: Method, summary: Mapping[str, Any]) -> None:

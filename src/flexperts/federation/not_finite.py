@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from flexperts.evaluation.scores import SCORES
+from flexperts.evaluation.scores import SCORES, Scores
 
 BASE = (
     "the untouched base's logits are not finite numbers on these rows, so the cause is the base and not the "
@@ -21,3 +21,10 @@ def reasons(metrics: Mapping[str, float | int | None]) -> dict[str, str]:
     found = [kind_and_state.partition(".") for kind_and_state, value in metrics.items() if value is None]
     states = dict.fromkeys(state for kind, _, state in found if kind in SCORES)
     return dict.fromkeys(states, BASE if "zero_shot" in states else TRAINING)
+
+
+def reasons_of(scores: Mapping[str, Scores]) -> dict[str, str]:
+    """Return state -> why it has no score, of one client's scores by state."""
+    return reasons(
+        {f"{kind}.{state}": value for state, its in scores.items() for kind, value in its.metrics().items()}
+    )

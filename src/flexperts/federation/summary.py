@@ -86,6 +86,12 @@ def _mean(clients: Mapping[str, _Metrics], score: str, weights: Mapping[str, flo
     return sum(weights[n] * v for n, v in known.items()) / sum(weights[n] for n in known)
 
 
+def score_text(rouge_l: float | None, nll: float | None) -> str:
+    """Return ``ROUGE-L (NLL)`` as tables show them; a dash where there is no finite number."""
+    shown = ("-" if value is None else f"{value:.{digits}f}" for value, digits in ((rouge_l, 1), (nll, 2)))
+    return "-" if rouge_l is None and nll is None else "{} ({})".format(*shown)
+
+
 def _parameters(rounds: Iterable[RoundLog], group: str) -> int:
     """Return the most parameters of a group that any client has trained in a round."""
     counts = (metrics[f"{group}_parameters"] for log in rounds for metrics in log.clients.values())

@@ -95,7 +95,7 @@ class Workspace:
                 )
 
     def _check_loss(self, config: RunConfig) -> None:
-        """Refuse a base whose untouched weights come to no finite loss: of one row, once for all runs on the base."""
+        """Refuse a base whose untouched weights come to no finite loss: of one row, once per base."""
         device, key = next(self.base.model.parameters()).device, f"loss {config.model.precision}"
         if key in self.untouched:
             return

@@ -47,8 +47,8 @@ def load_base(config: ModelConfig) -> LoadedBase:
 
     Raises:
         ModelError: Nothing can be loaded under that name, it holds no safetensors, its own code would have to run
-            and ``trust_remote_code`` is off, the device does not exist, experts that are to be quantized cannot, or a
-            weight is no finite number.
+            and ``trust_remote_code`` is off, the device does not exist, experts that are to be quantized cannot,
+            or a weight is no finite number.
     """
     device = computing_device(config.device)
     source = resolve_base(config.base)
