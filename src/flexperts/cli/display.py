@@ -153,9 +153,8 @@ def _columns(summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], s
 
 def _states(summary: Mapping[str, Any]) -> set[str]:
     """Return the states that were scored, those without a finite score among them."""
-    scored = {
-        state for client in summary["clients"].values() for state, nll in client["nll"].items() if nll is not None
-    }
+    nlls = [client["nll"] for client in summary["clients"].values()]
+    scored = {state for by_state in nlls for state, nll in by_state.items() if nll is not None}
     return scored.union(*(summary.get("not_finite") or {}).values())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flexperts.evaluation.scores import SCORES, Scores
+from flexperts.methods.base import State
 
 BASE = (
     "the untouched base's logits are not finite numbers on these rows, so the cause is the base and not the "
@@ -23,8 +24,6 @@ def reasons(metrics: Mapping[str, float | int | None]) -> dict[str, str]:
     return dict.fromkeys(states, BASE if "zero_shot" in states else TRAINING)
 
 
-def reasons_of(scores: Mapping[str, Scores]) -> dict[str, str]:
+def reasons_of(scores: Mapping[State, Scores]) -> dict[str, str]:
     """Return state -> why it has no score, of one client's scores by state."""
-    return reasons(
-        {f"{kind}.{state}": value for state, its in scores.items() for kind, value in its.metrics().items()}
-    )
+    return reasons({f"{kind}.{s}": value for s, its in scores.items() for kind, value in its.metrics().items()})

@@ -11,7 +11,7 @@ from flexperts.reports.score_tables import WHO, own_state
 
 
 def answer_table(comparison: Comparison) -> Table:
-    """Return how many answers reached the limit, by state, and by client in the own state; no row where none did."""
+    """Return how many answers reached the limit, by state, and by client in the own state; no rows without any."""
     clients = comparison["clients"]
     counted = [entry for entry in ordered(comparison) if entry.get("answers")]
     is_shown = any(_total(e, "longer_references") or _total(e, "cut", e["own_state"]) for e in counted)
@@ -46,10 +46,8 @@ def _row(entry: Entry, clients: Any) -> tuple[Cell, ...]:
 
 
 def _total(entry: Entry, key: str, state: str | None = None) -> int:
-    found = (
-        client[key] if state is None else client[key][state] for client in entry["answers"]["clients"].values()
-    )
-    return int(sum(found))
+    clients = entry["answers"]["clients"].values()
+    return int(sum(client[key] if state is None else client[key][state] for client in clients))
 
 
 def _share(count: int | None, rows: int) -> Cell:

@@ -100,8 +100,8 @@ def tokenizer_words(comparison: Comparison) -> str:
     if len(by_name) > 1 or any("," in name for name in by_name):
         who = "; ".join(f"{name} in {', '.join(entries)}" for name, entries in by_name.items())
         return (
-            f"ROUGE-L does not count the same words everywhere ({who}): where texts hold other letters than English "
-            "ones, these scores cannot be compared."
+            f"ROUGE-L does not count the same words everywhere ({who}): where texts hold other letters than "
+            "English ones, these scores cannot be compared."
         )
     return f"ROUGE-L counts words as {next(iter(by_name))} does." if by_name else ""
 

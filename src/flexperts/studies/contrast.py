@@ -24,8 +24,9 @@ def contrasts(
 ) -> dict[str, dict[str, Any]]:
     """Return, by entry and score, its own state minus the reference's, on the clients' own rows.
 
-    Pairs are formed over the seeds that both have finished; an entry that has none in common is left out, and a
-    score of which a row is not finite. The p-values of one score are adjusted over all entries (Benjamini-Hochberg).
+    Pairs are formed over the seeds that both have finished; an entry that has none in common is left out, and so is
+    a score of which a row is not finite. The p-values of one score are adjusted over all its tests
+    (Benjamini-Hochberg).
 
     Raises:
         ArtifactError: The runs were scored on different rows.
