@@ -6,11 +6,13 @@ Needs every client's rows in one process, so a deployed run has none of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from flexperts.config.run import RunConfig
 from flexperts.data.rows import Row
 from flexperts.data.sources import read_source
+from flexperts.errors import ModelError
 from flexperts.evaluation.mmlu import check_source, mmlu
 from flexperts.evaluation.scores import SCORES, Scores, mean_of
 from flexperts.federation.client import Client
@@ -112,7 +114,8 @@ def _questions(run: TrainedRun, client: Client, state: State) -> dict[str, Any]:
     if state == "zero_shot" and key in known:
         return dict(known[key])
     assert wanted.mmlu is not None
-    with client.in_state(run.request(client.name), state) as (model, on_batch):
+    numbers: dict[str, Any] = {"accuracy": None, "stderr": None, "questions": None}
+    with client.in_state(run.request(client.name), state) as (model, on_batch), suppress(ModelError):
         score = mmlu(
             model,
             run.workspace.base.tokenizer,
@@ -124,7 +127,9 @@ def _questions(run: TrainedRun, client: Client, state: State) -> dict[str, Any]:
             seed=0,
             on_batch=on_batch,
         )
-    numbers = {"accuracy": score.accuracy, "stderr": score.stderr, "questions": score.questions}
+        numbers = {"accuracy": score.accuracy, "stderr": score.stderr, "questions": score.questions}
+    if numbers["accuracy"] is None:
+        client.observer.notice(f"{client.name}, {state}: no MMLU score; its logits are not finite numbers")
     if state == "zero_shot":
         known[key] = numbers
     return numbers
