@@ -99,8 +99,7 @@ def strict(path: Path) -> Any:
     def refuse(constant: str) -> float:
         raise AssertionError(f"{path}: {constant}")
 
-    values = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines() if line.strip()]
-    return values
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines() if line.strip()]
 
 
 @pytest.fixture(scope="module")
