@@ -49,9 +49,10 @@ def rows(count: int, side: str) -> str:
 
 
 def call(*arguments: object) -> int:
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["flexperts", *map(str, arguments)])
-        main()
+        with pytest.raises(SystemExit) as ended:
+            main()
     return int(ended.value.code or 0)
 
 
@@ -90,7 +91,9 @@ def leaks(folder: Path) -> Iterator[tuple[str, str]]:
     """Yield every file beside the predictions that holds text of a row."""
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.parent.name != "predictions"):
         content = path.read_bytes()
-        yield from ((str(path.relative_to(folder)), key) for key, text in SECRETS.items() if text.encode() in content)
+        yield from (
+            (str(path.relative_to(folder)), key) for key, text in SECRETS.items() if text.encode() in content
+        )
 
 
 def test_a_comparison_holds_no_rows_text(compared: Path) -> None:

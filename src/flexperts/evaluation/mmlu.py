@@ -211,7 +211,7 @@ def _row(record: Record, where: str) -> dict[str, Any]:
     if not (_text(subject) and _text(question)):
         raise DataError(where, "subject and question must be texts that are not empty", "mend or remove the row")
     if not isinstance(choices, list) or len(choices) != 4 or not all(isinstance(c, str) for c in choices):
-        raise DataError(f"{where}: choices = {choices!r}", "it must be a list of four texts", "mend the row")
+        raise DataError(f"{where}: choices", "it must be a list of four texts", "mend the row")
     if type(answer) is not int or not 0 <= answer <= 3:
         raise DataError(f"{where}: answer = {answer!r}", "it must be 0, 1, 2 or 3", "give the right choice's index")
     return {"subject": subject, "question": question, "choices": choices, "answer": answer}

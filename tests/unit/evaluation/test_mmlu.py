@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import re
@@ -18,7 +19,7 @@ import datasets
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean_stderr
 
-from flexperts.errors import ConfigError, DataError
+from flexperts.errors import ConfigError, DataError, ModelError
 from flexperts.evaluation import harness
 from flexperts.evaluation.mmlu import check_source, draw, mmlu
 from flexperts.testing import byte_tokenizer, tiny_model
@@ -279,3 +280,11 @@ def test_missing_and_empty_files_and_too_many_shots_are_refused(folder):
 def test_without_shots_a_subject_needs_no_dev_rows(folder, model, tokenizer):
     write(folder / "dev.jsonl", [question("anatomy", 1, 0)])
     assert ask(model, tokenizer, folder).questions == 10
+
+
+def test_likelihoods_that_are_no_numbers_are_no_score(model, tokenizer, folder):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(ModelError, match="a likelihood: it is not a number"):
+        ask(broken, tokenizer, folder)
