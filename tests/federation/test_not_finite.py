@@ -196,6 +196,15 @@ def test_what_a_silo_sends_is_null_where_it_is_no_number(
     assert [text.split(":")[0] for text in told] == ["b, global"]
 
 
+def test_it_is_said_once_however_often_a_run_evaluates(recipe: Recipe, tmp_path: Path) -> None:
+    grid, watch, told = ScriptedGrid(*trio()), Watch(), []
+    watch.notice = told.append  # type: ignore[method-assign]
+    for number in range(1, 5):
+        grid.faults["evaluate", number, "b"] = changed(metrics={"nll.global": NAN})
+    run_on(grid, recipe(*FOUR, "evaluation.every=1"), tmp_path / "run", watch)
+    assert len(told) == 1
+
+
 def test_the_base_is_named_where_its_own_score_is_no_number(recipe: Recipe, tmp_path: Path) -> None:
     grid = ScriptedGrid(*trio())
     grid.faults["evaluate", 4, "b"] = changed(metrics={"nll.zero_shot": NAN, "nll.global": NAN})

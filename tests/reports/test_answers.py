@@ -1,4 +1,4 @@
-"""What pages say of cut answers, of the words that were counted, of scores that are no numbers, and of rows shown."""
+"""What pages say of cut answers, of the words that are counted, of scores that are no numbers, of rows shown."""
 
 from __future__ import annotations
 

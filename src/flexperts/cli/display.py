@@ -180,10 +180,12 @@ def cut_line(answers: Mapping[str, Mapping[str, Any] | None]) -> str:
         answers: Client -> its ``answers`` as a summary holds them.
     """
     told = {name: its for name, its in answers.items() if its}
-    cut = {name: [count for count in its["cut"].values() if count is not None][-1:] for name, its in told.items()}
-    shown = [f"{name} {count}" for name, [*counts] in cut.items() for count in counts if count]
+    scored = {n: {state: c for state, c in its["cut"].items() if c is not None} for n, its in told.items()}
+    last = {name: [*by_state.items()][-1] for name, by_state in scored.items() if by_state}
+    states = " or ".join(dict.fromkeys(state for state, _ in last.values()))
+    shown = [f"{name} {count}" for name, (_, count) in last.items() if count]
     longer = sum(its["longer_references"] or 0 for its in told.values())
     limits = " or ".join(map(str, sorted({its["max_new_tokens"] for its in told.values()})))
-    parts = [f"answers cut at {limits} tokens: {', '.join(shown)}"] if shown else []
+    parts = [f"{states} answers cut at {limits} tokens: {', '.join(shown)}"] if shown else []
     parts += [f"{longer} references are longer than {limits} tokens"] if longer else []
     return "; ".join(parts)

@@ -24,7 +24,7 @@ def answer_table(comparison: Comparison) -> Table:
     )
     note = (
         "An answer is cut where it reaches evaluation.max_new_tokens before it ends; a longer reference cannot be "
-        f"given whole, so no answer to it scores 100 by ROUGE-L. Numbers are of all seeds. {counts(comparison)}"
+        f"given whole, which costs points of ROUGE-L. Numbers are of all seeds. {counts(comparison)}"
     )
     rows = tuple(_row(entry, clients) for entry in counted) if is_shown else ()
     return Table("answers", "Answers that were cut", note, header, rows)
