@@ -31,6 +31,8 @@ from flexperts.studies.finished import Finished, read_claim
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 PAGE = RESULTS / "README.md"
+SAMPLES = 3
+"""Rows of each silo that a study shows: all studies here are of synthetic or public rows."""
 _TABLE = re.compile(
     r"(?P<head><!-- (?P<kind>table|rounds) (?P<study>[^ :]+): (?P<wanted>[^>]+) -->\n).*?(?P<end><!-- end -->)",
     re.DOTALL,
@@ -129,15 +131,19 @@ def row_scores(out: Path) -> dict[str, Any]:
 
 def _by_state(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
     return {
-        state: {score: [round(row["scores"][state][score], 4) for row in rows] for score in scores}
+        state: {score: [_short(row["scores"][state][score]) for row in rows] for score in scores}
         for state, scores in rows[0]["scores"].items()
     }
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
 
 
 def publish(out: Path) -> None:
     """Write a comparison's numbers and rows into the folder of its name."""
     folder = RESULTS / out.resolve().name
-    write_json(folder / "comparison.json", collect_comparison(out), indent=None)
+    write_json(folder / "comparison.json", collect_comparison(out, samples=SAMPLES), indent=None)
     packed = gzip.compress(json.dumps(row_scores(out), separators=(",", ":")).encode(), mtime=0)
     (folder / "rows.json.gz").write_bytes(packed)
 

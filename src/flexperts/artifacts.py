@@ -24,7 +24,6 @@ Its files::
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -39,6 +38,7 @@ from flexperts.errors import ArtifactError
 from flexperts.files import (
     content_of,
     damaged,
+    json_text,
     mapping,
     opened,
     parsed_json,
@@ -206,7 +206,7 @@ class RunDirectory:
         """
         try:
             with self._rounds.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(sealed(record)) + "\n")
+                lines.write(json_text(sealed(record)) + "\n")
                 lines.flush()
                 os.fsync(lines.fileno())
         except OSError as error:
@@ -237,7 +237,7 @@ class RunDirectory:
     def keep_rounds(self, count: int) -> list[dict[str, Any]]:
         """Return the first rounds, and forget what is behind them; see ``finished_rounds``."""
         kept = self.finished_rounds(count)
-        write_text(self._rounds, "".join(json.dumps(sealed(record)) + "\n" for record in kept))
+        write_text(self._rounds, "".join(json_text(sealed(record)) + "\n" for record in kept))
         return kept
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -58,7 +59,20 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
     """Write a value as JSON, atomically; without ``indent`` on one line, for what is large."""
-    write_text(path, json.dumps(value, indent=indent) + "\n")
+    write_text(path, json_text(value, indent=indent) + "\n")
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """Return a value as JSON, which knows no number that is not finite: null stands in its place."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> Any:
@@ -121,13 +135,18 @@ def damaged(path: Path, why: object) -> ArtifactError:
 
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a record with its checksum: its scores are read again, and JSON does not notice a changed digit."""
-    return {_SEAL: hashlib.sha256(json.dumps(record).encode()).hexdigest(), **record}
+    found = _finite(record)
+    return {_SEAL: _checksum(found), **found}
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record).encode()).hexdigest()
 
 
 def opened(path: Path, value: Any, *, needed: bool = False) -> dict[str, Any]:
     """Return a record without its checksum, which must fit; runs of earlier versions have none."""
     record = dict(mapping(path, value))
     digest = record.pop(_SEAL, None)
-    if (needed or digest is not None) and sealed(record)[_SEAL] != digest:
+    if (needed or digest is not None) and _checksum(record) != digest:
         raise damaged(path, "its checksum does not fit")
     return record

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from flexperts import __version__
 from flexperts.artifacts import RunDirectory
 from flexperts.cli.main import app, main
+from flexperts.federation.trained import TrainedRun
 from flexperts.methods.registry import method_class, method_names
 from flexperts.modeling.load import load_base
 from flexperts.parameters.store import load_personal, save_personal
@@ -175,8 +176,23 @@ def test_generate_answers_as_the_evaluation_did(finished: tuple[Path, str], stat
     code, printed, said = call(
         "generate", out, row["instruction"], "--context", row["context"], "--client", "shop", *options
     )
-    assert (code, said) == (0, "")
+    assert code == 0
+    assert said in ("", "[cut at 6 tokens; --max-tokens N allows a longer answer]\n")
     assert printed == row[state or "personalized"] + "\n"
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_generate_marks_an_answer_that_was_cut(finished: tuple[Path, str], tokens: int) -> None:
+    """On stderr: what a program reads from stdout is the answer alone."""
+    ask = ("generate", finished[0], "Hello", "--client", "shop", "--state", "zero_shot")
+    code, printed, said = call(*ask, "--max-tokens", tokens)
+    trained = TrainedRun(finished[0])
+    answer = trained.generate("shop", "Hello", state="zero_shot", max_new_tokens=tokens)
+    trained.close()
+    assert (code, printed) == (0, f"{answer}\n")
+    assert said == (f"[cut at {tokens} tokens; --max-tokens N allows a longer answer]\n" if answer.cut else "")
+    assert answer.cut or tokens == 40
+    assert call(*ask, "--max-tokens", 0)[0] == 2
 
 
 def test_inspect_shows_modules_and_split(tiny_base: Path) -> None:

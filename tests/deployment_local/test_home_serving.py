@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from flwr.app import RecordDict
 
+from flexperts.cli.main import main
 from flexperts.config.run import RunConfig
 from flexperts.config.silo import SiloConfig
 from flexperts.deployment.home import HomeModel, HomeRun
@@ -67,3 +69,23 @@ def test_the_silos_models_answer_as_at_home(kept: SiloConfig) -> None:
 def test_a_run_that_the_silo_does_not_keep_is_refused(silo: SiloConfig) -> None:
     with pytest.raises(ArtifactError, match="has not been sent its shared weights"):
         HomeRun(silo, RUN)
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_generate_at_home_marks_an_answer_that_was_cut(
+    kept: SiloConfig,
+    silo_file: Path,
+    tokens: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = HomeModel(kept, RUN).generate("Hello", max_new_tokens=tokens)
+    command = ["flexperts", "silo", "generate", str(silo_file), RUN, "Hello", "--max-tokens", str(tokens)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit):
+        main()
+    printed, said = capsys.readouterr()
+    assert printed == f"{expected}\n"
+    assert expected.tokens <= tokens
+    assert said == (f"[cut at {tokens} tokens; --max-tokens N allows a longer answer]\n" if expected.cut else "")
+    assert expected.cut or tokens > 1

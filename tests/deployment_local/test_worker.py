@@ -41,6 +41,9 @@ class Lines(Observer):
     def stage(self, text: str) -> None:
         self.lines.append(text)
 
+    def notice(self, text: str) -> None:
+        self.lines.append(f"note: {text}")
+
 
 @pytest.fixture
 def worker(silo: SiloConfig) -> Worker:
@@ -209,3 +212,22 @@ def test_an_unforeseen_failure_is_logged_whole_and_told_by_its_class(
     assert SECRET.encode() not in reply
     assert "Traceback" in caplog.text
     assert SECRET in caplog.text
+
+
+def test_a_silo_says_before_round_1_which_references_no_answer_can_reach(worker: Worker, handed: Handed) -> None:
+    request(worker, "query.join", records({}), run=RUN, recipe=handed("evaluation.max_new_tokens=3").to_toml())
+    [note] = [line for line in worker.observer.lines if line.startswith("note: ")]  # type: ignore[attr-defined]
+    assert "evaluation.max_new_tokens = 3 cuts every answer before these references end: clinic 4 of 4" in note
+
+
+def test_a_silo_without_a_limit_chooses_by_its_own_rows_and_reports_it(
+    worker: Worker, handed: Handed, silo: SiloConfig
+) -> None:
+    config = handed()
+    config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"max_new_tokens": None})})
+    told = converse(asking(worker, config.to_toml()))["evaluate"].metric_records["metrics"]
+    longest = max(len(row.response.encode()) for row in Workspace(for_silo(config, silo)).clients["clinic"].train)
+    limit = told["max_new_tokens"]
+    assert isinstance(limit, int)
+    assert limit // 2 < longest + 1 <= limit
+    assert {"longer_references", "cut.zero_shot", "cut.global", "cut.personalized"} <= {*told}

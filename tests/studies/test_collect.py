@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 
+from flexperts.evaluation.words import TOKENIZER
 from flexperts.files import opened, sealed
-from flexperts.studies.collect import collect_comparison
+from flexperts.studies.answers import answers
+from flexperts.studies.collect import collect_comparison, statistic
+from flexperts.studies.finished import Finished
 
 Entries = dict[str, dict[str, Any]]
 Json = dict[str, Any]
@@ -300,8 +303,10 @@ def test_selection(entries: Entries, compared: Path, name: str) -> None:
 
 
 def test_examples_are_the_first_rows_with_everybodys_answers(comparison: Json, compared: Path) -> None:
-    assert list(comparison["examples"]) == CLIENTS
-    for client, shown in comparison["examples"].items():
+    assert comparison["examples"] == {}
+    examples = collect_comparison(compared, samples=3)["examples"]
+    assert list(examples) == CLIENTS
+    for client, shown in examples.items():
         lines = {name: Run(compared, name, 0).lines(f"predictions/{client}.jsonl") for name in STATES}
         assert len(shown) == 3
         for i, example in enumerate(shown):
@@ -311,3 +316,35 @@ def test_examples_are_the_first_rows_with_everybodys_answers(comparison: Json, c
             for name in ("flex", "fedavg", "local", "k2"):
                 answers |= {f"{name} {s}": lines[name][i][s] for s in STATES[name] if s != "zero_shot"}
             assert example["answers"] == answers
+
+
+def test_words_and_answers_of_every_entry_are_noted(comparison: Json, entries: dict[str, Json]) -> None:
+    assert comparison["rouge_tokenizer"] == TOKENIZER
+    for entry in entries.values():
+        assert entry["rouge_tokenizer"] == TOKENIZER
+        assert entry["answers"]["max_new_tokens"] == [8]
+        assert {c: its["rows"] for c, its in entry["answers"]["clients"].items()} == {
+            "bank": 6, "cafe": 8, "farm": 12,
+        }  # fmt: skip
+
+
+def test_answers_are_counted_over_seeds(compared: Path, entries: dict[str, Json]) -> None:
+    for client, found in entries["flex"]["answers"]["clients"].items():
+        told = [Run(compared, "flex", seed).json("summary.json")["clients"][client]["answers"] for seed in (0, 1)]
+        assert found["longer_references"] == sum(its["longer_references"] for its in told)
+        for state, count in found["cut"].items():
+            assert count == sum(its["cut"][state] for its in told)
+
+
+def test_runs_of_an_earlier_version_have_no_counts_and_ascii_words(compared: Path) -> None:
+    old = Finished.read(compared, "flex", [])
+    old.summaries[0].pop("rouge_tokenizer")
+    assert old.rouge_tokenizer == f"rouge-score, {TOKENIZER}"
+    del old.summaries[1]["clients"]["bank"]["answers"]
+    assert answers(old) is None
+
+
+def test_a_mean_over_what_is_missing_is_missing() -> None:
+    found = statistic([{"a": 1.0, "b": 3.0}, {"a": None, "b": 5.0}])
+    assert (found["mean"], found["std"], found["seeds"]) == (None, None, [2.0, None])
+    assert found["clients"] == {"a": {"mean": None, "std": None}, "b": {"mean": 4.0, "std": 2**0.5}}

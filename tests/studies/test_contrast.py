@@ -15,6 +15,8 @@ from flexperts.errors import ArtifactError
 from flexperts.evaluation.statistics import Paired, paired_bootstrap
 from flexperts.federation.run import run_federation
 from flexperts.recipe import load_recipe
+from flexperts.reports.html import html_report
+from flexperts.reports.markdown import markdown_report
 from flexperts.seeding import derive_seed
 from flexperts.studies.collect import collect_comparison, collect_run
 
@@ -229,3 +231,39 @@ def test_what_is_no_comparison_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "comparison.json").write_text(text)
     with pytest.raises(ArtifactError, match=r"comparison\.json"):
         collect_comparison(tmp_path)
+
+
+def test_a_score_that_is_no_number_has_no_test_and_the_others_are_adjusted_without_it(
+    compared: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(compared, tmp_path / "copy")
+
+    def void(line: Json) -> None:
+        line["scores"]["personalized"] |= {"rouge_l": None, "nll": None}
+
+    change(copy / "runs" / "local" / "seed-1" / "predictions" / "cafe.jsonl", void)
+    found = by_name(collect_comparison(copy))
+    assert found["local"]["against"] == {}
+    for kind in ("rouge_l", "nll"):
+        left = [name for name in OTHERS if name != "local"]
+        tests = [found[name]["against"][kind] for name in left]
+        assert [test["p_adjusted"] for test in tests] == pytest.approx(
+            benjamini_hochberg([test["p"] for test in tests])
+        )
+
+
+def test_where_the_reference_has_no_number_nothing_is_compared_and_pages_are_made(
+    compared: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(compared, tmp_path / "copy")
+
+    def void(line: Json) -> None:
+        line["scores"]["personalized"]["nll"] = None
+
+    for seed in (0, 1):
+        change(copy / "runs" / "flex" / f"seed-{seed}" / "predictions" / "bank.jsonl", void)
+    comparison = collect_comparison(copy)
+    assert all(set(entry["against"] or {}) <= {"rouge_l"} for entry in comparison["entries"])
+    json.dumps(comparison, allow_nan=False)
+    assert html_report(comparison)
+    assert markdown_report(comparison)

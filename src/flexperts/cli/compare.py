@@ -7,6 +7,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from flexperts.cli.report import Samples
+
 
 def command(
     recipe: Annotated[Path, typer.Argument(help="Recipe (TOML), such as recipes/study-silos.toml.")],
@@ -43,6 +45,7 @@ def command(
             metavar="TRACKER", help="Log every run, as the same option of `flexperts run` does. Repeatable."
         ),
     ] = None,
+    samples: Samples = 0,
 ) -> None:
     """Run every method with every seed, then write table, HTML report and Markdown; resumable at any point."""
     from flexperts.errors import ConfigError
@@ -82,6 +85,6 @@ def command(
             on_done=tell,
         )
     with alone_in(out):
-        report(display.console, collect_comparison(out), out)
+        report(display.console, collect_comparison(out, samples=samples), out)
     if failed:
         raise typer.Exit(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -92,6 +92,8 @@ class RunDisplay(ProgressDisplay):
     def result(self, summary: Mapping[str, Any], out: Path) -> None:
         """Print the final table, bytes and times."""
         self.console.print(score_table(summary))
+        for line in score_notes(summary):
+            self.notice(line)
         sent = summary["bytes"]
         self.console.print(
             f"per client and round: {size(sent['uplink_per_client_per_round']).text} up, "
@@ -144,12 +146,46 @@ def _columns(summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], s
     sources = [(reference["method"], reference)] if reference else []
     for name, source in [*sources, (method, summary)]:
         for state in ("global", "personalized"):
-            if source["mean"]["rouge_l"][state] is not None:
+            if state in _states(source):
                 columns.append((f"{name} {state}", source, state))
     return columns
 
 
+def _states(summary: Mapping[str, Any]) -> set[str]:
+    """Return the states that were scored, those without a finite score among them."""
+    nlls = [client["nll"] for client in summary["clients"].values()]
+    scored = {state for by_state in nlls for state, nll in by_state.items() if nll is not None}
+    return scored.union(*(summary.get("not_finite") or {}).values())
+
+
 def _cell(scores: Mapping[str, Any] | None, state: str) -> str:
-    if scores is None:
-        return "-"
-    return f"{scores['rouge_l'][state]:.1f} ({scores['nll'][state]:.2f})"
+    from flexperts.federation.summary import score_text
+
+    return "-" if scores is None else score_text(scores["rouge_l"][state], scores["nll"][state])
+
+
+def score_notes(summary: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a table of scores does not show: why some are missing, and which answers were cut."""
+    for source in [summary, *([summary["reference"]] if summary.get("reference") else [])]:
+        for client, states in (source.get("not_finite") or {}).items():
+            yield from (f"{source['method']}, {client}, {state}: no score; {why}" for state, why in states.items())
+        if line := cut_line({name: client.get("answers") for name, client in source["clients"].items()}):
+            yield f"{source['method']}: {line}"
+
+
+def cut_line(answers: Mapping[str, Mapping[str, Any] | None]) -> str:
+    """Return how many answers of each client were cut in its last state, and how many references are longer.
+
+    Args:
+        answers: Client -> its ``answers`` as a summary holds them.
+    """
+    told = {name: its for name, its in answers.items() if its}
+    scored = {n: {state: c for state, c in its["cut"].items() if c is not None} for n, its in told.items()}
+    last = {name: [*by_state.items()][-1] for name, by_state in scored.items() if by_state}
+    states = " or ".join(dict.fromkeys(state for state, _ in last.values()))
+    shown = [f"{name} {count}" for name, (_, count) in last.items() if count]
+    longer = sum(its["longer_references"] or 0 for its in told.values())
+    limits = " or ".join(map(str, sorted({its["max_new_tokens"] for its in told.values()})))
+    parts = [f"{states} answers cut at {limits} tokens: {', '.join(shown)}"] if shown else []
+    parts += [f"{longer} references are longer than {limits} tokens"] if longer else []
+    return "; ".join(parts)

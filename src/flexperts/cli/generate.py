@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
+
+if TYPE_CHECKING:
+    from flexperts.evaluation.generation import Answer
 
 About = Annotated[str, typer.Option("--context", help="Passage that the question is about.")]
 State = Annotated[
     Optional[str],  # noqa: UP045 - typer reads this at run time
     typer.Option("--state", help="zero_shot, global or personalized.", show_default="the most personal one"),
 ]
+
+MaxTokens = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--max-tokens", min=1, metavar="N", help="Longest answer.", show_default="as in the evaluation"),
+]
+
+
+def say(answer: Answer) -> None:
+    """Print an answer, and on stderr a mark where it reached the limit before its end."""
+    typer.echo(answer)
+    if answer.cut:
+        typer.echo(f"[cut at {answer.tokens} tokens; --max-tokens N allows a longer answer]", err=True)
 
 
 def command(
@@ -20,12 +35,13 @@ def command(
     client: Annotated[str, typer.Option(help="Whose model answers.")],
     context: About = "",
     state: State = None,
+    max_tokens: MaxTokens = None,
 ) -> None:
-    """Print one client's answer to an instruction."""
+    """Print one client's answer to an instruction; on stderr, whether it was cut."""
     from flexperts.artifacts import RunDirectory
 
     RunDirectory.open(run).summary()  # say what is wrong with the path before anything heavy loads
 
     from flexperts.federation.trained import TrainedRun
 
-    typer.echo(TrainedRun(run).generate(client, instruction, context, state))
+    say(TrainedRun(run).generate(client, instruction, context, state, max_new_tokens=max_tokens))

@@ -44,7 +44,7 @@ def command(
 
     summary = RunDirectory.open(run).summary()  # say what is wrong with the path before anything heavy loads
 
-    from flexperts.cli.display import RunDisplay
+    from flexperts.cli.display import RunDisplay, cut_line
     from flexperts.federation.joining import join
 
     with RunDisplay() as display:
@@ -52,6 +52,8 @@ def command(
             run, data, test=test, name=name, steps=steps, settings=settings or (), seed=seed, observer=display
         )
     display.console.print(_table(record, summary))
+    if line := cut_line({record["client"]: record["answers"]}):
+        display.notice(line)
     display.console.print(
         f"{record['client']} is a client of {run} now: {record['rows']['train_rows']} train rows, "
         f"{record['steps']} steps; nothing of it was sent",
@@ -64,10 +66,12 @@ def _table(record: dict[str, Any], summary: dict[str, Any]) -> Any:
     """Return the newcomer's scores beside the mean of those who took part."""
     from rich.table import Table
 
+    from flexperts.federation.summary import score_text
+
     states = list(record["rouge_l"])
     title = "ROUGE-L (NLL), each on its own scored rows"
     table = Table("", *(state.replace("_", "-") for state in states), title=title, title_justify="left")
     participants = f"mean of {len(summary['clients'])} participants"
     for who, scores in ((record["client"], record), (participants, summary["mean"])):
-        table.add_row(who, *(f"{scores['rouge_l'][s]:.1f} ({scores['nll'][s]:.2f})" for s in states))
+        table.add_row(who, *(score_text(scores["rouge_l"][s], scores["nll"][s]) for s in states))
     return table

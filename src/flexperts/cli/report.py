@@ -8,12 +8,23 @@ from typing import Annotated, Any
 
 import typer
 
+Samples = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="Show N scored rows of every silo, with passages and answers, on the pages and in comparison.json.",
+    ),
+]
 
-def command(path: Annotated[Path, typer.Argument(help="Directory of a run or of a comparison.")]) -> None:
+
+def command(
+    path: Annotated[Path, typer.Argument(help="Directory of a run or of a comparison.")], samples: Samples = 0
+) -> None:
     """Write comparison.json, report.html (opens from disk) and report.md into a finished directory."""
     from rich.console import Console
 
-    report(Console(), _collected(path), path)
+    report(Console(), _collected(path, samples), path)
 
 
 _WIDE = 120
@@ -23,19 +34,23 @@ _WIDE = 120
 def report(console: Any, comparison: Mapping[str, Any], out: Path) -> None:
     """Write a comparison's files and print its main table."""
     from flexperts.reports.files import write_reports
+    from flexperts.reports.reading import rows_shown
     from flexperts.reports.tables import tables
 
     write_reports(comparison, out)
     console.print(_rich(tables(comparison)["main"], narrow=console.width < _WIDE))
+    if warning := rows_shown(comparison):
+        console.print(f"  note: {warning}", style="yellow", markup=False, soft_wrap=True)
     console.print(f"everything is in {out}: report.html to look at, report.md, comparison.json", soft_wrap=True)
 
 
-def _collected(path: Path) -> dict[str, Any]:
+def _collected(path: Path, samples: int) -> dict[str, Any]:
     from flexperts.studies.collect import collect_comparison, collect_run
     from flexperts.studies.finished import CLAIM
 
     compared = (path / CLAIM).exists() or (path / "comparison.json").exists()
-    return collect_comparison(path) if compared and not (path / "config.toml").exists() else collect_run(path)
+    collect = collect_comparison if compared and not (path / "config.toml").exists() else collect_run
+    return collect(path, samples=samples)
 
 
 def _rich(table: Any, narrow: bool) -> Any:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
-from flexperts.cli.generate import About, State
+from flexperts.cli.generate import About, MaxTokens, State, say
 
 if TYPE_CHECKING:
     from flexperts.config.data import DataConfig
@@ -165,6 +165,7 @@ def generate(
     instruction: Annotated[str, typer.Argument(help="What to ask.")],
     context: About = "",
     state: State = None,
+    max_tokens: MaxTokens = None,
 ) -> None:
     """Print the answer of the silo's own model; nothing leaves this machine."""
     from flexperts.recipe import load_silo
@@ -173,7 +174,7 @@ def generate(
 
     from flexperts.deployment.home import HomeModel
 
-    typer.echo(HomeModel(settings, run).generate(instruction, context, state))
+    say(HomeModel(settings, run).generate(instruction, context, state, max_new_tokens=max_tokens))
 
 
 @app.command("forget")

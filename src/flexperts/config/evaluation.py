@@ -26,8 +26,8 @@ class EvaluationConfig(Section):
     """Rows of every other client that a client's model is scored on in the end (clients in one process only)."""
     routing_rows: int = Field(0, ge=0)
     """Rows per client whose routing is described at every evaluation; 0 = none."""
-    max_new_tokens: int = Field(32, ge=1)
-    """Longest generated answer."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """Longest generated answer; without it, the smallest power of two that holds the longest train response."""
     batch_size: int = Field(32, ge=1)
     """Rows per forward pass and generated batch."""
 

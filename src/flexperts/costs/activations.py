@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from flexperts.config.run import RunConfig
+from flexperts.federation.answer_limit import chosen_limit
 from flexperts.grafting.selection import STACK, TOKENS
 from flexperts.moe.attention import attention_modules
 from flexperts.moe.experts import find_experts
@@ -83,7 +84,8 @@ class Activations:
     def evaluation(self) -> int:
         """Return what answering needs: one layer at work, and all layers' keys and values."""
         text, evaluation = self.model.config.get_text_config(), self.config.evaluation
-        tokens = evaluation.batch_size * (self.lengths.row + evaluation.max_new_tokens)
+        longest = chosen_limit(self.lengths.response, self.config.training.max_length)
+        tokens = evaluation.batch_size * (self.lengths.row + (evaluation.max_new_tokens or longest))
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         head = getattr(text, "head_dim", None) or self._width // text.num_attention_heads
         return self._passing(tokens) + 2 * 2 * self._scale * tokens * self._layers * int(heads * head)

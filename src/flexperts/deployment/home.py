@@ -12,6 +12,7 @@ from flexperts.deployment.settings import for_silo
 from flexperts.deployment.state import run_folder
 from flexperts.deployment.wire import pack, unpack
 from flexperts.errors import ArtifactError
+from flexperts.evaluation.generation import Answer
 from flexperts.federation.client import Client, Request
 from flexperts.federation.client_app import request_of
 from flexperts.federation.observer import Observer
@@ -56,13 +57,16 @@ class HomeModel:
         self.method = make_method(config.method)
         self.client = Resident(Workspace(config), config, folder).client(silo.name)
 
-    def generate(self, instruction: str, context: str = "", state: str | None = None) -> str:
+    def generate(
+        self, instruction: str, context: str = "", state: str | None = None, *, max_new_tokens: int | None = None
+    ) -> Answer:
         """Return the greedy answer to one instruction, by the most personal model unless a state is named.
 
         Raises:
-            ConfigError: The method has no such state.
+            FlexpertsError: As ``answer_one``, or the method has no such state.
         """
-        return answer_one(self.client, self.request, state_named(self.method, state), instruction, context)
+        chosen = state_named(self.method, state)
+        return answer_one(self.client, self.request, chosen, instruction, context, max_new_tokens)
 
 
 class HomeRun(TrainedRun):

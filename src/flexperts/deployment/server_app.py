@@ -78,6 +78,10 @@ class LogObserver(Observer):
         """Log the stage that begins."""
         log.info("%s", text)
 
+    def notice(self, text: str) -> None:
+        """Log what surprises."""
+        log.warning("note: %s", text)
+
     def refused(self, client: str, reason: str) -> None:
         """Log who is turned away, and why."""
         log.warning("%s is refused: %s", client, reason)

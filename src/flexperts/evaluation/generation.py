@@ -9,12 +9,37 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flexperts.data.batches import PaddedBatch, pad_batch
 from flexperts.data.prompts import Example, PromptEncoder
 from flexperts.modeling.caches import keep_rows, sharing
 from flexperts.modeling.forward import Precision, autocast, next_logits
 from flexperts.modeling.reading import ReadPrompts, read_prompts
+
+_BROKEN = -1
+"""Stands in a token's place where the logits are no finite numbers: nothing can be chosen by them."""
+
+
+class Answer(str):
+    """A generated answer: its text, and how it ended.
+
+    Args:
+        text: The text.
+        tokens: How many were generated, the one that ends it included.
+        cut: Whether it reached the limit of tokens before it came to its end.
+        finite: Whether all logits that it was chosen by are finite numbers; where not, it ends before them.
+    """
+
+    tokens: int
+    cut: bool
+    finite: bool
+
+    def __new__(cls, text: str, tokens: int = 0, cut: bool = False, finite: bool = True) -> Answer:
+        """Return the text with its marks."""
+        made = super().__new__(cls, text)
+        made.tokens, made.cut, made.finite = tokens, cut, finite
+        return made
 
 
 @torch.no_grad()
@@ -27,7 +52,7 @@ def generate(
     batch_size: int,
     precision: Precision,
     on_batch: Callable[[PaddedBatch], None] | None = None,
-) -> list[str]:
+) -> list[Answer]:
     """Return the greedy answer to each prompt, in the order of the prompts.
 
     Args:
@@ -39,7 +64,7 @@ def generate(
         precision: As in training.
         on_batch: Gets the prompts of each batch before it is generated; the batch then keeps its rows to the end.
     """
-    answers = [""] * len(prompts)
+    answers = [Answer("")] * len(prompts)
     for chosen in longest_first(prompts, batch_size):
         batch = prompt_batch([prompts[i] for i in chosen], encoder)
         if on_batch:
@@ -64,7 +89,7 @@ def prompt_batch(prompts: Sequence[Sequence[int]], encoder: PromptEncoder) -> Pa
 
 def answer(
     model: Any, encoder: PromptEncoder, read: ReadPrompts, max_new_tokens: int, *, rows_leave: bool
-) -> list[str]:
+) -> list[Answer]:
     """Return the greedy answers to prompts that are read; their cache is used up.
 
     Args:
@@ -72,17 +97,21 @@ def answer(
         read: The prompts.
         rows_leave: Whether rows leave the batch when they end; not where the model is set for each row of it.
     """
-    ends = frozenset(end_tokens(model, encoder))
-    tokens = _decode(model, read, ends, max_new_tokens, rows_leave)
+    ends = frozenset({*end_tokens(model, encoder), _BROKEN})
+    answers = _decode(model, read, ends, max_new_tokens, rows_leave)
     said = [
-        answer[:-1] if answer[-1] in ends else answer for answer in tokens
-    ]  # not every end token is a special one
-    return [text.strip() for text in encoder.tokenizer.batch_decode(said, skip_special_tokens=True)]
+        tokens[:-1] if tokens[-1] in ends else tokens for tokens in answers
+    ]  # some end tokens are no special ones
+    texts = encoder.tokenizer.batch_decode(said, skip_special_tokens=True)
+    return [
+        Answer(text.strip(), len(tokens), cut=tokens[-1] not in ends, finite=tokens[-1] != _BROKEN)
+        for text, tokens in zip(texts, answers, strict=True)
+    ]
 
 
 def _decode(model: Any, read: ReadPrompts, ends: frozenset[int], limit: int, rows_leave: bool) -> list[list[int]]:
     """Return every answer's tokens, the one that ends it included."""
-    answers = [[token] for token in read.logits.argmax(-1).tolist()]
+    answers = [[token] for token in _likeliest(read.logits)]
     rows, mask, cache = list(range(len(answers))), read.mask, read.cache
     can_leave = rows_leave and sharing(cache) != "never"
     while open_ := [row for row in rows if len(answers[row]) < limit and answers[row][-1] not in ends]:
@@ -90,13 +119,19 @@ def _decode(model: Any, read: ReadPrompts, ends: frozenset[int], limit: int, row
             kept = torch.tensor([rows.index(row) for row in open_], device=mask.device)
             keep_rows(cache, kept, 0)
             rows, mask = open_, mask[kept]
-        last = torch.tensor([answers[row][-1:] for row in rows], device=mask.device)
+        last = torch.tensor([answers[row][-1:] for row in rows], device=mask.device).clamp(min=0)
         mask = torch.cat([mask, torch.ones_like(last)], dim=1)
         logits, cache = next_logits(model, last, mask, cache)
-        likeliest = dict(zip(rows, logits.argmax(-1).tolist(), strict=True))
+        likeliest = dict(zip(rows, _likeliest(logits), strict=True))
         for row in open_:
             answers[row].append(likeliest[row])
     return answers
+
+
+def _likeliest(logits: Tensor) -> list[int]:
+    """Return the likeliest token of each row of ``[B, V]``; ``_BROKEN`` where the logits are not finite."""
+    highest = logits.max(-1)  # not-a-number is passed on; some logits may well be minus infinity
+    return list(highest.indices.where(highest.values.isfinite(), _BROKEN).tolist())
 
 
 def end_tokens(model: Any, encoder: PromptEncoder) -> list[int]:

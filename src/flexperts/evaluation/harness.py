@@ -7,6 +7,7 @@ lm-eval makes prompts and scores; the model is ours to call, because every batch
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from torch import Tensor
 from flexperts.data.batches import PaddedBatch, pad_batch
 from flexperts.data.prompts import Example
 from flexperts.data.tokens import TokenEncoder
+from flexperts.errors import ModelError
 from flexperts.modeling.forward import Precision, autocast, response_logits
 
 Encoded = tuple[tuple[str, str], list[int], list[int]]
@@ -95,6 +97,9 @@ def correct_answers(
         samples: Task -> indices of the questions that are asked.
         shots: Solved examples before each question.
         how: Batches and precision.
+
+    Raises:
+        ModelError: A likelihood is not a number: which answer is the most likely cannot be told.
     """
     asked = {name: task for name, task in tasks.items() if samples.get(name)}
     for task in asked.values():
@@ -207,4 +212,7 @@ def quiet() -> Iterator[None]:
 def _score(scores: Tensor, tokens: Sequence[int]) -> tuple[float, bool]:
     """Return the summed log-probability of tokens under ``[R, V]``, and whether each is the most likely."""
     index = torch.tensor(tokens)
-    return float(scores.gather(1, index[:, None]).sum()), bool((scores.argmax(1) == index).all())
+    total = float(scores.gather(1, index[:, None]).sum())
+    if math.isnan(total):
+        raise ModelError("a likelihood", "it is not a number", "see not_finite in the run's summary.json")
+    return total, bool((scores.argmax(1) == index).all())

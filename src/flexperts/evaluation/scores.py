@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from flexperts.data.batches import PaddedBatch, pad_batch, pad_responses
 from flexperts.data.prompts import Example, PromptEncoder
 from flexperts.data.rows import Row
-from flexperts.evaluation.generation import answer, longest_first, prompt_batch
+from flexperts.evaluation.generation import Answer, answer, longest_first, prompt_batch
 from flexperts.evaluation.rouge import rouge_l
 from flexperts.modeling.forward import Precision, autocast, token_losses
 from flexperts.modeling.reading import read_prompts, response_losses
@@ -41,6 +43,9 @@ class EvaluationSettings:
 class Scores:
     """What one model state scores on rows; every tuple is in the order of the rows.
 
+    Not-a-number stands where a model's logits are not finite: such a row has no score, and then the rows have no
+    mean, because one over the other rows would look like theirs.
+
     Args:
         nlls: Mean response NLL of every row, in nats per token.
         tokens: Response tokens of every row.
@@ -51,7 +56,7 @@ class Scores:
     nlls: tuple[float, ...]
     tokens: tuple[int, ...]
     points: tuple[float, ...] = ()
-    predictions: tuple[str, ...] = ()
+    predictions: tuple[Answer, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -59,23 +64,39 @@ class Scores:
         return len(self.nlls)
 
     @property
-    def nll(self) -> float:
-        """Mean response NLL, in nats per token."""
-        return sum(n * t for n, t in zip(self.nlls, self.tokens, strict=True)) / sum(self.tokens)
+    def nll(self) -> float | None:
+        """Mean response NLL, in nats per token; None where some row's is not finite."""
+        return finite_or_none(sum(n * t for n, t in zip(self.nlls, self.tokens, strict=True)) / sum(self.tokens))
 
     @property
     def rouge_l(self) -> float | None:
-        """Mean ROUGE-L F1, in points from 0 to 100; None where no answers were generated."""
-        return sum(self.points) / len(self.points) if self.points else None
+        """Mean ROUGE-L F1, in points from 0 to 100; None without answers, or where they are not finite."""
+        return finite_or_none(sum(self.points) / len(self.points)) if self.points else None
 
-    def metrics(self) -> dict[str, float]:
-        """Return the means that there are, by name."""
-        return {k: v for k in SCORES if (v := getattr(self, k)) is not None}
+    @property
+    def cut(self) -> int:
+        """How many answers reached the limit of tokens."""
+        return sum(answer.cut for answer in self.predictions)
 
-    def row(self, index: int) -> dict[str, float]:
-        """Return one row's numbers, by name."""
-        points = {"rouge_l": self.points[index]} if self.points else {}
-        return {**points, "nll": self.nlls[index], "tokens": self.tokens[index]}
+    def metrics(self) -> dict[str, float | None]:
+        """Return the means of what was scored, by name; None where they are not finite."""
+        return {"rouge_l": self.rouge_l, "nll": self.nll} if self.points else {"nll": self.nll}
+
+    def row(self, index: int) -> dict[str, float | None]:
+        """Return one row's numbers, by name; None where they are not finite."""
+        points = {"rouge_l": finite_or_none(self.points[index])} if self.points else {}
+        return {**points, "nll": finite_or_none(self.nlls[index]), "tokens": self.tokens[index]}
+
+
+def finite_or_none(value: float | None) -> float | None:
+    """Return a number as files hold it: JSON has no other than finite ones."""
+    return None if value is None or not math.isfinite(value) else value
+
+
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """Return a plain mean; None where a value is missing, which is never left out in silence."""
+    found = [math.nan if value is None else value for value in values]
+    return finite_or_none(float(np.mean(found))) if found else None
 
 
 def evaluate(
@@ -97,7 +118,7 @@ def evaluate(
         on_batch: Gets the prompts of every batch before it is read.
     """
     examples = encoder.encode_all(rows)
-    nlls, tokens, predictions = [0.0] * len(rows), [0] * len(rows), [""] * len(rows)
+    nlls, tokens, predictions = [0.0] * len(rows), [0] * len(rows), [Answer("")] * len(rows)
     for chosen in longest_first([e.prompt for e in examples], settings.batch_size):
         sums, counts, answers = _batch(model, encoder, [examples[i] for i in chosen], settings, on_batch)
         for index, total, count, text in zip(chosen, sums, counts, answers, strict=True):
@@ -106,6 +127,8 @@ def evaluate(
     if not settings.answers:
         return Scores(tuple(nlls), tuple(tokens))
     points = rouge_l(predictions, [row.response for row in rows])
+    whole = [given.finite and math.isfinite(nll) for given, nll in zip(predictions, nlls, strict=True)]
+    points = [value if is_whole else math.nan for value, is_whole in zip(points, whole, strict=True)]
     return Scores(tuple(nlls), tuple(tokens), tuple(points), tuple(predictions))
 
 
@@ -116,7 +139,7 @@ def _batch(
     examples: Sequence[Example],
     settings: EvaluationSettings,
     on_batch: Callable[[PaddedBatch], None] | None,
-) -> tuple[list[float], list[int], list[str]]:
+) -> tuple[list[float], list[int], list[Answer]]:
     """Return every row's NLL in nats, its count of response tokens, and its answer."""
     prompts, pad = prompt_batch([e.prompt for e in examples], encoder), encoder.tokenizer.pad_token_id
     if on_batch:
@@ -127,7 +150,7 @@ def _batch(
             sums, counts = response_losses(model, read, pad_responses(examples, pad))
         else:
             sums, counts = token_losses(model, pad_batch(examples, pad))
-        answers = [""] * len(examples)
+        answers = [Answer("")] * len(examples)
         if settings.answers:
             limit = settings.max_new_tokens
             answers = answer(model, encoder, read, limit, rows_leave=on_batch is None)

@@ -12,6 +12,7 @@ from typing import Any
 from flexperts.base.build import BASES
 from flexperts.export.content import Content
 from flexperts.export.verification import Difference
+from flexperts.federation.summary import score_text
 from flexperts.federation.trained import TrainedRun
 from flexperts.files import placeless, write_text
 from flexperts.methods.base import State
@@ -203,7 +204,7 @@ def _scores(facts: Facts) -> Iterator[str]:
     yield f"| silo | rows | {' | '.join(states)} |"
     yield "|---" * (len(states) + 2) + "|"
     for name in (n for n in names if n in scored):
-        cells = [f"{scored[name]['rouge_l'][s]:.1f} ({scored[name]['nll'][s]:.2f})" for s in states]
+        cells = [score_text(scored[name]["rouge_l"][s], scored[name]["nll"][s]) for s in states]
         yield f"| {name} | {scored[name]['scored_rows']} | {' | '.join(cells)} |"
     yield f"\nThis export is the state *{facts.state}*."
 

@@ -52,8 +52,8 @@ class Admission:
         except Exception as error:  # another machine's bytes: whatever they do here, the round goes on without them
             raise _unreadable(client, error) from error
 
-    def scores(self, client: str, content: RecordDict) -> dict[str, float | int]:
-        """Return the scores that a reply to the finished round's evaluation holds.
+    def scores(self, client: str, content: RecordDict) -> dict[str, float | int | None]:
+        """Return the scores that a reply to the finished round's evaluation holds; None where they are not finite.
 
         Raises:
             FederationError: It cannot be used.
@@ -65,11 +65,18 @@ class Admission:
             _check_reported(client, metrics, wanted, finite=False)  # a model that has gone wrong may score so
             if not (metrics["rows"] >= 1 and float(metrics["rows"]).is_integer()):
                 raise FederationError(f"{client}: {metrics['rows']} rows", "scores are of rows", _ONE_RECIPE)
-            return dict(metrics)
+            return {name: None if self._is_void(name, metrics) else value for name, value in metrics.items()}
         except FederationError:
             raise
         except Exception as error:  # as above
             raise _unreadable(client, error) from error
+
+    @staticmethod
+    def _is_void(name: str, metrics: Metrics) -> bool:
+        """Tell whether a number is not finite, or of answers by a model whose loss is not."""
+        kind, _, state = name.partition(".")
+        loss = metrics.get(f"nll.{state}", 0.0) if kind == "rouge_l" else 0.0
+        return not (math.isfinite(metrics[name]) and math.isfinite(loss))
 
     def _update(self, client: str, content: RecordDict) -> Update:
         metrics = metrics_of(content)

@@ -6,14 +6,16 @@ Needs every client's rows in one process, so a deployed run has none of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from flexperts.config.run import RunConfig
 from flexperts.data.records import Say, unsaid
 from flexperts.data.rows import Row
 from flexperts.data.sources import read_source
+from flexperts.errors import ModelError
 from flexperts.evaluation.mmlu import check_source, mmlu
-from flexperts.evaluation.scores import SCORES, Scores
+from flexperts.evaluation.scores import SCORES, Scores, mean_of
 from flexperts.federation.client import Client
 from flexperts.federation.observer import Observer, current_observer
 from flexperts.federation.trained import TrainedRun
@@ -95,7 +97,7 @@ def _others(run: TrainedRun, client: Client, state: State, clients: Mapping[str,
         name: other.scored_rows[:count] for name, other in clients.items() if other is not client
     }
     each = {n: _numbers(client.score(run.request(client.name), state, r)) for n, r in rows.items()}
-    means = {kind: sum(scores[kind] for scores in each.values()) / len(each) for kind in SCORES}
+    means = {kind: mean_of(scores[kind] for scores in each.values()) for kind in SCORES}
     return {**means, "rows": sum(scores["rows"] for scores in each.values()), "by_client": each}
 
 
@@ -114,7 +116,8 @@ def _questions(run: TrainedRun, client: Client, state: State) -> dict[str, Any]:
     if state == "zero_shot" and key in known:
         return dict(known[key])
     assert wanted.mmlu is not None
-    with client.in_state(run.request(client.name), state) as (model, on_batch):
+    numbers: dict[str, Any] = {"accuracy": None, "stderr": None, "questions": None}
+    with client.in_state(run.request(client.name), state) as (model, on_batch), suppress(ModelError):
         score = mmlu(
             model,
             run.workspace.base.tokenizer,
@@ -126,7 +129,9 @@ def _questions(run: TrainedRun, client: Client, state: State) -> dict[str, Any]:
             seed=0,
             on_batch=on_batch,
         )
-    numbers = {"accuracy": score.accuracy, "stderr": score.stderr, "questions": score.questions}
+        numbers = {"accuracy": score.accuracy, "stderr": score.stderr, "questions": score.questions}
+    if numbers["accuracy"] is None:
+        client.observer.notice(f"{client.name}, {state}: no MMLU score; its logits are not finite numbers")
     if state == "zero_shot":
         known[key] = numbers
     return numbers

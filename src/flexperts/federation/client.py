@@ -19,13 +19,14 @@ from flexperts.data.clients import rows_hash
 from flexperts.data.prompts import Example
 from flexperts.data.rows import ClientRows, Row
 from flexperts.evaluation.scores import EvaluationSettings, Scores, evaluate
+from flexperts.federation.answer_limit import answer_limit, longer_references, scored_rows
 from flexperts.federation.client_model import ClientModel
 from flexperts.federation.local_settings import local_settings
 from flexperts.federation.observer import Observer
 from flexperts.federation.protection import Outgoing, protect, told
 from flexperts.federation.routing_log import prompt_batches, routing_lines, write_routing
 from flexperts.federation.workspace import Workspace
-from flexperts.files import write_json, write_text
+from flexperts.files import json_text, write_json, write_text
 from flexperts.methods.base import OnBatch, State
 from flexperts.methods.turn import Prepared, Turn
 from flexperts.parameters.payload import Payload
@@ -158,10 +159,9 @@ class Client:
 
     def score(self, request: Request, state: State, rows: Sequence[Row], *, answers: bool = True) -> Scores:
         """Score one model state on any rows; the untouched base scores the same rows once per workspace."""
-        wanted, known = self.config.evaluation, self.workspace.untouched
-        settings = EvaluationSettings(
-            wanted.max_new_tokens, wanted.batch_size, self.config.model.precision, answers
-        )
+        known, batch_size = self.workspace.untouched, self.config.evaluation.batch_size
+        limit = answer_limit(self.workspace, self.config)
+        settings = EvaluationSettings(limit, batch_size, self.config.model.precision, answers)
         key = f"{rows_hash(ClientRows((), tuple(rows)))} {self.config.training.max_length} {settings}"
         if state == "zero_shot" and key in known:
             self._stored(request.round)  # whoever is scored has a state, computed for the occasion or not
@@ -187,10 +187,17 @@ class Client:
             with self.method.in_state(turn, state) as on_batch:
                 yield turn.model, on_batch
 
+    def answer_counts(self, scores: Mapping[State, Scores]) -> dict[str, int]:
+        """Return the limit of answers in tokens, how many references are longer, and each state's cut answers."""
+        limit = answer_limit(self.workspace, self.config)
+        longer = longer_references(self.workspace, self.scored_rows, limit)
+        cut = {f"cut.{state}": its.cut for state, its in scores.items()}
+        return {"max_new_tokens": limit, "longer_references": len(longer), **cut}
+
     def write_predictions(self, scores: Mapping[State, Scores]) -> None:
         """Keep the generated answers and every row's scores beside the rows, in the client's own folder."""
         lines = [
-            json.dumps(
+            json_text(
                 {"instruction": row.instruction, "context": row.context, "response": row.response}
                 | {state: score.predictions[index] for state, score in scores.items()}
                 | {"scores": {state: score.row(index) for state, score in scores.items()}}
@@ -213,9 +220,7 @@ class Client:
     @property
     def scored_rows(self) -> tuple[Row, ...]:
         """The client's rows that evaluation scores."""
-        wanted = self.config.evaluation
-        rows = self.rows.validation if wanted.split == "validation" else self.rows.test
-        return rows[: wanted.rows]
+        return scored_rows(self.rows, self.config.evaluation)
 
     @contextmanager
     def _turn(self, request: Request, up_to: int) -> Iterator[tuple[Turn, PersonalMeta]]:

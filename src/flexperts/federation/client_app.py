@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 
 from flwr.app import Context, Message, RecordDict
@@ -63,9 +64,14 @@ def _evaluate(content: RecordDict, client: Client) -> RecordDict:
     info, request = info_of(content), request_of(content)
     scores = client.evaluate(request, info["states"], answers=info["answers"])
     client.write_routing(request, info["states"])
+    metrics: dict[str, float | int] = {
+        f"{kind}.{state}": math.nan if value is None else value
+        for state, its in scores.items()
+        for kind, value in its.metrics().items()
+    }
     if info["answers"]:
         client.write_predictions(scores)
-    metrics = {f"{kind}.{state}": value for state, s in scores.items() for kind, value in s.metrics().items()}
+        metrics |= client.answer_counts(scores)
     rows = next(iter(scores.values())).rows
     return records({"client": client.name, "round": request.round}, metrics | {"rows": rows})
 

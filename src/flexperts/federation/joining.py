@@ -19,9 +19,11 @@ from flexperts.data.records import name_and_ending
 from flexperts.data.sources import HUB
 from flexperts.errors import ArtifactError, ConfigError
 from flexperts.evaluation.scores import SCORES, Scores
+from flexperts.federation.answer_limit import tell_limit, with_recorded_limit
 from flexperts.federation.checkpoint import load_server
 from flexperts.federation.client import Client, Request
 from flexperts.federation.joined import kept_data, with_rows_of
+from flexperts.federation.not_finite import reasons_of
 from flexperts.federation.observer import Observer, observing
 from flexperts.federation.trained import TrainedRun
 from flexperts.federation.workspace import Workspace
@@ -75,10 +77,12 @@ def join(
     run, observer = RunDirectory.open(Path(path)), observer or Observer()
     config = parse_recipe(run.config_toml, where=str(run.path / "config.toml"))
     method = make_method(config.method)
-    _check_personal(method, run.summary())
+    summary = run.summary()
+    _check_personal(method, summary)
     name = client_name(name or _name_of(str(data)))
     _check_free(run, name)
-    trains = _own_settings(run, settings, config.seed if seed is None else seed, steps)
+    own_settings = _own_settings(run, settings, config.seed if seed is None else seed, steps)
+    trains = with_recorded_limit(own_settings, summary)
     files = ClientFiles(train=_located(data), test=None if test is None else _located(test))
     read = trains.data.columns, trains.data.on_bad_row
     rows_only = with_rows_of(config, name, files, *read)
@@ -87,6 +91,7 @@ def join(
     with observing(observer):
         rows = partition_manifest(own.clients)["clients"][name]  # what is wrong with them is found without the base
     own.check(config, needs_experts=method.needs_experts)
+    tell_limit(own, trains, observer)
     with closing(TrainedRun(run.path, own)) as trained, _staging(run.path, name) as staging:
         _check_base(trained)
         newcomer = Newcomer(trains, steps, name, own, trained.model, staging, observer)
@@ -117,6 +122,9 @@ class Newcomer(Client):
         self.observer.stage(f"{self.name}: evaluation")
         scores = self.evaluate(request, self.method.states)
         self.write_predictions(scores)
+        found = _scored(scores)
+        for state, reason in found["not_finite"].items():
+            self.observer.notice(f"{self.name}, {state}: no score; {reason}")
         return {
             "base": self.model.base.fingerprint,
             "shared": vector_hash(request.payload.vector),
@@ -124,8 +132,15 @@ class Newcomer(Client):
             "seed": self.config.seed,
             "steps": result.steps,
             "loss": result.loss,
-            **_scored(scores),
+            **found,
+            **self._answers(scores),
         }
+
+    def _answers(self, scores: Mapping[State, Scores]) -> dict[str, Any]:
+        """Return what a summary has of a client's answers."""
+        told = self.answer_counts(scores)
+        cut = {state: told.pop(f"cut.{state}") for state in scores}
+        return {"answers": {**told, "cut": cut}}
 
     def personalize(self, request: Request) -> TrainResult:
         """Train what is personal in one stretch and keep it on disk; nothing is made for sending."""
@@ -147,7 +162,7 @@ class Newcomer(Client):
 def _scored(scores: Mapping[State, Scores]) -> dict[str, Any]:
     """Return the scores as a summary has them for a client."""
     by_kind = {kind: {state: getattr(its, kind) for state, its in scores.items()} for kind in SCORES}
-    return {**by_kind, "scored_rows": next(iter(scores.values())).rows}
+    return {**by_kind, "not_finite": reasons_of(scores), "scored_rows": next(iter(scores.values())).rows}
 
 
 def _check_personal(method: Method, summary: Mapping[str, Any]) -> None:

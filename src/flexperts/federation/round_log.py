@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from flexperts.communication.traffic import group_bytes, payload_bytes
 from flexperts.parameters.vector import Manifest
+
+_ANSWERS = ("max_new_tokens", "longer_references", "cut")
+"""What is reported of answers beside their scores."""
 
 
 @dataclass
@@ -23,7 +26,9 @@ class RoundLog:
         groups: The same, divided by group of tensors.
         evaluation: Encoded bytes of the evaluation, both directions, by client.
         personal_sent: Personal bytes that clients found in their own encoded messages.
-        scores: Client -> metrics of its evaluation, in rounds that evaluate.
+        scores: Client -> metrics of its evaluation, in rounds that evaluate; None where one is not finite.
+        answers: Client -> longest answer in tokens, how many references are longer, answers cut by state, in rounds
+            that generate answers.
         seconds: Wall time of training and evaluation.
         participants: Who was drawn to train.
         refused: Client, or node that never got a name -> why a message of its was not used.
@@ -42,7 +47,8 @@ class RoundLog:
     groups: dict[str, dict[str, dict[str, int]]] = field(default_factory=lambda: {"uplink": {}, "downlink": {}})
     evaluation: dict[str, dict[str, int]] = field(default_factory=lambda: {"uplink": {}, "downlink": {}})
     personal_sent: int = 0
-    scores: dict[str, dict[str, float | int]] = field(default_factory=dict)
+    scores: dict[str, dict[str, float | int | None]] = field(default_factory=dict)
+    answers: dict[str, dict[str, float | int | None]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: {"training": 0.0, "evaluation": 0.0})
     participants: list[str] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
@@ -56,6 +62,13 @@ class RoundLog:
         """Note what a client's payload holds."""
         self.groups[direction][client] = group_bytes(manifest)
         self.declared[direction][client] = payload_bytes(manifest)
+
+    def score(self, client: str, metrics: Mapping[str, float | int | None]) -> None:
+        """Note what a client reports of its evaluation."""
+        about = {name: value for name, value in metrics.items() if name.partition(".")[0] in _ANSWERS}
+        self.scores[client] = {name: value for name, value in metrics.items() if name not in about}
+        if about:
+            self.answers[client] = about
 
     def refuse(self, client: str, reason: str) -> None:
         """Note why a message was not used; a client can have more than one."""

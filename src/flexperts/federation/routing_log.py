@@ -8,7 +8,6 @@ the personal graft, "common_opening" and "common_opening_std" of the one that cl
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from flexperts.data.batches import PaddedBatch
 from flexperts.data.prompts import PromptEncoder
 from flexperts.data.rows import Row
 from flexperts.evaluation.generation import prompt_batch
-from flexperts.files import damaged, read_lines, write_text
+from flexperts.files import damaged, json_text, read_lines, write_text
 from flexperts.grafting.grafts import Grafts
 from flexperts.grafting.openings import OpeningRecorder
 from flexperts.methods.base import Method, State
@@ -75,7 +74,7 @@ def write_routing(path: Path, lines: Sequence[dict[str, Any]]) -> None:
         kept = [line for line in old if line["round"] < first]
     except (KeyError, TypeError) as error:
         raise damaged(path, f"a line has no round ({error!r})") from error
-    write_text(path, "".join(f"{json.dumps(line)}\n" for line in [*kept, *lines]))
+    write_text(path, "".join(f"{json_text(line)}\n" for line in [*kept, *lines]))
 
 
 def _untouched(

@@ -24,6 +24,7 @@ from flexperts.federation.checkpoint import save_server
 from flexperts.federation.enrolment import enrol
 from flexperts.federation.exchange import Asked, error_of, one_line, request, sendable
 from flexperts.federation.membership import Membership
+from flexperts.federation.not_finite import reasons
 from flexperts.federation.observer import Observer
 from flexperts.federation.privacy import privacy_spent
 from flexperts.federation.reduction import reduced
@@ -63,6 +64,7 @@ class FlexpertsStrategy(Strategy):
         self.rounds_total = config.federation.rounds + method.extra_rounds(config.federation.rounds)
         self._asked = Asked()
         self._heard: set[str] = set()
+        self._told: set[str] = set()
         self._started = 0.0
 
     def seconds(self) -> dict[str, float]:
@@ -211,10 +213,18 @@ class FlexpertsStrategy(Strategy):
         """Note a reply's scores, or why there are none."""
         try:
             self._check_turn(name, reply, log.evaluation["downlink"], log.scores)
-            log.scores[name] = self.admission.scores(name, reply.content)
+            log.score(name, self.admission.scores(name, reply.content))
             log.evaluation["uplink"][name] = encoded_bytes(reply.content)
+            for state, reason in reasons(log.scores[name]).items():
+                self._tell(f"{name}, {state}: no score; {reason}")
         except FederationError as error:
             log.unscored[name] = self._refused(name, error)
+
+    def _tell(self, text: str) -> None:
+        """Say what surprises, once in a run."""
+        if text not in self._told:
+            self._told.add(text)
+            self.observer.notice(text)
 
     def _check_turn(self, name: str, reply: Message, wanted: Iterable[str], already: Iterable[str]) -> None:
         """Refuse errors, and who was not asked or has answered already."""

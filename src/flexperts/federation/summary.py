@@ -7,9 +7,12 @@ from typing import Any
 
 from flexperts.config.run import RunConfig
 from flexperts.evaluation.scores import SCORES
+from flexperts.evaluation.words import TOKENIZER
+from flexperts.federation.not_finite import reasons
 from flexperts.federation.privacy import privacy_spent
 from flexperts.federation.round_log import RoundLog
 
+_Metrics = Mapping[str, float | int | None]
 _STATES = ("zero_shot", "global", "personalized")
 
 
@@ -24,7 +27,10 @@ def summarize(
 
     ``mean`` is over clients, each counting once (macro); ``weighted_mean`` counts each by its scored rows. A state
     that the method does not have is null. Clients that sent no scores stand under ``unscored`` with the reason, and
-    in no mean. ``privacy`` is what differential privacy guarantees; null without noise.
+    in no mean. A score that is no finite number is null, with the reason under ``not_finite``, and so is the mean
+    that it would be in. A client's ``answers`` are the longest answer in tokens, how many scored references are
+    longer, and each state's answers that were cut there. ``privacy`` is what differential privacy guarantees; null
+    without noise.
 
     Args:
         config: The run.
@@ -33,9 +39,9 @@ def summarize(
         base: Fingerprint of the base.
         train_rows: Client -> its train rows.
     """
-    scores = rounds[-1].scores
-    clients = {name: _client(metrics, train_rows[name]) for name, metrics in sorted(scores.items())}
-    weights = {name: float(metrics["rows"]) for name, metrics in scores.items()}
+    scores, answers = rounds[-1].scores, rounds[-1].answers
+    clients = {n: _client(its, answers.get(n), train_rows[n]) for n, its in sorted(scores.items())}
+    weights = {name: float(metrics["rows"] or 0) for name, metrics in scores.items()}
     return {
         "method": config.method.name,
         "seed": config.seed,
@@ -44,8 +50,10 @@ def summarize(
         "base": {"name": config.model.base, "fingerprint": base},
         "clients": clients,
         "unscored": dict(sorted(rounds[-1].unscored.items())),
-        "mean": _means(clients, dict.fromkeys(clients, 1.0)),
-        "weighted_mean": _means(clients, weights),
+        "not_finite": {name: found for name, its in sorted(scores.items()) if (found := reasons(its))},
+        "rouge_tokenizer": TOKENIZER,
+        "mean": _means(scores, dict.fromkeys(clients, 1.0)),
+        "weighted_mean": _means(scores, weights),
         "parameters": {group: _parameters(rounds, group) for group in ("shared", "personal")},
         "bytes": _bytes(rounds),
         "privacy": privacy_spent(config, len(rounds)),
@@ -53,22 +61,35 @@ def summarize(
     }
 
 
-def _client(metrics: Mapping[str, float | int], train_rows: int) -> dict[str, Any]:
+def _client(metrics: _Metrics, answers: _Metrics | None, train_rows: int) -> dict[str, Any]:
     scores = {kind: {state: metrics.get(f"{kind}.{state}") for state in _STATES} for kind in SCORES}
-    return {**scores, "train_rows": train_rows, "scored_rows": metrics["rows"]}
+    return {**scores, "train_rows": train_rows, "scored_rows": metrics["rows"], "answers": _answers(answers)}
 
 
-def _means(clients: Mapping[str, Any], weights: Mapping[str, float]) -> dict[str, dict[str, float | None]]:
-    return {
-        kind: {state: _mean({n: c[kind][state] for n, c in clients.items()}, weights) for state in _STATES}
-        for kind in SCORES
-    }
+def _answers(told: _Metrics | None) -> dict[str, Any] | None:
+    if not told:
+        return None
+    cut = {state: told.get(f"cut.{state}") for state in _STATES}
+    return {name: told.get(name) for name in ("max_new_tokens", "longer_references")} | {"cut": cut}
 
 
-def _mean(values: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:
+def _means(clients: Mapping[str, _Metrics], weights: Mapping[str, float]) -> dict[str, dict[str, float | None]]:
+    return {kind: {state: _mean(clients, f"{kind}.{state}", weights) for state in _STATES} for kind in SCORES}
+
+
+def _mean(clients: Mapping[str, _Metrics], score: str, weights: Mapping[str, float]) -> float | None:
+    """Return a mean over the clients that were scored so; None where one's score is not finite."""
+    values = {name: metrics[score] for name, metrics in clients.items() if score in metrics}
     known = {name: value for name, value in values.items() if value is not None}
-    total = sum(weights[name] for name in known)
-    return sum(weights[n] * v for n, v in known.items()) / total if known else None
+    if not known or len(known) < len(values):
+        return None
+    return sum(weights[n] * v for n, v in known.items()) / sum(weights[n] for n in known)
+
+
+def score_text(rouge_l: float | None, nll: float | None) -> str:
+    """Return ``ROUGE-L (NLL)`` as tables show them; a dash where there is no finite number."""
+    shown = ("-" if value is None else f"{value:.{digits}f}" for value, digits in ((rouge_l, 1), (nll, 2)))
+    return "-" if rouge_l is None and nll is None else "{} ({})".format(*shown)
 
 
 def _parameters(rounds: Iterable[RoundLog], group: str) -> int:

@@ -149,7 +149,7 @@ def _by_client(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     for client, scores in record["scores"].items():
         for key, value in scores.items():
             metric, dot, state = key.partition(".")
-            if dot:  # else it is a count of rows
+            if dot and value is not None:  # else it is a count of rows, or not finite
                 groups.setdefault(f"{metric}/{state}", {})[client] = value
     return groups
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from flexperts.artifacts import RunDirectory
-from flexperts.errors import ConfigError
-from flexperts.evaluation.generation import generate
+from flexperts.errors import ConfigError, ModelError
+from flexperts.evaluation.generation import Answer, generate
 from flexperts.evaluation.scores import Scores
+from flexperts.federation.answer_limit import answer_limit, with_recorded_limit
 from flexperts.federation.checkpoint import load_server
 from flexperts.federation.client import Client, Request
 from flexperts.federation.client_model import ClientModel
@@ -35,7 +36,8 @@ class TrainedRun:
     def __init__(self, path: Path, workspace: Workspace | None = None) -> None:
         self.run = RunDirectory.open(path)
         self.summary = self.run.summary()
-        self.config = parse_recipe(self.run.config_toml, where=str(path / "config.toml"))
+        recipe = parse_recipe(self.run.config_toml, where=str(path / "config.toml"))
+        self.config = with_recorded_limit(recipe, self.summary)
         self.workspace = workspace or Workspace(self.config)
         self.model = ClientModel(self.workspace.base, self.config, make_method(self.config.method))
         self.server = load_server(self.run.checkpoint)
@@ -89,9 +91,29 @@ class TrainedRun:
         """Return a model state by name, the most personal one by default; see ``state_named``."""
         return state_named(self.model.method, name)
 
-    def generate(self, client: str, instruction: str, context: str = "", state: str | None = None) -> str:
-        """Return a client's greedy answer to one instruction."""
-        return answer_one(self.client(client), self.request(client), self.state(state), instruction, context)
+    def generate(
+        self,
+        client: str,
+        instruction: str,
+        context: str = "",
+        state: str | None = None,
+        *,
+        max_new_tokens: int | None = None,
+    ) -> Answer:
+        """Return a client's greedy answer to one instruction; its ``cut`` tells whether the limit ended it.
+
+        Args:
+            client: Whose model answers.
+            instruction: What is asked.
+            context: The passage that it is about.
+            state: By name; the most personal one by default.
+            max_new_tokens: Longest answer in tokens; by default as in the run's evaluation.
+
+        Raises:
+            FlexpertsError: As ``answer_one``, or there is no such client or state.
+        """
+        asked, chosen = self.client(client), self.state(state)
+        return answer_one(asked, self.request(client), chosen, instruction, context, max_new_tokens)
 
     def evaluate(self, observer: Observer | None = None) -> dict[str, dict[State, Scores]]:
         """Score every client in every state of the method, on the rows that the recipe names."""
@@ -115,17 +137,35 @@ def state_named(method: Method, name: str | None) -> State:
     )
 
 
-def answer_one(client: Client, request: Request, state: State, instruction: str, context: str = "") -> str:
-    """Return a client's greedy answer to one instruction, by its model in a state."""
+def answer_one(
+    client: Client,
+    request: Request,
+    state: State,
+    instruction: str,
+    context: str = "",
+    max_new_tokens: int | None = None,
+) -> Answer:
+    """Return a client's greedy answer to one instruction, by its model in a state.
+
+    Raises:
+        ConfigError: ``max_new_tokens`` is below 1.
+        ModelError: The model's logits are not finite.
+    """
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens = {max_new_tokens}", "an answer has at least one token", "raise it")
     encoder = client.workspace.encoder
     with client.in_state(request, state) as (model, on_batch):
-        answers = generate(
+        [answer] = generate(
             model,
             encoder,
             [encoder.prompt(instruction, context)],
-            max_new_tokens=client.config.evaluation.max_new_tokens,
+            max_new_tokens=max_new_tokens or answer_limit(client.workspace, client.config),
             batch_size=1,
             precision=client.config.model.precision,
             on_batch=on_batch,
         )
-    return answers[0]
+    if not answer.finite:
+        cause = "the base" if state == "zero_shot" else "a training that has diverged, or the base"
+        rule = f"its logits are not finite numbers, so it has no answer; the cause is {cause}"
+        raise ModelError(f"{client.name}'s {state} model", rule, "see not_finite in the run's summary.json")
+    return answer

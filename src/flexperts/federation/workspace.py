@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
+import torch
+
 from flexperts.config.run import RunConfig
 from flexperts.data.bad_rows import BadRow, settle_bad_rows, some
+from flexperts.data.batches import pad_batch
 from flexperts.data.clients import Clients, load_clients
 from flexperts.data.prompts import Example, PromptEncoder, encoder_of
 from flexperts.data.records import Say
 from flexperts.data.rows import ClientRows
-from flexperts.errors import DataError, GraftError
+from flexperts.errors import DataError, GraftError, ModelError
 from flexperts.federation.observer import current_observer
 from flexperts.grafting.rules import pick_layers
+from flexperts.modeling.forward import autocast, token_losses
 from flexperts.modeling.load import LoadedBase, load_base, load_tokenizer
 from flexperts.moe.attention import attention_linears
 from flexperts.moe.experts import find_experts
@@ -91,6 +96,12 @@ class Workspace:
         clients, encoder = self.clients, self.encoder
         return lru_cache(CLIENTS_KEPT)(lambda name: encoder.encode_all(clients[name].train))
 
+    @cached_property
+    def longest_response(self) -> int:
+        """Tokens of the longest train response, its end among them, of all clients whose rows are here."""
+        examples = (example for name in self.clients for example in self.examples(name))
+        return max(len(example.input_ids) - example.prompt_length for example in examples)
+
     def check(self, config: RunConfig, *, needs_experts: bool) -> None:
         """Refuse what would otherwise fail in the middle of a run.
 
@@ -99,9 +110,11 @@ class Workspace:
             needs_experts: Whether some method of the run works on experts.
 
         Raises:
-            FlexpertsError: A row does not fit, the base cannot be grafted, or has too few experts or projections.
+            FlexpertsError: A row does not fit, the base cannot be grafted, has too few experts or projections, or
+            computes what is no number.
         """
         attention_linears(self.base.model, config.lora.projections)
+        self._check_loss(config)
         wanted, found = config.graft.experts, find_experts(self.base.model) if needs_experts else []
         pick_layers(found, config.graft.layers if found else ())
         for experts in found:
@@ -109,6 +122,22 @@ class Workspace:
                 raise GraftError(
                     f"graft.experts = {wanted}", f"{experts.name} has {experts.num_experts}", "ask for fewer"
                 )
+
+    def _check_loss(self, config: RunConfig) -> None:
+        """Refuse a base whose untouched weights come to no finite loss: of one row, once per base."""
+        device, key = next(self.base.model.parameters()).device, f"loss {config.model.precision}"
+        if key in self.untouched:
+            return
+        batch = pad_batch(self.examples(next(iter(self.clients)))[:1], self.encoder.tokenizer.pad_token_id)
+        with torch.no_grad(), autocast(device, config.model.precision):
+            loss = float(token_losses(self.base.model, batch)[0])
+        if not math.isfinite(loss):
+            raise ModelError(
+                f"model.base = {config.model.base!r}: the untouched base's loss is {loss} on a train row",
+                "it must be a finite number",
+                "use other weights, or another model.dtype or model.precision",
+            )
+        self.untouched[key] = loss
 
     @cached_property
     def encoder(self) -> PromptEncoder:

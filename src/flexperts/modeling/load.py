@@ -25,6 +25,7 @@ from flexperts.modeling.quantization import ExpertsQuantization, check_quantized
 from flexperts.modeling.skeleton import auto_class
 from flexperts.moe.experts import find_experts
 from flexperts.parameters.fingerprint import fingerprint
+from flexperts.parameters.finite import first_not_finite
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ def load_base(config: ModelConfig, tokenizer: Any = None) -> LoadedBase:
 
     Raises:
         ModelError: Nothing can be loaded under that name, it holds no safetensors, or not exactly the model's
-            weights, its own code would have to run and ``trust_remote_code`` is off, the device does not exist, or
-            experts that are to be quantized cannot.
+            weights, or one that is no finite number, its own code would have to run and ``trust_remote_code`` is
+            off, the device does not exist, or experts that are to be quantized cannot.
     """
     device = computing_device(config.device)
     source = resolve_base(config.base)
@@ -104,6 +105,7 @@ def load_base(config: ModelConfig, tokenizer: Any = None) -> LoadedBase:
     _check_complete(model, described, found, config.base)
     if config.quantization != "none":
         check_quantized(model, config.base)
+    _check_finite(model, config.base)
     _freeze(model)
     _let_go_of_files(model)
     _keep_rows_together(model)
@@ -167,6 +169,15 @@ def _check_weights(folder: Path) -> None:
             f"base folder {str(folder)!r}",
             f"it must hold its weights as safetensors ({'only ' + found[0] if found else 'it holds none'})",
             "save it there with save_pretrained of a present transformers",
+        )
+
+
+def _check_finite(model: Any, base: str) -> None:
+    if (name := first_not_finite(model)) is not None:
+        raise ModelError(
+            f"model.base = {base!r}: {name}",
+            "it holds NaN or infinity, and a base's weights are finite numbers",
+            "get its files anew, or use another base",
         )
 
 

@@ -28,7 +28,7 @@ def fingerprint(model: nn.Module) -> str:
         if name in tied:
             continue
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        for values in _stored(model, name, parameter):
+        for values in stored_tensors(model, name, parameter):
             flat = values.detach().reshape(-1)
             step = max(1, -(-flat.numel() // _SAMPLES))
             sample = flat[::step].cpu().contiguous()
@@ -36,7 +36,7 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _stored(model: nn.Module, name: str, parameter: Any) -> list[Tensor]:
+def stored_tensors(model: nn.Module, name: str, parameter: Any) -> list[Tensor]:
     """Return the tensors that hold a parameter's values."""
     path, _, own = name.rpartition(".")
     module: Any = model.get_submodule(path)

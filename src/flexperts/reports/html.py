@@ -13,7 +13,7 @@ from flexperts.reports.cells import Table
 from flexperts.reports.curve_plots import CURVES, curve_plots, drift_plots
 from flexperts.reports.figures import looks
 from flexperts.reports.plots import Plot, difference_plot, score_plot
-from flexperts.reports.reading import METRICS, Comparison, ordered
+from flexperts.reports.reading import METRICS, Comparison, ordered, rows_shown
 from flexperts.reports.routing_plots import routing_plots
 from flexperts.reports.summary import facts, summary
 from flexperts.reports.tables import tables
@@ -37,6 +37,7 @@ def html_report(comparison: Mapping[str, Any]) -> str:
     made = tables(comparison)
     return environment.get_template("page.html.jinja").render(
         comparison=comparison,
+        warning=rows_shown(comparison),
         summary=summary(comparison),
         facts=facts(comparison),
         legend=[(entry["name"], looks(comparison)[entry["name"]]) for entry in ordered(comparison)],

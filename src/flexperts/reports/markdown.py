@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flexperts.reports.cells import Cell, Table
-from flexperts.reports.reading import Comparison
+from flexperts.reports.reading import Comparison, rows_shown
 from flexperts.reports.summary import facts, summary
 from flexperts.reports.tables import tables
 
@@ -19,7 +19,9 @@ def markdown_report(comparison: Mapping[str, Any]) -> str:
         comparison: What ``comparison.json`` holds.
     """
     made = tables(comparison)
-    parts = [f"# {_line(comparison['title'])}", *map(_line, summary(comparison))]
+    warning = rows_shown(comparison)
+    parts = [f"# {_line(comparison['title'])}", *([f"> **{_line(warning)}**"] if warning else [])]
+    parts += map(_line, summary(comparison))
     parts.append(", ".join(f"{name}: {_line(value)}" for name, value in facts(comparison)))
     setup = [made.pop(key) for key in ("entries", "environment") if key in made]
     parts += map(markdown_table, made.values())

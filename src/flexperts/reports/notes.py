@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from flexperts.reports.reading import METRICS, Comparison, Entry
+from flexperts.reports.reading import METRICS, STATES, Comparison, Entry
+
+_NAMED = 5
+"""Scores that one note explains."""
 
 
 def counts(comparison: Comparison) -> str:
@@ -41,7 +44,15 @@ def _paired(comparison: Comparison, entry: Entry) -> int:
 
 def main_note(comparison: Comparison) -> str:
     """Return the note of the comparison."""
-    return _joined(_score_words(comparison), _best_words(comparison), interval_note(comparison), counts(comparison))
+    return _joined(
+        _score_words(comparison),
+        tokenizer_words(comparison),
+        _cut_words(comparison),
+        _not_finite_words(comparison),
+        _best_words(comparison),
+        interval_note(comparison),
+        counts(comparison),
+    )
 
 
 def client_note(comparison: Comparison, metric: str) -> str:
@@ -78,6 +89,48 @@ def _score_words(comparison: Comparison) -> str:
         f"mean over clients{spread}. Own: each client's own {comparison['split']} rows; others': of the other "
         "clients. Entries stand best first."
     )
+
+
+def tokenizer_words(comparison: Comparison) -> str:
+    """Return what ROUGE-L counted as words, and whether that was the same for all; empty where it is not noted."""
+    by_name: dict[str, list[str]] = {}
+    for entry in comparison["entries"]:
+        if name := entry.get("rouge_tokenizer"):
+            by_name.setdefault(name, []).append(entry["name"])
+    if len(by_name) > 1 or any("," in name for name in by_name):
+        who = "; ".join(f"{name} in {', '.join(entries)}" for name, entries in by_name.items())
+        return (
+            f"ROUGE-L does not count the same words everywhere ({who}): where texts hold other letters than "
+            "English ones, these scores cannot be compared."
+        )
+    return f"ROUGE-L counts words as {next(iter(by_name))} does." if by_name else ""
+
+
+def _cut_words(comparison: Comparison) -> str:
+    """Return how many answers of own states reached the limit, and how many references are longer."""
+    cut, longer = [], 0
+    for entry in comparison["entries"]:
+        clients = ((entry.get("answers") or {}).get("clients") or {}).values()
+        count, rows = (
+            sum(its["cut"][entry["own_state"]] for its in clients),
+            sum(its["rows"] for its in clients),
+        )
+        cut += [f"{entry['name']} {count} of {rows}"] if count else []
+        longer = max(longer, *(its["longer_references"] for its in clients), 0)
+    said = f"Answers cut at evaluation.max_new_tokens: {', '.join(cut)}." if cut else ""
+    return _joined(said, "Some references are longer than that." if longer else "")
+
+
+def _not_finite_words(comparison: Comparison) -> str:
+    """Return whose scores are missing because they are no finite numbers, and why."""
+    found = [
+        f"{entry['name']}, {client}, {STATES.get(state, state)}: {reason}"
+        for entry in comparison["entries"]
+        for client, states in (entry.get("not_finite") or {}).items()
+        for state, reason in states.items()
+    ]
+    more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return f"No score, nor a mean over it: {'; '.join(found[:_NAMED])}{more}." if found else ""
 
 
 def _best_words(comparison: Comparison) -> str:

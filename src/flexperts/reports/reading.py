@@ -96,6 +96,18 @@ def own_state_words(comparison: Comparison) -> str:
     return STATES.get(min(states), min(states)) if len(states) == 1 else "own state"
 
 
+def rows_shown(comparison: Comparison) -> str:
+    """Return the warning that stands above a page with rows of silos; empty where it holds none."""
+    shown = {client: len(rows) for client, rows in (comparison.get("examples") or {}).items() if rows}
+    if not shown:
+        return ""
+    named = ", ".join(f"{client} ({count})" for client, count in shown.items())
+    return (
+        f"This page holds rows of these silos, with their passages and answers: {named}. "
+        "Give it to nobody who may not read those rows."
+    )
+
+
 def routing_of(entry: Entry) -> Mapping[str, Any]:
     """Return client -> layer -> routing of an entry's own state; empty where none was recorded."""
     return (entry.get("routing") or {}).get(entry["own_state"]) or {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flexperts.reports.answer_table import answer_table
 from flexperts.reports.cells import Table
 from flexperts.reports.cost_tables import cost_table, groups_table, privacy_table
 from flexperts.reports.reading import Comparison
@@ -13,7 +14,7 @@ from flexperts.reports.setup_tables import entries_table, environment_table
 def tables(comparison: Comparison) -> dict[str, Table]:
     """Return every table that has a row, by key, in the order in which they are read.
 
-    Keys: main, clients-rouge_l, clients-nll, ability, cost, groups, privacy, routing, selection, entries,
+    Keys: main, clients-rouge_l, clients-nll, answers, ability, cost, groups, privacy, routing, selection, entries,
     environment.
     Columns in which every number is missing are left out.
     """
@@ -21,6 +22,7 @@ def tables(comparison: Comparison) -> dict[str, Table]:
         main_table(comparison),
         client_table(comparison, "rouge_l"),
         client_table(comparison, "nll"),
+        answer_table(comparison),
         ability_table(comparison),
         cost_table(comparison),
         groups_table(comparison),

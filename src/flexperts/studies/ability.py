@@ -23,16 +23,27 @@ def abilities(entry: Finished, confidence: float, resamples: int) -> dict[str, d
     for all clients and seeds together.
 
     Returns:
-        State -> score -> difference, interval and p-value; empty where runs did not score general tasks by row.
+        State -> score -> difference, interval and p-value; empty where runs did not score general tasks by row,
+        without the scores of which a row is not finite.
     """
     seeds = [beyond.get("general", {}) for beyond in entry.beyond]
     states = [state for state in entry.states if state != _BASE and all(_has_rows(seed, state) for seed in seeds)]
-    return {s: {k: _test(entry.name, seeds, s, k, confidence, resamples) for k in SCORES} for s in states}
+    wanted = [(state, kind) for state in states for kind in SCORES if _is_whole(seeds, (state, _BASE), kind)]
+    found: dict[str, dict[str, Any]] = {}
+    for state, kind in wanted:
+        found.setdefault(state, {})[kind] = _test(entry.name, seeds, state, kind, confidence, resamples)
+    return found
 
 
 def _has_rows(seed: Mapping[str, _ByClient], state: str) -> bool:
     needed = [seed.get(state, {}), seed.get(_BASE, {})]
     return all(clients and all("by_row" in found for found in clients.values()) for clients in needed)
+
+
+def _is_whole(seeds: Any, states: tuple[str, ...], kind: str) -> bool:
+    """Tell whether every row has a finite score in all seeds."""
+    rows = (row for seed in seeds for state in states for found in seed[state].values() for row in found["by_row"])
+    return all(row[kind] is not None for row in rows)
 
 
 def _test(name: str, seeds: Any, state: str, kind: str, confidence: float, resamples: int) -> dict[str, float]:

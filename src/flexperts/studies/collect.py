@@ -6,6 +6,7 @@ scored on: ``own`` rows, ``others`` (the other clients' rows), ``general`` tasks
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,9 +17,10 @@ import tomli_w
 
 from flexperts.artifacts import RunDirectory
 from flexperts.errors import ArtifactError
-from flexperts.evaluation.scores import SCORES, Scores
+from flexperts.evaluation.scores import SCORES, Scores, mean_of
 from flexperts.files import placeless, read_json
 from flexperts.studies.ability import abilities
+from flexperts.studies.answers import answers
 from flexperts.studies.contrast import contrasts
 from flexperts.studies.curves import curves
 from flexperts.studies.finished import CLAIM, RUNS, Finished, read_claim
@@ -34,8 +36,9 @@ def collect(
     *,
     confidence: float = 0.95,
     resamples: int = 10_000,
+    samples: int = 0,
 ) -> dict[str, Any]:
-    """Return the comparison of finished runs.
+    """Return the comparison of finished runs; it holds no row's text unless ``samples`` asks for some.
 
     Args:
         title: What it is called: its directory.
@@ -43,6 +46,7 @@ def collect(
         finished: Entries with at least one finished run each, in the order of the table.
         reference: The entry that the others are compared with.
         confidence, resamples: Of the bootstrap.
+        samples: Scored rows of each client that are shown, with their passages and answers.
 
     Raises:
         ArtifactError: No entry has finished, or the reference has not.
@@ -67,7 +71,8 @@ def collect(
             _entry(entry) | {"ability": abilities(entry, confidence, resamples), "against": against.get(entry.name)}
             for entry in finished
         ],
-        "examples": examples(first, finished),
+        "rouge_tokenizer": _together([entry.rouge_tokenizer for entry in finished]),
+        "examples": examples(first, finished, samples),
     }
 
 
@@ -86,30 +91,39 @@ def _setting(setting: str) -> str:
     return setting if placeless(bare) == bare else f"{key}={placeless(bare)}"
 
 
-def collect_comparison(path: Path) -> dict[str, Any]:
+def collect_comparison(path: Path, *, samples: int = 0) -> dict[str, Any]:
     """Return what a comparison's directory holds, from its runs; without them, from its ``comparison.json``.
+
+    Args:
+        path: The directory.
+        samples: As for ``collect``; of a ``comparison.json`` alone, no more than it holds.
 
     Raises:
         ArtifactError: There is neither, or the reference has not finished.
     """
     if not ((path / RUNS).exists() and (path / CLAIM).exists()):
-        return _read(path / "comparison.json")
+        return _read(path / "comparison.json", samples)
     claim = read_claim(path)
     found = [Finished.read(path, name, settings) for name, settings in claim["entries"].items()]
     finished = [entry for entry in found if entry.runs]
-    bootstrap = {key: claim[key] for key in ("confidence", "resamples")}
-    return collect(path.resolve().name, claim["recipe"], finished, claim["reference"], **bootstrap)
+    options = {key: claim[key] for key in ("confidence", "resamples")} | {"samples": samples}
+    return collect(path.resolve().name, claim["recipe"], finished, claim["reference"], **options)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, samples: int) -> dict[str, Any]:
     found = read_json(path)
     if not isinstance(found, dict) or found.get("kind") != "comparison" or not found.get("entries"):
         raise ArtifactError(f"{path}", "it holds no comparison", "give the --out of a `flexperts compare`")
-    return found
+    shown = {client: rows[:samples] for client, rows in (found.get("examples") or {}).items() if samples}
+    return found | {"examples": shown}
 
 
-def collect_run(path: Path) -> dict[str, Any]:
+def collect_run(path: Path, *, samples: int = 0) -> dict[str, Any]:
     """Return a single run, with its reference method's if it has one, in the form of a comparison.
+
+    Args:
+        path: The run directory.
+        samples: As for ``collect``.
 
     Raises:
         ArtifactError: There is no finished run.
@@ -121,7 +135,7 @@ def collect_run(path: Path) -> dict[str, Any]:
         name = str(other.summary()["method"])
         name = f"{name} as reference" if name == finished[0].name else name
         finished.append(Finished(name, (), {int(other.summary()["seed"]): other}))
-    return collect(path.resolve().name, run.config_toml, finished, finished[0].name)
+    return collect(path.resolve().name, run.config_toml, finished, finished[0].name, samples=samples)
 
 
 def _entry(entry: Finished) -> dict[str, Any]:
@@ -138,9 +152,21 @@ def _entry(entry: Finished) -> dict[str, Any]:
         "seconds": _mean_of([s["seconds"] for s in summaries]),
         "peak_memory": max((s["peak_memory"] for s in summaries if s.get("peak_memory")), default=None),
         "privacy": summaries[0].get("privacy"),
+        "rouge_tokenizer": entry.rouge_tokenizer,
+        "answers": answers(entry),
+        "not_finite": _not_finite(summaries),
         "curves": curves(entry),
         **routing_and_selection(entry),
     }
+
+
+def _not_finite(summaries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    """Return client -> state -> why it has no score in some seed."""
+    found: dict[str, dict[str, str]] = {}
+    for summary in summaries:
+        for client, states in (summary.get("not_finite") or {}).items():
+            found.setdefault(client, {}).update(states)
+    return found
 
 
 def _scores(entry: Finished, state: str) -> dict[str, Any]:
@@ -170,15 +196,14 @@ def _others(entry: Finished, state: str) -> list[dict[str, Any]]:
 def _of_the_others(clients: Mapping[str, Sequence[Any]], state: str, count: int) -> dict[str, Any]:
     own = {client: _scored([row["scores"][state] for row in rows[:count]]) for client, rows in clients.items()}
     return {
-        name: {kind: float(np.mean([own[other][kind] for other in own if other != name])) for kind in SCORES}
-        for name in own
+        name: {kind: mean_of(own[other][kind] for other in own if other != name) for kind in SCORES} for name in own
     }
 
 
-def _scored(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _scored(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """Return a client's scores over some of its rows, as a run takes them."""
-    nlls, tokens, points = (tuple(row[key] for row in rows) for key in ("nll", "tokens", "rouge_l"))
-    return Scores(nlls, tokens, points).metrics()
+    nlls, points = (tuple(math.nan if row[key] is None else row[key] for row in rows) for key in ("nll", "rouge_l"))
+    return Scores(nlls, tuple(row["tokens"] for row in rows), points).metrics()
 
 
 def _kinds(kinds: Sequence[str], seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -188,15 +213,21 @@ def _kinds(kinds: Sequence[str], seeds: Sequence[Mapping[str, Any]]) -> dict[str
     return {kind: statistic([{c: scores[kind] for c, scores in seed.items()} for seed in seeds]) for kind in kinds}
 
 
-def statistic(seeds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Return mean and standard deviation over seeds (n - 1; None for one seed) of the mean over clients."""
-    means = [float(np.mean(list(seed.values()))) for seed in seeds]
+def statistic(seeds: Sequence[Mapping[str, float | None]]) -> dict[str, Any]:
+    """Return mean and standard deviation over seeds (n - 1; None for one seed) of the mean over clients.
+
+    Where one score is missing because it is not finite, so is every mean that it would be in.
+    """
+    means = [mean_of(seed.values()) for seed in seeds]
     by_client = {client: [seed[client] for seed in seeds] for client in seeds[0]}
     return {**_spread(means), "seeds": means, "clients": {c: _spread(values) for c, values in by_client.items()}}
 
 
-def _spread(values: Sequence[float]) -> dict[str, float | None]:
-    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else None}
+def _spread(values: Sequence[float | None]) -> dict[str, float | None]:
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return {"mean": None, "std": None}
+    return {"mean": float(np.mean(known)), "std": float(np.std(known, ddof=1)) if len(known) > 1 else None}
 
 
 def _mean_of(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from flexperts.evaluation.scores import SCORES
+from flexperts.evaluation.scores import SCORES, mean_of
 from flexperts.studies.finished import Finished
 
 
@@ -37,6 +37,5 @@ def _curve(seeds: Sequence[Sequence[Mapping[str, Any]]], part: str, key: str) ->
     return {"rounds": list(points)} | {name: over.tolist() for name, over in ends.items()}
 
 
-def _mean(clients: Mapping[str, Mapping[str, float]], key: str) -> float | None:
-    values = [numbers[key] for numbers in clients.values() if key in numbers]
-    return float(np.mean(values)) if values else None
+def _mean(clients: Mapping[str, Mapping[str, float | None]], key: str) -> float | None:
+    return mean_of(numbers[key] for numbers in clients.values() if key in numbers)

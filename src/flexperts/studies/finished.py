@@ -18,6 +18,8 @@ from flexperts.files import read_json
 from flexperts.methods.registry import method_class
 from flexperts.recipe import parse_recipe
 
+ASCII_WORDS = "rouge-score"
+"""What runs of before had for words: rouge-score's default, English letters and digits alone."""
 CLAIM, RUNS, SEED, DONE = "compare.json", "runs", "seed-", "done"
 
 
@@ -71,6 +73,11 @@ class Finished:
     def states(self) -> tuple[str, ...]:
         """The model states that the method has."""
         return tuple(method_class(self.method).states)
+
+    @property
+    def rouge_tokenizer(self) -> str:
+        """What ROUGE-L counted as words, in all runs; several names with commas where they differ."""
+        return ", ".join(sorted({s.get("rouge_tokenizer", ASCII_WORDS) for s in self.summaries}))
 
     @property
     def clients(self) -> list[str]:

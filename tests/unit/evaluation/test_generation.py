@@ -168,3 +168,57 @@ def test_evaluation_scores_the_generated_answers_and_the_responses(model: Any, e
         tokens += len(response)
     assert scores.nll == pytest.approx(total / tokens, rel=1e-5)
     assert scores.rows == 6
+
+
+def test_an_answer_tells_how_it_ended(model: Any, encoder: PromptEncoder, prompts: list[list[int]]) -> None:
+    free = argmax_tokens(model, prompts[0], set())
+    model.generation_config.eos_token_id = free[4]
+    found = answers(model, encoder, prompts)
+    kept = [argmax_tokens(model, prompt, {257, free[4]}) for prompt in prompts]
+    assert [a.tokens for a in found] == [len(tokens) for tokens in kept]
+    assert [a.cut for a in found] == [tokens[-1] not in {257, free[4]} for tokens in kept]
+    assert (found[0].cut, found[0].tokens) == (False, free.index(free[4]) + 1)
+    assert any(a.cut for a in found)
+    assert all(a.finite for a in found)
+
+
+def test_an_end_at_the_limit_is_no_cut(model: Any, encoder: PromptEncoder, prompts: list[list[int]]) -> None:
+    free = argmax_tokens(model, prompts[0], set())
+    model.generation_config.eos_token_id = free[4]
+    length = free.index(free[4]) + 1
+    for limit, cut in ((length - 1, True), (length, False), (length + 1, False)):
+        settings = {"max_new_tokens": limit, "batch_size": 1, "precision": "fp32"}
+        assert generate(model, encoder, prompts[:1], **settings)[0].cut is cut
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("announced", [False, True])
+def test_an_answer_ends_where_the_logits_are_no_numbers(
+    model: Any, encoder: PromptEncoder, prompts: list[list[int]], value: float, announced: bool
+) -> None:
+    """As one expert's NaN shows: only once a token is routed to it, and the other rows go on."""
+    usual = answers(model, encoder, prompts)
+    tokens = [argmax_tokens(model, prompt, {257}) for prompt in prompts]
+    victim, place = next(
+        (row, place)
+        for row, mine in enumerate(tokens)
+        for place, token in enumerate(mine[:-1])
+        if place > 0
+        and all(
+            token not in [*prompt, *other]
+            for prompt, other in zip(prompts, tokens, strict=True)
+            if other is not mine
+        )
+        and token not in prompts[row]
+        and token not in mine[:place]
+    )
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokens[victim][place]] = value
+    settings: dict[str, Any] = {"max_new_tokens": LENGTH, "batch_size": 4, "precision": "fp32"}
+    found = generate(model, encoder, prompts, **settings, on_batch=(lambda batch: None) if announced else None)
+    assert [a.finite for a in found] == [row != victim for row in range(len(prompts))]
+    assert found[victim] == text(encoder, tokens[victim][: place + 1])
+    assert not found[victim].cut
+    assert [a for row, a in enumerate(found) if row != victim] == [
+        a for row, a in enumerate(usual) if row != victim
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import re
@@ -19,7 +20,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean_stderr
 from tokenizers import processors
 
-from flexperts.errors import ConfigError, DataError
+from flexperts.errors import ConfigError, DataError, ModelError
 from flexperts.evaluation import harness
 from flexperts.evaluation.mmlu import check_source, draw, mmlu
 from flexperts.testing import byte_tokenizer, tiny_model
@@ -305,3 +306,11 @@ def test_control_tokens_in_questions_are_text(model, tokenizer, folder):
     tokens = live.tok_encode("Is </s> the end?<pad>")
     assert max(tokens) < 256
     assert tokenizer.decode(tokens) == "Is </s> the end?<pad>"
+
+
+def test_likelihoods_that_are_no_numbers_are_no_score(model, tokenizer, folder):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(ModelError, match="a likelihood: it is not a number"):
+        ask(broken, tokenizer, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,9 +11,9 @@ import torch.nn.functional as F
 
 from flexperts.data.prompts import PromptEncoder
 from flexperts.data.rows import Row
-from flexperts.evaluation.generation import generate
+from flexperts.evaluation.generation import Answer, generate
 from flexperts.evaluation.rouge import rouge_l
-from flexperts.evaluation.scores import EvaluationSettings, Scores, evaluate
+from flexperts.evaluation.scores import EvaluationSettings, Scores, evaluate, mean_of
 from flexperts.testing import byte_tokenizer, tiny_model
 
 ROWS = [Row("What?", "no"), Row("Sum up", "a till and a shelf", "A long note. " * 4), Row("Why?", "because")]
@@ -50,12 +51,39 @@ def test_every_rows_nll_is_its_own(model: Any, encoder: PromptEncoder, batch_siz
 
 
 def test_nll_weights_rows_by_tokens_and_rouge_by_none() -> None:
-    scores = Scores((1.0, 4.0), (3, 1), (10.0, 40.0), ("a", "b"))
+    scores = Scores((1.0, 4.0), (3, 1), (10.0, 40.0), (Answer("a"), Answer("b")))
     assert scores.nll == 1.75
     assert scores.rouge_l == 25.0
     assert scores.rows == 2
     assert scores.metrics() == {"rouge_l": 25.0, "nll": 1.75}
     assert scores.row(1) == {"rouge_l": 40.0, "nll": 4.0, "tokens": 1}
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_row_that_is_no_number_leaves_no_mean_of_the_others(broken: float) -> None:
+    scores = Scores((1.0, broken), (3, 1), (10.0, math.nan), (Answer("a"), Answer("b")))
+    assert scores.metrics() == {"rouge_l": None, "nll": None}
+    assert scores.row(0) == {"rouge_l": 10.0, "nll": 1.0, "tokens": 3}
+    assert scores.row(1) == {"rouge_l": None, "nll": None, "tokens": 1}
+    assert Scores((broken,), (3,)).metrics() == {"nll": None}
+
+
+def test_an_answer_without_finite_logits_has_no_points_though_the_loss_is_finite(
+    model: Any, encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ill(*_: Any, **__: Any) -> list[Answer]:
+        return [Answer("x", 1, finite=False), Answer("no", 4, cut=True)]
+
+    monkeypatch.setattr("flexperts.evaluation.scores.answer", ill)
+    scores = evaluate(model, encoder, [ROWS[0], ROWS[2]], settings(answers=True))
+    assert sorted(scores.points, key=math.isnan)[0] >= 0
+    assert (scores.rouge_l, scores.cut) == (None, 1)
+    assert math.isfinite(scores.nll or math.nan)
+
+
+def test_a_mean_needs_all_its_values() -> None:
+    assert mean_of([1.0, 2.0]) == 1.5
+    assert mean_of([1.0, None]) is mean_of([1.0, math.inf]) is mean_of([]) is None
 
 
 def test_without_answers_there_is_no_rouge_and_nothing_is_generated(

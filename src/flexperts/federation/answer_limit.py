@@ -1,0 +1,69 @@
+"""How long an answer may be, and which references no answer of that length can reach."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flexperts.config.evaluation import EvaluationConfig
+from flexperts.config.run import RunConfig
+from flexperts.data.rows import ClientRows, Row
+from flexperts.federation.observer import Observer
+from flexperts.federation.workspace import Workspace
+
+_NAMED = 10
+"""Clients that one line names."""
+
+
+def answer_limit(workspace: Workspace, config: RunConfig) -> int:
+    """Return the longest answer in tokens: the recipe's, or what the train rows that are here need.
+
+    Clients in one process have one limit for all; a silo on its own machine chooses by its own rows.
+    """
+    given = config.evaluation.max_new_tokens
+    return chosen_limit(workspace.longest_response, config.training.max_length) if given is None else given
+
+
+def chosen_limit(longest: int, max_length: int) -> int:
+    """Return the smallest power of two that holds a response of ``longest`` tokens, but no more than an example."""
+    return int(min(1 << (longest - 1).bit_length(), max_length))
+
+
+def with_recorded_limit(config: RunConfig, summary: Mapping[str, Any]) -> RunConfig:
+    """Return a finished run's recipe with the limit that its scores were taken with, where it chose one itself."""
+    noted = [client["answers"]["max_new_tokens"] for client in summary["clients"].values() if client.get("answers")]
+    if config.evaluation.max_new_tokens is not None or not noted:
+        return config
+    evaluation = config.evaluation.model_copy(update={"max_new_tokens": max(noted)})
+    return config.model_copy(update={"evaluation": evaluation})
+
+
+def scored_rows(rows: ClientRows, evaluation: EvaluationConfig) -> tuple[Row, ...]:
+    """Return those of a client's rows that evaluation scores."""
+    return (rows.validation if evaluation.split == "validation" else rows.test)[: evaluation.rows]
+
+
+def longer_references(workspace: Workspace, rows: Sequence[Row], limit: int) -> list[int]:
+    """Return the lengths in tokens of the responses, without their end, that are longer than an answer may be."""
+    if not rows:
+        return []
+    encoded = workspace.encoder.tokenizer([row.response for row in rows], add_special_tokens=False)["input_ids"]
+    return [len(tokens) for tokens in encoded if len(tokens) > limit]
+
+
+def tell_limit(workspace: Workspace, config: RunConfig, observer: Observer) -> None:
+    """Say how long answers may be where the recipe does not, and whose scored references are longer."""
+    limit, found = answer_limit(workspace, config), []
+    if config.evaluation.max_new_tokens is None:
+        longest = workspace.longest_response
+        observer.stage(f"answers of up to {limit} tokens: the longest train response has {longest}, end included")
+    for name, rows in workspace.clients.items():
+        scored = scored_rows(rows, config.evaluation)
+        if longer := longer_references(workspace, scored, limit):
+            found.append(f"{name} {len(longer)} of {len(scored)} (up to {max(longer)} tokens)")
+    if found:
+        more = f" and {len(found) - _NAMED} clients more" if len(found) > _NAMED else ""
+        observer.notice(
+            f"evaluation.max_new_tokens = {limit} cuts every answer before these references end: "
+            f"{', '.join(found[:_NAMED])}{more}; raise it to score them whole"
+        )
