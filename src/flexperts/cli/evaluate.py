@@ -16,7 +16,7 @@ def command(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None
     RunDirectory.open(run).summary()  # say what is wrong with the path before anything heavy loads
 
     from flexperts.cli.display import RunDisplay
-    from flexperts.federation.answer_limit import answer_limit, tell_limit
+    from flexperts.federation.answer_limit import answer_limit, check_limit
     from flexperts.federation.not_finite import reasons_of
     from flexperts.federation.trained import TrainedRun
 
@@ -24,7 +24,7 @@ def command(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None
         display.stage("reading rows, loading the base")
         trained = TrainedRun(run)
         display.stage(f"scoring {len(trained.clients)} clients")
-        tell_limit(trained.workspace, trained.config, display)
+        check_limit(trained.workspace, trained.config, display)
         scores = trained.evaluate(display)
     display.console.print(_table(scores, trained.joined))
     cut = {client: [*its.values()][-1].cut for client, its in scores.items()}

@@ -55,9 +55,10 @@ class PromptEncoder:
         settings: Variables of the chat template.
         date: The day (ISO) that a chat template is told when it asks for the present one; None is today.
         vocabulary: Rows of the base's embedding; None where that is not known.
+        positions: Most tokens that the base reads; likewise.
 
     Raises:
-        ConfigError: The template cannot be used with this tokenizer.
+        ConfigError: The template cannot be used with this tokenizer, or ``max_length`` is more than the base reads.
     """
 
     def __init__(
@@ -69,8 +70,13 @@ class PromptEncoder:
         settings: Mapping[str, Any] | None = None,
         date: str | None = None,
         vocabulary: int | None = None,
+        positions: int | None = None,
     ) -> None:
-        self.tokenizer, self.max_length = tokenizer, max_length
+        self.tokenizer, self.max_length, self.positions = tokenizer, max_length, positions
+        if positions is not None and max_length > positions:
+            raise ConfigError(
+                f"training.max_length = {max_length}", f"the base reads at most {positions} tokens", "lower it"
+            )
         has_chat = bool(tokenizer.chat_template)
         if template == "chat" and not has_chat:
             raise ConfigError("model.template = 'chat'", "the tokenizer has no chat template", "use 'alpaca'")
@@ -197,23 +203,17 @@ def encoder_of(config: RunConfig, tokenizer: Any, described: Any) -> PromptEncod
         described: transformers' configuration of the base.
 
     Raises:
-        ConfigError: The template cannot be used, or ``training.max_length`` is more than the base can read.
+        ConfigError: See ``PromptEncoder``.
     """
-    text, model, longest = described.get_text_config(), config.model, config.training.max_length
-    most = getattr(text, "max_position_embeddings", None)
-    if most is not None and longest > most:
-        raise ConfigError(
-            f"training.max_length = {longest}",
-            f"the base reads at most {most} tokens",
-            f"lower it to {most} or less",
-        )
+    text, model = described.get_text_config(), config.model
     return PromptEncoder(
         tokenizer,
         model.template,
-        longest,
+        config.training.max_length,
         settings=model.chat_template_kwargs,
         date=model.template_date,
         vocabulary=text.vocab_size,
+        positions=getattr(text, "max_position_embeddings", None),
     )
 
 

@@ -21,7 +21,7 @@ from flexperts.deployment.settings import for_silo
 from flexperts.deployment.state import run_folder
 from flexperts.deployment.wire import Fields, pack, unpack
 from flexperts.errors import FederationError, FlexpertsError
-from flexperts.federation.answer_limit import tell_limit
+from flexperts.federation.answer_limit import check_limit
 from flexperts.federation.client_app import ANSWERS, answer
 from flexperts.federation.observer import Observer, observing
 from flexperts.federation.resident import Resident
@@ -106,7 +106,7 @@ class Worker:
         mine = mine.model_copy(update={"model": mine.model.model_copy(update={"base": config.model.base})})
         workspace = Workspace(mine, self._load_as(config))
         workspace.check(mine, needs_experts=method.needs_experts or mine.evaluation.routing_rows > 0)
-        tell_limit(workspace, mine, self.observer)
+        check_limit(workspace, mine, self.observer)
         keep_recipe(folder, config.to_toml())
         return Resident(workspace, mine, folder)
 

@@ -8,6 +8,7 @@ from typing import Any
 from flexperts.config.evaluation import EvaluationConfig
 from flexperts.config.run import RunConfig
 from flexperts.data.rows import ClientRows, Row
+from flexperts.errors import ConfigError
 from flexperts.federation.observer import Observer
 from flexperts.federation.workspace import Workspace
 
@@ -51,14 +52,19 @@ def longer_references(workspace: Workspace, rows: Sequence[Row], limit: int) -> 
     return [len(tokens) for tokens in encoded if len(tokens) > limit]
 
 
-def tell_limit(workspace: Workspace, config: RunConfig, observer: Observer) -> None:
-    """Say how long answers may be where the recipe does not, and whose scored references are longer."""
+def check_limit(workspace: Workspace, config: RunConfig, observer: Observer) -> None:
+    """Say how long answers may be where the recipe does not, and whose scored references are longer.
+
+    Raises:
+        ConfigError: With its answer, a scored prompt may be longer than what the base reads.
+    """
     limit, found = answer_limit(workspace, config), []
     if config.evaluation.max_new_tokens is None:
         longest = workspace.longest_response
         observer.stage(f"answers of up to {limit} tokens: the longest train response has {longest}, end included")
     for name, rows in workspace.clients.items():
         scored = scored_rows(rows, config.evaluation)
+        _check_room(workspace, scored, limit)
         if longer := longer_references(workspace, scored, limit):
             found.append(f"{name} {len(longer)} of {len(scored)} (up to {max(longer)} tokens)")
     if found:
@@ -67,3 +73,14 @@ def tell_limit(workspace: Workspace, config: RunConfig, observer: Observer) -> N
             f"evaluation.max_new_tokens = {limit} cuts every answer before these references end: "
             f"{', '.join(found[:_NAMED])}{more}; raise it to score them whole"
         )
+
+
+def _check_room(workspace: Workspace, scored: Sequence[Row], limit: int) -> None:
+    most = workspace.encoder.positions
+    for row, example in zip(scored, workspace.encoder.encode_all(scored), strict=True):
+        if most is not None and example.prompt_length + limit > most:
+            raise ConfigError(
+                f"{row.where}: a prompt of {example.prompt_length} tokens, and an answer of up to {limit}",
+                f"the base reads at most {most} tokens",
+                "lower evaluation.max_new_tokens or training.max_length",
+            )

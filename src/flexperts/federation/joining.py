@@ -19,7 +19,7 @@ from flexperts.data.records import name_and_ending
 from flexperts.data.sources import HUB
 from flexperts.errors import ArtifactError, ConfigError
 from flexperts.evaluation.scores import SCORES, Scores
-from flexperts.federation.answer_limit import tell_limit, with_recorded_limit
+from flexperts.federation.answer_limit import check_limit, with_recorded_limit
 from flexperts.federation.checkpoint import load_server
 from flexperts.federation.client import Client, Request
 from flexperts.federation.joined import kept_data, with_rows_of
@@ -91,7 +91,7 @@ def join(
     with observing(observer):
         rows = partition_manifest(own.clients)["clients"][name]  # what is wrong with them is found without the base
     own.check(config, needs_experts=method.needs_experts)
-    tell_limit(own, trains, observer)
+    check_limit(own, trains, observer)
     with closing(TrainedRun(run.path, own)) as trained, _staging(run.path, name) as staging:
         _check_base(trained)
         newcomer = Newcomer(trains, steps, name, own, trained.model, staging, observer)

@@ -15,7 +15,7 @@ from flwr.app import Context, RecordDict, UserConfig
 from flexperts.artifacts import RunDirectory
 from flexperts.config.run import RunConfig
 from flexperts.data.clients import partition_manifest
-from flexperts.federation.answer_limit import tell_limit
+from flexperts.federation.answer_limit import check_limit
 from flexperts.federation.beyond import check_beyond, is_wanted, look_beyond
 from flexperts.federation.checkpoint import load_server
 from flexperts.federation.client_app import app as client_app
@@ -104,7 +104,7 @@ def _prepare(config: RunConfig, observer: Observer, workspace: Workspace) -> Wor
     workspace.check(config, needs_experts=routed or any(method.needs_experts for method in methods))
     if config.model.quantization != "none":
         observer.stage(storage_line(workspace.base.model))
-    tell_limit(workspace, config, observer)
+    check_limit(workspace, config, observer)
     return workspace
 
 

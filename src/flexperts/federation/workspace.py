@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,6 +41,7 @@ class Workspace:
     config: RunConfig
     loaded: LoadedBase | None = None
     untouched: dict[str, Any] = field(default_factory=dict)
+    _encoded: dict[str, list[Example]] = field(default_factory=dict, init=False, repr=False)
 
     def for_run(self, config: RunConfig) -> Workspace:
         """Return the workspace of another run: this one, or one with rows or a base of its own."""
@@ -69,11 +69,14 @@ class Workspace:
                 try:
                     example = self.encoder.encode(row)
                 except DataError as error:
-                    bad.append(BadRow(row.where, error.value.removeprefix(f"{row.where}: "), error.rule))
+                    what = f"{error.value.removeprefix(f'{row.where}: ')} ({error.rule})"
+                    bad.append(BadRow(row.where, what, "the base's tokenizer must be able to encode it"))
                     continue
-                fitting.append(row)
+                fitting.append((row, example))
                 cut += [row.where] * example.cut
-            sides[side] = tuple(fitting)
+            sides[side] = tuple(row for row, _ in fitting)
+            if side == "train" and len(self._encoded) < CLIENTS_KEPT:
+                self._encoded[name] = [example for _, example in fitting]
         fewest = min(len(its) for side, its in sides.items() if getattr(rows, side))
         total = len(rows.train) + len(rows.test) + len(rows.validation)
         settle_bad_rows(name, bad, total if fewest else len(bad), self.config.data.on_bad_row, say)
@@ -88,13 +91,13 @@ class Workspace:
         return self.loaded or load_base(self.config.model, self.encoder.tokenizer)
 
     def examples(self, client: str) -> list[Example]:
-        """Return a client's train rows, encoded; those of the last few clients are kept."""
-        return self._examples(client)
-
-    @cached_property
-    def _examples(self) -> Callable[[str], list[Example]]:
-        clients, encoder = self.clients, self.encoder
-        return lru_cache(CLIENTS_KEPT)(lambda name: encoder.encode_all(clients[name].train))
+        """Return a client's train rows, encoded; those of some clients are kept."""
+        rows = self.clients[client].train
+        if client not in self._encoded:
+            while len(self._encoded) >= CLIENTS_KEPT:
+                self._encoded.pop(next(iter(self._encoded)))
+            self._encoded[client] = self.encoder.encode_all(rows)
+        return self._encoded[client]
 
     @cached_property
     def longest_response(self) -> int:
