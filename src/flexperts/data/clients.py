@@ -5,28 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 from flexperts.config.data import ClientFiles, DataConfig
+from flexperts.config.names import client_names
 from flexperts.data.partition import load_partition
+from flexperts.data.passages import Say, silent
 from flexperts.data.rows import ClientRows, read_rows
 from flexperts.data.sources import check_disjoint, read_source, split_rows
 from flexperts.errors import DataError
 
 Clients = dict[str, ClientRows]
 
-_LONGEST_NAME = 200
-"""Bytes of a client's name: with what is put around it, it is a file's name, which most systems end at 255."""
 
-
-def load_clients(config: DataConfig, seed: int) -> Clients:
+def load_clients(config: DataConfig, seed: int, *, say: Say = silent) -> Clients:
     """Read all clients' rows, sorted by client name.
 
     Args:
         config: The recipe's data section.
         seed: Seed of a partition, and of the train/test split where there is no test file.
+        say: Gets what surprises, in lines.
 
     Raises:
         DataError: A file is missing or breaks a rule, a split is empty, a test passage is trained on, a pooled data
@@ -41,18 +42,23 @@ def load_clients(config: DataConfig, seed: int) -> Clients:
     if config.silos:
         clients = _shipped(config)
     elif config.folder:
-        clients = {n: _files(n, f, config, seed) for n, f in _folder(Path(config.folder)).items()}
+        clients = _read(_folder(Path(config.folder)), config, seed, say)
     elif config.partition:
-        clients = load_partition(config, seed)
+        clients = load_partition(config, seed, say=say)
     else:
-        clients = {n: _files(n, f, config, seed) for n, f in config.clients.items()}
-    checked = {client_name(n): check_disjoint(clients[n], n) for n in sorted(clients)}
+        clients = _read(config.clients, config, seed, say)
+    clients = {name: clients[name] for name in sorted(clients)}
     share = config.validation_fraction
-    return {n: _with_validation(rows, share, seed, n) for n, rows in checked.items()} if share else checked
+    return {n: _with_validation(rows, share, seed, n) for n, rows in clients.items()} if share else clients
+
+
+def _read(files: Mapping[str, ClientFiles], config: DataConfig, seed: int, say: Say) -> Clients:
+    names = client_names(files)  # before anything is read
+    return {names[n]: _files(names[n], own, config, seed, say) for n, own in files.items()}
 
 
 def _with_validation(rows: ClientRows, share: float, seed: int, where: str) -> ClientRows:
-    sides = split_rows(rows.train, share, seed, where, "validation")
+    sides = split_rows(rows.train, share, seed, where, "validation", whole=(*rows.train, *rows.test))
     return ClientRows(sides.train, rows.test, validation=sides.test)
 
 
@@ -114,23 +120,9 @@ def _folder(folder: Path) -> dict[str, ClientFiles]:
     }
 
 
-def _files(name: str, files: ClientFiles, config: DataConfig, seed: int) -> ClientRows:
+def _files(name: str, files: ClientFiles, config: DataConfig, seed: int, say: Say) -> ClientRows:
     train = read_source(files.train, config.columns)
     if files.test is None:
-        return split_rows(train, config.test_fraction, seed, name)
-    return ClientRows(tuple(train), tuple(read_source(files.test, config.columns, split="test")))
-
-
-def client_name(name: str) -> str:
-    """Return a client's name if it can be a file's name.
-
-    Raises:
-        DataError: It cannot.
-    """
-    if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
-        raise DataError(f"client {name[:100]!r}", "a client's name is letters, digits, '-', '_', '.'", "rename it")
-    if (size := len(name.encode())) > _LONGEST_NAME:  # file systems count bytes
-        raise DataError(
-            f"client {name[:40]!r}... of {size} bytes", f"a name has at most {_LONGEST_NAME} bytes", "rename it"
-        )
-    return name
+        return split_rows(train, config.test_fraction, seed, name, say=say)
+    test = read_source(files.test, config.columns, split="test")
+    return check_disjoint(ClientRows(tuple(train), tuple(test)), name, say=say)

@@ -10,21 +10,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import regex
+
 from flexperts.config.data import DataConfig, PartitionConfig
+from flexperts.config.names import normal
 from flexperts.data.partitioners import Shares, assign
+from flexperts.data.passages import Say, silent
 from flexperts.data.rows import ClientRows, Row, read_rows
-from flexperts.data.sources import Record, read_records, split_rows
+from flexperts.data.sources import Record, check_disjoint, read_records, split_rows
 from flexperts.errors import DataError
 
 Labelled = tuple[list[Row], list[str]]
+_SHARED_TEST = ("iid", "dirichlet")
+_SAID = 3
+"""Lines about clients, of whom there may be thousands."""
 
 
-def load_partition(config: DataConfig, seed: int) -> dict[str, ClientRows]:
+def load_partition(config: DataConfig, seed: int, *, say: Say = silent) -> dict[str, ClientRows]:
     """Read the pooled rows and divide them as ``config.partition`` says.
 
     Args:
         config: A data section with a partition.
         seed: The run's seed.
+        say: Gets what surprises, in lines.
 
     Raises:
         DataError: A file breaks a rule, a row has no label, the rows cannot be divided so that every client gets
@@ -33,21 +41,33 @@ def load_partition(config: DataConfig, seed: int) -> dict[str, ClientRows]:
     settings = config.partition
     assert settings is not None
     rows, labels = _read(settings.source, "train", settings, config.columns)
-    shares = assign(labels, settings, seed)
+    shares = assign(labels, settings, seed, say=say)
+    said: list[str] = []
     if settings.test is None:
-        return {
-            name: split_rows([rows[i] for i in share], config.test_fraction, seed, name)
+        divided = {
+            name: split_rows([rows[i] for i in share], config.test_fraction, seed, name, say=said.append)
             for name, share in shares.items()
         }
-    tests = _tests(shares, labels, _read(settings.test, "test", settings, config.columns), settings)
-    return {name: ClientRows(tuple(rows[i] for i in share), tests[name]) for name, share in shares.items()}
+    else:
+        test = _read(settings.test, "test", settings, config.columns)
+        tests = _tests(shares, labels, test, settings)
+        divided = {n: ClientRows(tuple(rows[i] for i in share), tests[n]) for n, share in shares.items()}
+        if settings.by in _SHARED_TEST:  # every client is scored on all of it: one look instead of one for each
+            check_disjoint(ClientRows(tuple(rows), tuple(test[0])), settings.source, say=said.append)
+        else:
+            divided = {n: check_disjoint(own, n, say=said.append) for n, own in divided.items()}
+    for text in said[:_SAID]:
+        say(text)
+    if more := len(said) - _SAID if len(said) > _SAID else 0:
+        say(f"{settings.source}: {more} more lines like these about other clients")
+    return divided
 
 
 def _tests(
     shares: Shares, labels: list[str], test: Labelled, settings: PartitionConfig
 ) -> dict[str, tuple[Row, ...]]:
     """Return every client's rows of the shared test file."""
-    if settings.by in ("iid", "dirichlet"):
+    if settings.by in _SHARED_TEST:
         return dict.fromkeys(shares, tuple(test[0]))
     if strange := sorted(set(test[1]) - set(labels)):
         raise DataError(
@@ -80,10 +100,10 @@ def _labels(records: Sequence[Record], rows: Sequence[Row], settings: PartitionC
     if settings.by == "iid":
         return [""] * len(rows)
     if settings.column == "category":
-        found = [row.category for row in rows]
+        found = [_label(row.category) for row in rows]
     else:
-        found = [_cell(r, settings.column, f"{where}, row {n}") for n, r in enumerate(records, 1)]
-    empty = next((number for number, label in enumerate(found, 1) if not label.strip()), None)
+        found = [_label(_cell(r, settings.column, f"{where}, row {n}")) for n, r in enumerate(records, 1)]
+    empty = next((number for number, label in enumerate(found, 1) if not label), None)
     if empty is not None:
         raise DataError(
             f"{where}, row {empty}: {settings.column} is empty",
@@ -91,6 +111,11 @@ def _labels(records: Sequence[Record], rows: Sequence[Row], settings: PartitionC
             "fill it in, drop the row, or name another data.partition.column",
         )
     return found
+
+
+def _label(text: str) -> str:
+    """Return a category or an id as it is compared: what differs in blanks or in Unicode's form alone is one."""
+    return " ".join(normal(regex.sub(r"\p{Default_Ignorable_Code_Point}", "", text)).split())
 
 
 def _cell(record: Record, column: str, where: str) -> str:
