@@ -1,8 +1,8 @@
 """What tells rows apart as train and test: their passages, compared as people read them.
 
 Two passages are one if they differ in nothing but case, blanks, ends of lines, invisible characters, kinds of
-quotes and dashes, or how Unicode writes the same text (NFKC). A context that all rows of a client have, or that stands
-for none ("N/A"), is no passage: its rows are told apart by their instruction. Rows stay as they were read.
+quotes and dashes, or how Unicode writes the same text (NFKC). A context that all rows of a client have, or that
+stands for none ("N/A"), is no passage: its rows are told apart by their instruction. Rows stay as they were read.
 """
 
 from __future__ import annotations
