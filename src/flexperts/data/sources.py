@@ -212,5 +212,7 @@ def _hub(name: str, split: str) -> Iterator[Record]:
         yield from load_dataset(name, split=named_split or split)
     except Exception as error:  # the library raises a dozen kinds; each means that the rows cannot be had
         raise DataError(
-            f"{HUB}{name}", f"the hub data set cannot be loaded ({error})", "check its name and the network"
+            f"{HUB}{name}",
+            f"the hub data set cannot be loaded ({error})",
+            "check name and network, and that $HF_HOME can be written",
         ) from error
