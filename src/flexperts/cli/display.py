@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from flexperts.cli.console import console as terminal
 from flexperts.federation.observer import Observer
 from flexperts.reports.cells import size
 
@@ -19,8 +20,13 @@ class ProgressDisplay(Observer):
     """Shows how far the work is with one rich bar, and nothing else of a run."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console()
-        columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self.console = console or terminal()
+        columns = (
+            TextColumn("  {task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
         self._progress = Progress(*columns, console=self.console, transient=True)
         self._task: Any = None
         self._done = 0
@@ -36,15 +42,15 @@ class ProgressDisplay(Observer):
 
     def say(self, text: str) -> None:
         """Print a line."""
-        self.console.print(text, style="bold", markup=False, soft_wrap=True)
+        self.console.print(text, style="bold", soft_wrap=True)
 
     def notice(self, text: str) -> None:
         """Print what surprises."""
-        self.console.print(f"  note: {text}", style="yellow", markup=False, soft_wrap=True)
+        self.console.print(f"  note: {text}", style="yellow", soft_wrap=True)
 
     def refused(self, client: str, reason: str) -> None:
         """Print who is refused and why."""
-        self.console.print(f"  {client} refused: {reason}", style="yellow", markup=False, soft_wrap=True)
+        self.console.print(f"  {client} refused: {reason}", style="yellow", soft_wrap=True)
 
     def progress(self, task: str, done: int, total: int) -> None:
         """Move the one bar; a new unit of work starts it afresh."""
@@ -66,7 +72,7 @@ class RunDisplay(ProgressDisplay):
     def chosen(self, client: str, choice: Mapping[str, Sequence[int]]) -> None:
         """Print the experts that a client grafts, layer by layer."""
         experts = " ".join("+".join(map(str, indices)) for indices in choice.values())
-        self.console.print(f"  {client} grafts experts {experts}")
+        self.console.print(f"  {client} grafts experts {experts}", soft_wrap=True)
 
     def split(self, method: str, table: Sequence[Mapping[str, Any]]) -> None:
         """Print what trains, what is sent and what stays."""
@@ -77,7 +83,7 @@ class RunDisplay(ProgressDisplay):
         clients = record["clients"].values()
         for word, names in (("missing", record.get("missing")), ("without scores", record.get("unscored"))):
             if names:
-                self.console.print(f"  {word}: {', '.join(names)}", style="yellow", markup=False, soft_wrap=True)
+                self.console.print(f"  {word}: {', '.join(names)}", style="yellow", soft_wrap=True)
         if not clients:
             self.console.print("  nobody trains")
             return
@@ -105,7 +111,7 @@ class RunDisplay(ProgressDisplay):
                 f"epsilon {privacy['epsilon']:.2f} at delta {privacy['delta']:g}"
             )
         total = summary["seconds"]["total"] + summary.get("reference", {}).get("seconds", {}).get("total", 0.0)
-        self.console.print(f"{total:.0f} s in all; everything is in {out}", markup=False, soft_wrap=True)
+        self.console.print(f"{total:.0f} s in all; everything is in {out}", soft_wrap=True)
 
 
 def split_table(method: str, rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -128,7 +134,7 @@ def score_table(summary: Mapping[str, Any]) -> Table:
     """Return ROUGE-L and NLL of every client in every state, with the reference method's beside them."""
     columns = _columns(summary)
     table = Table(title="ROUGE-L (NLL) on each client's own test split", title_justify="left")
-    table.add_column("client")
+    table.add_column("client", overflow="fold")  # a name is shown whole
     for title, _, _ in columns:
         table.add_column(title, justify="right")
     for client in summary["clients"]:

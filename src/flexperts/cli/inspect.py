@@ -34,16 +34,16 @@ def command(
 
 
 def _show(base: Any, model: Any, projections: Sequence[str], stored: Any) -> None:
-    from rich.console import Console
     from rich.table import Column, Table
 
+    from flexperts.cli.console import console as terminal
     from flexperts.cli.display import split_table
     from flexperts.cli.preflight import storage_table
     from flexperts.methods.turn import Prepared
 
-    console = Console()
+    console = terminal()
     kind = type(base.model).__name__
-    console.print(f"{kind} from {base.source}, fingerprint {base.fingerprint[:12]}", markup=False, soft_wrap=True)
+    console.print(f"{kind} from {base.source}, fingerprint {base.fingerprint[:12]}", soft_wrap=True)
     kinds = ", ".join(sorted({f"{type(e.module).__name__} in {e.dtype}" for e in model.experts}))
     table = Table(Column("experts module", overflow="fold"), "experts", "width", title=kinds, title_justify="left")
     for experts in model.experts:

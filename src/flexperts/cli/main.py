@@ -7,7 +7,6 @@ import warnings
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from flexperts import __version__
 from flexperts.cli import (
@@ -27,7 +26,11 @@ from flexperts.cli import (
     serve,
     silo,
 )
-from flexperts.errors import FlexpertsError
+from flexperts.cli.console import console, escape_what_cannot_be_shown
+from flexperts.errors import ConfigError, FlexpertsError
+
+_SHOWN = 80
+"""Characters of an argument that a refusal repeats at most."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -66,14 +69,24 @@ def main() -> None:
     # Libraries announce their own future to their developers; users of this command cannot act on it.
     warnings.simplefilter("ignore", DeprecationWarning)
     warnings.simplefilter("ignore", FutureWarning)
+    escape_what_cannot_be_shown()
     try:
+        _check_arguments(sys.argv[1:])
         app()
     except FlexpertsError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[red]error:[/red] {_escaped(error)}")
+        say = console(stderr=True)
+        say.print("error:", style="red", end=" ")
+        say.print(" ".join(str(error).split()), soft_wrap=True)
         sys.exit(2)
 
 
-def _escaped(error: FlexpertsError) -> str:
-    from rich.markup import escape
-
-    return escape(" ".join(str(error).split()))
+def _check_arguments(arguments: list[str]) -> None:
+    """Refuse bytes that are no text here: they would come to files, recipes and answers."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            rule = "it holds bytes that are no text in this terminal's encoding"
+            remedy = "give it in UTF-8, renaming such a file; where it is UTF-8, set PYTHONUTF8=1"
+            told = ascii(argument[:_SHOWN]).replace("\\udc", "\\x")  # as Python writes bytes
+            raise ConfigError(f"argument {told}", rule, remedy) from error

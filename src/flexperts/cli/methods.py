@@ -29,14 +29,15 @@ def command(
     if markdown:
         typer.echo(methods_page(), nl=False)
         return
-    from rich.console import Console
     from rich.table import Column, Table
+
+    from flexperts.cli.console import console
 
     table = Table(Column("method", no_wrap=True), "what it does", "sent", "stays", "source", show_lines=True)
     for method in _methods():
         table.add_row(method.name, method.summary, method.sends, method.keeps, method.source)
-    Console().print(table)
-    Console().print("equations, choices and options of each: docs/methods.md, or --markdown")
+    console().print(table)
+    console().print("equations, choices and options of each: docs/methods.md, or --markdown")
 
 
 def methods_page() -> str:

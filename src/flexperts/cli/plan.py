@@ -36,15 +36,14 @@ def command(
 
 
 def _show(made: Any) -> None:
-    from rich.console import Console
+    from flexperts.cli.console import console as terminal
 
-    console = Console()
+    console = terminal()
     facts = made.model
     console.print(
         f"{facts.name}: {_count(facts.parameters)} parameters, {_count(facts.active_parameters)} active; "
         f"{facts.moe_layers} MoE layers, {facts.experts_per_token} of {facts.experts} experts per token; "
         f"{_count(facts.flops_per_token)} FLOPs per token forward",
-        markup=False,
         soft_wrap=True,
     )
     for table in _tables(made):
@@ -56,7 +55,7 @@ def _show(made: Any) -> None:
     notes = [(facts.name, facts.note), *((m.name, m.note) for m in made.methods), *made.refused.items()]
     for name, note in notes:
         if note:
-            console.print(f"{name}: {note}", markup=False, soft_wrap=True)
+            console.print(f"{name}: {note}", soft_wrap=True)
 
 
 def _tables(made: Any) -> Iterator[Any]:

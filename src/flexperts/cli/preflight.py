@@ -23,12 +23,11 @@ def check_memory(config: RunConfig) -> None:
     Raises:
         ModelError: It does not fit; the message lists the settings that lower it.
     """
-    from rich.console import Console
-
     from flexperts.base.build import resolve_base
+    from flexperts.cli.console import console as terminal
     from flexperts.errors import FlexpertsError
 
-    model, console = config.model, Console()
+    model, console = config.model, terminal()
     if not model.preflight or model.trust_remote_code or _is_small(Path(resolve_base(model.base))):
         return
     from flexperts.costs.lengths import row_lengths
@@ -40,7 +39,7 @@ def check_memory(config: RunConfig) -> None:
         estimator = Estimator(model.base, list(clients), row_lengths(config, clients))
         made = estimator.estimate(config)
     except FlexpertsError as error:  # what is wrong with the run itself, the run says in its own words
-        console.print(f"memory: not estimated ({error})", markup=False, soft_wrap=True)
+        console.print(f"memory: not estimated ({error})", soft_wrap=True)
         return
     console.print(_table(made))
     check_fits(made, {} if made.peak.total <= made.free else estimator.savings(config))

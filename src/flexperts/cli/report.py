@@ -22,9 +22,9 @@ def command(
     path: Annotated[Path, typer.Argument(help="Directory of a run or of a comparison.")], samples: Samples = 0
 ) -> None:
     """Write comparison.json, report.html (opens from disk) and report.md into a finished directory."""
-    from rich.console import Console
+    from flexperts.cli.console import console
 
-    report(Console(), _collected(path, samples), path)
+    report(console(), _collected(path, samples), path)
 
 
 _WIDE = 120
@@ -62,7 +62,9 @@ def _rich(table: Any, narrow: bool) -> Any:
     own = table.header[2].group
     columns = [i for i, column in enumerate(table.header) if not _is_left_out(column, own, narrow)]
     for column in (table.header[i] for i in columns):
-        shown.add_column(f"{column.name}\n{column.group}", justify="left" if column.words else "right")
+        shown.add_column(
+            f"{column.name}\n{column.group}", justify="left" if column.words else "right", overflow="fold"
+        )
     for row in table.rows:
         shown.add_row(*(Text(row[i].text) for i in columns))  # text as it is: brackets are no markup
     return shown

@@ -147,15 +147,16 @@ def _missing(error: ModuleNotFoundError) -> Exception:
 
 
 def _say_ready(engine: Engine, address: Address, url: str, key: str | None) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from flexperts.cli.console import console
 
     table = Table()
     for column in ("client", "ask it as"):
         table.add_column(column, overflow="fold")
     for client in dict.fromkeys(model.client for model in engine.models):
         table.add_row(client, ", ".join(str(model) for model in engine.models if model.client == client))
-    Console(stderr=True).print(table)
+    console(stderr=True).print(table)
     if not address.is_loopback and not address.certificate:
         typer.echo("keys and prompts travel unencrypted: give --tls-cert, or put a proxy before it", err=True)
     typer.echo(f"{url}/v1 is the API, {url}/ the page; Ctrl-C stops both", err=True)

@@ -35,8 +35,6 @@ def serve(silo: _Silo) -> None:
     import signal
     import sys
 
-    from rich.console import Console
-
     from flexperts.recipe import load_silo
 
     settings = load_silo(silo)
@@ -44,10 +42,11 @@ def serve(silo: _Silo) -> None:
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, lambda *_: sys.exit(0))
 
+    from flexperts.cli.console import console
     from flexperts.cli.display import RunDisplay
     from flexperts.deployment import listening
 
-    with RunDisplay(Console(stderr=True)) as display, listening.listening(Path(settings.state)) as door:
+    with RunDisplay(console(stderr=True)) as display, listening.listening(Path(settings.state)) as door:
         from flexperts.deployment.worker import Worker
 
         handler = logging.StreamHandler()  # made in here: on a terminal, rich keeps its bar below these lines
@@ -142,9 +141,9 @@ def _show_state(settings: SiloConfig) -> None:
 @app.command("runs")
 def runs(silo: _Silo) -> None:
     """List the runs whose private state the silo keeps."""
-    from rich.console import Console
     from rich.table import Table
 
+    from flexperts.cli.console import console
     from flexperts.deployment.kept import kept_runs
     from flexperts.recipe import load_silo
     from flexperts.reports.cells import size
@@ -155,7 +154,7 @@ def runs(silo: _Silo) -> None:
         table.add_column(column, no_wrap=True, justify="right" if column in ("last round", "size") else "left")
     for kept in kept_runs(Path(settings.state), settings.name):
         table.add_row(kept.run, kept.method, str(kept.round), size(kept.bytes).text)
-    Console().print(table)
+    console().print(table)
 
 
 @app.command("generate")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from flexperts.config.data import ClientFiles, Columns, OnBadRow
+from flexperts.config.names import client_name
 from flexperts.config.section import Section
 
 
@@ -22,7 +23,7 @@ class SiloData(ClientFiles):
 class SiloConfig(Section):
     """A silo, whole. Nothing of it is ever sent but the name."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    name: Annotated[str, AfterValidator(client_name)]
     """The client's name in every run."""
     state: str
     """Folder of the private state, run by run; only its owner may enter it."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flexperts.config.data import ClientFiles, DataConfig
+from flexperts.config.names import client_names
 from flexperts.data.folders import client_folders
 from flexperts.data.partition import load_partition
 from flexperts.data.records import Record, Say, Table, unsaid
@@ -19,9 +20,6 @@ from flexperts.data.sources import check_disjoint, read_source, split_rows
 from flexperts.errors import DataError
 
 Clients = dict[str, ClientRows]
-
-_LONGEST_NAME = 200
-"""Bytes of a client's name: with what is put around it, it is a file's name, which most systems end at 255."""
 
 
 def load_clients(config: DataConfig, seed: int, say: Say = unsaid) -> Clients:
@@ -45,19 +43,23 @@ def load_clients(config: DataConfig, seed: int, say: Say = unsaid) -> Clients:
     if config.silos:
         clients = _shipped(config)
     elif config.folder:
-        folders = client_folders(Path(config.folder), say)
-        clients = {n: _files(n, f, config, seed, say) for n, f in folders.items()}
+        clients = _read(client_folders(Path(config.folder), say), config, seed, say)
     elif config.partition:
         clients = load_partition(config, seed, say)
     else:
-        clients = {n: _files(n, f, config, seed, say) for n, f in config.clients.items()}
-    checked = {client_name(n): check_disjoint(clients[n], n) for n in sorted(clients)}
+        clients = _read(config.clients, config, seed, say)
+    clients = {name: clients[name] for name in sorted(clients)}
     share = config.validation_fraction
-    return {n: _with_validation(rows, share, seed, n) for n, rows in checked.items()} if share else checked
+    return {n: _with_validation(rows, share, seed, n) for n, rows in clients.items()} if share else clients
+
+
+def _read(files: Mapping[str, ClientFiles], config: DataConfig, seed: int, say: Say) -> Clients:
+    names = client_names(files)  # before anything is read
+    return {names[n]: _files(names[n], own, config, seed, say) for n, own in files.items()}
 
 
 def _with_validation(rows: ClientRows, share: float, seed: int, where: str) -> ClientRows:
-    sides = split_rows(rows.train, share, seed, where, "validation")
+    sides = split_rows(rows.train, share, seed, where, "validation", whole=(*rows.train, *rows.test))
     return ClientRows(sides.train, rows.test, validation=sides.test)
 
 
@@ -116,8 +118,9 @@ def _made(source: str, rows: Sequence[Mapping[str, Any]]) -> Table:
 def _files(name: str, files: ClientFiles, config: DataConfig, seed: int, say: Say) -> ClientRows:
     train = read_client_file(name, files.train, config, "train", say)
     if files.test is None:
-        return split_rows(train, config.test_fraction, seed, name)
-    return ClientRows(tuple(train), tuple(read_client_file(name, files.test, config, "test", say)))
+        return split_rows(train, config.test_fraction, seed, name, say=say)
+    test = read_client_file(name, files.test, config, "test", say)
+    return check_disjoint(ClientRows(tuple(train), tuple(test)), name, say=say)
 
 
 def read_client_file(
@@ -133,18 +136,3 @@ def read_client_file(
         return read_source(source, config.columns, **how, say=lambda text: say(f"{name}: {text}"))
     except DataError as error:
         raise DataError(f"{name}: {error.value}", error.rule, error.remedy) from error
-
-
-def client_name(name: str) -> str:
-    """Return a client's name if it can be a file's name.
-
-    Raises:
-        DataError: It cannot.
-    """
-    if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
-        raise DataError(f"client {name[:100]!r}", "a client's name is letters, digits, '-', '_', '.'", "rename it")
-    if (size := len(name.encode())) > _LONGEST_NAME:  # file systems count bytes
-        raise DataError(
-            f"client {name[:40]!r}... of {size} bytes", f"a name has at most {_LONGEST_NAME} bytes", "rename it"
-        )
-    return name

@@ -14,10 +14,13 @@ from flexperts.data.columns import possible_columns
 from flexperts.data.partitioners import Shares, assign
 from flexperts.data.records import Say, unsaid
 from flexperts.data.rows import ClientRows, Label, Row, read_labelled
-from flexperts.data.sources import open_table, split_rows
+from flexperts.data.sources import check_disjoint, open_table, split_rows
 from flexperts.errors import DataError
 
 Labelled = tuple[list[Row], list[str]]
+_SHARED_TEST = ("iid", "dirichlet")
+_SAID = 3
+"""Lines about clients, of whom there may be thousands."""
 
 
 def load_partition(config: DataConfig, seed: int, say: Say = unsaid) -> dict[str, ClientRows]:
@@ -35,22 +38,33 @@ def load_partition(config: DataConfig, seed: int, say: Say = unsaid) -> dict[str
     settings = config.partition
     assert settings is not None
     rows, labels = _read(settings.source, "train", config, say)
-    shares = assign(labels, settings, seed)
+    shares = assign(labels, settings, seed, say=say)
+    said: list[str] = []
     if settings.test is None:
-        return {
-            name: split_rows([rows[i] for i in share], config.test_fraction, seed, name)
+        divided = {
+            name: split_rows([rows[i] for i in share], config.test_fraction, seed, name, say=said.append)
             for name, share in shares.items()
         }
-    test = _of_clients(_read(settings.test, "test", config, say), {*labels}, config, say)
-    tests = _tests(shares, labels, test, settings)
-    return {name: ClientRows(tuple(rows[i] for i in share), tests[name]) for name, share in shares.items()}
+    else:
+        test = _of_clients(_read(settings.test, "test", config, say), {*labels}, config, say)
+        tests = _tests(shares, labels, test, settings)
+        divided = {n: ClientRows(tuple(rows[i] for i in share), tests[n]) for n, share in shares.items()}
+        if settings.by in _SHARED_TEST:  # every client is scored on all of it: one look instead of one for each
+            check_disjoint(ClientRows(tuple(rows), tuple(test[0])), settings.source, say=said.append)
+        else:
+            divided = {n: check_disjoint(own, n, say=said.append) for n, own in divided.items()}
+    for text in said[:_SAID]:
+        say(text)
+    if more := len(said) - _SAID if len(said) > _SAID else 0:
+        say(f"{settings.source}: {more} more lines like these about other clients")
+    return divided
 
 
 def _tests(
     shares: Shares, labels: list[str], test: Labelled, settings: PartitionConfig
 ) -> dict[str, tuple[Row, ...]]:
     """Return every client's rows of the shared test file."""
-    if settings.by in ("iid", "dirichlet"):
+    if settings.by in _SHARED_TEST:
         return dict.fromkeys(shares, tuple(test[0]))
     return {name: _of(name, {labels[i] for i in share}, test, settings) for name, share in shares.items()}
 

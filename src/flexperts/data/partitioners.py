@@ -21,26 +21,29 @@ from itertools import chain
 from typing import Any
 
 from flexperts.config.data import PartitionConfig
+from flexperts.config.names import client_names, file_safe
+from flexperts.data.records import Say, unsaid
 from flexperts.errors import DataError
 from flexperts.seeding import derive_seed
 
 Shares = dict[str, list[int]]
 
 
-def assign(labels: Sequence[str], settings: PartitionConfig, seed: int) -> Shares:
+def assign(labels: Sequence[str], settings: PartitionConfig, seed: int, *, say: Say = unsaid) -> Shares:
     """Divide rows over clients: every row goes to exactly one.
 
     Args:
         labels: One per row: its category, or its client's id. ``iid`` does not look at them.
         settings: How to divide.
         seed: The run's seed. It picks the rows, not which client holds which category or id.
+        say: Gets what surprises, in lines.
 
     Returns:
         Client name -> row numbers from 0, shuffled.
 
     Raises:
-        DataError: The rows cannot be divided so, a client would get fewer than ``min_rows``, or two clients would
-            have one name.
+        DataError: The rows cannot be divided so, a client would get fewer than ``min_rows``, or an id
+            cannot be a client's name.
     """
     kinds = sorted(set(labels))
     numbers = {kind: number for number, kind in enumerate(kinds)}
@@ -48,7 +51,8 @@ def assign(labels: Sequence[str], settings: PartitionConfig, seed: int) -> Share
     merged = _categories_per_label(len(kinds), settings)
     codes = [numbers[label] // merged for label in labels]
     shares = _divide(codes, settings, settings.categories_per_client // merged, derive_seed(seed, "partition"))
-    return dict(zip(_names(kinds, len(shares), settings), _checked(shares, len(labels), settings), strict=True))
+    names = _names(kinds, len(shares), settings, say)
+    return dict(zip(names, _checked(shares, len(labels), settings), strict=True))
 
 
 def _check_size(rows: int, settings: PartitionConfig) -> None:
@@ -138,25 +142,28 @@ def _checked(shares: list[list[int]], rows: int, settings: PartitionConfig) -> l
     return shares
 
 
-def _names(kinds: list[str], clients: int, settings: PartitionConfig) -> list[str]:
+def _names(kinds: list[str], clients: int, settings: PartitionConfig, say: Say) -> list[str]:
     """Return the clients' names: ids, categories where each client has one of its own, else numbers."""
-    named = [_file_safe(kind) for kind in kinds]
+    named = [file_safe(kind) for kind in kinds]
     if settings.by == "natural":
-        _check_unique(named, kinds, settings)
-        return named
-    if settings.by == "pathological" and settings.categories_per_client == 1 and len(set(named)) == clients:
-        return named
-    width = max(2, len(str(clients)))
-    return [f"client-{number:0{width}}" for number in range(1, clients + 1)]
+        _check_names(named, kinds, settings)
+    elif not (settings.by == "pathological" and settings.categories_per_client == 1 and _are_names(named, clients)):
+        width = max(2, len(str(clients)))
+        return [f"client-{number:0{width}}" for number in range(1, clients + 1)]
+    if other := [(kind, name) for kind, name in zip(kinds, named, strict=True) if kind != name]:
+        told = f"{other[0][0]!r} is {other[0][1]!r}"
+        say(f"{settings.source}: as a client's name {told}; {len(other)} of {len(kinds)} differ so")
+    return named
 
 
-def _file_safe(text: str) -> str:
-    """Return an id as a client's name: what a file's name should not hold, and a dot in front, become '-'."""
-    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in text)
-    return f"-{safe[1:]}" if safe.startswith(".") else safe
+def _are_names(named: list[str], clients: int) -> bool:
+    try:
+        return len(named) == clients and len(client_names(named)) == clients
+    except DataError:
+        return False
 
 
-def _check_unique(named: list[str], kinds: list[str], settings: PartitionConfig) -> None:
+def _check_names(named: list[str], kinds: list[str], settings: PartitionConfig) -> None:
     owner: dict[str, str] = {}
     for name, kind in zip(named, kinds, strict=True):
         if name in owner:
@@ -166,3 +173,4 @@ def _check_unique(named: list[str], kinds: list[str], settings: PartitionConfig)
                 "rename one",
             )
         owner[name] = kind
+    client_names(named)

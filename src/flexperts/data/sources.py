@@ -15,6 +15,7 @@ from flexperts.config.data import OnBadRow
 from flexperts.data.columns import possible_columns
 from flexperts.data.delimited import read_delimited
 from flexperts.data.json_files import read_json, read_json_lines
+from flexperts.data.passages import OWN_COLUMN, identities, passage_key, say_uneven
 from flexperts.data.records import (
     ENDINGS,
     Number,
@@ -33,6 +34,8 @@ from flexperts.seeding import derive_seed
 
 HUB = "hub:"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_PAIRS = 3
+"""Shared passages that a message tells the places of."""
 
 
 def read_source(
@@ -83,7 +86,14 @@ def open_table(source: str, wanted: Collection[str], split: str = "train", say: 
 
 
 def split_rows(
-    rows: Sequence[Row], fraction: float, seed: int, where: str, side: Literal["test", "validation"] = "test"
+    rows: Sequence[Row],
+    fraction: float,
+    seed: int,
+    where: str,
+    side: Literal["test", "validation"] = "test",
+    *,
+    whole: Sequence[Row] = (),
+    say: Say = unsaid,
 ) -> ClientRows:
     """Divide rows by passage: all rows of a passage land on one side, chosen by a hash of the passage.
 
@@ -91,39 +101,64 @@ def split_rows(
         rows: The rows.
         fraction: Share of the passages that is held out.
         seed: Seed of the choice.
-        where: Whose rows they are, for errors.
+        where: Whose rows they are, for messages.
         side: What the rows are held out for; they are the returned ``test``.
+        whole: All rows of the client, where these are not all.
+        say: Gets what surprises, in lines.
 
     Raises:
         DataError: One side would be empty.
     """
-    passages = sorted({row.passage for row in rows}, key=lambda p: derive_seed(seed, f"{side} split", p))
-    held_out = set(passages[: round(fraction * len(passages))])
-    sides = ClientRows(
-        tuple(r for r in rows if r.passage not in held_out), tuple(r for r in rows if r.passage in held_out)
-    )
-    if not sides.train or not sides.test:
+    texts = identities(rows, whole or rows, where, say)
+    keys = [passage_key(text) for text in texts]
+    passages: dict[str, str] = {}
+    for key, text in zip(keys, texts, strict=True):
+        passages[key] = min(text, passages.get(key, text))  # of several spellings one, whatever the rows' order
+    order = sorted(passages, key=lambda key: derive_seed(seed, f"{side} split", passages[key]))
+    held_out = set(order[: round(fraction * len(order))])
+    train = tuple(row for row, key in zip(rows, keys, strict=True) if key not in held_out)
+    test = tuple(row for row, key in zip(rows, keys, strict=True) if key in held_out)
+    if not train or not test:
         raise DataError(
-            f"{where}: {len(passages)} passages with {side}_fraction = {fraction}",
+            f"{where}: {len(order)} passages with {side}_fraction = {fraction}",
             f"train and {side} need at least one passage each",
-            "add passages, take another share, or give a test file",
+            f"add passages, take another share, or give a test file; {OWN_COLUMN}",
         )
-    return sides
+    say_uneven(rows, keys, where, say)
+    return ClientRows(train, test)
 
 
-def check_disjoint(rows: ClientRows, where: str) -> ClientRows:
+def check_disjoint(rows: ClientRows, where: str, *, say: Say = unsaid) -> ClientRows:
     """Return ``rows`` unless a test passage was trained on.
 
+    Args:
+        rows: A client's rows.
+        where: Whose they are, for messages.
+        say: Gets what surprises, in lines.
+
     Raises:
-        DataError: Train and test share a passage.
+        DataError: Train and test share a passage; rows are named and no passage is quoted.
     """
-    if shared := {r.passage for r in rows.train} & {r.passage for r in rows.test}:
+    both = (*rows.train, *rows.test)
+    keys = [passage_key(text) for text in identities(both, both, where, say)]
+    trained = _places(rows.train, keys[: len(rows.train)], "train")
+    tested = _places(rows.test, keys[len(rows.train) :], "test")
+    if shared := [key for key in tested if key in trained]:
+        pairs = "; ".join(f"{tested[key]} and {trained[key]}" for key in shared[:_PAIRS])
         raise DataError(
-            f"{where}: {len(shared)} passages stand in train and in test, such as {min(shared)[:60]!r}",
-            "a test passage must never be trained on",
-            "split by passage, or give one file and data.test_fraction",
+            f"{where}: {len(shared)} passages stand in train and in test, such as {pairs}",
+            "a test passage must never be trained on, in no other case, blanks, quotes or Unicode form either",
+            f"split by passage, or give one file and data.test_fraction; {OWN_COLUMN}",
         )
     return rows
+
+
+def _places(rows: Sequence[Row], keys: Sequence[str], side: str) -> dict[str, str]:
+    """Return where each passage stands first."""
+    places: dict[str, str] = {}
+    for number, (row, key) in enumerate(zip(rows, keys, strict=True), 1):
+        places.setdefault(key, row.where or f"{side} row {number}")
+    return places
 
 
 def _checked(path: Path) -> Path:
@@ -236,5 +271,7 @@ def _number(value: Any) -> Any:
 
 def _unloadable(name: str, error: Exception) -> DataError:
     return DataError(
-        f"{HUB}{name}", f"the hub data set cannot be loaded ({error})", "check its name and the network"
+        f"{HUB}{name}",
+        f"the hub data set cannot be loaded ({error})",
+        "check name and network, and that $HF_HOME can be written",
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
+from flexperts.config.names import client_name
 from flexperts.deployment.state import socket_of
 from flexperts.deployment.wire import pack, unpack
 from flexperts.errors import ConfigError, FederationError
@@ -66,7 +67,7 @@ def _silo(context: Context) -> tuple[str, Path]:
     try:
         path = Path(str(context.node_config["silo"]))
         silo = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-        return str(silo["name"]), (path.parent / str(silo["state"])).resolve()
+        return client_name(str(silo["name"])), (path.parent / str(silo["state"])).resolve()
     except (KeyError, OSError, ValueError) as error:
         raise ConfigError(
             f"this SuperNode's silo ({type(error).__name__})",

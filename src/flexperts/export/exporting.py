@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flexperts.config.names import normal
 from flexperts.errors import ArtifactError, ConfigError
 from flexperts.export.card import Facts, write_card
 from flexperts.export.content import Content, Exported
@@ -123,6 +124,7 @@ def _read(
     if client is None:
         states = [s for s in states if s == "global"]
         client = _any_client(run, bool(states))
+    client = normal(client)
     given, problem = run.client(client), None
     reader = Exported(client, given.workspace, given.model, given.folder)
     for each in states:

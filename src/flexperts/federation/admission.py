@@ -11,6 +11,7 @@ from flwr.app import RecordDict
 
 from flexperts.communication.average import check_finite
 from flexperts.communication.messages import Metrics, Update, info_of, metrics_of, payload_of
+from flexperts.config.names import normal
 from flexperts.config.run import RunConfig
 from flexperts.errors import FederationError, FlexpertsError
 from flexperts.federation.protection import told
@@ -166,7 +167,7 @@ def root_mean_square(values: Vector, start: Vector | None = None) -> float:
 
 
 def _check_heading(client: str, info: Any, number: int) -> None:
-    if info["client"] != client:
+    if normal(str(info["client"])) != client:
         raise FederationError(f"node of {client} answers as {info['client']}", "a node is one client", "rename it")
     if info["round"] != number:
         raise FederationError(

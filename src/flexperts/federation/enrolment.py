@@ -12,6 +12,7 @@ from typing import Any
 from flwr.serverapp import Grid
 
 from flexperts.config.federation import FederationConfig
+from flexperts.config.names import alike, readings_of
 from flexperts.errors import FederationError, FlexpertsError
 from flexperts.federation.inprocess_grid import InProcessGrid
 from flexperts.federation.membership import Introduction, Membership
@@ -113,6 +114,10 @@ def enrol(method: Method, server: Server, one: Introduction) -> None:
         raise other_base(one, server.base)
     if server.clients.get(one.client) == one.rows and server.reports.get(one.client, ...) == one.report:
         return
+    if one.client not in server.clients and (other := alike(one.client, readings_of(server.clients))) is not None:
+        raise FederationError(
+            f"client {one.client!a}", f"the run has a client {other!a}, and two must not read alike", "rename one"
+        )
     clients = {**server.clients, one.client: one.rows}
     reports = {**server.reports, one.client: one.report}
     change_clients(method, server, clients, reports, "start a new run with it")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flexperts.artifacts import RunDirectory
+from flexperts.config.names import normal
 from flexperts.errors import ArtifactError
 from flexperts.federation.checkpoint import load_server, save_server
 from flexperts.federation.enrolment import change_clients
@@ -26,7 +27,7 @@ def forget(run: RunDirectory, client: str) -> None:
     """
     if (run.path / "summary.json").exists():
         raise ArtifactError(f"{run.path}", "the run has finished", "forget clients of a run that was broken off")
-    server = load_server(run.checkpoint)
+    server, client = load_server(run.checkpoint), normal(client)
     if client not in server.clients:
         raise ArtifactError(
             f"client {client!r}", f"the run's clients are {', '.join(sorted(server.clients))}", "choose one"

@@ -13,8 +13,9 @@ import torch
 
 from flexperts.artifacts import JOINED, RunDirectory
 from flexperts.config.data import ClientFiles
+from flexperts.config.names import alike, client_name, readings_of
 from flexperts.config.run import RunConfig
-from flexperts.data.clients import client_name, partition_manifest
+from flexperts.data.clients import partition_manifest
 from flexperts.data.records import name_and_ending
 from flexperts.data.sources import HUB
 from flexperts.errors import ArtifactError, ConfigError
@@ -184,6 +185,10 @@ def _check_free(run: RunDirectory, name: str) -> None:
     # Beside a staging folder the file is what a killed join has left.
     if name in taken or (file.exists() and not _staged(run.path, name).exists()):
         raise ArtifactError(f"client {name!r}", f"{run.path} has files of that name", "give another --name")
+    if (other := alike(name, readings_of(taken))) is not None:
+        raise ArtifactError(
+            f"client {name!a}", f"the run has a client {other!a}, which reads alike", "give another --name"
+        )
 
 
 def _check_base(trained: TrainedRun) -> None:

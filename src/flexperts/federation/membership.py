@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 
 from flexperts.communication.messages import info_of, records
 from flexperts.communication.traffic import encoded_bytes
-from flexperts.data.clients import client_name
+from flexperts.config.names import alike, client_name, looks
 from flexperts.errors import FederationError, FlexpertsError
 from flexperts.federation.exchange import Asked, error_of, one_line, request, sendable
 from flexperts.federation.observer import Observer
@@ -87,6 +87,7 @@ class Membership:
         """Who was turned away and why, until it is written down."""
         self.observer = observer
         self._node_of: dict[str, int] = {}
+        self._readings: dict[str, str] = {}
         self._away: set[int] = set()
 
     @property
@@ -153,12 +154,18 @@ class Membership:
         if one.client in self._node_of:
             self._refuse(node, one.client, f"node {node} says so too, and the name's owner is online; rename one")
             return None
+        if (other := alike(one.client, self._readings)) is not None:
+            self._refuse(node, one.client, f"its name reads like that of {other}, who is online; rename one")
+            return None
         self.nodes[node], self._node_of[one.client], self.told[one.client] = one.client, node, one
+        self._readings |= dict.fromkeys(looks(one.client), one.client)
         return one.client
 
     def _take_off(self, node: int) -> str:
         client = self.nodes.pop(node)
         del self._node_of[client]
+        for look in set(looks(client)):
+            del self._readings[look]
         return client
 
     def _called(self, node: int, reply: Message) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flexperts.artifacts import RunDirectory
+from flexperts.config.names import normal
 from flexperts.errors import ConfigError, ModelError
 from flexperts.evaluation.generation import Answer, generate
 from flexperts.evaluation.scores import Scores
@@ -69,6 +70,7 @@ class TrainedRun:
             ConfigError: The run has no such client.
             ArtifactError: Its personal state is missing, damaged or of another base.
         """
+        name = normal(name)
         if name not in self.clients:
             raise ConfigError(f"client {name!r}", f"the run's clients are {', '.join(self.clients)}", "choose one")
         client = Client(name, self._workspace_of(name), self.model, self.run.path, observer)
@@ -85,7 +87,7 @@ class TrainedRun:
 
     def request(self, name: str) -> Request:
         """Return what the server would send a client now, so that it computes with the finished model."""
-        return Request(self.model.method.final(self.server, name), self.server.agreement, self.server.round)
+        return Request(self.model.method.final(self.server, normal(name)), self.server.agreement, self.server.round)
 
     def state(self, name: str | None) -> State:
         """Return a model state by name, the most personal one by default; see ``state_named``."""

@@ -13,11 +13,12 @@ from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from flexperts.communication.average import checked
 from flexperts.communication.messages import Update
+from flexperts.config.names import client_names
 from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError
 from flexperts.methods import base
@@ -92,10 +93,15 @@ def by_rows(updates: Iterable[Update]) -> list[tuple[float, Factors]]:
     return [(rows / total, each) for rows, each in arrived]
 
 
+def _by_name(ranks: dict[str, int]) -> dict[str, int]:
+    names = client_names(ranks)
+    return {names[text]: rank for text, rank in ranks.items()}
+
+
 class RankOptions(base.Options):
     """Ranks by client."""
 
-    ranks: dict[str, Annotated[int, Field(ge=1)]] = {}  # noqa: RUF012  pydantic copies it
+    ranks: Annotated[dict[str, Annotated[int, Field(ge=1)]], AfterValidator(_by_name)] = {}  # noqa: RUF012  pydantic copies it
     """Client -> its LoRA rank, at most lora.rank; who is not named has lora.rank."""
 
 

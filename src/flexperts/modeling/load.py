@@ -190,7 +190,11 @@ def _refused(base: str, error: Exception) -> ModelError:
             "set model.trust_remote_code = true if you trust whoever made it",
         )
     reason = f"it cannot be loaded ({said.splitlines()[0]})"
-    return ModelError(f"model.base = {base!r}", reason, "check the name and the network")
+    return ModelError(
+        f"model.base = {base!r}",
+        reason,
+        "check name and network, and that $HF_HOME can be written",
+    )
 
 
 def _quantization(config: ModelConfig, described: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from flexperts.config.names import normal
 from flexperts.errors import ConfigError, FlexpertsError
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def find_model(text: str, models: Sequence[ModelName]) -> ModelName:
     Raises:
         ConfigError: There is no such model; the message names the nearest one.
     """
+    text = normal(text)
     texts = {model.client: model for model in models}
     texts |= {f"{model.client}@{model.state}": model for model in models}
     if text in texts:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import tomli_w
 
+from flexperts.config.names import normal
 from flexperts.errors import ConfigError
 from flexperts.files import content_of, write_text
 
@@ -114,14 +115,18 @@ def _hashes(path: Path, clients: Collection[str]) -> dict[str, list[str]]:
     keys = found.get("keys")
     if set(found) != {"keys"} or not isinstance(keys, dict):
         raise ConfigError(f"{path}", "it has one table, [keys]", "make it with --make-keys")
+    if len({*map(normal, keys)}) < len(keys):
+        raise ConfigError(
+            f"{path}", "one owner stands there twice, in two forms of Unicode", "join their lists of hashes"
+        )
     for owner, hashes in keys.items():
         _check(path, owner, hashes, clients)
-    return keys
+    return {normal(owner): hashes for owner, hashes in keys.items()}
 
 
 def _check(path: Path, owner: str, hashes: object, clients: Collection[str]) -> None:
     """Refuse an entry that is none; a key that someone pasted is not repeated."""
-    if owner != OPERATOR and owner not in clients:
+    if owner != OPERATOR and normal(owner) not in clients:
         known = ", ".join(sorted(clients))
         raise ConfigError(f"{path}: {owner!r}", f"the run's clients are {known}", 'name one of them, or "*"')
     if not isinstance(hashes, list) or not all(isinstance(h, str) and _HASH.fullmatch(h) for h in hashes):

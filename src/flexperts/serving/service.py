@@ -15,6 +15,8 @@ from flexperts.serving.load import Load
 from flexperts.serving.metrics import Metrics
 from flexperts.serving.refusals import RefusedError, later, refused, stopping
 
+_LONGEST_MODEL = 500
+"""Characters of a model's name that a refusal repeats at most; every name is shorter."""
 _LOADING = 5
 """Seconds after which a caller may try again while the base is loading."""
 
@@ -99,7 +101,7 @@ class Service:
             RefusedError: There is no such model for this owner.
         """
         try:
-            return find_model(name[:200], self.models(owner))
+            return find_model(name[:_LONGEST_MODEL], self.models(owner))
         except ConfigError as error:
             raise RefusedError(404, error, code="model_not_found", param="model") from error
 

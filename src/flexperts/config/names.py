@@ -1,0 +1,143 @@
+"""Names of clients: one rule wherever one comes in, as a folder, a key, an id, from a silo's file or over the wire.
+
+A name is part of files' names and tells people whose model answers. So it is in NFC, its letters are of scripts
+that are written together ("highly restrictive" in UTS 39), and no two of a run read alike: they differ by more than
+case and letters that look like those of a-z (by the confusables of UTS 39).
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+
+import regex
+
+from flexperts.errors import DataError, shown
+
+_LONGEST = 200
+"""Bytes of a client's name: with what is put around it, it is a file's name, which most systems end at 255."""
+_SCRIPTS = (
+    "Latin+Han+Hiragana+Katakana", "Latin+Han+Bopomofo", "Latin+Han+Hangul", "Adlam", "Arabic", "Armenian",
+    "Balinese", "Bengali", "Canadian_Aboriginal", "Cham", "Cherokee", "Cyrillic", "Devanagari", "Ethiopic",
+    "Georgian", "Greek", "Gujarati", "Gurmukhi", "Hebrew", "Javanese", "Kannada", "Khmer", "Lao", "Lisu",
+    "Malayalam", "Meetei_Mayek", "Mongolian", "Myanmar", "New_Tai_Lue", "Nko", "Ol_Chiki", "Oriya", "Osage",
+    "Sinhala", "Sundanese", "Syriac", "Tai_Le", "Tamil", "Telugu", "Thaana", "Thai", "Tibetan", "Tifinagh",
+    "Vai", "Yi",
+)  # fmt: skip
+"""Scripts, and those that are written together."""
+
+
+def _of_any(scripts: str) -> str:
+    """Return the pattern of characters of some scripts, or of all."""
+    return "".join(rf"\p{{scx={script}}}" for script in ("Common", "Inherited", *scripts.split("+")))
+
+
+_ONE_WRITING = regex.compile("|".join(f"[{_of_any(scripts)}]*" for scripts in _SCRIPTS))
+_NO_FIRST = regex.compile(r"[.\p{M}]")
+_NOWHERE = regex.compile(r"[^\p{L}\p{M}\p{Nd}_.-]|\p{Default_Ignorable_Code_Point}")
+_COMPOSED = "ำຳໜໝև"
+"""Letters of Thai, Lao and Armenian that Unicode has as variants, though nobody writes them otherwise."""
+
+
+def normal(name: str) -> str:
+    """Return a name in NFC, in which it is kept and looked up however it was typed."""
+    return unicodedata.normalize("NFC", name)
+
+
+def client_name(text: str) -> str:
+    """Return a client's name in NFC if it can be one.
+
+    Raises:
+        DataError: It cannot: it is no file's name, or mixes writings that hold look-alikes.
+    """
+    name = normal(text)
+    if (size := len(name.encode(errors="replace"))) > _LONGEST:  # file systems count bytes
+        raise DataError(
+            f"client {name[:40]!r}... of {size} bytes", f"a name has at most {_LONGEST} bytes", "rename it"
+        )
+    if not name or (strange := _strange(name)) is not None:
+        at = f"; this one holds {_told(strange)}" if name and strange else ""
+        rule = f"a client's name is letters, digits, '-', '_', '.', and begins with no '.'{at}"
+        raise DataError(f"client {shown(name)}", rule, "rename it")
+    if (other := _foreign(name)) is not None:
+        rule = f"a name's letters and digits are of one script, and {_told(other)} is of another than those before"
+        raise DataError(f"client {shown(name)}", rule, "write it in one script, look-alikes too")
+    return name
+
+
+def client_names(texts: Iterable[str]) -> dict[str, str]:
+    """Return the name of each text that a client is called by.
+
+    Raises:
+        DataError: A text is no name, or two read alike.
+    """
+    names: dict[str, str] = {}
+    readings: dict[str, str] = {}
+    for text in texts:
+        names[text] = client_name(text)
+        if (other := alike(names[text], readings)) is not None:
+            raise DataError(
+                f"clients {other!a} and {text!a}", "two clients of a run must not read alike", "rename one"
+            )
+        readings |= dict.fromkeys(looks(names[text]), text)
+    return names
+
+
+def readings_of(names: Iterable[str]) -> dict[str, str]:
+    """Return what names look like, and which is whose."""
+    return {look: name for name in names for look in looks(name)}
+
+
+def alike(name: str, readings: Mapping[str, str]) -> str | None:
+    """Return who reads like a name, of all by what they look like; None if nobody does."""
+    return next((readings[look] for look in looks(name) if look in readings), None)
+
+
+@lru_cache(1 << 14)
+def looks(name: str) -> tuple[str, str]:
+    """Return what a name looks like to people: without case, and in letters a-z as far as there are such."""
+    letters = unicodedata.normalize("NFD", name).translate(_latin())
+    return name.casefold(), unicodedata.normalize("NFC", letters).casefold()
+
+
+def file_safe(text: str) -> str:
+    """Return an id as a client's name, as far as that goes by '-' for every character that no name has."""
+    safe = "".join("-" if _is_nowhere(c) else c for c in normal(text))
+    return f"-{safe[1:]}" if _NO_FIRST.match(safe) else safe
+
+
+def _strange(name: str) -> str | None:
+    """Return the first character that stands where no name has it."""
+    return name[0] if _NO_FIRST.match(name) else next(filter(_is_nowhere, name), None)
+
+
+def _is_nowhere(character: str) -> bool:
+    """Tell whether no name has a character: it is no letter or digit, is not seen, or is a variant of another."""
+    variant = unicodedata.decomposition(character).startswith("<") and character not in _COMPOSED
+    return variant or _NOWHERE.match(character) is not None
+
+
+def _foreign(name: str) -> str | None:
+    """Return the first letter or digit that is not written together with those before it."""
+    zeros = {ord(c) - unicodedata.decimal(c): c for c in reversed(name) if c.isdecimal()}
+    if len(zeros) > 1:
+        return max(zeros.values(), key=name.index)
+    if _ONE_WRITING.fullmatch(name):
+        return None
+    return next(name[end - 1] for end in range(1, len(name) + 1) if not _ONE_WRITING.fullmatch(name[:end]))
+
+
+def _told(character: str) -> str:
+    return f"{character!a} ({unicodedata.name(character, 'unnamed')})"
+
+
+@lru_cache(1)
+def _latin() -> dict[int, str]:
+    """Return letters and digits that look like one of a-z, A-Z, 0-9, and which."""
+    from confusable_homoglyphs.confusables import confusables_data  # here, as it reads a large file
+
+    found = ((letter, alikes[0]["c"]) for letter, alikes in confusables_data.items())
+    return {
+        ord(c): like for c, like in found if len(c) == 1 and not c.isascii() and like.isascii() and like.isalnum()
+    }
