@@ -238,7 +238,8 @@ def test_a_pooled_test_file_is_compared_likewise(tmp_path: Path, by: str) -> Non
 
     assert len(read()) == 2
     test[3]["context"] = "note\u00a07 "
-    with pytest.raises(DataError, match=r"1 passages .*test\.jsonl, line 4, row 4 and .*train\.jsonl, line 8, row 8:"):
+    pair = r"1 passages .*test\.jsonl, line 4, row 4 and .*train\.jsonl, line 8, row 8:"
+    with pytest.raises(DataError, match=pair):
         read()
 
 
