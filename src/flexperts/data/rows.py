@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from flexperts.config.data import OnBadRow
 from flexperts.data.bad_rows import BadRow, settle_bad_rows
 from flexperts.data.columns import FIELDS, PASSAGE, REQUIRED, fields_of, say_columns
-from flexperts.data.records import Number, Record, Say, Table, names_shown, unsaid, whole_number
+from flexperts.data.records import DataTable, Number, Record, Say, names_shown, unsaid, whole_number
 from flexperts.errors import DataError
 
 
@@ -59,7 +59,7 @@ class Label(NamedTuple):
 
 
 def read_rows(
-    table: Table,
+    table: DataTable,
     columns: Mapping[str, str],
     *,
     on_bad_row: OnBadRow = "refuse",
@@ -82,7 +82,7 @@ def read_rows(
 
 
 def read_labelled(
-    table: Table,
+    table: DataTable,
     columns: Mapping[str, str],
     label: Label | None,
     *,
@@ -179,7 +179,7 @@ def _kind(value: object) -> str:
     return kinds.get(type(value), f"of the type {type(value).__name__}")
 
 
-def _label_column(table: Table, fields: Mapping[str, str], label: Label) -> str:
+def _label_column(table: DataTable, fields: Mapping[str, str], label: Label) -> str:
     column = fields.get("category", "category") if label.column == "category" else label.column
     if column not in table.columns:
         raise DataError(
