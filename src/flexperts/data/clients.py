@@ -14,7 +14,7 @@ from flexperts.config.data import ClientFiles, DataConfig
 from flexperts.config.names import client_names
 from flexperts.data.folders import client_folders
 from flexperts.data.partition import load_partition
-from flexperts.data.records import Record, Say, Table, unsaid
+from flexperts.data.records import DataTable, Record, Say, unsaid
 from flexperts.data.rows import ClientRows, Row, read_rows
 from flexperts.data.sources import check_disjoint, read_source, split_rows
 from flexperts.errors import DataError
@@ -109,8 +109,8 @@ def _shipped(config: DataConfig) -> Clients:
     }
 
 
-def _made(source: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    return Table(
+def _made(source: str, rows: Sequence[Mapping[str, Any]]) -> DataTable:
+    return DataTable(
         source, list(rows[0]), lambda _: (Record(f"row {number}", row) for number, row in enumerate(rows, 1))
     )
 

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from flexperts.data.records import Record, Say, Table, names_shown, repeated
+from flexperts.data.records import DataTable, Record, Say, names_shown, repeated
 from flexperts.errors import DataError
 
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
@@ -30,7 +30,9 @@ class _Line(NamedTuple):
     """Whether a quote stands in a cell that is not quoted."""
 
 
-def read_delimited(path: Path, text: str, wanted: Collection[str], say: Say, delimiter: str | None = None) -> Table:
+def read_delimited(
+    path: Path, text: str, wanted: Collection[str], say: Say, delimiter: str | None = None
+) -> DataTable:
     """Return a table's columns and records; lines without any text are no records.
 
     Args:
@@ -51,7 +53,7 @@ def read_delimited(path: Path, text: str, wanted: Collection[str], say: Say, del
     header = [name.strip() for name in _header(lines)]
     columns = _columns(path, header)
     records = list(_records(path, columns, len(header), lines, delimiter, say))
-    return Table(str(path), columns, lambda _: records)
+    return DataTable(str(path), columns, lambda _: records)
 
 
 def _header(lines: Iterator[_Line]) -> list[str]:

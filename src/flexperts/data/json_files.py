@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flexperts.data.records import Number, Record, Table, names_shown, repeated
+from flexperts.data.records import DataTable, Number, Record, names_shown, repeated
 from flexperts.errors import DataError
 
 _LINE = "each line must hold one JSON object"
@@ -22,7 +22,7 @@ class _Repeating(dict[str, Any]):
         self.names = repeated(name for name, _ in pairs)
 
 
-def read_json_lines(path: Path, text: str) -> Table:
+def read_json_lines(path: Path, text: str) -> DataTable:
     """Return the columns and records of a file with one object per line; a line that holds none is a bad record.
 
     Raises:
@@ -33,7 +33,7 @@ def read_json_lines(path: Path, text: str) -> Table:
     return _table(path, list(_from_lines(text)))
 
 
-def read_json(path: Path, text: str) -> Table:
+def read_json(path: Path, text: str) -> DataTable:
     """Return the columns and records of a file that holds one list of objects.
 
     Raises:
@@ -50,9 +50,9 @@ def read_json(path: Path, text: str) -> Table:
     return _table(path, [_record(f"row {number}", values) for number, values in enumerate(found, 1)])
 
 
-def _table(path: Path, records: list[Record]) -> Table:
+def _table(path: Path, records: list[Record]) -> DataTable:
     columns = list(dict.fromkeys(name for record in records for name in record.values))
-    return Table(str(path), columns, lambda _: records)
+    return DataTable(str(path), columns, lambda _: records)
 
 
 def _from_lines(text: str) -> Iterator[Record]:

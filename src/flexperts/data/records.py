@@ -48,7 +48,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Table:
+class DataTable:
     """A source whose columns are known and whose records are still to be read.
 
     Args:

@@ -15,7 +15,7 @@ from flexperts.config.data import OnBadRow
 from flexperts.config.names import normal
 from flexperts.data.bad_rows import BadRow, settle_bad_rows
 from flexperts.data.columns import FIELDS, PASSAGE, REQUIRED, fields_of, say_columns
-from flexperts.data.records import Number, Record, Say, Table, names_shown, unsaid, whole_number
+from flexperts.data.records import DataTable, Number, Record, Say, names_shown, unsaid, whole_number
 from flexperts.errors import DataError
 
 _INVISIBLE = regex.compile(r"\p{Default_Ignorable_Code_Point}")
@@ -64,7 +64,7 @@ class Label(NamedTuple):
 
 
 def read_rows(
-    table: Table,
+    table: DataTable,
     columns: Mapping[str, str],
     *,
     on_bad_row: OnBadRow = "refuse",
@@ -87,7 +87,7 @@ def read_rows(
 
 
 def read_labelled(
-    table: Table,
+    table: DataTable,
     columns: Mapping[str, str],
     label: Label | None,
     *,
@@ -184,7 +184,7 @@ def _kind(value: object) -> str:
     return kinds.get(type(value), f"of the type {type(value).__name__}")
 
 
-def _label_column(table: Table, fields: Mapping[str, str], label: Label) -> str:
+def _label_column(table: DataTable, fields: Mapping[str, str], label: Label) -> str:
     column = fields.get("category", "category") if label.column == "category" else label.column
     if column not in table.columns:
         raise DataError(

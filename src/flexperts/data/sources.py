@@ -18,10 +18,10 @@ from flexperts.data.json_files import read_json, read_json_lines
 from flexperts.data.passages import OWN_COLUMN, identities, passage_key, say_uneven
 from flexperts.data.records import (
     ENDINGS,
+    DataTable,
     Number,
     Record,
     Say,
-    Table,
     name_and_ending,
     names_shown,
     repeated,
@@ -61,7 +61,7 @@ def read_source(
     return read_rows(table, columns, on_bad_row=on_bad_row, passage=passage, say=say)
 
 
-def open_table(source: str, wanted: Collection[str], split: str = "train", say: Say = unsaid) -> Table:
+def open_table(source: str, wanted: Collection[str], split: str = "train", say: Say = unsaid) -> DataTable:
     """Open a source with all its columns; see ``read_source``.
 
     Args:
@@ -185,7 +185,7 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _parquet(path: Path) -> Table:
+def _parquet(path: Path) -> DataTable:
     """Open a Parquet file; of its columns only those that are asked for are read, some rows at a time."""
     import pyarrow
     import pyarrow.parquet
@@ -215,7 +215,7 @@ def _parquet(path: Path) -> Table:
         raise DataError(
             f"{path}: {names_shown(twice)}", "a column's name must come only once", "rename or drop the other one"
         )
-    return Table(str(path), columns, records)
+    return DataTable(str(path), columns, records)
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
@@ -240,7 +240,7 @@ def _values(path: Path, name: str, column: Any) -> list[Any]:
     return [t if t is None else Number(t) if f else float("nan") for t, f in zip(text, finite, strict=True)]
 
 
-def _hub(name: str, split: str) -> Table:
+def _hub(name: str, split: str) -> DataTable:
     """Open a hub data set; it stays on this machine, mapped into memory, and only what is asked for is read."""
     from datasets import load_dataset
 
@@ -261,7 +261,7 @@ def _hub(name: str, split: str) -> Table:
         except Exception as error:
             raise _unloadable(name, error) from error
 
-    return Table(f"{HUB}{name}", columns, records)
+    return DataTable(f"{HUB}{name}", columns, records)
 
 
 def _number(value: Any) -> Any:
