@@ -179,6 +179,11 @@ def _resolved(source: str | None, folder: Path) -> str | None:
     if source is None or source.startswith("hub:"):
         return source
     try:
-        return str((folder / source).resolve())
+        found = str((folder / source).resolve())
+        found.encode()
+        return found
+    except UnicodeEncodeError as error:
+        rule = "its bytes are no UTF-8 text, in which a run writes down where its rows are"
+        raise ConfigError(f"path {shown(found)}", rule, "rename that folder or file") from error
     except (OSError, ValueError, RuntimeError) as error:  # a zero byte, a link to itself
         raise ConfigError(f"path {shown(source)}", f"it is none ({error})", "correct it") from error
