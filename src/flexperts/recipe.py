@@ -192,6 +192,11 @@ def located(source: str, folder: Path) -> str:
     try:
         path = folder / source
         real = path.resolve()
-        return str(real if path.name == ".." else path.parent.resolve() / path.name)
+        found = str(real if path.name == ".." else path.parent.resolve() / path.name)
+        found.encode()
+        return found
+    except UnicodeEncodeError as error:
+        rule = "its bytes are no UTF-8 text, in which a run writes down where its rows are"
+        raise ConfigError(f"path {shown(found)}", rule, "rename that folder or file") from error
     except (OSError, ValueError, RuntimeError) as error:  # a zero byte, a link to itself
         raise ConfigError(f"path {shown(source)}", f"it is none ({error})", "correct it") from error

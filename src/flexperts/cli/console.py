@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from io import TextIOWrapper
 
@@ -11,6 +12,18 @@ from rich.console import Console
 def console(*, stderr: bool = False) -> Console:
     """Return a console that takes no text for markup or emoji codes: paths, names and answers hold anything."""
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+def take_names_as_utf8() -> None:
+    """Start this process again where Python takes arguments and names of files for anything but UTF-8.
+
+    Names of clients are UTF-8 in all files' names; in another encoding, which an old locale may ask for, such files
+    could not be opened. What is printed keeps the terminal's encoding.
+    """
+    if sys.getfilesystemencoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
+        return
+    shown = {"PYTHONIOENCODING": sys.stdout.encoding} if sys.stdout else {}
+    os.execve(sys.executable, sys.orig_argv, {**shown, **os.environ, "PYTHONUTF8": "1"})
 
 
 def escape_what_cannot_be_shown() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -26,7 +27,7 @@ from flexperts.cli import (
     serve,
     silo,
 )
-from flexperts.cli.console import console, escape_what_cannot_be_shown
+from flexperts.cli.console import console, escape_what_cannot_be_shown, take_names_as_utf8
 from flexperts.errors import ConfigError, FlexpertsError
 
 _SHOWN = 80
@@ -69,9 +70,11 @@ def main() -> None:
     # Libraries announce their own future to their developers; users of this command cannot act on it.
     warnings.simplefilter("ignore", DeprecationWarning)
     warnings.simplefilter("ignore", FutureWarning)
+    take_names_as_utf8()
     escape_what_cannot_be_shown()
     try:
         _check_arguments(sys.argv[1:])
+        _check_home()
         app()
     except FlexpertsError as error:
         say = console(stderr=True)
@@ -81,12 +84,23 @@ def main() -> None:
 
 
 def _check_arguments(arguments: list[str]) -> None:
-    """Refuse bytes that are no text here: they would come to files, recipes and answers."""
+    """Refuse bytes that are no text: they would come to files, recipes and answers."""
     for argument in arguments:
         try:
             argument.encode()
         except UnicodeEncodeError as error:
-            rule = "it holds bytes that are no text in this terminal's encoding"
-            remedy = "give it in UTF-8, renaming such a file; where it is UTF-8, set PYTHONUTF8=1"
+            rule, remedy = (
+                "it holds bytes that are no UTF-8 text",
+                "write it in UTF-8; a file of such a name, rename",
+            )
             told = ascii(argument[:_SHOWN]).replace("\\udc", "\\x")  # as Python writes bytes
             raise ConfigError(f"argument {told}", rule, remedy) from error
+
+
+def _check_home() -> None:
+    """Refuse a user without a home, such as a container's number: libraries look for it while they load."""
+    try:
+        Path.home()
+    except RuntimeError as error:
+        rule = "this user has none, and libraries keep settings and caches there"
+        raise ConfigError("the home folder", rule, "set HOME to a folder of yours") from error

@@ -1,3 +1,4 @@
+import errno
 import io
 import socket
 import subprocess
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from flexperts.base import sources
+from flexperts.base import build, sources
+from flexperts.base.partition import load_partition
 from flexperts.base.sources import DenseSource, SourceUnavailable, cache_dir, find_dense
-from flexperts.errors import ModelError
+from flexperts.errors import ArtifactError, ModelError
 
 
 @pytest.fixture(autouse=True)
@@ -212,3 +214,64 @@ def test_file_sha256_reads_files_in_the_given_order(tmp_path):
     (tmp_path / "b").write_bytes(b"c")
     whole = sources.file_sha256(tmp_path / "a", tmp_path / "b")
     assert whole == sources.hashlib.sha256(io.BytesIO(b"abc").read()).hexdigest()
+
+
+# A cache that cannot be written
+
+
+@pytest.fixture
+def no_source(monkeypatch):
+    """Nothing is fetched: the cache is looked at first."""
+    for name in ("from_hub", "from_wheel"):
+        monkeypatch.setattr(sources, name, lambda report: pytest.fail("a source was asked"))
+
+
+@pytest.mark.parametrize("place", ["in a file", "a file", "/proc/none", "/dev/null", "x" * 300, "~no-such-user/c"])
+@pytest.mark.parametrize("variable", ["FLEXPERTS_CACHE", "XDG_CACHE_HOME", "HOME"])
+def test_a_cache_that_cannot_be_written_is_refused(monkeypatch, tmp_path, no_source, variable, place):
+    (tmp_path / "file").write_text("")
+    found = {"in a file": str(tmp_path / "file" / "in"), "a file": str(tmp_path / "file")}.get(place, place)
+    if variable == "HOME" and place.startswith("~"):
+        pytest.skip("no home is called so")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(variable, found)
+    with pytest.raises(ModelError, match="it cannot be written") as refused:
+        build.resolve_base("smol-moe")
+    assert refused.value.value.startswith(f"cache {found}")
+    assert refused.value.remedy.startswith("set FLEXPERTS_CACHE to a folder")
+
+
+def test_the_remedy_helps(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/dev/null")
+    monkeypatch.setenv("FLEXPERTS_CACHE", str(tmp_path / "mine"))
+    monkeypatch.setattr(build, "_build_into", lambda name, folder, source, report: folder.mkdir())
+    assert build.build_base("smol-moe") == tmp_path / "mine" / "bases" / "smol-moe"
+
+
+def test_a_disk_that_fills_up_while_a_base_is_built(monkeypatch, tmp_path):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv("FLEXPERTS_CACHE", str(tmp_path))
+    monkeypatch.setattr(build, "write_base", full)
+    with pytest.raises(ModelError, match="No space left on device"):
+        build.build_base("smol-moe")
+    assert not list((tmp_path / "bases").glob(".smol-moe.build-*"))
+
+
+def test_a_hub_cache_that_cannot_be_written_is_one_source_less(monkeypatch, tmp_path):
+    def unwritable():
+        raise PermissionError(errno.EACCES, "Permission denied", "/root/hub")
+
+    monkeypatch.setattr(sources, "_hub_cached", unwritable)
+    with pytest.raises(SourceUnavailable, match=r"hub .*: PermissionError: .*Permission denied"):
+        sources.from_hub(lambda line: None)
+
+
+def test_a_partition_that_cannot_be_written(monkeypatch, tmp_path):
+    partition = load_partition(build.base_spec("smol-moe").asset)
+    monkeypatch.setattr(build, "find_dense", lambda source, report: DenseSource("path", tmp_path, "0"))
+    monkeypatch.setattr("flexperts.base.dense.load_dense", lambda found: None)
+    monkeypatch.setattr("flexperts.base.calibrate.compute_partition", lambda *arguments: partition)
+    with pytest.raises(ArtifactError, match="it cannot be written"):
+        build.write_partition(out=tmp_path / "none" / "a.safetensors")
