@@ -19,7 +19,8 @@ from flexperts.communication.compression import Packed, pack, unpack
 from flexperts.communication.messages import records
 from flexperts.communication.traffic import encoded_bytes
 from flexperts.config.federation import CompressionConfig
-from flexperts.federation.client import Client, Request
+from flexperts.federation.client import Client
+from flexperts.federation.request import Request
 from flexperts.federation.client_model import ClientModel
 from flexperts.federation.flower_private import assume_identity
 from flexperts.federation.workspace import Workspace

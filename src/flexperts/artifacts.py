@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from flexperts.config.changes import recipe_changes
+from flexperts.config.changes import recipe_changes, rounds_before
 from flexperts.environment import environment
 from flexperts.errors import ArtifactError
 from flexperts.files import (
@@ -64,8 +64,13 @@ class RunDirectory:
     path: Path
 
     @classmethod
-    def check_free(cls, path: Path) -> None:
+    def check_free(cls, path: Path, recipe: str = "", again: str = "--resume") -> None:
         """Refuse a path that already holds a run or cannot hold one.
+
+        Args:
+            path: The path.
+            recipe: What is to be run there: if it is the run's own, the remedy says how to go on with that.
+            again: How that is asked for.
 
         Raises:
             ArtifactError: It does, it lies in a file, or no folder can have its name.
@@ -80,7 +85,27 @@ class RunDirectory:
         if lies_in_file:
             raise ArtifactError(f"{path}", "a file stands in its place", "choose another --out")
         if holds_run:
-            raise ArtifactError(f"{path}", "it already holds a run", "choose another --out, or delete it")
+            raise cls._holds_run(path, recipe, again)
+
+    @classmethod
+    def _holds_run(cls, path: Path, recipe: str, again: str) -> ArtifactError:
+        if recipe and (path / "config.toml").is_file():
+            run = cls.open(path)
+            if run.config_toml == recipe and not (path / "summary.json").exists():
+                rule = "it already holds a run, of this recipe, that has not finished"
+                return ArtifactError(f"{path}", rule, f"go on with it: {again}")
+            if run.config_toml == recipe:
+                rule, more = (
+                    "it already holds a run, of this recipe, that has finished",
+                    "--set federation.rounds=N",
+                )
+                return ArtifactError(
+                    f"{path}", rule, f"choose another --out, or give it more rounds: {again} {more}"
+                )
+            if rounds_before(run.config_toml, recipe):
+                rule = "it already holds a run, of this recipe but for federation.rounds"
+                return ArtifactError(f"{path}", rule, f"give it these rounds: {again}; or choose another --out")
+        return ArtifactError(f"{path}", "it already holds a run", "choose another --out, or delete it")
 
     @classmethod
     def create(cls, path: Path, config_toml: str) -> RunDirectory:
@@ -112,7 +137,7 @@ class RunDirectory:
                 f"it holds a run of another recipe ({recipe_changes(run.config_toml, config_toml)})",
                 "resume with the recipe and --set of the first start",
             )
-        if not run.checkpoint.exists() and not (path / "summary.json").exists() and run._has_rounds():
+        if not run.checkpoint.exists() and not (path / "summary.json").exists() and run.has_rounds():
             raise ArtifactError(
                 f"{run.checkpoint}",
                 "it is missing, and rounds have finished",
@@ -182,6 +207,11 @@ class RunDirectory:
         return {path.stem: opened(path, read_json(path), needed=True) for path in paths}
 
     @property
+    def partition(self) -> Path:
+        """File of who had which rows when the run started, in counts and hashes."""
+        return self.path / "partition.json"
+
+    @property
     def beyond(self) -> Path:
         """File of the scores beyond the clients' own rows."""
         return self.path / "beyond.json"
@@ -195,8 +225,13 @@ class RunDirectory:
     def _rounds(self) -> Path:
         return self.path / "rounds.jsonl"
 
-    def _has_rounds(self) -> bool:
+    def has_rounds(self) -> bool:
+        """Tell whether rounds have been written down."""
         return self._rounds.exists() and self._rounds.stat().st_size > 0
+
+    def written_rounds(self) -> int:
+        """Return how many rounds have been written down whole, damaged or not."""
+        return content_of(self._rounds).count(b"\n") if self._rounds.exists() else 0
 
     def append_round(self, record: Mapping[str, Any]) -> None:
         """Add a finished round.

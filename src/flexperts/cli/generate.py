@@ -12,6 +12,10 @@ State = Annotated[
     Optional[str],  # noqa: UP045 - typer reads this at run time
     typer.Option("--state", help="zero_shot, global or personalized.", show_default="the most personal one"),
 ]
+Base = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--base", metavar="PATH", help="Where the run's base lies.", show_default="where its recipe says"),
+]
 
 
 def command(
@@ -20,6 +24,7 @@ def command(
     client: Annotated[str, typer.Option(help="Whose model answers.")],
     context: About = "",
     state: State = None,
+    base: Base = None,
 ) -> None:
     """Print one client's answer to an instruction."""
     from flexperts.artifacts import RunDirectory
@@ -28,4 +33,4 @@ def command(
 
     from flexperts.federation.trained import TrainedRun
 
-    typer.echo(TrainedRun(run).generate(client, instruction, context, state))
+    typer.echo(TrainedRun(run, base=base).generate(client, instruction, context, state))

@@ -7,6 +7,9 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from flexperts.cli.generate import Base
+from flexperts.cli.interrupted import stoppable
+
 
 def command(
     run: Annotated[Path, typer.Argument(help="Run directory of a finished run.")],
@@ -31,6 +34,7 @@ def command(
             help="Override a training.* or data.columns.* setting, such as training.personal_lr=1e-3. Repeatable.",
         ),
     ] = None,
+    base: Base = None,
     seed: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(help="Seed of its batches.", show_default="the run's"),
@@ -44,9 +48,17 @@ def command(
     from flexperts.cli.display import RunDisplay
     from flexperts.federation.joining import join
 
-    with RunDisplay() as display:
+    with stoppable(lambda: "nobody has joined; the same command starts again"), RunDisplay() as display:
         record = join(
-            run, data, test=test, name=name, steps=steps, settings=settings or (), seed=seed, observer=display
+            run,
+            data,
+            test=test,
+            name=name,
+            steps=steps,
+            settings=settings or (),
+            seed=seed,
+            base=base,
+            observer=display,
         )
     display.console.print(_table(record, summary))
     display.console.print(

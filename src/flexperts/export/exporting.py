@@ -49,17 +49,19 @@ def export_run(
     form: str = "transformers",
     state: str | None = None,
     dtype: str | None = None,
+    base: str | None = None,
     check: bool = True,
 ) -> Export:
     """Write a client's model of a finished run; the folder appears whole, and checked, or not at all.
 
     Args:
-        path: The run directory; the rows that its recipe names must be there.
+        path: The run directory.
         out: The folder to create.
         client: Whose model; None where the state is the same for all clients.
         form: One of ``FORMS``.
         state: global or personalized; None takes the form's own.
         dtype: Type of the stored weights; None takes the base's.
+        base: Where the run's base lies, if not where its recipe says.
         check: Load the folder in a fresh process and compare its logits with the run's.
 
     Raises:
@@ -72,7 +74,7 @@ def export_run(
         raise ArtifactError(f"{out}", "it exists", "choose another --to, or delete it")
     if form == "adapter" and dtype is not None:
         raise ConfigError(f"--dtype {dtype}", "an adapter is stored as it was trained, in float32", "leave it out")
-    run = TrainedRun(path)
+    run = TrainedRun(path, base=base)
     _check_plain(run, form)
     stored = dtype or run.config.model.dtype
     if form in ("transformers", "merged"):

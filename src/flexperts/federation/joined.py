@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flexperts.config.data import ClientFiles, DataConfig
 from flexperts.config.run import RunConfig
-from flexperts.data.clients import partition_manifest
 from flexperts.data.sources import HUB
-from flexperts.errors import DataError
+from flexperts.data.unchanged import check_unchanged
 from flexperts.federation.workspace import Workspace
 
 
@@ -26,17 +26,13 @@ def with_rows_of(config: RunConfig, name: str, files: ClientFiles, columns: Mapp
 def workspace_of(run: Path, record: Mapping[str, Any], workspace: Workspace) -> Workspace:
     """Return the workspace of a client that has joined: its rows, on the base of the run's workspace.
 
-    Raises:
-        DataError: The rows cannot be read, or are no longer those that it joined with.
+    Rows are read when they are needed, and refused if they are no longer those that it joined with.
     """
     name, data = record["client"], record["data"]
     files = ClientFiles(train=_from(run, data["train"]), test=data["test"] and _from(run, data["test"]))
-    own = workspace.for_run(with_rows_of(workspace.config, name, files, data["columns"]))
-    if partition_manifest(own.clients)["clients"][name] != record["rows"]:
-        raise DataError(
-            f"{files.train}", f"{name} joined with other rows than these", "restore them, or join by another name"
-        )
-    return own
+    config = with_rows_of(workspace.config, name, files, data["columns"])
+    same = partial(check_unchanged, {name: record["rows"]}, rule=f"{name} joined with other rows than these")
+    return Workspace(config, workspace.base, workspace.untouched, same)
 
 
 def kept_data(run: Path, files: ClientFiles, columns: Mapping[str, str]) -> dict[str, Any]:

@@ -23,7 +23,9 @@ def summarize(
     """Put a finished run into one mapping.
 
     ``mean`` is over clients, each counting once (macro); ``weighted_mean`` counts each by its scored rows. A state
-    that the method does not have is null. Clients that sent no scores stand under ``unscored`` with the reason, and
+    that the method does not have is null. ``planned`` is how many rounds the run was to have, after which round:
+    one entry, unless it was given other rounds than it was started with. Clients that sent no scores stand
+    under ``unscored`` with the reason, and
     in no mean. ``privacy`` is what differential privacy guarantees; null without noise.
 
     Args:
@@ -40,6 +42,7 @@ def summarize(
         "method": config.method.name,
         "seed": config.seed,
         "rounds": len(rounds),
+        "planned": _planned(rounds),
         "split": config.evaluation.split,
         "base": {"name": config.model.base, "fingerprint": base},
         "clients": clients,
@@ -51,6 +54,13 @@ def summarize(
         "privacy": privacy_spent(config, len(rounds)),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
     }
+
+
+def _planned(rounds: Iterable[RoundLog]) -> list[dict[str, int]]:
+    """Return where the number of rounds that a run was to have was set: after which round, and to what."""
+    planned = [log.planned for log in rounds]
+    starts = [i for i, total in enumerate(planned) if total and (i == 0 or total != planned[i - 1])]
+    return [{"after": i, "rounds": planned[i]} for i in starts]
 
 
 def _client(metrics: Mapping[str, float | int], train_rows: int) -> dict[str, Any]:

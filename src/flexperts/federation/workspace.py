@@ -28,11 +28,13 @@ class Workspace:
         config: The run; its reference may differ in the method only.
         loaded: The base, where it is in memory already.
         untouched: What the untouched base scores, by what it was scored on: no method changes it.
+        started_with: Refuses rows, when they are read, that are not those that a run started with.
     """
 
     config: RunConfig
     loaded: LoadedBase | None = None
     untouched: dict[str, Any] = field(default_factory=dict)
+    started_with: Callable[[Clients], None] = lambda clients: None
 
     def for_run(self, config: RunConfig) -> Workspace:
         """Return the workspace of another run: this one, or one with rows or a base of its own."""
@@ -43,7 +45,9 @@ class Workspace:
     @cached_property
     def clients(self) -> Clients:
         """Every client's rows."""
-        return load_clients(self.config.data, self.config.seed)
+        clients = load_clients(self.config.data, self.config.seed)
+        self.started_with(clients)
+        return clients
 
     @cached_property
     def base(self) -> LoadedBase:
