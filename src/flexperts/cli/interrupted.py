@@ -58,8 +58,6 @@ def standing(out: Path, again: str) -> str:
     if not (out / "config.toml").exists():
         return f"nothing is kept; the same command starts anew: {again}"
     run = RunDirectory(out)
-    if (out / "summary.json").exists() and not (run.reference / "config.toml").exists():
-        return f"the rounds are finished in {out}; go on with {again}"
     started = [kept for kept in (run, RunDirectory(run.reference)) if (kept.path / "config.toml").exists()]
     rounds = " and ".join(_rounds(kept) for kept in started)
     return f"{rounds} finished, kept in {out}; go on with {again}"

@@ -26,6 +26,7 @@ from flexperts.federation.observer import Observer
 from flexperts.federation.protection import protect, told
 from flexperts.federation.request import Request, Trained
 from flexperts.federation.routing_log import prompt_batches, routing_lines, write_routing
+from flexperts.federation.settled import Settled
 from flexperts.federation.workspace import Workspace
 from flexperts.files import write_json, write_text
 from flexperts.methods.base import OnBatch, State
