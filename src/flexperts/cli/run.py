@@ -83,7 +83,6 @@ def _run(config: RunConfig, out: Path, resume: bool, track: Sequence[str], again
     from flexperts.federation.tracking import Tracking
 
     with Tracking(track, config, out) as tracking, RunDisplay() as display:
-        display.say(f"everything goes to {out}")
         summary = run_federation(config, out, Observers(display, tracking), resume=resume)
     display.result(summary, out)
 

@@ -71,6 +71,7 @@ def _run(config: RunConfig, out: Path, workspace: Workspace) -> dict[str, Any]:
     """Run what is not done yet, in a directory that is this process's alone."""
     started, run = time.monotonic(), RunDirectory(out)
     logging.getLogger("flwr").setLevel(logging.WARNING)  # Flower narrates every round
+    current_observer().stage(f"everything goes to {out}")
     _prepare(config, run, workspace)
     loading = time.monotonic() - started
     summary = _run_method(workspace, config, out)

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import traceback
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -161,9 +162,11 @@ def _sort_out(outcomes: Generator[tuple[Job, str | None]], on_done: OnDone) -> t
 def _share_cores(workers: int) -> None:
     """Leave each process its part of the cores; each would take all, and they would wait for each other.
 
-    Ctrl-C reaches all processes of a terminal; the first one ends the others.
+    Ctrl-C reaches all processes of a terminal; the first one ends the others. Warnings are passed over as there.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for kind in (DeprecationWarning, FutureWarning):
+        warnings.simplefilter("ignore", kind)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
