@@ -11,7 +11,6 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from flexperts.artifacts import RunDirectory
-from flexperts.config.run import RunConfig
 from flexperts.deployment.naming import run_folder
 from flexperts.errors import ArtifactError, FlexpertsError
 from flexperts.federation.extending import extend, is_extended
@@ -34,9 +33,13 @@ def main(grid: Grid, context: Context) -> None:
     try:
         config = parse_recipe(str(context.run_config["recipe"]))
         out = run_folder(str(context.run_config["out"]))
+        resume = bool(context.run_config["resume"])
         # An earlier process of the same run that has lost its SuperLink takes a minute to notice.
-        with sole_writer(out, patience=_PATIENCE, waiting=log.info), observing(LogObserver()):
-            run = _open(out, config, resume=bool(context.run_config["resume"]))
+        patience = _PATIENCE if resume else 0.0
+        with sole_writer(out, patience=patience, waiting=log.info), observing(LogObserver()):
+            if resume and (out / "config.toml").exists() and is_extended(RunDirectory(out), config):
+                extend(RunDirectory(out), config, current_observer())
+            run = _open(out, config.to_toml(), resume=resume)
             if not (out / "summary.json").exists():
                 serve(grid, config, run, current_observer())
         log.info("finished; everything is in %s", out)
@@ -54,14 +57,11 @@ def _quiet_but_for_us() -> None:
     log.setLevel(logging.INFO)
 
 
-def _open(out: Path, config: RunConfig, *, resume: bool) -> RunDirectory:
-    recipe = config.to_toml()
+def _open(out: Path, recipe: str, *, resume: bool) -> RunDirectory:
     if not resume:
         return RunDirectory.create(out, recipe)
     if not (out / "config.toml").exists():
         raise ArtifactError(f"{out}", "there is no run to resume", "check --out, or leave --resume out")
-    if is_extended(RunDirectory(out), config):
-        extend(RunDirectory(out), config, current_observer())
     return RunDirectory.create_or_resume(out, recipe)
 
 
