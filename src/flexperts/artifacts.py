@@ -12,14 +12,16 @@ Its files::
   checkpoint.safetensors the server's whole state after the last finished round, to resume and use it
   partition.json         who had which rows: counts and hashes
   beyond.json            scores on other clients' rows and on general tasks, where the recipe asks for them
-  personal/NAME.safetensors   each client's personal state, and in personal/before the one of the round before it
-                         (in a deployed run they lie at the client)
+  personal/NAME.safetensors   each client's personal state, in personal/before the one of the round before it, in
+                         personal/settled what some methods keep of train rows (in a deployed run they lie at the
+                         client)
   predictions/NAME.jsonl      each client's generated answers and every row's scores (likewise)
   selection/NAME.json         the experts that a client chose, and every expert's loss (likewise)
   routing/NAME.jsonl          how each client's rows are routed, by round and state (likewise)
   joined/NAME.json            a client that joined after training: its rows (counts and hashes), steps, scores
   tensorboard/           event files, where --track asks for them
   reference/             the reference method's run, laid out the same way
+  .lock                  who writes the directory now
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +94,7 @@ class RunDirectory:
     def _holds_run(cls, path: Path, recipe: str, again: str) -> ArtifactError:
         if recipe and (path / "config.toml").is_file():
             run = cls.open(path)
-            if run.config_toml == recipe and not (path / "summary.json").exists():
+            if run.config_toml == recipe and not run.is_finished:
                 rule = "it already holds a run, of this recipe, that has not finished"
                 return ArtifactError(f"{path}", rule, f"go on with it: {again}")
             if run.config_toml == recipe:
@@ -179,6 +182,13 @@ class RunDirectory:
         if not re.fullmatch("[0-9a-f]{32}", found):
             raise damaged(path, "it holds no 32 hex digits")
         return found
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all rounds are done, those of the reference method too, where the recipe has one."""
+        reference = tomllib.loads(self.config_toml).get("method", {}).get("reference")
+        runs = [self, RunDirectory(self.reference)] if reference else [self]
+        return all((run.path / "summary.json").exists() for run in runs)
 
     @property
     def shared(self) -> Path:

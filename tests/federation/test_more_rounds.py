@@ -230,3 +230,14 @@ def test_a_refusal_offers_what_helps(
     with pytest.raises(ArtifactError, match="it already holds a run") as refused:
         RunDirectory.check_free(run.path, recipe(*RECIPES[recipe_is]).to_toml(), "flexperts run r --resume")
     assert said in refused.value.remedy
+
+
+def test_a_run_whose_reference_is_not_done_has_not_finished(recipe: Recipe, tmp_path: Path) -> None:
+    text = recipe("method.reference=fedavg").to_toml()
+    run = RunDirectory.create(tmp_path / "run", text)
+    run.write_summary({})
+    with pytest.raises(ArtifactError, match="that has not finished; go on with it: --resume"):
+        RunDirectory.check_free(run.path, text)
+    RunDirectory.create(run.reference, text).write_summary({})
+    with pytest.raises(ArtifactError, match="that has finished"):
+        RunDirectory.check_free(run.path, text)

@@ -9,13 +9,14 @@ from typing import Any
 
 from flexperts.config.data import ClientFiles, DataConfig
 from flexperts.config.run import RunConfig
-from flexperts.data.clients import load_clients, rows_hash
+from flexperts.data.clients import Clients, rows_hash
 from flexperts.data.rows import ClientRows, Row
 from flexperts.data.sources import HUB, read_source
 from flexperts.data.unchanged import has_rows, read_manifest
 from flexperts.errors import ConfigError, DataError
 from flexperts.federation.joined import with_rows_of
 from flexperts.federation.trained import TrainedRun
+from flexperts.federation.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def _of_source(run: TrainedRun, name: str, source: str) -> Elsewhere:
     if _is_own(run, name, whole):
         return _scored(run, name, whole, own=True)
     try:
-        held_out = _side(run.config, _held_out(run.config, name, source, columns))
+        rows_only = with_rows_of(run.config, name, ClientFiles(train=source), columns)
+        held_out = _side(run.config, _clients(run, rows_only)[name])
     except DataError:  # too few passages to hold any out, as in a file of test rows
         held_out = ()
     if _is_own(run, name, held_out):
@@ -73,9 +75,9 @@ def _of_source(run: TrainedRun, name: str, source: str) -> Elsewhere:
     return _scored(run, name, whole, own=False)
 
 
-def _held_out(config: RunConfig, name: str, source: str, columns: Any) -> ClientRows:
-    rows_only = with_rows_of(config, name, ClientFiles(train=source), columns)
-    return load_clients(rows_only.data, config.seed)[name]
+def _clients(run: TrainedRun, config: RunConfig) -> Clients:
+    """Return rows as a run has them that starts with them."""
+    return Workspace(config, run.workspace.base, run.workspace.untouched).clients
 
 
 def _of_folder(run: TrainedRun, folder: Path) -> dict[str, Elsewhere]:
@@ -83,7 +85,7 @@ def _of_folder(run: TrainedRun, folder: Path) -> dict[str, Elsewhere]:
     if not folder.is_dir():
         rule = "rows are given as NAME=FILE, or as a folder"
         raise ConfigError(f"--data {folder}", rule, "correct the path, or write which client the file is of")
-    clients = load_clients(_moved(run.config.data, folder.resolve()), run.config.seed)
+    clients = _clients(run, run.config.model_copy(update={"data": _moved(run.config.data, folder.resolve())}))
     names = sorted(clients.keys() & set(run.clients))
     if not names:
         rule = f"the run's clients are {', '.join(run.clients)}"
