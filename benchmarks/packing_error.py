@@ -19,9 +19,10 @@ from flexperts.communication.compression import Packed, pack, unpack
 from flexperts.communication.messages import records
 from flexperts.communication.traffic import encoded_bytes
 from flexperts.config.federation import CompressionConfig
-from flexperts.federation.client import Client, Request
+from flexperts.federation.client import Client
 from flexperts.federation.client_model import ClientModel
 from flexperts.federation.flower_private import assume_identity
+from flexperts.federation.request import Request
 from flexperts.federation.workspace import Workspace
 from flexperts.methods.registry import make_method
 from flexperts.parameters.payload import Payload

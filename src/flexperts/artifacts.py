@@ -12,27 +12,30 @@ Its files::
   checkpoint.safetensors the server's whole state after the last finished round, to resume and use it
   partition.json         who had which rows: counts and hashes
   beyond.json            scores on other clients' rows and on general tasks, where the recipe asks for them
-  personal/NAME.safetensors   each client's personal state, and in personal/before the one of the round before it
-                         (in a deployed run they lie at the client)
+  personal/NAME.safetensors   each client's personal state, in personal/before the one of the round before it, in
+                         personal/settled what some methods keep of train rows (in a deployed run they lie at the
+                         client)
   predictions/NAME.jsonl      each client's generated answers and every row's scores (likewise)
   selection/NAME.json         the experts that a client chose, and every expert's loss (likewise)
   routing/NAME.jsonl          how each client's rows are routed, by round and state (likewise)
   joined/NAME.json            a client that joined after training: its rows (counts and hashes), steps, scores
   tensorboard/           event files, where --track asks for them
   reference/             the reference method's run, laid out the same way
+  .lock                  who writes the directory now
 """
 
 from __future__ import annotations
 
 import os
 import re
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from flexperts.config.changes import recipe_changes
+from flexperts.config.changes import recipe_changes, rounds_before
 from flexperts.environment import environment
 from flexperts.errors import ArtifactError
 from flexperts.files import (
@@ -64,8 +67,13 @@ class RunDirectory:
     path: Path
 
     @classmethod
-    def check_free(cls, path: Path) -> None:
+    def check_free(cls, path: Path, recipe: str = "", again: str = "--resume") -> None:
         """Refuse a path that already holds a run or cannot hold one.
+
+        Args:
+            path: The path.
+            recipe: What is to be run there: if it is the run's own, the remedy says how to go on with that.
+            again: How that is asked for.
 
         Raises:
             ArtifactError: It does, it lies in a file, or no folder can have its name.
@@ -80,7 +88,27 @@ class RunDirectory:
         if lies_in_file:
             raise ArtifactError(f"{path}", "a file stands in its place", "choose another --out")
         if holds_run:
-            raise ArtifactError(f"{path}", "it already holds a run", "choose another --out, or delete it")
+            raise cls._holds_run(path, recipe, again)
+
+    @classmethod
+    def _holds_run(cls, path: Path, recipe: str, again: str) -> ArtifactError:
+        if recipe and (path / "config.toml").is_file():
+            run = cls.open(path)
+            if run.config_toml == recipe and not run.is_finished:
+                rule = "it already holds a run, of this recipe, that has not finished"
+                return ArtifactError(f"{path}", rule, f"go on with it: {again}")
+            if run.config_toml == recipe:
+                rule, more = (
+                    "it already holds a run, of this recipe, that has finished",
+                    "--set federation.rounds=N",
+                )
+                return ArtifactError(
+                    f"{path}", rule, f"choose another --out, or give it more rounds: {again} {more}"
+                )
+            if rounds_before(run.config_toml, recipe):
+                rule = "it already holds a run, of this recipe but for federation.rounds"
+                return ArtifactError(f"{path}", rule, f"give it these rounds: {again}; or choose another --out")
+        return ArtifactError(f"{path}", "it already holds a run", "choose another --out, or delete it")
 
     @classmethod
     def create(cls, path: Path, config_toml: str) -> RunDirectory:
@@ -112,7 +140,7 @@ class RunDirectory:
                 f"it holds a run of another recipe ({recipe_changes(run.config_toml, config_toml)})",
                 "resume with the recipe and --set of the first start",
             )
-        if not run.checkpoint.exists() and not (path / "summary.json").exists() and run._has_rounds():
+        if not run.checkpoint.exists() and not (path / "summary.json").exists() and run.has_rounds():
             raise ArtifactError(
                 f"{run.checkpoint}",
                 "it is missing, and rounds have finished",
@@ -156,6 +184,13 @@ class RunDirectory:
         return found
 
     @property
+    def is_finished(self) -> bool:
+        """Whether all rounds are done, those of the reference method too, where the recipe has one."""
+        reference = tomllib.loads(self.config_toml).get("method", {}).get("reference")
+        runs = [self, RunDirectory(self.reference)] if reference else [self]
+        return all((run.path / "summary.json").exists() for run in runs)
+
+    @property
     def shared(self) -> Path:
         """Folder of the shared PEFT adapter."""
         return self.path / "shared"
@@ -182,6 +217,11 @@ class RunDirectory:
         return {path.stem: opened(path, read_json(path), needed=True) for path in paths}
 
     @property
+    def partition(self) -> Path:
+        """File of who had which rows when the run started, in counts and hashes."""
+        return self.path / "partition.json"
+
+    @property
     def beyond(self) -> Path:
         """File of the scores beyond the clients' own rows."""
         return self.path / "beyond.json"
@@ -195,8 +235,13 @@ class RunDirectory:
     def _rounds(self) -> Path:
         return self.path / "rounds.jsonl"
 
-    def _has_rounds(self) -> bool:
+    def has_rounds(self) -> bool:
+        """Tell whether rounds have been written down."""
         return self._rounds.exists() and self._rounds.stat().st_size > 0
+
+    def written_rounds(self) -> int:
+        """Return how many rounds have been written down whole, damaged or not."""
+        return content_of(self._rounds).count(b"\n") if self._rounds.exists() else 0
 
     def append_round(self, record: Mapping[str, Any]) -> None:
         """Add a finished round.

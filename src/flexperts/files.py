@@ -1,4 +1,9 @@
-"""Files as this package writes and reads them: whole or not at all, and damage is an error of ours."""
+"""Files as this package writes and reads them: whole or not at all, and damage is an error of ours.
+
+A folder that is written belongs to one process at a time, by a lock that the system takes away when the process
+ends: ``flock``'s on a file ``.lock`` in it, which is there while somebody holds it, and after a kill. Network file
+systems either pass such locks on (NFS does), or keep them to one machine, or refuse them.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +11,18 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from flexperts.errors import ArtifactError
 
 _SEAL = "sha256"
+LOCK = ".lock"
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -150,3 +159,90 @@ def opened(path: Path, value: Any, *, needed: bool = False) -> dict[str, Any]:
     if (needed or digest is not None) and _checksum(record) != digest:
         raise damaged(path, "its checksum does not fit")
     return record
+
+
+@contextmanager
+def sole_writer(
+    folder: Path, *, patience: float = 0.0, waiting: Callable[[str], None] | None = None
+) -> Iterator[None]:
+    """Keep all other processes from writing a folder inside the block; it is made, and goes if it stays empty.
+
+    Args:
+        folder: The folder.
+        patience: Seconds to wait for another process to end.
+        waiting: Is told who is waited for.
+
+    Raises:
+        ArtifactError: Another process holds it, or it cannot be locked.
+    """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unlockable(folder, error) from error
+        with holding(folder / LOCK, folder, patience=patience, waiting=waiting):
+            yield
+    finally:
+        for place in made:
+            with suppress(OSError):  # it holds something
+                place.rmdir()
+
+
+@contextmanager
+def holding(
+    path: Path, what: Path, *, patience: float = 0.0, waiting: Callable[[str], None] | None = None
+) -> Iterator[None]:
+    """Hold a lock inside the block.
+
+    Args:
+        path: The lock's file; its folder exists.
+        what: What it is for, for messages.
+        patience: Seconds to wait for another process to end.
+        waiting: Is told who is waited for.
+
+    Raises:
+        ArtifactError: Another process holds it, or there can be no lock there.
+    """
+    lock = FileLock(path)
+    try:
+        _acquire(lock, path, patience, waiting)
+    except Timeout as error:
+        raise ArtifactError(
+            f"{what}", f"{holder(path)} writes it", "wait until that one has ended, or stop it"
+        ) from error
+    except OSError as error:
+        raise _unlockable(what, error) from error
+    try:
+        with suppress(OSError):  # a full disk: then nobody can be named
+            path.write_text(f"{os.getpid()}\n{socket.gethostname()}\n", encoding="utf-8")
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()  # while it is held: whoever opens it from now on makes a new one
+        lock.release()
+
+
+def _acquire(lock: FileLock, path: Path, patience: float, waiting: Callable[[str], None] | None) -> None:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not patience:
+            raise
+        if waiting:
+            waiting(f"waiting up to {patience:.0f} s for {holder(path)}")
+        lock.acquire(timeout=patience)
+
+
+def holder(path: Path) -> str:
+    """Return who holds a lock, as far as its file tells."""
+    with suppress(OSError, ValueError):
+        pid, host, *_ = path.read_text(encoding="utf-8").split()
+        return f"process {int(pid)} on {host}"
+    return "another process"
+
+
+def _unlockable(what: Path, error: OSError) -> ArtifactError:
+    return ArtifactError(
+        f"{what}", f"it cannot be locked for writing ({error})", "choose a folder that is yours, on a local disk"
+    )

@@ -66,6 +66,12 @@ def test_the_silos_models_answer_as_at_home(kept: SiloConfig) -> None:
     assert wanted[1] != wanted[2], "they say the same, so they could be mixed up"
 
 
+def test_the_silos_models_need_no_rows(kept: SiloConfig) -> None:
+    wanted = HomeModel(kept, RUN).generate("Summarise the letter.")
+    data = kept.data.model_copy(update={"train": "/nowhere/train.jsonl", "test": None})
+    assert HomeModel(kept.model_copy(update={"data": data}), RUN).generate("Summarise the letter.") == wanted
+
+
 def test_a_run_that_the_silo_does_not_keep_is_refused(silo: SiloConfig) -> None:
     with pytest.raises(ArtifactError, match="has not been sent its shared weights"):
         HomeRun(silo, RUN)

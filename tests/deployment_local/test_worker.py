@@ -231,3 +231,72 @@ def test_a_silo_without_a_limit_chooses_by_its_own_rows_and_reports_it(
     assert isinstance(limit, int)
     assert limit // 2 < longest + 1 <= limit
     assert {"longer_references", "cut.zero_shot", "cut.global", "cut.personalized"} <= {*told}
+
+
+def lines_of(path: Path) -> list[str]:
+    return path.read_text().splitlines()
+
+
+@pytest.mark.parametrize("what", ["a row more", "another answer", "a passage more in a file that is split"])
+def test_a_run_takes_no_other_rows_than_it_started_with(
+    silo: SiloConfig, handed: Handed, tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rows are read again by a new worker; the record of counts and hashes stays in the run's own state folder."""
+    own = tmp_path / "own.jsonl"
+    own.write_text(Path(silo.data.train).read_text())
+    split = "split" in what
+    data = silo.data.model_copy(update={"train": str(own), "test": None if split else silo.data.test})
+    silo = silo.model_copy(update={"data": data})
+    recipe = handed().to_toml()
+    make_private(Path(silo.state))
+    converse(asking(Worker(silo), recipe))
+    note = Path(silo.state) / "runs" / RUN / "partition.json"
+    before = note.read_bytes()
+    assert set(json.loads(before)["clients"]) == {"clinic"}
+    first, *rest = lines_of(own)
+    row = json.loads(first)
+    if what == "another answer":
+        first = json.dumps({**row, "response": "Quite another one."})
+    else:
+        rest.append(json.dumps({**row, "context": "A new passage.", "passage": "new"}))
+    own.write_text("\n".join([first, *rest]) + "\n")
+    caplog.set_level(logging.ERROR)
+    fields, _ = request(Worker(silo), "query.join", records({}), run=RUN, recipe=recipe)
+    assert fields == {"error": "DataError"}
+    (said,) = [r.getMessage() for r in caplog.records]
+    assert "clinic: train" in said
+    assert "rows" in said
+    assert "A new passage." not in said
+    assert "Quite another one." not in said
+    assert note.read_bytes() == before
+    assert (
+        request(Worker(silo), "query.join", records({}), run=OTHER, recipe=recipe)[0] == {}
+    )  # a new run takes them
+
+
+def test_a_run_of_an_earlier_version_is_noted_as_it_is_found(silo: SiloConfig, handed: Handed) -> None:
+    make_private(Path(silo.state))
+    recipe = handed().to_toml()
+    converse(asking(Worker(silo), recipe))
+    (Path(silo.state) / "runs" / RUN / "partition.json").unlink()
+
+    class Notices(Observer):
+        told: list[str] = []  # noqa: RUF012
+
+        def notice(self, text: str) -> None:
+            self.told.append(text)
+
+    assert request(Worker(silo, Notices()), "query.join", records({}), run=RUN, recipe=recipe)[0] == {}
+    assert Notices.told == [f"run {RUN[:8]}: which rows it started with is not known; now these are noted"]
+    assert (Path(silo.state) / "runs" / RUN / "partition.json").exists()
+
+
+def test_a_run_may_be_given_other_rounds(silo: SiloConfig, handed: Handed, worker: Worker) -> None:
+    """How many there are is the server's to say; all else of the recipe stays."""
+    converse(asking(worker, handed().to_toml()))
+    longer = handed("federation.rounds=7").to_toml()
+    assert request(worker, "query.join", records({}), run=RUN, recipe=longer)[0] == {}
+    assert (Path(silo.state) / "runs" / RUN / "config.toml").read_text() == longer
+    other = handed("federation.rounds=7", "training.lr=0.5").to_toml()
+    assert request(worker, "query.join", records({}), run=RUN, recipe=other)[0] == {"error": "ArtifactError"}
+    assert (Path(silo.state) / "runs" / RUN / "config.toml").read_text() == longer

@@ -7,6 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from flexperts.cli.interrupted import command_line, stoppable
 from flexperts.cli.report import Samples
 
 
@@ -64,7 +65,20 @@ def command(
     from flexperts.studies.runner import Job, jobs, run_comparison
 
     planned = jobs(plan, out)
-    with ProgressDisplay() as display:
+    chosen: list[tuple[str, object]] = [("--methods", methods), ("--seeds", seeds), ("--reference", reference)]
+    chosen += [
+        ("--out", out),
+        *(("--set", value) for value in settings),
+        *(("--track", value) for value in track or ()),
+    ]
+    chosen += [("--workers", workers if workers > 1 else None), ("--keep-weights", keep_weights)]
+    again = command_line("compare", str(recipe), options=chosen)
+
+    def kept() -> str:
+        done = sum(job.done for job in planned)
+        return f"{done} of {len(planned)} runs are finished, kept in {out}; go on with {again}"
+
+    with stoppable(kept), ProgressDisplay() as display:
         before = sum(job.done for job in planned)
         display.say(f"{len(planned)} runs, {before} of them finished already; everything is in {out}")
 

@@ -2,31 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from flexperts.cli.generate import Base
 
-def command(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
-    """Score every client's model of a finished run again, from its files, on the rows that the recipe scores."""
+
+def command(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            "--data",
+            metavar="FOLDER | NAME=FILE",
+            help="Rows from elsewhere: where the recipe's files lie now, or one client's rows. Repeatable; clients "
+            "without rows are left out.",
+            show_default="where the recipe says",
+        ),
+    ] = [],  # noqa: B006 - typer copies it
+    base: Base = None,
+) -> None:
+    """Score clients' models of a finished run again, from its files, on the rows that the run keeps for that."""
     from flexperts.artifacts import RunDirectory
 
     RunDirectory.open(run).summary()  # say what is wrong with the path before anything heavy loads
 
     from flexperts.cli.display import RunDisplay
     from flexperts.federation.answer_limit import answer_limit, check_limit
+    from flexperts.federation.elsewhere import rows_elsewhere, said
     from flexperts.federation.not_finite import reasons_of
+    from flexperts.federation.observer import observing
     from flexperts.federation.trained import TrainedRun
 
-    with RunDisplay() as display:
-        display.stage("reading rows, loading the base")
-        trained = TrainedRun(run)
-        display.stage(f"scoring {len(trained.clients)} clients")
-        check_limit(trained.workspace, trained.config, display)
-        scores = trained.evaluate(display)
-    display.console.print(_table(scores, trained.joined))
+    with RunDisplay() as display, observing(display):
+        display.stage("loading the base, reading rows")
+        trained = TrainedRun(run, base=base)
+        given = rows_elsewhere(trained, data) if data else {}
+        for line in said(given):
+            display.notice(line)
+        if not given:
+            check_limit(trained.workspace, trained.config, display)
+        display.stage(f"scoring {len(given) or len(trained.clients)} clients")
+        scores = trained.evaluate(display, {n: its.rows for n, its in given.items()} if data else None)
+    marks = dict.fromkeys(trained.joined, " (joined)")
+    marks |= {n: f"{marks.get(n, '')} (other rows)" for n, its in given.items() if not its.own}
+    display.console.print(_table(scores, marks))
     cut = {client: [*its.values()][-1].cut for client, its in scores.items()}
     if shown := ", ".join(f"{client} {count}" for client, count in cut.items() if count):
         display.notice(f"answers cut at {answer_limit(trained.workspace, trained.config)} tokens: {shown}")
@@ -35,14 +58,16 @@ def command(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None
             display.notice(f"{client}, {state}: no score; {why}")
 
 
-def _table(scores: dict[str, Any], joined: Collection[str]) -> Any:
+def _table(scores: dict[str, Any], marks: Mapping[str, str]) -> Any:
     from rich.table import Table
 
     from flexperts.federation.summary import score_text
 
+    others = any("other rows" in mark for mark in marks.values())
+    rows = "rows given here, not all of them the run's" if others else "each client's own scored rows"
     states = list(next(iter(scores.values())))
-    table = Table("client", *states, title="ROUGE-L (NLL) on each client's own scored rows", title_justify="left")
+    table = Table("client", *states, title=f"ROUGE-L (NLL) on {rows}", title_justify="left")
     for client, by_state in scores.items():
-        label = f"{client} (joined)" if client in joined else client
-        table.add_row(label, *(score_text(by_state[s].rouge_l, by_state[s].nll) for s in states))
+        shown = (score_text(by_state[s].rouge_l, by_state[s].nll) for s in states)
+        table.add_row(f"{client}{marks.get(client, '')}", *shown)
     return table

@@ -7,6 +7,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from flexperts.cli.generate import Base
+
 Client = Annotated[
     Optional[str],  # noqa: UP045 - typer reads this at run time
     typer.Option("--client", help="Whose model; not needed for one that all clients share.", show_default=False),
@@ -31,6 +33,7 @@ def command(
     form: Form = "transformers",
     state: State = None,
     dtype: Dtype = None,
+    base: Base = None,
     verify: Annotated[bool, typer.Option(help="Load it in a fresh process and compare logits.")] = True,
 ) -> None:
     """Write a model of a finished run as a folder that transformers or PEFT load, with a model card."""
@@ -41,7 +44,7 @@ def command(
     from flexperts.export.exporting import export_run
     from flexperts.reports.cells import size
 
-    done = export_run(run, to, client=client, form=form, state=state, dtype=dtype, check=verify)
+    done = export_run(run, to, client=client, form=form, state=state, dtype=dtype, base=base, check=verify)
     typer.echo(f"{done.folder}: {size(done.bytes).text}, state {done.state}")
     if done.difference:
         typer.echo(str(done.difference))

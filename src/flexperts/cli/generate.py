@@ -15,6 +15,10 @@ State = Annotated[
     Optional[str],  # noqa: UP045 - typer reads this at run time
     typer.Option("--state", help="zero_shot, global or personalized.", show_default="the most personal one"),
 ]
+Base = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--base", metavar="PATH", help="Where the run's base lies.", show_default="where its recipe says"),
+]
 
 MaxTokens = Annotated[
     Optional[int],  # noqa: UP045
@@ -36,6 +40,7 @@ def command(
     context: About = "",
     state: State = None,
     max_tokens: MaxTokens = None,
+    base: Base = None,
 ) -> None:
     """Print one client's answer to an instruction; on stderr, whether it was cut."""
     from flexperts.artifacts import RunDirectory
@@ -44,4 +49,4 @@ def command(
 
     from flexperts.federation.trained import TrainedRun
 
-    say(TrainedRun(run).generate(client, instruction, context, state, max_new_tokens=max_tokens))
+    say(TrainedRun(run, base=base).generate(client, instruction, context, state, max_new_tokens=max_tokens))

@@ -7,6 +7,9 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from flexperts.cli.generate import Base
+from flexperts.cli.interrupted import stoppable
+
 
 def command(
     run: Annotated[Path, typer.Argument(help="Run directory of a finished run.")],
@@ -34,6 +37,7 @@ def command(
             "training.personal_lr=1e-3. Repeatable.",
         ),
     ] = None,
+    base: Base = None,
     seed: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(help="Seed of its batches.", show_default="the run's"),
@@ -47,9 +51,17 @@ def command(
     from flexperts.cli.display import RunDisplay, cut_line
     from flexperts.federation.joining import join
 
-    with RunDisplay() as display:
+    with stoppable(lambda: "nobody has joined; the same command starts again"), RunDisplay() as display:
         record = join(
-            run, data, test=test, name=name, steps=steps, settings=settings or (), seed=seed, observer=display
+            run,
+            data,
+            test=test,
+            name=name,
+            steps=steps,
+            settings=settings or (),
+            seed=seed,
+            base=base,
+            observer=display,
         )
     display.console.print(_table(record, summary))
     if line := cut_line({record["client"]: record["answers"]}):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
+
+from flexperts.cli.interrupted import command_line, standing, stoppable
 
 if TYPE_CHECKING:
     from flexperts.config.run import RunConfig
@@ -52,13 +56,25 @@ def command(
         raise ConfigError("--resume", "it takes up the run of a directory", "give its --out")
     config = load_recipe(recipe, settings or ())
     name = f"{recipe.stem}-{datetime.now():%Y%m%d-%H%M%S}"
-    if engine != "in-process":
-        _deploy(config, engine, str(out or name), resume, track)
-        return
-    out = out or Path("runs") / name
+    deployed = engine != "in-process"
+    out = out or (Path(name) if deployed else Path("runs") / name)
+    options = [("--out", out), ("--engine", engine if deployed else None), ("--resume", True)]
+    repeated = [("--set", value) for value in settings or ()] + [("--track", value) for value in track or ()]
+    again = command_line("run", str(recipe), options=[*repeated, *options])
+    if deployed:
+        _deploy(config, engine, str(out), resume, track, again)
+    else:
+        with stoppable(lambda: standing(out, again)), _offering(out, again):
+            _run(config, out, resume, track or (), again)
 
+
+def _run(config: RunConfig, out: Path, resume: bool, track: Sequence[str], again: str) -> None:
+    """Run in this process, and show it."""
+    from flexperts.artifacts import RunDirectory
     from flexperts.cli.preflight import check_memory
 
+    if not resume:
+        RunDirectory.check_free(out, config.to_toml(), again)
     check_memory(config)
 
     from flexperts.cli.display import RunDisplay
@@ -66,12 +82,39 @@ def command(
     from flexperts.federation.run import run_federation
     from flexperts.federation.tracking import Tracking
 
-    with Tracking(track or (), config, out) as tracking, RunDisplay() as display:
+    with Tracking(track, config, out) as tracking, RunDisplay() as display:
         summary = run_federation(config, out, Observers(display, tracking), resume=resume)
     display.result(summary, out)
 
 
-def _deploy(config: RunConfig, engine: str, name: str, resume: bool, track: list[str] | None) -> None:
+@contextmanager
+def _offering(out: Path, again: str) -> Iterator[None]:
+    """Add to the refusal of a run that has got further in the block what is kept of it, and how to go on."""
+    from flexperts.errors import FlexpertsError
+
+    before = _progress(out)
+    try:
+        yield
+    except FlexpertsError as error:
+        if _progress(out) == before:
+            raise
+        remedy = f"{error.remedy}; {standing(out, again)}"
+        raise type(error)(error.value, error.rule, remedy) from error
+
+
+def _progress(out: Path) -> tuple[int, ...]:
+    """Return numbers that change when a run gets further."""
+    from flexperts.artifacts import RunDirectory
+
+    run = RunDirectory(out)
+    return tuple(
+        number
+        for one in (run, RunDirectory(run.reference))
+        for number in (one.written_rounds(), int((one.path / "config.toml").exists()))
+    )
+
+
+def _deploy(config: RunConfig, engine: str, name: str, resume: bool, track: list[str] | None, again: str) -> None:
     """Hand the run to a SuperLink, follow its log, and show the result where it lies on this machine."""
     from flexperts.artifacts import RunDirectory
     from flexperts.cli.display import RunDisplay
@@ -87,8 +130,13 @@ def _deploy(config: RunConfig, engine: str, name: str, resume: bool, track: list
         typer.echo(f"{config.method.reference} is left out: a deployed run has one method")
     run_id = submit(at_silos(config).to_toml(), name, connection, resume=resume)
     typer.echo(f"run {run_id} on {connection}; Ctrl-C leaves it going, `flwr stop {run_id} {connection}` ends it")
-    status = follow(run_id, connection)
+    with stoppable(
+        lambda: f"run {run_id} goes on; `flwr log {run_id} {connection}` shows it, and after `flwr stop`: {again}"
+    ):
+        status = follow(run_id, connection)
     if status != "finished:completed":
-        raise FederationError(f"run {run_id} is {status}", "it must complete", "see the `error:` line of its log")
+        raise FederationError(
+            f"run {run_id} is {status}", "it must complete", f"see the `error:` line of its log; then: {again}"
+        )
     if (folder / "summary.json").exists():
         RunDisplay().result(RunDirectory.open(folder).summary(), folder)

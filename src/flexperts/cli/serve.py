@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from flexperts.cli.generate import Base
 from flexperts.serving.address import Address
 from flexperts.serving.limits import Limits
 
@@ -38,6 +39,7 @@ _PrivateKey = Annotated[Optional[Path], typer.Option(metavar="PEM", help="The ce
 def command(
     run: Annotated[str, typer.Argument(help="Run directory; with --silo, the id of a run that the silo keeps.")],
     silo: _Silo = None,
+    base: Base = None,
     keys: _Keys = None,
     make_keys: _Made = None,
     host: Annotated[str, typer.Option(help="Address or name to listen on.")] = Address.host,
@@ -57,7 +59,7 @@ def command(
     """Serve all models of a run from one resident base: OpenAI's API under /v1, a chat page at /."""
     from flexperts.serving import keys as keys_of
 
-    clients, load = _at_silo(silo, run) if silo else _of_run(Path(run))
+    clients, load = _at_silo(silo, run, base) if silo else _of_run(Path(run), base)
     if make_keys:
         _print_keys(make_keys, keys_of.make_keys(make_keys, clients))
         return
@@ -69,7 +71,7 @@ def command(
     _serve(lambda: load(max_rows=max_rows, max_tokens=batch_tokens), ring, key, address, limits, grace)
 
 
-def _of_run(path: Path) -> tuple[Collection[str], Callable[..., Engine]]:
+def _of_run(path: Path, base: str | None) -> tuple[Collection[str], Callable[..., Engine]]:
     """Return a run's clients, and how to load it."""
     from flexperts.artifacts import RunDirectory
 
@@ -78,16 +80,19 @@ def _of_run(path: Path) -> tuple[Collection[str], Callable[..., Engine]]:
     def load(**sizes: int) -> Engine:
         from flexperts.serving.engine import open_engine
 
-        return open_engine(path, **sizes)
+        return open_engine(path, base=base, **sizes)
 
     return {*directory.summary()["clients"], *directory.joined()}, load
 
 
-def _at_silo(path: Path, run: str) -> tuple[Collection[str], Callable[..., Engine]]:
+def _at_silo(path: Path, run: str, base: str | None) -> tuple[Collection[str], Callable[..., Engine]]:
     """Return a silo's name, and how to load what it keeps of a run."""
+    from flexperts.errors import ConfigError
     from flexperts.recipe import load_silo
 
     silo = load_silo(path)
+    if base is not None:
+        raise ConfigError(f"--base {base}", "a silo's base is named in its file", f"change base in {path}")
 
     def load(**sizes: int) -> Engine:
         from flexperts.deployment.home import HomeRun

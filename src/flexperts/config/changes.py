@@ -10,6 +10,23 @@ from flexperts.config.flat import flat
 from flexperts.errors import shown
 
 _MOST_TOLD = 4
+_ROUNDS = "federation.rounds"
+
+
+def rounds_before(before: str, now: str) -> int | None:
+    """Return how many rounds a recipe had, if another differs from it in nothing else; None if it does not so.
+
+    Args:
+        before: A recipe's TOML, as it lies on disk.
+        now: Another's.
+    """
+    try:
+        old, new = (flat(tomllib.loads(text)) for text in (before, now))
+    except ValueError:
+        return None
+    rounds = old.get(_ROUNDS)
+    differ = {key for key in old | new if old.get(key) != new.get(key)}
+    return rounds if differ == {_ROUNDS} and isinstance(rounds, int) else None
 
 
 def recipe_changes(before: str, now: str) -> str:

@@ -76,12 +76,16 @@ def partition_manifest(clients: Clients) -> dict[str, Any]:
 
     Returns:
         ``sha256`` of all clients, and ``clients``: for each name ``train_rows``, ``test_rows``, ``categories``
-        (which counts train rows), ``train_sha256``, ``test_sha256``. The clients stand in a dictionary of their
-        own, as any name may be a client's.
+        (which counts train rows), ``train_sha256``, ``test_sha256``, ``validation_sha256``. The clients stand in a
+        dictionary of their own, as any name may be a client's.
     """
     entries = {name: _entry(clients[name]) for name in sorted(clients)}
-    total = hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
-    return {"sha256": total, "clients": entries}
+    return {"sha256": manifest_hash(entries), "clients": entries}
+
+
+def manifest_hash(entries: Mapping[str, Any]) -> str:
+    """Return the SHA-256 over all clients' entries of a manifest."""
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 def _entry(rows: ClientRows) -> dict[str, Any]:
@@ -92,6 +96,7 @@ def _entry(rows: ClientRows) -> dict[str, Any]:
         "categories": dict(sorted(Counter(row.category for row in rows.train).items())),
         "train_sha256": rows_hash(ClientRows(rows.train, ())),
         "test_sha256": rows_hash(ClientRows((), rows.test)),
+        "validation_sha256": rows_hash(ClientRows((), rows.validation)),
     }
 
 

@@ -13,9 +13,10 @@ from flexperts.deployment.state import run_folder
 from flexperts.deployment.wire import pack, unpack
 from flexperts.errors import ArtifactError
 from flexperts.evaluation.generation import Answer
-from flexperts.federation.client import Client, Request
+from flexperts.federation.client import Client
 from flexperts.federation.client_app import request_of
 from flexperts.federation.observer import Observer
+from flexperts.federation.request import Request
 from flexperts.federation.resident import Resident
 from flexperts.federation.trained import TrainedRun, answer_one, state_named
 from flexperts.federation.workspace import Workspace

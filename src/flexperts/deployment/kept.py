@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexperts.artifacts import RunDirectory
-from flexperts.config.changes import recipe_changes
+from flexperts.config.changes import recipe_changes, rounds_before
+from flexperts.data.clients import Clients, partition_manifest
+from flexperts.data.unchanged import check_same_rows
 from flexperts.deployment.state import run_folder, run_ids
 from flexperts.errors import ArtifactError
-from flexperts.files import write_text
+from flexperts.files import write_json, write_text
 from flexperts.parameters.store import load_personal
 from flexperts.recipe import parse_recipe
 
@@ -35,14 +37,35 @@ class KeptRun:
 def keep_recipe(folder: Path, recipe: str) -> None:
     """Note a run's recipe, as it was handed out, in the run's folder, or find the same one noted there.
 
+    How many rounds a run has is the server's to say, and may change on the way.
+
     Raises:
         ArtifactError: It is another one: states of two runs must not mix.
     """
-    if not (folder / "config.toml").exists():
+    kept = RunDirectory.open(folder).config_toml if (folder / "config.toml").exists() else None
+    if kept is None or rounds_before(kept, recipe):
         write_text(folder / "config.toml", recipe)
-    elif (kept := RunDirectory.open(folder).config_toml) != recipe:
+    elif kept != recipe:
         rule = f"it holds a run of another recipe ({recipe_changes(kept, recipe)})"
         raise ArtifactError(f"{folder}", rule, "start a new run on the server")
+
+
+def keep_rows(folder: Path, clients: Clients) -> bool:
+    """Note which rows a run starts with at this silo, in counts and hashes, or find the same ones noted there.
+
+    Returns:
+        Whether a run of an earlier version is here, which had no note: that its rows are the same is not known.
+
+    Raises:
+        ArtifactError: The note is damaged.
+        DataError: They are others: what was trained on could be tested on.
+    """
+    note = RunDirectory(folder).partition
+    if note.exists():
+        check_same_rows(note, clients)
+        return False
+    write_json(note, partition_manifest(clients))
+    return (folder / "config.toml").exists()
 
 
 def kept_runs(state: Path, client: str) -> Iterator[KeptRun]:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from flexperts.artifacts import RunDirectory
 from flexperts.deployment.naming import run_folder
 from flexperts.errors import ArtifactError, FlexpertsError
-from flexperts.federation.observer import Observer
+from flexperts.federation.extending import extend, is_extended
+from flexperts.federation.observer import Observer, current_observer, observing
 from flexperts.federation.server import serve
+from flexperts.files import sole_writer
 from flexperts.recipe import parse_recipe
 
 _PATIENCE = 180.0
@@ -33,10 +33,15 @@ def main(grid: Grid, context: Context) -> None:
     try:
         config = parse_recipe(str(context.run_config["recipe"]))
         out = run_folder(str(context.run_config["out"]))
-        with _alone(out):
-            run = _open(out, config.to_toml(), resume=bool(context.run_config["resume"]))
+        resume = bool(context.run_config["resume"])
+        # An earlier process of the same run that has lost its SuperLink takes a minute to notice.
+        patience = _PATIENCE if resume else 0.0
+        with sole_writer(out, patience=patience, waiting=log.info), observing(LogObserver()):
+            if resume and (out / "config.toml").exists() and is_extended(RunDirectory(out), config):
+                extend(RunDirectory(out), config, current_observer())
+            run = _open(out, config.to_toml(), resume=resume)
             if not (out / "summary.json").exists():
-                serve(grid, config, run, LogObserver())
+                serve(grid, config, run, current_observer())
         log.info("finished; everything is in %s", out)
     except FlexpertsError as error:
         log.error("error: %s", error)
@@ -58,17 +63,6 @@ def _open(out: Path, recipe: str, *, resume: bool) -> RunDirectory:
     if not (out / "config.toml").exists():
         raise ArtifactError(f"{out}", "there is no run to resume", "check --out, or leave --resume out")
     return RunDirectory.create_or_resume(out, recipe)
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Wait for an earlier process of the same run: one that has lost its SuperLink takes a minute to notice."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(out.with_name(f".{out.name}.lock"), timeout=_PATIENCE):
-            yield
-    except Timeout as error:
-        raise ArtifactError(f"{out}", "another process writes this run", "stop that one first") from error
 
 
 class LogObserver(Observer):

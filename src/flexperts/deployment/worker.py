@@ -16,7 +16,7 @@ from flexperts.config.model import ModelConfig
 from flexperts.config.run import RunConfig
 from flexperts.config.silo import SiloConfig
 from flexperts.deployment.home import keep_received
-from flexperts.deployment.kept import keep_recipe
+from flexperts.deployment.kept import keep_recipe, keep_rows
 from flexperts.deployment.settings import for_silo
 from flexperts.deployment.state import run_folder
 from flexperts.deployment.wire import Fields, pack, unpack
@@ -107,6 +107,10 @@ class Worker:
         workspace = Workspace(mine, self._load_as(config))
         workspace.check(mine, needs_experts=method.needs_experts or mine.evaluation.routing_rows > 0)
         check_limit(workspace, mine, self.observer)
+        if keep_rows(folder, workspace.clients):
+            self.observer.notice(
+                f"run {folder.name[:8]}: which rows it started with is not known; now these are noted"
+            )
         keep_recipe(folder, config.to_toml())
         return Resident(workspace, mine, folder)
 

@@ -65,7 +65,7 @@ tags: [flexperts, federated-learning, mixture-of-experts]
 {note}
 
 ## Use and limits
-For the tasks of {whom}, with prompts like those of training (the tokenizer's chat template where it has one). It is
+For the tasks of {whom}, with prompts like those of training. {prompts} It is
 scored on few rows of one kind: it may get wrong what the base gets wrong, and with other tasks it can be worse.
 
 ## Privacy
@@ -88,6 +88,7 @@ class Facts:
         state: In which state.
         dtype: Type of the stored weights.
         content: What the model has beyond the base.
+        has_template: Whether the folder has the chat template that was trained with.
     """
 
     run: TrainedRun
@@ -97,6 +98,7 @@ class Facts:
     state: State
     dtype: str
     content: Content
+    has_template: bool
 
     @property
     def client(self) -> str | None:
@@ -159,6 +161,7 @@ def write_card(folder: Path, facts: Facts, difference: Difference | None) -> Non
         loading=facts.loading(facts.name, _base_name(run)),
         note=_note(facts),
         whom=whom,
+        prompts=_prompts(facts),
         privacy=_privacy(facts),
         terms=_terms(run),
     )
@@ -221,6 +224,19 @@ def _note(facts: Facts) -> str:
     where = f" (`flexperts base build {base}` prints its folder)" if base in BASES else ""
     extra = " The grafts need flexperts; PEFT alone gives the model without them." if facts.content.grafts else ""
     return f"The base must be `{base}`: give its folder{where} or hub id.{extra}"
+
+
+def _prompts(facts: Facts) -> str:
+    """Return how prompts are written as in training."""
+    if facts.run.workspace.encoder.chat:
+        how = "a passage stands in the question's turn, behind it and an empty line"
+    elif not facts.has_template:
+        return "They are the alpaca template's, which this tokenizer's chat templates cannot write; use flexperts."
+    else:
+        how = "a passage stands in a system turn before the question"
+    if facts.form in ("transformers", "merged"):
+        return f"The tokenizer's chat template writes them: {how}."
+    return f"`chat_template.jinja` writes them: set it as the tokenizer's `chat_template`; {how}."
 
 
 def _privacy(facts: Facts) -> str:

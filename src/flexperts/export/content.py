@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from flexperts.errors import ConfigError
-from flexperts.federation.client import Client, Request
+from flexperts.federation.client import Client
+from flexperts.federation.request import Request
 from flexperts.grafting.expert_adapters import ExpertAdapters
 from flexperts.grafting.grafts import Graft, Grafts
 from flexperts.grafting.part import Part, key
@@ -98,16 +99,14 @@ class Exported(Client):
         Raises:
             ConfigError: It has something that no folder of weights can hold.
         """
-        with self._turn(request, request.round) as (turn, _):
-            self.method.receive(turn)
-            with self.method.in_state(turn, state) as on_batch:
-                parts = [part for part in turn.parts.values() if part.enabled]
-                lora = _lora(turn.site.lora, [part for part in parts if isinstance(part, StackedLora)])
-                if reason := "; ".join(filter(None, map(unfit, parts))):
-                    raise self._refused(state, reason)
-                if on_batch is not None or lora is None:
-                    raise self._refused(state, "its weights change with every input")
-                return _read(turn, lora, logits_of(turn.model, tokens))
+        with self.in_use(request) as turn, self.method.in_state(turn, state) as on_batch:
+            parts = [part for part in turn.parts.values() if part.enabled]
+            lora = _lora(turn.site.lora, [part for part in parts if isinstance(part, StackedLora)])
+            if reason := "; ".join(filter(None, map(unfit, parts))):
+                raise self._refused(state, reason)
+            if on_batch is not None or lora is None:
+                raise self._refused(state, "its weights change with every input")
+            return _read(turn, lora, logits_of(turn.model, tokens))
 
     def _refused(self, state: State, reason: str) -> ConfigError:
         others = [s for s in self.method.states if s not in ("zero_shot", state)]

@@ -15,10 +15,11 @@ from flexperts.config.names import normal
 from flexperts.errors import ArtifactError, ConfigError
 from flexperts.export.card import Facts, write_card
 from flexperts.export.content import Content, Exported
-from flexperts.export.folders import write_model, write_peft, write_personal
+from flexperts.export.folders import write_model, write_peft, write_personal, write_template
+from flexperts.export.template import trained_tokenizer
 from flexperts.export.verification import REFERENCE_TEXT, Difference, verify
 from flexperts.federation.trained import TrainedRun, state_named
-from flexperts.files import unwritable
+from flexperts.files import holding, unwritable
 from flexperts.methods.base import State
 
 FORMS = ("transformers", "merged", "adapter", "personal")
@@ -50,17 +51,19 @@ def export_run(
     form: str = "transformers",
     state: str | None = None,
     dtype: str | None = None,
+    base: str | None = None,
     check: bool = True,
 ) -> Export:
     """Write a client's model of a finished run; the folder appears whole, and checked, or not at all.
 
     Args:
-        path: The run directory; the rows that its recipe names must be there.
+        path: The run directory.
         out: The folder to create.
         client: Whose model; None where the state is the same for all clients.
         form: One of ``FORMS``.
         state: global or personalized; None takes the form's own.
         dtype: Type of the stored weights; None takes the base's.
+        base: Where the run's base lies, if not where its recipe says.
         check: Load the folder in a fresh process and compare its logits with the run's.
 
     Raises:
@@ -73,25 +76,29 @@ def export_run(
         raise ArtifactError(f"{out}", "it exists", "choose another --to, or delete it")
     if form == "adapter" and dtype is not None:
         raise ConfigError(f"--dtype {dtype}", "an adapter is stored as it was trained, in float32", "leave it out")
-    run = TrainedRun(path)
-    _check_plain(run, form)
-    stored = dtype or run.config.model.dtype
-    if form in ("transformers", "merged"):
-        _cast(run, getattr(torch, stored))
-    tokens = _reference_tokens(run)
-    owner, chosen, content = _read(run, client, form, state, tokens)
-    config_json = run.model.lora.config_json(run.config.model.base)
-    run.close()
     with _appearing(out) as folder:
-        facts = Facts(run, out.name, form, owner, chosen, stored, content)
+        run = TrainedRun(path, base=base)
+        _check_plain(run, form)
+        stored = dtype or run.config.model.dtype
+        if form in ("transformers", "merged"):
+            _cast(run, getattr(torch, stored))
+        tokens = _reference_tokens(run)
+        owner, chosen, content = _read(run, client, form, state, tokens)
+        config_json = run.model.lora.config_json(run.config.model.base)
+        run.close()
+        tokenizer = trained_tokenizer(run.workspace.encoder)
+        facts = Facts(run, out.name, form, owner, chosen, stored, content, bool(tokenizer.chat_template))
         if form == "adapter":
             write_peft(folder, config_json, content)
+            write_template(folder, tokenizer)
         elif form == "personal":
             write_personal(folder, config_json, content, facts.as_json(), getattr(torch, stored))
+            write_template(folder, tokenizer)
         else:
-            write_model(folder, run.workspace.base, content)
+            write_model(folder, run.workspace.base, content, tokenizer)
         found = _checked(facts, folder, tokens) if check else None
         write_card(folder, facts, found)
+        folder.replace(out)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     return Export(out, chosen, size, found)
 
@@ -188,17 +195,19 @@ def _misfit(form: str, content: Content) -> tuple[str, str] | None:
 
 @contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
-    """Yield a folder that becomes ``out`` when the block has ended well, and is gone otherwise."""
+    """Yield a folder to be renamed to ``out``; it is gone otherwise, and no other process makes one meanwhile."""
     folder = out.with_name(f".{out.name}.part")
     try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        yield folder
-        folder.replace(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with holding(out.with_name(f".{out.name}.lock"), out):
+            try:
+                shutil.rmtree(folder, ignore_errors=True)  # a killed process has left it
+                folder.mkdir()
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         raise unwritable(out, error) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _checked(facts: Facts, folder: Path, tokens: Tensor) -> Difference:

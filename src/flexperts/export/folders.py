@@ -50,13 +50,14 @@ class Grafted{architecture}({architecture}):
 '''
 
 
-def write_model(folder: Path, base: LoadedBase, content: Content) -> None:
+def write_model(folder: Path, base: LoadedBase, content: Content, tokenizer: Any) -> None:
     """Write the whole model with its tokenizer; the base in memory is changed.
 
     Args:
         folder: An existing, empty folder.
         base: The base without adapters, in the type that is to be stored.
         content: What its model has beyond the base.
+        tokenizer: Its tokenizer, with the chat template that was trained with.
 
     Raises:
         ArtifactError: The base's class does not come with transformers, so that no code can build on it, or the
@@ -74,7 +75,7 @@ def write_model(folder: Path, base: LoadedBase, content: Content) -> None:
     try:
         # With code of its own, a model is loaded as it lies in memory; a stock one as its hub checkpoints lie.
         base.model.save_pretrained(folder, save_original_format=not grafted)
-        base.tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         for weights in folder.glob("*.safetensors"):
             weights.chmod(0o644)  # safetensors writes 0600
     except (OSError, SafetensorError) as error:
@@ -92,6 +93,12 @@ def write_peft(folder: Path, config_json: str, content: Content) -> None:
         content: What the model has beyond the base.
     """
     write_adapter(folder, config_json, content.adapter())
+
+
+def write_template(folder: Path, tokenizer: Any) -> None:
+    """Write the chat template alone, as transformers does: the tokenizer is the base's."""
+    if isinstance(tokenizer.chat_template, str):
+        write_text(folder / "chat_template.jinja", tokenizer.chat_template)
 
 
 def write_personal(

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,21 @@ from flexperts.communication.messages import Update, encode
 from flexperts.data.clients import rows_hash
 from flexperts.data.prompts import Example
 from flexperts.data.rows import ClientRows, Row
+from flexperts.data.train_rows import TrainRows
 from flexperts.evaluation.scores import EvaluationSettings, Scores, evaluate
 from flexperts.federation.answer_limit import answer_limit, longer_references, scored_rows
 from flexperts.federation.client_model import ClientModel
 from flexperts.federation.local_settings import local_settings
 from flexperts.federation.observer import Observer
-from flexperts.federation.protection import Outgoing, protect, told
+from flexperts.federation.protection import protect, told
+from flexperts.federation.request import Request, Trained
 from flexperts.federation.routing_log import prompt_batches, routing_lines, write_routing
+from flexperts.federation.settled import Settled
 from flexperts.federation.workspace import Workspace
 from flexperts.files import json_text, write_json, write_text
 from flexperts.methods.base import OnBatch, State
 from flexperts.methods.turn import Prepared, Turn
 from flexperts.parameters.payload import Payload
-from flexperts.parameters.split import ParameterSplit
 from flexperts.parameters.store import PersonalMeta, PersonalStore
 from flexperts.parameters.vector import vector_hash
 from flexperts.seeding import generator
@@ -39,36 +41,6 @@ from flexperts.training.local import LocalSettings, steps_per_round
 _MEMORY = "memory."
 _NEWEST = sys.maxsize
 """What is decided before any training stands in every stored state, a resumed run's newest too."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the server asks a client with.
-
-    Args:
-        payload: The weights that came along.
-        agreement: What the server made of all clients' reports.
-        round: The round to train; for an evaluation, the last one that is finished.
-    """
-
-    payload: Payload
-    agreement: Any
-    round: int
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a round of training leaves for the reply.
-
-    Args:
-        update: What the server gets.
-        split: The parameters it came from, by which the reply's encoding is checked.
-        sent: How the update leaves.
-    """
-
-    update: Update
-    split: ParameterSplit
-    sent: Outgoing
 
 
 class Client:
@@ -101,8 +73,11 @@ class Client:
         return self.workspace.clients[self.name]
 
     @cached_property
-    def examples(self) -> list[Example]:
-        """The train rows that it trains on, encoded."""
+    def examples(self) -> Sequence[Example]:
+        """The train rows that it trains on; they are read and encoded when they are first looked at."""
+        return TrainRows(self._read_examples)
+
+    def _read_examples(self) -> list[Example]:
         owners = self.workspace.clients if self.method.pools_rows else [self.name]
         return [example for owner in owners for example in self.workspace.examples(owner)]
 
@@ -134,7 +109,7 @@ class Client:
 
     def train(self, request: Request) -> Trained:
         """Train one round from what the server sent; the personal part is kept on disk."""
-        with self._turn(request, request.round - 1) as (turn, meta), torch.random.fork_rng(devices=[]):
+        with self._training(request, request.round - 1) as (turn, meta), torch.random.fork_rng(devices=[]):
             torch.manual_seed(turn.stream.initial_seed())  # dropout draws from the global stream
             self.method.receive(turn)
             result = self.method.train(turn)
@@ -182,10 +157,29 @@ class Client:
             request: The finished global model.
             state: zero_shot is the untouched base, global the shared weights alone, personalized all.
         """
-        with self._turn(request, request.round) as (turn, _):
+        with self.in_use(request) as turn, self.method.in_state(turn, state) as on_batch:
+            yield turn.model, on_batch
+
+    @contextmanager
+    def in_use(self, request: Request) -> Iterator[Turn]:
+        """Yield a turn with the finished model in it, for ``Method.in_state``; no row is read for it."""
+        with self._turn(request, request.round, self._settings()) as (turn, meta):
             self.method.receive(turn)
-            with self.method.in_state(turn, state) as on_batch:
-                yield turn.model, on_batch
+            if self.method.settles:
+                turn.settled |= self._settled(request, meta).load(self.model.device)
+            yield turn
+
+    def settle(self, request: Request) -> None:
+        """Keep what the method's states need of the train rows: the model can then be used where these are not."""
+        if not self.method.settles:
+            return
+        with self._turn(request, request.round, self._settings()) as (turn, meta):
+            self.method.receive(turn)
+            self._settled(request, meta).save(self.method.settle(turn))
+
+    def _settled(self, request: Request, meta: PersonalMeta) -> Settled:
+        path = self.folder / "personal" / "settled" / f"{self.name}.safetensors"
+        return Settled(path, meta.base, meta.round, vector_hash(request.payload.vector))
 
     def answer_counts(self, scores: Mapping[State, Scores]) -> dict[str, int]:
         """Return the limit of answers in tokens, how many references are longer, and each state's cut answers."""
@@ -212,8 +206,7 @@ class Client:
         if not evaluation.routing_rows:
             return
         batches = prompt_batches(self.workspace.encoder, rows[: evaluation.routing_rows], evaluation.batch_size)
-        with self._turn(request, request.round) as (turn, _):
-            self.method.receive(turn)
+        with self.in_use(request) as turn:
             lines = routing_lines(turn, self.method, states, batches, self.workspace.untouched)
         write_routing(self.folder / "routing" / f"{self.name}.jsonl", lines)
 
@@ -223,22 +216,26 @@ class Client:
         return scored_rows(self.rows, self.config.evaluation)
 
     @contextmanager
-    def _turn(self, request: Request, up_to: int) -> Iterator[tuple[Turn, PersonalMeta]]:
+    def _training(self, request: Request, up_to: int) -> Iterator[tuple[Turn, PersonalMeta]]:
+        """Yield a turn that trains on the client's rows; see ``_turn``."""
+        settings = self._local_settings(request.round)
+        count = self._counter(f"{self.name}: round {request.round}", settings.steps)
+        with self._turn(request, up_to, settings) as (turn, meta):
+            turn.on_step = lambda loss: count(1)
+            yield turn, meta
+
+    @contextmanager
+    def _turn(self, request: Request, up_to: int, settings: LocalSettings) -> Iterator[tuple[Turn, PersonalMeta]]:
         """Yield a turn on the model, from the newest stored state up to a round, and that state's meta."""
         tensors, meta = self._stored(up_to)
         device = self.model.device
         memory = {n.removeprefix(_MEMORY): t.to(device) for n, t in tensors.items() if n.startswith(_MEMORY)}
         personal = {n: t for n, t in tensors.items() if not n.startswith(_MEMORY)}
         received = {n: t.to(device) for n, t in request.payload.tensors().items()}
-        settings = self._local_settings(request.round)
-        count = self._counter(f"{self.name}: round {request.round}", settings.steps)
         stream = generator(self.config.seed, self.name, request.round, "batches")
         site = self.model.site(self.name, self.examples, _prepared(meta), request.agreement)
         with self.model.lend(site, personal) as (split, parts):
-            turn = Turn(
-                site, request.round, split, parts, received, memory, settings, stream, lambda loss: count(1)
-            )
-            yield turn, meta
+            yield Turn(site, request.round, split, parts, received, memory, settings, stream), meta
 
     def _keep(self, turn: Turn, meta: PersonalMeta, shared: str) -> None:
         kept: dict[str, Tensor] = {**turn.split.personal, **{f"{_MEMORY}{n}": t for n, t in turn.memory.items()}}
@@ -276,11 +273,15 @@ class Client:
             )
             for owner in owners
         )
+        return self._settings(steps, (round_number - 1) * steps, rounds * steps)
+
+    def _settings(self, steps: int = 0, first_step: int = 0, total_steps: int = 0) -> LocalSettings:
+        """Return the settings of so many steps; a model that is only used takes none."""
         return local_settings(
             self.config,
             steps=steps,
-            first_step=(round_number - 1) * steps,
-            total_steps=rounds * steps,
+            first_step=first_step,
+            total_steps=total_steps,
             pad_token_id=self.workspace.encoder.tokenizer.pad_token_id,
         )
 

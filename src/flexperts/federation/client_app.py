@@ -12,7 +12,8 @@ from flexperts.communication.messages import info_of, payload_of, records
 from flexperts.communication.traffic import personal_bytes
 from flexperts.errors import PrivacyError
 from flexperts.federation.asking import client_app
-from flexperts.federation.client import Client, Request
+from flexperts.federation.client import Client
+from flexperts.federation.request import Request
 from flexperts.federation.resident import resident_client
 
 
@@ -62,6 +63,7 @@ def _train(content: RecordDict, client: Client) -> RecordDict:
 def _evaluate(content: RecordDict, client: Client) -> RecordDict:
     """Score model states on the client's own rows; only the scores are sent."""
     info, request = info_of(content), request_of(content)
+    client.settle(request)
     scores = client.evaluate(request, info["states"], answers=info["answers"])
     client.write_routing(request, info["states"])
     metrics: dict[str, float | int] = {

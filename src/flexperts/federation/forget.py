@@ -7,6 +7,7 @@ from flexperts.config.names import normal
 from flexperts.errors import ArtifactError
 from flexperts.federation.checkpoint import load_server, save_server
 from flexperts.federation.enrolment import change_clients
+from flexperts.files import sole_writer
 from flexperts.methods.registry import make_method
 from flexperts.recipe import parse_recipe
 
@@ -22,9 +23,14 @@ def forget(run: RunDirectory, client: str) -> None:
         client: Who has departed.
 
     Raises:
-        ArtifactError: The run has no such client, no other one, or has finished.
+        ArtifactError: The run has no such client, no other one, has finished, or is going on.
         FlexpertsError: The method cannot go on without the client, or would have settled otherwise without it.
     """
+    with sole_writer(run.path):
+        _forget(run, client)
+
+
+def _forget(run: RunDirectory, client: str) -> None:
     if (run.path / "summary.json").exists():
         raise ArtifactError(f"{run.path}", "the run has finished", "forget clients of a run that was broken off")
     server, client = load_server(run.checkpoint), normal(client)

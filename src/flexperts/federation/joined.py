@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flexperts.config.data import ClientFiles, DataConfig, OnBadRow
 from flexperts.config.run import RunConfig
-from flexperts.data.clients import partition_manifest
 from flexperts.data.sources import HUB
-from flexperts.errors import DataError
+from flexperts.data.unchanged import check_unchanged
 from flexperts.federation.workspace import Workspace
 from flexperts.recipe import located
 
@@ -29,18 +29,13 @@ def with_rows_of(
 def workspace_of(run: Path, record: Mapping[str, Any], workspace: Workspace) -> Workspace:
     """Return the workspace of a client that has joined: its rows, on the base of the run's workspace.
 
-    Raises:
-        DataError: The rows cannot be read, or are no longer those that it joined with.
+    Rows are read when they are needed, and refused if they are no longer those that it joined with.
     """
     name, data = record["client"], record["data"]
     files = ClientFiles(train=_from(run, data["train"]), test=data["test"] and _from(run, data["test"]))
-    on_bad_row = data.get("on_bad_row", "refuse")
-    own = workspace.for_run(with_rows_of(workspace.config, name, files, data["columns"], on_bad_row))
-    if partition_manifest(own.clients)["clients"][name] != record["rows"]:
-        raise DataError(
-            f"{files.train}", f"{name} joined with other rows than these", "restore them, or join by another name"
-        )
-    return own
+    config = with_rows_of(workspace.config, name, files, data["columns"], data.get("on_bad_row", "refuse"))
+    same = partial(check_unchanged, {name: record["rows"]}, rule=f"{name} joined with other rows than these")
+    return Workspace(config, workspace.base, workspace.untouched, same)
 
 
 def kept_data(run: Path, files: ClientFiles, columns: Mapping[str, str], on_bad_row: OnBadRow) -> dict[str, Any]:

@@ -22,13 +22,14 @@ from flexperts.errors import ArtifactError, ConfigError
 from flexperts.evaluation.scores import SCORES, Scores
 from flexperts.federation.answer_limit import check_limit, with_recorded_limit
 from flexperts.federation.checkpoint import load_server
-from flexperts.federation.client import Client, Request
+from flexperts.federation.client import Client
 from flexperts.federation.joined import kept_data, with_rows_of
 from flexperts.federation.not_finite import reasons_of
 from flexperts.federation.observer import Observer, observing
-from flexperts.federation.trained import TrainedRun
+from flexperts.federation.request import Request
+from flexperts.federation.trained import TrainedRun, recipe_of
 from flexperts.federation.workspace import Workspace
-from flexperts.files import sealed, unwritable, write_json
+from flexperts.files import sealed, sole_writer, unwritable, write_json
 from flexperts.methods.base import Method, State
 from flexperts.methods.registry import make_method
 from flexperts.parameters.vector import vector_hash
@@ -51,6 +52,7 @@ def join(
     seed: int | None = None,
     observer: Observer | None = None,
     workspace: Workspace | None = None,
+    base: str | None = None,
 ) -> dict[str, Any]:
     """Take a new client into a finished run: it prepares, trains its personal part alone, and is scored.
 
@@ -67,6 +69,7 @@ def join(
         seed: Seed of its batches; by default the run's.
         observer: Receives progress.
         workspace: A workspace of the same base, in memory already.
+        base: Where the run's base lies, if not where its recipe says.
 
     Returns:
         The record that also lies in ``joined/NAME.json``: rows (counts and hashes), steps, seed, loss, scores.
@@ -75,31 +78,30 @@ def join(
         FlexpertsError: The run has not finished or has such a client, its method keeps nothing personal, base or
             settings are not the run's, or the rows break a rule.
     """
-    run, observer = RunDirectory.open(Path(path)), observer or Observer()
-    config = parse_recipe(run.config_toml, where=str(run.path / "config.toml"))
-    method = make_method(config.method)
-    summary = run.summary()
-    _check_personal(method, summary)
-    name = client_name(name or _name_of(str(data)))
-    _check_free(run, name)
-    own_settings = _own_settings(run, settings, config.seed if seed is None else seed, steps)
-    trains = with_recorded_limit(own_settings, summary)
-    files = ClientFiles(train=_located(data), test=None if test is None else _located(test))
-    read = trains.data.columns, trains.data.on_bad_row
-    rows_only = with_rows_of(config, name, files, *read)
-    observer.stage(f"{name}: reading rows, loading {config.model.base}")
-    own = workspace.for_run(rows_only) if workspace else Workspace(rows_only)
-    with observing(observer):
+    run = RunDirectory.open(Path(path))
+    observer = observer or Observer()
+    with sole_writer(run.path), observing(observer):
+        config, summary = recipe_of(run, base), run.summary()
+        method = make_method(config.method)
+        _check_personal(method, summary)
+        name = client_name(name or _name_of(str(data)))
+        _check_free(run, name)
+        own_settings = _own_settings(run, settings, config.seed if seed is None else seed, steps)
+        trains = with_recorded_limit(own_settings, summary)
+        files = ClientFiles(train=_located(data), test=None if test is None else _located(test))
+        read = trains.data.columns, trains.data.on_bad_row
+        rows_only = with_rows_of(config, name, files, *read)
+        observer.stage(f"{name}: reading rows, loading {config.model.base}")
+        own = workspace.for_run(rows_only) if workspace else Workspace(rows_only)
         rows = partition_manifest(own.clients)["clients"][name]  # what is wrong with them is found without the base
-    own.check(config, needs_experts=method.needs_experts)
-    check_limit(own, trains, observer)
-    with closing(TrainedRun(run.path, own)) as trained, _staging(run.path, name) as staging:
-        _check_base(trained)
-        newcomer = Newcomer(trains, steps, name, own, trained.model, staging, observer)
-        known = {"client": name, "data": kept_data(run.path, files, *read), "rows": rows}
-        record = known | newcomer.onboard(trained.request(name))
-        _publish(staging, run.path)
-        write_json(run.path / JOINED / f"{name}.json", sealed(record))  # last: it makes the newcomer a client
+        own.check(config, needs_experts=method.needs_experts)
+        check_limit(own, trains, observer)
+        with closing(TrainedRun(run.path, own, base=base)) as trained, _staging(run.path, name) as staging:
+            newcomer = Newcomer(trains, steps, name, own, trained.model, staging, observer)
+            known = {"client": name, "data": kept_data(run.path, files, *read), "rows": rows}
+            record = known | newcomer.onboard(trained.request(name))
+            _publish(staging, run.path)
+            write_json(run.path / JOINED / f"{name}.json", sealed(record))  # last: it makes the newcomer a client
     return record
 
 
@@ -121,6 +123,7 @@ class Newcomer(Client):
         self.observer.stage(f"{self.name}: {self.method.keeps}, on the shared weights of round {request.round}")
         result = self.personalize(request)
         self.observer.stage(f"{self.name}: evaluation")
+        self.settle(request)
         scores = self.evaluate(request, self.method.states)
         self.write_predictions(scores)
         found = _scored(scores)
@@ -145,7 +148,7 @@ class Newcomer(Client):
 
     def personalize(self, request: Request) -> TrainResult:
         """Train what is personal in one stretch and keep it on disk; nothing is made for sending."""
-        with self._turn(request, 0) as (turn, meta), torch.random.fork_rng(devices=[]):
+        with self._training(request, 0) as (turn, meta), torch.random.fork_rng(devices=[]):
             torch.manual_seed(turn.stream.initial_seed())  # dropout draws from the global stream
             self.method.receive(turn)
             result = self.method.personalize(turn)
@@ -188,15 +191,6 @@ def _check_free(run: RunDirectory, name: str) -> None:
     if (other := alike(name, readings_of(taken))) is not None:
         raise ArtifactError(
             f"client {name!a}", f"the run has a client {other!a}, which reads alike", "give another --name"
-        )
-
-
-def _check_base(trained: TrainedRun) -> None:
-    """Refuse another base than the one that the shared weights were trained on."""
-    its, ours = trained.summary["base"]["fingerprint"], trained.workspace.base.fingerprint
-    if its != ours:
-        raise ArtifactError(
-            f"{trained.config.model.base} is base {ours[:12]}", f"the run's base is {its[:12]}", "install that one"
         )
 
 
@@ -248,7 +242,7 @@ def _publish(staging: Path, run: Path) -> None:
     for path in sorted(p for p in staging.rglob("*") if p.is_file() and p.parent.name != "before"):
         target = run / path.relative_to(staging)
         try:
-            target.parent.mkdir(exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             path.replace(target)
         except OSError as error:
             for other in moved:  # else they would stand in the way of another try

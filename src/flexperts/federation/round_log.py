@@ -37,6 +37,8 @@ class RoundLog:
         joined: Clients that came, or came back, before this round.
         left: Clients that went before this round.
         privacy: What differential privacy guarantees after this round; None without noise.
+        planned: Rounds that the run was to have in all when this one began, over which the learning rate's cosine
+            goes; 0 in rounds of earlier versions.
     """
 
     number: int
@@ -57,6 +59,7 @@ class RoundLog:
     joined: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     privacy: dict[str, Any] | None = None
+    planned: int = 0
 
     def declare(self, direction: str, client: str, manifest: Manifest) -> None:
         """Note what a client's payload holds."""

@@ -15,10 +15,12 @@ from flwr.app import Context, RecordDict, UserConfig
 from flexperts.artifacts import RunDirectory
 from flexperts.config.run import RunConfig
 from flexperts.data.clients import partition_manifest
+from flexperts.data.unchanged import check_same_rows
 from flexperts.federation.answer_limit import check_limit
 from flexperts.federation.beyond import check_beyond, is_wanted, look_beyond
 from flexperts.federation.checkpoint import load_server
 from flexperts.federation.client_app import app as client_app
+from flexperts.federation.extending import extend, is_extended
 from flexperts.federation.inprocess_grid import InProcessGrid
 from flexperts.federation.observer import Observer, current_observer, observing
 from flexperts.federation.privacy import check_additive, check_enough
@@ -27,7 +29,7 @@ from flexperts.federation.resuming import check_states
 from flexperts.federation.server_app import app as server_app
 from flexperts.federation.trained import TrainedRun
 from flexperts.federation.workspace import Workspace
-from flexperts.files import write_json
+from flexperts.files import sole_writer, write_json
 from flexperts.methods.registry import make_method
 from flexperts.modeling.memory import peak_bytes, reset_peak
 from flexperts.modeling.quantization import storage_line
@@ -47,7 +49,8 @@ def run_federation(
         config: The run.
         out: The run directory to create; it must not hold a run, but for ``resume``.
         observer: Receives progress; none by default.
-        resume: Take up the run that ``out`` holds after its last finished round; ``config`` must be its own.
+        resume: Take up the run that ``out`` holds after its last finished round; ``config`` must be its own but for
+            the number of rounds, see ``extending``.
         workspace: Base and rows that are loaded already, of a recipe with the same seed, model, data, evaluation
             and longest example; many runs can share one.
 
@@ -55,30 +58,39 @@ def run_federation(
         The summary that also lies in ``out/summary.json``; a reference method's stands under ``reference``.
 
     Raises:
-        FlexpertsError: Recipe, data or base break a rule; these are checked before anything is written.
+        FlexpertsError: Recipe, data or base break a rule, the rows are others than a resumed run's, or another
+            process writes the directory; these are checked before anything is written.
     """
-    started = time.monotonic()
-    observer = observer or Observer()
-    if not (resume and (out / "config.toml").exists()):
-        RunDirectory.check_free(out)
-    elif (summary := _finished(config, out)) is not None:
+    if (summary := _standing(config, out, resume=resume)) is not None:
         return summary
+    with sole_writer(out), observing(observer or Observer()):
+        summary = _standing(config, out, resume=resume)  # another process may just have ended
+        return _run(config, out, workspace or Workspace(config)) if summary is None else summary
+
+
+def _run(config: RunConfig, out: Path, workspace: Workspace) -> dict[str, Any]:
+    """Run what is not done yet, in a directory that is this process's alone."""
+    started, run = time.monotonic(), RunDirectory(out)
     logging.getLogger("flwr").setLevel(logging.WARNING)  # Flower narrates every round
-    with observing(observer):
-        workspace = _prepare(config, observer, workspace or Workspace(config))
+    current_observer().stage(f"everything goes to {out}")
+    _prepare(config, run, workspace)
     loading = time.monotonic() - started
-    with observing(observer):
-        summary = _run_method(workspace, config, out)
-        summary["seconds"] = _add(summary["seconds"], loading, "setup", "total")
-        if config.method.reference:
-            reference = config.with_method(config.method.reference)
-            summary["reference"] = _run_method(workspace, reference, RunDirectory(out).reference)
-    RunDirectory(out).write_summary(summary)
+    summary = _run_method(workspace, config, out)
+    summary["seconds"] = _add(summary["seconds"], loading, "setup", "total")
+    if config.method.reference:
+        reference = config.with_method(config.method.reference)
+        summary["reference"] = _run_method(workspace, reference, run.reference)
+    run.write_summary(summary)
     return summary
 
 
-def _finished(config: RunConfig, out: Path) -> dict[str, Any] | None:
+def _standing(config: RunConfig, out: Path, *, resume: bool) -> dict[str, Any] | None:
     """Return the summary of the recipe's run in ``out`` if nothing of it is left to do; refuse another recipe's."""
+    if not (resume and (out / "config.toml").exists()):
+        RunDirectory.check_free(out, config.to_toml())
+        return None
+    if _is_extended(config, out):
+        return None
     run = RunDirectory.create_or_resume(out, config.to_toml())
     if not (out / "summary.json").exists():
         return None
@@ -87,8 +99,18 @@ def _finished(config: RunConfig, out: Path) -> dict[str, Any] | None:
     return summary if looked and ("reference" in summary or not config.method.reference) else None
 
 
-def _prepare(config: RunConfig, observer: Observer, workspace: Workspace) -> Workspace:
+def _is_extended(config: RunConfig, out: Path) -> bool:
+    """Tell whether the recipe gives its run or the reference's another number of rounds; refuse what cannot be."""
+    runs = [(RunDirectory(out), config)]
+    if config.method.reference:
+        runs.append((RunDirectory(RunDirectory(out).reference), config.with_method(config.method.reference)))
+    extended = [is_extended(run, its) for run, its in runs if (run.path / "config.toml").exists()]
+    return any(extended)
+
+
+def _prepare(config: RunConfig, run: RunDirectory, workspace: Workspace) -> None:
     """Load and check everything that can be wrong, rows first: mistakes there are found without the base."""
+    observer = current_observer()
     configs = [config, *([config.with_method(config.method.reference)] if config.method.reference else [])]
     methods = [make_method(c.method) for c in configs]
     for method, its_config in zip(methods, configs, strict=True):
@@ -99,13 +121,14 @@ def _prepare(config: RunConfig, observer: Observer, workspace: Workspace) -> Wor
     for method in methods:
         method.check_clients(workspace.clients)
     check_enough(config, len(workspace.clients))
+    if (run.path / "config.toml").exists():
+        check_same_rows(run.partition, workspace.clients)
     observer.stage(f"loading {config.model.base}")
     routed = bool(config.evaluation.routing_rows)
     workspace.check(config, needs_experts=routed or any(method.needs_experts for method in methods))
     if config.model.quantization != "none":
         observer.stage(storage_line(workspace.base.model))
     check_limit(workspace, config, observer)
-    return workspace
 
 
 def _run_method(workspace: Workspace, config: RunConfig, out: Path) -> dict[str, Any]:
@@ -114,6 +137,8 @@ def _run_method(workspace: Workspace, config: RunConfig, out: Path) -> dict[str,
     What is there already was finished before the run was resumed.
     """
     run = RunDirectory(out)
+    if (out / "config.toml").exists() and is_extended(run, config):
+        extend(run, config, current_observer())
     if not (out / "summary.json").exists():
         _run_rounds(workspace, config, out)
     if is_wanted(config) and not run.beyond.exists():
@@ -137,7 +162,8 @@ def _run_rounds(workspace: Workspace, config: RunConfig, out: Path) -> None:
         server = load_server(RunDirectory(out).checkpoint, workspace.clients)  # in one process nobody comes or goes
         check_states(RunDirectory(out), server, workspace.base.fingerprint)
     keep(recipe, out, workspace, config)
-    write_json(out / "partition.json", partition_manifest(workspace.clients))
+    if not (out / "config.toml").exists():  # a resumed run keeps what it started with
+        write_json(RunDirectory(out).partition, partition_manifest(workspace.clients))
     reset_peak(workspace.base.model.device)
     try:
         grid = InProcessGrid(client_app, nodes, run_config)

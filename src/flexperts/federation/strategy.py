@@ -79,7 +79,7 @@ class FlexpertsStrategy(Strategy):
     ) -> Iterable[Message]:
         """Return one request per participant that is online, sorted by client, each with records of its own."""
         self._started = time.monotonic()
-        log = RoundLog(self.server.round + 1)
+        log = RoundLog(self.server.round + 1, planned=self.config.federation.rounds)
         self.rounds.append(log)
         self.observer.stage(f"round {log.number} of {self.rounds_total}")
         self._meet(grid, log)

@@ -26,11 +26,12 @@ def summarize(
     """Put a finished run into one mapping.
 
     ``mean`` is over clients, each counting once (macro); ``weighted_mean`` counts each by its scored rows. A state
-    that the method does not have is null. Clients that sent no scores stand under ``unscored`` with the reason, and
-    in no mean. A score that is no finite number is null, with the reason under ``not_finite``, and so is the mean
-    that it would be in. A client's ``answers`` are the longest answer in tokens, how many scored references are
-    longer, and each state's answers that were cut there. ``privacy`` is what differential privacy guarantees; null
-    without noise.
+    that the method does not have is null. ``planned`` is how many rounds the run was to have, after which round:
+    one entry, unless it was given other rounds than it was started with. Clients that sent no scores stand under
+    ``unscored`` with the reason, and in no mean. A score that is no finite number is null, with the reason under
+    ``not_finite``, and so is the mean that it would be in. A client's ``answers`` are the longest answer in tokens,
+    how many scored references are longer, and each state's answers that were cut there. ``privacy`` is what
+    differential privacy guarantees; null without noise.
 
     Args:
         config: The run.
@@ -46,6 +47,7 @@ def summarize(
         "method": config.method.name,
         "seed": config.seed,
         "rounds": len(rounds),
+        "planned": _planned(rounds),
         "split": config.evaluation.split,
         "base": {"name": config.model.base, "fingerprint": base},
         "clients": clients,
@@ -59,6 +61,13 @@ def summarize(
         "privacy": privacy_spent(config, len(rounds)),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
     }
+
+
+def _planned(rounds: Iterable[RoundLog]) -> list[dict[str, int]]:
+    """Return where the number of rounds that a run was to have was set: after which round, and to what."""
+    planned = [log.planned for log in rounds]
+    starts = [i for i, total in enumerate(planned) if total and (i == 0 or total != planned[i - 1])]
+    return [{"after": i, "rounds": planned[i]} for i in starts]
 
 
 def _client(metrics: _Metrics, answers: _Metrics | None, train_rows: int) -> dict[str, Any]:

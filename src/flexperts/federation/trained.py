@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from flexperts.artifacts import RunDirectory
 from flexperts.config.names import normal
-from flexperts.errors import ConfigError, ModelError
+from flexperts.config.run import RunConfig
+from flexperts.data.rows import Row
+from flexperts.data.unchanged import check_same_rows
+from flexperts.errors import ArtifactError, ConfigError, DataError, ModelError
 from flexperts.evaluation.generation import Answer, generate
 from flexperts.evaluation.scores import Scores
 from flexperts.federation.answer_limit import answer_limit, with_recorded_limit
 from flexperts.federation.checkpoint import load_server
-from flexperts.federation.client import Client, Request
+from flexperts.federation.client import Client
 from flexperts.federation.client_model import ClientModel
 from flexperts.federation.joined import workspace_of
 from flexperts.federation.observer import Observer
+from flexperts.federation.request import Request
 from flexperts.federation.workspace import Workspace
 from flexperts.methods.base import Method, State
 from flexperts.methods.registry import make_method
+from flexperts.modeling.load import LoadedBase
 from flexperts.parameters.store import load_personal
 from flexperts.recipe import parse_recipe
 
@@ -26,24 +32,45 @@ from flexperts.recipe import parse_recipe
 class TrainedRun:
     """The models of a run directory.
 
+    Rows are read when they are scored or trained on, and not before: to use a model takes none.
+
     Args:
         path: The run directory.
         workspace: The run's base and rows, where they are in memory already.
+        base: Where the base lies, if not where the recipe says.
 
     Raises:
         ArtifactError: The directory holds no finished run, or its files do not fit the base.
+        ModelError: The base cannot be loaded.
     """
 
-    def __init__(self, path: Path, workspace: Workspace | None = None) -> None:
+    def __init__(self, path: Path, workspace: Workspace | None = None, *, base: str | None = None) -> None:
         self.run = RunDirectory.open(path)
         self.summary = self.run.summary()
-        recipe = parse_recipe(self.run.config_toml, where=str(path / "config.toml"))
-        self.config = with_recorded_limit(recipe, self.summary)
-        self.workspace = workspace or Workspace(self.config)
+        self.config = with_recorded_limit(recipe_of(self.run, base), self.summary)
+        same_rows = partial(check_same_rows, self.run.partition)
+        self.workspace = workspace or Workspace(self.config, started_with=same_rows)
+        self._check_base()
         self.model = ClientModel(self.workspace.base, self.config, make_method(self.config.method))
         self.server = load_server(self.run.checkpoint)
         self.joined = self.run.joined()
         self._workspaces: dict[str, Workspace] = {}
+
+    def _check_base(self) -> None:
+        """Refuse another base than the one that the run's weights were trained on."""
+        its, ours = self.summary["base"]["fingerprint"], self._base().fingerprint
+        if its != ours:
+            raise ArtifactError(
+                f"{self.config.model.base} is base {ours[:12]}",
+                f"the run's base is {its[:12]}",
+                "give that one as --base",
+            )
+
+    def _base(self) -> LoadedBase:
+        try:
+            return self.workspace.base
+        except ModelError as error:
+            raise ModelError(error.value, error.rule, f"{error.remedy}; --base says where it lies now") from error
 
     def close(self) -> None:
         """Take the adapters out of the base again."""
@@ -117,10 +144,46 @@ class TrainedRun:
         asked, chosen = self.client(client), self.state(state)
         return answer_one(asked, self.request(client), chosen, instruction, context, max_new_tokens)
 
-    def evaluate(self, observer: Observer | None = None) -> dict[str, dict[State, Scores]]:
-        """Score every client in every state of the method, on the rows that the recipe names."""
-        states: Any = self.model.method.states
-        return {name: self.client(name, observer).evaluate(self.request(name), states) for name in self.clients}
+    def evaluate(
+        self, observer: Observer | None = None, rows: Mapping[str, Sequence[Row]] | None = None
+    ) -> dict[str, dict[State, Scores]]:
+        """Score clients in every state of the method.
+
+        Args:
+            observer: Receives progress.
+            rows: Client -> rows to score it on; without them every client's that the run itself has scored.
+
+        Raises:
+            DataError: The run's rows are not where the recipe says, or no longer those that it started with.
+        """
+        rows = self._own_rows() if rows is None else rows
+        scored: dict[str, dict[State, Scores]] = {}
+        for name, its in sorted(rows.items()):
+            client, request = self.client(name, observer), self.request(name)
+            scored[name] = {state: client.score(request, state, its) for state in self.model.method.states}
+        return scored
+
+    def _own_rows(self) -> dict[str, Sequence[Row]]:
+        try:
+            return {name: self.client(name).scored_rows for name in self.clients}
+        except DataError as error:
+            remedy = f"{error.remedy}; `flexperts evaluate --data` scores rows from elsewhere"
+            raise DataError(error.value, error.rule, remedy) from error
+
+
+def recipe_of(run: RunDirectory, base: str | None = None) -> RunConfig:
+    """Return a run's recipe.
+
+    Args:
+        run: The run.
+        base: Where its base lies, if not where the recipe says.
+    """
+    config = parse_recipe(run.config_toml, where=str(run.path / "config.toml"))
+    return (
+        config
+        if base is None
+        else config.model_copy(update={"model": config.model.model_copy(update={"base": base})})
+    )
 
 
 def state_named(method: Method, name: str | None) -> State:

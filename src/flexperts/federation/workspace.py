@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -36,11 +37,13 @@ class Workspace:
         config: The run; its reference may differ in the method only.
         loaded: The base, where it is in memory already.
         untouched: What the untouched base scores, by what it was scored on: no method changes it.
+        started_with: Refuses rows, when they are read, that are not those that a run started with.
     """
 
     config: RunConfig
     loaded: LoadedBase | None = None
     untouched: dict[str, Any] = field(default_factory=dict)
+    started_with: Callable[[Clients], None] = lambda clients: None
     _encoded: dict[str, list[Example]] = field(default_factory=dict, init=False, repr=False)
 
     def for_run(self, config: RunConfig) -> Workspace:
@@ -56,7 +59,9 @@ class Workspace:
         read = load_clients(self.config.data, self.config.seed, say)
         for line in self.encoder.notices:
             say(line)
-        return {name: self._fitting(name, rows, say) for name, rows in read.items()}
+        clients = {name: self._fitting(name, rows, say) for name, rows in read.items()}
+        self.started_with(clients)
+        return clients
 
     def _fitting(self, name: str, rows: ClientRows, say: Say) -> ClientRows:
         """Return a client's rows but for those that cannot be encoded, where the recipe lets them be left out."""

@@ -68,6 +68,8 @@ class Method:
     noise, compression and robust aggregation work on."""
     sends_back: ClassVar[bool] = False
     """Whether what clients get is as large as what came in the rounds before."""
+    settles: ClassVar[bool] = False
+    """Whether some state needs what ``settle`` makes of the client's train rows."""
     plan_note: ClassVar[str] = ""
     """How a run's costs can differ from those planned before it; empty where they cannot."""
 
@@ -138,6 +140,14 @@ class Method:
     def outgoing(self, turn: Turn) -> Mapping[str, Tensor]:
         """Return what is sent after training: shared parameters, and what training has derived."""
         return {**turn.split.shared, **turn.derived}
+
+    def settle(self, turn: Turn) -> dict[str, Tensor]:
+        """Return what ``in_state`` needs of the client's train rows, for this very model.
+
+        It is kept beside the personal state and comes back as ``turn.settled``, so that a model can be used where
+        its rows are not. What ``in_state`` does not find there, it makes of ``turn.site.examples``.
+        """
+        return {}
 
     @contextmanager
     def in_state(self, turn: Turn, state: State) -> Iterator[OnBatch | None]:

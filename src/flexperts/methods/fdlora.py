@@ -22,6 +22,7 @@ from flexperts.training.local import TrainResult
 Loss = Callable[[float, float], float]
 _THETA_P = "own."
 _MOMENTUM = "momentum"
+_FUSION = "fusion"
 
 
 class FDLoRA(Method):
@@ -50,6 +51,7 @@ class FDLoRA(Method):
     source = "Qi et al., 2024, arXiv 2406.07925"
     keeps = "a copy of an attention LoRA that it has sent"
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "global", "personalized")
+    settles = True
 
     class Options(base.Options):
         """Outer optimizer and fusion."""
@@ -90,6 +92,19 @@ class FDLoRA(Method):
         )
         return moved
 
+    def settle(self, turn: Turn) -> dict[str, Tensor]:
+        """Return the fusion weights ``[2]``, fp64; the turn's LoRA is as it was afterwards."""
+        common, own = self._loras(turn)
+        try:
+            return {_FUSION: torch.tensor(self._weights(turn, common, own), dtype=torch.float64)}
+        finally:
+            turn.load(common)
+
+    def _loras(self, turn: Turn) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return theta_s and theta_p."""
+        common = {n: p.detach().clone() for n, p in turn.split.shared.items()}
+        return common, {n: turn.memory[f"{_THETA_P}{n}"] for n in common}
+
     @contextmanager
     def in_state(self, turn: Turn, state: State) -> Iterator[OnBatch | None]:
         """Compute with the fused LoRA in the personalized state."""
@@ -97,10 +112,10 @@ class FDLoRA(Method):
             if state != "personalized":
                 yield on_batch
                 return
-            common = {n: p.detach().clone() for n, p in turn.split.shared.items()}
-            own = {n: turn.memory[f"{_THETA_P}{n}"] for n in common}
+            common, own = self._loras(turn)
+            w1, w2 = (turn.settled or self.settle(turn))[_FUSION].tolist()
             try:
-                turn.load(fused(common, own, *self._weights(turn, common, own)))
+                turn.load(fused(common, own, w1, w2))
                 yield on_batch
             finally:
                 turn.load(common)

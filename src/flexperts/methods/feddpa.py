@@ -24,6 +24,8 @@ from flexperts.methods.turn import Turn
 from flexperts.modeling.forward import autocast, hidden_states
 from flexperts.training.local import LocalSettings, TrainResult
 
+_INSTANCES = "instances"
+
 
 class FedDPA(Method):
     """Base of FedDPA-T and FedDPA-F: a global adapter g that is sent, a local adapter l that stays."""
@@ -31,6 +33,7 @@ class FedDPA(Method):
     source = "Yang et al., NeurIPS 2024, arXiv 2403.19211"
     keeps = "a second attention LoRA"
     has_personal_lora = True
+    settles = True
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "global", "personalized")
 
     class Options(base.Options):
@@ -58,6 +61,10 @@ class FedDPA(Method):
         """Train l in a fixed mixture with g, which stands still."""
         with turn.site.lora.use(shared=1 - self.options.mix, personal=self.options.mix):
             return turn.fit(shared=False, settings=settings)
+
+    def settle(self, turn: Turn) -> dict[str, Tensor]:
+        """Return h(x_s) ``[S, D]`` of the drawn train rows."""
+        return {_INSTANCES: InstanceWeights(turn, self.options.lam, self.options.instances).own}
 
     @contextmanager
     def in_state(self, turn: Turn, state: State) -> Iterator[OnBatch | None]:
@@ -87,9 +94,13 @@ class InstanceWeights:
     def __init__(self, turn: Turn, lam: float, instances: int) -> None:
         self.turn, self.lam = turn, lam
         self.stack = ExitStack()
-        examples = turn.site.examples
-        drawn = torch.randperm(len(examples), generator=turn.site.generator("instances"))[:instances].tolist()
-        self.own = self.hidden(_prompts([examples[i] for i in drawn], turn.site.pad_token_id))
+        self.own = turn.settled[_INSTANCES] if turn.settled else self._of_rows(instances)
+
+    def _of_rows(self, instances: int) -> Tensor:
+        """Return h(x_s), ``[S, D]``."""
+        site = self.turn.site
+        drawn = torch.randperm(len(site.examples), generator=site.generator("instances"))[:instances].tolist()
+        return self.hidden(_prompts([site.examples[i] for i in drawn], site.pad_token_id))
 
     def __call__(self, batch: PaddedBatch) -> None:
         """Switch to the weights of a batch of prompts, row by row."""

@@ -103,6 +103,7 @@ class Turn:
         on_step: Called with every step's loss.
         objective: The loss; language modelling on responses but in tests.
         derived: What training computes for sending beside shared parameters; names start with ``derived.``.
+        settled: What ``Method.settle`` made of this model and the client's rows; empty where it has not.
     """
 
     site: Site
@@ -116,6 +117,7 @@ class Turn:
     on_step: Callable[[float], None] = lambda loss: None
     objective: Objective = response_loss
     derived: dict[str, Tensor] = field(default_factory=dict)
+    settled: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def model(self) -> nn.Module:

@@ -27,19 +27,22 @@ _NO_LIMIT = 1 << 20
 """Context of a model that names none, in tokens."""
 
 
-def open_engine(run: Path, *, max_rows: int = 16, max_tokens: int = 16_384) -> ServingEngine:
+def open_engine(
+    run: Path, *, max_rows: int = 16, max_tokens: int = 16_384, base: str | None = None
+) -> ServingEngine:
     """Load a finished run and start answering.
 
     Args:
         run: The run directory.
         max_rows: Most rows of a batch.
         max_tokens: Most tokens, prompts and answers together, that a batch's cache may hold, padding included.
+        base: Where the run's base lies, if not where its recipe says.
 
     Raises:
         ArtifactError: The directory holds no finished run, or its files do not fit the base.
         ConfigError: A limit is below 1.
     """
-    return ServingEngine(TrainedRun(run), max_rows=max_rows, max_tokens=max_tokens)
+    return ServingEngine(TrainedRun(run, base=base), max_rows=max_rows, max_tokens=max_tokens)
 
 
 class ServingEngine:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import signal
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -122,7 +125,7 @@ class _Manner:
 
 def _run_all(
     run: Callable[[Job], str | None], waiting: Sequence[Job], workers: int
-) -> Iterator[tuple[Job, str | None]]:
+) -> Generator[tuple[Job, str | None]]:
     if workers == 1:
         try:
             yield from ((job, run(job)) for job in waiting)
@@ -132,25 +135,38 @@ def _run_all(
     # A fresh interpreter for each worker: CUDA cannot be used in a forked one.
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, fresh, initializer=_share_cores, initargs=(workers,)) as pool:
-        started = {pool.submit(run, job): job for job in waiting}
-        yield from ((started[future], _outcome(future)) for future in as_completed(started))
+        try:
+            started = {pool.submit(run, job): job for job in waiting}
+            yield from ((started[future], _outcome(future)) for future in as_completed(started))
+        except BaseException:  # such as Ctrl-C: the pool would wait for runs that take hours
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
-def _sort_out(outcomes: Iterable[tuple[Job, str | None]], on_done: OnDone) -> tuple[list[Job], list[Job]]:
+def _sort_out(outcomes: Generator[tuple[Job, str | None]], on_done: OnDone) -> tuple[list[Job], list[Job]]:
     """Report the jobs as they end; return those that failed, and those that another process has in hand."""
     failed: list[Job] = []
     busy: list[Job] = []
-    for job, error in outcomes:
-        if error == _BUSY:
-            busy.append(job)
-            continue
-        on_done(job, error)
-        failed += [job] if error else []
+    with closing(outcomes):
+        for job, error in outcomes:
+            if error == _BUSY:
+                busy.append(job)
+                continue
+            on_done(job, error)
+            failed += [job] if error else []
     return failed, busy
 
 
 def _share_cores(workers: int) -> None:
-    """Leave each process its part of the cores; each would take all, and they would wait for each other."""
+    """Leave each process its part of the cores; each would take all, and they would wait for each other.
+
+    Ctrl-C reaches all processes of a terminal; the first one ends the others. Warnings are passed over as there.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for kind in (DeprecationWarning, FutureWarning):
+        warnings.simplefilter("ignore", kind)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 

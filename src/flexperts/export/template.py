@@ -1,0 +1,81 @@
+"""The chat template of an export: prompts as they were trained, whatever the base's own template is."""
+
+from __future__ import annotations
+
+import copy
+import json
+from string import Formatter
+from typing import Any
+
+from flexperts.data.prompts import _ALPACA, PromptEncoder
+
+_SAMPLES = (("Say hi.", ""), ("Who signs?", "The term begins in May.\n\nTwo questions remain."))
+_EXPRESSIONS = {
+    "with_input": "(', paired with an input' if before.text else '')",
+    "instruction": "messages[last]['content']",
+    "input": "('### Input:\\n' + before.text + '\\n\\n' if before.text else '')",
+}
+_ASKED = "### Response:\n"
+_TEMPLATE = (
+    "{% set last = messages | length - (2 if messages[-1]['role'] == 'assistant' else 1) %}"
+    "{% set before = namespace(text='') %}"
+    "{% for turn in messages[:last] %}"
+    "{% set before.text = before.text + ('' if loop.first else '\\n\\n')"
+    " + (turn['content'] if turn['role'] == 'system' else turn['role'] + ': ' + turn['content']) %}"
+    "{% endfor %}"
+    "{{ PROMPT }}"
+    "{% if messages[-1]['role'] == 'assistant' %}{{ ASKED + messages[-1]['content'] + END }}"
+    "{% elif add_generation_prompt %}{{ ASKED }}{% endif %}"
+)
+"""As ``PromptEncoder.conversation``: the last user turn is the instruction, the turns before it are its input."""
+
+
+def trained_tokenizer(encoder: PromptEncoder) -> Any:
+    """Return a tokenizer whose chat template writes the prompts of training: a copy where the base's does not.
+
+    A passage is the message behind the question and an empty line where the base has a chat template; with the
+    alpaca template it is a system turn before the question. Where no template can write the very tokens, there is
+    none.
+    """
+    if encoder.chat:
+        return encoder.tokenizer
+    tokenizer = copy.deepcopy(encoder.tokenizer)
+    start = _start(tokenizer)
+    for begin in (start, f"{start} "):  # some tokenizers put a blank before a text, but not behind a control token
+        tokenizer.chat_template = _alpaca(begin, tokenizer.eos_token)
+        if all(_same(tokenizer, encoder, *sample) for sample in _SAMPLES):
+            return tokenizer
+    tokenizer.chat_template = None
+    return tokenizer
+
+
+def _alpaca(begin: str, end: str) -> str:
+    pieces = [_literal(begin)]
+    for literal, field, _, _ in Formatter().parse(_ALPACA.removesuffix(_ASKED)):
+        pieces += [_literal(literal)] if literal else []
+        pieces += [_EXPRESSIONS[field]] if field else []
+    values = {"PROMPT": " + ".join(pieces), "ASKED": _literal(_ASKED), "END": _literal(end)}
+    text = _TEMPLATE
+    for name, value in values.items():
+        text = text.replace(name, value)
+    return text
+
+
+def _literal(text: str) -> str:
+    """Return a text as Jinja writes one."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _start(tokenizer: Any) -> str:
+    """Return the control tokens that the tokenizer puts before a text."""
+    whole, bare = tokenizer("x")["input_ids"], tokenizer("x", add_special_tokens=False)["input_ids"]
+    places = range(len(whole) - len(bare) + 1)
+    start = next((i for i in places if whole[i : i + len(bare)] == bare), 0)
+    return "".join(tokenizer.convert_ids_to_tokens(whole[:start]))
+
+
+def _same(tokenizer: Any, encoder: PromptEncoder, instruction: str, context: str) -> bool:
+    turns = [{"role": "system", "content": context}] if context else []
+    turns.append({"role": "user", "content": instruction})
+    found = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+    return list(found) == encoder.prompt(instruction, context)
