@@ -82,6 +82,15 @@ class RunConfig(Section):
         """Return the complete run as TOML, defaults written out."""
         return tomli_w.dumps(self.model_dump(exclude_none=True, mode="json", exclude={"compare"}))
 
+    def with_choices(self, template_date: str | None = None, max_new_tokens: int | None = None) -> RunConfig:
+        """Return the same run with what was chosen in the place of what it leaves open."""
+        model, evaluation = self.model, self.evaluation
+        if model.template_date is None:
+            model = model.model_copy(update={"template_date": template_date})
+        if evaluation.max_new_tokens is None:
+            evaluation = evaluation.model_copy(update={"max_new_tokens": max_new_tokens})
+        return self.model_copy(update={"model": model, "evaluation": evaluation})
+
     def with_method(self, name: str) -> RunConfig:
         """Return the same run with another method and no reference."""
         return self.model_copy(update={"method": MethodConfig(name=name)})

@@ -94,6 +94,11 @@ class PromptEncoder:
         """The token that ends an answer."""
 
     @property
+    def date(self) -> str | None:
+        """The day (ISO) that the chat template is told; None where it does not ask."""
+        return self.chat.date if self.chat else None
+
+    @property
     def notices(self) -> list[str]:
         """What surprises about the template, a line each."""
         return self.chat.notices if self.chat else []

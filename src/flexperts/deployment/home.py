@@ -8,6 +8,7 @@ from flwr.app import RecordDict
 
 from flexperts.artifacts import RunDirectory
 from flexperts.config.silo import SiloConfig
+from flexperts.deployment.kept import with_kept_choices
 from flexperts.deployment.settings import for_silo
 from flexperts.deployment.state import run_folder
 from flexperts.deployment.wire import pack, unpack
@@ -54,7 +55,7 @@ class HomeModel:
             ) from error
         self.request = request_of(content)
         recipe = parse_recipe(RunDirectory.open(folder).config_toml, where=str(folder / "config.toml"))
-        config = for_silo(recipe, silo)
+        config = with_kept_choices(for_silo(recipe, silo), folder)
         self.method = make_method(config.method)
         self.client = Resident(Workspace(config), config, folder).client(silo.name)
 

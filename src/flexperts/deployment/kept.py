@@ -8,13 +8,16 @@ from pathlib import Path
 
 from flexperts.artifacts import RunDirectory
 from flexperts.config.changes import recipe_changes, rounds_before
+from flexperts.config.run import RunConfig
 from flexperts.data.clients import Clients, partition_manifest
 from flexperts.data.unchanged import check_same_rows
 from flexperts.deployment.state import run_folder, run_ids
 from flexperts.errors import ArtifactError
-from flexperts.files import write_json, write_text
+from flexperts.files import mapping, read_json, write_json, write_text
 from flexperts.parameters.store import load_personal
 from flexperts.recipe import parse_recipe
+
+_CHOICES = "choices.json"
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,23 @@ def keep_recipe(folder: Path, recipe: str) -> None:
     elif kept != recipe:
         rule = f"it holds a run of another recipe ({recipe_changes(kept, recipe)})"
         raise ArtifactError(f"{folder}", rule, "start a new run on the server")
+
+
+def with_kept_choices(config: RunConfig, folder: Path) -> RunConfig:
+    """Return a run with what this silo chose for it before, where the recipe leaves it open.
+
+    Raises:
+        ArtifactError: The note is damaged.
+    """
+    if not (note := folder / _CHOICES).exists():
+        return config
+    noted = mapping(note, read_json(note))
+    return config.with_choices(noted.get("template_date"), noted.get("max_new_tokens"))
+
+
+def keep_choices(folder: Path, template_date: str | None, max_new_tokens: int) -> None:
+    """Note what this silo has chosen for a run by its own clock and rows."""
+    write_json(folder / _CHOICES, {"template_date": template_date, "max_new_tokens": max_new_tokens})
 
 
 def keep_rows(folder: Path, clients: Clients) -> bool:

@@ -16,12 +16,12 @@ from flexperts.config.model import ModelConfig
 from flexperts.config.run import RunConfig
 from flexperts.config.silo import SiloConfig
 from flexperts.deployment.home import keep_received
-from flexperts.deployment.kept import keep_recipe, keep_rows
+from flexperts.deployment.kept import keep_choices, keep_recipe, keep_rows, with_kept_choices
 from flexperts.deployment.settings import for_silo
 from flexperts.deployment.state import run_folder
 from flexperts.deployment.wire import Fields, pack, unpack
 from flexperts.errors import FederationError, FlexpertsError
-from flexperts.federation.answer_limit import check_limit
+from flexperts.federation.answer_limit import answer_limit, check_limit
 from flexperts.federation.client_app import ANSWERS, answer
 from flexperts.federation.observer import Observer, observing
 from flexperts.federation.resident import Resident
@@ -99,7 +99,7 @@ class Worker:
 
     def _open(self, config: RunConfig, folder: Path) -> Resident:
         """Set up a run, refusing first what would otherwise fail in the middle of it. Rows are read afresh."""
-        mine = for_silo(config, self.silo)
+        mine = with_kept_choices(for_silo(config, self.silo), folder)
         method = make_method(mine.method)
         method.check(mine)
         # What is sent names the base as the recipe does, not as it is called here.
@@ -112,6 +112,7 @@ class Worker:
                 f"run {folder.name[:8]}: which rows it started with is not known; now these are noted"
             )
         keep_recipe(folder, config.to_toml())
+        keep_choices(folder, workspace.encoder.date, answer_limit(workspace, mine))
         return Resident(workspace, mine, folder)
 
     def _release(self) -> None:

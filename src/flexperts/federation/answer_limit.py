@@ -33,10 +33,7 @@ def chosen_limit(longest: int, max_length: int) -> int:
 def with_recorded_limit(config: RunConfig, summary: Mapping[str, Any]) -> RunConfig:
     """Return a finished run's recipe with the limit that its scores were taken with, where it chose one itself."""
     noted = [client["answers"]["max_new_tokens"] for client in summary["clients"].values() if client.get("answers")]
-    if config.evaluation.max_new_tokens is not None or not noted:
-        return config
-    evaluation = config.evaluation.model_copy(update={"max_new_tokens": max(noted)})
-    return config.model_copy(update={"evaluation": evaluation})
+    return config.with_choices(max_new_tokens=max(noted, default=None))
 
 
 def scored_rows(rows: ClientRows, evaluation: EvaluationConfig) -> tuple[Row, ...]:

@@ -33,6 +33,7 @@ from flexperts.files import sole_writer, write_json
 from flexperts.methods.registry import make_method
 from flexperts.modeling.memory import peak_bytes, reset_peak
 from flexperts.modeling.quantization import storage_line
+from flexperts.recipe import parse_recipe
 
 
 def run_federation(
@@ -61,11 +62,20 @@ def run_federation(
         FlexpertsError: Recipe, data or base break a rule, the rows are others than a resumed run's, or another
             process writes the directory; these are checked before anything is written.
     """
+    config = _dated(config, out) if resume else config
     if (summary := _standing(config, out, resume=resume)) is not None:
         return summary
     with sole_writer(out), observing(observer or Observer()):
         summary = _standing(config, out, resume=resume)  # another process may just have ended
-        return _run(config, out, workspace or Workspace(config)) if summary is None else summary
+        workspace = (workspace or Workspace(config)).for_run(config)
+        return _run(config, out, workspace) if summary is None else summary
+
+
+def _dated(config: RunConfig, out: Path) -> RunConfig:
+    """Return a recipe with the day that its templates are told in a run that has begun."""
+    if not (out / "config.toml").exists():
+        return config
+    return config.with_choices(template_date=parse_recipe(RunDirectory(out).config_toml).model.template_date)
 
 
 def _run(config: RunConfig, out: Path, workspace: Workspace) -> dict[str, Any]:
@@ -74,6 +84,7 @@ def _run(config: RunConfig, out: Path, workspace: Workspace) -> dict[str, Any]:
     logging.getLogger("flwr").setLevel(logging.WARNING)  # Flower narrates every round
     current_observer().stage(f"everything goes to {out}")
     _prepare(config, run, workspace)
+    config = config.with_choices(template_date=workspace.encoder.date)
     loading = time.monotonic() - started
     summary = _run_method(workspace, config, out)
     summary["seconds"] = _add(summary["seconds"], loading, "setup", "total")

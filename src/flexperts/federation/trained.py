@@ -214,17 +214,24 @@ def answer_one(
 
     Raises:
         ConfigError: ``max_new_tokens`` is below 1.
+        DataError: The prompt leaves no room for an answer, or cannot be encoded.
         ModelError: The model's logits are not finite.
     """
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens = {max_new_tokens}", "an answer has at least one token", "raise it")
     encoder = client.workspace.encoder
+    prompt = encoder.prompt(instruction, context)
+    longest = max_new_tokens or answer_limit(client.workspace, client.config)
+    if (most := encoder.positions) is not None:
+        if len(prompt) >= most:
+            raise DataError(f"a prompt of {len(prompt)} tokens", f"the base reads at most {most}", "shorten it")
+        longest = min(longest, most - len(prompt))
     with client.in_state(request, state) as (model, on_batch):
         [answer] = generate(
             model,
             encoder,
-            [encoder.prompt(instruction, context)],
-            max_new_tokens=max_new_tokens or answer_limit(client.workspace, client.config),
+            [prompt],
+            max_new_tokens=longest,
             batch_size=1,
             precision=client.config.model.precision,
             on_batch=on_batch,
