@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from flexperts.config.changes import recipe_changes, rounds_before
+from flexperts.config.changes import recipe_changes, way_on
 from flexperts.environment import environment
 from flexperts.errors import ArtifactError
 from flexperts.files import (
@@ -88,27 +88,10 @@ class RunDirectory:
         if lies_in_file:
             raise ArtifactError(f"{path}", "a file stands in its place", "choose another --out")
         if holds_run:
-            raise cls._holds_run(path, recipe, again)
-
-    @classmethod
-    def _holds_run(cls, path: Path, recipe: str, again: str) -> ArtifactError:
-        if recipe and (path / "config.toml").is_file():
-            run = cls.open(path)
-            if run.config_toml == recipe and not run.is_finished:
-                rule = "it already holds a run, of this recipe, that has not finished"
-                return ArtifactError(f"{path}", rule, f"go on with it: {again}")
-            if run.config_toml == recipe:
-                rule, more = (
-                    "it already holds a run, of this recipe, that has finished",
-                    "--set federation.rounds=N",
-                )
-                return ArtifactError(
-                    f"{path}", rule, f"choose another --out, or give it more rounds: {again} {more}"
-                )
-            if rounds_before(run.config_toml, recipe):
-                rule = "it already holds a run, of this recipe but for federation.rounds"
-                return ArtifactError(f"{path}", rule, f"give it these rounds: {again}; or choose another --out")
-        return ArtifactError(f"{path}", "it already holds a run", "choose another --out, or delete it")
+            kept = cls(path).config_toml if recipe and (path / "config.toml").is_file() else ""
+            raise ArtifactError(
+                f"{path}", *way_on(kept, recipe, again, finished=bool(kept) and cls(path).is_finished)
+            )
 
     @classmethod
     def create(cls, path: Path, config_toml: str) -> RunDirectory:

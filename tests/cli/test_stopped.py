@@ -19,6 +19,9 @@ import typer
 from flexperts.artifacts import RunDirectory
 from flexperts.cli.interrupted import command_line, standing, stoppable
 from flexperts.data.silos.generate import write_silos
+from flexperts.federation.checkpoint import save_server, saved_round
+from flexperts.methods.server import Server
+from flexperts.parameters.payload import Payload
 
 PROGRAM = str(Path(sys.executable).with_name("flexperts"))
 RECIPE = """
@@ -93,7 +96,7 @@ def test_a_stopped_run_says_how_to_go_on(work: Path, number: signal.Signals) -> 
     process = started(work, "run", "recipe.toml", "--out", "runs/first run", "--set", "training.lr=1e-3")
     wait_for(lambda: RunDirectory(out).written_rounds() >= 2, process)
     line = stop(process, number)
-    done = RunDirectory(out).written_rounds()
+    done = saved_round(RunDirectory(out).checkpoint)
     assert f"{done} of 60 rounds of flex finished, kept in runs/first run" in line
     expected = ["run", "recipe.toml", "--set", "training.lr=1e-3", "--out", "runs/first run", "--resume"]
     assert again(line) == expected
@@ -227,6 +230,8 @@ def test_what_stands_is_counted_for_the_reference_too(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "run", text)
     assert standing(run.path, "again") == f"0 of 3 rounds of flex finished, kept in {run.path}; go on with again"
     run.append_round({"number": 1})
+    assert standing(run.path, "again").startswith("0 of 3")  # as it is resumed: the checkpoint counts
+    save_server(run.checkpoint, Server(Payload.empty(), {"clinic": 1}, round=1))
     RunDirectory.create(run.reference, text.replace("flex", "fedavg"))
     said = standing(run.path, "again")
     assert said.startswith("1 of 3 rounds of flex and 0 of 3 rounds of fedavg finished, kept in ")

@@ -88,7 +88,7 @@ def test_a_worker_answers_as_the_in_process_client_does(
     theirs, ours = left_in(Path(silo.state) / "runs" / RUN), left_in(tmp_path / "here")
     assert "personal/clinic.safetensors" in ours
     assert {name: theirs[name] for name in ours} == ours
-    assert theirs.keys() - ours.keys() == {"config.toml", "received.safetensors"}
+    assert theirs.keys() - ours.keys() == {"config.toml", "partition.json", "received.safetensors"}
 
 
 def test_the_base_is_loaded_once_for_all_messages_and_runs(

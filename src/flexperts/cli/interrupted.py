@@ -66,8 +66,11 @@ def standing(out: Path, again: str) -> str:
 def _rounds(run: Any) -> str:
     import tomllib
 
+    from flexperts.federation.checkpoint import saved_round
+
     settings = tomllib.loads(run.config_toml)
-    return f"{run.written_rounds()} of {settings['federation']['rounds']} rounds of {settings['method']['name']}"
+    rounds, method = settings["federation"]["rounds"], settings["method"]["name"]
+    return f"{saved_round(run.checkpoint)} of {rounds} rounds of {method}"
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -29,6 +29,26 @@ def rounds_before(before: str, now: str) -> int | None:
     return rounds if differ == {_ROUNDS} and isinstance(rounds, int) else None
 
 
+def way_on(kept: str, recipe: str, again: str, *, finished: bool) -> tuple[str, str]:
+    """Return rule and remedy for who would start a run where there is one.
+
+    Args:
+        kept: The recipe of the run that is there; empty where it is not known.
+        recipe: What is to be run.
+        again: How going on with the run that is there is asked for.
+        finished: Whether it has finished.
+    """
+    rule, other = "it already holds a run", "choose another --out"
+    if rounds_before(kept, recipe):
+        return f"{rule}, of this recipe but for federation.rounds", f"give it these rounds: {again}; or {other}"
+    if not kept or kept != recipe:
+        return rule, f"{other}, or delete it"
+    if finished:
+        more = f"{again} --set federation.rounds=N"
+        return f"{rule}, of this recipe, that has finished", f"{other}, or give it more rounds: {more}"
+    return f"{rule}, of this recipe, that has not finished", f"go on with it: {again}"
+
+
 def recipe_changes(before: str, now: str) -> str:
     """Return the keys in which two recipes differ, with both values, for a message.
 

@@ -13,7 +13,7 @@ from flexperts.errors import ArtifactError
 from flexperts.files import damaged
 from flexperts.methods.server import Server
 from flexperts.parameters.payload import Payload
-from flexperts.parameters.sealed import read_sealed, write_sealed
+from flexperts.parameters.sealed import read_meta, read_sealed, write_sealed
 
 _FORMAT = "flexperts-server-2"
 _SHARED, _MEMORY = "shared/", "memory/"
@@ -67,6 +67,20 @@ def load_server(path: Path, clients: Collection[str] | None = None) -> Server:
             "resume with the same clients",
         )
     return server
+
+
+def saved_round(path: Path) -> int:
+    """Return how many rounds a server's state has behind it; 0 where there is none. Its tensors are not read.
+
+    Raises:
+        ArtifactError: The file is damaged or foreign.
+    """
+    if not path.exists():
+        return 0
+    try:
+        return int(read_meta(path, _FORMAT)["round"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(path, f"its metadata is not a server's: {error!r}") from error
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
