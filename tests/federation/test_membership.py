@@ -18,9 +18,14 @@ from flexperts.config.run import RunConfig
 from flexperts.errors import ArtifactError, FederationError
 from flexperts.federation import enrolment
 from flexperts.federation.checkpoint import load_server, save_server
-from flexperts.federation.enrolment import most_common
+from flexperts.federation.enrolment import enrol, most_common
 from flexperts.federation.exchange import one_line
+from flexperts.federation.membership import Introduction, Membership
+from flexperts.federation.observer import Observer
 from flexperts.federation.run import run_federation
+from flexperts.methods.base import Method, Options
+from flexperts.methods.server import Server
+from flexperts.parameters.payload import Payload
 
 from .scripted_grid import (
     BASE,
@@ -140,6 +145,48 @@ def test_who_says_its_name_is_refused_by_it_unless_it_is_anothers(recipe: Recipe
         grid.faults["query.join", 0, name] = changed(info={"client": said, "error": "no disk"})
     _, rounds = run_on(grid, recipe(*FOUR), tmp_path / "run")
     assert rounds[0]["refused"].keys() == {"b", "node 103"}
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("A", "its name reads like that of a"),
+        ("а", "its name reads like that of a"),  # Cyrillic
+        ("ａ", "a client's name is letters"),  # fullwidth
+        ("bа", "of one script"),
+        ("b\u200b", "ZERO WIDTH SPACE"),
+    ],
+)
+def test_no_name_reads_like_anothers(recipe: Recipe, tmp_path: Path, said: str, reason: str) -> None:
+    a, b, c = trio()
+    grid = ScriptedGrid(a, b, c)
+    grid.faults["query.join", 0, "b"] = changed(info={"client": said})
+    server, rounds = run_on(grid, recipe(*FOUR), tmp_path / "run")
+    assert server.clients == {"a": 3, "c": 7}
+    assert reason in "".join(rounds[0]["refused"].values())
+
+
+def test_a_name_is_free_again_when_its_owner_has_gone() -> None:
+    members = Membership(Observer())
+    for node, name in ((1, "Zürich"), (2, "Bern")):
+        assert members._let_in(node, introduction(name)) == name
+    assert members._let_in(3, introduction("ZÜRICH")) is None
+    members.turn_away("Zürich", "it is wrong")
+    assert members._let_in(3, introduction("Zu\u0308rich")) == "Zürich"
+    assert members.online == ["Bern", "Zürich"]
+
+
+def introduction(name: str) -> Message:
+    asked = Message(records({}), 1, "query.join")
+    return Message(records({"client": name, "base": "0", "train_rows": 1, "report": "null"}), reply_to=asked)
+
+
+@pytest.mark.parametrize("name", ["Clinic", "clınıc", "CLINIC"])
+def test_a_newcomer_must_not_read_like_a_client_of_the_run(name: str) -> None:
+    server = Server(Payload.of({}), {"clinic": 1}, {"clinic": None}, base="0")
+    one = Introduction.read(introduction(name))
+    with pytest.raises(FederationError, match="the run has a client 'clinic', and two must not read alike"):
+        enrol(Method(Options()), server, one)
 
 
 @pytest.mark.parametrize("kind", BAD_JOINS)

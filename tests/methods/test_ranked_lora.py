@@ -88,6 +88,7 @@ def test_ranks_of_unknown_clients_or_above_the_adapters_are_refused(recipe: Reci
     server = Server(Payload.of(lora(4, 0)), {"clinic": 1, "shop": 1})
     with pytest.raises(ConfigError, match="did you mean 'shop'"):
         method_class(name)(options).check_clients(server.clients)
+    assert method_class(name).Options(ranks={"Zu\u0308rich": 2}).ranks == {"Zürich": 2}  # as the client is called
     config = recipe(f"method.name={name}", "method.options={ranks={shop=9}}")
     with pytest.raises(ConfigError, match=r"ranks.shop = 9: .* at most lora.rank = 8"):
         make_method(config.method).check(config)

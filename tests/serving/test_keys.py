@@ -55,6 +55,16 @@ def test_a_file_of_keys_may_start_with_a_byte_order_mark(path: Path) -> None:
     assert load_keys(path, CLIENTS).owner(made["shop"]) == "shop"
 
 
+def test_an_owner_is_found_in_any_form_of_unicode(path: Path) -> None:
+    digest = hash_of("fx-1")
+    written(path, f'[keys]\n"Zu\u0308rich" = ["{digest}"]\n')
+    assert load_keys(path, ["Zürich"]).owner("fx-1") == "Zürich"
+    assert list(make_keys(path, ["Zürich"])) == [OPERATOR]
+    written(path, f'[keys]\n"Zu\u0308rich" = ["{digest}"]\n"Zürich" = []\n')
+    with pytest.raises(ConfigError, match="one owner stands there twice"):
+        load_keys(path, ["Zürich"])
+
+
 def test_who_has_a_key_keeps_it(path: Path) -> None:
     old = make_keys(path, ["clinic"])
     new = make_keys(path, CLIENTS)

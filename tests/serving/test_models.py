@@ -82,6 +82,8 @@ def test_names_are_read_as_they_are_written() -> None:
     assert [find_model(str(model), models) for model in models] == models
     assert find_model("clinic@personalized", models) == models[2]
     assert find_model("clinic", models[:2]) == models[1]
+    other = [ModelName("Zürich", "global")]
+    assert find_model("Zu\u0308rich@global", other) == find_model("Zürich", other) == other[0]
 
 
 def _added(trained: TrainedRun, name: ModelName) -> Additions:

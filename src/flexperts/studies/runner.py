@@ -24,7 +24,7 @@ from flexperts.federation.observer import Observer, Observers
 from flexperts.federation.run import run_federation
 from flexperts.federation.tracking import Tracking, tracker_classes
 from flexperts.federation.workspace import Workspace
-from flexperts.files import write_json, write_text
+from flexperts.files import content_of, write_json, write_text
 from flexperts.studies.claim import alone_in, claimed
 from flexperts.studies.entries import Entry, Plan
 from flexperts.studies.finished import CLAIM, DONE, RUNS, SEED, folder_name
@@ -34,6 +34,7 @@ HEAVY = ("personal", "shared", "checkpoint.safetensors")
 
 _BUSY = "another process runs it"
 """What is returned of a job that another process has in hand."""
+_NOTES = "notes.txt"
 _AT_ONCE, _FOREVER = 0.0, -1.0
 """Timeouts of a lock: not waited for, or without end; a process that dies lets go of its locks."""
 
@@ -102,15 +103,55 @@ def run_comparison(
     claimed(plan, out)  # a refusal comes before anything is written
     with alone_in(out):
         write_json(out / CLAIM, claimed(plan, out))
-    manner = _Manner(plan, keep_weights, tuple(track), observer if observer and workers == 1 else Observer())
+    observer = _Once(observer or Observer())
+    manner = _Manner(plan, keep_weights, tuple(track), observer if workers == 1 else Observer())
     run = partial(_run, manner)
+
+    def ended(job: Job, error: str | None) -> None:
+        for line in _notes_of(job):
+            observer.notice(line)
+        on_done(job, error)
+
     waiting = [job for job in jobs(plan, out) if not job.done]
-    failed, busy = _sort_out(_run_all(partial(run, _AT_ONCE), waiting, workers), on_done)
+    failed, busy = _sort_out(_run_all(partial(run, _AT_ONCE), waiting, workers), ended)
     if busy:
-        if observer:
-            observer.stage(f"waiting for what another process runs: {', '.join(map(str, busy))}")
-        failed += _sort_out(_run_all(partial(run, _FOREVER), busy, workers), on_done)[0]
+        observer.stage(f"waiting for what another process runs: {', '.join(map(str, busy))}")
+        failed += _sort_out(_run_all(partial(run, _FOREVER), busy, workers), ended)[0]
     return failed
+
+
+class _Once(Observers):
+    """Passes events on, and of what surprises each line once: runs of one recipe have much in common."""
+
+    def __init__(self, observer: Observer) -> None:
+        super().__init__(observer)
+        self._said: set[str] = set()
+
+    def notice(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            super().notice(text)
+
+
+class _Notes(Observer):
+    """Keeps what surprises beside the run, as another process may have to tell it.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._texts: list[str] = []
+
+    def notice(self, text: str) -> None:
+        self._texts.append(text)
+        write_text(self._path, "".join(f"{text}\n" for text in self._texts))
+
+
+def _notes_of(job: Job) -> list[str]:
+    path = job.folder / _NOTES
+    return content_of(path).decode().splitlines() if path.exists() else []
 
 
 @dataclass(frozen=True)
@@ -207,7 +248,7 @@ def _run_alone(manner: _Manner, job: Job) -> str | None:
         config = manner.plan.config(job.entry, job.seed)
         _workspace = _workspace.for_run(config) if _workspace else Workspace(config)
         with Tracking(manner.track, config, job.folder, name=str(job)) as tracking:
-            observer = Observers(manner.observer, tracking)
+            observer = Observers(manner.observer, tracking, _Notes(job.folder / _NOTES))
             run_federation(config, job.folder, observer, resume=True, workspace=_workspace)
     except Exception as error:
         write_text(job.folder / "error.txt", traceback.format_exc())
