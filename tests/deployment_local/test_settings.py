@@ -42,7 +42,7 @@ def test_paths_of_a_silo_are_relative_to_its_file(tmp_path: Path) -> None:
         (('"a"', '"../a"'), "name = '../a'"),
         (('"a"', '"a\\n"'), "name = 'a\\n'"),
         (('"a"', '".hidden"'), "name = '.hidden'"),
-        (('"a"', f'"{"a" * 65}"'), "name = "),
+        (('"a"', f'"{"a" * 201}"'), "name = "),
         (("[data]", "device = 3\n[data]"), "device = 3"),
         (("[data]", "[data]\ncolumns = {answer = 'x'}"), "columns maps ['answer']"),
         (("[data]", "[data"), "not valid TOML"),

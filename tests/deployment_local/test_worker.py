@@ -180,7 +180,7 @@ SECRET = "xylophone"
 def test_the_text_of_an_error_stays_in_the_silos_log(
     worker: Worker, silo: SiloConfig, handed: Handed, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A row's passage stands in train and in test: the refusal quotes it, and the reply must not."""
+    """A row's passage stands in train and in test: the log names the row, the reply nothing, and none quotes it."""
     row = {"instruction": "Sum up.", "context": f"The {SECRET} of Mrs Doe.", "response": "It rang."}
     for side in ("train", "test"):
         (tmp_path / f"{side}.jsonl").write_text(json.dumps(row) + "\n")
@@ -191,7 +191,8 @@ def test_the_text_of_an_error_stays_in_the_silos_log(
     assert unpack(reply)[0] == {"error": "DataError"}
     assert SECRET.encode() not in reply
     assert str(tmp_path).encode() not in reply
-    assert SECRET in caplog.text
+    assert f"{tmp_path}/test.jsonl, row 1 and {tmp_path}/train.jsonl, row 1" in caplog.text
+    assert SECRET not in caplog.text
     assert len(caplog.messages) == 1
     assert "\n" not in caplog.messages[0]
     assert caplog.records[0].exc_info is None

@@ -172,6 +172,6 @@ def test_a_silos_name_is_a_clients_name(tmp_path: Path) -> None:
 def test_a_silos_name_that_is_none_is_refused_likewise(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError) as rule:
         client_name(name)
-    with pytest.raises(ConfigError, match="name: client '") as refused:
+    with pytest.raises(ConfigError, match="name = ") as refused:
         load_silo(silo_file(tmp_path, name))
     assert rule.value.rule in str(refused.value)

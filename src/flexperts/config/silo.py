@@ -5,10 +5,19 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
 from flexperts.config.data import ClientFiles, Columns, OnBadRow
 from flexperts.config.names import client_name
 from flexperts.config.section import Section
+from flexperts.errors import DataError
+
+
+def _name(text: str) -> str:
+    try:
+        return client_name(text)
+    except DataError as error:
+        raise PydanticCustomError("name", "{rule}", {"rule": error.rule}) from error
 
 
 class SiloData(ClientFiles):
@@ -23,7 +32,7 @@ class SiloData(ClientFiles):
 class SiloConfig(Section):
     """A silo, whole. Nothing of it is ever sent but the name."""
 
-    name: Annotated[str, AfterValidator(client_name)]
+    name: Annotated[str, AfterValidator(_name)]
     """The client's name in every run."""
     state: str
     """Folder of the private state, run by run; only its owner may enter it."""
