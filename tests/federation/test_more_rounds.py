@@ -96,7 +96,7 @@ def test_a_finished_run_goes_on_along_the_longer_cosine(
     ]
     assert by_round == [[pytest.approx(1e-3 * value)] * 4 for value in expected]
     assert [s for s in watch.stages if s.startswith("round")] == ["round 3 of 4", "round 4 of 4"]
-    (notice,) = watch.notices
+    (notice,) = [text for text in watch.notices if "cosine" in text]
     assert "2 rounds are finished as rounds of 2" in notice
     assert "round 3 starts at 50 % of the peak rate" in notice
     run = RunDirectory(out)

@@ -55,12 +55,7 @@ class Client:
     """
 
     def __init__(
-        self,
-        name: str,
-        workspace: Workspace,
-        model: ClientModel,
-        folder: Path,
-        observer: Observer | None = None,
+        self, name: str, workspace: Workspace, model: ClientModel, folder: Path, observer: Observer | None = None
     ) -> None:
         self.name, self.workspace, self.model, self.folder = name, workspace, model, folder
         self.observer = observer or Observer()
