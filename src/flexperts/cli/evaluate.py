@@ -43,10 +43,11 @@ def command(
         given = rows_elsewhere(trained, data) if data else {}
         for line in said(given):
             display.notice(line)
-        if not given:
+        rows = {name: its.rows for name, its in given.items()} if data else trained.own_rows()
+        if not data:
             check_limit(trained.workspace, trained.config, display)
-        display.stage(f"scoring {len(given) or len(trained.clients)} clients")
-        scores = trained.evaluate(display, {n: its.rows for n, its in given.items()} if data else None)
+        display.stage(f"scoring {len(rows)} clients")
+        scores = trained.evaluate(display, rows)
     marks = dict.fromkeys(trained.joined, " (joined)")
     marks |= {n: f"{marks.get(n, '')} (other rows)" for n, its in given.items() if not its.own}
     display.console.print(_table(scores, marks))

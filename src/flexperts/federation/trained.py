@@ -156,14 +156,19 @@ class TrainedRun:
         Raises:
             DataError: The run's rows are not where the recipe says, or no longer those that it started with.
         """
-        rows = self._own_rows() if rows is None else rows
+        rows = self.own_rows() if rows is None else rows
         scored: dict[str, dict[State, Scores]] = {}
         for name, its in sorted(rows.items()):
             client, request = self.client(name, observer), self.request(name)
             scored[name] = {state: client.score(request, state, its) for state in self.model.method.states}
         return scored
 
-    def _own_rows(self) -> dict[str, Sequence[Row]]:
+    def own_rows(self) -> dict[str, Sequence[Row]]:
+        """Return every client's rows that the run itself has scored.
+
+        Raises:
+            DataError: They are not where the recipe says, or no longer those that the run started with.
+        """
         try:
             return {name: self.client(name).scored_rows for name in self.clients}
         except DataError as error:

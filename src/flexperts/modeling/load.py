@@ -76,9 +76,9 @@ def load_base(config: ModelConfig, tokenizer: Any = None) -> LoadedBase:
     device = computing_device(config.device)
     source = resolve_base(config.base)
     transformers_logging.disable_progress_bar()  # transformers' bar would fight with the run's own display
-    logging.getLogger("transformers.modeling_utils").setLevel(
-        logging.ERROR
-    )  # its table of keys: see _check_complete
+    # Its table of keys, which _check_complete tells in a line, and rules for clusters that a base has no use for.
+    for name in ("modeling_utils", "distributed.tensor_parallel"):
+        logging.getLogger(f"transformers.{name}").setLevel(logging.ERROR)
     _check_weights(Path(source))
     # A hub repository without safetensors would be converted by a service and loaded from what that one returns.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
