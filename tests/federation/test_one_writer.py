@@ -139,7 +139,9 @@ def test_every_writer_of_a_run_is_refused_beside_another(recipe: Callable[..., R
             forget(RunDirectory.open(out), "shop")
         (tmp_path / "summary.json").rename(out / "summary.json")
     assert run_federation(config, out, resume=True)  # finished: nothing is written
-    (out / LOCK).unlink()  # what the killed one has left
+    (out / ".summary.json.part").touch()
+    (out / LOCK).touch()  # what one has left that was killed in its last moments
+    assert run_federation(config, out, resume=True)
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
 

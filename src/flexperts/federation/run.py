@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from flexperts.artifacts import RunDirectory
 from flexperts.config.run import RunConfig
 from flexperts.data.clients import partition_manifest
 from flexperts.data.unchanged import check_same_rows
+from flexperts.errors import ArtifactError
 from flexperts.federation.answer_limit import check_limit
 from flexperts.federation.beyond import check_beyond, is_wanted, look_beyond
 from flexperts.federation.checkpoint import load_server
@@ -29,7 +31,7 @@ from flexperts.federation.resuming import check_states
 from flexperts.federation.server_app import app as server_app
 from flexperts.federation.trained import TrainedRun
 from flexperts.federation.workspace import Workspace
-from flexperts.files import sole_writer, write_json
+from flexperts.files import LOCK, sole_writer, write_json
 from flexperts.methods.registry import make_method
 from flexperts.modeling.memory import peak_bytes, reset_peak
 from flexperts.modeling.quantization import storage_line
@@ -64,6 +66,7 @@ def run_federation(
     """
     config = _dated(config, out) if resume else config
     if (summary := _standing(config, out, resume=resume)) is not None:
+        _tidy(out)
         return summary
     with sole_writer(out), observing(observer or Observer()):
         summary = _standing(config, out, resume=resume)  # another process may just have ended
@@ -108,6 +111,14 @@ def _standing(config: RunConfig, out: Path, *, resume: bool) -> dict[str, Any] |
     summary = run.summary(checked=True)
     looked = run.beyond.exists() or not is_wanted(config)
     return summary if looked and ("reference" in summary or not config.method.reference) else None
+
+
+def _tidy(out: Path) -> None:
+    """Remove what a process has left that was killed in the last moments of a run."""
+    if (out / LOCK).exists():
+        with suppress(ArtifactError), sole_writer(out):  # it may be another process's, and the folder unwritable
+            for part in out.rglob(".*.part"):
+                part.unlink(missing_ok=True)
 
 
 def _is_extended(config: RunConfig, out: Path) -> bool:

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from flexperts.files import placeless
+from flexperts.files import placeless, unwritable
 from flexperts.moe.attention import attention_linears
 
 SHARED_PREFIX = "base_model."
@@ -139,9 +139,15 @@ class LoraAdapters:
         """Return the text of PEFT's adapter_config.json for the shared adapter, the same on every client.
 
         PEFT writes sets in random order and the base as a local path: neither may differ or be told.
+
+        Raises:
+            ArtifactError: There is no room for PEFT's file.
         """
         with tempfile.TemporaryDirectory() as folder:
-            self.model.peft_config["default"].save_pretrained(folder)
+            try:
+                self.model.peft_config["default"].save_pretrained(folder)
+            except OSError as error:
+                raise unwritable(Path(folder), error) from error
             config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
         config["target_modules"] = sorted(config["target_modules"])
         config["base_model_name_or_path"] = placeless(base)
