@@ -30,7 +30,7 @@ slow: setup  ## Run the tests that need the real base
 families: setup  ## Every property of every model family, and whether docs/models.md is current (minutes)
 	$(BIN)/python -m pytest -m families -n 2
 
-faults: setup  ## Kill runs at random places, damage their files, fill the disk (minutes)
+faults: setup  ## Kill and stop commands, damage their files, fill the disk, take their terminal away (minutes)
 	$(BIN)/python -m pytest -m faults -n 2 -rP
 
 fuzz: setup  ## Malformed recipes, messages and files by the thousand (minutes)

@@ -80,9 +80,9 @@ def test_rows_are_named_where_they_lie_now(moved: Path) -> None:
     assert "other rows" not in whole.stdout
     assert "each client's own scored rows" in whole.stdout
     one = ask("evaluate", run, *base, "--data", f"shop={rows}/shop/test.jsonl")
-    (line,) = [line for line in whole.stdout.splitlines() if "shop" in line]
+    (line,) = [line for line in whole.stdout.splitlines() if "│ shop" in line]
     assert line.split("│")[2:] == next(r for r in one.stdout.splitlines() if "│ shop" in r).split("│")[2:]
-    assert "clinic" not in one.stdout
+    assert "│ clinic" not in one.stdout
     strange = ask("evaluate", run, *base, "--data", f"shop={rows}/clinic/test.jsonl")
     assert re.search(r"note: shop: these 4 rows are not those that the run keeps for scoring", strange.stdout)
     assert re.search(r"│ shop \(other rows\) +│", strange.stdout)

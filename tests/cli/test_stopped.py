@@ -23,6 +23,7 @@ from flexperts.federation.checkpoint import save_server, saved_round
 from flexperts.methods.server import Server
 from flexperts.parameters.payload import Payload
 
+pytestmark = pytest.mark.faults  # each starts commands and stops them: minutes together
 PROGRAM = str(Path(sys.executable).with_name("flexperts"))
 RECIPE = """
 [model]
@@ -119,6 +120,8 @@ def test_a_run_that_is_stopped_while_it_loads_keeps_nothing(work: Path) -> None:
 
 
 def test_a_killed_run_goes_on_at_once(work: Path) -> None:
+    recipe = work / "recipe.toml"  # long enough for a second process to start, on a busy machine too
+    recipe.write_text(recipe.read_text().replace("rounds = 60", "rounds = 3000"))
     process = started(work, "run", "recipe.toml", "--out", "run")
     wait_for(lambda: RunDirectory(work / "run").written_rounds() >= 1, process)
     second = subprocess.run(

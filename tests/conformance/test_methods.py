@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Message
+from safetensors.torch import load_file
 
 from flexperts.cli.methods import methods_page
 from flexperts.communication.traffic import encoded_objects
@@ -24,7 +25,6 @@ from flexperts.federation.run import run_federation
 from flexperts.federation.trained import TrainedRun
 from flexperts.federation.workspace import Workspace
 from flexperts.methods.registry import make_method, method_class, method_names
-from flexperts.parameters.store import load_personal
 from flexperts.testing import METHOD_SETTINGS
 
 Recipe = Callable[..., RunConfig]
@@ -85,7 +85,7 @@ def test_a_method_keeps_its_word(
     workspace = Workspace(config)
     before = {n: t.clone() for n, t in workspace.base.model.state_dict().items()}
     hooks = count_hooks(workspace.base.model)
-    monkeypatch.setattr("flexperts.federation.run.Workspace", lambda config: workspace)
+    monkeypatch.setattr("flexperts.federation.run.Workspace", lambda config, **_: workspace)
     replies = record_replies(monkeypatch)
     summary = run_federation(config, tmp_path / "whole")
 
@@ -136,7 +136,7 @@ def check_nothing_personal(run: Path, replies: list[tuple[str, bytes]], workspac
     """Search all replies for every personal tensor as it lies on disk, of both generations."""
     sent = b"".join(reply for _, reply in replies)
     for path in (run / "personal").rglob("*.safetensors"):
-        for name, tensor in load_personal(path)[0].items():
+        for name, tensor in load_file(path).items():
             raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes().lstrip(b"\0")[:256]
             if not name.startswith("memory.") and len(raw) >= 16:
                 assert raw not in sent, f"{path.name}: {name}"
@@ -144,7 +144,7 @@ def check_nothing_personal(run: Path, replies: list[tuple[str, bytes]], workspac
 
 def check_trained_run(run: Path, summary: Any, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """The finished run, loaded from its files, scores what the summary says."""
-    monkeypatch.setattr("flexperts.federation.trained.Workspace", lambda config: workspace)
+    monkeypatch.setattr("flexperts.federation.trained.Workspace", lambda config, **_: workspace)
     trained = TrainedRun(run)
     client = trained.clients[0]
     for state, scores in (
