@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 from flexperts.config.run import RunConfig
 from flexperts.data.prompts import PromptEncoder
 from flexperts.export.exporting import export_run
-from flexperts.export.template import trained_tokenizer
+from flexperts.export.template import stop_where_trained, trained_tokenizer
 from flexperts.federation.run import run_federation
-from flexperts.testing import byte_tokenizer
+from flexperts.testing import byte_tokenizer, tiny_model
 
 Message = dict[str, str]
 
@@ -122,3 +122,33 @@ def test_an_exported_folder_has_the_template(
         same(tokenizer, encoder, messages)
     card = (tmp_path / "out" / "README.md").read_text()
     assert ("a system turn before the question" in card) == (template == "alpaca")
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt and not think %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_chat_template_goes_with_its_settings_and_its_end(tmp_path: Path) -> None:
+    """Whoever loads the folder renders as in training, and stops where an answer ended there."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    tokenizer.chat_template = CHATML.replace("think", "think is not defined or think")
+    encoder = PromptEncoder(tokenizer, settings={"think": False})
+    model = tiny_model()
+    stop_where_trained(model, encoder)
+    assert encoder.end_token == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert encoder.end_token in model.generation_config.eos_token_id
+    trained_tokenizer(encoder).save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    turns = [{"role": "user", "content": "Say hi."}]
+    found = loaded.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert list(found) == encoder.prompt("Say hi.")
+
+
+def test_generation_settings_that_name_the_end_stay_as_they_are() -> None:
+    model, encoder = tiny_model(), PromptEncoder(byte_tokenizer())
+    model.generation_config.eos_token_id = 257
+    stop_where_trained(model, encoder)
+    assert model.generation_config.eos_token_id == 257

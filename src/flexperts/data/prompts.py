@@ -19,10 +19,11 @@ from flexperts.errors import ConfigError, DataError, FlexpertsError
 
 Template = Literal["auto", "chat", "alpaca"]
 
-_ALPACA = (
+ALPACA = (
     "Below is an instruction that describes a task{with_input}. Write a response that appropriately completes "
     "the request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
 )
+"""The prompt of the FLEx paper's code base."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ class PromptEncoder:
                 "with_input": ", paired with an input",
                 "input": f"### Input:\n{self.tokens.mark(context)}\n\n",
             }
-        return _ALPACA.format(instruction=self.tokens.mark(instruction), **parts)
+        return ALPACA.format(instruction=self.tokens.mark(instruction), **parts)
 
     def _shortened(self, row: Row, length: int) -> tuple[list[int], list[int]]:
         ends = self._cuts(row.context)

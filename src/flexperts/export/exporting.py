@@ -16,7 +16,7 @@ from flexperts.errors import ArtifactError, ConfigError
 from flexperts.export.card import Facts, write_card
 from flexperts.export.content import Content, Exported
 from flexperts.export.folders import write_model, write_peft, write_personal, write_template
-from flexperts.export.template import trained_tokenizer
+from flexperts.export.template import stop_where_trained, trained_tokenizer
 from flexperts.export.verification import REFERENCE_TEXT, Difference, verify
 from flexperts.federation.trained import TrainedRun, state_named
 from flexperts.files import holding, unwritable
@@ -95,6 +95,7 @@ def export_run(
             write_personal(folder, config_json, content, facts.as_json(), getattr(torch, stored))
             write_template(folder, tokenizer)
         else:
+            stop_where_trained(run.workspace.base.model, run.workspace.encoder)
             write_model(folder, run.workspace.base, content, tokenizer)
         found = _checked(facts, folder, tokens) if check else None
         write_card(folder, facts, found)

@@ -50,14 +50,14 @@ class Grafted{architecture}({architecture}):
 '''
 
 
-def write_model(folder: Path, base: LoadedBase, content: Content, tokenizer: Any) -> None:
+def write_model(folder: Path, base: LoadedBase, content: Content, tokenizer: Any = None) -> None:
     """Write the whole model with its tokenizer; the base in memory is changed.
 
     Args:
         folder: An existing, empty folder.
         base: The base without adapters, in the type that is to be stored.
         content: What its model has beyond the base.
-        tokenizer: Its tokenizer, with the chat template that was trained with.
+        tokenizer: The tokenizer with the chat template that was trained with; by default the base's own.
 
     Raises:
         ArtifactError: The base's class does not come with transformers, so that no code can build on it, or the
@@ -75,7 +75,7 @@ def write_model(folder: Path, base: LoadedBase, content: Content, tokenizer: Any
     try:
         # With code of its own, a model is loaded as it lies in memory; a stock one as its hub checkpoints lie.
         base.model.save_pretrained(folder, save_original_format=not grafted)
-        tokenizer.save_pretrained(folder)
+        (tokenizer or base.tokenizer).save_pretrained(folder)
         for weights in folder.glob("*.safetensors"):
             weights.chmod(0o644)  # safetensors writes 0600
     except (OSError, SafetensorError) as error:

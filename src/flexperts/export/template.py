@@ -7,7 +7,8 @@ import json
 from string import Formatter
 from typing import Any
 
-from flexperts.data.prompts import _ALPACA, PromptEncoder
+from flexperts.data.prompts import ALPACA, PromptEncoder
+from flexperts.evaluation.generation import end_tokens
 
 _SAMPLES = (("Say hi.", ""), ("Who signs?", "The term begins in May.\n\nTwo questions remain."))
 _EXPRESSIONS = {
@@ -37,10 +38,11 @@ def trained_tokenizer(encoder: PromptEncoder) -> Any:
     alpaca template it is a system turn before the question. Where no template can write the very tokens, there is
     none.
     """
-    if encoder.chat:
-        return encoder.tokenizer
     tokenizer = copy.deepcopy(encoder.tokenizer)
-    start = _start(tokenizer)
+    if encoder.chat:
+        tokenizer.chat_template = encoder.chat.template
+        return tokenizer
+    start = "".join(tokenizer.convert_ids_to_tokens(encoder.tokens.beginning))
     for begin in (start, f"{start} "):  # some tokenizers put a blank before a text, but not behind a control token
         tokenizer.chat_template = _alpaca(begin, tokenizer.eos_token)
         if all(_same(tokenizer, encoder, *sample) for sample in _SAMPLES):
@@ -49,9 +51,17 @@ def trained_tokenizer(encoder: PromptEncoder) -> Any:
     return tokenizer
 
 
+def stop_where_trained(model: Any, encoder: PromptEncoder) -> None:
+    """Have a model's generation settings name the token that ends an answer, where they do not already."""
+    ends = end_tokens(model, encoder)
+    named = model.generation_config.eos_token_id
+    if encoder.end_token not in (named if isinstance(named, list) else [named]):
+        model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+
+
 def _alpaca(begin: str, end: str) -> str:
     pieces = [_literal(begin)]
-    for literal, field, _, _ in Formatter().parse(_ALPACA.removesuffix(_ASKED)):
+    for literal, field, _, _ in Formatter().parse(ALPACA.removesuffix(_ASKED)):
         pieces += [_literal(literal)] if literal else []
         pieces += [_EXPRESSIONS[field]] if field else []
     values = {"PROMPT": " + ".join(pieces), "ASKED": _literal(_ASKED), "END": _literal(end)}
@@ -64,14 +74,6 @@ def _alpaca(begin: str, end: str) -> str:
 def _literal(text: str) -> str:
     """Return a text as Jinja writes one."""
     return json.dumps(text, ensure_ascii=False)
-
-
-def _start(tokenizer: Any) -> str:
-    """Return the control tokens that the tokenizer puts before a text."""
-    whole, bare = tokenizer("x")["input_ids"], tokenizer("x", add_special_tokens=False)["input_ids"]
-    places = range(len(whole) - len(bare) + 1)
-    start = next((i for i in places if whole[i : i + len(bare)] == bare), 0)
-    return "".join(tokenizer.convert_ids_to_tokens(whole[:start]))
 
 
 def _same(tokenizer: Any, encoder: PromptEncoder, instruction: str, context: str) -> bool:

@@ -64,7 +64,7 @@ def run_federation(
         FlexpertsError: Recipe, data or base break a rule, the rows are others than a resumed run's, or another
             process writes the directory; these are checked before anything is written.
     """
-    config = _dated(config, out) if resume else config
+    config = _dated(config, out)
     if (summary := _standing(config, out, resume=resume)) is not None:
         _tidy(out)
         return summary

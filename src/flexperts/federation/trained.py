@@ -61,8 +61,8 @@ class TrainedRun:
         its, ours = self.summary["base"]["fingerprint"], self._base().fingerprint
         if its != ours:
             raise ArtifactError(
-                f"{self.config.model.base} is base {ours[:12]}",
-                f"the run's base is {its[:12]}",
+                f"{self.run.path} belongs to base {its[:12]}, and {self.config.model.base} is base {ours[:12]}",
+                "the run's base is needed",
                 "give that one as --base",
             )
 
