@@ -38,6 +38,8 @@ def trained_tokenizer(encoder: PromptEncoder) -> Any:
     alpaca template it is a system turn before the question. Where no template can write the very tokens, there is
     none.
     """
+    if encoder.chat and encoder.chat.template == encoder.tokenizer.chat_template:
+        return encoder.tokenizer
     tokenizer = copy.deepcopy(encoder.tokenizer)
     if encoder.chat:
         tokenizer.chat_template = encoder.chat.template
