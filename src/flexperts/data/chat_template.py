@@ -71,7 +71,7 @@ class ChatTemplate:
 
         Raises:
             ConfigError: The template refuses the conversation.
-            DataError: It loses the last question, or a text cannot be encoded.
+            DataError: It loses a turn of the system or the user, or a text cannot be encoded.
         """
         return self.tokens.encode(self._asked(self.tokens.mark(list(messages))))
 
@@ -202,7 +202,7 @@ def _default(tokenizer: Any) -> str:
 
 def _find(text: str, word: str) -> int:
     """Return where a probe stands last in a text, -1 where it does not; templates may change its case."""
-    return text.lower().rfind(word)
+    return max((match.start() for match in re.finditer(word, text, re.IGNORECASE)), default=-1)
 
 
 def _check_kept(text: str, rendered: str, what: str) -> None:
