@@ -96,13 +96,13 @@ class Workspace:
         return self.loaded or load_base(self.config.model, self.encoder.tokenizer)
 
     def examples(self, client: str) -> list[Example]:
-        """Return a client's train rows, encoded; those of some clients are kept."""
+        """Return a client's train rows, encoded; those of the last few clients are kept."""
         rows = self.clients[client].train
-        if client not in self._encoded:
-            while len(self._encoded) >= CLIENTS_KEPT:
-                self._encoded.pop(next(iter(self._encoded)))
-            self._encoded[client] = self.encoder.encode_all(rows)
-        return self._encoded[client]
+        found = self._encoded.pop(client, None) or self.encoder.encode_all(rows)
+        while len(self._encoded) >= CLIENTS_KEPT:
+            self._encoded.pop(next(iter(self._encoded)))
+        self._encoded[client] = found
+        return found
 
     @cached_property
     def longest_response(self) -> int:
