@@ -208,4 +208,4 @@ def test_what_is_read_without_complaint_the_csv_module_reads_too(body: str) -> N
     for record in records:
         line = int(re.findall(r"line (\d+)", record.place)[0])
         first = str(record.values["a"]).replace('"', '""')
-        assert lines[line - 1].lstrip('"').startswith(re.split(r"\r\n?|\n", first)[0])
+        assert lines[line - 1].removeprefix('"').startswith(re.split(r"\r\n?|\n", first)[0])
