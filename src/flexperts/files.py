@@ -219,7 +219,7 @@ def holding(
         yield
     finally:
         with suppress(OSError):
-            path.unlink()  # while it is held: whoever opens it from now on makes a new one
+            path.unlink()  # while it is held: a process that opens it from now on makes a new one
         lock.release()
 
 

@@ -46,7 +46,7 @@ def settle_bad_rows(
     if on_bad_row == "drop" and len(bad) < total:
         say(f"{source}: {len(bad)} of {total} rows are left out (data.on_bad_row = 'drop'): {_listed(source, bad)}")
         return
-    remedy = "mend them" if len(bad) > 1 else "mend it"
+    remedy = "correct them" if len(bad) > 1 else "correct it"
     if on_bad_row == "refuse" and len(bad) < total:
         remedy += ", or have such rows left out with data.on_bad_row = 'drop'"
     if len(bad) == 1:

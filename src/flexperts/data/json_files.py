@@ -43,7 +43,7 @@ def read_json(path: Path, text: str) -> DataTable:
         found = _parsed(text)
     except (ValueError, RecursionError) as error:
         by_line = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
-        remedy = "end its name in .jsonl if it holds one object per line" if by_line else "mend it"
+        remedy = "end its name in .jsonl if it holds one object per line" if by_line else "correct it"
         raise DataError(f"{path}", f"it is not valid JSON ({_reason(error)})", remedy) from error
     if not isinstance(found, list) or not all(isinstance(r, dict) for r in found):
         raise DataError(f"{path}", "it must hold a list of objects", "write one object per row, or use .jsonl")

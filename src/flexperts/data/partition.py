@@ -98,7 +98,7 @@ def _of_clients(test: Labelled, known: set[str], config: DataConfig, say: Say) -
 
 
 def _read(source: str, split: str, config: DataConfig, say: Say) -> Labelled:
-    """Read rows and what each is told apart by; nothing where the partition does not look at it."""
+    """Read rows and the label of each; nothing where the partition does not look at it."""
     settings = config.partition
     assert settings is not None
     label = Label(settings.column, f"data.partition by = {settings.by!r} needs it in every row")

@@ -1,8 +1,8 @@
-"""What tells rows apart as train and test: their passages, compared as people read them.
+"""Which rows belong together when test rows are held out: passages, compared as people read them.
 
 Two passages are one if they differ in nothing but case, blanks, ends of lines, invisible characters, kinds of
 quotes and dashes, or how Unicode writes the same text (NFKC). A context that all rows of a client have, or that
-stands for none ("N/A"), is no passage: its rows are told apart by their instruction. Rows stay as they were read.
+stands for none ("N/A"), is no passage: the instruction serves in its place. Rows stay as they were read.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def passage_key(text: str) -> str:
 
 
 def identities(rows: Sequence[Row], whole: Sequence[Row], where: str, say: Say = unsaid) -> list[str]:
-    """Return the text that tells each row apart: its passage, or its instruction where its context is none.
+    """Return the text by which each row is compared: its passage, or its instruction where its context is none.
 
     Args:
         rows: The rows.
@@ -47,13 +47,13 @@ def identities(rows: Sequence[Row], whole: Sequence[Row], where: str, say: Say =
     if len(named) == len(whole) > 1 and len({passage_key(row.context) for row in whole}) == 1:
         say(
             f"{where}: the context is the same in all {len(whole)} rows{_from(whole[0])}, so it is no passage: "
-            f"they are told apart by their instruction; {OWN_COLUMN}"
+            f"their instruction serves instead; {OWN_COLUMN}"
         )
         return [row.instruction for row in rows]
     if empty := [row for row in named if _stands_for_none(row.context)]:
         say(
             f"{where}: the context of {len(empty)} of {len(whole)} rows{_from(empty[0])} stands for none: "
-            "they are told apart by their instruction"
+            "their instruction serves instead"
         )
     none = [_by_context(row) and _stands_for_none(row.context) for row in rows]
     return [row.instruction if is_none else row.passage for row, is_none in zip(rows, none, strict=True)]

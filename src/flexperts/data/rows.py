@@ -52,7 +52,7 @@ class ClientRows:
 
 
 class Label(NamedTuple):
-    """What rows are told apart by.
+    """Which column says what kind of row, or whose, each one is.
 
     Args:
         column: The field category, or any column.

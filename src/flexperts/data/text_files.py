@@ -66,7 +66,7 @@ def _undecodable(path: Path, content: bytes, encoding: str, error: UnicodeDecode
     whole = sum(1 for letter in text if letter > "\x7f") - broken
     if whole > broken:
         return DataError(
-            f"{path}", f"{found}, though most of it is", "mend that line: part of it was pasted or cut"
+            f"{path}", f"{found}, though most of it is", "correct that line: part of it was pasted or cut"
         )
     letters = sum(1 for letter in text if letter.isascii() and letter.isalpha())
     if 4 * broken <= letters and _is_western(content):

@@ -61,7 +61,7 @@ def test_a_bad_row_among_good_ones(tmp_path: Path, bad: Any, reason: str) -> Non
     with pytest.raises(DataError) as caught:
         read_source(str(path), {})
     assert str(caught.value).startswith(f"{path}, line 3, row 2: {reason}: ")
-    assert str(caught.value).endswith("mend it, or have such rows left out with data.on_bad_row = 'drop'")
+    assert str(caught.value).endswith("correct it, or have such rows left out with data.on_bad_row = 'drop'")
     notes: list[str] = []
     rows = read_source(str(path), {}, on_bad_row="drop", say=notes.append)
     assert [(row.instruction, row.where) for row in rows] == [
@@ -90,7 +90,7 @@ def test_a_file_without_a_good_row_is_refused(tmp_path: Path, on_bad_row: Any, c
     path = write(tmp_path / "rows.jsonl", *BAD[1 : 1 + count], *BAD[1:2] * (count - 10))
     with pytest.raises(DataError) as caught:
         read_source(str(path), {}, on_bad_row=on_bad_row)
-    assert caught.value.remedy == ("mend it" if count == 1 else "mend them")  # dropping is no remedy
+    assert caught.value.remedy == ("correct it" if count == 1 else "correct them")  # dropping is no remedy
 
 
 def test_rows_of_elsewhere_are_settled_alike() -> None:
@@ -105,7 +105,7 @@ def test_rows_of_elsewhere_are_settled_alike() -> None:
     ]
     with pytest.raises(DataError, match="clinic: 2 of 5 rows cannot be used"):
         settle_bad_rows("clinic", bad, 5, "refuse")
-    with pytest.raises(DataError, match=r"mend them$"):
+    with pytest.raises(DataError, match=r"correct them$"):
         settle_bad_rows("clinic", bad, 5, None)
 
 

@@ -79,7 +79,7 @@ def test_encodings_that_cannot_be_told_get_a_remedy(tmp_path: Path, text: str, e
 def test_a_file_of_two_encodings_is_not_to_be_converted_as_a_whole(tmp_path: Path) -> None:
     content = "instruction,response\nGröße,Länge\nHöhe,Ärzte\n".encode() + "Fuß,Maß\n".encode("latin-1")[:3]
     said = refusal(tmp_path / "rows.csv", content)
-    assert said.startswith("it is not UTF-8 text (line 4), though most of it is; mend that line")
+    assert said.startswith("it is not UTF-8 text (line 4), though most of it is; correct that line")
     assert "iconv" not in said
 
 
