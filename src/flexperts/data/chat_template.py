@@ -50,7 +50,7 @@ class ChatTemplate:
         """The day (ISO) that the template is told; None where it does not ask."""
         self._clock = _clock(self.date) if self.date else ""
         self.template = "".join(_assignment(name, value) for name, value in (settings or {}).items()) + own
-        """The template with these settings, and with the prompt that it may lack: in other programs it renders the same."""
+        """The template with these settings, and the prompt that it may lack; it renders the same elsewhere."""
         self.notices: list[str] = []
         asked, whole = self._probe()
         self.tokens = TokenEncoder(tokenizer, vocabulary, f"{own}\0{asked}\0{whole}")

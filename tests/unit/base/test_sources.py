@@ -1,6 +1,6 @@
 import errno
-import itertools
 import io
+import itertools
 import socket
 import subprocess
 import sys
