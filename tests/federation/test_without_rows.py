@@ -209,7 +209,7 @@ def test_a_file_that_the_run_has_split_is_split_again(
 
 
 def test_an_encoded_row_is_read_when_it_is_looked_at(config: RunConfig, workspace: Workspace) -> None:
-    from flexperts.data.train_rows import TrainRows
+    from flexperts.federation.workspace import TrainRows
 
     read: list[int] = []
 

@@ -13,8 +13,7 @@ import pytest
 
 from flexperts.evaluation.words import TOKENIZER
 from flexperts.files import opened, sealed
-from flexperts.studies.answers import answers
-from flexperts.studies.collect import collect_comparison, statistic
+from flexperts.studies.collect import answer_counts, collect_comparison, statistic
 from flexperts.studies.finished import Finished
 
 Entries = dict[str, dict[str, Any]]
@@ -341,7 +340,7 @@ def test_runs_of_an_earlier_version_have_no_counts_and_ascii_words(compared: Pat
     old.summaries[0].pop("rouge_tokenizer")
     assert old.rouge_tokenizer == f"rouge-score, {TOKENIZER}"
     del old.summaries[1]["clients"]["bank"]["answers"]
-    assert answers(old) is None
+    assert answer_counts(old) is None
 
 
 def test_a_mean_over_what_is_missing_is_missing() -> None:

@@ -33,8 +33,8 @@ def command(
     from flexperts.cli.display import RunDisplay
     from flexperts.federation.answer_limit import answer_limit, check_limit
     from flexperts.federation.elsewhere import rows_elsewhere, said
-    from flexperts.federation.not_finite import reasons_of
     from flexperts.federation.observer import observing
+    from flexperts.federation.summary import not_finite_of
     from flexperts.federation.trained import TrainedRun
 
     with RunDisplay() as display, observing(display):
@@ -55,7 +55,7 @@ def command(
     if shown := ", ".join(f"{client} {count}" for client, count in cut.items() if count):
         display.notice(f"answers cut at {answer_limit(trained.workspace, trained.config)} tokens: {shown}")
     for client, its in scores.items():
-        for state, why in reasons_of(its).items():
+        for state, why in not_finite_of(its).items():
             display.notice(f"{client}, {state}: no score; {why}")
 
 

@@ -18,7 +18,6 @@ from flexperts.communication.messages import Update, encode
 from flexperts.data.clients import rows_hash
 from flexperts.data.prompts import Example
 from flexperts.data.rows import ClientRows, Row
-from flexperts.data.train_rows import TrainRows
 from flexperts.evaluation.scores import EvaluationSettings, Scores, evaluate
 from flexperts.federation.answer_limit import answer_limit, longer_references, scored_rows
 from flexperts.federation.client_model import ClientModel
@@ -28,7 +27,7 @@ from flexperts.federation.protection import protect, told
 from flexperts.federation.request import Request, Trained
 from flexperts.federation.routing_log import prompt_batches, routing_lines, write_routing
 from flexperts.federation.settled import Settled
-from flexperts.federation.workspace import Workspace
+from flexperts.federation.workspace import TrainRows, Workspace
 from flexperts.files import json_text, write_json, write_text
 from flexperts.methods.base import OnBatch, State
 from flexperts.methods.turn import Prepared, Turn

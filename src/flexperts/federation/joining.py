@@ -24,9 +24,9 @@ from flexperts.federation.answer_limit import check_limit, with_recorded_limit
 from flexperts.federation.checkpoint import load_server
 from flexperts.federation.client import Client
 from flexperts.federation.joined import kept_data, with_rows_of
-from flexperts.federation.not_finite import reasons_of
 from flexperts.federation.observer import Observer, observing
 from flexperts.federation.request import Request
+from flexperts.federation.summary import not_finite_of
 from flexperts.federation.trained import TrainedRun, recipe_of
 from flexperts.federation.workspace import Workspace
 from flexperts.files import sealed, sole_writer, unwritable, write_json
@@ -166,7 +166,7 @@ class Newcomer(Client):
 def _scored(scores: Mapping[State, Scores]) -> dict[str, Any]:
     """Return the scores as a summary has them for a client."""
     by_kind = {kind: {state: getattr(its, kind) for state, its in scores.items()} for kind in SCORES}
-    return {**by_kind, "not_finite": reasons_of(scores), "scored_rows": next(iter(scores.values())).rows}
+    return {**by_kind, "not_finite": not_finite_of(scores), "scored_rows": next(iter(scores.values())).rows}
 
 
 def _check_personal(method: Method, summary: Mapping[str, Any]) -> None:

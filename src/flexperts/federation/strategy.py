@@ -24,11 +24,11 @@ from flexperts.federation.checkpoint import save_server
 from flexperts.federation.enrolment import enrol
 from flexperts.federation.exchange import Asked, error_of, one_line, request, sendable
 from flexperts.federation.membership import Membership
-from flexperts.federation.not_finite import reasons
 from flexperts.federation.observer import Observer
 from flexperts.federation.privacy import privacy_spent
 from flexperts.federation.reduction import reduced
 from flexperts.federation.round_log import RoundLog
+from flexperts.federation.summary import not_finite
 from flexperts.methods.base import Method
 from flexperts.methods.server import Server
 from flexperts.seeding import derive_seed, generator
@@ -215,7 +215,7 @@ class FlexpertsStrategy(Strategy):
             self._check_turn(name, reply, log.evaluation["downlink"], log.scores)
             log.score(name, self.admission.scores(name, reply.content))
             log.evaluation["uplink"][name] = encoded_bytes(reply.content)
-            for state, reason in reasons(log.scores[name]).items():
+            for state, reason in not_finite(log.scores[name]).items():
                 self._tell(f"{name}, {state}: no score; {reason}")
         except FederationError as error:
             log.unscored[name] = self._refused(name, error)

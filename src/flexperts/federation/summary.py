@@ -6,14 +6,22 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flexperts.config.run import RunConfig
-from flexperts.evaluation.scores import SCORES
+from flexperts.evaluation.scores import SCORES, Scores
 from flexperts.evaluation.words import TOKENIZER
-from flexperts.federation.not_finite import reasons
 from flexperts.federation.privacy import privacy_spent
 from flexperts.federation.round_log import RoundLog
+from flexperts.methods.base import State
 
 _Metrics = Mapping[str, float | int | None]
 _STATES = ("zero_shot", "global", "personalized")
+_BASE = (
+    "the untouched base's logits are not finite numbers on these rows, so the cause is the base and not the "
+    "training; use other weights, or another model.dtype or model.precision"
+)
+_TRAINING = (
+    "its model's logits are not finite numbers, and the untouched base's are: training has diverged; lower "
+    "training.lr or training.personal_lr"
+)
 
 
 def summarize(
@@ -52,7 +60,7 @@ def summarize(
         "base": {"name": config.model.base, "fingerprint": base},
         "clients": clients,
         "unscored": dict(sorted(rounds[-1].unscored.items())),
-        "not_finite": {name: found for name, its in sorted(scores.items()) if (found := reasons(its))},
+        "not_finite": {name: found for name, its in sorted(scores.items()) if (found := not_finite(its))},
         "rouge_tokenizer": TOKENIZER,
         "mean": _means(scores, dict.fromkeys(clients, 1.0)),
         "weighted_mean": _means(scores, weights),
@@ -93,6 +101,18 @@ def _mean(clients: Mapping[str, _Metrics], score: str, weights: Mapping[str, flo
     if not known or len(known) < len(values):
         return None
     return sum(weights[n] * v for n, v in known.items()) / sum(weights[n] for n in known)
+
+
+def not_finite(metrics: _Metrics) -> dict[str, str]:
+    """Return state -> why it has no score, of one client's scores by ``SCORE.STATE``, None where not finite."""
+    found = [kind_and_state.partition(".") for kind_and_state, value in metrics.items() if value is None]
+    states = dict.fromkeys(state for kind, _, state in found if kind in SCORES)
+    return dict.fromkeys(states, _BASE if "zero_shot" in states else _TRAINING)
+
+
+def not_finite_of(scores: Mapping[State, Scores]) -> dict[str, str]:
+    """Return state -> why it has no score, of one client's scores by state."""
+    return not_finite({f"{kind}.{s}": value for s, its in scores.items() for kind, value in its.metrics().items()})
 
 
 def score_text(rouge_l: float | None, nll: float | None) -> str:

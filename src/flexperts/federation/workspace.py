@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -158,3 +158,24 @@ class Workspace:
 def _rows_of(config: RunConfig) -> tuple[Any, ...]:
     """Return the settings that decide which rows a run has, and how they are encoded."""
     return config.seed, config.data, config.training.max_length
+
+
+class TrainRows(Sequence[Example]):
+    """A client's train rows, encoded when the first one is looked at: a model that is only used needs none.
+
+    Args:
+        read: Returns them.
+    """
+
+    def __init__(self, read: Callable[[], Sequence[Example]]) -> None:
+        self._read = read
+
+    @cached_property
+    def _rows(self) -> Sequence[Example]:
+        return self._read()
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._rows[index]
+
+    def __len__(self) -> int:
+        return len(self._rows)

@@ -20,7 +20,6 @@ from flexperts.errors import ArtifactError
 from flexperts.evaluation.scores import SCORES, Scores, mean_of
 from flexperts.files import placeless, read_json
 from flexperts.studies.ability import abilities
-from flexperts.studies.answers import answers
 from flexperts.studies.contrast import contrasts
 from flexperts.studies.curves import curves
 from flexperts.studies.finished import CLAIM, RUNS, Finished, read_claim
@@ -153,7 +152,7 @@ def _entry(entry: Finished) -> dict[str, Any]:
         "peak_memory": max((s["peak_memory"] for s in summaries if s.get("peak_memory")), default=None),
         "privacy": summaries[0].get("privacy"),
         "rouge_tokenizer": entry.rouge_tokenizer,
-        "answers": answers(entry),
+        "answers": answer_counts(entry),
         "not_finite": _not_finite(summaries),
         "curves": curves(entry),
         **routing_and_selection(entry),
@@ -167,6 +166,29 @@ def _not_finite(summaries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, s
         for client, states in (summary.get("not_finite") or {}).items():
             found.setdefault(client, {}).update(states)
     return found
+
+
+def answer_counts(entry: Finished) -> dict[str, Any] | None:
+    """Return the limits in tokens, and for each client the counts over all seeds; None of runs that did not count.
+
+    A client has ``rows`` (scored, over all seeds), ``longer_references`` and ``cut`` by state.
+    """
+    seeds = [{client: summary["clients"][client] for client in entry.clients} for summary in entry.summaries]
+    told = [client.get("answers") for seed in seeds for client in seed.values()]
+    if not all(told):
+        return None
+    return {
+        "max_new_tokens": sorted({its["max_new_tokens"] for its in told}),
+        "clients": {c: _answers_of([seed[c] for seed in seeds], entry.states) for c in entry.clients},
+    }
+
+
+def _answers_of(seeds: list[dict[str, Any]], states: tuple[str, ...]) -> dict[str, Any]:
+    return {
+        "rows": sum(seed["scored_rows"] for seed in seeds),
+        "longer_references": sum(seed["answers"]["longer_references"] for seed in seeds),
+        "cut": {state: sum(seed["answers"]["cut"][state] for seed in seeds) for state in states},
+    }
 
 
 def _scores(entry: Finished, state: str) -> dict[str, Any]:
