@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError
-from flexperts.federation.answer_limit import answer_limit, chosen_limit
+from flexperts.federation.answer_limit import answer_limit, check_limit, chosen_limit
 from flexperts.federation.joining import join
 from flexperts.federation.observer import Observer
 from flexperts.federation.run import run_federation
@@ -188,3 +188,23 @@ def test_an_answer_tells_whether_it_was_cut(finished: tuple[Path, dict[str, Any]
     with pytest.raises(ConfigError, match="max_new_tokens = 0"):
         run.generate("bank", "Hello", max_new_tokens=0)
     run.close()
+
+
+@pytest.mark.parametrize(("letters", "asked", "limit"), [(600, 300, 1024 - 300), (600, 100, 924), (100, 300, 128)])
+def test_a_chosen_limit_leaves_room_for_the_longest_prompt(
+    make: Recipe, tmp_path: Path, letters: int, asked: int, limit: int
+) -> None:
+    """The base reads 1,024 tokens: a limit that nobody asked for must not be what refuses a run."""
+    train = {"instruction": "Q", "response": "a" * letters}
+    prompt = len(Workspace(make()).encoder.prompt(""))
+    test = {"instruction": "q" * (asked - prompt), "response": "b"}
+    for side, row in (("train", train), ("test", test)):
+        (tmp_path / "ward").mkdir(exist_ok=True)
+        (tmp_path / "ward" / f"{side}.jsonl").write_text(json.dumps(row) + "\n")
+    config = make(f"data.folder={tmp_path}", "training.max_length=1024")
+    workspace = Workspace(config)
+    assert answer_limit(workspace, config) == limit
+    check_limit(workspace, config, Observer())
+    given = make(f"data.folder={tmp_path}", "training.max_length=1024", "evaluation.max_new_tokens=1000")
+    with pytest.raises(ConfigError, match=f"a prompt of {asked} tokens, and an answer of up to 1000"):
+        check_limit(workspace, given, Observer())

@@ -20,6 +20,4 @@ def row_lengths(config: RunConfig, clients: Mapping[str, ClientRows]) -> Lengths
     encoder = encoder_of(config, *load_tokenizer(config.model))
     encoded = [encoder.encode_all((*c.train, *c.test, *c.validation)) for c in clients.values()]
     examples = [example for client in encoded for example in client]
-    return Lengths(
-        max(len(e.input_ids) for e in examples), max(len(e.input_ids) - e.prompt_length for e in examples)
-    )
+    return Lengths(max(len(e.input_ids) for e in examples), max(e.response_length for e in examples))

@@ -47,7 +47,7 @@ def pad_batch(examples: Sequence[Example], pad_token_id: int) -> PaddedBatch:
         ids[row, start:] = torch.tensor(example.input_ids)
         mask[row, start:] = 1
         labels[row, start + example.prompt_length :] = ids[row, start + example.prompt_length :]
-    return PaddedBatch(ids, mask, labels, max(len(e.input_ids) - e.prompt_length for e in examples))
+    return PaddedBatch(ids, mask, labels, max(e.response_length for e in examples))
 
 
 def pad_responses(examples: Sequence[Example], pad_token_id: int) -> PaddedBatch:

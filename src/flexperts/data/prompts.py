@@ -45,6 +45,11 @@ class Example:
         """The tokens up to where the response starts."""
         return self.input_ids[: self.prompt_length]
 
+    @property
+    def response_length(self) -> int:
+        """How many of the tokens are response, the one that ends it included."""
+        return len(self.input_ids) - self.prompt_length
+
 
 class PromptEncoder:
     """Encodes rows for one tokenizer; control tokens in their texts become plain characters.

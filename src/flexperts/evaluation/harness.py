@@ -165,7 +165,7 @@ class LiveModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         for start in range(0, len(groups), self.how.batch_size):
             chosen = groups[start : start + self.how.batch_size]
             for (example, members), scores in zip(chosen, self._scores([e for e, _ in chosen]), strict=True):
-                length = len(example.input_ids) - example.prompt_length
+                length = example.response_length
                 for index in members:
                     found[index] = _score(scores[-length:], requests[index][2])
             self.how.on_rows(len(chosen))

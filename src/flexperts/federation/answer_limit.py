@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flexperts.config.evaluation import EvaluationConfig
 from flexperts.config.run import RunConfig
+from flexperts.data.prompts import Example
 from flexperts.data.rows import ClientRows, Row
 from flexperts.errors import ConfigError
 from flexperts.federation.observer import Observer
@@ -19,15 +20,20 @@ _NAMED = 10
 def answer_limit(workspace: Workspace, config: RunConfig) -> int:
     """Return the longest answer in tokens: the recipe's, or what the train rows that are here need.
 
-    Clients in one process have one limit for all; a silo on its own machine chooses by its own rows.
+    Clients in one process have one limit for all; a silo on its own machine chooses by its own rows. A chosen limit
+    leaves room for the longest prompt in what the base reads.
     """
-    given = config.evaluation.max_new_tokens
-    return chosen_limit(workspace.longest_response, config.training.max_length) if given is None else given
+    if (given := config.evaluation.max_new_tokens) is not None:
+        return given
+    most, positions = config.training.max_length, workspace.encoder.positions
+    if positions is not None:
+        most = min(most, positions - workspace.longest_prompt)
+    return chosen_limit(workspace.longest_response, most)
 
 
-def chosen_limit(longest: int, max_length: int) -> int:
-    """Return the smallest power of two that holds a response of ``longest`` tokens, but no more than an example."""
-    return int(min(1 << (longest - 1).bit_length(), max_length))
+def chosen_limit(longest: int, most: int) -> int:
+    """Return the smallest power of two that holds a response of ``longest`` tokens, but no more than ``most``."""
+    return int(min(1 << (longest - 1).bit_length(), most))
 
 
 def with_recorded_limit(config: RunConfig, summary: Mapping[str, Any]) -> RunConfig:
@@ -41,12 +47,14 @@ def scored_rows(rows: ClientRows, evaluation: EvaluationConfig) -> tuple[Row, ..
     return (rows.validation if evaluation.split == "validation" else rows.test)[: evaluation.rows]
 
 
-def longer_references(workspace: Workspace, rows: Sequence[Row], limit: int) -> list[int]:
-    """Return the lengths in tokens of the responses, without their end, that are longer than an answer may be."""
-    if not rows:
-        return []
-    encoded = workspace.encoder.tokenizer([row.response for row in rows], add_special_tokens=False)["input_ids"]
-    return [len(tokens) for tokens in encoded if len(tokens) > limit]
+def longer_references(tokens: Iterable[int], limit: int) -> list[int]:
+    """Return the lengths of the references that are longer than an answer may be, without the token that ends them.
+
+    Args:
+        tokens: Tokens of each reference, its end among them.
+        limit: The longest answer, in tokens.
+    """
+    return [count - 1 for count in tokens if count - 1 > limit]
 
 
 def check_limit(workspace: Workspace, config: RunConfig, observer: Observer) -> None:
@@ -61,8 +69,9 @@ def check_limit(workspace: Workspace, config: RunConfig, observer: Observer) -> 
         observer.stage(f"answers of up to {limit} tokens: the longest train response has {longest}, end included")
     for name, rows in workspace.clients.items():
         scored = scored_rows(rows, config.evaluation)
-        _check_room(workspace, scored, limit)
-        if longer := longer_references(workspace, scored, limit):
+        examples = workspace.encoder.encode_all(scored)
+        _check_room(scored, examples, limit, workspace.encoder.positions)
+        if longer := longer_references((example.response_length for example in examples), limit):
             found.append(f"{name} {len(longer)} of {len(scored)} (up to {max(longer)} tokens)")
     if found:
         more = f" and {len(found) - _NAMED} clients more" if len(found) > _NAMED else ""
@@ -72,9 +81,8 @@ def check_limit(workspace: Workspace, config: RunConfig, observer: Observer) -> 
         )
 
 
-def _check_room(workspace: Workspace, scored: Sequence[Row], limit: int) -> None:
-    most = workspace.encoder.positions
-    for row, example in zip(scored, workspace.encoder.encode_all(scored), strict=True):
+def _check_room(scored: Sequence[Row], examples: Sequence[Example], limit: int, most: int | None) -> None:
+    for row, example in zip(scored, examples, strict=True):
         if most is not None and example.prompt_length + limit > most:
             raise ConfigError(
                 f"{row.where}: a prompt of {example.prompt_length} tokens, and an answer of up to {limit}",

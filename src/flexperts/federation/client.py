@@ -178,7 +178,7 @@ class Client:
     def answer_counts(self, scores: Mapping[State, Scores]) -> dict[str, int]:
         """Return the limit of answers in tokens, how many references are longer, and each state's cut answers."""
         limit = answer_limit(self.workspace, self.config)
-        longer = longer_references(self.workspace, self.scored_rows, limit)
+        longer = longer_references(next(iter(scores.values())).tokens, limit)
         cut = {f"cut.{state}": its.cut for state, its in scores.items()}
         return {"max_new_tokens": limit, "longer_references": len(longer), **cut}
 

@@ -45,6 +45,8 @@ class Workspace:
     untouched: dict[str, Any] = field(default_factory=dict)
     started_with: Callable[[Clients], None] = lambda clients: None
     _encoded: dict[str, list[Example]] = field(default_factory=dict, init=False, repr=False)
+    _longest_response: int = field(default=0, init=False, repr=False)
+    _longest_prompt: int = field(default=0, init=False, repr=False)
 
     def for_run(self, config: RunConfig) -> Workspace:
         """Return the workspace of another run: this one, or one with rows or a base of its own."""
@@ -78,6 +80,10 @@ class Workspace:
                     bad.append(BadRow(row.where, what, "the base's tokenizer must be able to encode it"))
                     continue
                 fitting.append((row, example))
+                if side == "train":
+                    self._longest_response = max(self._longest_response, example.response_length)
+                else:
+                    self._longest_prompt = max(self._longest_prompt, example.prompt_length)
                 cut += [row.where] * example.cut
             sides[side] = tuple(row for row, _ in fitting)
             if side == "train" and len(self._encoded) < CLIENTS_KEPT:
@@ -104,11 +110,15 @@ class Workspace:
         self._encoded[client] = found
         return found
 
-    @cached_property
+    @property
     def longest_response(self) -> int:
         """Tokens of the longest train response, its end among them, of all clients whose rows are here."""
-        examples = (example for name in self.clients for example in self.examples(name))
-        return max(len(example.input_ids) - example.prompt_length for example in examples)
+        return self._longest_response if self.clients else 0
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt that may be scored, of all clients whose rows are here."""
+        return self._longest_prompt if self.clients else 0
 
     def check(self, config: RunConfig, *, needs_experts: bool) -> None:
         """Refuse what would otherwise fail in the middle of a run.
