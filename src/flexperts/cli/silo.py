@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Optional
 import typer
 
 from flexperts.cli.generate import About, MaxTokens, State, say
+from flexperts.federation.observer import Observer
 
 if TYPE_CHECKING:
     from flexperts.config.data import DataConfig
@@ -69,35 +70,30 @@ def check(
     from flexperts.config.data import DataConfig
     from flexperts.config.run import RunConfig
     from flexperts.deployment.settings import for_silo
-    from flexperts.federation.observer import Observer, observing
+    from flexperts.federation.observer import Once, observing
     from flexperts.recipe import load_recipe, load_silo
 
     settings = load_silo(silo)
     config = for_silo(load_recipe(recipe) if recipe else RunConfig(data=DataConfig(at_silos=True)), settings)
     files: dict[_Side, str | None] = {"train": settings.data.train, "test": settings.data.test}
-    said: set[str] = set()
-
-    class Notes(Observer):
-        """Prints each note once: files are read by themselves first, so that all that is wrong is found."""
-
-        def notice(self, text: str) -> None:
-            if text not in said:
-                typer.echo(f"note: {text}")
-            said.add(text)
-
-    with observing(Notes()):
-        wrong = [
-            e
-            for side, file in files.items()
-            if file
-            for e in _caught(_read_file, settings.name, file, config.data, side)
-        ]
+    with observing(Once(_Notes())):  # files are read by themselves first, so that all that is wrong is found
+        wrong = []
+        for side, file in files.items():
+            wrong += _caught(_read_file, settings.name, file, config.data, side) if file else []
         wrong = wrong or _caught(_show_rows, settings.name, config)
     wrong += _caught(_show_state, settings)
     for error in wrong[:-1]:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
     if wrong:
         raise wrong[-1]
+
+
+class _Notes(Observer):
+    """Prints what surprises."""
+
+    def notice(self, text: str) -> None:
+        """Print a line."""
+        typer.echo(f"note: {text}")
 
 
 def _caught(look: Callable[..., None], *arguments: object) -> list[FlexpertsError]:

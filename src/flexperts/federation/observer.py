@@ -79,6 +79,20 @@ class Observers(Observer):
             observer.round(record)
 
 
+class Once(Observers):
+    """Passes every event on, and of what surprises each text once."""
+
+    def __init__(self, observer: Observer) -> None:
+        super().__init__(observer)
+        self._said: set[str] = set()
+
+    def notice(self, text: str) -> None:
+        """Pass it on when it comes for the first time."""
+        if text not in self._said:
+            self._said.add(text)
+            super().notice(text)
+
+
 _current: ContextVar[Observer | None] = ContextVar("observer", default=None)
 
 

@@ -64,7 +64,6 @@ class FlexpertsStrategy(Strategy):
         self.rounds_total = config.federation.rounds + method.extra_rounds(config.federation.rounds)
         self._asked = Asked()
         self._heard: set[str] = set()
-        self._told: set[str] = set()
         self._started = 0.0
 
     def seconds(self) -> dict[str, float]:
@@ -216,15 +215,9 @@ class FlexpertsStrategy(Strategy):
             log.score(name, self.admission.scores(name, reply.content))
             log.evaluation["uplink"][name] = encoded_bytes(reply.content)
             for state, reason in not_finite(log.scores[name]).items():
-                self._tell(f"{name}, {state}: no score; {reason}")
+                self.observer.notice(f"{name}, {state}: no score; {reason}")
         except FederationError as error:
             log.unscored[name] = self._refused(name, error)
-
-    def _tell(self, text: str) -> None:
-        """Say what surprises, once in a run."""
-        if text not in self._told:
-            self._told.add(text)
-            self.observer.notice(text)
 
     def _check_turn(self, name: str, reply: Message, wanted: Iterable[str], already: Iterable[str]) -> None:
         """Refuse errors, and who was not asked or has answered already."""

@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from flexperts.errors import FlexpertsError
-from flexperts.federation.observer import Observer, Observers
+from flexperts.federation.observer import Observer, Observers, Once
 from flexperts.federation.run import run_federation
 from flexperts.federation.tracking import Tracking, tracker_classes
 from flexperts.federation.workspace import Workspace
@@ -103,7 +103,7 @@ def run_comparison(
     claimed(plan, out)  # a refusal comes before anything is written
     with alone_in(out):
         write_json(out / CLAIM, claimed(plan, out))
-    observer = _Once(observer or Observer())
+    observer = Once(observer or Observer())  # runs of one recipe have much in common
     manner = _Manner(plan, keep_weights, tuple(track), observer if workers == 1 else Observer())
     run = partial(_run, manner)
 
@@ -118,19 +118,6 @@ def run_comparison(
         observer.stage(f"waiting for what another process runs: {', '.join(map(str, busy))}")
         failed += _sort_out(_run_all(partial(run, _FOREVER), busy, workers), ended)[0]
     return failed
-
-
-class _Once(Observers):
-    """Passes events on, and of what surprises each line once: runs of one recipe have much in common."""
-
-    def __init__(self, observer: Observer) -> None:
-        super().__init__(observer)
-        self._said: set[str] = set()
-
-    def notice(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            super().notice(text)
 
 
 class _Notes(Observer):
