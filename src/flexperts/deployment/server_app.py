@@ -14,7 +14,7 @@ from flexperts.artifacts import RunDirectory
 from flexperts.deployment.naming import run_folder
 from flexperts.errors import ArtifactError, FlexpertsError
 from flexperts.federation.extending import extend, is_extended
-from flexperts.federation.observer import Observer, Once, current_observer, observing
+from flexperts.federation.observer import Observer, current_observer, observing
 from flexperts.federation.server import serve
 from flexperts.files import sole_writer
 from flexperts.recipe import parse_recipe
@@ -36,7 +36,7 @@ def main(grid: Grid, context: Context) -> None:
         resume = bool(context.run_config["resume"])
         # An earlier process of the same run that has lost its SuperLink takes a minute to notice.
         patience = _PATIENCE if resume else 0.0
-        with sole_writer(out, patience=patience, waiting=log.info), observing(Once(LogObserver())):
+        with sole_writer(out, patience=patience, waiting=log.info), observing(LogObserver()):
             if resume and (out / "config.toml").exists() and is_extended(RunDirectory(out), config):
                 extend(RunDirectory(out), config, current_observer())
             run = _open(out, config.to_toml(), resume=resume)

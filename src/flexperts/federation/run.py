@@ -24,7 +24,7 @@ from flexperts.federation.checkpoint import load_server
 from flexperts.federation.client_app import app as client_app
 from flexperts.federation.extending import extend, is_extended
 from flexperts.federation.inprocess_grid import InProcessGrid
-from flexperts.federation.observer import Observer, Once, current_observer, observing
+from flexperts.federation.observer import Observer, current_observer, observing
 from flexperts.federation.privacy import check_additive, check_enough
 from flexperts.federation.resident import keep, release
 from flexperts.federation.resuming import check_states
@@ -68,7 +68,7 @@ def run_federation(
     if (summary := _standing(config, out, resume=resume)) is not None:
         _tidy(out)
         return summary
-    with sole_writer(out), observing(Once(observer or Observer())):
+    with sole_writer(out), observing(observer or Observer()):
         summary = _standing(config, out, resume=resume)  # another process may just have ended
         workspace = (workspace or Workspace(config)).for_run(config)
         return _run(config, out, workspace) if summary is None else summary

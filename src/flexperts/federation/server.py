@@ -23,7 +23,7 @@ from flexperts.federation.checkpoint import load_server, save_server
 from flexperts.federation.enrolment import enrol, found, gather, require
 from flexperts.federation.exchange import error_of, one_line, request, sendable
 from flexperts.federation.membership import Membership
-from flexperts.federation.observer import Observer
+from flexperts.federation.observer import Observer, Once
 from flexperts.federation.privacy import check_additive, check_enough
 from flexperts.federation.round_log import RoundLog
 from flexperts.federation.strategy import FlexpertsStrategy
@@ -61,7 +61,7 @@ def serve(grid: Grid, config: RunConfig, run: RunDirectory, observer: Observer) 
         ConfigError: The method cannot run with these settings or clients.
         FederationError: Too few clients have joined or sent usable updates, or none has initial weights or scores.
     """
-    started = time.monotonic()
+    started, observer = time.monotonic(), Once(observer)
     method, members = make_method(config.method), Membership(observer, run.run_id)
     method.check(config)
     check_additive(method, config)
