@@ -34,6 +34,7 @@ def _of_any(scripts: str) -> str:
 
 
 _ONE_WRITING = regex.compile("|".join(f"[{_of_any(scripts)}]*" for scripts in _SCRIPTS))
+_INVISIBLE = regex.compile(r"\p{Default_Ignorable_Code_Point}")
 _NO_FIRST = regex.compile(r"[.\p{M}]")
 _NOWHERE = regex.compile(r"[^\p{L}\p{M}\p{Nd}_.-]|\p{Default_Ignorable_Code_Point}")
 _COMPOSED = "ำຳໜໝև"
@@ -43,6 +44,11 @@ _COMPOSED = "ำຳໜໝև"
 def normal(name: str) -> str:
     """Return a name in NFC, in which it is kept and looked up however it was typed."""
     return unicodedata.normalize("NFC", name)
+
+
+def one_label(text: str) -> str:
+    """Return a category or an id as it is compared: what differs in blanks or in Unicode's form alone is one."""
+    return " ".join(normal(_INVISIBLE.sub("", text)).split())
 
 
 def client_name(text: str) -> str:

@@ -13,10 +13,11 @@ from typing import Any, Literal
 from flexperts.config.data import ClientFiles, DataConfig
 from flexperts.config.names import client_names
 from flexperts.data.folders import client_folders
+from flexperts.data.holdout import check_disjoint, split_rows
 from flexperts.data.partition import load_partition
 from flexperts.data.records import DataTable, Record, Say, unsaid
 from flexperts.data.rows import ClientRows, Row, read_rows
-from flexperts.data.sources import check_disjoint, read_source, split_rows
+from flexperts.data.sources import read_source
 from flexperts.errors import DataError
 
 Clients = dict[str, ClientRows]

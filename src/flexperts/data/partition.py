@@ -11,10 +11,11 @@ from __future__ import annotations
 from flexperts.config.data import DataConfig, PartitionConfig
 from flexperts.data.bad_rows import BadRow, settle_bad_rows
 from flexperts.data.columns import possible_columns
+from flexperts.data.holdout import check_disjoint, split_rows
 from flexperts.data.partitioners import Shares, assign
 from flexperts.data.records import Say, unsaid
 from flexperts.data.rows import ClientRows, Label, Row, read_labelled
-from flexperts.data.sources import check_disjoint, open_table, split_rows
+from flexperts.data.sources import open_table
 from flexperts.errors import DataError
 
 Labelled = tuple[list[Row], list[str]]

@@ -9,16 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import regex
-
 from flexperts.config.data import OnBadRow
-from flexperts.config.names import normal
+from flexperts.config.names import one_label
 from flexperts.data.bad_rows import BadRow, settle_bad_rows
 from flexperts.data.columns import FIELDS, PASSAGE, REQUIRED, fields_of, say_columns
 from flexperts.data.records import DataTable, Number, Record, Say, names_shown, unsaid, whole_number
 from flexperts.errors import DataError
-
-_INVISIBLE = regex.compile(r"\p{Default_Ignorable_Code_Point}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,8 +192,8 @@ def _label_column(table: DataTable, fields: Mapping[str, str], label: Label) -> 
 
 
 def _label(record: Record, column: str, label: Label) -> str:
-    """Return a label as text; ids are often whole numbers. What differs in blanks or in Unicode's form is one."""
-    text = " ".join(normal(_INVISIBLE.sub("", _text(record.values, column))).split())
+    """Return a label as text; ids are often whole numbers."""
+    text = one_label(_text(record.values, column))
     if isinstance(record.values.get(column), Number) and whole_number(record.values[column]) is None:
         raise _BadValueError(f"{column} is a number with a fraction", "it must be text or a whole number")
     if not text:

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from flexperts.config.data import DataConfig
 from flexperts.data.clients import load_clients, rows_hash
-from flexperts.data.passages import passage_key
+from flexperts.data.holdout import check_disjoint, passage_key, split_rows
 from flexperts.data.rows import ClientRows, Row
-from flexperts.data.sources import check_disjoint, read_source, split_rows
+from flexperts.data.sources import read_source
 from flexperts.errors import DataError
 
 Record = dict[str, Any]

@@ -73,7 +73,7 @@ def test_the_choice_is_the_seeds_alone(tmp_path: Path) -> None:
 
 def test_the_choice_is_not_that_of_the_test_rows() -> None:
     """With one order of passages for both, a validation split would hold out what a test split would have."""
-    from flexperts.data.sources import split_rows
+    from flexperts.data.holdout import split_rows
 
     rows = [Row(f"q{i}", "a", passage=f"note {i}") for i in range(40)]
     sides = [split_rows(rows, 0.25, 0, "shop", side).test for side in ("test", "validation")]

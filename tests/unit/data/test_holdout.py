@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 
 from flexperts.config.data import DataConfig
 from flexperts.data.clients import load_clients, rows_hash
-from flexperts.data.passages import passage_key
+from flexperts.data.holdout import check_disjoint, passage_key, split_rows
 from flexperts.data.rows import ClientRows, Row
 from flexperts.data.silos.generate import SILOS, generate_silo
-from flexperts.data.sources import check_disjoint, split_rows
 from flexperts.errors import DataError
 from flexperts.seeding import derive_seed
 

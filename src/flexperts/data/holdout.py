@@ -1,4 +1,4 @@
-"""Which rows belong together when test rows are held out: passages, compared as people read them.
+"""Which rows are held out: whole passages, compared as people read them, and never on both sides.
 
 Two passages are one if they differ in nothing but case, blanks, ends of lines, invisible characters, kinds of
 quotes and dashes, or how Unicode writes the same text (NFKC). A context that all rows of a client have, or that
@@ -10,11 +10,14 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from typing import Literal
 
 import regex
 
 from flexperts.data.records import Say, unsaid
-from flexperts.data.rows import Row
+from flexperts.data.rows import ClientRows, Row
+from flexperts.errors import DataError
+from flexperts.seeding import derive_seed
 
 OWN_COLUMN = "where a context is no passage, give the rows a column `passage` that says which is whose"
 _INVISIBLE = regex.compile(r"\p{Default_Ignorable_Code_Point}|[^\P{Cc}\s]")
@@ -25,6 +28,84 @@ _NONE = regex.compile(
 )
 _LONGEST_NONE = 100
 """Characters."""
+_PAIRS = 3
+"""Shared passages that a message tells the places of."""
+
+
+def split_rows(
+    rows: Sequence[Row],
+    fraction: float,
+    seed: int,
+    where: str,
+    side: Literal["test", "validation"] = "test",
+    *,
+    whole: Sequence[Row] = (),
+    say: Say = unsaid,
+) -> ClientRows:
+    """Divide rows by passage: all rows of a passage land on one side, chosen by a hash of the passage.
+
+    Args:
+        rows: The rows.
+        fraction: Share of the passages that is held out.
+        seed: Seed of the choice.
+        where: Whose rows they are, for messages.
+        side: What the rows are held out for; they are the returned ``test``.
+        whole: All rows of the client, where these are not all.
+        say: Gets what surprises, in lines.
+
+    Raises:
+        DataError: One side would be empty.
+    """
+    texts = identities(rows, whole or rows, where, say)
+    keys = [passage_key(text) for text in texts]
+    passages: dict[str, str] = {}
+    for key, text in zip(keys, texts, strict=True):
+        passages[key] = min(text, passages.get(key, text))  # of several spellings one, whatever the rows' order
+    order = sorted(passages, key=lambda key: derive_seed(seed, f"{side} split", passages[key]))
+    held_out = set(order[: round(fraction * len(order))])
+    train = tuple(row for row, key in zip(rows, keys, strict=True) if key not in held_out)
+    test = tuple(row for row, key in zip(rows, keys, strict=True) if key in held_out)
+    if not train or not test:
+        raise DataError(
+            f"{where}: {len(order)} passages with {side}_fraction = {fraction}",
+            f"train and {side} need at least one passage each",
+            f"add passages, take another share, or give a test file; {OWN_COLUMN}",
+        )
+    say_uneven(rows, keys, where, say)
+    return ClientRows(train, test)
+
+
+def check_disjoint(rows: ClientRows, where: str, *, say: Say = unsaid) -> ClientRows:
+    """Return ``rows`` unless a test passage was trained on.
+
+    Args:
+        rows: A client's rows.
+        where: Whose they are, for messages.
+        say: Gets what surprises, in lines.
+
+    Raises:
+        DataError: Train and test share a passage; rows are named and no passage is quoted.
+    """
+    both = (*rows.train, *rows.test)
+    keys = [passage_key(text) for text in identities(both, both, where, say)]
+    trained = _places(rows.train, keys[: len(rows.train)], "train")
+    tested = _places(rows.test, keys[len(rows.train) :], "test")
+    if shared := [key for key in tested if key in trained]:
+        pairs = "; ".join(f"{tested[key]} and {trained[key]}" for key in shared[:_PAIRS])
+        raise DataError(
+            f"{where}: {len(shared)} passages stand in train and in test, such as {pairs}",
+            "a test passage must never be trained on, in no other case, blanks, quotes or Unicode form either",
+            f"split by passage, or give one file and data.test_fraction; {OWN_COLUMN}",
+        )
+    return rows
+
+
+def _places(rows: Sequence[Row], keys: Sequence[str], side: str) -> dict[str, str]:
+    """Return where each passage stands first."""
+    places: dict[str, str] = {}
+    for number, (row, key) in enumerate(zip(rows, keys, strict=True), 1):
+        places.setdefault(key, row.where or f"{side} row {number}")
+    return places
 
 
 def passage_key(text: str) -> str:
