@@ -50,7 +50,8 @@ def settle_bad_rows(
     if on_bad_row == "refuse" and len(bad) < total:
         remedy += ", or have such rows left out with data.on_bad_row = 'drop'"
     if len(bad) == 1:
-        raise DataError(f"{bad[0].where}: {bad[0].what}", bad[0].rule, remedy)
+        where = bad[0].where if bad[0].where.startswith(source) else f"{source}: {bad[0].where}"
+        raise DataError(f"{where}: {bad[0].what}", bad[0].rule, remedy)
     raise DataError(f"{source}: {len(bad)} of {total} rows cannot be used", _listed(source, bad), remedy)
 
 

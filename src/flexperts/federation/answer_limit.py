@@ -70,7 +70,7 @@ def check_limit(workspace: Workspace, config: RunConfig, observer: Observer) -> 
     for name, rows in workspace.clients.items():
         scored = scored_rows(rows, config.evaluation)
         examples = workspace.encoder.encode_all(scored)
-        _check_room(scored, examples, limit, workspace.encoder.positions)
+        _check_room(name, scored, examples, limit, workspace.encoder.positions)
         if longer := longer_references((example.response_length for example in examples), limit):
             found.append(f"{name} {len(longer)} of {len(scored)} (up to {max(longer)} tokens)")
     if found:
@@ -81,11 +81,13 @@ def check_limit(workspace: Workspace, config: RunConfig, observer: Observer) -> 
         )
 
 
-def _check_room(scored: Sequence[Row], examples: Sequence[Example], limit: int, most: int | None) -> None:
+def _check_room(
+    name: str, scored: Sequence[Row], examples: Sequence[Example], limit: int, most: int | None
+) -> None:
     for row, example in zip(scored, examples, strict=True):
         if most is not None and example.prompt_length + limit > most:
             raise ConfigError(
-                f"{row.where}: a prompt of {example.prompt_length} tokens, and an answer of up to {limit}",
+                f"{name}: {row.where}: a prompt of {example.prompt_length} tokens, and an answer of up to {limit}",
                 f"the base reads at most {most} tokens",
                 "lower evaluation.max_new_tokens or training.max_length",
             )

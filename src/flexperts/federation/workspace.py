@@ -77,7 +77,7 @@ class Workspace:
                     example = self.encoder.encode(row)
                 except DataError as error:
                     what = f"{error.value.removeprefix(f'{row.where}: ')} ({error.rule})"
-                    bad.append(BadRow(row.where, what, "the base's tokenizer must be able to encode it"))
+                    bad.append(BadRow(row.where, what, "such a row cannot be encoded"))
                     continue
                 fitting.append((row, example))
                 if side == "train":
