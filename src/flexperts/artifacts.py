@@ -48,6 +48,7 @@ from flexperts.files import (
     read_json,
     read_lines,
     sealed,
+    text_of,
     unwritable,
     write_json,
     write_text,
@@ -90,7 +91,7 @@ class RunDirectory:
         if holds_run:
             kept = cls(path).config_toml if recipe and (path / "config.toml").is_file() else ""
             raise ArtifactError(
-                f"{path}", *way_on(kept, recipe, again, finished=bool(kept) and cls(path).is_finished)
+                f"{path}", *way_on(kept, recipe, again, finished=kept == recipe and cls(path).is_finished)
             )
 
     @classmethod
@@ -147,11 +148,7 @@ class RunDirectory:
     @property
     def config_toml(self) -> str:
         """The run's recipe."""
-        path = self.path / "config.toml"
-        try:
-            return content_of(path).decode()
-        except UnicodeDecodeError as error:
-            raise damaged(path, error) from error
+        return text_of(self.path / "config.toml")
 
     @property
     def run_id(self) -> str:

@@ -114,6 +114,18 @@ def content_of(path: Path) -> bytes:
         raise ArtifactError(f"{path}", f"it cannot be read ({error})", "give a finished run's directory") from error
 
 
+def text_of(path: Path) -> str:
+    """Return a file's text.
+
+    Raises:
+        ArtifactError: It is missing, cannot be read, or is no UTF-8.
+    """
+    try:
+        return content_of(path).decode()
+    except UnicodeDecodeError as error:
+        raise damaged(path, error) from error
+
+
 def parsed_json(path: Path, text: bytes) -> Any:
     """Return the value of JSON text that stands in a file.
 

@@ -15,6 +15,7 @@ from flexperts.config.run import RunConfig
 from flexperts.config.section import Section
 from flexperts.config.silo import SiloConfig
 from flexperts.errors import ConfigError, shown
+from flexperts.files import damaged, text_of
 
 _PLACES = {"recipe": "recipes folder", "silo file": "example in docs/deploy.md"}
 
@@ -46,6 +47,26 @@ def load_silo(path: Path | str) -> SiloConfig:
     except ValidationError as error:
         raise _explain(error, str(path), SiloConfig) from error
     return _absolute_silo(silo, path.parent)
+
+
+def recorded_recipe(run: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read the recipe that a run has in its directory.
+
+    Args:
+        run: The directory.
+        overrides: Settings, applied on top.
+
+    Raises:
+        ArtifactError: The file is missing, damaged, or of another version.
+        ConfigError: An override breaks a rule.
+    """
+    path = run / "config.toml"
+    text = text_of(path)
+    try:
+        config = parse_recipe(text, where=str(path))
+    except ConfigError as error:
+        raise damaged(path, error.rule) from error
+    return parse_recipe(text, overrides, where=str(path)) if overrides else config
 
 
 def parse_recipe(

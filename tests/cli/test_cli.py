@@ -481,6 +481,32 @@ def test_runs_that_cannot_be_used(
     assert listing(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"seed = ", b"seed = 'a'", b"\xff"], ids=["none", "cut", "other", "bytes"]
+)
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "{recipe}", "--out", "{run}"], "/run"),
+        (["run", "{recipe}", "--out", "{run}", "--resume"], "config.toml: it is damaged"),
+        (["evaluate", "{run}"], "config.toml: it is damaged"),
+        (["report", "{run}"], "config.toml: it is damaged"),
+        (["join", "{run}", "--name", "new", "--data", "{recipe}"], "config.toml: it is damaged"),
+        (["export", "{run}", "--client", "shop", "--to", "{run}/model"], "config.toml: it is damaged"),
+    ],
+    ids=["run", "resume", "evaluate", "report", "join", "export"],
+)
+def test_a_damaged_recipe_of_a_run_is_named(
+    work: Path, finished: tuple[Path, str], tmp_path: Path, content: bytes, arguments: list[str], said: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    (run / "config.toml").write_bytes(content)
+    before = listing(tmp_path)
+    refused(call(*[argument.format(run=run, recipe=work / "recipe.toml") for argument in arguments]), said)
+    assert listing(tmp_path) == before
+
+
 def test_a_damaged_personal_state_as_users_see_it(finished: tuple[Path, str], tmp_path: Path) -> None:
     """In a process of its own, where what libraries print at import and load would show."""
     shutil.copytree(finished[0], tmp_path / "run")

@@ -23,7 +23,7 @@ from flexperts.federation.trained import TrainedRun, answer_one, state_named
 from flexperts.federation.workspace import Workspace
 from flexperts.files import write_bytes
 from flexperts.methods.registry import make_method
-from flexperts.recipe import parse_recipe
+from flexperts.recipe import recorded_recipe
 
 RECEIVED = "received.safetensors"
 
@@ -54,7 +54,7 @@ class HomeModel:
                 f"run {run}", "this silo has not been sent its shared weights to keep", "wait for its evaluation"
             ) from error
         self.request = request_of(content)
-        recipe = parse_recipe(RunDirectory.open(folder).config_toml, where=str(folder / "config.toml"))
+        recipe = recorded_recipe(RunDirectory.open(folder).path)
         config = with_kept_choices(for_silo(recipe, silo), folder)
         self.method = make_method(config.method)
         self.client = Resident(Workspace(config), config, folder).client(silo.name)

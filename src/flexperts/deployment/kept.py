@@ -15,7 +15,7 @@ from flexperts.deployment.state import run_folder, run_ids
 from flexperts.errors import ArtifactError
 from flexperts.files import mapping, read_json, write_json, write_text
 from flexperts.parameters.store import load_personal
-from flexperts.recipe import parse_recipe
+from flexperts.recipe import recorded_recipe
 
 _CHOICES = "choices.json"
 
@@ -100,7 +100,7 @@ def kept_runs(state: Path, client: str) -> Iterator[KeptRun]:
     """
     for run in run_ids(state):
         folder = run_folder(state, run)
-        recipe = parse_recipe(RunDirectory.open(folder).config_toml, where=str(folder / "config.toml"))
+        recipe = recorded_recipe(RunDirectory.open(folder).path)
         personal = folder / "personal" / f"{client}.safetensors"
         last = load_personal(personal)[1].round if personal.exists() else 0
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

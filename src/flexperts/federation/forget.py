@@ -9,7 +9,7 @@ from flexperts.federation.checkpoint import load_server, save_server
 from flexperts.federation.enrolment import change_clients
 from flexperts.files import sole_writer
 from flexperts.methods.registry import make_method
-from flexperts.recipe import parse_recipe
+from flexperts.recipe import recorded_recipe
 
 
 def forget(run: RunDirectory, client: str) -> None:
@@ -40,7 +40,7 @@ def _forget(run: RunDirectory, client: str) -> None:
         )
     if len(server.clients) == 1:
         raise ArtifactError(f"client {client!r}", "the run has no other", "delete the run")
-    method = make_method(parse_recipe(run.config_toml, where=str(run.path / "config.toml")).method)
+    method = make_method(recorded_recipe(run.path).method)
     clients = {name: rows for name, rows in server.clients.items() if name != client}
     reports = {name: report for name, report in server.reports.items() if name != client}
     change_clients(method, server, clients, reports, "wait until it is back, or start a new run without it")

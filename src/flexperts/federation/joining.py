@@ -33,7 +33,7 @@ from flexperts.files import sealed, sole_writer, unwritable, write_json
 from flexperts.methods.base import Method, State
 from flexperts.methods.registry import make_method
 from flexperts.parameters.vector import vector_hash
-from flexperts.recipe import located, parse_recipe
+from flexperts.recipe import located, recorded_recipe
 from flexperts.training.local import LocalSettings, TrainResult
 
 _OWN = ("training.", "data.columns.", "data.on_bad_row")
@@ -206,7 +206,7 @@ def _own_settings(run: RunDirectory, settings: Iterable[str], seed: int, steps: 
             raise ConfigError(f"--set {override}", rule, "leave it out: the others are the run's")
     if steps is not None and steps < 1:
         raise ConfigError(f"steps = {steps}", "a newcomer takes at least one", "raise it or leave it out")
-    return parse_recipe(run.config_toml, [*given, f"seed={seed}"], where=str(run.path / "config.toml"))
+    return recorded_recipe(run.path, [*given, f"seed={seed}"])
 
 
 def _name_of(source: str) -> str:

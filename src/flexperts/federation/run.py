@@ -35,7 +35,7 @@ from flexperts.files import LOCK, sole_writer, write_json
 from flexperts.methods.registry import make_method
 from flexperts.modeling.memory import peak_bytes, reset_peak
 from flexperts.modeling.quantization import storage_line
-from flexperts.recipe import parse_recipe
+from flexperts.recipe import recorded_recipe
 
 
 def run_federation(
@@ -78,7 +78,7 @@ def _dated(config: RunConfig, out: Path) -> RunConfig:
     """Return a recipe with the day that its templates are told in a run that has begun."""
     if not (out / "config.toml").exists():
         return config
-    return config.with_choices(template_date=parse_recipe(RunDirectory(out).config_toml).model.template_date)
+    return config.with_choices(template_date=recorded_recipe(out).model.template_date)
 
 
 def _run(config: RunConfig, out: Path, workspace: Workspace) -> dict[str, Any]:

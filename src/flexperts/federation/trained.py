@@ -26,7 +26,7 @@ from flexperts.methods.base import Method, State
 from flexperts.methods.registry import make_method
 from flexperts.modeling.load import LoadedBase
 from flexperts.parameters.store import load_personal
-from flexperts.recipe import parse_recipe
+from flexperts.recipe import recorded_recipe
 
 
 class TrainedRun:
@@ -183,7 +183,7 @@ def recipe_of(run: RunDirectory, base: str | None = None) -> RunConfig:
         run: The run.
         base: Where its base lies, if not where the recipe says.
     """
-    config = parse_recipe(run.config_toml, where=str(run.path / "config.toml"))
+    config = recorded_recipe(run.path)
     return (
         config
         if base is None

@@ -17,7 +17,7 @@ _NARROWEST = 2
 def first_not_finite(model: nn.Module) -> str | None:
     """Return the name of the first parameter that is not finite, or buffer that is not a number, with its expert.
 
-    Every value is read once (``benchmarks/small_costs.py``); None where all are numbers. Buffers may well hold infinity.
+    Every value is read once (``benchmarks/small_costs.py``); None where all are numbers. Buffers may hold infinity.
     """
     for name, tensor, may_be_infinite in _tensors(model):
         if not tensor.is_floating_point() or tensor.element_size() < _NARROWEST or not tensor.numel():

@@ -19,6 +19,7 @@ from flexperts.artifacts import RunDirectory
 from flexperts.errors import ArtifactError
 from flexperts.evaluation.scores import SCORES, Scores, mean_of
 from flexperts.files import placeless, read_json
+from flexperts.recipe import recorded_recipe
 from flexperts.studies.ability import abilities
 from flexperts.studies.contrast import contrasts
 from flexperts.studies.curves import curves
@@ -134,7 +135,8 @@ def collect_run(path: Path, *, samples: int = 0) -> dict[str, Any]:
         name = str(other.summary()["method"])
         name = f"{name} as reference" if name == finished[0].name else name
         finished.append(Finished(name, (), {int(other.summary()["seed"]): other}))
-    return collect(path.resolve().name, run.config_toml, finished, finished[0].name, samples=samples)
+    recipe = recorded_recipe(run.path).to_toml()
+    return collect(path.resolve().name, recipe, finished, finished[0].name, samples=samples)
 
 
 def _entry(entry: Finished) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from flexperts.artifacts import RunDirectory
 from flexperts.errors import ArtifactError
 from flexperts.files import read_json
 from flexperts.methods.registry import method_class
-from flexperts.recipe import parse_recipe
+from flexperts.recipe import recorded_recipe
 
 ASCII_WORDS = "rouge-score"
 """What runs of before had for words: rouge-score's default, English letters and digits alone."""
@@ -62,7 +62,7 @@ class Finished:
     @cached_property
     def others_rows(self) -> int:
         """Rows of each other client that models were scored on."""
-        return parse_recipe(next(iter(self.runs.values())).config_toml).evaluation.others_rows
+        return recorded_recipe(next(iter(self.runs.values())).path).evaluation.others_rows
 
     @property
     def method(self) -> str:
