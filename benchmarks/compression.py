@@ -18,9 +18,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from flexperts.client.workspace import Workspace
+from flexperts.engines.in_process import run_federation
 from flexperts.environment import environment
-from flexperts.federation.run import run_federation
-from flexperts.federation.workspace import Workspace
 from flexperts.files import write_json
 from flexperts.recipe import load_recipe
 

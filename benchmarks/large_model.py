@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save_file
 
 from flexperts.artifacts import RunDirectory
-from flexperts.costs.lengths import row_lengths
+from flexperts.costs.activations import row_lengths
 from flexperts.costs.models import describe
 from flexperts.costs.preflight import Estimator
 from flexperts.data.clients import load_clients

@@ -20,9 +20,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from flexperts.client.workspace import Workspace
+from flexperts.engines.in_process import run_federation
 from flexperts.environment import environment
-from flexperts.federation.run import run_federation
-from flexperts.federation.workspace import Workspace
 from flexperts.files import write_json
 from flexperts.methods.registry import method_names
 from flexperts.recipe import load_recipe

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from flexperts.artifacts import RunDirectory
+from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
 from flexperts.data.silos.generate import SILOS, write_silos
+from flexperts.engines.in_process import run_federation
 from flexperts.environment import environment
-from flexperts.federation.joining import join
-from flexperts.federation.run import run_federation
-from flexperts.federation.workspace import Workspace
 from flexperts.files import write_json, write_text
+from flexperts.finished.joining import join
 from flexperts.recipe import load_recipe
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "study-silos.toml"

@@ -15,18 +15,17 @@ from pathlib import Path
 
 import numpy as np
 
+from flexperts.client.client import Client
+from flexperts.client.model import ClientModel
+from flexperts.client.request import Request
+from flexperts.client.workspace import Workspace
 from flexperts.communication.compression import Packed, pack, unpack
+from flexperts.communication.flower_private import assume_identity
 from flexperts.communication.messages import records
 from flexperts.communication.traffic import encoded_bytes
 from flexperts.config.federation import CompressionConfig
-from flexperts.federation.client import Client
-from flexperts.federation.client_model import ClientModel
-from flexperts.federation.flower_private import assume_identity
-from flexperts.federation.request import Request
-from flexperts.federation.workspace import Workspace
 from flexperts.methods.registry import make_method
-from flexperts.parameters.payload import Payload
-from flexperts.parameters.vector import Vector
+from flexperts.parameters.vector import Payload, Vector
 from flexperts.recipe import load_recipe
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.toml"

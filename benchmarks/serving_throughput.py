@@ -25,17 +25,17 @@ from typing import Any
 import torch
 
 from flexperts.data.silos.generate import write_silos
+from flexperts.engines.in_process import run_federation
 from flexperts.environment import environment
 from flexperts.evaluation.generation import prompt_batch
-from flexperts.federation.run import run_federation
-from flexperts.federation.trained import TrainedRun
 from flexperts.files import write_json
+from flexperts.finished.trained import TrainedRun
 from flexperts.modeling.forward import autocast, next_logits
 from flexperts.recipe import parse_recipe
-from flexperts.serving.batch import Batch, Row
 from flexperts.serving.contract import ModelName, Sampling
-from flexperts.serving.decoding import Decoding
-from flexperts.serving.lanes import Lane, OwnLane, lanes_of
+from flexperts.serving.engine.batch import Batch, Row
+from flexperts.serving.engine.decoding import Decoding
+from flexperts.serving.engine.lanes import Lane, OwnLane, lanes_of
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "whole experts, bf16": (),

@@ -17,7 +17,7 @@ from torch import nn
 
 from flexperts.parameters.finite import first_not_finite
 from flexperts.serving.contract import Sampling
-from flexperts.serving.decoding import Decoding
+from flexperts.serving.engine.decoding import Decoding
 from flexperts.testing import byte_tokenizer
 
 TOKENS = (1000, 2000, 4000)

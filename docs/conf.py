@@ -11,7 +11,7 @@ from typing import Any
 import flexperts
 
 # autodoc sets TYPE_CHECKING while it imports, under which pydantic cannot build models with extra="allow".
-import flexperts.serving.schemas
+import flexperts.serving.http.openai
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "flexperts"
@@ -30,7 +30,7 @@ default_role = "literal"
 highlight_language = "text"
 nitpicky = True
 # To look up the names of others would need the network; private names and a type variable have no page.
-nitpick_ignore_regex = [("py:.*", r"(?!flexperts\.).*"), ("py:.*", r".*\._\w+|flexperts.grafting.rules.Layer")]
+nitpick_ignore_regex = [("py:.*", r"(?!flexperts\.).*"), ("py:.*", r".*\._\w+|flexperts.selection.rules.Layer")]
 
 html_theme = "furo"
 html_title = "flexperts"

@@ -15,7 +15,7 @@ import numpy as np
 
 from flexperts import Method, load_recipe, register_method, run_federation
 from flexperts.communication.messages import Update
-from flexperts.methods.server import Server
+from flexperts.methods.kit.server_state import Server
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
 

@@ -24,11 +24,10 @@ from transformers import GenerationConfig
 
 from flexperts.data.batches import pad_batch
 from flexperts.data.prompts import PromptEncoder
+from flexperts.engines.in_process import run_federation
 from flexperts.evaluation.generation import end_tokens, generate, longest_first, prompt_batch
-from flexperts.evaluation.rouge import rouge_l
-from flexperts.evaluation.scores import EvaluationSettings, evaluate
-from flexperts.federation.run import run_federation
-from flexperts.federation.trained import TrainedRun
+from flexperts.evaluation.scores import EvaluationSettings, evaluate, rouge_l
+from flexperts.finished.trained import TrainedRun
 from flexperts.modeling.forward import Precision, autocast, token_losses
 from flexperts.recipe import load_recipe
 

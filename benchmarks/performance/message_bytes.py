@@ -18,10 +18,10 @@ import numpy as np
 from figures import RESULTS, ROOT, Benchmark, Figure, parser
 
 from flexperts.artifacts import RunDirectory
+from flexperts.client.workspace import Workspace
 from flexperts.communication.compression import pack
 from flexperts.config.federation import CompressionConfig
-from flexperts.federation.run import run_federation
-from flexperts.federation.workspace import Workspace
+from flexperts.engines.in_process import run_federation
 from flexperts.recipe import load_recipe
 
 RECIPE = ROOT / "recipes" / "quickstart.toml"

@@ -17,11 +17,10 @@ from flexperts.communication.average import weighted_mean
 from flexperts.communication.messages import Update, records
 from flexperts.communication.traffic import encoded_bytes, encoded_objects
 from flexperts.config.run import RunConfig
-from flexperts.federation.admission import Admission
 from flexperts.methods.fedavg import FedAvg
-from flexperts.methods.server import Server
-from flexperts.parameters.payload import Payload
-from flexperts.parameters.vector import Manifest, Vector
+from flexperts.methods.kit.server_state import Server
+from flexperts.parameters.vector import Manifest, Payload, Vector
+from flexperts.server.admission import Admission
 
 ROWS = 96
 

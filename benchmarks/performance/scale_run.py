@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
-from flexperts.federation.observer import Observer
-from flexperts.federation.run import run_federation
-from flexperts.federation.workspace import Workspace
+from flexperts.engines.in_process import run_federation
+from flexperts.observer import Observer
 
 EVALUATED = 10
 

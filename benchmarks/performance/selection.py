@@ -23,10 +23,10 @@ from torch import Tensor
 from training_step import stack
 
 from flexperts.data.prompts import Example
-from flexperts.grafting.selection import Probe
 from flexperts.modeling.forward import autocast
 from flexperts.moe.experts import find_experts
 from flexperts.moe.layout import LayerExperts
+from flexperts.selection.selection import Probe
 
 REPEATS, LARGE_REPEATS, LARGE_TOKENS = 9, 3, 512
 """Passes over all scored calls, each timed in three ways in turn."""

@@ -13,12 +13,17 @@ from flexperts.config.data import DataConfig
 from flexperts.config.model import GraftConfig, ModelConfig
 from flexperts.data.clients import load_clients
 from flexperts.data.prompts import Example, PromptEncoder
-from flexperts.grafting.calibration import CalibrationSettings, calibration_batches, score_experts
-from flexperts.grafting.selection import Batch, LayerScores
 from flexperts.modeling.forward import autocast, hidden_states
 from flexperts.modeling.load import load_base
 from flexperts.moe.experts import find_experts
 from flexperts.moe.layout import LayerExperts
+from flexperts.selection.selection import (
+    Batch,
+    CalibrationSettings,
+    LayerScores,
+    calibration_batches,
+    score_experts,
+)
 
 BATCH_SIZE = 2
 """As in the quick start."""

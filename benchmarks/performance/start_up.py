@@ -17,7 +17,7 @@ from typing import Any
 
 from figures import Benchmark, Figure, parser
 
-from flexperts.base.build import build_base
+from flexperts.smol_moe.build import build_base
 
 BASE = "smol-moe"
 HEAVY = ("torch", "transformers", "peft", "flwr", "numpy")

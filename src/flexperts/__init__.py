@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flexperts.artifacts import RunDirectory
-    from flexperts.base.build import build_base
     from flexperts.config.run import RunConfig
+    from flexperts.engines.in_process import run_federation
     from flexperts.errors import FlexpertsError
-    from flexperts.federation.observer import Observer
-    from flexperts.federation.run import run_federation
-    from flexperts.federation.trained import TrainedRun
-    from flexperts.grafting.file import load_grafts, save_grafts
-    from flexperts.grafting.grafts import Grafts
-    from flexperts.grafting.selection import reconstruction_scores
-    from flexperts.methods.base import Method
+    from flexperts.finished.trained import TrainedRun
+    from flexperts.methods.kit.method import Method
     from flexperts.methods.registry import method_names, register_method
     from flexperts.moe.experts import find_experts
+    from flexperts.observer import Observer
     from flexperts.parameters.split import split_parameters
     from flexperts.parameters.store import load_personal
+    from flexperts.parts.graft_file import load_grafts, save_grafts
+    from flexperts.parts.grafts import Grafts
     from flexperts.recipe import load_recipe, parse_recipe
+    from flexperts.selection.selection import reconstruction_scores
+    from flexperts.smol_moe.build import build_base
 
 __version__ = "0.1.0"
 

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from flexperts import __version__
 from flexperts.artifacts import RunDirectory
 from flexperts.cli.main import app, main
-from flexperts.federation.trained import TrainedRun
+from flexperts.finished.trained import TrainedRun
 from flexperts.methods.registry import method_class, method_names
 from flexperts.modeling.load import load_base
 from flexperts.parameters.store import load_personal, save_personal

@@ -19,9 +19,9 @@ import typer
 from flexperts.artifacts import RunDirectory
 from flexperts.cli.interrupted import command_line, standing, stoppable
 from flexperts.data.silos.generate import write_silos
-from flexperts.federation.checkpoint import save_server, saved_round
-from flexperts.methods.server import Server
-from flexperts.parameters.payload import Payload
+from flexperts.methods.kit.server_state import Server
+from flexperts.parameters.vector import Payload
+from flexperts.server.checkpoint import save_server, saved_round
 
 pytestmark = pytest.mark.faults  # each starts commands and stops them: minutes together
 PROGRAM = str(Path(sys.executable).with_name("flexperts"))
@@ -160,7 +160,7 @@ def test_a_run_that_breaks_off_offers_what_is_kept(work: Path) -> None:
     """The disk is full when the first checkpoints are written; a refusal before that offers nothing."""
     code = (
         "import resource, sys\n"
-        "import flexperts.cli.display, flexperts.federation.run, flexperts.federation.tracking\n"
+        "import flexperts.cli.display, flexperts.engines.in_process, flexperts.tracking\n"
         "from flexperts.cli.main import main\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))\n"
         "main()\n"

@@ -196,7 +196,7 @@ def test_pages_of_help_in_another_encoding(variables: dict[str, str]) -> None:
 def test_an_answer_in_another_encoding(finished: Path) -> None:
     """The base is untrained: its answer is replaced by one that no terminal but UTF-8 has."""
     program = (
-        "import sys; from flexperts.federation.trained import TrainedRun;"
+        "import sys; from flexperts.finished.trained import TrainedRun;"
         "from flexperts.evaluation.generation import Answer;"
         "TrainedRun.generate = lambda *a, **k: Answer('中国');"
         f"sys.argv = ['flexperts', 'generate', {str(finished)!r}, 'Q', '--client', 'Z\\xfcrich'];"

@@ -11,11 +11,11 @@ import torch
 from transformers import GenerationConfig
 
 from flexperts.errors import GraftError
-from flexperts.grafting.expert_adapters import ExpertAdapters
-from flexperts.grafting.grafts import Grafts
 from flexperts.moe.experts import find_experts
 from flexperts.moe.flat import FlatExperts
 from flexperts.moe.layout import LayerExperts
+from flexperts.parts.expert_adapters import ExpertAdapters
+from flexperts.parts.grafts import Grafts
 from flexperts.testing import tiny_model
 
 FORMS: dict[str, Any] = {"low_rank": 3, "full": "full"}

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from flexperts.grafting.gated_adapters import GatedAdapters
 from flexperts.moe.experts import find_experts
+from flexperts.parts.gated_adapters import GatedAdapters
 from flexperts.testing import run_expert, tiny_model
 
 

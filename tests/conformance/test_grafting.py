@@ -16,12 +16,12 @@ from torch import nn
 from transformers import GenerationConfig
 
 from flexperts.errors import GraftError
-from flexperts.grafting.grafts import Graft, Grafts
 from flexperts.modeling.lora import LoraAdapters
 from flexperts.moe.attention import attention_linears
 from flexperts.moe.experts import find_experts
 from flexperts.moe.layout import LayerExperts
 from flexperts.parameters.store import PersonalMeta, load_personal, save_personal
+from flexperts.parts.grafts import Graft, Grafts
 from flexperts.testing import run_expert, tiny_model
 
 FORMS: dict[str, dict[str, Any]] = {"low_rank": {"rank": 3}, "full": {"rank": "full"}}

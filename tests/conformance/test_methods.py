@@ -16,15 +16,15 @@ from flwr.app import Message
 from safetensors.torch import load_file
 
 from flexperts.cli.methods import methods_page
+from flexperts.client.workspace import Workspace
 from flexperts.communication.traffic import encoded_objects
 from flexperts.config.run import RunConfig
+from flexperts.engines.grid import InProcessGrid
+from flexperts.engines.in_process import run_federation
 from flexperts.errors import ConfigError
-from flexperts.federation.inprocess_grid import InProcessGrid
-from flexperts.federation.observer import Observer
-from flexperts.federation.run import run_federation
-from flexperts.federation.trained import TrainedRun
-from flexperts.federation.workspace import Workspace
+from flexperts.finished.trained import TrainedRun
 from flexperts.methods.registry import make_method, method_class, method_names
+from flexperts.observer import Observer
 from flexperts.testing import METHOD_SETTINGS
 
 Recipe = Callable[..., RunConfig]
@@ -85,7 +85,7 @@ def test_a_method_keeps_its_word(
     workspace = Workspace(config)
     before = {n: t.clone() for n, t in workspace.base.model.state_dict().items()}
     hooks = count_hooks(workspace.base.model)
-    monkeypatch.setattr("flexperts.federation.run.Workspace", lambda config, **_: workspace)
+    monkeypatch.setattr("flexperts.engines.in_process.Workspace", lambda config, **_: workspace)
     replies = record_replies(monkeypatch)
     summary = run_federation(config, tmp_path / "whole")
 
@@ -144,7 +144,7 @@ def check_nothing_personal(run: Path, replies: list[tuple[str, bytes]], workspac
 
 def check_trained_run(run: Path, summary: Any, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """The finished run, loaded from its files, scores what the summary says."""
-    monkeypatch.setattr("flexperts.federation.trained.Workspace", lambda config, **_: workspace)
+    monkeypatch.setattr("flexperts.finished.trained.Workspace", lambda config, **_: workspace)
     trained = TrainedRun(run)
     client = trained.clients[0]
     for state, scores in (

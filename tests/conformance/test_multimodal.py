@@ -11,10 +11,10 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from flexperts.config.model import ModelConfig
-from flexperts.grafting.grafts import Grafts
 from flexperts.modeling.load import load_base
 from flexperts.moe.attention import attention_linears
 from flexperts.moe.experts import find_experts
+from flexperts.parts.grafts import Grafts
 from flexperts.testing import VOCABULARY, byte_tokenizer, draw_weights, tiny_settings
 
 SETTINGS: dict[str, dict[str, Any]] = tomllib.loads(

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flexperts.config.model import ModelConfig
-from flexperts.grafting.grafts import Grafts
 from flexperts.modeling.load import load_base
 from flexperts.moe.experts import find_experts
+from flexperts.parts.grafts import Grafts
 from flexperts.testing import byte_tokenizer, tiny_model
 
 Tensors = dict[str, Tensor]

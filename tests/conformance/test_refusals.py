@@ -8,9 +8,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from flexperts.errors import ConfigError, GraftError, ModelError
-from flexperts.grafting.grafts import Grafts
 from flexperts.moe.attention import attention_linears
 from flexperts.moe.experts import find_experts
+from flexperts.parts.grafts import Grafts
 from flexperts.testing import tiny_model
 
 _TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48}

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from flexperts.errors import ModelError
-from flexperts.grafting.router_deltas import RouterDeltas
 from flexperts.moe.experts import FusedExperts, find_experts
 from flexperts.moe.router import Router, find_router
+from flexperts.parts.router_deltas import RouterDeltas
 from flexperts.testing import tiny_model
 
 

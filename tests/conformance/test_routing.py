@@ -15,14 +15,14 @@ from torch import Tensor
 from flexperts.data.batches import PaddedBatch, pad_batch
 from flexperts.data.prompts import Example
 from flexperts.errors import ModelError
-from flexperts.grafting.grafts import Grafts
-from flexperts.grafting.openings import OpeningRecorder
-from flexperts.grafting.router_deltas import RouterDeltas
 from flexperts.modeling import routing
 from flexperts.modeling.recording import record
 from flexperts.modeling.routing import LayerRouting, record_routing, summarize_routing
 from flexperts.moe.experts import find_experts
 from flexperts.moe.router import find_router
+from flexperts.parts.grafts import Grafts
+from flexperts.parts.openings import OpeningRecorder
+from flexperts.parts.router_deltas import RouterDeltas
 from flexperts.testing import tiny_model
 
 LENGTHS = (9, 4, 7)

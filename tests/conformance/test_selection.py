@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from flexperts.errors import GraftError
-from flexperts.grafting import selection
-from flexperts.grafting.calibration import CalibrationSettings, score_experts
-from flexperts.grafting.rules import RULES, coefficients, select, subset_error
-from flexperts.grafting.selection import LayerScores, reconstruction_scores
 from flexperts.moe import fused
 from flexperts.moe.experts import find_experts
+from flexperts.selection import selection
+from flexperts.selection.rules import RULES, coefficients, select, subset_error
+from flexperts.selection.selection import CalibrationSettings, LayerScores, reconstruction_scores, score_experts
 from flexperts.testing import run_expert, tiny_model
 
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1, 1]])

@@ -1,15 +1,15 @@
-"""What `federation/flower_private.py` takes from Flower's inside still works as it is used."""
+"""What `communication/flower_private.py` takes from Flower's inside still works as it is used."""
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.metadata import version
 
 import pytest
-from flwr.app import ConfigRecord, Context, Message, RecordDict
-from flwr.clientapp import ClientApp
+from flwr.app import ConfigRecord, Message, RecordDict
 
-from flexperts.federation.flower_private import Run, assume_identity, empty_run, stamp
-from flexperts.federation.inprocess_grid import InProcessGrid
+from flexperts.communication.flower_private import Run, assume_identity, empty_run, stamp
+from flexperts.engines.grid import InProcessGrid
 
 
 def message(node: int = 7) -> Message:
@@ -37,15 +37,12 @@ def test_run_information_is_empty_but_for_its_id() -> None:
 
 @pytest.fixture
 def grid() -> InProcessGrid:
-    app = ClientApp()
-
-    @app.train()
-    def train(msg: Message, context: Context) -> Message:
-        calls.append(context.node_config["client"])
-        return Message(RecordDict({"info": ConfigRecord({"client": context.node_config["client"]})}), reply_to=msg)
+    def answer(name: str, kind: str, content: RecordDict) -> RecordDict:
+        calls.append(name)
+        return RecordDict({"info": ConfigRecord({"client": name})})
 
     calls: list[object] = []
-    made = InProcessGrid(app, {2: {"client": "b"}, 1: {"client": "a"}}, {"recipe": ""})
+    made = InProcessGrid({2: partial(answer, "b"), 1: partial(answer, "a")})
     made.calls = calls  # type: ignore[attr-defined]
     return made
 

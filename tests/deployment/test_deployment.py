@@ -10,10 +10,10 @@ import pytest
 from safetensors.torch import load_file
 
 from flexperts.config.data import DataConfig
-from flexperts.federation.checkpoint import load_server
-from flexperts.federation.run import run_federation
+from flexperts.engines.in_process import run_federation
 from flexperts.parameters.store import load_personal
 from flexperts.recipe import load_recipe
+from flexperts.server.checkpoint import load_server
 
 from .cluster import Cluster, wait_until
 from .proxy import RecordingProxy

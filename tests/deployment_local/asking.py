@@ -9,10 +9,11 @@ from contextlib import contextmanager, suppress
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
 
-from flwr.app import RecordDict
+from flwr.app import Context, Message, RecordDict, UserConfig
 
+from flexperts.communication.flower_private import stamp
 from flexperts.communication.messages import info_of, payload_of, records
-from flexperts.deployment import listening
+from flexperts.deployment import listening, relay
 
 RUN = "0123456789abcdef" * 2
 BAD_RUNS = [
@@ -80,3 +81,16 @@ def say(state: Path, request: bytes) -> bytes | None:
             return connection.recv_bytes()
         except (EOFError, ConnectionResetError):
             return None
+
+
+def through_relay(silo_file: Path, recipe: str) -> Ask:
+    """Return a node's answer: its SuperNode runs Flower's ClientApp on each message."""
+    config: UserConfig = {"silo": str(silo_file)}
+    context = Context(run_id=1, node_id=1, node_config=config, state=RecordDict(), run_config={"recipe": recipe})
+
+    def answer(kind: str, content: RecordDict) -> RecordDict:
+        message = Message(content, 1, kind)
+        stamp(message)
+        return relay.app(message=message, context=context).content
+
+    return answer

@@ -19,7 +19,7 @@ from flexperts.deployment.wire import pack, unpack
 from flexperts.deployment.worker import Worker
 from flexperts.errors import ArtifactError
 from flexperts.serving.contract import Piece, Sampling, find_model
-from flexperts.serving.engine import ServingEngine
+from flexperts.serving.engine.engine import ServingEngine
 
 from .asking import RUN, converse
 

@@ -15,22 +15,21 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from flexperts.communication.messages import info_of, records
 from flexperts.communication.traffic import encoded_objects
 from flexperts.config.run import RunConfig
-from flexperts.deployment import relay
 from flexperts.deployment.state import make_private
 from flexperts.deployment.wire import pack, unpack
 from flexperts.deployment.worker import Worker
+from flexperts.engines.grid import InProcessGrid
 from flexperts.errors import ConfigError
-from flexperts.federation.inprocess_grid import InProcessGrid
 from flexperts.recipe import load_silo
 
-from .asking import RUN, converse, serving
+from .asking import RUN, converse, serving, through_relay
 
 NO_WORKER = {"client": "clinic", "error": "no worker answers; start `flexperts silo serve`"}
 
 
 def through(silo_file: Path, recipe: str = "") -> Callable[[str, RecordDict], RecordDict]:
     """Return a function that sends one message by Flower's ClientApp."""
-    grid = InProcessGrid(relay.app, {1: {"silo": str(silo_file)}}, {"recipe": recipe})
+    grid = InProcessGrid({1: through_relay(silo_file, recipe)})
 
     def ask(kind: str, content: RecordDict) -> RecordDict:
         if "info" in content:

@@ -121,7 +121,7 @@ def test_check_counts_rows_and_looks_at_the_state_folder(silo_file: Path, tmp_pa
 def test_check_loads_no_base(silo_file: Path) -> None:
     code = f"""
 import sys
-from flexperts.federation import workspace
+from flexperts.client import workspace
 workspace.load_base = lambda *_: sys.exit("the base was loaded")
 sys.argv = ["flexperts", "silo", "check", {str(silo_file)!r}]
 from flexperts.cli.main import main

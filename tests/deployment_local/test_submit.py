@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from flexperts.deployment.naming import RUNS, run_folder
 from flexperts.deployment.server_app import LogObserver, _open
+from flexperts.deployment.settings import RUNS, run_folder
 from flexperts.deployment.submit import APP, connection_of
 from flexperts.errors import ArtifactError, ConfigError
 

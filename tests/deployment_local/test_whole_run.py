@@ -7,27 +7,25 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from flwr.app import UserConfig
 
 from flexperts.artifacts import RunDirectory
 from flexperts.config.run import RunConfig
-from flexperts.deployment import relay
 from flexperts.deployment.home import HomeModel
 from flexperts.deployment.settings import at_silos
 from flexperts.deployment.state import make_private
 from flexperts.deployment.worker import Worker
+from flexperts.engines.grid import InProcessGrid
+from flexperts.engines.in_process import run_federation
 from flexperts.errors import ArtifactError
-from flexperts.federation.checkpoint import load_server
-from flexperts.federation.inprocess_grid import InProcessGrid
-from flexperts.federation.observer import Observer
-from flexperts.federation.run import run_federation
-from flexperts.federation.server import serve
-from flexperts.federation.trained import TrainedRun
+from flexperts.finished.trained import TrainedRun
+from flexperts.observer import Observer
 from flexperts.parameters.store import load_personal
 from flexperts.recipe import load_silo
+from flexperts.server.checkpoint import load_server
+from flexperts.server.serve import serve
 from flexperts.studies.collect import collect_run
 
-from .asking import serving
+from .asking import serving, through_relay
 
 SILOS = ("clinic", "law_firm")
 SHORT = ("training.local_steps=2", "lora.dropout=0.1", "evaluation.rows=2", "federation.min_clients=2")
@@ -52,14 +50,14 @@ def test_workers_and_one_process_end_alike(
     summary = run_federation(config, tmp_path / "one")
     paths = {name: silo_at(tmp_path / name, rows, tiny_base) for name in SILOS}
     handed = at_silos(config)
-    nodes: dict[int, UserConfig] = {n: {"silo": str(paths[name])} for n, name in enumerate(SILOS, 1)}
+    nodes = {n: through_relay(paths[name], handed.to_toml()) for n, name in enumerate(SILOS, 1)}
     server = RunDirectory.create(tmp_path / "server", handed.to_toml())
     workers = {name: Worker(load_silo(path)) for name, path in paths.items()}
     with ExitStack() as stack:
         for name, worker in workers.items():
             make_private(tmp_path / name / "state")
             stack.enter_context(serving(tmp_path / name / "state", worker.reply))
-        grid = InProcessGrid(relay.app, nodes, {"recipe": handed.to_toml()})
+        grid = InProcessGrid(nodes)
         serve(grid, handed, server, Observer())
     assert {name: worker.loads for name, worker in workers.items()} == dict.fromkeys(SILOS, 1)
     ours, theirs = load_server(server.checkpoint), load_server(tmp_path / "one" / "checkpoint.safetensors")

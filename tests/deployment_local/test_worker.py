@@ -11,21 +11,20 @@ from typing import Any
 import pytest
 from flwr.app import RecordDict
 
+from flexperts.client.answer import answer
+from flexperts.client.resident import Resident
+from flexperts.client.workspace import Workspace
 from flexperts.communication.messages import info_of, records
 from flexperts.communication.traffic import encoded_objects
 from flexperts.config.run import RunConfig
 from flexperts.config.silo import SiloConfig
 from flexperts.deployment import worker as worker_module
-from flexperts.deployment.kept import keep_recipe, kept_runs
 from flexperts.deployment.settings import for_silo
-from flexperts.deployment.state import make_private
+from flexperts.deployment.state import keep_recipe, kept_runs, make_private
 from flexperts.deployment.wire import pack, unpack
 from flexperts.deployment.worker import Worker
 from flexperts.errors import ArtifactError
-from flexperts.federation.client_app import answer
-from flexperts.federation.observer import Observer
-from flexperts.federation.resident import Resident
-from flexperts.federation.workspace import Workspace
+from flexperts.observer import Observer
 from flexperts.parameters.store import load_personal
 
 from .asking import BAD_RUNS, RUN, Ask, converse

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from flexperts.export.content import Content, logits_of, unfit
 from flexperts.export.folders import write_model
-from flexperts.grafting.grafts import Grafts
 from flexperts.modeling.load import LoadedBase
 from flexperts.moe.experts import find_experts
+from flexperts.parts.grafts import Grafts
 from flexperts.testing import FAMILIES, VOCABULARY, byte_tokenizer, tiny_model
 
 OTHER_LAYOUTS = {"dbrx", "jetmoe", "llama4_text"}

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flexperts.federation.observer import Observer
+from flexperts.observer import Observer
 
 
 class Fuse:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from fuse import Fuse, FuseObserver
 
-from flexperts.federation.run import run_federation
-from flexperts.federation.workspace import Workspace
+from flexperts.client.workspace import Workspace
+from flexperts.engines.in_process import run_federation
 from flexperts.recipe import parse_recipe
 
 MEASURES = ("seconds", "peak_memory", "sha256")

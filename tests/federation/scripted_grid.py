@@ -16,16 +16,15 @@ from flwr.serverapp import Grid
 
 from flexperts.artifacts import RunDirectory
 from flexperts.communication.average import weighted_mean
+from flexperts.communication.flower_private import Run, assume_identity, empty_run, stamp
 from flexperts.communication.messages import Update, info_of, payload_of, records
 from flexperts.config.run import RunConfig
-from flexperts.federation.checkpoint import load_server
-from flexperts.federation.flower_private import Run, assume_identity, empty_run, stamp
-from flexperts.federation.observer import Observer
-from flexperts.federation.server import serve
-from flexperts.methods.server import Server
-from flexperts.parameters.payload import Payload
-from flexperts.parameters.vector import Vector
+from flexperts.methods.kit.server_state import Server
+from flexperts.observer import Observer
+from flexperts.parameters.vector import Payload, Vector
 from flexperts.seeding import generator
+from flexperts.server.checkpoint import load_server
+from flexperts.server.serve import serve
 
 LORA = "base_model.model.layers.0.q_proj"
 START = Payload.of({f"{LORA}.lora_A.weight": torch.full((2, 3), 0.5), f"{LORA}.lora_B.weight": torch.zeros(3, 2)})

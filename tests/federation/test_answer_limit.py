@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flexperts.client.answer_limit import answer_limit, check_limit, chosen_limit
+from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
+from flexperts.engines.in_process import run_federation
 from flexperts.errors import ConfigError
-from flexperts.federation.answer_limit import answer_limit, check_limit, chosen_limit
-from flexperts.federation.joining import join
-from flexperts.federation.observer import Observer
-from flexperts.federation.run import run_federation
-from flexperts.federation.trained import TrainedRun
-from flexperts.federation.workspace import Workspace
+from flexperts.finished.joining import join
+from flexperts.finished.trained import TrainedRun
+from flexperts.observer import Observer
 from flexperts.recipe import parse_recipe
 
 Recipe = Callable[..., RunConfig]

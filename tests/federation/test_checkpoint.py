@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flexperts.checked_file import write_sealed
 from flexperts.errors import ArtifactError
-from flexperts.federation.checkpoint import load_server, save_server
-from flexperts.methods.server import Server
-from flexperts.parameters.payload import Payload
-from flexperts.parameters.sealed import write_sealed
+from flexperts.methods.kit.server_state import Server
+from flexperts.parameters.vector import Payload
+from flexperts.server.checkpoint import load_server, save_server
 
 NAMES = st.text(st.characters(exclude_categories=("Cs",)), max_size=6)
 SHAPES = st.lists(st.integers(0, 3), max_size=3).map(tuple)

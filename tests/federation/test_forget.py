@@ -15,15 +15,15 @@ from flexperts.artifacts import RunDirectory
 from flexperts.cli.main import app
 from flexperts.config.run import RunConfig
 from flexperts.errors import ArtifactError, FederationError, FlexpertsError
-from flexperts.federation.checkpoint import load_server
-from flexperts.federation.enrolment import change_clients
-from flexperts.federation.forget import forget
 from flexperts.methods.fedamole import FedAMoLE
 from flexperts.methods.fedmoe_da import FedMoEDA, _mix_experts, mixing
 from flexperts.methods.flora import FLoRA
 from flexperts.methods.hetlora import HetLoRA
-from flexperts.methods.server import Server
-from flexperts.parameters.payload import Payload
+from flexperts.methods.kit.server_state import Server
+from flexperts.parameters.vector import Payload
+from flexperts.server.checkpoint import load_server
+from flexperts.server.enrolment import change_clients
+from flexperts.server.forget_client import forget
 
 from .scripted_grid import FOUR, SHARING, START, ScriptedGrid, Silo, bits, expected, losses, run_on, stopped, trio
 

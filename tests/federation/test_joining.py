@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 
 from flexperts.artifacts import RunDirectory
+from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
 from flexperts.data.silos.generate import write_silos
+from flexperts.engines.in_process import run_federation
 from flexperts.errors import ArtifactError, ConfigError, DataError, FlexpertsError
-from flexperts.federation.joining import join
-from flexperts.federation.observer import Observer
-from flexperts.federation.run import run_federation
-from flexperts.federation.trained import TrainedRun
-from flexperts.federation.workspace import Workspace
+from flexperts.finished.joining import join
+from flexperts.finished.trained import TrainedRun
+from flexperts.methods.kit.turn import Turn
 from flexperts.methods.registry import make_method, method_class, method_names
-from flexperts.methods.turn import Turn
+from flexperts.observer import Observer
 from flexperts.parameters.store import load_personal
 from flexperts.recipe import parse_recipe
 from flexperts.testing import METHOD_SETTINGS, save_tiny_base
@@ -367,8 +367,8 @@ def test_rows_that_have_changed_are_no_longer_the_newcomers(finished: Path, work
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from flexperts.federation import joining
-from flexperts.federation.observer import Observer
+from flexperts.finished import joining
+from flexperts.observer import Observer
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)

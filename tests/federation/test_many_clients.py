@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from flexperts.client import workspace as module
+from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
+from flexperts.engines.in_process import run_federation
 from flexperts.errors import ArtifactError
-from flexperts.federation import workspace as module
-from flexperts.federation.joining import join
-from flexperts.federation.run import run_federation
-from flexperts.federation.workspace import Workspace
+from flexperts.finished.joining import join
 from flexperts.methods.fedavg import FedAvg
 
 from .scripted_grid import ScriptedGrid, Silo, run_on

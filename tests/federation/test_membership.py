@@ -15,17 +15,17 @@ from flwr.app import Message
 from flexperts.artifacts import RunDirectory
 from flexperts.communication.messages import records
 from flexperts.config.run import RunConfig
+from flexperts.engines.in_process import run_federation
 from flexperts.errors import ArtifactError, FederationError
-from flexperts.federation import enrolment
-from flexperts.federation.checkpoint import load_server, save_server
-from flexperts.federation.enrolment import enrol, most_common
-from flexperts.federation.exchange import one_line
-from flexperts.federation.membership import Introduction, Membership
-from flexperts.federation.observer import Observer
-from flexperts.federation.run import run_federation
-from flexperts.methods.base import Method, Options
-from flexperts.methods.server import Server
-from flexperts.parameters.payload import Payload
+from flexperts.methods.kit.method import Method, Options
+from flexperts.methods.kit.server_state import Server
+from flexperts.observer import Observer
+from flexperts.parameters.vector import Payload
+from flexperts.server import enrolment
+from flexperts.server.checkpoint import load_server, save_server
+from flexperts.server.enrolment import enrol, most_common
+from flexperts.server.exchange import one_line
+from flexperts.server.membership import Introduction, Membership
 
 from .scripted_grid import (
     BASE,
@@ -296,7 +296,7 @@ def test_a_resumed_run_keeps_its_base_though_most_have_another(recipe: Recipe, t
 
 def test_in_process_too(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client whose base differs is left out, and the others' run is a run of three."""
-    from flexperts.federation.client import Client
+    from flexperts.client.client import Client
 
     join = Client.join
 
@@ -472,8 +472,8 @@ def test_reasons_are_one_line_of_bounded_length() -> None:
 
 def test_messages_of_a_grid_that_streams_are_made_one_by_one(recipe: Recipe, tmp_path: Path) -> None:
     """Only Flower's own grids get all of a round's messages at once."""
-    from flexperts.federation.exchange import sendable
-    from flexperts.federation.inprocess_grid import InProcessGrid
+    from flexperts.engines.grid import InProcessGrid
+    from flexperts.server.exchange import sendable
 
     made: list[int] = []
 

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 
 from flexperts.artifacts import RunDirectory
+from flexperts.client.workspace import Workspace
 from flexperts.config.changes import rounds_before
 from flexperts.config.run import RunConfig
 from flexperts.data.silos.generate import write_silos
+from flexperts.engines.in_process import run_federation
 from flexperts.errors import ArtifactError, ConfigError
-from flexperts.federation.checkpoint import load_server
-from flexperts.federation.extending import rate
-from flexperts.federation.joining import join
-from flexperts.federation.observer import Observer
-from flexperts.federation.run import run_federation
-from flexperts.federation.workspace import Workspace
-from flexperts.methods import turn as turns
+from flexperts.finished.joining import join
+from flexperts.methods.kit import turn as turns
+from flexperts.observer import Observer
+from flexperts.server.checkpoint import load_server
+from flexperts.server.extending import rate
 
 from .test_resume import left_behind
 
@@ -153,7 +153,7 @@ def test_a_kill_between_the_steps_of_an_extension(
         raise BrokenOffError
 
     with monkeypatch.context() as patch:
-        patch.setattr("flexperts.federation.extending.write_text", killed)
+        patch.setattr("flexperts.server.extending.write_text", killed)
         with pytest.raises(BrokenOffError):
             run_federation(rounds_of(config, 3), tmp_path / "run", resume=True, workspace=workspace)
     again = run_federation(config, tmp_path / "run", resume=True, workspace=workspace)

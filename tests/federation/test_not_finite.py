@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from flexperts.cli.display import score_notes, score_table
 from flexperts.config.run import RunConfig
+from flexperts.engines.in_process import run_federation
 from flexperts.errors import ModelError
-from flexperts.federation.joining import join
-from flexperts.federation.observer import Observer
-from flexperts.federation.run import run_federation
-from flexperts.federation.trained import TrainedRun
+from flexperts.finished.joining import join
+from flexperts.finished.trained import TrainedRun
+from flexperts.observer import Observer
 from flexperts.reports.html import html_report
 from flexperts.reports.markdown import markdown_report
 from flexperts.reports.tables import tables

@@ -16,11 +16,11 @@ import pytest
 
 from flexperts.artifacts import RunDirectory
 from flexperts.config.run import RunConfig
+from flexperts.engines.in_process import run_federation
 from flexperts.errors import ArtifactError
-from flexperts.federation.forget import forget
-from flexperts.federation.joining import join
-from flexperts.federation.run import run_federation
 from flexperts.files import LOCK, holder, holding, sole_writer
+from flexperts.finished.joining import join
+from flexperts.server.forget_client import forget
 
 SHORT = ("evaluation.max_new_tokens=2", "evaluation.rows=1", "training.local_steps=1")
 
@@ -149,7 +149,7 @@ RUN = """
     import sys
     from pathlib import Path
     from flexperts.errors import ArtifactError
-    from flexperts.federation.run import run_federation
+    from flexperts.engines.in_process import run_federation
     from flexperts.recipe import parse_recipe
     try:
         run_federation(parse_recipe(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), resume=True)

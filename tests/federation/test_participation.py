@@ -13,15 +13,15 @@ import pytest
 
 from flexperts.communication.messages import Update
 from flexperts.config.run import RunConfig
-from flexperts.federation.checkpoint import load_server
-from flexperts.federation.run import run_federation
-from flexperts.federation.strategy import FlexpertsStrategy
-from flexperts.federation.trained import TrainedRun
-from flexperts.methods.base import Method
+from flexperts.engines.in_process import run_federation
+from flexperts.finished.trained import TrainedRun
 from flexperts.methods.fedavg import FedAvg
-from flexperts.methods.server import Server
-from flexperts.parameters.payload import Payload
+from flexperts.methods.kit.method import Method
+from flexperts.methods.kit.server_state import Server
 from flexperts.parameters.store import load_personal
+from flexperts.parameters.vector import Payload
+from flexperts.server.checkpoint import load_server
+from flexperts.server.strategy import FlexpertsStrategy
 
 Recipe = Callable[..., RunConfig]
 CLIENTS = ["clinic", "help_desk", "law_firm", "shop"]

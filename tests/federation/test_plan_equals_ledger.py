@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 
+from flexperts.client.client import Client, Request, Trained
+from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
-from flexperts.costs.figures import MethodPlan
 from flexperts.costs.models import describe, meta_base
-from flexperts.costs.plan import model_facts, plan_method
-from flexperts.federation.client import Client, Request, Trained
-from flexperts.federation.run import run_federation
-from flexperts.federation.workspace import Workspace
+from flexperts.costs.plan import MethodPlan, model_facts, plan_method
+from flexperts.engines.in_process import run_federation
 from flexperts.methods.registry import method_class, method_names
 from flexperts.testing import METHOD_SETTINGS
 

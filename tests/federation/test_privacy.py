@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
+from flexperts.client.client import Client, Request
+from flexperts.client.model import ClientModel
+from flexperts.client.workspace import Workspace
+from flexperts.communication.flower_private import assume_identity
 from flexperts.config.run import RunConfig
+from flexperts.engines.in_process import run_federation
 from flexperts.errors import ConfigError
-from flexperts.federation.client import Client, Request
-from flexperts.federation.client_model import ClientModel
-from flexperts.federation.flower_private import assume_identity
-from flexperts.federation.privacy import check_additive, check_enough, privacy_spent
-from flexperts.federation.reduction import reduced
-from flexperts.federation.run import run_federation
-from flexperts.federation.workspace import Workspace
+from flexperts.methods.kit.server_state import Server
 from flexperts.methods.registry import make_method, method_class, method_names
-from flexperts.methods.server import Server
+from flexperts.protection.incoming import reduced
+from flexperts.protection.rules import check_additive, check_enough, privacy_spent
 from flexperts.testing import METHOD_SETTINGS
 
 Recipe = Callable[..., RunConfig]
@@ -143,7 +143,7 @@ def test_without_the_accountant_a_run_does_not_start(
     def missing(name: str) -> Any:
         return None if name == "dp_accounting" else find_spec(name)
 
-    monkeypatch.setattr("flexperts.federation.privacy.find_spec", missing)
+    monkeypatch.setattr("flexperts.protection.rules.find_spec", missing)
     assert "pip install 'flexperts[privacy]'" in starts(recipe("privacy.noise=local"), tmp_path / "run")
     config = recipe("compression.kind=fp16", "federation.aggregation=median")
     check_additive(make_method(config.method), config)

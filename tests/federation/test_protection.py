@@ -18,18 +18,17 @@ from torch import Tensor
 from flexperts.cli.display import RunDisplay
 from flexperts.communication.messages import Update
 from flexperts.config.run import RunConfig
+from flexperts.engines.in_process import run_federation
 from flexperts.errors import FederationError
-from flexperts.federation.checkpoint import load_server
-from flexperts.federation.observer import Observer
-from flexperts.federation.privacy import privacy_spent
-from flexperts.federation.protection import RESIDUAL, protect
-from flexperts.federation.run import run_federation
-from flexperts.federation.tracking import scalars
-from flexperts.methods.base import Method
-from flexperts.methods.server import Server
-from flexperts.parameters.payload import Payload
+from flexperts.methods.kit.method import Method
+from flexperts.methods.kit.server_state import Server
+from flexperts.observer import Observer
 from flexperts.parameters.store import load_personal
-from flexperts.parameters.vector import Manifest, Vector
+from flexperts.parameters.vector import Manifest, Payload, Vector
+from flexperts.protection.outgoing import RESIDUAL, protect
+from flexperts.protection.rules import privacy_spent
+from flexperts.server.checkpoint import load_server
+from flexperts.tracking import scalars
 
 Recipe = Callable[..., RunConfig]
 CLIENTS = ["clinic", "help_desk", "law_firm", "shop"]

@@ -11,13 +11,12 @@ import pytest
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg, Krum
 
+from flexperts.communication.flower_private import assume_identity
 from flexperts.communication.messages import Update
 from flexperts.config.run import RunConfig
 from flexperts.errors import FederationError
-from flexperts.federation.flower_private import assume_identity
-from flexperts.federation.reduction import reduced
-from flexperts.parameters.payload import Payload
-from flexperts.parameters.vector import Manifest, Vector
+from flexperts.parameters.vector import Manifest, Payload, Vector
+from flexperts.protection.incoming import reduced
 
 Recipe = Callable[..., RunConfig]
 SIZE = 1000

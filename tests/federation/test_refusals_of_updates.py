@@ -19,15 +19,14 @@ from flexperts.cli.display import RunDisplay
 from flexperts.communication.messages import Update, records
 from flexperts.config.run import RunConfig
 from flexperts.errors import FederationError
-from flexperts.federation.admission import Admission, root_mean_square
-from flexperts.federation.checkpoint import load_server
-from flexperts.federation.round_log import RoundLog
 from flexperts.methods.fedavg import FedAvg
 from flexperts.methods.hetlora import HetLoRA
+from flexperts.methods.kit.server_state import Server
 from flexperts.methods.local import Local
-from flexperts.methods.server import Server
-from flexperts.parameters.payload import Payload
-from flexperts.parameters.vector import Manifest
+from flexperts.parameters.vector import Manifest, Payload
+from flexperts.server.admission import Admission, root_mean_square
+from flexperts.server.checkpoint import load_server
+from flexperts.server.round_log import RoundLog
 
 from .scripted_grid import START, Fault, ScriptedGrid, Silo, Watch, answered, changed, dead, drop, expected, run_on
 

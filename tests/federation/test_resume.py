@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from flexperts.config.run import RunConfig
+from flexperts.engines.in_process import run_federation
 from flexperts.errors import ArtifactError
-from flexperts.federation.checkpoint import load_server
-from flexperts.federation.observer import Observer
-from flexperts.federation.run import run_federation
-from flexperts.federation.trained import TrainedRun
+from flexperts.finished.trained import TrainedRun
+from flexperts.observer import Observer
 from flexperts.parameters.store import load_personal
+from flexperts.server.checkpoint import load_server
 
 Recipe = Callable[..., RunConfig]
 CLIENTS = ["clinic", "help_desk", "law_firm", "shop"]

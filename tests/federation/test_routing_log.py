@@ -14,15 +14,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from flexperts.client.model import ClientModel
+from flexperts.client.routing_log import prompt_batches, routing_lines, write_routing
+from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
 from flexperts.data.batches import PaddedBatch
 from flexperts.errors import ModelError
-from flexperts.federation.client_model import ClientModel
-from flexperts.federation.routing_log import prompt_batches, routing_lines, write_routing
-from flexperts.federation.workspace import Workspace
-from flexperts.methods.base import Method
+from flexperts.methods.kit.method import Method
+from flexperts.methods.kit.turn import Turn
 from flexperts.methods.registry import make_method
-from flexperts.methods.turn import Turn
 from flexperts.modeling.load import load_base
 from flexperts.modeling.routing import record_routing, summarize_routing
 from flexperts.moe.experts import find_experts

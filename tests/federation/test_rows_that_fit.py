@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
+from flexperts.engines.in_process import run_federation
 from flexperts.errors import ConfigError, DataError, FlexpertsError
-from flexperts.federation.observer import Observer, observing
-from flexperts.federation.run import run_federation
-from flexperts.federation.workspace import Workspace
+from flexperts.observer import Observer, observing
 from flexperts.recipe import parse_recipe
 from flexperts.testing import byte_tokenizer, save_tiny_base
 
@@ -74,7 +74,7 @@ CUT = {"instruction": "Q?", "response": "A.", "context": f"{SECRET} " * 20}
 def test_rows_that_are_too_long_are_named_before_the_base_loads(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, str]], named: list[str]
 ) -> None:
-    monkeypatch.setattr("flexperts.federation.workspace.load_base", lambda *_: pytest.fail("the base was loaded"))
+    monkeypatch.setattr("flexperts.client.workspace.load_base", lambda *_: pytest.fail("the base was loaded"))
     with pytest.raises(DataError, match=r"training.max_length = 80") as caught:
         run_federation(silo(tmp_path / "rows", rows, tiny_base), tmp_path / "out")
     assert all(place in str(caught.value) for place in named)

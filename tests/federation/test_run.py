@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from flexperts.artifacts import RunDirectory
+from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
 from flexperts.data.clients import load_clients, partition_manifest
 from flexperts.data.silos.generate import write_silos
-from flexperts.federation.inprocess_grid import InProcessGrid
-from flexperts.federation.run import run_federation
-from flexperts.federation.trained import TrainedRun
-from flexperts.federation.workspace import Workspace
+from flexperts.engines.grid import InProcessGrid
+from flexperts.engines.in_process import run_federation
+from flexperts.finished.trained import TrainedRun
 from flexperts.recipe import parse_recipe
 
 Recipe = Callable[..., RunConfig]
@@ -67,7 +67,7 @@ def test_the_order_of_arrival_changes_nothing(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_federation(recipe(), tmp_path / "lazy")
-    monkeypatch.setattr("flexperts.federation.run.InProcessGrid", ListGrid)
+    monkeypatch.setattr("flexperts.engines.in_process.InProcessGrid", ListGrid)
     run_federation(recipe(), tmp_path / "list")
     lazy, listed = files(tmp_path / "lazy"), files(tmp_path / "list")
     del lazy["rounds.jsonl"], listed["rounds.jsonl"]
@@ -115,7 +115,7 @@ def test_the_base_is_bit_identical_after_a_run(
     config = recipe("method.reference=local", "training.gradient_checkpointing=true")
     resident = Workspace(config)
     before = {name: tensor.clone() for name, tensor in resident.base.model.state_dict().items()}
-    monkeypatch.setattr("flexperts.federation.run.Workspace", lambda config: resident)
+    monkeypatch.setattr("flexperts.engines.in_process.Workspace", lambda config: resident)
     run_federation(config, tmp_path / "run")
     after = resident.base.model.state_dict()
     assert after.keys() == before.keys()

@@ -18,15 +18,15 @@ from accelerate.tracking import GeneralTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from flexperts import tracking
 from flexperts.cli.main import main
 from flexperts.config.run import RunConfig
+from flexperts.engines.in_process import run_federation
 from flexperts.errors import ConfigError
-from flexperts.federation import tracking
-from flexperts.federation.observer import Observer, Observers
-from flexperts.federation.run import run_federation
-from flexperts.federation.tracking import Tracking, hyperparameters, scalars, tracker_names
 from flexperts.files import placeless
+from flexperts.observer import Observer, Observers
 from flexperts.recipe import parse_recipe
+from flexperts.tracking import Tracking, hyperparameters, scalars, tracker_names
 
 Recipe = Callable[..., RunConfig]
 Curves = dict[str, dict[int, float]]

@@ -16,11 +16,11 @@ from flexperts.data.clients import load_clients, partition_manifest, rows_hash
 from flexperts.data.rows import ClientRows, Row
 from flexperts.data.silos.generate import write_silos
 from flexperts.data.unchanged import check_unchanged
+from flexperts.engines.in_process import run_federation
 from flexperts.errors import ArtifactError, DataError
-from flexperts.federation.joining import join
-from flexperts.federation.observer import Observer
-from flexperts.federation.run import run_federation
-from flexperts.federation.trained import TrainedRun
+from flexperts.finished.joining import join
+from flexperts.finished.trained import TrainedRun
+from flexperts.observer import Observer
 
 SHORT = ("evaluation.max_new_tokens=2", "evaluation.rows=2", "training.local_steps=1")
 

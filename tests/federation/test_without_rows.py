@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 
 from flexperts.artifacts import RunDirectory
+from flexperts.client.workspace import Workspace
 from flexperts.config.data import DataConfig
 from flexperts.config.run import RunConfig
 from flexperts.data.silos.generate import write_silos
+from flexperts.engines.in_process import run_federation
 from flexperts.errors import ArtifactError, DataError, FlexpertsError, ModelError
 from flexperts.export.exporting import export_run
-from flexperts.federation.elsewhere import rows_elsewhere
-from flexperts.federation.joining import join
-from flexperts.federation.run import run_federation
-from flexperts.federation.trained import TrainedRun
-from flexperts.federation.workspace import Workspace
+from flexperts.finished.elsewhere import rows_elsewhere
+from flexperts.finished.joining import join
+from flexperts.finished.trained import TrainedRun
 from flexperts.methods.registry import method_class, method_names
 from flexperts.recipe import parse_recipe
-from flexperts.serving.lanes import lanes_of
+from flexperts.serving.engine.lanes import lanes_of
 from flexperts.testing import METHOD_SETTINGS, save_tiny_base
 
 SHORT = ("evaluation.max_new_tokens=4", "evaluation.rows=2", "training.local_steps=1", "training.lr=0.05")
@@ -209,7 +209,7 @@ def test_a_file_that_the_run_has_split_is_split_again(
 
 
 def test_an_encoded_row_is_read_when_it_is_looked_at(config: RunConfig, workspace: Workspace) -> None:
-    from flexperts.federation.workspace import TrainRows
+    from flexperts.client.workspace import TrainRows
 
     read: list[int] = []
 

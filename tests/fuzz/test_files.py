@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from flexperts.artifacts import RunDirectory
+from flexperts.checked_file import write_sealed
 from flexperts.config.data import ClientFiles, DataConfig
 from flexperts.data.clients import load_clients
 from flexperts.data.sources import read_source
 from flexperts.errors import DataError
-from flexperts.federation.checkpoint import load_server, save_server
-from flexperts.methods.server import Server
-from flexperts.parameters.payload import Payload
-from flexperts.parameters.sealed import write_sealed
+from flexperts.methods.kit.server_state import Server
 from flexperts.parameters.store import PersonalMeta, PersonalStore, load_personal, save_personal
+from flexperts.parameters.vector import Payload
 from flexperts.recipe import parse_recipe
+from flexperts.server.checkpoint import load_server, save_server
 
 META = PersonalMeta("bank", "b" * 64, 3, "s" * 64, {"model.layers.0": (2, 0)}, {"model.layers.0": [0.1, 2.0]})
 TENSORS = {"graft.up": torch.arange(6.0).reshape(2, 3), "graft.half": torch.ones(3).bfloat16()}

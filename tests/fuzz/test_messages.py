@@ -14,13 +14,12 @@ from harness import PLAIN, TEXT, fuzz, mutated
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from flexperts.communication.adapter_folder import write_adapter
 from flexperts.communication.compression import pack
 from flexperts.communication.messages import payload_of, records
 from flexperts.config.federation import CompressionConfig
 from flexperts.deployment import wire
-from flexperts.federation.adapter import write_adapter
-from flexperts.parameters.payload import Payload
-from flexperts.parameters.vector import Manifest
+from flexperts.parameters.vector import Manifest, Payload
 
 MANIFEST = Manifest(("base_model.a", "part.b"), ((2, 3), ()))
 SENT = Payload(MANIFEST, np.arange(7, dtype=np.float32))

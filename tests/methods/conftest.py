@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from flexperts.client.model import ClientModel
+from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
-from flexperts.federation.client_model import ClientModel
-from flexperts.federation.workspace import Workspace
-from flexperts.methods.base import Method
+from flexperts.methods.kit.method import Method
+from flexperts.methods.kit.turn import Turn
 from flexperts.methods.registry import make_method
-from flexperts.methods.turn import Turn
 from flexperts.training.local import LocalSettings
 
 CLIENT = "clinic"

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from flexperts.client.client import Client
+from flexperts.client.model import ClientModel
+from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
-from flexperts.federation.client import Client
-from flexperts.federation.client_model import ClientModel
-from flexperts.federation.run import run_federation
-from flexperts.federation.workspace import Workspace
+from flexperts.engines.in_process import run_federation
 from flexperts.methods.registry import make_method
 
 Recipe = Callable[..., RunConfig]
@@ -50,7 +50,7 @@ def test_local_lora_is_a_federation_of_one(recipe: Recipe, tmp_path: Path) -> No
     assert all(set(r["declared"]["uplink"].values()) == {0} for r in rounds(tmp_path / "local"))
     config = recipe("method.name=fedavg", "training.lr=0.02", "federation.participation=0.01", SHORT)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flexperts.methods.base.Method.participants", lambda self, server, sampled: ["shop"])
+        patch.setattr("flexperts.methods.kit.method.Method.participants", lambda self, server, sampled: ["shop"])
         run_federation(config, tmp_path / "alone")
     alone = load_file(tmp_path / "alone" / "shared" / "adapter_model.safetensors")
     kept = load_file(tmp_path / "local" / "personal" / "shop.safetensors")

@@ -14,12 +14,12 @@ import torch
 
 from flexperts.communication.messages import Update
 from flexperts.config.run import RunConfig
+from flexperts.engines.in_process import run_federation
 from flexperts.errors import ConfigError
-from flexperts.federation.run import run_federation
-from flexperts.federation.trained import TrainedRun
+from flexperts.finished.trained import TrainedRun
 from flexperts.methods.fedamole import FedAMoLE, affinity, assign, balanced
-from flexperts.methods.server import Server
-from flexperts.parameters.payload import Payload
+from flexperts.methods.kit.server_state import Server
+from flexperts.parameters.vector import Payload
 
 SITE = "mixture.sites.q"
 

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+from flexperts.client.client import Client, Request
+from flexperts.client.model import ClientModel
+from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
-from flexperts.federation.checkpoint import load_server
-from flexperts.federation.client import Client, Request
-from flexperts.federation.client_model import ClientModel
-from flexperts.federation.run import run_federation
-from flexperts.federation.workspace import Workspace
-from flexperts.grafting.expert_adapters import ExpertAdapters
+from flexperts.engines.in_process import run_federation
+from flexperts.methods.kit.server_state import Server
 from flexperts.methods.registry import make_method
-from flexperts.methods.server import Server
+from flexperts.parts.expert_adapters import ExpertAdapters
+from flexperts.server.checkpoint import load_server
 
 Recipe = Callable[..., RunConfig]
 # The tiny base: 2 layers of 4 experts, hidden 32, intermediate 16, gate and up in one matrix.

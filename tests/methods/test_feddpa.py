@@ -17,15 +17,14 @@ from torch import Tensor
 from flexperts.data.batches import PaddedBatch
 from flexperts.data.prompts import PromptEncoder
 from flexperts.data.rows import Row
+from flexperts.engines.in_process import run_federation
 from flexperts.errors import FederationError
 from flexperts.evaluation.generation import generate, prompt_batch
 from flexperts.evaluation.scores import EvaluationSettings, evaluate
-from flexperts.federation.run import run_federation
-from flexperts.methods.feddpa import InstanceWeights
-from flexperts.methods.feddpa_f import FedDPAF
-from flexperts.methods.server import Server
-from flexperts.methods.turn import Turn
-from flexperts.parameters.payload import Payload
+from flexperts.methods.feddpa import FedDPAF, InstanceWeights
+from flexperts.methods.kit.server_state import Server
+from flexperts.methods.kit.turn import Turn
+from flexperts.parameters.vector import Payload
 from flexperts.seeding import generator
 from flexperts.testing import byte_tokenizer
 

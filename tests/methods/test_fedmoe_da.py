@@ -12,11 +12,11 @@ from torch import Tensor
 
 from flexperts.communication.messages import Update
 from flexperts.config.run import RunConfig
-from flexperts.federation.run import run_federation
-from flexperts.federation.trained import TrainedRun
+from flexperts.engines.in_process import run_federation
+from flexperts.finished.trained import TrainedRun
 from flexperts.methods.fedmoe_da import FedMoEDA, mixing
-from flexperts.methods.server import Server
-from flexperts.parameters.payload import Payload
+from flexperts.methods.kit.server_state import Server
+from flexperts.parameters.vector import Payload
 
 LORA, ROUTER, PROXY = "base_model.q.lora_A.weight", "router.layers.moe", "derived.router_rows.moe"
 

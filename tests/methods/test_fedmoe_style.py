@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 import torch
 
+from flexperts.client.client import Client
+from flexperts.client.model import ClientModel
+from flexperts.client.workspace import Workspace
 from flexperts.communication.messages import Update
 from flexperts.config.run import RunConfig
-from flexperts.federation.client import Client
-from flexperts.federation.client_model import ClientModel
-from flexperts.federation.run import run_federation
-from flexperts.federation.trained import TrainedRun
-from flexperts.federation.workspace import Workspace
-from flexperts.grafting.selection import LayerScores
+from flexperts.engines.in_process import run_federation
+from flexperts.finished.trained import TrainedRun
 from flexperts.methods.fedmoe_style import FedMoEStyle, most_activated
+from flexperts.methods.kit.server_state import Server
 from flexperts.methods.registry import make_method
-from flexperts.methods.server import Server
-from flexperts.parameters.payload import Payload
+from flexperts.parameters.vector import Payload
+from flexperts.selection.selection import LayerScores
 
 LORA, ROUTER = "base_model.q.lora_A.weight", "router.layers.moe"
 

@@ -14,11 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from flexperts.engines.in_process import run_federation
 from flexperts.errors import ConfigError
-from flexperts.federation.run import run_federation
-from flexperts.methods.fedper import FedPer
-from flexperts.methods.fedrep import FedRep
-from flexperts.methods.turn import Turn
+from flexperts.methods.fedper import FedPer, FedRep
+from flexperts.methods.kit.turn import Turn
 
 
 def names(blocks: int) -> list[str]:

@@ -20,18 +20,18 @@ from torch import Tensor, nn
 from flexperts.communication.messages import Update, encode
 from flexperts.config.run import RunConfig
 from flexperts.data.prompts import Example
+from flexperts.engines.in_process import run_federation
 from flexperts.errors import ConfigError
-from flexperts.federation.run import run_federation
-from flexperts.methods.base import Method
 from flexperts.methods.fedavg import FedAvg
 from flexperts.methods.fedprox import FedProx
-from flexperts.methods.proximal import proximal
+from flexperts.methods.kit.local_steps import proximal
+from flexperts.methods.kit.method import Method
+from flexperts.methods.kit.server_state import Server
+from flexperts.methods.kit.turn import Prepared, Site, Turn
 from flexperts.methods.registry import method_class
 from flexperts.methods.scaffold import Scaffold
-from flexperts.methods.server import Server
-from flexperts.methods.turn import Prepared, Site, Turn
-from flexperts.parameters.payload import Payload
 from flexperts.parameters.split import split_parameters
+from flexperts.parameters.vector import Payload
 from flexperts.training.local import LocalSettings, TrainResult
 
 Recipe = Callable[..., RunConfig]

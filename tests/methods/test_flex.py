@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flexperts.config.run import RunConfig
-from flexperts.federation.checkpoint import load_server
-from flexperts.federation.run import run_federation
-from flexperts.grafting.expert_adapters import ExpertAdapters
-from flexperts.grafting.grafts import Grafts
+from flexperts.engines.in_process import run_federation
 from flexperts.methods.flex import Flex
 from flexperts.parameters.store import load_personal
+from flexperts.parts.expert_adapters import ExpertAdapters
+from flexperts.parts.grafts import Grafts
+from flexperts.server.checkpoint import load_server
 
 Recipe = Callable[..., RunConfig]
 

@@ -13,12 +13,11 @@ import torch
 
 from flexperts.communication.messages import Update
 from flexperts.config.run import RunConfig
-from flexperts.federation.run import run_federation
-from flexperts.federation.trained import TrainedRun
-from flexperts.methods.expert_budget import ExpertBudget, routing_matrix, values_of
-from flexperts.methods.hfedmoe_style import HFedMoEStyle
-from flexperts.methods.server import Server
-from flexperts.parameters.payload import Payload
+from flexperts.engines.in_process import run_federation
+from flexperts.finished.trained import TrainedRun
+from flexperts.methods.hfedmoe_style import ExpertBudget, HFedMoEStyle, routing_matrix, values_of
+from flexperts.methods.kit.server_state import Server
+from flexperts.parameters.vector import Payload
 
 INDEX = torch.tensor([[0, 1], [1, 2], [0, 2]])
 WEIGHTS = torch.tensor([[0.6, 0.3], [0.7, 0.2], [0.1, 0.5]])

@@ -14,19 +14,19 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from flexperts.client.client import Client, Request
+from flexperts.client.model import ClientModel
+from flexperts.client.workspace import Workspace
 from flexperts.communication.messages import Update, payload_of
 from flexperts.config.run import RunConfig
-from flexperts.federation.client import Client, Request
-from flexperts.federation.client_model import ClientModel
-from flexperts.federation.inprocess_grid import InProcessGrid
-from flexperts.federation.run import run_federation
-from flexperts.federation.trained import TrainedRun
-from flexperts.federation.workspace import Workspace
+from flexperts.engines.grid import InProcessGrid
+from flexperts.engines.in_process import run_federation
+from flexperts.finished.trained import TrainedRun
 from flexperts.methods.ffa_lora import FFALoRA
+from flexperts.methods.kit.server_state import Server
 from flexperts.methods.registry import make_method
-from flexperts.methods.server import Server
-from flexperts.parameters.payload import Payload
 from flexperts.parameters.store import load_personal, save_personal
+from flexperts.parameters.vector import Payload
 
 Recipe = Callable[..., RunConfig]
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from flexperts.config.run import RunConfig
+from flexperts.engines.in_process import run_federation
 from flexperts.errors import ConfigError
-from flexperts.federation.run import run_federation
 from flexperts.methods.registry import make_method
 
 # The tiny base: 2 layers of 4 experts, hidden 32, intermediate 16, gate and up in one matrix.

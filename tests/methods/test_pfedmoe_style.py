@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from flexperts.artifacts import RunDirectory
-from flexperts.federation.checkpoint import load_server
-from flexperts.federation.run import run_federation
+from flexperts.engines.in_process import run_federation
+from flexperts.server.checkpoint import load_server
 
 
 def test_only_g_is_shared_and_only_the_pairs_train(take_turn: Any) -> None:

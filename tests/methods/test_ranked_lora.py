@@ -16,19 +16,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from flexperts.client.client import Client, Request
+from flexperts.client.model import ClientModel
+from flexperts.client.workspace import Workspace
 from flexperts.communication.messages import Update
 from flexperts.config.run import RunConfig
+from flexperts.engines.in_process import run_federation
 from flexperts.errors import ConfigError, FederationError
-from flexperts.federation.client import Client, Request
-from flexperts.federation.client_model import ClientModel
-from flexperts.federation.run import run_federation
-from flexperts.federation.trained import TrainedRun
-from flexperts.federation.workspace import Workspace
+from flexperts.finished.trained import TrainedRun
 from flexperts.methods.flexlora import truncated
 from flexperts.methods.flora import FLoRA
+from flexperts.methods.kit.server_state import Server
 from flexperts.methods.registry import make_method, method_class
-from flexperts.methods.server import Server
-from flexperts.parameters.payload import Payload
+from flexperts.parameters.vector import Payload
 
 Recipe = Callable[..., RunConfig]
 Array = NDArray[np.float64]

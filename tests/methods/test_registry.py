@@ -47,7 +47,7 @@ def test_a_name_that_is_taken_is_refused_and_nothing_is_replaced(
         ("flexperts.methods.fedavg:NotThere", "cannot be imported"),
         ("flexperts.methods.fedavg", "cannot be imported"),
         (":FedAvg", "cannot be imported"),
-        ("flexperts.methods.server:Server", "must be a subclass of flexperts.Method"),
+        ("flexperts.methods.kit.server_state:Server", "must be a subclass of flexperts.Method"),
         ("flexperts.methods.registry:make_method", "must be a subclass of flexperts.Method"),
     ],
 )

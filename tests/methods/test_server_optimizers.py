@@ -14,14 +14,14 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
 from safetensors.torch import load_file
 
+from flexperts.communication.flower_private import assume_identity
 from flexperts.communication.messages import Update
 from flexperts.config.run import RunConfig
-from flexperts.federation.flower_private import assume_identity
-from flexperts.federation.run import run_federation
-from flexperts.methods.base import Method
+from flexperts.engines.in_process import run_federation
+from flexperts.methods.kit.method import Method
+from flexperts.methods.kit.server_state import Server
 from flexperts.methods.registry import method_class
-from flexperts.methods.server import Server
-from flexperts.parameters.payload import Payload
+from flexperts.parameters.vector import Payload
 
 Recipe = Callable[..., RunConfig]
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from flexperts.config.run import RunConfig
-from flexperts.federation.run import run_federation
-from flexperts.federation.trained import TrainedRun
-from flexperts.parameters.payload import Payload
+from flexperts.engines.in_process import run_federation
+from flexperts.finished.trained import TrainedRun
+from flexperts.parameters.vector import Payload
 from flexperts.serving.contract import ModelName, Piece, Sampling
-from flexperts.serving.engine import ServingEngine
+from flexperts.serving.engine.engine import ServingEngine
 
 Recipe = Callable[..., RunConfig]
 QUESTIONS = ("Hi", "Sum up the note about the till and the shelf please", "Why?", "What is this note about?")

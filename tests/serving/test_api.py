@@ -10,8 +10,8 @@ import httpx
 import openai
 import pytest
 
-from flexperts.serving.keys import OPERATOR
-from flexperts.serving.limits import Limits
+from flexperts.serving.http.keys import OPERATOR
+from flexperts.serving.http.limits import Limits
 
 from .scripted_engine import (
     ASK,

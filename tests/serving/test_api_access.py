@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from flexperts.serving.address import Address
-from flexperts.serving.keys import OPERATOR
+from flexperts.serving.http.keys import OPERATOR
+from flexperts.serving.http.server import Address
 
 from .scripted_engine import ASK, KEYS, ScriptedEngine, Served, bearer, openai_of, served, told
 

@@ -13,9 +13,9 @@ import openai
 import pytest
 
 from flexperts.errors import ServingError
-from flexperts.serving import chat, delivery
-from flexperts.serving.keys import OPERATOR
-from flexperts.serving.limits import Limits
+from flexperts.serving.http import chat, delivery
+from flexperts.serving.http.keys import OPERATOR
+from flexperts.serving.http.limits import Limits
 
 from .scripted_engine import (
     ASK,

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from flexperts.serving.contract import Piece, Sampling
-from flexperts.serving.decoding import Decoding, nucleus
+from flexperts.serving.engine.decoding import Decoding, nucleus
 from flexperts.testing import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from flexperts.errors import ConfigError, DataError, FlexpertsError, ServingError
-from flexperts.federation.trained import TrainedRun
-from flexperts.serving.batch import Batch
+from flexperts.finished.trained import TrainedRun
 from flexperts.serving.contract import ModelName, Piece, Sampling
-from flexperts.serving.engine import ServingEngine
+from flexperts.serving.engine.batch import Batch
+from flexperts.serving.engine.engine import ServingEngine
 
 from .disturbed_run import (
     LENGTH,
@@ -244,7 +244,7 @@ def test_a_failed_batch_is_told_to_all_its_rows_and_the_next_one_works(
             patch.undo()  # the base itself still computes
             raise torch.OutOfMemoryError("no room")
 
-        patch.setattr("flexperts.serving.batch.next_logits", forward)
+        patch.setattr("flexperts.serving.engine.batch.next_logits", forward)
         found = ask_all(engine, [(CLINIC, "Hi"), (SHOP, "Why?")])
     assert all(isinstance(asked.pieces[-1].error, ServingError) for asked in found)
     assert all("OutOfMemoryError" in str(asked.pieces[-1].error) for asked in found)
@@ -332,7 +332,7 @@ def test_a_base_that_computes_no_more_ends_the_engine(trained: TrainedRun, monke
 
     monkeypatch.setattr(trained, "close", lambda: None)
     with serving(trained) as engine:
-        monkeypatch.setattr("flexperts.serving.batch.next_logits", broken)
+        monkeypatch.setattr("flexperts.serving.engine.batch.next_logits", broken)
         asked = ask(engine, CLINIC, "Hi")
         asked.wait()
         engine._thread.join(10)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flexperts.errors import ConfigError, FlexpertsError
-from flexperts.serving.keys import OPERATOR, KeyRing, hash_of, load_keys, make_keys, may_call
+from flexperts.serving.http.keys import OPERATOR, KeyRing, hash_of, load_keys, make_keys, may_call
 
 CLIENTS = ["clinic", "shop"]
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexperts.federation.trained import TrainedRun
-from flexperts.grafting.personal_expert import FullExpert
+from flexperts.finished.trained import TrainedRun
+from flexperts.parts.personal_expert import FullExpert
 from flexperts.serving.contract import ModelName, find_model
-from flexperts.serving.lanes import MixedLane, OwnLane, lanes_of
-from flexperts.serving.mixed_grafts import MixedGrafts
-from flexperts.serving.models import Additions, additions, all_models
+from flexperts.serving.engine.additions import Additions, additions, all_models
+from flexperts.serving.engine.lanes import MixedLane, OwnLane, lanes_of
+from flexperts.serving.engine.mixed_grafts import MixedGrafts
 
 from .disturbed_run import Recipe, disturbed_run
 

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from flexperts.errors import ServingError
-from flexperts.serving.keys import OPERATOR
+from flexperts.serving.http.keys import OPERATOR
 
 from .scripted_engine import KEYS, ScriptedEngine, Served, served, until
 

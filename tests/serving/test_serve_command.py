@@ -22,10 +22,10 @@ import pytest
 
 from flexperts.cli.main import main
 from flexperts.config.run import RunConfig
-from flexperts.federation.run import run_federation
-from flexperts.federation.trained import TrainedRun
-from flexperts.serving.engine import open_engine
-from flexperts.serving.keys import OPERATOR
+from flexperts.engines.in_process import run_federation
+from flexperts.finished.trained import TrainedRun
+from flexperts.serving.engine.engine import open_engine
+from flexperts.serving.http.keys import OPERATOR
 
 from .scripted_engine import KEYS, Served, bearer, served, until
 

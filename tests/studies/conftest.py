@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from flexperts.federation.run import run_federation
+from flexperts.engines.in_process import run_federation
 from flexperts.recipe import load_recipe
 from flexperts.studies.collect import collect_comparison
 from flexperts.studies.entries import Plan, plan_comparison

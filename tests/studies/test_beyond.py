@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from flexperts.data.rows import Row
+from flexperts.engines.in_process import run_federation
 from flexperts.errors import DataError
-from flexperts.evaluation.rouge import rouge_l
-from flexperts.federation.run import run_federation
-from flexperts.federation.trained import TrainedRun
+from flexperts.evaluation.scores import rouge_l
+from flexperts.finished.trained import TrainedRun
 from flexperts.recipe import load_recipe
 from flexperts.studies.collect import collect_run
 

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flexperts.engines.in_process import run_federation
 from flexperts.errors import ArtifactError
-from flexperts.evaluation.statistics import Paired, paired_bootstrap
-from flexperts.federation.run import run_federation
 from flexperts.recipe import load_recipe
 from flexperts.reports.html import html_report
 from flexperts.reports.markdown import markdown_report
 from flexperts.seeding import derive_seed
 from flexperts.studies.collect import collect_comparison, collect_run
+from flexperts.studies.statistics import Paired, paired_bootstrap
 
 Json = dict[str, Any]
 Entries = dict[str, Json]

@@ -11,8 +11,8 @@ import pytest
 
 from flexperts.cli.main import main
 from flexperts.export.exporting import export_run
-from flexperts.federation.joining import join
 from flexperts.files import read_json
+from flexperts.finished.joining import join
 
 SECRETS = {key: f"zq{key}zq" for key in ("instruction", "context", "response", "extra")}
 """What stands in the rows' columns, one of which no setting names."""

@@ -21,12 +21,12 @@ from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flexperts.artifacts import RunDirectory
+from flexperts.client.client import Client
 from flexperts.config.run import RunConfig
 from flexperts.errors import ArtifactError, ConfigError, FlexpertsError
-from flexperts.federation.client import Client
-from flexperts.federation.observer import Observer
 from flexperts.files import read_json
-from flexperts.methods.turn import Turn
+from flexperts.methods.kit.turn import Turn
+from flexperts.observer import Observer
 from flexperts.studies import runner
 from flexperts.studies.collect import collect_comparison
 from flexperts.studies.entries import Plan, plan_comparison

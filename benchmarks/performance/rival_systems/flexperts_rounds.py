@@ -17,9 +17,9 @@ from clock import Clock
 from torch import Tensor
 from work import Work
 
-from flexperts.federation.checkpoint import load_server
-from flexperts.federation.observer import Observer
-from flexperts.federation.run import run_federation
+from flexperts.engines.in_process import run_federation
+from flexperts.observer import Observer
+from flexperts.server.checkpoint import load_server
 
 
 class RoundsDoneError(Exception):

@@ -23,9 +23,9 @@ from torch import Tensor
 from work import Work
 
 from flexperts.artifacts import RunDirectory
+from flexperts.client.answer import app as flexperts_client
 from flexperts.config.run import RunConfig
-from flexperts.federation.client_app import app as flexperts_client
-from flexperts.federation.server import serve
+from flexperts.server.serve import serve
 
 
 def run(work: Work, clock: Clock) -> dict[str, Tensor]:

@@ -11,13 +11,11 @@ works. The client's rows stay in memory between messages, as FlowerTune's do.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
-from typing import Any
+from functools import cache, partial
 
 from clock import Clock
 from datasets import Dataset
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
@@ -26,7 +24,7 @@ from trainer_per_client import adapted_model, texts, train
 from transformers import AutoTokenizer
 from work import Work
 
-from flexperts.federation.inprocess_grid import InProcessGrid
+from flexperts.engines.grid import InProcessGrid
 
 
 class TimedFedAvg(FedAvg):
@@ -57,28 +55,24 @@ class TimedFedAvg(FedAvg):
 
 def run(work: Work, clock: Clock) -> dict[str, Tensor]:
     """Run the rounds and return the averaged adapter."""
-    nodes: dict[int, Any] = {number: {"client": name} for number, name in enumerate(sorted(work.clients), 1)}
-    grid = InProcessGrid(client_app(work), nodes, {})
+    nodes = {number: partial(answer, work, name) for number, name in enumerate(sorted(work.clients), 1)}
     start = ArrayRecord(get_peft_model_state_dict(adapted_model(work)))
-    return TimedFedAvg(clock).start(grid, start, num_rounds=work.rounds).arrays.to_torch_state_dict()
+    return (
+        TimedFedAvg(clock).start(InProcessGrid(nodes), start, num_rounds=work.rounds).arrays.to_torch_state_dict()
+    )
 
 
-def client_app(work: Work) -> ClientApp:
-    """Return the app that answers train messages."""
-    app = ClientApp()
+@cache
+def rows(work: Work, name: str) -> Dataset:
+    """Return a client's rows, which stay in memory."""
+    return texts(work, name)
 
-    @cache
-    def rows(name: str) -> Dataset:
-        return texts(work, name)
 
-    @app.train()
-    def answer(message: Message, context: Context) -> Message:
-        name, number = str(context.node_config["client"]), int(message.content["config"]["server-round"])
-        tokenizer, model = AutoTokenizer.from_pretrained(work.base), adapted_model(work)
-        set_peft_model_state_dict(model, message.content["arrays"].to_torch_state_dict())
-        steps, tokens = train(work, model, tokenizer, rows(name).select(work.order(name, number)), number)
-        told = MetricRecord({"rows": len(rows(name)), "steps": steps, "tokens": tokens})
-        arrays = ArrayRecord(get_peft_model_state_dict(model))
-        return Message(RecordDict({"arrays": arrays, "metrics": told}), reply_to=message)
-
-    return app
+def answer(work: Work, name: str, kind: str, content: RecordDict) -> RecordDict:
+    """Train for one message."""
+    number = int(content["config"]["server-round"])
+    tokenizer, model = AutoTokenizer.from_pretrained(work.base), adapted_model(work)
+    set_peft_model_state_dict(model, content["arrays"].to_torch_state_dict())
+    steps, tokens = train(work, model, tokenizer, rows(work, name).select(work.order(name, number)), number)
+    told = MetricRecord({"rows": len(rows(work, name)), "steps": steps, "tokens": tokens})
+    return RecordDict({"arrays": ArrayRecord(get_peft_model_state_dict(model)), "metrics": told})

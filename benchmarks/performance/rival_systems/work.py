@@ -11,12 +11,12 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
 
-from flexperts.base.build import resolve_base
 from flexperts.config.run import RunConfig
 from flexperts.data.batches import training_batches
 from flexperts.data.clients import Clients, load_clients
 from flexperts.data.prompts import Example, PromptEncoder
 from flexperts.seeding import generator
+from flexperts.smol_moe.build import resolve_base
 
 BASE, STEPS, BATCH = "smol-moe", 2, 2
 TRAIN_ROWS, TEST_ROWS = 16, 4

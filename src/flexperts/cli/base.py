@@ -30,7 +30,7 @@ def build(
     force: Annotated[bool, typer.Option(help="Build again even if the cache holds it.")] = False,
 ) -> None:
     """Build a base and print its folder, an ordinary transformers model."""
-    from flexperts.base.build import build_base, to_stderr
+    from flexperts.smol_moe.build import build_base, to_stderr
 
     typer.echo(build_base(name, source=source, force=force, report=to_stderr))
 
@@ -46,6 +46,6 @@ def partition(
     source: Annotated[Optional[str], typer.Option(help=_SOURCE)] = None,  # noqa: UP045
 ) -> None:
     """Compute a base's neuron partition and routers afresh from the shipped texts (about a minute)."""
-    from flexperts.base.build import to_stderr, write_partition
+    from flexperts.smol_moe.build import to_stderr, write_partition
 
     typer.echo(write_partition(name, out=out, source=source, seed=seed, report=to_stderr))

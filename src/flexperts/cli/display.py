@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from flexperts.cli.console import console as terminal
-from flexperts.federation.observer import Observer
+from flexperts.observer import Observer
 from flexperts.reports.cells import size
 
 
@@ -165,7 +165,7 @@ def _states(summary: Mapping[str, Any]) -> set[str]:
 
 
 def _cell(scores: Mapping[str, Any] | None, state: str) -> str:
-    from flexperts.federation.summary import score_text
+    from flexperts.server.summary import score_text
 
     return "-" if scores is None else score_text(scores["rouge_l"][state], scores["nll"][state])
 

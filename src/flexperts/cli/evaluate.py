@@ -31,11 +31,11 @@ def command(
     RunDirectory.open(run).summary()  # say what is wrong with the path before anything heavy loads
 
     from flexperts.cli.display import RunDisplay
-    from flexperts.federation.answer_limit import answer_limit, check_limit
-    from flexperts.federation.elsewhere import rows_elsewhere, said
-    from flexperts.federation.observer import observing
-    from flexperts.federation.summary import not_finite_of
-    from flexperts.federation.trained import TrainedRun
+    from flexperts.client.answer_limit import answer_limit, check_limit
+    from flexperts.finished.elsewhere import rows_elsewhere, said
+    from flexperts.finished.trained import TrainedRun
+    from flexperts.observer import observing
+    from flexperts.server.summary import not_finite_of
 
     with RunDisplay() as display, observing(display):
         display.stage("loading the base, reading rows")
@@ -62,7 +62,7 @@ def command(
 def _table(scores: dict[str, Any], marks: Mapping[str, str]) -> Any:
     from rich.table import Table
 
-    from flexperts.federation.summary import score_text
+    from flexperts.server.summary import score_text
 
     others = any("other rows" in mark for mark in marks.values())
     rows = "rows given here, not all of them the run's" if others else "each client's own scored rows"

@@ -17,7 +17,7 @@ def command(
     What it has taught the shared weights stays in them; its own files at the silo are not touched.
     """
     from flexperts.artifacts import RunDirectory
-    from flexperts.federation.forget import forget
+    from flexperts.server.forget_client import forget
 
     forget(RunDirectory.open(run), client)
     typer.echo(f"{client} is out; go on with `flexperts run --resume`")

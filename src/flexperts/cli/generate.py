@@ -47,6 +47,6 @@ def command(
 
     RunDirectory.open(run).summary()  # say what is wrong with the path before anything heavy loads
 
-    from flexperts.federation.trained import TrainedRun
+    from flexperts.finished.trained import TrainedRun
 
     say(TrainedRun(run, base=base).generate(client, instruction, context, state, max_new_tokens=max_tokens))

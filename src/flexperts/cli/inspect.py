@@ -18,7 +18,7 @@ def command(
     ] = [],  # noqa: B006 - typer copies it
 ) -> None:
     """Show a model's experts modules, its attention projections, and the split of its parameters."""
-    from flexperts.federation.client_model import ClientModel
+    from flexperts.client.model import ClientModel
     from flexperts.methods.registry import make_method
     from flexperts.modeling.load import load_base
     from flexperts.modeling.quantization import storage
@@ -39,7 +39,7 @@ def _show(base: Any, model: Any, projections: Sequence[str], stored: Any) -> Non
     from flexperts.cli.console import console as terminal
     from flexperts.cli.display import split_table
     from flexperts.cli.preflight import storage_table
-    from flexperts.methods.turn import Prepared
+    from flexperts.methods.kit.turn import Prepared
 
     console = terminal()
     kind = type(base.model).__name__

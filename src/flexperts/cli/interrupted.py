@@ -66,7 +66,7 @@ def standing(out: Path, again: str) -> str:
 def _rounds(run: Any) -> str:
     import tomllib
 
-    from flexperts.federation.checkpoint import saved_round
+    from flexperts.server.checkpoint import saved_round
 
     settings = tomllib.loads(run.config_toml)
     rounds, method = settings["federation"]["rounds"], settings["method"]["name"]

@@ -49,7 +49,7 @@ def command(
     summary = RunDirectory.open(run).summary()  # say what is wrong with the path before anything heavy loads
 
     from flexperts.cli.display import RunDisplay, cut_line
-    from flexperts.federation.joining import join
+    from flexperts.finished.joining import join
 
     with stoppable(lambda: "nobody has joined; the same command starts again"), RunDisplay() as display:
         record = join(
@@ -78,7 +78,7 @@ def _table(record: dict[str, Any], summary: dict[str, Any]) -> Any:
     """Return the newcomer's scores beside the mean of those who took part."""
     from rich.table import Table
 
-    from flexperts.federation.summary import score_text
+    from flexperts.server.summary import score_text
 
     states = list(record["rouge_l"])
     title = "ROUGE-L (NLL), each on its own scored rows"

@@ -23,14 +23,14 @@ def check_memory(config: RunConfig) -> None:
     Raises:
         ModelError: It does not fit; the message lists the settings that lower it.
     """
-    from flexperts.base.build import resolve_base
     from flexperts.cli.console import console as terminal
     from flexperts.errors import FlexpertsError
+    from flexperts.smol_moe.build import resolve_base
 
     model, console = config.model, terminal()
     if not model.preflight or model.trust_remote_code or _is_small(Path(resolve_base(model.base))):
         return
-    from flexperts.costs.lengths import row_lengths
+    from flexperts.costs.activations import row_lengths
     from flexperts.costs.preflight import Estimator, check_fits
     from flexperts.data.clients import load_clients
 

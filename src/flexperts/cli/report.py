@@ -33,7 +33,7 @@ _WIDE = 120
 
 def report(console: Any, comparison: Mapping[str, Any], out: Path) -> None:
     """Write a comparison's files and print its main table."""
-    from flexperts.reports.files import write_reports
+    from flexperts.reports.html import write_reports
     from flexperts.reports.reading import rows_shown
     from flexperts.reports.tables import tables
 

@@ -78,9 +78,9 @@ def _run(config: RunConfig, out: Path, resume: bool, track: Sequence[str], again
     check_memory(config)
 
     from flexperts.cli.display import RunDisplay
-    from flexperts.federation.observer import Observers
-    from flexperts.federation.run import run_federation
-    from flexperts.federation.tracking import Tracking
+    from flexperts.engines.in_process import run_federation
+    from flexperts.observer import Observers
+    from flexperts.tracking import Tracking
 
     with Tracking(track, config, out) as tracking, RunDisplay() as display:
         summary = run_federation(config, out, Observers(display, tracking), resume=resume)
@@ -118,8 +118,7 @@ def _deploy(config: RunConfig, engine: str, name: str, resume: bool, track: list
     """Hand the run to a SuperLink, follow its log, and show the result where it lies on this machine."""
     from flexperts.artifacts import RunDirectory
     from flexperts.cli.display import RunDisplay
-    from flexperts.deployment.naming import run_folder
-    from flexperts.deployment.settings import at_silos
+    from flexperts.deployment.settings import at_silos, run_folder
     from flexperts.deployment.submit import connection_of, follow, submit
     from flexperts.errors import ConfigError, FederationError
 

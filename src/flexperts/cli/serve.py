@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from flexperts.cli.generate import Base
-from flexperts.serving.address import Address
-from flexperts.serving.limits import Limits
+from flexperts.serving.http.limits import Limits
+from flexperts.serving.http.server import Address
 
 if TYPE_CHECKING:
     from flexperts.serving.contract import Engine
-    from flexperts.serving.keys import KeyRing
+    from flexperts.serving.http.keys import KeyRing
 
 _Silo = Annotated[
     Optional[Path],  # noqa: UP045 - typer reads this at run time
@@ -57,7 +57,7 @@ def command(
     grace: Annotated[int, typer.Option(min=0, help="Seconds to finish requests in when stopped.")] = 30,
 ) -> None:
     """Serve all models of a run from one resident base: OpenAI's API under /v1, a chat page at /."""
-    from flexperts.serving import keys as keys_of
+    from flexperts.serving.http import keys as keys_of
 
     clients, load = _at_silo(silo, run, base) if silo else _of_run(Path(run), base)
     if make_keys:
@@ -78,7 +78,7 @@ def _of_run(path: Path, base: str | None) -> tuple[Collection[str], Callable[...
     directory = RunDirectory.open(path)
 
     def load(**sizes: int) -> Engine:
-        from flexperts.serving.engine import open_engine
+        from flexperts.serving.engine.engine import open_engine
 
         return open_engine(path, base=base, **sizes)
 
@@ -96,7 +96,7 @@ def _at_silo(path: Path, run: str, base: str | None) -> tuple[Collection[str], C
 
     def load(**sizes: int) -> Engine:
         from flexperts.deployment.home import HomeRun
-        from flexperts.serving.engine import ServingEngine
+        from flexperts.serving.engine.engine import ServingEngine
 
         return ServingEngine(HomeRun(silo, run), **sizes)
 
@@ -113,7 +113,7 @@ def _print_keys(path: Path, made: Mapping[str, str]) -> None:
 def _keys(path: Path | None, address: Address, clients: Collection[str]) -> tuple[KeyRing, str | None]:
     """Return who may call; without a file one key for everything, which lives as long as this process."""
     from flexperts.errors import ConfigError
-    from flexperts.serving.keys import OPERATOR, KeyRing, hash_of, load_keys, new_key
+    from flexperts.serving.http.keys import OPERATOR, KeyRing, hash_of, load_keys, new_key
 
     if path:
         return load_keys(path, clients), None
@@ -129,8 +129,8 @@ def _serve(
 ) -> None:
     """Listen at once, answer when the base is loaded, and go on until stopped or until the engine fails."""
     try:
-        from flexperts.serving.server import make_server, running
-        from flexperts.serving.service import Service
+        from flexperts.serving.http.server import make_server, running
+        from flexperts.serving.http.service import Service
     except ModuleNotFoundError as error:
         raise _missing(error) from error
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Optional
 import typer
 
 from flexperts.cli.generate import About, MaxTokens, State, say
-from flexperts.federation.observer import Observer
+from flexperts.observer import Observer
 
 if TYPE_CHECKING:
     from flexperts.config.data import DataConfig
@@ -70,7 +70,7 @@ def check(
     from flexperts.config.data import DataConfig
     from flexperts.config.run import RunConfig
     from flexperts.deployment.settings import for_silo
-    from flexperts.federation.observer import Once, observing
+    from flexperts.observer import Once, observing
     from flexperts.recipe import load_recipe, load_silo
 
     settings = load_silo(silo)
@@ -109,14 +109,14 @@ def _caught(look: Callable[..., None], *arguments: object) -> list[FlexpertsErro
 
 def _read_file(name: str, source: str, config: DataConfig, side: _Side) -> None:
     from flexperts.data.clients import read_client_file
-    from flexperts.federation.observer import current_observer
+    from flexperts.observer import current_observer
 
     read_client_file(name, source, config, side, current_observer().notice)
 
 
 def _show_rows(name: str, config: RunConfig) -> None:
     """Divide and encode the rows as a run does, and print how many there are."""
-    from flexperts.federation.workspace import Workspace
+    from flexperts.client.workspace import Workspace
 
     rows = Workspace(config).clients[name]
     longest = config.training.max_length
@@ -140,7 +140,7 @@ def runs(silo: _Silo) -> None:
     from rich.table import Table
 
     from flexperts.cli.console import console
-    from flexperts.deployment.kept import kept_runs
+    from flexperts.deployment.state import kept_runs
     from flexperts.recipe import load_silo
     from flexperts.reports.cells import size
 

@@ -22,9 +22,8 @@ from torch import Tensor
 
 from flexperts.communication.compression import Packed, unpack
 from flexperts.errors import FederationError, PrivacyError
-from flexperts.parameters.payload import Payload
 from flexperts.parameters.split import ParameterSplit, kept_storages, storage
-from flexperts.parameters.vector import Manifest, Vector
+from flexperts.parameters.vector import Manifest, Payload, Vector
 
 SHARED = "shared"
 DERIVED = "derived."

@@ -6,7 +6,6 @@ import tomllib
 from collections.abc import Mapping
 from typing import Any
 
-from flexperts.config.flat import flat
 from flexperts.errors import shown
 
 _MOST_TOLD = 4
@@ -68,3 +67,11 @@ def recipe_changes(before: str, now: str) -> str:
 
 def _at(settings: Mapping[str, Any], key: str) -> str:
     return shown(settings[key]) if key in settings else "unset"
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a tree's values by dotted key, such as ``training.lr``; a branch without values has none."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found

@@ -7,17 +7,21 @@ Shapes: D width, I an expert's intermediate width, K experts per token.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from flexperts.client.answer_limit import chosen_limit
 from flexperts.config.run import RunConfig
-from flexperts.federation.answer_limit import chosen_limit
-from flexperts.grafting.selection import STACK, TOKENS
+from flexperts.data.prompts import encoder_of
+from flexperts.data.rows import ClientRows
+from flexperts.modeling.load import load_tokenizer
 from flexperts.moe.attention import attention_modules
 from flexperts.moe.experts import find_experts
 from flexperts.moe.layout import LayerExperts
+from flexperts.selection.selection import STACK, TOKENS
 
 _LAYER = 31
 """Per D and layer: norms, residuals, attention with LoRA."""
@@ -140,3 +144,15 @@ class Activations:
             for name, layer in self.model.named_modules()
             if isinstance(layer, nn.Linear) and layer is not head and not name.startswith(around)
         )
+
+
+def row_lengths(config: RunConfig, clients: Mapping[str, ClientRows]) -> Lengths:
+    """Return the longest row and the longest response of a run's clients.
+
+    Raises:
+        FlexpertsError: Rows cannot be read or encoded.
+    """
+    encoder = encoder_of(config, *load_tokenizer(config.model))
+    encoded = [encoder.encode_all((*c.train, *c.test, *c.validation)) for c in clients.values()]
+    examples = [example for client in encoded for example in client]
+    return Lengths(max(len(e.input_ids) for e in examples), max(e.response_length for e in examples))

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from torch import nn
 
-from flexperts.federation.client_model import ClientModel
-from flexperts.grafting.expert_adapters import AdaptedLayer, ExpertAdapters
-from flexperts.grafting.grafts import Graft, Grafts
-from flexperts.grafting.part import Part
-from flexperts.grafting.personal_expert import LowRankExpert
-from flexperts.grafting.router_deltas import RouterDeltas
+from flexperts.client.model import ClientModel
 from flexperts.moe.experts import find_experts
 from flexperts.moe.layout import LayerExperts
+from flexperts.parts.expert_adapters import AdaptedLayer, ExpertAdapters
+from flexperts.parts.grafts import Graft, Grafts
+from flexperts.parts.part import Part
+from flexperts.parts.personal_expert import LowRankExpert
+from flexperts.parts.router_deltas import RouterDeltas
 
 
 def base_flops(model: nn.Module, top_k: int) -> float:

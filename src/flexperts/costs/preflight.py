@@ -12,19 +12,18 @@ from typing import Any
 
 import torch
 
-from flexperts.base.build import resolve_base
 from flexperts.config.run import RunConfig
 from flexperts.costs.activations import Activations, Lengths
-from flexperts.costs.figures import MethodPlan
 from flexperts.costs.models import Description, describe, meta_base
-from flexperts.costs.plan import model_facts, plan_method
+from flexperts.costs.plan import MethodPlan, model_facts, plan_method
 from flexperts.errors import FlexpertsError, ModelError
 from flexperts.modeling.load import LoadedBase
 from flexperts.modeling.memory import free_bytes
 from flexperts.modeling.placement import computing_device, placement
 from flexperts.modeling.quantization import planned_bytes
-from flexperts.parameters.inner import stored_bytes
+from flexperts.parameters.fingerprint import stored_bytes
 from flexperts.recipe import parse_recipe
+from flexperts.smol_moe.build import resolve_base
 
 PROCESS = 600_000_000
 """Resident bytes of Python, torch, transformers and Flower before any base is loaded."""

@@ -12,15 +12,14 @@ from typing import Any, Literal
 
 import torch
 
+from flexperts.client.model import ClientModel
 from flexperts.communication.compression import packed_bytes
 from flexperts.communication.messages import Update
 from flexperts.communication.traffic import group_bytes
-from flexperts.federation.client_model import ClientModel
-from flexperts.grafting.selection import LayerScores
-from flexperts.methods.server import Server
-from flexperts.methods.turn import Prepared, Site
-from flexperts.parameters.payload import Payload
-from flexperts.parameters.vector import Manifest, sizes_only
+from flexperts.methods.kit.server_state import Server
+from flexperts.methods.kit.turn import Prepared, Site
+from flexperts.parameters.vector import Manifest, Payload, sizes_only
+from flexperts.selection.selection import LayerScores
 
 Groups = dict[str, int]
 """Tensor group -> bytes."""

@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from flexperts.client.model import ClientModel
 from flexperts.config.run import RunConfig
 from flexperts.costs.models import experts_per_token
 from flexperts.costs.rounds import planned_sites
 from flexperts.data.prompts import Example
-from flexperts.federation.client_model import ClientModel
-from flexperts.federation.local_settings import local_settings
 from flexperts.methods.registry import make_method
 from flexperts.modeling.forward import autocast, takes
 from flexperts.modeling.load import LoadedBase
@@ -31,7 +30,7 @@ from flexperts.modeling.memory import peak_bytes, reset_peak
 from flexperts.parameters.split import ParameterSplit
 from flexperts.recipe import parse_recipe
 from flexperts.seeding import generator
-from flexperts.training.local import train_local
+from flexperts.training.local import local_settings, train_local
 
 UNTOUCHED, REFERENCE = "untouched base", "fedavg (attention LoRA)"
 VARIANTS: dict[str, tuple[str, ...] | None] = {

@@ -8,15 +8,23 @@ of row, each is scored on all of them. A passage may stand with several clients,
 
 from __future__ import annotations
 
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any
+
 from flexperts.config.data import DataConfig, PartitionConfig
+from flexperts.config.names import client_names, file_safe
 from flexperts.data.bad_rows import BadRow, settle_bad_rows
 from flexperts.data.columns import possible_columns
 from flexperts.data.holdout import check_disjoint, split_rows
-from flexperts.data.partitioners import Shares, assign
 from flexperts.data.records import Say, unsaid
 from flexperts.data.rows import ClientRows, Label, Row, read_labelled
 from flexperts.data.sources import open_table
 from flexperts.errors import DataError
+from flexperts.seeding import derive_seed
 
 Labelled = tuple[list[Row], list[str]]
 _SHARED_TEST = ("iid", "dirichlet")
@@ -106,3 +114,153 @@ def _read(source: str, split: str, config: DataConfig, say: Say) -> Labelled:
     table = open_table(source, {*possible_columns(config.columns), settings.column}, split, say)
     by = None if settings.by == "iid" else label
     return read_labelled(table, config.columns, by, on_bad_row=config.on_bad_row, say=say)
+
+
+Shares = dict[str, list[int]]
+
+
+def assign(labels: Sequence[str], settings: PartitionConfig, seed: int, *, say: Say = unsaid) -> Shares:
+    """Divide rows over clients: every row goes to exactly one.
+
+    Args:
+        labels: One per row: its category, or its client's id. ``iid`` does not look at them.
+        settings: How to divide.
+        seed: The run's seed. It picks the rows, not which client holds which category or id.
+        say: Gets what surprises, in lines.
+
+    Returns:
+        Client name -> row numbers from 0, shuffled.
+
+    Raises:
+        DataError: The rows cannot be divided so, a client would get fewer than ``min_rows``, or an id
+            cannot be a client's name.
+    """
+    kinds = sorted(set(labels))
+    numbers = {kind: number for number, kind in enumerate(kinds)}
+    _check_size(len(labels), settings)
+    merged = _categories_per_label(len(kinds), settings)
+    codes = [numbers[label] // merged for label in labels]
+    shares = _divide(codes, settings, settings.categories_per_client // merged, derive_seed(seed, "partition"))
+    names = _names(kinds, len(shares), settings, say)
+    return dict(zip(names, _checked(shares, len(labels), settings), strict=True))
+
+
+def _check_size(rows: int, settings: PartitionConfig) -> None:
+    clients = settings.clients or 1
+    if rows < clients * settings.min_rows:
+        raise DataError(
+            f"{settings.source}: {rows} rows for {clients} clients",
+            f"each needs data.partition.min_rows = {settings.min_rows}, so {clients * settings.min_rows} in all",
+            "lower data.partition.clients or min_rows, or add rows",
+        )
+
+
+def _categories_per_label(categories: int, settings: PartitionConfig) -> int:
+    """Return how many categories go under one label, so that the partitioner uses them all."""
+    clients, each = settings.clients or 1, settings.categories_per_client
+    if settings.by != "pathological":
+        return 1
+    if clients * each == categories:
+        return each
+    if each > categories or clients + each <= categories:
+        raise DataError(
+            f"data.partition: {clients} clients with {each} of {categories} categories each",
+            "all categories must be used, and a client cannot have more than there are",
+            f"choose clients x categories_per_client = {categories}, or their sum above {categories}",
+        )
+    return 1
+
+
+def _divide(codes: list[int], settings: PartitionConfig, each: int, seed: int) -> list[list[int]]:
+    """Return every partition's row numbers; ``each`` is the number of labels per client (pathological)."""
+    import numpy
+    from datasets import Dataset
+
+    order: list[int] = numpy.random.default_rng(derive_seed(seed, "order")).permutation(len(codes)).tolist()
+    try:
+        with _quiet():
+            partitioner = _partitioner(settings, each, seed)
+            partitioner.dataset = Dataset.from_dict({"row": order, "label": [codes[i] for i in order]})
+            return [list(partitioner.load_partition(n)["row"]) for n in range(partitioner.num_partitions)]
+    except ValueError as error:
+        raise DataError(
+            f"{settings.source}: {len(codes)} rows, data.partition by = {settings.by!r}",
+            f"no division found that gives {settings.clients} clients {settings.min_rows} rows each",
+            "lower data.partition.clients or min_rows, or raise its alpha, or change the seed"
+            if settings.by == "dirichlet"
+            else "lower data.partition.clients or categories_per_client, or add rows",
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the library: a warning per redrawn division, divisions by zero at small alpha, a progress bar."""
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _partitioner(settings: PartitionConfig, each: int, seed: int) -> Any:
+    from flwr_datasets import partitioner
+
+    clients = settings.clients or 1
+    if settings.by == "natural":
+        return partitioner.NaturalIdPartitioner("label")
+    if settings.by == "iid":
+        return partitioner.IidPartitioner(clients)
+    if settings.by == "dirichlet":
+        return partitioner.DirichletPartitioner(
+            clients, "label", settings.alpha, settings.min_rows, self_balancing=True, seed=seed
+        )
+    return partitioner.PathologicalPartitioner(clients, "label", each, "deterministic", seed=seed)
+
+
+def _checked(shares: list[list[int]], rows: int, settings: PartitionConfig) -> list[list[int]]:
+    """Return ``shares`` if they hold every row once and are large enough."""
+    if sorted(chain(*shares)) != list(range(rows)):
+        raise DataError(
+            f"data.partition by = {settings.by!r}",
+            "flwr-datasets left rows out or gave them twice",
+            "report this, and choose another data.partition.by",
+        )
+    if (smallest := min(map(len, shares))) < settings.min_rows:
+        raise DataError(
+            f"{settings.source}: a client with {smallest} rows, data.partition by = {settings.by!r}",
+            f"each needs data.partition.min_rows = {settings.min_rows}",
+            "lower min_rows, add rows, or divide them otherwise",
+        )
+    return shares
+
+
+def _names(kinds: list[str], clients: int, settings: PartitionConfig, say: Say) -> list[str]:
+    """Return the clients' names: ids, categories where each client has one of its own, else numbers."""
+    named = [file_safe(kind) for kind in kinds]
+    if settings.by == "natural":
+        _check_names(named, kinds, settings)
+    elif not (settings.by == "pathological" and settings.categories_per_client == 1 and _are_names(named, clients)):
+        width = max(2, len(str(clients)))
+        return [f"client-{number:0{width}}" for number in range(1, clients + 1)]
+    if other := [(kind, name) for kind, name in zip(kinds, named, strict=True) if kind != name]:
+        told = f"{other[0][0]!r} is {other[0][1]!r}"
+        say(f"{settings.source}: as a client's name {told}; {len(other)} of {len(kinds)} differ so")
+    return named
+
+
+def _are_names(named: list[str], clients: int) -> bool:
+    try:
+        return len(named) == clients and len(client_names(named)) == clients
+    except DataError:
+        return False
+
+
+def _check_names(named: list[str], kinds: list[str], settings: PartitionConfig) -> None:
+    owner: dict[str, str] = {}
+    for name, kind in zip(named, kinds, strict=True):
+        if name in owner:
+            raise DataError(
+                f"{settings.source}: {settings.column} {owner[name]!r} and {kind!r}",
+                f"both would be the client {name!r} (a name is letters, digits, '-', '_', '.')",
+                "rename one",
+            )
+        owner[name] = kind
+    client_names(named)

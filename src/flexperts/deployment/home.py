@@ -7,22 +7,21 @@ from pathlib import Path
 from flwr.app import RecordDict
 
 from flexperts.artifacts import RunDirectory
+from flexperts.client.answer import request_of
+from flexperts.client.client import Client
+from flexperts.client.request import Request
+from flexperts.client.resident import Resident
+from flexperts.client.workspace import Workspace
 from flexperts.config.silo import SiloConfig
-from flexperts.deployment.kept import with_kept_choices
 from flexperts.deployment.settings import for_silo
-from flexperts.deployment.state import run_folder
+from flexperts.deployment.state import run_folder, with_kept_choices
 from flexperts.deployment.wire import pack, unpack
 from flexperts.errors import ArtifactError
 from flexperts.evaluation.generation import Answer
-from flexperts.federation.client import Client
-from flexperts.federation.client_app import request_of
-from flexperts.federation.observer import Observer
-from flexperts.federation.request import Request
-from flexperts.federation.resident import Resident
-from flexperts.federation.trained import TrainedRun, answer_one, state_named
-from flexperts.federation.workspace import Workspace
 from flexperts.files import write_bytes
+from flexperts.finished.trained import TrainedRun, answer_one, state_named
 from flexperts.methods.registry import make_method
+from flexperts.observer import Observer
 from flexperts.recipe import recorded_recipe
 
 RECEIVED = "received.safetensors"

@@ -10,16 +10,17 @@ import logging
 import os
 import stat
 import tomllib
+from functools import partial
 from multiprocessing.connection import Client
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
 
 from flexperts.config.names import client_name
 from flexperts.deployment.state import socket_of
 from flexperts.deployment.wire import pack, unpack
 from flexperts.errors import ConfigError, FederationError
-from flexperts.federation.asking import client_app
 
 log = logging.getLogger(__name__)
 _NO_WORKER = "no worker answers; start `flexperts silo serve`"
@@ -30,7 +31,11 @@ def _reply(kind: str, message: Message, context: Context) -> Message:
     return Message(_relayed(kind, message.content, context, name, socket_of(state)), reply_to=message)
 
 
-app = client_app(_reply)
+app = ClientApp()
+app.query("join")(partial(_reply, "query.join"))
+app.query("initial")(partial(_reply, "query.initial"))
+app.train()(partial(_reply, "train"))
+app.evaluate()(partial(_reply, "evaluate"))
 
 
 def _relayed(kind: str, content: RecordDict, context: Context, name: str, socket: Path) -> RecordDict:

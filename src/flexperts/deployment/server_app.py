@@ -11,13 +11,13 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from flexperts.artifacts import RunDirectory
-from flexperts.deployment.naming import run_folder
+from flexperts.deployment.settings import run_folder
 from flexperts.errors import ArtifactError, FlexpertsError
-from flexperts.federation.extending import extend, is_extended
-from flexperts.federation.observer import Observer, current_observer, observing
-from flexperts.federation.server import serve
 from flexperts.files import sole_writer
+from flexperts.observer import Observer, current_observer, observing
 from flexperts.recipe import parse_recipe
+from flexperts.server.extending import extend, is_extended
+from flexperts.server.serve import serve
 
 _PATIENCE = 180.0
 """Seconds."""

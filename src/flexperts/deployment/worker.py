@@ -11,23 +11,22 @@ from pathlib import Path
 
 from flwr.app import RecordDict
 
+from flexperts.client.answer import ANSWERS, answer
+from flexperts.client.answer_limit import answer_limit, check_limit
+from flexperts.client.resident import Resident
+from flexperts.client.workspace import Workspace
 from flexperts.communication.messages import info_of
 from flexperts.config.model import ModelConfig
 from flexperts.config.run import RunConfig
 from flexperts.config.silo import SiloConfig
 from flexperts.deployment.home import keep_received
-from flexperts.deployment.kept import keep_choices, keep_recipe, keep_rows, with_kept_choices
 from flexperts.deployment.settings import for_silo
-from flexperts.deployment.state import run_folder
+from flexperts.deployment.state import keep_choices, keep_recipe, keep_rows, run_folder, with_kept_choices
 from flexperts.deployment.wire import Fields, pack, unpack
 from flexperts.errors import FederationError, FlexpertsError
-from flexperts.federation.answer_limit import answer_limit, check_limit
-from flexperts.federation.client_app import ANSWERS, answer
-from flexperts.federation.observer import Observer, observing
-from flexperts.federation.resident import Resident
-from flexperts.federation.workspace import Workspace
 from flexperts.methods.registry import make_method
 from flexperts.modeling.load import LoadedBase, load_base
+from flexperts.observer import Observer, observing
 from flexperts.recipe import parse_recipe
 
 _DONE = {

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from flexperts.data.batches import PaddedBatch, pad_batch
 from flexperts.data.prompts import Example, PromptEncoder
-from flexperts.modeling.caches import keep_rows, sharing
+from flexperts.modeling.caches import ReadPrompts, keep_rows, read_prompts, sharing
 from flexperts.modeling.forward import Precision, autocast, next_logits
-from flexperts.modeling.reading import ReadPrompts, read_prompts
 
 _BROKEN = -1
 """Stands in a token's place where the logits are no finite numbers: nothing can be chosen by them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,9 @@ from flexperts.data.batches import PaddedBatch, pad_batch, pad_responses
 from flexperts.data.prompts import Example, PromptEncoder
 from flexperts.data.rows import Row
 from flexperts.evaluation.generation import Answer, answer, longest_first, prompt_batch
-from flexperts.evaluation.rouge import rouge_l
+from flexperts.evaluation.words import UnicodeWords, folded
+from flexperts.modeling.caches import read_prompts, response_losses
 from flexperts.modeling.forward import Precision, autocast, token_losses
-from flexperts.modeling.reading import read_prompts, response_losses
 
 SCORES = ("rouge_l", "nll")
 """Names of the scores, as files hold them."""
@@ -155,3 +156,28 @@ def _batch(
             limit = settings.max_new_tokens
             answers = answer(model, encoder, read, limit, rows_leave=on_batch is None)
     return sums.double().tolist(), counts.tolist(), answers
+
+
+@cache
+def _scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], tokenizer=UnicodeWords())
+
+
+def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> list[float]:
+    """Return each prediction's ROUGE-L F1 against its reference, in points from 0 to 100.
+
+    A reference without any word, such as ``+`` or an emoji, is right when it is repeated: 100, and else 0.
+    """
+    return [_points(prediction, reference) for prediction, reference in zip(predictions, references, strict=True)]
+
+
+def _points(prediction: str, reference: str) -> float:
+    if not UnicodeWords().tokenize(reference):
+        return 100.0 * (bool(reference.strip()) and _signs(prediction) == _signs(reference))
+    return float(100.0 * _scorer().score(reference, prediction)["rougeL"].fmeasure)
+
+
+def _signs(text: str) -> str:
+    return "".join(folded(text).split())

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexperts.base.build import BASES
 from flexperts.export.content import Content
 from flexperts.export.verification import Difference
-from flexperts.federation.summary import score_text
-from flexperts.federation.trained import TrainedRun
 from flexperts.files import placeless, write_text
-from flexperts.methods.base import State
+from flexperts.finished.trained import TrainedRun
+from flexperts.methods.kit.method import State
 from flexperts.modeling.skeleton import auto_class
+from flexperts.server.summary import score_text
+from flexperts.smol_moe.build import BASES
 
 _MODEL = """\
 from transformers import {auto}

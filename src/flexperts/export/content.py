@@ -13,21 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexperts.client.client import Client
+from flexperts.client.request import Request
 from flexperts.errors import ConfigError
-from flexperts.federation.client import Client
-from flexperts.federation.request import Request
-from flexperts.grafting.expert_adapters import ExpertAdapters
-from flexperts.grafting.grafts import Graft, Grafts
-from flexperts.grafting.part import Part, key
-from flexperts.grafting.personal_expert import LowRankExpert
-from flexperts.grafting.router_deltas import RouterDeltas
-from flexperts.grafting.stacked_lora import StackedLora
-from flexperts.methods.base import State
-from flexperts.methods.turn import Turn
+from flexperts.methods.kit.method import State
+from flexperts.methods.kit.turn import Turn
 from flexperts.modeling.lora import SHARED_PREFIX, LoraAdapters
 from flexperts.moe.fused import FusedExperts
 from flexperts.moe.layout import LayerExperts
 from flexperts.moe.router import find_router
+from flexperts.parts.expert_adapters import ExpertAdapters
+from flexperts.parts.grafts import Graft, Grafts
+from flexperts.parts.part import Part, key
+from flexperts.parts.personal_expert import LowRankExpert
+from flexperts.parts.router_deltas import RouterDeltas
+from flexperts.parts.stacked_lora import StackedLora
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """Attention layer -> LoRA's (A ``[r, in]``, B ``[out, r]``)."""

@@ -18,9 +18,9 @@ from flexperts.export.content import Content, Exported
 from flexperts.export.folders import write_model, write_peft, write_personal, write_template
 from flexperts.export.template import stop_where_trained, trained_tokenizer
 from flexperts.export.verification import REFERENCE_TEXT, Difference, verify
-from flexperts.federation.trained import TrainedRun, state_named
 from flexperts.files import holding, unwritable
-from flexperts.methods.base import State
+from flexperts.finished.trained import TrainedRun, state_named
+from flexperts.methods.kit.method import State
 
 FORMS = ("transformers", "merged", "adapter", "personal")
 DTYPES = ("bfloat16", "float32")

@@ -15,14 +15,14 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from flexperts.communication.adapter_folder import write_adapter
 from flexperts.errors import ArtifactError
 from flexperts.export import grafts as shipped
 from flexperts.export.content import Content, graft_tensors
-from flexperts.federation.adapter import write_adapter
 from flexperts.files import read_json, write_json, write_text
-from flexperts.grafting.file import save_grafts
 from flexperts.modeling.load import LoadedBase
 from flexperts.modeling.skeleton import auto_class
+from flexperts.parts.graft_file import save_grafts
 
 _CODE = "modeling_grafted"
 _MODELING = '''"""{architecture} with personal experts, which grafts.py adds. Made by flexperts."""

@@ -9,11 +9,10 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from flexperts.methods import base
-from flexperts.methods.base import Method, OnBatch, State
-from flexperts.methods.personal_lora import untrained
-from flexperts.methods.proximal import proximal
-from flexperts.methods.turn import Turn
+from flexperts.methods.kit import method
+from flexperts.methods.kit.local_steps import proximal, untrained
+from flexperts.methods.kit.method import Method, OnBatch, State
+from flexperts.methods.kit.turn import Turn
 from flexperts.modeling.lora import PERSONAL_PREFIX
 from flexperts.training.local import StepHooks, TrainResult, joined
 
@@ -42,7 +41,7 @@ class Ditto(Method):
     has_personal_lora = True
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "global", "personalized")
 
-    class Options(base.Options):
+    class Options(method.Options):
         """Strength of the pull."""
 
         lam: float = Field(0.1, ge=0)

@@ -12,10 +12,10 @@ from pydantic import Field
 from scipy.optimize import minimize
 from torch import Tensor
 
-from flexperts.methods import base
-from flexperts.methods.base import Method, OnBatch, State
-from flexperts.methods.server import Server
-from flexperts.methods.turn import Turn
+from flexperts.methods.kit import method
+from flexperts.methods.kit.method import Method, OnBatch, State
+from flexperts.methods.kit.server_state import Server
+from flexperts.methods.kit.turn import Turn
 from flexperts.parameters.vector import Vector
 from flexperts.training.local import TrainResult
 
@@ -53,7 +53,7 @@ class FDLoRA(Method):
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "global", "personalized")
     settles = True
 
-    class Options(base.Options):
+    class Options(method.Options):
         """Outer optimizer and fusion."""
 
         sync_every: int = Field(5, ge=1)

@@ -7,26 +7,27 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
+import numpy as np
 import torch
 from pydantic import Field
+from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 
 from flexperts.communication.average import check_finite, holders_mean
 from flexperts.communication.messages import DERIVED, Update
 from flexperts.data.batches import pad_batch
 from flexperts.data.prompts import Example
-from flexperts.grafting.lora_mixture import LoraMixture
-from flexperts.grafting.part import Part, key
-from flexperts.methods import base
-from flexperts.methods.base import State
-from flexperts.methods.expert_assignment import affinity, assign, check_places
-from flexperts.methods.own_parts import OwnParts
-from flexperts.methods.server import Server
-from flexperts.methods.turn import Site, Turn
+from flexperts.errors import ConfigError
+from flexperts.methods.kit import method
+from flexperts.methods.kit.held_experts import OwnParts
+from flexperts.methods.kit.method import State
+from flexperts.methods.kit.server_state import Server
+from flexperts.methods.kit.turn import Site, Turn
 from flexperts.modeling.lora import SHARED_PREFIX
-from flexperts.modeling.mean_inputs import mean_inputs
-from flexperts.parameters.payload import Payload
-from flexperts.parameters.vector import Manifest
+from flexperts.modeling.recording import mean_inputs
+from flexperts.parameters.vector import Manifest, Payload
+from flexperts.parts.lora_mixture import LoraMixture
+from flexperts.parts.part import Part, key
 from flexperts.training.local import LocalSettings, Objective, TrainResult
 
 _SITES = "mixture.sites."
@@ -61,7 +62,7 @@ class FedAMoLE(OwnParts):
         "bytes are a mean over clients, experts move among them; the rest counts the whole pool on each client"
     )
 
-    class Options(base.Options):
+    class Options(method.Options):
         """The pool and its division."""
 
         experts: int = Field(12, ge=1)
@@ -240,3 +241,44 @@ def _embeddings(server: Server, layer: str) -> tuple[Tensor, Tensor]:
     nothing = torch.zeros_like(experts[0])
     tokens = [server.memory.get(f"{_TOKEN_MEAN}{layer}.{client}", nothing) for client in sorted(server.clients)]
     return torch.stack(experts), torch.stack(tokens)
+
+
+def check_places(experts: int, clients: int, clients_per_expert: int, least: int, most: int) -> None:
+    """Refuse numbers for which there is no assignment.
+
+    Raises:
+        ConfigError: No assignment gives every expert its clients and every client ``least`` to ``most`` experts.
+    """
+    places = experts * clients_per_expert
+    fewest, greatest = clients * least, clients * min(most, experts)
+    if clients_per_expert > clients or not fewest <= places <= greatest:
+        raise ConfigError(
+            f"{experts} experts x {clients_per_expert} holders over {clients} clients",
+            f"each client holds {least} to {most} different experts, which makes {fewest} to {greatest} places",
+            "change method.options experts, clients_per_expert, min_experts or max_experts",
+        )
+
+
+def affinity(experts: Tensor, tokens: Tensor) -> Tensor:
+    """Return q ``[N, C]``, softmax over clients, from embeddings ``experts [N, r]`` and ``tokens [C, r]``."""
+    return (experts.double() @ tokens.double().T / math.sqrt(experts.shape[1])).softmax(1)
+
+
+def assign(gain: Tensor, clients_per_expert: int, least: int, most: int) -> Tensor:
+    """Return the assignment ``[N, C]`` of 0 and 1 that maximises the gain on it.
+
+    Args:
+        gain: What it is worth that client i holds expert e, ``[N, C]``.
+        clients_per_expert: Sum of every row.
+        least, most: Bounds on the sum of every column.
+    """
+    experts, clients = gain.shape
+    rows = np.kron(np.eye(experts), np.ones((1, clients)))
+    columns = np.kron(np.ones((1, experts)), np.eye(clients))
+    holders = LinearConstraint(rows, clients_per_expert, clients_per_expert)
+    limits = [holders, LinearConstraint(columns, least, most)]
+    size = experts * clients
+    solved = milp(
+        -gain.double().numpy().ravel(), constraints=limits, integrality=np.ones(size), bounds=Bounds(0, 1)
+    )
+    return torch.from_numpy(solved.x.round()).float().view(experts, clients)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flexperts.methods.base import Method
+from flexperts.methods.kit.method import Method
 
 
 class FedAvg(Method):

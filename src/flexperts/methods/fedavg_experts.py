@@ -7,11 +7,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from flexperts.grafting.expert_adapters import ExpertAdapters
-from flexperts.grafting.part import Part
-from flexperts.methods import base
-from flexperts.methods.base import Method
-from flexperts.methods.turn import Site
+from flexperts.methods.kit import method
+from flexperts.methods.kit.method import Method
+from flexperts.methods.kit.turn import Site
+from flexperts.parts.expert_adapters import ExpertAdapters
+from flexperts.parts.part import Part
 
 
 class FedAvgExperts(Method):
@@ -34,7 +34,7 @@ class FedAvgExperts(Method):
     sends = "attention LoRA and all routed experts' LoRA"
     needs_experts = True
 
-    class Options(base.Options):
+    class Options(method.Options):
         """The experts' LoRA."""
 
         rank: Annotated[int, Field(ge=1)] | None = None

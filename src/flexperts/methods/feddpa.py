@@ -5,8 +5,9 @@ The variants are in feddpa_t.py and feddpa_f.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -14,15 +15,19 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from flexperts.communication.messages import Update
 from flexperts.data.batches import PaddedBatch, pad_batch
 from flexperts.data.prompts import Example
-from flexperts.grafting.part import uniform_matrix
-from flexperts.methods import base
-from flexperts.methods.base import Method, OnBatch, State
-from flexperts.methods.personal_lora import untrained
-from flexperts.methods.turn import Turn
+from flexperts.errors import FederationError
+from flexperts.methods.kit import method
+from flexperts.methods.kit.local_steps import untrained
+from flexperts.methods.kit.method import Method, OnBatch, State
+from flexperts.methods.kit.server_state import Server
+from flexperts.methods.kit.turn import Site, Turn
 from flexperts.modeling.forward import autocast, hidden_states
-from flexperts.training.local import LocalSettings, TrainResult
+from flexperts.parameters.vector import Manifest, Payload
+from flexperts.parts.part import uniform_matrix
+from flexperts.training.local import LocalSettings, TrainResult, joined
 
 _INSTANCES = "instances"
 
@@ -36,7 +41,7 @@ class FedDPA(Method):
     settles = True
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "global", "personalized")
 
-    class Options(base.Options):
+    class Options(method.Options):
         """Weights of the two adapters, in training and at inference."""
 
         mix: float = Field(0.5, ge=0, le=1)
@@ -127,3 +132,109 @@ class InstanceWeights:
 
 def _prompts(examples: Sequence[Example], pad_token_id: int) -> PaddedBatch:
     return pad_batch([Example(e.prompt, e.prompt_length) for e in examples], pad_token_id)
+
+
+class FedDPAF(FedDPA):
+    """FedAvg on a global LoRA; then each client fits a local LoRA beside it, once.
+
+    Source: Yang et al., NeurIPS 2024 (arXiv 2403.19211), FedDPA-F, with its official code.
+    Rounds 1..R: g <- sum_i p_i g_i, g_i by steps on W0 + dW_g, p_i = n_i / n (FedAvg). dW = s B A.
+    Then one round more: l_i <- steps on W0 + a dW_l + (1 - a) dW_g, g final and fixed.
+    Inference as FedDPA-T: y = W0 x + (1 - alpha) dW_g x + alpha dW_l x, alpha = lam mean_s cos(h(x), h(x_s)).
+    Trained: the global LoRA g in rounds 1..R, the local LoRA l in round R+1. Sent: g in rounds 1..R, nothing in the
+    last. Aggregated: mean of A and of B by rows. Stays: l. Inference: personalized = the weighted sum above, one
+    alpha per row, for generation and for scores; global = g alone.
+    Open choices: those of feddpa_t (weights reversed and bypassed in the released code, x_s, no clamp). The source
+    names no number of steps for l: ours is all rounds' steps together, with a learning-rate schedule of its own, so
+    that both variants cost about the same. In the extra round all clients train, also where only a share is sampled
+    per round: each needs its l. The server learns R from the clients' reports, which must agree.
+    """
+
+    additive = False
+
+    name = "feddpa_f"
+    summary = "FedAvg, then a local LoRA fitted beside the finished global one, weighted by each input's likeness"
+
+    def extra_rounds(self, rounds: int) -> int:
+        """One round after the recipe's."""
+        return 1
+
+    def report(self, site: Site) -> Any:
+        """Tell how many rounds the federation has."""
+        return site.config.federation.rounds
+
+    def agree(self, reports: Mapping[str, Any]) -> Any:
+        """Return the number of rounds that all clients have in their recipe.
+
+        Raises:
+            FederationError: They differ.
+        """
+        rounds = set(reports.values())
+        if len(rounds) != 1:
+            raise FederationError(
+                f"federation.rounds = {sorted(rounds)}", "all clients run one recipe", "hand it out"
+            )
+        return rounds.pop()
+
+    def train(self, turn: Turn) -> TrainResult:
+        """Train g in the recipe's rounds, l in the extra one."""
+        rounds = turn.site.config.federation.rounds
+        if turn.round <= rounds:
+            return turn.fit(personal=False)
+        steps = rounds * turn.settings.steps
+        return self.personalize(turn, replace(turn.settings, steps=steps, first_step=0, total_steps=steps))
+
+    def outgoing(self, turn: Turn) -> Mapping[str, Tensor]:
+        """Send g, and nothing after the extra round."""
+        return turn.split.shared if turn.round <= turn.site.config.federation.rounds else {}
+
+    def participants(self, server: Server, sampled: Sequence[str]) -> Sequence[str]:
+        """All clients take part in the extra round."""
+        return sorted(server.clients) if _federated(server) else sampled
+
+    def uplink(self, server: Server, client: str) -> Manifest:
+        """Expect nothing in the extra round."""
+        return Payload.empty().manifest if _federated(server) else super().uplink(server, client)
+
+    def aggregate(self, server: Server, updates: Iterable[Update]) -> None:
+        """Leave g as it is in the extra round, and wait for all clients."""
+        if not _federated(server):
+            super().aggregate(server, updates)
+            return
+        for _ in updates:
+            pass
+
+
+def _federated(server: Server) -> bool:
+    """Tell whether all of the recipe's rounds are finished."""
+    return server.round >= int(server.agreement)
+
+
+class FedDPAT(FedDPA):
+    """A global and a local LoRA, trained in turn in every round and weighted for every input.
+
+    Source: Yang et al., NeurIPS 2024 (arXiv 2403.19211), FedDPA-T, with its official code.
+    Round t >= 2: l <- steps on W0 + a dW_l + (1 - a) dW_g with g as received and fixed; then, in every round,
+    g_i <- steps on W0 + dW_g; g <- sum_i p_i g_i, p_i = n_i / n. dW = s B A.
+    At inference y = W0 x + (1 - alpha) dW_g x + alpha dW_l x, alpha = lam mean_{s=1..S} cos(h(x), h(x_s)), h = last
+    layer's hidden state of the prompt's last token with l alone, x_s = S of the client's train rows.
+    Trained: the local LoRA l (not in round 1), then the global LoRA g, each for the round's steps. Sent: g.
+    Aggregated: mean of A and of B by rows. Stays: l. Inference: personalized = the weighted sum above, one alpha
+    per row, for generation and for scores; global = g alone.
+    Open choices: the released code gives alpha to the global adapter and 1 - alpha to the local one, the reverse of
+    the formula, and in its default batched mode answers are generated before the weights are set, so they have no
+    effect; we follow the formula, on every batch. It averages clients uniformly, ours is by rows. x_s are prompts
+    without responses, drawn once per client (all rows where it has fewer than S). alpha is not clamped: a negative
+    cosine gives a negative weight, and lam above 1 may give g one. h is taken after the final norm, as transformers
+    returns it. l starts from an A of the client's own and B = 0. From round 2 on a round has twice FedAvg's steps.
+    """
+
+    name = "feddpa_t"
+    summary = "a global and a local LoRA, trained in turn every round, weighted by each input's likeness"
+
+    def train(self, turn: Turn) -> TrainResult:
+        """Train l beside the received g, then g alone; in round 1 g has learnt nothing yet, and l waits."""
+        if turn.round == 1:
+            return turn.fit(personal=False)
+        first = self.personalize(turn)
+        return joined(first, turn.fit(personal=False))

@@ -12,17 +12,15 @@ from torch import Tensor
 
 from flexperts.communication.average import check_finite, holders_mean
 from flexperts.communication.messages import DERIVED, Update
-from flexperts.grafting.expert_adapters import ExpertAdapters
-from flexperts.grafting.part import Part, key
-from flexperts.grafting.router_deltas import RouterDeltas
-from flexperts.methods import base
-from flexperts.methods.held_experts import EXPERTS, ROUTER
-from flexperts.methods.own_parts import OwnParts
-from flexperts.methods.server import Server
-from flexperts.methods.turn import Site, Turn
+from flexperts.methods.kit import method
+from flexperts.methods.kit.held_experts import EXPERTS, ROUTER, OwnParts
+from flexperts.methods.kit.server_state import Server
+from flexperts.methods.kit.turn import Site, Turn
 from flexperts.modeling.lora import SHARED_PREFIX
-from flexperts.parameters.payload import Payload
-from flexperts.parameters.vector import Manifest
+from flexperts.parameters.vector import Manifest, Payload
+from flexperts.parts.expert_adapters import ExpertAdapters
+from flexperts.parts.part import Part, key
+from flexperts.parts.router_deltas import RouterDeltas
 
 _ROUTER_ROWS = f"{DERIVED}router_rows."
 _MIXING, _OF_CLIENT = "mix.", "own."
@@ -55,7 +53,7 @@ class FedMoEDA(OwnParts):
     sends = "attention LoRA, all routed experts' LoRA and routers"
     needs_experts = True
 
-    class Options(base.Options):
+    class Options(method.Options):
         """How experts are mixed."""
 
         peers: int = Field(5, ge=0)

@@ -13,17 +13,15 @@ from torch import Tensor
 from flexperts.communication.average import holders_mean
 from flexperts.communication.messages import Update
 from flexperts.config.run import RunConfig
-from flexperts.grafting.expert_adapters import ExpertAdapters
-from flexperts.grafting.part import Part, key
-from flexperts.grafting.router_deltas import RouterDeltas
-from flexperts.grafting.selection import LayerScores
-from flexperts.methods import base
-from flexperts.methods.held_experts import ROUTER, held_part, joined_rows, split_rows
-from flexperts.methods.own_parts import OwnParts
-from flexperts.methods.server import Server
-from flexperts.methods.turn import Prepared, Site, Turn
-from flexperts.parameters.payload import Payload
-from flexperts.parameters.vector import Manifest
+from flexperts.methods.kit import method
+from flexperts.methods.kit.held_experts import ROUTER, OwnParts, held_part, joined_rows, split_rows
+from flexperts.methods.kit.server_state import Server
+from flexperts.methods.kit.turn import Prepared, Site, Turn
+from flexperts.parameters.vector import Manifest, Payload
+from flexperts.parts.expert_adapters import ExpertAdapters
+from flexperts.parts.part import Part, key
+from flexperts.parts.router_deltas import RouterDeltas
+from flexperts.selection.selection import LayerScores
 
 
 class FedMoEStyle(OwnParts):
@@ -53,7 +51,7 @@ class FedMoEStyle(OwnParts):
     plan_note = "FLOPs take all experts as used alike; clients hold those that they use most"
     needs_experts = True
 
-    class Options(base.Options):
+    class Options(method.Options):
         """The sub-MoE's size and what of it trains."""
 
         keep: float = Field(0.5, gt=0, le=1)

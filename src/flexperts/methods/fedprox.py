@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from flexperts.methods import base
-from flexperts.methods.base import Method
-from flexperts.methods.proximal import proximal
-from flexperts.methods.turn import Turn
+from flexperts.methods.kit import method
+from flexperts.methods.kit.local_steps import proximal
+from flexperts.methods.kit.method import Method
+from flexperts.methods.kit.turn import Turn
 from flexperts.training.local import StepHooks, TrainResult
 
 
@@ -28,7 +28,7 @@ class FedProx(Method):
     summary = "FedAvg with a proximal term that holds clients near the global LoRA"
     source = "Li et al., MLSys 2020"
 
-    class Options(base.Options):
+    class Options(method.Options):
         """Settings of the proximal term."""
 
         mu: float = Field(0.01, ge=0)

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from flexperts.methods.base import Method, State
-from flexperts.methods.server import Server
+from flexperts.methods.kit.method import Method, State
+from flexperts.methods.kit.server_state import Server
 from flexperts.modeling.lora import SHARED_PREFIX
 
 

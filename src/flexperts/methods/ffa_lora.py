@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from flexperts.communication.messages import DERIVED
-from flexperts.methods.base import Method
-from flexperts.methods.server import Server
-from flexperts.parameters.payload import Payload
+from flexperts.methods.kit.method import Method
+from flexperts.methods.kit.server_state import Server
 from flexperts.parameters.split import ParameterSplit
+from flexperts.parameters.vector import Payload
 
 _A = ".lora_A."
 

@@ -12,17 +12,16 @@ from pydantic import Field
 
 from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError
-from flexperts.grafting.expert_adapters import ExpertAdapters
-from flexperts.grafting.grafts import Grafts
-from flexperts.grafting.part import Part
-from flexperts.grafting.rules import coefficients, pick_layers, select
-from flexperts.grafting.selection import LayerScores
-from flexperts.methods import base
-from flexperts.methods.base import Method, State
-from flexperts.methods.phases import personal_then_shared
-from flexperts.methods.proximal import proximal
-from flexperts.methods.turn import Prepared, Site, Turn
+from flexperts.methods.kit import method
+from flexperts.methods.kit.local_steps import personal_then_shared, proximal
+from flexperts.methods.kit.method import Method, State
+from flexperts.methods.kit.turn import Prepared, Site, Turn
 from flexperts.modeling.lora import SHARED_PREFIX
+from flexperts.parts.expert_adapters import ExpertAdapters
+from flexperts.parts.grafts import Grafts
+from flexperts.parts.part import Part
+from flexperts.selection.rules import coefficients, pick_layers, select
+from flexperts.selection.selection import LayerScores
 from flexperts.training.local import StepHooks, TrainResult
 
 _COMMON = "common_graft"
@@ -57,7 +56,7 @@ class Flex(Method):
     needs_experts = True
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "global", "personalized")
 
-    class Options(base.Options):
+    class Options(method.Options):
         """Settings of the local step."""
 
         phases: Literal["joint", "alternating"] = "joint"

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from flexperts.communication.messages import Update
-from flexperts.methods.ranks import RankedMethod, by_rows, factors, named, stacked
-from flexperts.methods.server import Server
-from flexperts.parameters.payload import Payload
+from flexperts.methods.kit.ranks import RankedMethod, by_rows, factors, named, stacked
+from flexperts.methods.kit.server_state import Server
+from flexperts.parameters.vector import Payload
 
 
 class FlexLoRA(RankedMethod):

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from flexperts.communication.messages import DERIVED, Update
-from flexperts.grafting.part import Part, uniform_matrix
-from flexperts.grafting.stacked_lora import StackedLora
-from flexperts.methods.ranks import Factors, RankedMethod, by_rows, factors, named, stacked
-from flexperts.methods.server import Server
-from flexperts.methods.turn import Site, Turn
+from flexperts.methods.kit.ranks import Factors, RankedMethod, by_rows, factors, named, stacked
+from flexperts.methods.kit.server_state import Server
+from flexperts.methods.kit.turn import Site, Turn
 from flexperts.modeling.lora import SHARED_PREFIX
-from flexperts.parameters.payload import Payload
+from flexperts.parameters.vector import Payload
+from flexperts.parts.part import Part, uniform_matrix
+from flexperts.parts.stacked_lora import StackedLora
 
 _STACK, _RECEIVED = "stack.", "received."
 _MODULES = f"{SHARED_PREFIX}model."

@@ -12,7 +12,7 @@ from torch import Tensor
 from flexperts.communication.average import checked
 from flexperts.communication.messages import DERIVED, Update
 from flexperts.errors import FederationError
-from flexperts.methods.ranks import (
+from flexperts.methods.kit.ranks import (
     Factors,
     RankedMethod,
     RankOptions,
@@ -23,10 +23,9 @@ from flexperts.methods.ranks import (
     padded,
     rank_of,
 )
-from flexperts.methods.server import Server
-from flexperts.methods.turn import Turn
-from flexperts.parameters.payload import Payload
-from flexperts.parameters.vector import Manifest
+from flexperts.methods.kit.server_state import Server
+from flexperts.methods.kit.turn import Turn
+from flexperts.parameters.vector import Manifest, Payload
 from flexperts.training.local import StepHooks, TrainResult
 
 _RANK = "rank."

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from flexperts.communication.average import check_finite, holders_mean
 from flexperts.communication.messages import DERIVED, Update
-from flexperts.grafting.expert_adapters import ExpertAdapters
-from flexperts.grafting.part import Part, key
-from flexperts.grafting.router_deltas import RouterDeltas
-from flexperts.methods import base
-from flexperts.methods.base import Method
-from flexperts.methods.expert_budget import ExpertBudget
-from flexperts.methods.held_experts import EXPERTS, ROUTER, place_of
-from flexperts.methods.server import Server
-from flexperts.methods.turn import Site, Turn
-from flexperts.parameters.payload import Payload
-from flexperts.parameters.vector import Manifest
+from flexperts.methods.kit import method
+from flexperts.methods.kit.held_experts import EXPERTS, ROUTER, place_of
+from flexperts.methods.kit.method import Method
+from flexperts.methods.kit.server_state import Server
+from flexperts.methods.kit.turn import Site, Turn
+from flexperts.moe.layout import LayerExperts
+from flexperts.parameters.vector import Manifest, Payload
+from flexperts.parts.expert_adapters import ExpertAdapters
+from flexperts.parts.part import Part, key
+from flexperts.parts.router_deltas import RouterDeltas
 from flexperts.training.local import TrainResult
 
 _USAGE, _SCORE, _LEARNED = (f"{DERIVED}{what}." for what in ("usage", "score", "learned"))
@@ -55,7 +57,7 @@ class HFedMoEStyle(Method):
     sends = "attention LoRA, all routed experts' LoRA, routers and how experts were used"
     needs_experts = True
 
-    class Options(base.Options):
+    class Options(method.Options):
         """What an expert is worth, and who counts."""
 
         budget: float = Field(0.5, gt=0, le=1)
@@ -152,3 +154,99 @@ class _Routers:
     def mean(self) -> dict[str, Tensor]:
         """Return the means with weights scaled to sum 1, of routers that have any."""
         return {name: (total / self.worth[name]).float() for name, total in self.sums.items()}
+
+
+@dataclass
+class Usage:
+    """What one round showed of a layer's experts; all tensors are float64 ``[N]`` on the CPU.
+
+    Args:
+        weight: Sum over tokens of G_e(x), the weight that the router gave.
+        score: Sum over batches of s_e.
+        learned: Batches in which the expert carried gradient.
+        tokens: Tokens seen, padding left out.
+        batches: Batches seen.
+    """
+
+    weight: Tensor
+    score: Tensor
+    learned: Tensor
+    tokens: int = 0
+    batches: int = 0
+
+
+def routing_matrix(index: Tensor, weights: Tensor, num_experts: int) -> Tensor:
+    """Return G ``[T, N]`` in float64 on the CPU: the router's weight of each expert for each token, or 0."""
+    zeros = torch.zeros(len(index), num_experts, dtype=torch.float64)
+    return zeros.scatter_add(1, index.cpu(), weights.detach().double().cpu())
+
+
+def scores_of(routing: Tensor, lam: float) -> Tensor:
+    """Return s_e ``[N]`` = lam mean_x G_e(x) + (1 - lam) max_x G_e(x)."""
+    return lam * routing.mean(0) + (1 - lam) * routing.amax(0)
+
+
+def values_of(routing: Tensor, lam: float, beta: float) -> Tensor:
+    """Return I_e ``[N]`` = s_e - beta mean_x G_e(x) log(G_e(x) / mean G_e), with 0 log 0 = 0."""
+    mean = routing.mean(0)
+    ratio = torch.where(routing > 0, routing / mean.clamp_min(1e-300), torch.ones_like(routing))
+    return scores_of(routing, lam) - beta * (routing * ratio.log()).mean(0)
+
+
+@dataclass
+class ExpertBudget:
+    """Chooses the learning experts of every layer and batch, and keeps count: an ``ExpertAdapters.gradient_for``.
+
+    Args:
+        budget: Share of a layer's experts that carry gradient.
+        lam, beta: As in ``scores_of`` and ``values_of``.
+        usage: What was seen, by experts module.
+    """
+
+    budget: float
+    lam: float
+    beta: float
+    usage: dict[str, Usage] = field(default_factory=dict)
+    _mask: Tensor | None = None
+    _chosen: dict[str, set[int]] = field(default_factory=dict)
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Know, inside the block, where every forward pass begins and which of its tokens are padding."""
+        handle = model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @torch.no_grad()
+    def __call__(self, experts: LayerExperts, index: Tensor, weights: Tensor) -> Collection[int]:
+        """Return the experts that learn; checkpointing's second question gets the first answer."""
+        if experts.name not in self._chosen:
+            # Without gradient: checkpointing counts the tensors that the first question and the second save.
+            tokens = slice(None) if self._mask is None else self._mask.to(index.device)
+            self._chosen[experts.name] = self._choose(experts, index[tokens], weights[tokens])
+        return self._chosen[experts.name]
+
+    def _begin(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        self._mask, self._chosen = None if mask is None else mask.flatten().bool(), {}
+
+    def _choose(self, experts: LayerExperts, index: Tensor, weights: Tensor) -> set[int]:
+        routing = routing_matrix(index, weights, experts.num_experts)
+        count = max(1, round(self.budget * experts.num_experts))
+        value = values_of(routing, self.lam, self.beta)
+        chosen = set(value.argsort(descending=True, stable=True)[:count].tolist())
+        self._note(experts, routing, chosen)
+        return chosen
+
+    def _note(self, experts: LayerExperts, routing: Tensor, chosen: set[int]) -> None:
+        zeros = torch.zeros(3, experts.num_experts, dtype=torch.float64)
+        usage = self.usage.setdefault(experts.name, Usage(*zeros))
+        usage.weight += routing.sum(0)
+        usage.score += scores_of(routing, self.lam)
+        # Chosen but never routed to: nothing reached it.
+        reached = [e for e in chosen if routing[:, e].any()]
+        usage.learned[reached] += 1
+        usage.tokens += len(routing)
+        usage.batches += 1

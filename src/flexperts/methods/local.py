@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError
-from flexperts.methods import base
-from flexperts.methods.base import State
 from flexperts.methods.flex import Flex, graft_dropout
-from flexperts.methods.turn import Turn
+from flexperts.methods.kit import method
+from flexperts.methods.kit.method import Method, State
+from flexperts.methods.kit.turn import Turn
 from flexperts.training.local import StepHooks, TrainResult
 
 
@@ -32,7 +32,7 @@ class Local(Flex):
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "personalized")
     additive = False
 
-    class Options(base.Options):
+    class Options(method.Options):
         """None: flex's are about a shared part."""
 
     def check(self, config: RunConfig) -> None:
@@ -53,3 +53,27 @@ class Local(Flex):
     def personalize(self, turn: Turn) -> TrainResult:
         """Train as ever: all that trains is personal."""
         return self.train(turn)
+
+
+class LocalLoRA(Method):
+    """Each client alone, with a LoRA of its own.
+
+    Source: no paper; the bound that a federation has to beat for a silo to join it.
+    Client i minimises its own f_i(theta_i) over all rounds; nothing couples the clients.
+    Trained: attention LoRA. Sent: nothing. Aggregated: nothing. Stays: attention LoRA. Inference: the client's own
+    LoRA.
+    Open choices: the LoRA is personal, so its rate is ``training.personal_lr`` where that is set, and rounds cut
+    training only where AdamW starts afresh, as for every method. ``local`` is this bound with FLEx's graft.
+    """
+
+    name = "local_lora"
+    summary = "attention LoRA trained on the client's own rows; nothing is sent"
+    source = "bound; no paper"
+    sends = "nothing"
+    keeps = "attention LoRA"
+    states: ClassVar[tuple[State, ...]] = ("zero_shot", "personalized")
+    additive = False
+
+    def shared(self, names: Collection[str]) -> set[str]:
+        """Nothing is shared."""
+        return set()

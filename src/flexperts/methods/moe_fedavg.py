@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from flexperts.grafting.expert_adapters import ExpertAdapters
-from flexperts.grafting.part import Part
-from flexperts.methods import base
-from flexperts.methods.base import Method
-from flexperts.methods.turn import Site, Turn
+from flexperts.methods.kit import method
+from flexperts.methods.kit.method import Method
+from flexperts.methods.kit.turn import Site, Turn
+from flexperts.parts.expert_adapters import ExpertAdapters
+from flexperts.parts.part import Part
 from flexperts.training.local import TrainResult
 
 
@@ -38,7 +38,7 @@ class MoEFedAvg(Method):
     sends = "attention LoRA and all routed experts"
     needs_experts = True
 
-    class Options(base.Options):
+    class Options(method.Options):
         """What trains of an expert, and how fast."""
 
         rank: Annotated[int, Field(ge=1)] | Literal["full"] = "full"

@@ -9,11 +9,11 @@ from typing import Any, ClassVar, cast
 from pydantic import Field
 from torch import Tensor, nn
 
-from flexperts.grafting.gated_adapters import GatedAdapters
-from flexperts.grafting.part import Part
-from flexperts.methods import base
-from flexperts.methods.base import Method, OnBatch, State
-from flexperts.methods.turn import Site, Turn
+from flexperts.methods.kit import method
+from flexperts.methods.kit.method import Method, OnBatch, State
+from flexperts.methods.kit.turn import Site, Turn
+from flexperts.parts.gated_adapters import GatedAdapters
+from flexperts.parts.part import Part
 
 _PART = "gated"
 
@@ -43,7 +43,7 @@ class PFedMoEStyle(Method):
     needs_experts = True
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "global", "personalized")
 
-    class Options(base.Options):
+    class Options(method.Options):
         """Sizes of experts and gate."""
 
         rank: int = Field(8, ge=1)

@@ -19,27 +19,27 @@ from flexperts.errors import ConfigError
 
 if TYPE_CHECKING:
     from flexperts.config.run import MethodConfig
-    from flexperts.methods.base import Method
+    from flexperts.methods.kit.method import Method
 
 _METHODS: dict[str, str] = {
-    "centralized": "flexperts.methods.centralized:Centralized",
+    "centralized": "flexperts.methods.bounds:Centralized",
     "ditto": "flexperts.methods.ditto:Ditto",
     "fdlora": "flexperts.methods.fdlora:FDLoRA",
-    "fedadagrad": "flexperts.methods.fedadagrad:FedAdagrad",
-    "fedadam": "flexperts.methods.fedadam:FedAdam",
+    "fedadagrad": "flexperts.methods.server_optimizers:FedAdagrad",
+    "fedadam": "flexperts.methods.server_optimizers:FedAdam",
     "fedamole": "flexperts.methods.fedamole:FedAMoLE",
     "fedavg": "flexperts.methods.fedavg:FedAvg",
     "fedavg_experts": "flexperts.methods.fedavg_experts:FedAvgExperts",
-    "fedavgm": "flexperts.methods.fedavgm:FedAvgM",
-    "feddpa_f": "flexperts.methods.feddpa_f:FedDPAF",
-    "feddpa_t": "flexperts.methods.feddpa_t:FedDPAT",
+    "fedavgm": "flexperts.methods.server_optimizers:FedAvgM",
+    "feddpa_f": "flexperts.methods.feddpa:FedDPAF",
+    "feddpa_t": "flexperts.methods.feddpa:FedDPAT",
     "fedmoe_da": "flexperts.methods.fedmoe_da:FedMoEDA",
     "fedmoe_style": "flexperts.methods.fedmoe_style:FedMoEStyle",
     "fedper": "flexperts.methods.fedper:FedPer",
     "fedprox": "flexperts.methods.fedprox:FedProx",
-    "fedrep": "flexperts.methods.fedrep:FedRep",
+    "fedrep": "flexperts.methods.fedper:FedRep",
     "fedsa_lora": "flexperts.methods.fedsa_lora:FedSALoRA",
-    "fedyogi": "flexperts.methods.fedyogi:FedYogi",
+    "fedyogi": "flexperts.methods.server_optimizers:FedYogi",
     "ffa_lora": "flexperts.methods.ffa_lora:FFALoRA",
     "flex": "flexperts.methods.flex:Flex",
     "flexlora": "flexperts.methods.flexlora:FlexLoRA",
@@ -47,11 +47,11 @@ _METHODS: dict[str, str] = {
     "hetlora": "flexperts.methods.hetlora:HetLoRA",
     "hfedmoe_style": "flexperts.methods.hfedmoe_style:HFedMoEStyle",
     "local": "flexperts.methods.local:Local",
-    "local_lora": "flexperts.methods.local_lora:LocalLoRA",
+    "local_lora": "flexperts.methods.local:LocalLoRA",
     "moe_fedavg": "flexperts.methods.moe_fedavg:MoEFedAvg",
     "pfedmoe_style": "flexperts.methods.pfedmoe_style:PFedMoEStyle",
     "scaffold": "flexperts.methods.scaffold:Scaffold",
-    "zero_shot": "flexperts.methods.zero_shot:ZeroShot",
+    "zero_shot": "flexperts.methods.bounds:ZeroShot",
 }
 _LOADED: dict[str, type[Method]] = {}
 _GROUP = "flexperts.methods"
@@ -127,7 +127,7 @@ def _imported(name: str, path: str) -> type[Method]:
 
 
 def _checked(name: str, path: str, found: Any) -> type[Method]:
-    from flexperts.methods.base import Method
+    from flexperts.methods.kit.method import Method
 
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ConfigError(

@@ -13,12 +13,11 @@ from flexperts.communication.average import weighted_mean
 from flexperts.communication.messages import DERIVED, Update
 from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError
-from flexperts.methods import base
-from flexperts.methods.base import Method
-from flexperts.methods.server import Server
-from flexperts.methods.turn import Turn
-from flexperts.parameters.payload import Payload
-from flexperts.parameters.vector import Manifest, flatten
+from flexperts.methods.kit import method
+from flexperts.methods.kit.method import Method
+from flexperts.methods.kit.server_state import Server
+from flexperts.methods.kit.turn import Turn
+from flexperts.parameters.vector import Manifest, Payload, flatten
 from flexperts.training.local import StepHooks, TrainResult
 
 _CONTROL = f"{DERIVED}control."
@@ -48,7 +47,7 @@ class Scaffold(Method):
     keeps = "control variates"
     additive = False
 
-    class Options(base.Options):
+    class Options(method.Options):
         """Settings of the server's step."""
 
         server_lr: float = Field(1.0, gt=0)

@@ -17,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from flexperts.base.build import resolve_base
 from flexperts.config.model import ModelConfig
 from flexperts.errors import ModelError
 from flexperts.modeling.placement import computing_device, placement
@@ -26,6 +25,7 @@ from flexperts.modeling.skeleton import auto_class
 from flexperts.moe.experts import find_experts
 from flexperts.parameters.fingerprint import fingerprint
 from flexperts.parameters.finite import first_not_finite
+from flexperts.smol_moe.build import resolve_base
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from flexperts.modeling.skeleton import skeleton
 from flexperts.moe.experts import find_experts
 from flexperts.moe.fused import FusedExperts
 from flexperts.moe.layout import LayerExperts
-from flexperts.parameters.inner import stored_bytes
+from flexperts.parameters.fingerprint import stored_bytes
 
 _SHARE = 0.7
 """Of the free memory, where the recipe gives no limit: training needs the rest."""

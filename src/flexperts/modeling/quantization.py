@@ -20,7 +20,7 @@ from flexperts.errors import ModelError
 from flexperts.moe.attention import attention_modules
 from flexperts.moe.experts import find_experts
 from flexperts.moe.quantized import BLOCK, QuantizedTensor, Scheme, quantized_bytes
-from flexperts.parameters.inner import stored_bytes
+from flexperts.parameters.fingerprint import stored_bytes
 
 _METHOD = "flexperts"
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from flexperts.errors import ConfigError
-from flexperts.moe.language import language_modules
 
 # Multi-head latent and compressed convolutional attention; as abbreviations they count in capitals only.
 _MIXERS = re.compile(r"Attention|Mamba|DeltaNet|ShortConv|LinearAttn|(?-i:MLA|CCA)", re.IGNORECASE)
@@ -57,3 +56,16 @@ def _mixers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in language_modules(model):
         if _MIXERS.search(type(module).__name__):
             yield name, module
+
+
+def language_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of the language model, by the names that they have in ``model``.
+
+    Towers for images or sound may hold attention and experts of their own; these stay as they are.
+
+    Args:
+        model: A model of transformers, which knows its decoder, or any other module, which is taken whole.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    yield from decoder.named_modules(prefix=prefix)

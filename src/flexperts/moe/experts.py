@@ -5,11 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from flexperts.errors import ModelError
-from flexperts.moe.attention import attention_modules
+from flexperts.moe.attention import attention_modules, language_modules
 from flexperts.moe.batched import BatchedExperts
 from flexperts.moe.flat import FlatExperts
 from flexperts.moe.fused import FusedExperts, FusedExpertsWithIdentities
-from flexperts.moe.language import language_modules
 from flexperts.moe.layout import LayerExperts
 from flexperts.moe.parallel import ParallelExperts
 

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from accelerate.utils import has_offloaded_params
 from torch import Tensor, nn
-
-from flexperts.parameters.inner import inner_tensors
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _SAMPLES = 1024
 
@@ -41,3 +40,15 @@ def stored_tensors(model: nn.Module, name: str, parameter: Any) -> list[Tensor]:
     path, _, own = name.rpartition(".")
     module: Any = model.get_submodule(path)
     return [module._hf_hook.weights_map[own]] if has_offloaded_params(module) else inner_tensors(parameter)
+
+
+def inner_tensors(tensor: Any) -> list[Tensor]:
+    """Return the tensors that hold a parameter's values, such as a quantized weight's codes and scales."""
+    if is_traceable_wrapper_subclass(tensor):
+        return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    return [tensor]
+
+
+def stored_bytes(tensor: Any) -> int:
+    """Return the bytes that a tensor's values take where it is stored."""
+    return sum(inner.numel() * inner.element_size() for inner in inner_tensors(tensor))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from flexperts.errors import SplitError
-from flexperts.parameters.inner import inner_tensors, stored_bytes
+from flexperts.parameters.fingerprint import inner_tensors, stored_bytes
 
 Parameters = Mapping[str, Parameter]
 

@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from flexperts.checked_file import read_meta, read_sealed, write_sealed
 from flexperts.errors import ArtifactError
 from flexperts.files import damaged
-from flexperts.parameters.sealed import read_meta, read_sealed, write_sealed
 
 _FORMAT = "flexperts-personal-2"
 

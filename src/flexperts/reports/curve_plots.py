@@ -13,7 +13,7 @@ from flexperts.reports.cells import finite
 from flexperts.reports.figures import GRID, MUTED, canvas, drawing, looks, shortened, svg
 from flexperts.reports.plots import NARROW, WIDTH, Plot
 from flexperts.reports.reading import METRICS, Comparison, Entry, ordered
-from flexperts.reports.routing_tables import MEASURES
+from flexperts.reports.tables import MEASURES
 
 TOGETHER = 6
 """Up to so many entries share one plot; of more, every entry has a small one with the others in grey."""

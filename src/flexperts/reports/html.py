@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from flexperts.files import write_json, write_text
 from flexperts.reports.bytes_plot import bytes_plot
 from flexperts.reports.cells import Table
 from flexperts.reports.curve_plots import CURVES, curve_plots, drift_plots
 from flexperts.reports.figures import looks
+from flexperts.reports.markdown import markdown_report
 from flexperts.reports.plots import Plot, difference_plot, score_plot
 from flexperts.reports.reading import METRICS, Comparison, ordered, rows_shown
 from flexperts.reports.routing_plots import routing_plots
@@ -76,3 +79,14 @@ def _heads(table: Table) -> list[tuple[str, int]]:
 def _safe_svg(plot: Plot) -> Markup:
     """Return an SVG as markup: matplotlib has escaped every text in it."""
     return Markup(plot.svg)
+
+
+def write_reports(comparison: Comparison, out: Path) -> None:
+    """Write comparison.json, report.html (opens from disk) and report.md.
+
+    Raises:
+        ArtifactError: The directory cannot be written.
+    """
+    write_json(out / "comparison.json", comparison, indent=None)
+    write_text(out / "report.html", html_report(comparison))
+    write_text(out / "report.md", markdown_report(comparison))

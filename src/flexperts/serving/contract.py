@@ -14,7 +14,7 @@ from flexperts.config.names import normal
 from flexperts.errors import ConfigError, FlexpertsError
 
 if TYPE_CHECKING:
-    from flexperts.methods.base import State
+    from flexperts.methods.kit.method import State
 
 Finish = Literal["stop", "length", "cancelled", "error"]
 """Why an answer ended: end of sequence or a stop string, its limit, its asker gone, or the engine failed."""

@@ -20,12 +20,8 @@ from flexperts.errors import ArtifactError
 from flexperts.evaluation.scores import SCORES, Scores, mean_of
 from flexperts.files import placeless, read_json
 from flexperts.recipe import recorded_recipe
-from flexperts.studies.ability import abilities
-from flexperts.studies.contrast import contrasts
-from flexperts.studies.curves import curves
+from flexperts.studies.contrast import abilities, contrasts
 from flexperts.studies.finished import CLAIM, RUNS, Finished, read_claim
-from flexperts.studies.routing import routing_and_selection
-from flexperts.studies.samples import examples
 
 
 def collect(
@@ -264,3 +260,134 @@ def _mean(values: Sequence[Any]) -> Any:
     if any(isinstance(value, Mapping) for value in values):
         return _mean_of([value or {} for value in values])
     return float(np.mean([value or 0 for value in values]))
+
+
+def curves(entry: Finished) -> dict[str, Any]:
+    """Return, by state, each score over the rounds that were evaluated; under ``training`` the training loss."""
+    rounds = [run.rounds() for run in entry.runs.values()]
+    wanted = {"training": {"nll": ("clients", "loss")}}
+    wanted |= {state: {score: ("scores", f"{score}.{state}") for score in SCORES} for state in entry.states}
+    found = {
+        state: {score: curve for score, where in scores.items() if (curve := _curve(rounds, *where))}
+        for state, scores in wanted.items()
+    }
+    return {state: scores for state, scores in found.items() if scores}
+
+
+def _curve(seeds: Sequence[Sequence[Mapping[str, Any]]], part: str, key: str) -> dict[str, Any] | None:
+    """Return one number over rounds; None where no round has it in every seed."""
+    points: dict[int, list[float]] = {}
+    for logs in zip(*seeds, strict=False):
+        values = [value for log in logs if (value := _over_clients(log[part], key)) is not None]
+        if len(values) == len(logs):
+            points[logs[0]["number"]] = values
+    if not points:
+        return None
+    table = np.array(list(points.values()))
+    ends = {"mean": table.mean(1), "low": table.min(1), "high": table.max(1)}
+    return {"rounds": list(points)} | {name: over.tolist() for name, over in ends.items()}
+
+
+def _over_clients(clients: Mapping[str, Mapping[str, float | None]], key: str) -> float | None:
+    return mean_of(numbers[key] for numbers in clients.values() if key in numbers)
+
+
+_OVER_ROUNDS = ("entropy", "divergence", "agreement", "opening")
+
+
+def routing_and_selection(entry: Finished) -> dict[str, Any]:
+    """Return an entry's ``routing``, ``routing_rounds`` and ``selection``; None where its runs did not note it."""
+    clients = entry.clients
+    lines = [run.of_client("routing", client) or [] for run in entry.runs.values() for client in clients]
+    first = next(iter(entry.runs.values()))
+    chosen = {c: found for c in clients if (found := first.of_client("selection", c))}
+    return {
+        "routing": _last(first, clients) if all(lines) else None,
+        "routing_rounds": _over_rounds(lines, entry.states[-1]) if all(lines) else None,
+        "selection": {c: _selection(found) for c, found in chosen.items()} or None,
+    }
+
+
+def _last(run: RunDirectory, clients: Sequence[str]) -> dict[str, Any]:
+    """Return state -> client -> layer -> numbers, of one run's last round; co-selection stays in its files."""
+    routing: dict[str, Any] = {}
+    for client in clients:
+        lines = run.of_client("routing", client)
+        for line in (line for line in lines if line["round"] == lines[-1]["round"]):
+            layers = {
+                name: {key: value for key, value in layer.items() if key != "co_selection"}
+                for name, layer in line["layers"].items()
+            }
+            routing.setdefault(line["state"], {})[client] = layers
+    return routing
+
+
+def _over_rounds(clients: Sequence[Sequence[Mapping[str, Any]]], own_state: str) -> dict[str, Any]:
+    """Return means over seeds, clients, layers, by round; round 0 is the untouched base."""
+    layers: dict[int, list[Mapping[str, Any]]] = {}
+    for lines in clients:
+        for line in lines:
+            if line["state"] == "zero_shot" and line["round"] == lines[0]["round"]:
+                layers.setdefault(0, []).extend(line["layers"].values())
+            if line["state"] == own_state:
+                layers.setdefault(line["round"], []).extend(line["layers"].values())
+    rounds = sorted(layers)
+    return {"rounds": rounds} | {key: [_over_layers(layers[r], key) for r in rounds] for key in _OVER_ROUNDS}
+
+
+def _over_layers(layers: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    values = [np.mean(layer[key]) for layer in layers if layer.get(key) is not None]
+    return float(np.mean(values)) if values else None
+
+
+def _selection(found: Mapping[str, Any]) -> dict[str, Any]:
+    losses = found["selection"]
+    return {layer: {"choice": choice, "loss": losses.get(layer, [])} for layer, choice in found["choice"].items()}
+
+
+_ENTRIES, _LONGEST = 4, 1500
+
+
+def examples(reference: Finished, finished: Sequence[Finished], count: int) -> dict[str, list[dict[str, Any]]]:
+    """Return the first rows of every client with the answers of the base, the reference and the next entries.
+
+    All are of the first seed that these entries have in common. Long texts are cut.
+
+    Args:
+        reference, finished: As for ``collect``.
+        count: Rows of each client; with 0, no row's text is read.
+    """
+    if not count:
+        return {}
+    shown = [reference, *(f for f in finished if f is not reference and f.method != "zero_shot")][:_ENTRIES]
+    common = set.intersection(*(set(entry.runs) for entry in shown))
+    if not common:
+        return {}
+    found = {client: _examples(shown, min(common), client, count) for client in reference.clients}
+    return {client: rows for client, rows in found.items() if rows}
+
+
+def _examples(shown: Sequence[Finished], seed: int, client: str, count: int) -> list[dict[str, Any]]:
+    kept = {entry.name: entry.predictions[seed][client] for entry in shown}
+    if any(some is None for some in kept.values()):
+        return []  # a deployed run's answers are at its silos
+    lines = {name: some[:count] for name, some in kept.items()}
+    rows = lines[shown[0].name]
+    return [
+        {key: _cut(row[key]) for key in ("instruction", "context", "response")}
+        | {"answers": _answers(shown, {name: some[number] for name, some in lines.items()})}
+        for number, row in enumerate(rows)
+    ]
+
+
+def _answers(shown: Sequence[Finished], lines: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Return the answers to one row, by entry and state; the untouched base's is one for all."""
+    return {_label(e.name, state): _cut(lines[e.name][state]) for e in shown for state in e.states}
+
+
+def _label(entry: str, state: str) -> str:
+    return "zero-shot" if state == "zero_shot" else f"{entry} {state}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError
-from flexperts.federation.privacy import check_additive
 from flexperts.methods.registry import make_method, method_names
+from flexperts.protection.rules import check_additive
 from flexperts.recipe import load_recipe
 
 

@@ -19,15 +19,15 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
+from flexperts.client.workspace import Workspace
+from flexperts.engines.in_process import run_federation
 from flexperts.errors import FlexpertsError
-from flexperts.federation.observer import Observer, Observers, Once
-from flexperts.federation.run import run_federation
-from flexperts.federation.tracking import Tracking, tracker_classes
-from flexperts.federation.workspace import Workspace
 from flexperts.files import content_of, write_json, write_text
+from flexperts.observer import Observer, Observers, Once
 from flexperts.studies.claim import alone_in, claimed
 from flexperts.studies.entries import Entry, Plan
 from flexperts.studies.finished import CLAIM, DONE, RUNS, SEED, folder_name
+from flexperts.tracking import Tracking, tracker_classes
 
 HEAVY = ("personal", "shared", "checkpoint.safetensors")
 """Weights of a finished run, which a comparison does not read."""

@@ -15,6 +15,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_cosine_schedule_with_warmup
 
+from flexperts.config.run import RunConfig
 from flexperts.data.batches import pad_batch, training_batches
 from flexperts.data.prompts import Example
 from flexperts.errors import FederationError
@@ -227,3 +228,33 @@ def _finite(loss: float, settings: LocalSettings) -> float:
 def steps_per_round(rows: int, batch_size: int, local_steps: int | None, local_epochs: float) -> int:
     """Return a client's optimizer steps per round: ``local_steps`` where given, else its epochs."""
     return local_steps or max(1, math.ceil(local_epochs * math.ceil(rows / batch_size)))
+
+
+def local_settings(
+    config: RunConfig, *, steps: int, first_step: int, total_steps: int, pad_token_id: int
+) -> LocalSettings:
+    """Return the settings of one stretch of local training.
+
+    Args:
+        config: The run.
+        steps: Optimizer steps of the stretch.
+        first_step: Steps before it.
+        total_steps: Steps over which the cosine goes; the warm-up is a share of them.
+        pad_token_id: Token that fills short rows.
+    """
+    training = config.training
+    return LocalSettings(
+        steps=steps,
+        batch_size=training.batch_size,
+        micro_batch_size=training.micro_batch_size or training.batch_size,
+        lr=training.lr,
+        personal_lr=training.personal_lr or training.lr,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        first_step=first_step,
+        total_steps=total_steps,
+        warmup_steps=round(training.warmup_ratio * total_steps),
+        precision=config.model.precision,
+        pad_token_id=pad_token_id,
+        optimizer=training.optimizer,
+    )

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from flexperts.base import build
-from flexperts.base.sources import file_sha256
 from flexperts.errors import ModelError
+from flexperts.smol_moe import build
+from flexperts.smol_moe.sources import file_sha256
 
 
 def fake_write(folder: Path, name="smol-moe", source=None, report=print):

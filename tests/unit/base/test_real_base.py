@@ -7,8 +7,8 @@ import warnings
 import pytest
 import torch
 
-from flexperts.base import calibrate, dense, sources
-from flexperts.base.build import build_base
+from flexperts.smol_moe import calibrate, dense, sources
+from flexperts.smol_moe.build import build_base
 
 pytestmark = pytest.mark.slow
 

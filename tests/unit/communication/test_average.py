@@ -15,8 +15,7 @@ from torch import Tensor
 from flexperts.communication.average import holders_mean, weighted_mean
 from flexperts.communication.messages import Update
 from flexperts.errors import FederationError
-from flexperts.parameters.payload import Payload
-from flexperts.parameters.vector import Manifest, Vector
+from flexperts.parameters.vector import Manifest, Payload, Vector
 
 
 def update(client: str, values: list[float] | Vector, rows: int = 1) -> Update:

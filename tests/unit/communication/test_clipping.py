@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from flexperts.communication.clipping import clipped, gaussian, noised
-from flexperts.federation.flower_private import assume_identity
+from flexperts.communication.flower_private import assume_identity
 from flexperts.parameters.vector import Vector
+from flexperts.protection.clipping import clipped, gaussian, noised
 
 CHANGES = arrays(np.float32, st.integers(1, 40), elements=st.floats(-(2.0**100), 2.0**100, width=32))
 

@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from flexperts.communication.compression import Packed, pack, packed_bytes, unpack
+from flexperts.communication.flower_private import assume_identity
 from flexperts.communication.messages import info_of, payload_of, records
 from flexperts.communication.traffic import encoded_bytes, personal_bytes
 from flexperts.config.federation import CompressionConfig
 from flexperts.errors import FederationError
-from flexperts.federation.flower_private import assume_identity
-from flexperts.parameters.payload import Payload
-from flexperts.parameters.vector import Manifest, Vector
+from flexperts.parameters.vector import Manifest, Payload, Vector
 
 FLOATS = st.floats(-(2.0**127), 2.0**127, width=32) | st.floats(-1, 1, width=32)
 CHANGES = arrays(np.float32, st.integers(1, 40), elements=FLOATS)

@@ -17,8 +17,7 @@ from flexperts.communication.traffic import (
     personal_bytes,
     tensor_group,
 )
-from flexperts.parameters.payload import Payload
-from flexperts.parameters.vector import Manifest
+from flexperts.parameters.vector import Manifest, Payload
 
 MEGABYTE = 250_000  # fp32 values
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from flexperts.client.model import ClientModel
 from flexperts.costs.flops import added_flops, base_flops
 from flexperts.costs.rounds import planned_sites
 from flexperts.costs.speed import counted_flops
-from flexperts.federation.client_model import ClientModel
 from flexperts.methods.registry import make_method
 from flexperts.modeling.load import LoadedBase
 from flexperts.recipe import parse_recipe

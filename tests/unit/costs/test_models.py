@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from flexperts.base.build import base_spec
-from flexperts.base.partition import load_partition
-from flexperts.base.upcycle import moe_config
 from flexperts.costs.models import Description, describe, meta_base, shipped_configs
 from flexperts.costs.plan import model_facts
 from flexperts.errors import ModelError
+from flexperts.smol_moe.build import base_spec
+from flexperts.smol_moe.neuron_split import load_partition
+from flexperts.smol_moe.upcycle import moe_config
 from flexperts.testing import save_tiny_base, tiny_model
 
 PUBLISHED = {  # billions: all, active; MoE layers, N, K

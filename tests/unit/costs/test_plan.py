@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flexperts.costs.figures import MethodPlan, Plan
-from flexperts.costs.plan import DEFAULT_ROWS, DENSE, plan
+from flexperts.costs.plan import DEFAULT_ROWS, DENSE, MethodPlan, Plan, plan
 from flexperts.errors import ConfigError, GraftError, ModelError
 from flexperts.methods.registry import method_names
 from flexperts.testing import save_tiny_base, tiny_model

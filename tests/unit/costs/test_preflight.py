@@ -9,8 +9,7 @@ import torch
 
 from flexperts.config.run import RunConfig
 from flexperts.costs import preflight
-from flexperts.costs.activations import Activations, Lengths
-from flexperts.costs.lengths import row_lengths
+from flexperts.costs.activations import Activations, Lengths, row_lengths
 from flexperts.costs.preflight import PROCESS, Estimator, check_fits
 from flexperts.data.clients import load_clients
 from flexperts.errors import ModelError

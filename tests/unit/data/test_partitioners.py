@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexperts.config.data import PartitionConfig
-from flexperts.data.partitioners import Shares, assign
+from flexperts.data.partition import Shares, assign
 from flexperts.errors import DataError
 
 DOLLY = ["brainstorming", "classification", "information_extraction", "summarization"]

@@ -10,8 +10,7 @@ import torch
 from flexperts.data.prompts import PromptEncoder
 from flexperts.data.rows import Row
 from flexperts.evaluation.generation import generate
-from flexperts.evaluation.rouge import rouge_l
-from flexperts.evaluation.scores import EvaluationSettings, evaluate
+from flexperts.evaluation.scores import EvaluationSettings, evaluate, rouge_l
 from flexperts.modeling.forward import next_logits
 from flexperts.testing import byte_tokenizer, tiny_model
 

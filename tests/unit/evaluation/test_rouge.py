@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexperts.evaluation.rouge import rouge_l
+from flexperts.evaluation.scores import rouge_l
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from flexperts.data.prompts import PromptEncoder
 from flexperts.data.rows import Row
 from flexperts.evaluation.generation import Answer, generate
-from flexperts.evaluation.rouge import rouge_l
-from flexperts.evaluation.scores import EvaluationSettings, Scores, evaluate, mean_of
+from flexperts.evaluation.scores import EvaluationSettings, Scores, evaluate, mean_of, rouge_l
 from flexperts.testing import byte_tokenizer, tiny_model
 
 ROWS = [Row("What?", "no"), Row("Sum up", "a till and a shelf", "A long note. " * 4), Row("Why?", "because")]

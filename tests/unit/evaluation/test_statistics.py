@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from flexperts.errors import DataError
-from flexperts.evaluation.statistics import Difference, Paired, adjust, paired_bootstrap
+from flexperts.studies.statistics import Difference, Paired, adjust, paired_bootstrap
 
 
 def paired(rows: dict[str, list[float]], weights: dict[str, list[float]] | None = None) -> Paired:
@@ -147,7 +147,7 @@ def test_swapping_the_methods_swaps_the_ends():
 def test_many_rows_are_drawn_in_parts(monkeypatch):
     one = [paired({"a": list(np.random.default_rng(1).normal(size=50))})]
     whole = bootstrap(one, resamples=999)
-    monkeypatch.setattr("flexperts.evaluation.statistics._CELLS", 170)
+    monkeypatch.setattr("flexperts.studies.statistics._CELLS", 170)
     parts = bootstrap(one, resamples=999)  # the generator gives the same rows in parts of 3
     assert (parts.low, parts.high, parts.p) == (pytest.approx(whole.low), pytest.approx(whole.high), whole.p)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
 
-from flexperts.evaluation.rouge import rouge_l
+from flexperts.evaluation.scores import rouge_l
 from flexperts.evaluation.words import TOKENIZER, UnicodeWords
 
 RESULTS = Path(__file__).parents[3] / "docs" / "results"

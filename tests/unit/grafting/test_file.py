@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from flexperts.checked_file import read_sealed, write_sealed
 from flexperts.errors import ArtifactError, GraftError
-from flexperts.grafting.file import load_grafts, save_grafts
-from flexperts.grafting.grafts import Grafts
 from flexperts.moe.experts import find_experts
-from flexperts.parameters.sealed import read_sealed, write_sealed
+from flexperts.parts.graft_file import load_grafts, save_grafts
+from flexperts.parts.grafts import Grafts
 from flexperts.testing import tiny_model
 
 IDS = torch.arange(12).reshape(2, 6)

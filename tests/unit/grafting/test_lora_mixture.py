@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from flexperts.errors import GraftError
-from flexperts.grafting.lora_mixture import LoraMixture
 from flexperts.moe.attention import attention_linears
+from flexperts.parts.lora_mixture import LoraMixture
 from flexperts.testing import tiny_model
 
 SITE = "body.proj"

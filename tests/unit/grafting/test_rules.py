@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from flexperts.config.model import GraftConfig
 from flexperts.errors import ConfigError, GraftError
-from flexperts.grafting.rules import RULES, coefficients, pick_layers, select, subset_error
-from flexperts.grafting.selection import LayerScores
+from flexperts.selection.rules import RULES, coefficients, pick_layers, select, subset_error
+from flexperts.selection.selection import LayerScores
 
 Problem = tuple[LayerScores, np.ndarray, np.ndarray]
 SEEDS = st.integers(0, 2**31)

@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from flexperts.errors import GraftError
-from flexperts.grafting.stacked_lora import StackedLora
 from flexperts.moe.attention import attention_linears
+from flexperts.parts.stacked_lora import StackedLora
 from flexperts.testing import tiny_model
 
 SCALE = 0.7

@@ -12,13 +12,13 @@ from torch import nn
 
 from flexperts.config.model import ModelConfig
 from flexperts.config.run import RunConfig
+from flexperts.engines.in_process import run_federation
 from flexperts.errors import ConfigError, ModelError
-from flexperts.federation.run import run_federation
-from flexperts.grafting.grafts import Grafts
 from flexperts.modeling.load import LoadedBase, load_base
 from flexperts.modeling.quantization import check_quantized, planned_bytes, storage
 from flexperts.moe.experts import find_experts
 from flexperts.moe.quantized import QuantizedTensor, Scheme, quantized_bytes
+from flexperts.parts.grafts import Grafts
 from flexperts.recipe import parse_recipe
 from flexperts.testing import save_tiny_base, tiny_model
 

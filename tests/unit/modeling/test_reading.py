@@ -10,8 +10,8 @@ import torch
 from flexperts.data.batches import pad_batch, pad_responses
 from flexperts.data.prompts import Example, PromptEncoder
 from flexperts.evaluation.generation import answer, prompt_batch
+from flexperts.modeling.caches import read_prompts, response_losses
 from flexperts.modeling.forward import token_losses
-from flexperts.modeling.reading import read_prompts, response_losses
 from flexperts.testing import byte_tokenizer, tiny_model
 
 FAMILIES: dict[str, dict[str, Any]] = {

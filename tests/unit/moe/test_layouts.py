@@ -22,8 +22,6 @@ from transformers.models.dbrx.configuration_dbrx import DbrxAttentionConfig, Dbr
 from flexperts.costs.models import Description, meta_base
 from flexperts.costs.plan import model_facts
 from flexperts.errors import ModelError
-from flexperts.grafting.grafts import Graft, Grafts
-from flexperts.grafting.selection import reconstruction_scores
 from flexperts.moe.attention import attention_linears
 from flexperts.moe.batched import BatchedExperts
 from flexperts.moe.experts import LAYOUTS, find_experts
@@ -31,6 +29,8 @@ from flexperts.moe.flat import FlatExperts
 from flexperts.moe.fused import FusedExperts, FusedExpertsWithIdentities
 from flexperts.moe.layout import LayerExperts
 from flexperts.moe.parallel import ParallelExperts
+from flexperts.parts.grafts import Graft, Grafts
+from flexperts.selection.selection import reconstruction_scores
 from flexperts.testing import FAMILIES, run_expert, tiny_model
 
 OWN: dict[str, type[LayerExperts]] = {

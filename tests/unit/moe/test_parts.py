@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from flexperts.data.batches import pad_batch
 from flexperts.data.prompts import Example
 from flexperts.errors import GraftError
-from flexperts.grafting.expert_adapters import ExpertAdapters
-from flexperts.grafting.gated_adapters import GatedAdapters
-from flexperts.grafting.router_deltas import RouterDeltas
-from flexperts.modeling.mean_inputs import mean_inputs
+from flexperts.modeling.recording import mean_inputs
 from flexperts.modeling.routing import record_routing, summarize_routing
 from flexperts.moe.attention import attention_linears
 from flexperts.moe.experts import find_experts
 from flexperts.moe.layout import LayerExperts
 from flexperts.moe.router import find_router
+from flexperts.parts.expert_adapters import ExpertAdapters
+from flexperts.parts.gated_adapters import GatedAdapters
+from flexperts.parts.router_deltas import RouterDeltas
 from flexperts.testing import tiny_model
 
 IDS = torch.randint(0, 250, (3, 9), generator=torch.Generator().manual_seed(0))

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flexperts.checked_file import write_sealed
 from flexperts.errors import ArtifactError
-from flexperts.parameters.sealed import write_sealed
 from flexperts.parameters.store import PersonalMeta, PersonalStore, load_personal, save_personal
 
 META = PersonalMeta(

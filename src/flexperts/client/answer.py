@@ -1,0 +1,84 @@
+"""What a client answers to each kind of request. It knows no transport: one process and a silo's worker both call it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+
+from flwr.app import RecordDict
+
+from flexperts.client.client import Client
+from flexperts.client.request import Request
+from flexperts.communication.messages import info_of, payload_of, records
+from flexperts.communication.traffic import personal_bytes
+from flexperts.errors import PrivacyError
+
+
+def answer(kind: str, content: RecordDict, client: Client) -> RecordDict:
+    """Return a client's answer to a request.
+
+    Args:
+        kind: One of ``ANSWERS``.
+        content: The request's content.
+        client: Who is asked.
+    """
+    return ANSWERS[kind](content, client)
+
+
+def _join(content: RecordDict, client: Client) -> RecordDict:
+    """Tell the server who this client is."""
+    return records(client.join(), {})
+
+
+def _initial(content: RecordDict, client: Client) -> RecordDict:
+    """Send the shared weights that round 1 starts from; one client is asked."""
+    payload, texts = client.initial(json.loads(info_of(content)["agreement"]))
+    return records({"client": client.name, **texts}, {}, payload)
+
+
+def _train(content: RecordDict, client: Client) -> RecordDict:
+    """Train one round and send back what the method shares."""
+    request = request_of(content)
+    trained = client.train(request)
+    update = trained.update
+    info = {"client": client.name, "round": request.round, "base": client.model.base.fingerprint}
+    reply = records(info, dict(update.metrics) | {"rows": update.rows}, update.payload, trained.sent.packed)
+    leaked = personal_bytes(reply, trained.split.personal, *trained.sent.hidden)
+    if leaked:
+        raise PrivacyError(f"{client.name}: {leaked} personal bytes", "no personal byte is sent", "report this bug")
+    reply.metric_records["metrics"]["personal_sent"] = leaked
+    return reply
+
+
+def _evaluate(content: RecordDict, client: Client) -> RecordDict:
+    """Score model states on the client's own rows; only the scores are sent."""
+    info, request = info_of(content), request_of(content)
+    client.settle(request)
+    scores = client.evaluate(request, info["states"], answers=info["answers"])
+    client.write_routing(request, info["states"])
+    metrics: dict[str, float | int] = {
+        f"{kind}.{state}": math.nan if value is None else value
+        for state, its in scores.items()
+        for kind, value in its.metrics().items()
+    }
+    if info["answers"]:
+        client.write_predictions(scores)
+        metrics |= client.answer_counts(scores)
+    rows = next(iter(scores.values())).rows
+    return records({"client": client.name, "round": request.round}, metrics | {"rows": rows})
+
+
+def request_of(content: RecordDict) -> Request:
+    """Return what a train or evaluate request asks for."""
+    info = info_of(content)
+    return Request(payload_of(content, "server"), json.loads(info["agreement"]), int(info["round"]))
+
+
+ANSWERS: Mapping[str, Callable[[RecordDict, Client], RecordDict]] = {
+    "query.join": _join,
+    "query.initial": _initial,
+    "train": _train,
+    "evaluate": _evaluate,
+}
+"""What a client can be asked, by Flower's message type."""

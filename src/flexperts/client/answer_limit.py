@@ -1,0 +1,93 @@
+"""How long an answer may be, and which references no answer of that length can reach."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from flexperts.client.workspace import Workspace
+from flexperts.config.evaluation import EvaluationConfig
+from flexperts.config.run import RunConfig
+from flexperts.data.prompts import Example
+from flexperts.data.rows import ClientRows, Row
+from flexperts.errors import ConfigError
+from flexperts.observer import Observer
+
+_NAMED = 10
+"""Clients that one line names."""
+
+
+def answer_limit(workspace: Workspace, config: RunConfig) -> int:
+    """Return the longest answer in tokens: the recipe's, or what the train rows that are here need.
+
+    Clients in one process have one limit for all; a silo on its own machine chooses by its own rows. A chosen limit
+    leaves room for the longest prompt in what the base reads.
+    """
+    if (given := config.evaluation.max_new_tokens) is not None:
+        return given
+    most, positions = config.training.max_length, workspace.encoder.positions
+    if positions is not None:
+        most = min(most, positions - workspace.longest_prompt)
+    return chosen_limit(workspace.longest_response, most)
+
+
+def chosen_limit(longest: int, most: int) -> int:
+    """Return the smallest power of two that holds a response of ``longest`` tokens, but no more than ``most``."""
+    return int(min(1 << (longest - 1).bit_length(), most))
+
+
+def with_recorded_limit(config: RunConfig, summary: Mapping[str, Any]) -> RunConfig:
+    """Return a finished run's recipe with the limit that its scores were taken with, where it chose one itself."""
+    noted = [client["answers"]["max_new_tokens"] for client in summary["clients"].values() if client.get("answers")]
+    return config.with_choices(max_new_tokens=max(noted, default=None))
+
+
+def scored_rows(rows: ClientRows, evaluation: EvaluationConfig) -> tuple[Row, ...]:
+    """Return those of a client's rows that evaluation scores."""
+    return (rows.validation if evaluation.split == "validation" else rows.test)[: evaluation.rows]
+
+
+def longer_references(tokens: Iterable[int], limit: int) -> list[int]:
+    """Return the lengths of the references that are longer than an answer may be, without the token that ends them.
+
+    Args:
+        tokens: Tokens of each reference, its end among them.
+        limit: The longest answer, in tokens.
+    """
+    return [count - 1 for count in tokens if count - 1 > limit]
+
+
+def check_limit(workspace: Workspace, config: RunConfig, observer: Observer) -> None:
+    """Say how long answers may be where the recipe does not, and whose scored references are longer.
+
+    Raises:
+        ConfigError: With its answer, a scored prompt may be longer than what the base reads.
+    """
+    limit, found = answer_limit(workspace, config), []
+    if config.evaluation.max_new_tokens is None:
+        longest = workspace.longest_response
+        observer.stage(f"answers of up to {limit} tokens: the longest train response has {longest}, end included")
+    for name, rows in workspace.clients.items():
+        scored = scored_rows(rows, config.evaluation)
+        examples = workspace.encoder.encode_all(scored)
+        _check_room(name, scored, examples, limit, workspace.encoder.positions)
+        if longer := longer_references((example.response_length for example in examples), limit):
+            found.append(f"{name} {len(longer)} of {len(scored)} (up to {max(longer)} tokens)")
+    if found:
+        more = f" and {len(found) - _NAMED} clients more" if len(found) > _NAMED else ""
+        observer.notice(
+            f"evaluation.max_new_tokens = {limit} cuts every answer before these references end: "
+            f"{', '.join(found[:_NAMED])}{more}; raise it to score them whole"
+        )
+
+
+def _check_room(
+    name: str, scored: Sequence[Row], examples: Sequence[Example], limit: int, most: int | None
+) -> None:
+    for row, example in zip(scored, examples, strict=True):
+        if most is not None and example.prompt_length + limit > most:
+            raise ConfigError(
+                f"{name}: {row.where}: a prompt of {example.prompt_length} tokens, and an answer of up to {limit}",
+                f"the base reads at most {most} tokens",
+                "lower evaluation.max_new_tokens or training.max_length",
+            )

@@ -1,0 +1,293 @@
+"""One client: it joins, trains a round, evaluates. Nothing here knows Flower."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexperts.client.answer_limit import answer_limit, longer_references, scored_rows
+from flexperts.client.model import ClientModel
+from flexperts.client.request import Request, Trained
+from flexperts.client.routing_log import prompt_batches, routing_lines, write_routing
+from flexperts.client.settled import Settled
+from flexperts.client.workspace import TrainRows, Workspace
+from flexperts.communication.messages import Update, encode
+from flexperts.data.clients import rows_hash
+from flexperts.data.prompts import Example
+from flexperts.data.rows import ClientRows, Row
+from flexperts.evaluation.scores import EvaluationSettings, Scores, evaluate
+from flexperts.files import json_text, write_json, write_text
+from flexperts.methods.kit.method import OnBatch, State
+from flexperts.methods.kit.turn import Prepared, Turn
+from flexperts.observer import Observer
+from flexperts.parameters.store import PersonalMeta, PersonalStore
+from flexperts.parameters.vector import Payload, vector_hash
+from flexperts.protection.outgoing import protect, told
+from flexperts.seeding import generator
+from flexperts.training.local import LocalSettings, local_settings, steps_per_round
+
+_MEMORY = "memory."
+_NEWEST = sys.maxsize
+"""What is decided before any training stands in every stored state, a resumed run's newest too."""
+
+
+class Client:
+    """One silo's side of the federation.
+
+    Args:
+        name: The client's name.
+        workspace: Resident base and rows.
+        model: The model that clients take turns on.
+        folder: Where its personal state and predictions are kept.
+        observer: Receives progress.
+    """
+
+    def __init__(
+        self, name: str, workspace: Workspace, model: ClientModel, folder: Path, observer: Observer | None = None
+    ) -> None:
+        self.name, self.workspace, self.model, self.folder = name, workspace, model, folder
+        self.observer = observer or Observer()
+        self.config, self.method = model.config, model.method
+        self.store = PersonalStore(folder / "personal" / f"{name}.safetensors", model.base.fingerprint)
+
+    @property
+    def rows(self) -> ClientRows:
+        """The client's rows."""
+        return self.workspace.clients[self.name]
+
+    @cached_property
+    def examples(self) -> Sequence[Example]:
+        """The train rows that it trains on; they are read and encoded when they are first looked at."""
+        return TrainRows(self._read_examples)
+
+    def _read_examples(self) -> list[Example]:
+        owners = self.workspace.clients if self.method.pools_rows else [self.name]
+        return [example for owner in owners for example in self.workspace.examples(owner)]
+
+    def join(self) -> dict[str, str | int]:
+        """Return what the server may know of this client: names, sizes, the method's report.
+
+        It prepares if the report is about that, and else in its first round: of many clients few may ever train.
+        """
+        site = self.model.site(self.name, ())
+        if self.method.reports_prepared(self.config):
+            _, meta = self._stored(_NEWEST)
+            site = self.model.site(self.name, self.examples, _prepared(meta))
+        return {
+            "client": self.name,
+            "base": self.model.base.fingerprint,
+            "train_rows": len(self.rows.train),
+            "test_rows": len(self.rows.test),
+            "report": json.dumps(self.method.report(site)),
+        }
+
+    def initial(self, agreement: Any) -> tuple[Payload, dict[str, str]]:
+        """Return the shared weights before any training, and texts that describe them."""
+        _, meta = self._stored(_NEWEST)
+        site = self.method.initial_site(self.model.site(self.name, self.examples, _prepared(meta), agreement))
+        with self.model.lend(site, {}) as (split, _):
+            table = json.dumps(split.describe())
+            adapter = self.model.lora.config_json(self.config.model.base)
+            return encode(split, self.method.initial(split)), {"split": table, "adapter": adapter}
+
+    def train(self, request: Request) -> Trained:
+        """Train one round from what the server sent; the personal part is kept on disk."""
+        with self._training(request, request.round - 1) as (turn, meta), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(turn.stream.initial_seed())  # dropout draws from the global stream
+            self.method.receive(turn)
+            result = self.method.train(turn)
+            bare = encode(turn.split, self.method.outgoing(turn))
+            sent = protect(self.config, request.payload, bare, turn.memory, self.name)
+            self._keep(turn, meta, vector_hash(request.payload.vector))
+        groups = {"shared_parameters": turn.split.shared, "personal_parameters": turn.split.personal}
+        trained = {name: sum(p.numel() for p in group.values()) for name, group in groups.items()}
+        measures = {"loss": result.loss, "steps": result.steps, "tokens": result.tokens, **trained}
+        metrics = {name: measures[name] for name in told(self.config, measures)}
+        return Trained(Update(self.name, sent.payload, len(self.examples), metrics), turn.split, sent)
+
+    def evaluate(self, request: Request, states: Sequence[State], *, answers: bool = True) -> dict[State, Scores]:
+        """Score model states on the client's own rows of the split that the recipe names.
+
+        Args:
+            request: The finished global model.
+            states: Which of zero_shot, global, personalized.
+            answers: Whether to generate answers, or to take the NLL alone.
+        """
+        return {state: self.score(request, state, self.scored_rows, answers=answers) for state in states}
+
+    def score(self, request: Request, state: State, rows: Sequence[Row], *, answers: bool = True) -> Scores:
+        """Score one model state on any rows; the untouched base scores the same rows once per workspace."""
+        known, batch_size = self.workspace.untouched, self.config.evaluation.batch_size
+        limit = answer_limit(self.workspace, self.config)
+        settings = EvaluationSettings(limit, batch_size, self.config.model.precision, answers)
+        key = f"{rows_hash(ClientRows((), tuple(rows)))} {self.config.training.max_length} {settings}"
+        if state == "zero_shot" and key in known:
+            self._stored(request.round)  # whoever is scored has a state, computed for the occasion or not
+            scores: Scores = known[key]
+            return scores
+        report = self._counter(f"{self.name}: {state} {'answers' if answers else 'NLL'}", len(rows))
+        with self.in_state(request, state) as (model, on_batch):
+            scores = evaluate(model, self.workspace.encoder, rows, settings, report, on_batch)
+        if state == "zero_shot":
+            known[key] = scores
+        return scores
+
+    @contextmanager
+    def in_state(self, request: Request, state: State) -> Iterator[tuple[Any, OnBatch | None]]:
+        """Yield the model as this client uses it in a state, and what to call before every batch.
+
+        Args:
+            request: The finished global model.
+            state: zero_shot is the untouched base, global the shared weights alone, personalized all.
+        """
+        with self.in_use(request) as turn, self.method.in_state(turn, state) as on_batch:
+            yield turn.model, on_batch
+
+    @contextmanager
+    def in_use(self, request: Request) -> Iterator[Turn]:
+        """Yield a turn with the finished model in it, for ``Method.in_state``; no row is read for it."""
+        with self._turn(request, request.round, self._settings()) as (turn, meta):
+            self.method.receive(turn)
+            if self.method.settles:
+                turn.settled |= self._settled(request, meta).load(self.model.device)
+            yield turn
+
+    def settle(self, request: Request) -> None:
+        """Keep what the method's states need of the train rows: the model can then be used where these are not."""
+        if not self.method.settles:
+            return
+        with self._turn(request, request.round, self._settings()) as (turn, meta):
+            self.method.receive(turn)
+            self._settled(request, meta).save(self.method.settle(turn))
+
+    def _settled(self, request: Request, meta: PersonalMeta) -> Settled:
+        path = self.folder / "personal" / "settled" / f"{self.name}.safetensors"
+        return Settled(path, meta.base, meta.round, vector_hash(request.payload.vector))
+
+    def answer_counts(self, scores: Mapping[State, Scores]) -> dict[str, int]:
+        """Return the limit of answers in tokens, how many references are longer, and each state's cut answers."""
+        limit = answer_limit(self.workspace, self.config)
+        longer = longer_references(next(iter(scores.values())).tokens, limit)
+        cut = {f"cut.{state}": its.cut for state, its in scores.items()}
+        return {"max_new_tokens": limit, "longer_references": len(longer), **cut}
+
+    def write_predictions(self, scores: Mapping[State, Scores]) -> None:
+        """Keep the generated answers and every row's scores beside the rows, in the client's own folder."""
+        lines = [
+            json_text(
+                {"instruction": row.instruction, "context": row.context, "response": row.response}
+                | {state: score.predictions[index] for state, score in scores.items()}
+                | {"scores": {state: score.row(index) for state, score in scores.items()}}
+            )
+            for index, row in enumerate(self.scored_rows)
+        ]
+        write_text(self.folder / "predictions" / f"{self.name}.jsonl", "\n".join(lines) + "\n")
+
+    def write_routing(self, request: Request, states: Sequence[State]) -> None:
+        """Note how the client's rows are routed, in its own folder, where the recipe asks for it."""
+        rows, evaluation = self.scored_rows, self.config.evaluation
+        if not evaluation.routing_rows:
+            return
+        batches = prompt_batches(self.workspace.encoder, rows[: evaluation.routing_rows], evaluation.batch_size)
+        with self.in_use(request) as turn:
+            lines = routing_lines(turn, self.method, states, batches, self.workspace.untouched)
+        write_routing(self.folder / "routing" / f"{self.name}.jsonl", lines)
+
+    @property
+    def scored_rows(self) -> tuple[Row, ...]:
+        """The client's rows that evaluation scores."""
+        return scored_rows(self.rows, self.config.evaluation)
+
+    @contextmanager
+    def _training(self, request: Request, up_to: int) -> Iterator[tuple[Turn, PersonalMeta]]:
+        """Yield a turn that trains on the client's rows; see ``_turn``."""
+        settings = self._local_settings(request.round)
+        count = self._counter(f"{self.name}: round {request.round}", settings.steps)
+        with self._turn(request, up_to, settings) as (turn, meta):
+            turn.on_step = lambda loss: count(1)
+            yield turn, meta
+
+    @contextmanager
+    def _turn(self, request: Request, up_to: int, settings: LocalSettings) -> Iterator[tuple[Turn, PersonalMeta]]:
+        """Yield a turn on the model, from the newest stored state up to a round, and that state's meta."""
+        tensors, meta = self._stored(up_to)
+        device = self.model.device
+        memory = {n.removeprefix(_MEMORY): t.to(device) for n, t in tensors.items() if n.startswith(_MEMORY)}
+        personal = {n: t for n, t in tensors.items() if not n.startswith(_MEMORY)}
+        received = {n: t.to(device) for n, t in request.payload.tensors().items()}
+        stream = generator(self.config.seed, self.name, request.round, "batches")
+        site = self.model.site(self.name, self.examples, _prepared(meta), request.agreement)
+        with self.model.lend(site, personal) as (split, parts):
+            yield Turn(site, request.round, split, parts, received, memory, settings, stream), meta
+
+    def _keep(self, turn: Turn, meta: PersonalMeta, shared: str) -> None:
+        kept: dict[str, Tensor] = {**turn.split.personal, **{f"{_MEMORY}{n}": t for n, t in turn.memory.items()}}
+        new = PersonalMeta(self.name, meta.base, turn.round, shared, meta.choice, meta.selection, meta.scales)
+        self.store.save(kept, new)
+
+    def _stored(self, up_to: int) -> tuple[dict[str, Tensor], PersonalMeta]:
+        """Return the client's stored tensors and their meta; it prepares on first call."""
+        stored = self.store.load(up_to)
+        if stored is None:
+            prepared = self._prepare()
+            meta = PersonalMeta(
+                self.name, self.model.base.fingerprint, 0, "", prepared.choice, prepared.selection, prepared.scales
+            )
+            self.store.save({}, meta)
+            stored = {}, meta
+        return stored
+
+    def _prepare(self) -> Prepared:
+        prepared = self.method.prepare(self.model.site(self.name, self.examples))
+        if prepared.choice:
+            self.observer.chosen(self.name, prepared.choice)
+            write_json(self.folder / "selection" / f"{self.name}.json", asdict(prepared))
+        return prepared
+
+    def _local_settings(self, round_number: int) -> LocalSettings:
+        training, rounds = self.config.training, self.config.federation.rounds
+        owners = self.workspace.clients if self.method.pools_rows else [self.name]
+        steps = sum(
+            steps_per_round(
+                len(self.workspace.clients[owner].train),
+                training.batch_size,
+                training.local_steps,
+                training.local_epochs,
+            )
+            for owner in owners
+        )
+        return self._settings(steps, (round_number - 1) * steps, rounds * steps)
+
+    def _settings(self, steps: int = 0, first_step: int = 0, total_steps: int = 0) -> LocalSettings:
+        """Return the settings of so many steps; a model that is only used takes none."""
+        return local_settings(
+            self.config,
+            steps=steps,
+            first_step=first_step,
+            total_steps=total_steps,
+            pad_token_id=self.workspace.encoder.tokenizer.pad_token_id,
+        )
+
+    def _counter(self, task: str, total: int) -> Callable[[int], None]:
+        """Return a function that adds to the progress of a task."""
+        done = 0
+
+        def add(count: int) -> None:
+            nonlocal done
+            done += count
+            self.observer.progress(task, done, total)
+
+        return add
+
+
+def _prepared(meta: PersonalMeta) -> Prepared:
+    return Prepared(meta.choice, meta.selection, meta.scales)

@@ -1,0 +1,136 @@
+"""The model that clients take turns on: one resident base, its adapters, and the current client's parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from flexperts.config.run import RunConfig
+from flexperts.data.prompts import Example
+from flexperts.errors import GraftError
+from flexperts.methods.kit.method import Method, named_parameters
+from flexperts.methods.kit.turn import Prepared, Site
+from flexperts.modeling.load import LoadedBase
+from flexperts.modeling.lora import LoraAdapters
+from flexperts.moe.experts import find_experts
+from flexperts.parameters.split import ParameterSplit, split_parameters
+from flexperts.parts.part import Part
+from flexperts.seeding import derive_seed
+
+
+class ClientModel:
+    """Lends the base to one client at a time.
+
+    Args:
+        base: The resident base; LoRA is put into it until ``close``.
+        config: The run.
+        method: Decides what is hung onto the base, and who owns what.
+
+    Raises:
+        ModelError: The method needs experts and the base has none that can be reached.
+        ConfigError: No attention layer fits ``lora.projections``.
+    """
+
+    def __init__(self, base: LoadedBase, config: RunConfig, method: Method) -> None:
+        self.base, self.config, self.method = base, config, method
+        self.experts = find_experts(base.model) if method.needs_experts else []
+        self.lora = LoraAdapters(
+            base.model,
+            rank=config.lora.rank,
+            alpha=config.lora.alpha,
+            dropout=config.lora.dropout,
+            projections=config.lora.projections,
+            seed=derive_seed(config.seed, "lora"),
+            personal=method.has_personal_lora,
+            checkpointing=config.training.gradient_checkpointing,
+        )
+        self.lent: dict[str, Part] | None = None
+        """The parts of the client that has the model now; None while it is free."""
+
+    def close(self) -> None:
+        """Take LoRA out of the base again."""
+        self.lora.close()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base computes."""
+        return torch.device(next(self.base.model.parameters()).device)
+
+    def site(
+        self, client: str, examples: Sequence[Example], prepared: Prepared | None = None, agreement: Any = None
+    ) -> Site:
+        """Return a client's place on the base."""
+        return Site(
+            client,
+            self.config,
+            self.lora,
+            self.experts,
+            examples,
+            self.base.tokenizer.pad_token_id,
+            prepared or Prepared(),
+            agreement,
+        )
+
+    @contextmanager
+    def lend(self, site: Site, personal: Mapping[str, Tensor]) -> Iterator[tuple[ParameterSplit, dict[str, Part]]]:
+        """Set the model up for one client inside the block: initial LoRA, its parts, its personal state.
+
+        Args:
+            site: The client's place.
+            personal: Its stored personal tensors; empty before its first round.
+
+        Raises:
+            GraftError: The personal tensors do not fit, or the model is lent already.
+        """
+        if self.lent is not None:
+            raise GraftError("the resident model", "it is lent to another client", "wait for its turn to end")
+        parts: dict[str, Part] = {}
+        self.lent = parts
+        try:
+            self.lora.reset()
+            parts |= {name: part.to(self.device) for name, part in self.method.parts(site).items()}
+            split = self._split(parts)
+            load_personal_tensors(personal, split.personal)
+            for part in parts.values():
+                part.attach()
+            yield split, parts
+        finally:
+            for part in parts.values():
+                part.detach()
+            self.lent = None
+
+    def _split(self, parts: Mapping[str, Part]) -> ParameterSplit:
+        added = self.lora.parameters() | named_parameters(parts)
+        for name, parameter in added.items():
+            parameter.requires_grad_(self.method.trains(name))
+        parameters = self.lora.frozen() | added
+        trained = {n for n, p in parameters.items() if p.requires_grad}
+        shared = self.method.shared(trained)
+        return split_parameters(parameters, shared, trained - shared)
+
+
+@torch.no_grad()
+def load_personal_tensors(source: Mapping[str, Tensor], target: Mapping[str, Parameter]) -> None:
+    """Copy stored personal tensors into a split's personal group; an empty source leaves the initial values.
+
+    Raises:
+        GraftError: Names or shapes differ.
+    """
+    if not source:
+        return
+    ours = {n: tuple(p.shape) for n, p in target.items()}
+    theirs = {n: tuple(t.shape) for n, t in source.items()}
+    if ours != theirs:
+        odd = sorted(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n))
+        raise GraftError(
+            f"personal state: {odd[0]} is {theirs.get(odd[0])}, the model has {ours.get(odd[0])}",
+            "a personal state fits the graft settings that it was trained with",
+            "use the run's own config, or start the client afresh",
+        )
+    for name, tensor in source.items():
+        target[name].copy_(tensor)

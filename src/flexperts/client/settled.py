@@ -1,0 +1,53 @@
+"""What a client keeps of its train rows for using its model where the rows are not; see ``Method.settle``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flexperts.checked_file import read_sealed, write_sealed
+
+_FORMAT = "flexperts-settled-1"
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A client's file. What is in it holds for one model and no other.
+
+    Args:
+        path: The file.
+        base: Fingerprint of the base.
+        round: Last round that the personal state was trained in.
+        shared: Hash of the shared weights.
+    """
+
+    path: Path
+    base: str
+    round: int
+    shared: str
+
+    def save(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors in the place of what was there.
+
+        Raises:
+            ArtifactError: They cannot be written.
+        """
+        write_sealed(self.path, _FORMAT, tensors, self._of())
+
+    def load(self, device: torch.device) -> dict[str, Tensor]:
+        """Return what was kept for this model; empty where nothing was, or for another one.
+
+        Raises:
+            ArtifactError: The file is damaged.
+        """
+        if not self.path.exists():
+            return {}
+        tensors, of = read_sealed(self.path, _FORMAT)
+        return {name: tensor.to(device) for name, tensor in tensors.items()} if of == self._of() else {}
+
+    def _of(self) -> dict[str, str | int]:
+        return {name: value for name, value in asdict(self).items() if name != "path"}

@@ -1,0 +1,191 @@
+"""What a process holds for all its runs and clients: the base in memory, the rows, and scores that never change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from flexperts.config.run import RunConfig
+from flexperts.data.bad_rows import BadRow, settle_bad_rows, some
+from flexperts.data.batches import pad_batch
+from flexperts.data.clients import Clients, load_clients
+from flexperts.data.prompts import Example, PromptEncoder, encoder_of
+from flexperts.data.records import Say
+from flexperts.data.rows import ClientRows
+from flexperts.errors import DataError, GraftError, ModelError
+from flexperts.modeling.forward import autocast, token_losses
+from flexperts.modeling.load import LoadedBase, load_base, load_tokenizer
+from flexperts.moe.attention import attention_linears
+from flexperts.moe.experts import find_experts
+from flexperts.observer import current_observer
+from flexperts.selection.rules import pick_layers
+
+CLIENTS_KEPT = 64
+"""Clients whose encoded rows, many times the size of their text, stay in memory between their turns."""
+
+
+@dataclass
+class Workspace:
+    """Base, rows and encoder of a run, loaded once and shared with its reference run.
+
+    Args:
+        config: The run; its reference may differ in the method only.
+        loaded: The base, where it is in memory already.
+        untouched: What the untouched base scores, by what it was scored on: no method changes it.
+        started_with: Refuses rows, when they are read, that are not those that a run started with.
+    """
+
+    config: RunConfig
+    loaded: LoadedBase | None = None
+    untouched: dict[str, Any] = field(default_factory=dict)
+    started_with: Callable[[Clients], None] = lambda clients: None
+    _encoded: dict[str, list[Example]] = field(default_factory=dict, init=False, repr=False)
+    _longest_response: int = field(default=0, init=False, repr=False)
+    _longest_prompt: int = field(default=0, init=False, repr=False)
+
+    def for_run(self, config: RunConfig) -> Workspace:
+        """Return the workspace of another run: this one, or one with rows or a base of its own."""
+        if config.model != self.config.model:
+            return Workspace(config)
+        return self if _rows_of(config) == _rows_of(self.config) else Workspace(config, self.base, self.untouched)
+
+    @cached_property
+    def clients(self) -> Clients:
+        """Every client's rows, of which all can be encoded."""
+        say = current_observer().notice
+        read = load_clients(self.config.data, self.config.seed, say)
+        for line in self.encoder.notices:
+            say(line)
+        clients = {name: self._fitting(name, rows, say) for name, rows in read.items()}
+        self.started_with(clients)
+        return clients
+
+    def _fitting(self, name: str, rows: ClientRows, say: Say) -> ClientRows:
+        """Return a client's rows but for those that cannot be encoded, where the recipe lets them be left out."""
+        sides = {side: getattr(rows, side) for side in ("train", "test", "validation")}
+        bad: list[BadRow] = []
+        cut: list[str] = []
+        for side, its in sides.items():
+            fitting = []
+            for row in its:
+                try:
+                    example = self.encoder.encode(row)
+                except DataError as error:
+                    what = f"{error.value.removeprefix(f'{row.where}: ')} ({error.rule})"
+                    bad.append(BadRow(row.where, what, "such a row cannot be encoded"))
+                    continue
+                fitting.append((row, example))
+                if side == "train":
+                    self._longest_response = max(self._longest_response, example.response_length)
+                else:
+                    self._longest_prompt = max(self._longest_prompt, example.prompt_length)
+                cut += [row.where] * example.cut
+            sides[side] = tuple(row for row, _ in fitting)
+            if side == "train" and len(self._encoded) < CLIENTS_KEPT:
+                self._encoded[name] = [example for _, example in fitting]
+        fewest = min(len(its) for side, its in sides.items() if getattr(rows, side))
+        total = len(rows.train) + len(rows.test) + len(rows.validation)
+        settle_bad_rows(name, bad, total if fewest else len(bad), self.config.data.on_bad_row, say)
+        if cut:
+            longest = self.config.training.max_length
+            say(f"{name}: {len(cut)} contexts are cut to training.max_length = {longest} tokens: {some(cut)}")
+        return ClientRows(**sides)
+
+    @cached_property
+    def base(self) -> LoadedBase:
+        """The resident base."""
+        return self.loaded or load_base(self.config.model, self.encoder.tokenizer)
+
+    def examples(self, client: str) -> list[Example]:
+        """Return a client's train rows, encoded; those of the last few clients are kept."""
+        rows = self.clients[client].train
+        found = self._encoded.pop(client, None) or self.encoder.encode_all(rows)
+        while len(self._encoded) >= CLIENTS_KEPT:
+            self._encoded.pop(next(iter(self._encoded)))
+        self._encoded[client] = found
+        return found
+
+    @property
+    def longest_response(self) -> int:
+        """Tokens of the longest train response, its end among them, of all clients whose rows are here."""
+        return self._longest_response if self.clients else 0
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt that may be scored, of all clients whose rows are here."""
+        return self._longest_prompt if self.clients else 0
+
+    def check(self, config: RunConfig, *, needs_experts: bool) -> None:
+        """Refuse what would otherwise fail in the middle of a run.
+
+        Args:
+            config: The run; it may differ from the workspace's where rows and base do not depend on it.
+            needs_experts: Whether some method of the run works on experts.
+
+        Raises:
+            FlexpertsError: A row does not fit, the base cannot be grafted, has too few experts or projections, or
+            computes what is no number.
+        """
+        attention_linears(self.base.model, config.lora.projections)
+        self._check_loss(config)
+        wanted, found = config.graft.experts, find_experts(self.base.model) if needs_experts else []
+        pick_layers(found, config.graft.layers if found else ())
+        for experts in found:
+            if wanted > experts.num_experts:
+                raise GraftError(
+                    f"graft.experts = {wanted}", f"{experts.name} has {experts.num_experts}", "ask for fewer"
+                )
+
+    def _check_loss(self, config: RunConfig) -> None:
+        """Refuse a base whose untouched weights come to no finite loss: of one row, once per base."""
+        device, key = next(self.base.model.parameters()).device, f"loss {config.model.precision}"
+        if key in self.untouched:
+            return
+        batch = pad_batch(self.examples(next(iter(self.clients)))[:1], self.encoder.tokenizer.pad_token_id)
+        with torch.no_grad(), autocast(device, config.model.precision):
+            loss = float(token_losses(self.base.model, batch)[0])
+        if not math.isfinite(loss):
+            raise ModelError(
+                f"model.base = {config.model.base!r}: the untouched base's loss is {loss} on a train row",
+                "it must be a finite number",
+                "use other weights, or another model.dtype or model.precision",
+            )
+        self.untouched[key] = loss
+
+    @cached_property
+    def encoder(self) -> PromptEncoder:
+        """The one encoder of training, selection, evaluation and chat; it needs no weights."""
+        model, loaded = self.config.model, self.loaded
+        tokenizer, described = (loaded.tokenizer, loaded.model.config) if loaded else load_tokenizer(model)
+        return encoder_of(self.config, tokenizer, described)
+
+
+def _rows_of(config: RunConfig) -> tuple[Any, ...]:
+    """Return the settings that decide which rows a run has, and how they are encoded."""
+    return config.seed, config.data, config.training.max_length
+
+
+class TrainRows(Sequence[Example]):
+    """A client's train rows, encoded when the first one is looked at: a model that is only used needs none.
+
+    Args:
+        read: Returns them.
+    """
+
+    def __init__(self, read: Callable[[], Sequence[Example]]) -> None:
+        self._read = read
+
+    @cached_property
+    def _rows(self) -> Sequence[Example]:
+        return self._read()
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._rows[index]
+
+    def __len__(self) -> int:
+        return len(self._rows)

@@ -1,0 +1,229 @@
+"""The main path: a recipe becomes a finished run directory.
+
+recipe -> rows and base -> clients join and select -> rounds -> scores -> summary
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from flwr.app import RecordDict
+
+from flexperts.artifacts import RunDirectory
+from flexperts.client.answer import answer
+from flexperts.client.answer_limit import check_limit
+from flexperts.client.resident import Resident
+from flexperts.client.workspace import Workspace
+from flexperts.config.run import RunConfig
+from flexperts.data.clients import partition_manifest
+from flexperts.data.unchanged import check_same_rows
+from flexperts.engines.grid import InProcessGrid
+from flexperts.errors import ArtifactError
+from flexperts.files import LOCK, sole_writer, write_json
+from flexperts.finished.beyond import check_beyond, is_wanted, look_beyond
+from flexperts.finished.trained import TrainedRun
+from flexperts.methods.kit.server_state import Server
+from flexperts.methods.registry import make_method
+from flexperts.modeling.memory import peak_bytes, reset_peak
+from flexperts.modeling.quantization import storage_line
+from flexperts.observer import Observer, current_observer, observing
+from flexperts.parameters.store import PersonalStore
+from flexperts.protection.rules import check_additive, check_enough
+from flexperts.recipe import recorded_recipe
+from flexperts.server.checkpoint import load_server
+from flexperts.server.extending import extend, is_extended
+from flexperts.server.serve import serve
+
+
+def run_federation(
+    config: RunConfig,
+    out: Path,
+    observer: Observer | None = None,
+    *,
+    resume: bool = False,
+    workspace: Workspace | None = None,
+) -> dict[str, Any]:
+    """Run a recipe with all clients in this process, around one resident base.
+
+    Args:
+        config: The run.
+        out: The run directory to create; it must not hold a run, but for ``resume``.
+        observer: Receives progress; none by default.
+        resume: Take up the run that ``out`` holds after its last finished round; ``config`` must be its own but for
+            the number of rounds, see ``extending``.
+        workspace: Base and rows that are loaded already, of a recipe with the same seed, model, data, evaluation
+            and longest example; many runs can share one.
+
+    Returns:
+        The summary that also lies in ``out/summary.json``; a reference method's stands under ``reference``.
+
+    Raises:
+        FlexpertsError: Recipe, data or base break a rule, the rows are others than a resumed run's, or another
+            process writes the directory; these are checked before anything is written.
+    """
+    config = _dated(config, out)
+    if (summary := _standing(config, out, resume=resume)) is not None:
+        _tidy(out)
+        return summary
+    with sole_writer(out), observing(observer or Observer()):
+        summary = _standing(config, out, resume=resume)  # another process may just have ended
+        workspace = (workspace or Workspace(config)).for_run(config)
+        return _run(config, out, workspace) if summary is None else summary
+
+
+def _dated(config: RunConfig, out: Path) -> RunConfig:
+    """Return a recipe with the day that its templates are told in a run that has begun."""
+    if not (out / "config.toml").exists():
+        return config
+    return config.with_choices(template_date=recorded_recipe(out).model.template_date)
+
+
+def _run(config: RunConfig, out: Path, workspace: Workspace) -> dict[str, Any]:
+    """Run what is not done yet, in a directory that is this process's alone."""
+    started, run = time.monotonic(), RunDirectory(out)
+    logging.getLogger("flwr").setLevel(logging.WARNING)  # Flower narrates every round
+    current_observer().stage(f"everything goes to {out}")
+    _prepare(config, run, workspace)
+    config = config.with_choices(template_date=workspace.encoder.date)
+    loading = time.monotonic() - started
+    summary = _run_method(workspace, config, out)
+    summary["seconds"] = _add(summary["seconds"], loading, "setup", "total")
+    if config.method.reference:
+        reference = config.with_method(config.method.reference)
+        summary["reference"] = _run_method(workspace, reference, run.reference)
+    run.write_summary(summary)
+    return summary
+
+
+def _standing(config: RunConfig, out: Path, *, resume: bool) -> dict[str, Any] | None:
+    """Return the summary of the recipe's run in ``out`` if nothing of it is left to do; refuse another recipe's."""
+    if not (resume and (out / "config.toml").exists()):
+        RunDirectory.check_free(out, config.to_toml())
+        return None
+    if _is_extended(config, out):
+        return None
+    run = RunDirectory.create_or_resume(out, config.to_toml())
+    if not (out / "summary.json").exists():
+        return None
+    summary = run.summary(checked=True)
+    looked = run.beyond.exists() or not is_wanted(config)
+    return summary if looked and ("reference" in summary or not config.method.reference) else None
+
+
+def _tidy(out: Path) -> None:
+    """Remove what a process has left that was killed in the last moments of a run."""
+    if (out / LOCK).exists():
+        with suppress(ArtifactError), sole_writer(out):  # it may be another process's, and the folder unwritable
+            for part in out.rglob(".*.part"):
+                part.unlink(missing_ok=True)
+
+
+def _is_extended(config: RunConfig, out: Path) -> bool:
+    """Tell whether the recipe gives its run or the reference's another number of rounds; refuse what cannot be."""
+    runs = [(RunDirectory(out), config)]
+    if config.method.reference:
+        runs.append((RunDirectory(RunDirectory(out).reference), config.with_method(config.method.reference)))
+    extended = [is_extended(run, its) for run, its in runs if (run.path / "config.toml").exists()]
+    return any(extended)
+
+
+def _prepare(config: RunConfig, run: RunDirectory, workspace: Workspace) -> None:
+    """Load and check everything that can be wrong, rows first: mistakes there are found without the base."""
+    observer = current_observer()
+    configs = [config, *([config.with_method(config.method.reference)] if config.method.reference else [])]
+    methods = [make_method(c.method) for c in configs]
+    for method, its_config in zip(methods, configs, strict=True):
+        method.check(its_config)
+        check_additive(method, its_config)
+    observer.stage("reading rows")
+    check_beyond(config)
+    for method in methods:
+        method.check_clients(workspace.clients)
+    check_enough(config, len(workspace.clients))
+    if (run.path / "config.toml").exists():
+        check_same_rows(run.partition, workspace.clients)
+    observer.stage(f"loading {config.model.base}")
+    routed = bool(config.evaluation.routing_rows)
+    workspace.check(config, needs_experts=routed or any(method.needs_experts for method in methods))
+    if config.model.quantization != "none":
+        observer.stage(storage_line(workspace.base.model))
+    check_limit(workspace, config, observer)
+
+
+def _run_method(workspace: Workspace, config: RunConfig, out: Path) -> dict[str, Any]:
+    """Run one method, look beyond the clients' rows if the recipe says so, and return its summary.
+
+    What is there already was finished before the run was resumed.
+    """
+    run = RunDirectory(out)
+    if (out / "config.toml").exists() and is_extended(run, config):
+        extend(run, config, current_observer())
+    if not (out / "summary.json").exists():
+        _run_rounds(workspace, config, out)
+    if is_wanted(config) and not run.beyond.exists():
+        current_observer().stage(f"{config.method.name}: other clients' rows and general tasks")
+        trained = TrainedRun(out, workspace)
+        try:
+            write_json(run.beyond, look_beyond(trained, current_observer()))
+        finally:
+            trained.close()
+    return run.summary()
+
+
+def _run_rounds(workspace: Workspace, config: RunConfig, out: Path) -> None:
+    """Serve a method's rounds to clients that take turns on one base."""
+    if RunDirectory(out).checkpoint.exists():
+        server = load_server(
+            RunDirectory(out).checkpoint, workspace.clients
+        )  # in one process no client comes or goes
+        check_states(RunDirectory(out), server, workspace.base.fingerprint)
+    resident = Resident(workspace, config, out)
+    nodes = {number: partial(_answer, resident, name) for number, name in enumerate(workspace.clients, 1)}
+    if not (out / "config.toml").exists():  # a resumed run keeps what it started with
+        write_json(RunDirectory(out).partition, partition_manifest(workspace.clients))
+    reset_peak(workspace.base.model.device)
+    run = RunDirectory.create_or_resume(out, config.to_toml())
+    try:
+        serve(InProcessGrid(nodes), config, run, current_observer())
+    finally:
+        resident.model.close()
+    run.write_summary(run.summary() | {"peak_memory": peak_bytes(workspace.base.model.device)})
+
+
+def _answer(resident: Resident, name: str, kind: str, content: RecordDict) -> RecordDict:
+    return answer(kind, content, resident.client(name))
+
+
+def _add(seconds: dict[str, float], loading: float, *stages: str) -> dict[str, float]:
+    return {name: round(value + loading * (name in stages), 2) for name, value in seconds.items()}
+
+
+def check_states(run: RunDirectory, server: Server, base: str) -> None:
+    """Refuse a client's state that is older than its last round, as after the newest file was deleted.
+
+    A client whose update was refused has a newer state than the server knows of, and keeps it.
+
+    Args:
+        run: A run with all its clients in one process.
+        server: Its checkpoint.
+        base: The base's fingerprint.
+
+    Raises:
+        ArtifactError: A state is missing, too old, damaged, or of another base; or rounds are damaged.
+    """
+    trained = {name: log["number"] for log in run.finished_rounds(server.round) for name in log["clients"]}
+    for name, last in sorted(trained.items()):
+        store = PersonalStore(run.path / "personal" / f"{name}.safetensors", base)
+        state = store.load(server.round)
+        if state is None or state[1].round < last:
+            found = "missing" if state is None else f"of round {state[1].round}"
+            raise ArtifactError(
+                f"the newest state of {name} in {store.path.parent} is {found}",
+                f"{name} last trained in round {last}",
+                "restore it from a copy, or start a new run",
+            )

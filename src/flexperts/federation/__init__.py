@@ -1,1 +1,0 @@
-"""Flower apps, the in-process grid and the run."""

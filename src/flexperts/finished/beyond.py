@@ -1,0 +1,137 @@
+"""What a finished run's models do beyond their clients' own rows: on other clients' rows, and in general.
+
+Needs every client's rows in one process, so a deployed run has none of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from flexperts.client.client import Client
+from flexperts.config.run import RunConfig
+from flexperts.data.records import Say, unsaid
+from flexperts.data.rows import Row
+from flexperts.data.sources import read_source
+from flexperts.errors import ModelError
+from flexperts.evaluation.mmlu import check_source, mmlu
+from flexperts.evaluation.scores import SCORES, Scores, mean_of
+from flexperts.finished.trained import TrainedRun
+from flexperts.methods.kit.method import State
+from flexperts.observer import Observer, current_observer
+
+Measured = dict[State, dict[str, Any]]
+"""State -> client -> numbers."""
+
+
+def is_wanted(config: RunConfig) -> bool:
+    """Tell whether a recipe asks for any of it."""
+    return bool(config.evaluation.others_rows or config.knowledge.general or config.knowledge.mmlu)
+
+
+def check_beyond(config: RunConfig) -> None:
+    """Refuse sources that cannot be read, before a run that would need them at its end.
+
+    Raises:
+        DataError: The general tasks or the questions cannot be read.
+        ConfigError: lm-eval is not installed.
+    """
+    if config.knowledge.general:
+        _general_rows(config, current_observer().notice)
+    if config.knowledge.mmlu:
+        check_source(config.knowledge.mmlu, config.knowledge.mmlu_shots)
+
+
+def look_beyond(run: TrainedRun, observer: Observer | None = None) -> dict[str, Measured]:
+    """Measure what the recipe asks for: ``others``, ``general``, ``mmlu``.
+
+    Where a state's model is one for all clients (the untouched base; with most methods the global model), the first
+    one stands for all; and it is not scored on other clients' rows: its scores there are those that they report.
+
+    Args:
+        run: The finished run.
+        observer: Receives progress.
+
+    Raises:
+        DataError, ConfigError: As ``check_beyond``.
+    """
+    knowledge = run.config.knowledge
+    found: dict[str, Measured] = {}
+    clients = {name: run.client(name, observer) for name in run.participants}
+    own = _own_states(run)
+    if run.config.evaluation.others_rows and own and len(clients) > 1:
+        found["others"] = {s: {n: _others(run, c, s, clients) for n, c in clients.items()} for s in own}
+    if knowledge.general:
+        rows = _general_rows(run.config)
+        found["general"] = _everywhere(run, clients, lambda c, s: _by_row(c.score(run.request(c.name), s, rows)))
+    if knowledge.mmlu:
+        found["mmlu"] = _everywhere(run, clients, lambda c, s: _questions(run, c, s))
+    return found
+
+
+def _general_rows(config: RunConfig, say: Say = unsaid) -> tuple[Row, ...]:
+    assert config.knowledge.general is not None
+    rows = read_source(config.knowledge.general, {}, split="test", on_bad_row=config.data.on_bad_row, say=say)
+    return tuple(rows[: config.knowledge.general_rows])
+
+
+def _everywhere(
+    run: TrainedRun, clients: Mapping[str, Client], measure: Callable[[Client, State], dict[str, Any]]
+) -> Measured:
+    first = dict(list(clients.items())[:1])
+    who = {state: clients if state in _own_states(run) else first for state in run.model.method.states}
+    return {state: {name: measure(client, state) for name, client in some.items()} for state, some in who.items()}
+
+
+def _own_states(run: TrainedRun) -> list[State]:
+    """Return the states in which each client has a model of its own."""
+    method = run.model.method
+    return [s for s in method.states if s == "personalized" or (s == "global" and not method.one_global)]
+
+
+def _others(run: TrainedRun, client: Client, state: State, clients: Mapping[str, Client]) -> dict[str, Any]:
+    """Score a client's model on the rows of each other client; every other client counts once."""
+    count = run.config.evaluation.others_rows
+    rows: dict[str, tuple[Row, ...]] = {
+        name: other.scored_rows[:count] for name, other in clients.items() if other is not client
+    }
+    each = {n: _numbers(client.score(run.request(client.name), state, r)) for n, r in rows.items()}
+    means = {kind: mean_of(scores[kind] for scores in each.values()) for kind in SCORES}
+    return {**means, "rows": sum(scores["rows"] for scores in each.values()), "by_client": each}
+
+
+def _numbers(scores: Scores) -> dict[str, Any]:
+    return {**scores.metrics(), "rows": scores.rows}
+
+
+def _by_row(scores: Scores) -> dict[str, Any]:
+    """Return means and every row's numbers: of the same rows for all clients, so states can be compared by row."""
+    return {**_numbers(scores), "by_row": [scores.row(i) for i in range(scores.rows)]}
+
+
+def _questions(run: TrainedRun, client: Client, state: State) -> dict[str, Any]:
+    wanted, known = run.config.knowledge, run.workspace.untouched
+    key = f"mmlu {wanted.mmlu} {wanted.mmlu_questions} {wanted.mmlu_shots}"
+    if state == "zero_shot" and key in known:
+        return dict(known[key])
+    assert wanted.mmlu is not None
+    numbers: dict[str, Any] = {"accuracy": None, "stderr": None, "questions": None}
+    with client.in_state(run.request(client.name), state) as (model, on_batch), suppress(ModelError):
+        score = mmlu(
+            model,
+            run.workspace.base.tokenizer,
+            wanted.mmlu,
+            questions=wanted.mmlu_questions,
+            shots=wanted.mmlu_shots,
+            batch_size=run.config.evaluation.batch_size,
+            precision=run.config.model.precision,
+            seed=0,
+            on_batch=on_batch,
+        )
+        numbers = {"accuracy": score.accuracy, "stderr": score.stderr, "questions": score.questions}
+    if numbers["accuracy"] is None:
+        client.observer.notice(f"{client.name}, {state}: no MMLU score; its logits are not finite numbers")
+    if state == "zero_shot":
+        known[key] = numbers
+    return numbers

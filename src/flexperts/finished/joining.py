@@ -1,0 +1,250 @@
+"""Onboarding a silo after training: it prepares, and trains what is its own on the finished shared weights."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexperts.artifacts import JOINED, RunDirectory
+from flexperts.client.answer_limit import check_limit, with_recorded_limit
+from flexperts.client.client import Client
+from flexperts.client.request import Request
+from flexperts.client.workspace import Workspace
+from flexperts.config.data import ClientFiles
+from flexperts.config.names import alike, client_name, readings_of
+from flexperts.config.run import RunConfig
+from flexperts.data.clients import partition_manifest
+from flexperts.data.records import name_and_ending
+from flexperts.data.sources import HUB
+from flexperts.errors import ArtifactError, ConfigError
+from flexperts.evaluation.scores import SCORES, Scores
+from flexperts.files import sealed, sole_writer, unwritable, write_json
+from flexperts.finished.trained import TrainedRun, kept_data, recipe_of, with_rows_of
+from flexperts.methods.kit.method import Method, State
+from flexperts.methods.registry import make_method
+from flexperts.observer import Observer, observing
+from flexperts.parameters.vector import vector_hash
+from flexperts.recipe import located, recorded_recipe
+from flexperts.server.checkpoint import load_server
+from flexperts.server.summary import not_finite_of
+from flexperts.training.local import LocalSettings, TrainResult
+
+_OWN = ("training.", "data.columns.", "data.on_bad_row")
+"""Starts of the settings that a newcomer may have of its own; the others have made the run's models."""
+_COMMON = ("training.max_length", "training.gradient_checkpointing")
+
+
+def join(
+    path: Path | str,
+    data: Path | str,
+    *,
+    test: Path | str | None = None,
+    name: str | None = None,
+    steps: int | None = None,
+    settings: Iterable[str] = (),
+    seed: int | None = None,
+    observer: Observer | None = None,
+    workspace: Workspace | None = None,
+    base: str | None = None,
+) -> dict[str, Any]:
+    """Take a new client into a finished run: it prepares, trains its personal part alone, and is scored.
+
+    Afterwards the run directory has the client like any other. The shared weights, the summary and the files of the
+    other clients stay as they are, and no row of theirs is read. A join that is broken off leaves no client behind.
+
+    Args:
+        path: The directory of a finished run.
+        data: The newcomer's rows: a file (.jsonl, .json, .csv, .tsv, .parquet) or ``hub:org/name[:split]``.
+        test: Its test rows; without them, the run's share of its passages is held out.
+        name: Its name; by default that of the file, or of the folder in which a file ``train`` lies.
+        steps: Optimizer steps; by default as many as a participant with these rows had in all rounds.
+        settings: Its own ``KEY=VALUE`` of [training] and [data.columns], and data.on_bad_row.
+        seed: Seed of its batches; by default the run's.
+        observer: Receives progress.
+        workspace: A workspace of the same base, in memory already.
+        base: Where the run's base lies, if not where its recipe says.
+
+    Returns:
+        The record that also lies in ``joined/NAME.json``: rows (counts and hashes), steps, seed, loss, scores.
+
+    Raises:
+        FlexpertsError: The run has not finished or has such a client, its method keeps nothing personal, base or
+            settings are not the run's, or the rows break a rule.
+    """
+    run = RunDirectory.open(Path(path))
+    observer = observer or Observer()
+    with sole_writer(run.path), observing(observer):
+        config, summary = recipe_of(run, base), run.summary()
+        method = make_method(config.method)
+        _check_personal(method, summary)
+        name = client_name(name or _name_of(str(data)))
+        _check_free(run, name)
+        own_settings = _own_settings(run, settings, config.seed if seed is None else seed, steps)
+        trains = with_recorded_limit(own_settings, summary)
+        files = ClientFiles(train=_located(data), test=None if test is None else _located(test))
+        read = trains.data.columns, trains.data.on_bad_row
+        rows_only = with_rows_of(config, name, files, *read)
+        observer.stage(f"{name}: reading rows, loading {config.model.base}")
+        own = workspace.for_run(rows_only) if workspace else Workspace(rows_only)
+        rows = partition_manifest(own.clients)["clients"][name]  # what is wrong with them is found without the base
+        own.check(config, needs_experts=method.needs_experts)
+        check_limit(own, trains, observer)
+        with closing(TrainedRun(run.path, own, base=base)) as trained, _staging(run.path, name) as staging:
+            newcomer = Newcomer(trains, steps, name, own, trained.model, staging, observer)
+            known = {"client": name, "data": kept_data(run.path, files, *read), "rows": rows}
+            record = known | newcomer.onboard(trained.request(name))
+            _publish(staging, run.path)
+            write_json(run.path / JOINED / f"{name}.json", sealed(record))  # last: it makes the newcomer a client
+    return record
+
+
+class Newcomer(Client):
+    """A client that comes after the last round.
+
+    Args:
+        config: The run with the newcomer's own settings of training, and the seed of its batches.
+        steps: Optimizer steps; None = as many as a participant with its rows had in all rounds.
+        arguments: As ``Client``.
+    """
+
+    def __init__(self, config: RunConfig, steps: int | None, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.config, self.steps = config, steps
+
+    def onboard(self, request: Request) -> dict[str, Any]:
+        """Train and score the client, write its files, and return what the record says of it."""
+        self.observer.stage(f"{self.name}: {self.method.keeps}, on the shared weights of round {request.round}")
+        result = self.personalize(request)
+        self.observer.stage(f"{self.name}: evaluation")
+        self.settle(request)
+        scores = self.evaluate(request, self.method.states)
+        self.write_predictions(scores)
+        found = _scored(scores)
+        for state, reason in found["not_finite"].items():
+            self.observer.notice(f"{self.name}, {state}: no score; {reason}")
+        return {
+            "base": self.model.base.fingerprint,
+            "shared": vector_hash(request.payload.vector),
+            "training": self.config.training.model_dump(exclude_none=True),
+            "seed": self.config.seed,
+            "steps": result.steps,
+            "loss": result.loss,
+            **found,
+            **self._answers(scores),
+        }
+
+    def _answers(self, scores: Mapping[State, Scores]) -> dict[str, Any]:
+        """Return what a summary has of a client's answers."""
+        told = self.answer_counts(scores)
+        cut = {state: told.pop(f"cut.{state}") for state in scores}
+        return {"answers": {**told, "cut": cut}}
+
+    def personalize(self, request: Request) -> TrainResult:
+        """Train what is personal in one stretch and keep it on disk; nothing is made for sending."""
+        with self._training(request, 0) as (turn, meta), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(turn.stream.initial_seed())  # dropout draws from the global stream
+            self.method.receive(turn)
+            result = self.method.personalize(turn)
+            self._keep(turn, meta, vector_hash(request.payload.vector))
+        return result
+
+    def _local_settings(self, round_number: int) -> LocalSettings:
+        """Return settings of one stretch: no average replaces weights in it, so optimizer and cosine go through."""
+        usual = super()._local_settings(round_number)
+        steps = self.steps or usual.total_steps
+        warmup = round(self.config.training.warmup_ratio * steps)
+        return replace(usual, steps=steps, first_step=0, total_steps=steps, warmup_steps=warmup)
+
+
+def _scored(scores: Mapping[State, Scores]) -> dict[str, Any]:
+    """Return the scores as a summary has them for a client."""
+    by_kind = {kind: {state: getattr(its, kind) for state, its in scores.items()} for kind in SCORES}
+    return {**by_kind, "not_finite": not_finite_of(scores), "scored_rows": next(iter(scores.values())).rows}
+
+
+def _check_personal(method: Method, summary: Mapping[str, Any]) -> None:
+    """Refuse a run whose clients have trained nothing that stays with them alone."""
+    if not summary["parameters"]["personal"]:
+        usable = "global" if "global" in method.states else "zero_shot"
+        raise ConfigError(
+            f"method {method.name!r}",
+            "nothing that its clients train stays with them, so a newcomer has nothing to train",
+            f"use the run's {usable} model as it is, or run again with the newcomer among the clients",
+        )
+
+
+def _check_free(run: RunDirectory, name: str) -> None:
+    """Refuse the name of a client that the run has or had: nothing of it may be overwritten."""
+    summary = run.summary()
+    taken = {*load_server(run.checkpoint).clients, *summary["clients"], *summary["unscored"], *run.joined()}
+    file = run.path / "personal" / f"{name}.safetensors"
+    # Beside a staging folder the file is what a killed join has left.
+    if name in taken or (file.exists() and not _staged(run.path, name).exists()):
+        raise ArtifactError(f"client {name!r}", f"{run.path} has files of that name", "give another --name")
+    if (other := alike(name, readings_of(taken))) is not None:
+        raise ArtifactError(
+            f"client {name!a}", f"the run has a client {other!a}, which reads alike", "give another --name"
+        )
+
+
+def _own_settings(run: RunDirectory, settings: Iterable[str], seed: int, steps: int | None) -> RunConfig:
+    """Return the run with settings that a newcomer may have of its own."""
+    given = list(settings)
+    for override in given:
+        key = override.partition("=")[0].strip()
+        if not key.startswith(_OWN) or key in _COMMON:
+            rule = (
+                f"a newcomer's own are training.* (not {' or '.join(_COMMON)}), data.columns.* and data.on_bad_row"
+            )
+            raise ConfigError(f"--set {override}", rule, "leave it out: the others are the run's")
+    if steps is not None and steps < 1:
+        raise ConfigError(f"steps = {steps}", "a newcomer takes at least one", "raise it or leave it out")
+    return recorded_recipe(run.path, [*given, f"seed={seed}"])
+
+
+def _name_of(source: str) -> str:
+    path = Path(source.removeprefix(HUB))
+    name = name_and_ending(path)[0]
+    return Path(located(source, Path())).parent.name if name == "train" else name
+
+
+def _located(source: Path | str) -> str:
+    return located(str(source), Path())
+
+
+def _staged(run: Path, name: str) -> Path:
+    return run / JOINED / f"{name}.part"
+
+
+@contextmanager
+def _staging(run: Path, name: str) -> Iterator[Path]:
+    """Yield an empty folder for the newcomer's files; none is left behind but by a killed process."""
+    folder = _staged(run, name)
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            folder.parent.rmdir()  # where nobody has joined
+
+
+def _publish(staging: Path, run: Path) -> None:
+    """Move the newcomer's files to where the run has those of its clients; states of before are not needed."""
+    moved: list[Path] = []
+    for path in sorted(p for p in staging.rglob("*") if p.is_file() and p.parent.name != "before"):
+        target = run / path.relative_to(staging)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+        except OSError as error:
+            for other in moved:  # else they would stand in the way of another try
+                other.unlink(missing_ok=True)
+            raise unwritable(target, error) from error
+        moved.append(target)

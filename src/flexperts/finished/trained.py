@@ -1,0 +1,291 @@
+"""A finished run in use: its clients' models, loaded again from the run directory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from flexperts.artifacts import RunDirectory
+from flexperts.client.answer_limit import answer_limit, with_recorded_limit
+from flexperts.client.client import Client
+from flexperts.client.model import ClientModel
+from flexperts.client.request import Request
+from flexperts.client.workspace import Workspace
+from flexperts.config.data import ClientFiles, DataConfig, OnBadRow
+from flexperts.config.names import normal
+from flexperts.config.run import RunConfig
+from flexperts.data.rows import Row
+from flexperts.data.sources import HUB
+from flexperts.data.unchanged import check_same_rows, check_unchanged
+from flexperts.errors import ArtifactError, ConfigError, DataError, ModelError
+from flexperts.evaluation.generation import Answer, generate
+from flexperts.evaluation.scores import Scores
+from flexperts.methods.kit.method import Method, State
+from flexperts.methods.registry import make_method
+from flexperts.modeling.load import LoadedBase
+from flexperts.observer import Observer
+from flexperts.parameters.store import load_personal
+from flexperts.recipe import located, recorded_recipe
+from flexperts.server.checkpoint import load_server
+
+
+class TrainedRun:
+    """The models of a run directory.
+
+    Rows are read when they are scored or trained on, and not before: to use a model takes none.
+
+    Args:
+        path: The run directory.
+        workspace: The run's base and rows, where they are in memory already.
+        base: Where the base lies, if not where the recipe says.
+
+    Raises:
+        ArtifactError: The directory holds no finished run, or its files do not fit the base.
+        ModelError: The base cannot be loaded.
+    """
+
+    def __init__(self, path: Path, workspace: Workspace | None = None, *, base: str | None = None) -> None:
+        self.run = RunDirectory.open(path)
+        self.summary = self.run.summary()
+        self.config = with_recorded_limit(recipe_of(self.run, base), self.summary)
+        same_rows = partial(check_same_rows, self.run.partition)
+        self.workspace = workspace or Workspace(self.config, started_with=same_rows)
+        self._check_base()
+        self.model = ClientModel(self.workspace.base, self.config, make_method(self.config.method))
+        self.server = load_server(self.run.checkpoint)
+        self.joined = self.run.joined()
+        self._workspaces: dict[str, Workspace] = {}
+
+    def _check_base(self) -> None:
+        """Refuse another base than the one that the run's weights were trained on."""
+        its, ours = self.summary["base"]["fingerprint"], self._base().fingerprint
+        if its != ours:
+            raise ArtifactError(
+                f"{self.run.path} belongs to base {its[:12]}, and {self.config.model.base} is base {ours[:12]}",
+                "the run's base is needed",
+                "give that one as --base",
+            )
+
+    def _base(self) -> LoadedBase:
+        try:
+            return self.workspace.base
+        except ModelError as error:
+            raise ModelError(error.value, error.rule, f"{error.remedy}; --base says where it lies now") from error
+
+    def close(self) -> None:
+        """Take the adapters out of the base again."""
+        self.model.close()
+
+    @property
+    def clients(self) -> list[str]:
+        """Names of the run's clients: those who took part, and those who joined after training."""
+        return sorted({*self.participants, *self.joined})
+
+    @property
+    def participants(self) -> list[str]:
+        """Names of the clients whom the summary scores."""
+        return sorted(self.summary["clients"])
+
+    def client(self, name: str, observer: Observer | None = None) -> Client:
+        """Return a client on its stored personal state.
+
+        Args:
+            name: The client.
+            observer: Receives progress.
+
+        Raises:
+            ConfigError: The run has no such client.
+            ArtifactError: Its personal state is missing, damaged or of another base.
+        """
+        name = normal(name)
+        if name not in self.clients:
+            raise ConfigError(f"client {name!r}", f"the run's clients are {', '.join(self.clients)}", "choose one")
+        client = Client(name, self._workspace_of(name), self.model, self.run.path, observer)
+        # A missing or damaged state must not start afresh.
+        load_personal(client.store.path, base=self.workspace.base.fingerprint)
+        return client
+
+    def _workspace_of(self, name: str) -> Workspace:
+        if name not in self.joined:
+            return self.workspace
+        if name not in self._workspaces:
+            self._workspaces[name] = workspace_of(self.run.path, self.joined[name], self.workspace)
+        return self._workspaces[name]
+
+    def request(self, name: str) -> Request:
+        """Return what the server would send a client now, so that it computes with the finished model."""
+        return Request(self.model.method.final(self.server, normal(name)), self.server.agreement, self.server.round)
+
+    def state(self, name: str | None) -> State:
+        """Return a model state by name, the most personal one by default; see ``state_named``."""
+        return state_named(self.model.method, name)
+
+    def generate(
+        self,
+        client: str,
+        instruction: str,
+        context: str = "",
+        state: str | None = None,
+        *,
+        max_new_tokens: int | None = None,
+    ) -> Answer:
+        """Return a client's greedy answer to one instruction; its ``cut`` tells whether the limit ended it.
+
+        Args:
+            client: Whose model answers.
+            instruction: What is asked.
+            context: The passage that it is about.
+            state: By name; the most personal one by default.
+            max_new_tokens: Longest answer in tokens; by default as in the run's evaluation.
+
+        Raises:
+            FlexpertsError: As ``answer_one``, or there is no such client or state.
+        """
+        asked, chosen = self.client(client), self.state(state)
+        return answer_one(asked, self.request(client), chosen, instruction, context, max_new_tokens)
+
+    def evaluate(
+        self, observer: Observer | None = None, rows: Mapping[str, Sequence[Row]] | None = None
+    ) -> dict[str, dict[State, Scores]]:
+        """Score clients in every state of the method.
+
+        Args:
+            observer: Receives progress.
+            rows: Client -> rows to score it on; without them every client's that the run itself has scored.
+
+        Raises:
+            DataError: The run's rows are not where the recipe says, or no longer those that it started with.
+        """
+        rows = self.own_rows() if rows is None else rows
+        scored: dict[str, dict[State, Scores]] = {}
+        for name, its in sorted(rows.items()):
+            client, request = self.client(name, observer), self.request(name)
+            scored[name] = {state: client.score(request, state, its) for state in self.model.method.states}
+        return scored
+
+    def own_rows(self) -> dict[str, Sequence[Row]]:
+        """Return every client's rows that the run itself has scored.
+
+        Raises:
+            DataError: They are not where the recipe says, or no longer those that the run started with.
+        """
+        try:
+            return {name: self.client(name).scored_rows for name in self.clients}
+        except DataError as error:
+            remedy = f"{error.remedy}; `flexperts evaluate --data` scores rows from elsewhere"
+            raise DataError(error.value, error.rule, remedy) from error
+
+
+def recipe_of(run: RunDirectory, base: str | None = None) -> RunConfig:
+    """Return a run's recipe.
+
+    Args:
+        run: The run.
+        base: Where its base lies, if not where the recipe says.
+    """
+    config = recorded_recipe(run.path)
+    return (
+        config
+        if base is None
+        else config.model_copy(update={"model": config.model.model_copy(update={"base": base})})
+    )
+
+
+def state_named(method: Method, name: str | None) -> State:
+    """Return a method's state by name, the most personal one by default.
+
+    Raises:
+        ConfigError: The method has no such state.
+    """
+    if name is None:
+        return method.states[-1]
+    for state in method.states:
+        if state == name:
+            return state
+    raise ConfigError(
+        f"state {name!r}", f"{method.name} has the states {', '.join(method.states)}", "choose one of these"
+    )
+
+
+def answer_one(
+    client: Client,
+    request: Request,
+    state: State,
+    instruction: str,
+    context: str = "",
+    max_new_tokens: int | None = None,
+) -> Answer:
+    """Return a client's greedy answer to one instruction, by its model in a state.
+
+    Raises:
+        ConfigError: ``max_new_tokens`` is below 1.
+        DataError: The prompt leaves no room for an answer, or cannot be encoded.
+        ModelError: The model's logits are not finite.
+    """
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens = {max_new_tokens}", "an answer has at least one token", "raise it")
+    encoder = client.workspace.encoder
+    prompt = encoder.prompt(instruction, context)
+    longest = max_new_tokens or answer_limit(client.workspace, client.config)
+    if (most := encoder.positions) is not None:
+        if len(prompt) >= most:
+            raise DataError(f"a prompt of {len(prompt)} tokens", f"the base reads at most {most}", "shorten it")
+        longest = min(longest, most - len(prompt))
+    with client.in_state(request, state) as (model, on_batch):
+        [answer] = generate(
+            model,
+            encoder,
+            [prompt],
+            max_new_tokens=longest,
+            batch_size=1,
+            precision=client.config.model.precision,
+            on_batch=on_batch,
+        )
+    if not answer.finite:
+        cause = "the base" if state == "zero_shot" else "a training that has diverged, or the base"
+        rule = f"its logits are not finite numbers, so it has no answer; the cause is {cause}"
+        raise ModelError(f"{client.name}'s {state} model", rule, "see not_finite in the run's summary.json")
+    return answer
+
+
+def with_rows_of(
+    config: RunConfig, name: str, files: ClientFiles, columns: Mapping[str, str], on_bad_row: OnBadRow
+) -> RunConfig:
+    """Return a run with one client's own rows in place of all clients'; how they are held out stays the run's."""
+    old = config.data
+    kept = {"test_fraction": old.test_fraction, "validation_fraction": old.validation_fraction}
+    data = DataConfig(clients={name: files}, columns=dict(columns), on_bad_row=on_bad_row, **kept)
+    return config.model_copy(update={"data": data})
+
+
+def workspace_of(run: Path, record: Mapping[str, Any], workspace: Workspace) -> Workspace:
+    """Return the workspace of a client that has joined: its rows, on the base of the run's workspace.
+
+    Rows are read when they are needed, and refused if they are no longer those that it joined with.
+    """
+    name, data = record["client"], record["data"]
+    files = ClientFiles(train=_from(run, data["train"]), test=data["test"] and _from(run, data["test"]))
+    config = with_rows_of(workspace.config, name, files, data["columns"], data.get("on_bad_row", "refuse"))
+    same = partial(check_unchanged, {name: record["rows"]}, rule=f"{name} joined with other rows than these")
+    return Workspace(config, workspace.base, workspace.untouched, same)
+
+
+def kept_data(run: Path, files: ClientFiles, columns: Mapping[str, str], on_bad_row: OnBadRow) -> dict[str, Any]:
+    """Return where rows lie as the record keeps it: relative to the run, so that it tells no more than it must."""
+    return {
+        "train": _seen_from(run, files.train),
+        "test": files.test and _seen_from(run, files.test),
+        "columns": dict(columns),
+        **({"on_bad_row": on_bad_row} if on_bad_row != "refuse" else {}),
+    }
+
+
+def _seen_from(run: Path, source: str) -> str:
+    return source if source.startswith(HUB) else Path(os.path.relpath(source, run.resolve())).as_posix()
+
+
+def _from(run: Path, source: str) -> str:
+    return located(source, run)

@@ -1,1 +1,0 @@
-"""Selecting a pretrained expert and growing a personal one beside the router."""

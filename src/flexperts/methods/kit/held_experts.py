@@ -1,0 +1,82 @@
+"""Shared tensors of adapted experts and routers, by who holds which expert.
+
+Methods hang these parts on as ``experts`` and ``router``; a layer is called here as parameter names have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from flexperts.methods.kit.method import Method, OnBatch, State
+from flexperts.methods.kit.turn import Turn
+
+EXPERTS, ROUTER = "experts.layers.", "router.layers."
+"""Starts of names: an expert's tensor is ``<start><layer>.<expert>.<tensor>``, a router ``<start><layer>``."""
+Held = Mapping[str, Sequence[int]]
+"""Layer -> the experts that a client holds there, in the order of its router rows."""
+
+
+def place_of(name: str) -> tuple[str, int]:
+    """Return layer and number of the expert that a tensor belongs to."""
+    layer, expert, _ = name.removeprefix(EXPERTS).split(".")
+    return layer, int(expert)
+
+
+def held_part(tensors: Mapping[str, Tensor], held: Held) -> dict[str, Tensor]:
+    """Return what a holder of these experts has of all shared tensors; of a router, the rows of its experts."""
+    part = {}
+    for name, tensor in tensors.items():
+        if name.startswith(EXPERTS):
+            layer, expert = place_of(name)
+            if expert in held[layer]:
+                part[name] = tensor
+        elif name.startswith(ROUTER):
+            part[name] = tensor[list(held[name.removeprefix(ROUTER)])]
+        else:
+            part[name] = tensor
+    return part
+
+
+def split_rows(tensors: Mapping[str, Tensor], held: Held) -> dict[str, Tensor]:
+    """Return the tensors with every router cut into its rows, ``<name>.<expert>``, so that rows have holders."""
+    rows = {
+        f"{name}.{expert}": row
+        for name, tensor in tensors.items()
+        if name.startswith(ROUTER)
+        for expert, row in zip(held[name.removeprefix(ROUTER)], tensor, strict=True)
+    }
+    return {n: t for n, t in tensors.items() if not n.startswith(ROUTER)} | rows
+
+
+def joined_rows(by_row: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Undo ``split_rows`` for tensors of every expert, under the names of ``like``."""
+    return {
+        n: torch.stack([by_row[f"{n}.{e}"] for e in range(len(t))]) if n.startswith(ROUTER) else by_row[n]
+        for n, t in like.items()
+    }
+
+
+class OwnParts(Method):
+    """Base of methods that send all that trains, and whose global state is attention LoRA on the untouched base."""
+
+    states: ClassVar[tuple[State, ...]] = ("zero_shot", "global", "personalized")
+    additive = False
+
+    def shared(self, names: Collection[str]) -> set[str]:
+        """Everything that trains is sent."""
+        return set(names)
+
+    @contextmanager
+    def in_state(self, turn: Turn, state: State) -> Iterator[OnBatch | None]:
+        """Only the personalized state has the parts: they are what a client has beyond the global LoRA."""
+        with ExitStack() as stack:
+            if state == "zero_shot":
+                stack.enter_context(turn.site.lora.use())
+            for part in turn.parts.values() if state != "personalized" else ():
+                stack.enter_context(part.disabled())
+            yield None

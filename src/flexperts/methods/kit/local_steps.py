@@ -1,0 +1,54 @@
+"""A round in two phases: first what is personal, then what is shared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from flexperts.methods.kit.turn import Turn
+from flexperts.training.local import StepHooks, TrainResult, joined
+
+
+def personal_then_shared(turn: Turn, share: float, hooks: StepHooks | None = None) -> TrainResult:
+    """Train each group while the other stands still; the phases divide the round's steps, each takes at least one.
+
+    Args:
+        turn: The client's turn; both groups have parameters.
+        share: The personal phase's share of the steps; the rest is the shared phase's, so that no step is lost.
+        hooks: What the method adds to every step of the shared phase.
+    """
+    personal = turn.settings.part(share)
+    shared = turn.settings.part(1 - personal.steps / turn.settings.steps)
+    first = turn.fit(shared=False, settings=personal)
+    return joined(first, turn.fit(personal=False, settings=shared, hooks=hooks))
+
+
+def untrained(turn: Turn) -> bool:
+    """Tell whether the client's own adapter is still at its start, where every B is zero."""
+    return not any(bool(p.any()) for name, p in turn.split.personal.items() if ".lora_B." in name)
+
+
+def proximal(
+    parameters: Mapping[str, Parameter], anchors: Mapping[str, Tensor], mu: float
+) -> Callable[[], Tensor] | None:
+    """Return the penalty mu/2 ||theta - anchor||^2 over all named parameters; None where mu is 0.
+
+    Args:
+        parameters: What trains.
+        anchors: Where it is held, by the same names.
+        mu: Strength, at least 0.
+
+    Source: Li et al., MLSys 2020 (FedProx), section 3: the norm is squared.
+    """
+    if mu == 0:
+        return None
+    fixed = {name: anchors[name].detach().clone() for name in parameters}
+
+    def penalty() -> Tensor:
+        terms = [(parameter - fixed[name]).square().sum() for name, parameter in parameters.items()]
+        return mu / 2 * torch.stack(terms).sum()
+
+    return penalty

@@ -1,0 +1,153 @@
+"""LoRA of different ranks: cutting, filling with zeros, and the base of methods whose clients differ in rank.
+
+A client of rank r trains the first r rows of A and columns of B of an adapter of rank R >= r (``lora.rank``); the
+others are zero. They stay exactly zero: the gradient of a row of A holds the same column of B as a factor, and the
+other way round. The scaling alpha / R is the same for all ranks.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Annotated, ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import AfterValidator, Field
+from torch import Tensor
+
+from flexperts.communication.average import checked
+from flexperts.communication.messages import Update
+from flexperts.config.names import client_names
+from flexperts.config.run import RunConfig
+from flexperts.errors import ConfigError
+from flexperts.methods.kit import method
+from flexperts.methods.kit.method import Method
+from flexperts.methods.kit.server_state import Server
+from flexperts.methods.kit.turn import Turn
+from flexperts.parameters.vector import Manifest, Payload
+
+Factors = dict[str, tuple[Tensor, Tensor]]
+"""Layer -> (A ``[r, in]``, B ``[out, r]``)."""
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+
+
+def factors(tensors: Mapping[str, Tensor]) -> Factors:
+    """Return named LoRA tensors by layer."""
+    layers = (name.removesuffix(_A) for name in sorted(tensors) if name.endswith(_A))
+    return {layer: (tensors[layer + _A], tensors[layer + _B]) for layer in layers}
+
+
+def named(by_layer: Factors) -> dict[str, Tensor]:
+    """Return factors by layer under the names of their tensors."""
+    As = {layer + _A: A for layer, (A, _) in by_layer.items()}
+    return As | {layer + _B: B for layer, (_, B) in by_layer.items()}
+
+
+def rank_of(tensors: Mapping[str, Tensor]) -> int:
+    """Return the rank of named LoRA tensors."""
+    return next(len(A) for A, _ in factors(tensors).values())
+
+
+def cut(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """Return the first rows of every A and columns of every B, as views."""
+    return named({layer: (A[:rank], B[:, :rank]) for layer, (A, B) in factors(tensors).items()})
+
+
+def padded(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """Return the factors with zeros up to ``rank``."""
+    missing = rank - rank_of(tensors)
+    both = factors(tensors).items()
+    return named({layer: (F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))) for layer, (A, B) in both})
+
+
+@torch.no_grad()
+def clear_from(tensors: Mapping[str, Tensor], rank: int) -> None:
+    """Set all rows of A and columns of B from ``rank`` on to zero, in place."""
+    for A, B in factors(tensors).values():
+        A[rank:] = 0
+        B[:, rank:] = 0
+
+
+def stacked(weighted: Sequence[tuple[float, Factors]]) -> Factors:
+    """Return one pair of factors per layer whose product is sum_i w_i B_i A_i: A's under, B's beside each other."""
+    layers = weighted[0][1] if weighted else ()
+    return {
+        layer: (
+            torch.cat([weight * each[layer][0] for weight, each in weighted]),
+            torch.cat([each[layer][1] for _, each in weighted], 1),
+        )
+        for layer in layers
+    }
+
+
+def by_rows(updates: Iterable[Update]) -> list[tuple[float, Factors]]:
+    """Return every client's factors, of any rank, with its weight p_i = n_i / n.
+
+    Raises:
+        FederationError: As ``checked``.
+    """
+    arrived = [(update.rows, factors(update.tensors())) for update in checked(updates)]
+    total = sum(rows for rows, _ in arrived)
+    return [(rows / total, each) for rows, each in arrived]
+
+
+def _by_name(ranks: dict[str, int]) -> dict[str, int]:
+    names = client_names(ranks)
+    return {names[text]: rank for text, rank in ranks.items()}
+
+
+class RankOptions(method.Options):
+    """Ranks by client."""
+
+    ranks: Annotated[dict[str, Annotated[int, Field(ge=1)]], AfterValidator(_by_name)] = {}  # noqa: RUF012  pydantic copies it
+    """Client -> its LoRA rank, at most lora.rank; who is not named has lora.rank."""
+
+
+class RankedMethod(Method):
+    """Base of methods whose clients may differ in rank: each is sent, trains and sends factors of its own rank."""
+
+    additive = False
+
+    Options: ClassVar[type[method.Options]] = RankOptions
+
+    def check(self, config: RunConfig) -> None:
+        """Refuse ranks above the adapter's."""
+        for client, rank in self.options.ranks.items():
+            if rank > config.lora.rank:
+                raise ConfigError(
+                    f"method.options.ranks.{client} = {rank}",
+                    f"a client's rank is at most lora.rank = {config.lora.rank}",
+                    "lower it or raise lora.rank",
+                )
+
+    def check_clients(self, clients: Collection[str]) -> None:
+        """Refuse ranks of clients that the run does not have."""
+        for client in sorted(self.options.ranks.keys() - set(clients)):
+            close = difflib.get_close_matches(client, clients, n=1)
+            raise ConfigError(
+                f"method.options.ranks.{client}",
+                f"the run's clients are {', '.join(sorted(clients))}",
+                f"did you mean {close[0]!r}?" if close else "name one of these",
+            )
+
+    def rank(self, server: Server, client: str) -> int:
+        """Return a client's rank in the coming round."""
+        rank: int = self.options.ranks.get(client, rank_of(server.shared.tensors()))
+        return rank
+
+    def receive(self, turn: Turn) -> None:
+        """Fill up what came with zeros."""
+        turn.load(padded(turn.received, turn.site.lora.rank))
+
+    def outgoing(self, turn: Turn) -> Mapping[str, Tensor]:
+        """Send the factors at the client's own rank."""
+        return cut(turn.split.shared, self.options.ranks.get(turn.site.client, turn.site.lora.rank))
+
+    def broadcast(self, server: Server, client: str) -> Payload:
+        """Send the first rows and columns, as many as the client's rank."""
+        return Payload.of(cut(server.shared.tensors(), self.rank(server, client)))
+
+    def uplink(self, server: Server, client: str) -> Manifest:
+        """Factors of the client's rank come back."""
+        return Manifest.of(cut(server.shared.tensors(), self.rank(server, client)))

@@ -1,0 +1,198 @@
+"""What a method works with on a client: the site that its parts are built from, and one turn of training on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import Parameter
+
+from flexperts.config.run import RunConfig
+from flexperts.data.prompts import Example
+from flexperts.errors import FederationError
+from flexperts.modeling.lora import LoraAdapters
+from flexperts.moe.layout import LayerExperts
+from flexperts.parameters.split import ParameterSplit
+from flexperts.parts.part import Part
+from flexperts.seeding import generator
+from flexperts.selection.selection import CalibrationSettings, LayerScores, score_experts
+from flexperts.training.local import LocalSettings, Objective, StepHooks, TrainResult, response_loss, train_local
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a client decides once, before any training, from the untouched base and its own rows.
+
+    Args:
+        choice: Experts by experts module.
+        selection: Relative reconstruction loss of every expert, by experts module.
+        scales: Factor on each chosen expert's output, by experts module; empty means 1.
+    """
+
+    choice: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    selection: dict[str, list[float]] = field(default_factory=dict)
+    scales: dict[str, tuple[float, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One client's place on the resident base: what a method builds its parts from.
+
+    Args:
+        client: The client's name.
+        config: The run.
+        lora: The adapters in the base.
+        experts: The base's experts modules; empty for a method that does not ask for them.
+        examples: The client's encoded train rows.
+        pad_token_id: Token that fills short rows.
+        prepared: What the client decided when it joined.
+        agreement: What the server answered to all clients' reports; None before.
+    """
+
+    client: str
+    config: RunConfig
+    lora: LoraAdapters
+    experts: Sequence[LayerExperts]
+    examples: Sequence[Example]
+    pad_token_id: int
+    prepared: Prepared = Prepared()
+    agreement: Any = None
+
+    def generator(self, *purpose: str | int) -> Generator:
+        """Return a random stream of this client's own."""
+        return generator(self.config.seed, self.client, *purpose)
+
+    def common_generator(self, *purpose: str | int) -> Generator:
+        """Return a random stream that is the same on all clients."""
+        return generator(self.config.seed, *purpose)
+
+    def score_experts(self) -> list[LayerScores]:
+        """Score every expert of every layer on the client's own rows, with the base as it was pretrained."""
+        graft, training = self.config.graft, self.config.training
+        settings = CalibrationSettings(
+            rows=graft.calibration_rows,
+            tokens=graft.calibration_tokens,
+            batch_size=training.micro_batch_size or training.batch_size,
+            pad_token_id=self.pad_token_id,
+            precision=self.config.model.precision,
+            pairs=graft.experts > 1,
+        )
+        stream = self.generator("calibration")
+        with self.lora.use():
+            return score_experts(self.lora.base, self.experts, self.examples, settings, stream)
+
+
+@dataclass
+class Turn:
+    """One client's turn on the model: everything that its local work of a round needs.
+
+    Args:
+        site: The client's place on the base.
+        round: The round, from 1; rounds above ``site.config.federation.rounds`` are the method's extra ones.
+        split: Who owns which parameter.
+        parts: The method's parts, attached.
+        received: What the server sent, by name.
+        memory: Tensors that the method keeps on this client from round to round; changed in place.
+        settings: The round's local settings.
+        stream: Random stream of the round's batches.
+        on_step: Called with every step's loss.
+        objective: The loss; language modelling on responses but in tests.
+        derived: What training computes for sending beside shared parameters; names start with ``derived.``.
+        settled: What ``Method.settle`` made of this model and the client's rows; empty where it has not.
+    """
+
+    site: Site
+    round: int
+    split: ParameterSplit
+    parts: Mapping[str, Part]
+    received: dict[str, Tensor]
+    memory: dict[str, Tensor]
+    settings: LocalSettings
+    stream: Generator
+    on_step: Callable[[float], None] = lambda loss: None
+    objective: Objective = response_loss
+    derived: dict[str, Tensor] = field(default_factory=dict)
+    settled: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model with adapters and parts."""
+        model: nn.Module = self.site.lora.model
+        return model
+
+    def fit(
+        self,
+        *,
+        shared: bool = True,
+        personal: bool = True,
+        settings: LocalSettings | None = None,
+        hooks: StepHooks | None = None,
+        objective: Objective | None = None,
+    ) -> TrainResult:
+        """Train the named groups on the client's rows; the other group stands still.
+
+        Args:
+            shared, personal: Which groups train; an empty group counts as off.
+            settings: Other local settings than the round's.
+            hooks: What the method adds to every step.
+            objective: Another loss.
+        """
+        groups = replace(
+            self.split,
+            shared=self.split.shared if shared else {},
+            personal=self.split.personal if personal else {},
+        )
+        settings, objective = settings or self.settings, objective or self.objective
+        with _only(self.split.trained, groups.trained):
+            return train_local(
+                self.model,
+                groups,
+                self.site.examples,
+                settings,
+                self.stream,
+                self.on_step,
+                hooks=hooks,
+                objective=objective,
+            )
+
+    def load(self, tensors: Mapping[str, Tensor], into: Mapping[str, Parameter] | None = None) -> None:
+        """Copy named tensors into parameters of the same names and shapes, by default into the shared group.
+
+        Raises:
+            FederationError: Names or shapes differ.
+        """
+        copy_tensors(tensors, self.split.shared if into is None else into)
+
+
+@contextmanager
+def _only(everything: Mapping[str, Parameter], training: Mapping[str, Parameter]) -> Iterator[None]:
+    """Let only some parameters gather gradients inside the block."""
+    with ExitStack() as stack:
+        for name, parameter in everything.items():
+            if name not in training and parameter.requires_grad:
+                parameter.requires_grad_(False)
+                stack.callback(parameter.requires_grad_, True)
+        yield
+
+
+@torch.no_grad()
+def copy_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    """Copy tensors into others of the same names and shapes, in place.
+
+    Raises:
+        FederationError: Names or shapes differ.
+    """
+    ours, theirs = ({n: tuple(t.shape) for n, t in side.items()} for side in (target, source))
+    if ours != theirs:
+        odd = min(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n))
+        raise FederationError(
+            f"{odd} arrives as {theirs.get(odd)}",
+            f"the model has {ours.get(odd)}",
+            "use one flexperts version and one recipe on every silo",
+        )
+    for name, tensor in source.items():
+        target[name].copy_(tensor)

@@ -1,0 +1,218 @@
+"""Adapting pretrained experts in place: the router's choice stays, the chosen experts compute with trained weights.
+
+    y = sum_{j in TopK, j not adapted} g_j(x) E_j(x)  +  sum_{e in TopK, e adapted} g_e(x) E'_e(x)
+
+Shapes: T tokens, D expert width, K experts per token, N experts. The sums follow transformers' eager experts loop:
+an expert's output times its weight, cast to the hidden dtype, added by index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+
+import torch
+from torch import Generator, Tensor, nn
+
+from flexperts.errors import GraftError
+from flexperts.moe.layout import LayerExperts
+from flexperts.parts.part import Part, Removable, key
+from flexperts.parts.personal_expert import Rank, personal_expert
+
+Streams = Generator | Callable[[str, int], Generator]
+"""One random stream for all, or a function (experts module's name, expert) -> that expert's own stream."""
+GradientFor = Callable[[LayerExperts, Tensor, Tensor], Collection[int]]
+"""(experts module, index ``[T, K]``, weights ``[T, K]``) -> the experts that learn from this call."""
+
+
+class AdaptedLayer(nn.ModuleDict):
+    """The adapted experts of one MoE layer, by number.
+
+    Args:
+        experts: The layer's experts module.
+        indices: Which of its experts are adapted, all different, at least one.
+        rank: LoRA rank, or ``"full"`` for trainable copies.
+        alpha: LoRA scaling numerator; not used by ``"full"``.
+        generator: Stream for LoRA's A, or one for each expert.
+
+    Raises:
+        GraftError: ``indices`` are not different experts of the module, or its layout cannot be adapted in place.
+    """
+
+    def __init__(
+        self, experts: LayerExperts, indices: Sequence[int], rank: Rank, alpha: float, generator: Streams
+    ) -> None:
+        _check_layout(experts)
+        _check_indices(experts, indices)
+        streams = (lambda _name, _index: generator) if isinstance(generator, Generator) else generator
+        own = {i: personal_expert(experts, i, rank, alpha, streams(experts.name, i)) for i in indices}
+        super().__init__({str(i): expert for i, expert in own.items()})
+        self.experts, self.indices = experts, tuple(indices)
+        self.to(experts.device)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every choice of the router is adapted, so that the base has nothing to do."""
+        return len(self.indices) == self.experts.num_experts + self.experts.num_identities
+
+    def among(self, index: Tensor) -> Tensor:
+        """Tell which routing slots ``index [T, K]`` hold an adapted expert: ``[T, K]`` bool."""
+        return torch.isin(index, torch.tensor(self.indices, device=index.device))
+
+    def keep(self, index: Tensor, weights: Tensor) -> Tensor:
+        """Return ``weights [T, K]`` with other experts' slots at 0 and the kept ones scaled to the old sum.
+
+        Identities are no experts: they stay.
+        """
+        stays = self.among(index) | (index >= self.experts.num_experts)
+        kept = weights.masked_fill(~stays, 0).float()
+        before, after = weights.float().sum(-1, keepdim=True), kept.sum(-1, keepdim=True)
+        # A token with nothing kept divides by 1: its weights stay zero, and no NaN reaches the gradient.
+        return (kept * (before / torch.where(after == 0, 1.0, after))).to(weights.dtype)
+
+    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor, learning: Collection[int]) -> Tensor:
+        """Return the adapted experts' weighted sum ``[T, D]``; experts outside ``learning`` pass no gradient."""
+        total = torch.zeros_like(hidden)
+        hit = set(torch.unique(index).tolist())
+        for expert in (i for i in self.indices if i in hit):
+            # Slots before tokens, as in the base's loop: equal row order gives equal bits.
+            slot, token = torch.where((index == expert).T)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and expert in learning):
+                output = self[str(expert)](hidden[token])
+            total.index_add_(0, token, (output * weights[token, slot, None]).to(total.dtype))
+        return total
+
+
+class ExpertAdapters(Part):
+    """Adapters on pretrained routed experts, which they replace where the router chooses them.
+
+    Args:
+        experts: The base's experts modules, from ``find_experts``.
+        choice: Which experts of each module are adapted; modules that are not named stay as they are.
+        rank, alpha, generator: As for ``AdaptedLayer``; one stream is used module after module. Clients that adapt
+            different experts start each alike only where every expert has its own.
+        restrict: Only the chosen experts exist: other experts' slots weigh 0, the kept ones are scaled so that a
+            token's sum of weights stays; a token with no chosen expert gets a routed output of 0.
+        gradient_for: While the experts module trains, only the adapted experts that this returns pass gradient, to
+            their parameters and to the hidden states; frozen experts are not concerned. It sees the weights that
+            are used (after ``restrict``), and must answer the same when checkpointing asks it again.
+
+    Raises:
+        GraftError: ``choice`` names a module or an expert that the base does not have, or a module whose layout
+            cannot be adapted in place.
+    """
+
+    def __init__(
+        self,
+        experts: Sequence[LayerExperts],
+        choice: Mapping[str, Sequence[int]],
+        rank: Rank = "full",
+        alpha: float = 16.0,
+        generator: Streams | None = None,
+        *,
+        restrict: bool = False,
+        gradient_for: GradientFor | None = None,
+    ) -> None:
+        super().__init__()
+        generator = generator or torch.Generator().manual_seed(0)
+        self.restrict, self.gradient_for = restrict, gradient_for
+        names = [e.name for e in experts]
+        if unknown := sorted(choice.keys() - set(names)):
+            raise GraftError(f"choice names {unknown}", f"experts modules are {names}", "choose again on this base")
+        self.layers = nn.ModuleDict(
+            {
+                key(e.name): AdaptedLayer(e, choice[e.name], rank, alpha, generator)
+                for e in experts
+                if e.name in choice
+            }
+        )
+
+    @property
+    def choice(self) -> dict[str, tuple[int, ...]]:
+        """The experts that are adapted, by experts module."""
+        return {layer.experts.name: layer.indices for layer in self}
+
+    def __iter__(self) -> Iterator[AdaptedLayer]:
+        return iter(self.layers.values())  # type: ignore[arg-type]
+
+    def hooks(self) -> Iterator[Removable]:
+        """Take the place of each experts module's forward; what others hook onto the module stays in force.
+
+        Raises:
+            GraftError: Other adapters sit on one of the modules.
+        """
+        for layer in self:
+            if isinstance(vars(layer.experts.module).get("forward"), _Forward):
+                raise GraftError(
+                    f"{layer.experts.name} is adapted already",
+                    "one adapter fits a module",
+                    "detach the other first",
+                )
+        for layer in self:
+            yield _Forward(self, layer)
+
+    def compute(
+        self, layer: AdaptedLayer, base: Callable[[Tensor, Tensor, Tensor], Tensor], *args: Tensor
+    ) -> Tensor:
+        """Return a layer's routed output ``[T, D]`` for the arguments of its experts module."""
+        hidden, index, weights = args
+        if not self.enabled:
+            return base(*args)
+        if self.restrict:
+            weights = layer.keep(index, weights)
+        adapted: Tensor = layer(hidden, index, weights, self._learning(layer, index, weights))
+        if layer.is_whole or (self.restrict and not layer.experts.num_identities):
+            return adapted
+        rest: Tensor = base(hidden, index, weights.masked_fill(layer.among(index), 0))
+        return rest + adapted
+
+    def _learning(self, layer: AdaptedLayer, index: Tensor, weights: Tensor) -> Collection[int]:
+        if self.gradient_for is None or not layer.experts.module.training:
+            return layer.indices
+        # A slot that holds no expert weighs nothing.
+        real = index < layer.experts.num_experts
+        return self.gradient_for(layer.experts, index * real, weights.detach() * real)
+
+
+class _Forward:
+    """Stands as ``forward`` on one experts module until it is removed."""
+
+    def __init__(self, part: ExpertAdapters, layer: AdaptedLayer) -> None:
+        self.part, self.layer, self.module = part, layer, layer.experts.module
+        self.previous = vars(self.module).get("forward")
+        self.base = self.module.forward
+        self.module.forward = self
+
+    def __call__(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Return what the module would; some models call theirs with ``[B, S, D]``."""
+
+        def base(*args: Tensor) -> Tensor:
+            output: Tensor = self.base(*args)
+            return output.view(args[0].shape)
+
+        return self.part.compute(self.layer, base, hidden.flatten(0, -2), index, weights).view(hidden.shape)
+
+    def remove(self) -> None:
+        """Give the module back the forward it had."""
+        if self.previous is None:
+            del self.module.forward
+        else:
+            self.module.forward = self.previous
+
+
+def _check_layout(experts: LayerExperts) -> None:
+    if not experts.takes_routing:
+        raise GraftError(
+            f"{experts.name} ({type(experts).__name__})",
+            "only experts whose module is called with (x, index, weights) can be adapted in place",
+            "use a method that grafts beside the router, such as flex, or another base",
+        )
+
+
+def _check_indices(experts: LayerExperts, indices: Sequence[int]) -> None:
+    good = set(range(experts.num_experts))
+    if not indices or len(set(indices)) != len(indices) or not set(indices) <= good:
+        raise GraftError(
+            f"{experts.name} is to adapt experts {list(indices)}",
+            f"they must be different numbers from 0 to {experts.num_experts - 1}",
+            "choose again on this base",
+        )

@@ -1,0 +1,122 @@
+"""A shared and a personal bottleneck expert beside each MoE layer, mixed token by token by a personal gate.
+
+    y = routed(x) + a_0(x) G(x) + a_1(x) F(x)        a(x) = softmax(W2 sigmoid(W1 x)) in R^2
+
+G is averaged over clients, F and the gate stay. Shapes: T tokens, D expert width, r rank, h gate width.
+Source: pFedMoE (arXiv 2402.01350), in the low-rank form of CoMiGS (arXiv 2409.13931) for language models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from flexperts.moe.layout import LayerExperts
+from flexperts.parts.part import Part, Removable, key, uniform_matrix
+
+
+class Bottleneck(nn.Module):
+    """scale * up (down x): a low-rank expert of its own; ``up`` starts at zero, so the start adds nothing.
+
+    Args:
+        width: ``D``.
+        rank: r, at least 1.
+        scale: Factor of the output.
+        generator: Stream for ``down``.
+    """
+
+    def __init__(self, width: int, rank: int, scale: float, generator: Generator) -> None:
+        super().__init__()
+        self.scale = scale
+        self.down = uniform_matrix(rank, width, generator)
+        self.up = nn.Parameter(torch.zeros(width, rank))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return ``[T, D]`` for ``hidden [T, D]``."""
+        low = F.linear(hidden, self.down.to(hidden.dtype))
+        return F.linear(low, self.up.to(low.dtype)) * self.scale
+
+
+class TokenGate(nn.Module):
+    """softmax(W2 sigmoid(W1 x)): how much of the shared and of the personal expert a token gets.
+
+    Args:
+        width: ``D``.
+        hidden_width: ``h``.
+        generator: Stream for W1 and W2.
+    """
+
+    def __init__(self, width: int, hidden_width: int, generator: Generator) -> None:
+        super().__init__()
+        self.W1 = uniform_matrix(hidden_width, width, generator)
+        self.W2 = uniform_matrix(2, hidden_width, generator)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return ``[T, 2]``, positive with sum 1, for ``hidden [T, D]``: (shared, personal)."""
+        inner = torch.sigmoid(F.linear(hidden, self.W1.to(hidden.dtype)))
+        return F.linear(inner, self.W2.to(inner.dtype)).softmax(-1)
+
+
+class GatedPair(nn.Module):
+    """The two experts and the gate of one MoE layer.
+
+    Args:
+        experts: The layer's experts module.
+        rank, scale: Of both experts.
+        gate_width: ``h``.
+        generator: Stream for all of them: shared, personal, gate.
+    """
+
+    def __init__(
+        self, experts: LayerExperts, rank: int, scale: float, gate_width: int, generator: Generator
+    ) -> None:
+        super().__init__()
+        self.experts = experts
+        self.shared = Bottleneck(experts.width, rank, scale, generator)
+        self.personal = Bottleneck(experts.width, rank, scale, generator)
+        self.gate = TokenGate(experts.width, gate_width, generator)
+        self.to(experts.device)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return what the pair adds to the layer's routed output, ``[T, D]``."""
+        shared, personal = self.gate(hidden).unsqueeze(-1).unbind(-2)
+        output: Tensor = shared * self.shared(hidden) + personal * self.personal(hidden)
+        return output
+
+
+class GatedAdapters(Part):
+    """All gated pairs of one client.
+
+    Args:
+        experts: The base's experts modules, from ``find_experts``; each gets a pair.
+        rank: r of both experts.
+        alpha: Scaling numerator: an expert's output is times alpha / rank.
+        gate_width: h, width of the gate's inner layer.
+        generator: Stream for all starts.
+    """
+
+    def __init__(
+        self,
+        experts: Sequence[LayerExperts],
+        *,
+        rank: int = 8,
+        alpha: float = 16.0,
+        gate_width: int = 8,
+        generator: Generator | None = None,
+    ) -> None:
+        super().__init__()
+        stream = generator or torch.Generator().manual_seed(0)
+        self.layers = nn.ModuleDict(
+            {key(e.name): GatedPair(e, rank, alpha / rank, gate_width, stream) for e in experts}
+        )
+
+    def __iter__(self) -> Iterator[GatedPair]:
+        return iter(self.layers.values())  # type: ignore[arg-type]
+
+    def hooks(self) -> Iterator[Removable]:
+        """Hang every pair beside its layer's experts."""
+        for pair in self:
+            yield self.beside(pair.experts, pair)

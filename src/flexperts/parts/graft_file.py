@@ -1,0 +1,99 @@
+"""Grafts as one file: what was trained, the experts it started from, and which base it fits.
+
+For code with a training loop of its own; in a run, personal state is kept by ``parameters.store``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+
+from flexperts.checked_file import read_sealed, write_sealed
+from flexperts.errors import ArtifactError
+from flexperts.files import damaged
+from flexperts.moe.layout import LayerExperts
+from flexperts.parameters.fingerprint import fingerprint
+from flexperts.parts.grafts import Grafts
+from flexperts.parts.personal_expert import LowRankExpert, Rank
+
+_FORMAT = "flexperts-grafts-1"
+
+
+@dataclass(frozen=True)
+class _Meta:
+    """How the grafts are built again; ``base`` names the weights of the experts modules that they hang on."""
+
+    base: str
+    choice: dict[str, tuple[int, ...]]
+    scales: dict[str, tuple[float, ...]]
+    rank: Rank
+    alpha: float
+
+
+_META = TypeAdapter(_Meta)
+
+
+def save_grafts(path: Path | str, grafts: Grafts) -> None:
+    """Write grafts as safetensors, whole or not at all; nothing of the base is written.
+
+    Args:
+        path: The file.
+        grafts: Attached or not.
+
+    Raises:
+        ArtifactError: It cannot be written; the old file, if there was one, still stands.
+    """
+    rank, alpha = _rank(grafts)
+    meta = _Meta(_base(g.experts for g in grafts), grafts.choice, grafts.scales, rank, alpha)
+    write_sealed(Path(path), _FORMAT, grafts.state_dict(), asdict(meta))
+
+
+def load_grafts(path: Path | str, experts: Sequence[LayerExperts]) -> Grafts:
+    """Build the grafts of a file again, trainable and not attached.
+
+    Args:
+        path: What ``save_grafts`` wrote.
+        experts: The base's experts modules, from ``find_experts``.
+
+    Raises:
+        ArtifactError: The file is missing, damaged, no grafts, or of another base.
+        GraftError: The base has no modules of the names in the file.
+    """
+    path = Path(path)
+    tensors, value = read_sealed(path, _FORMAT)
+    meta = _meta(path, value)
+    grafts = Grafts(experts, meta.choice, rank=meta.rank, alpha=meta.alpha, scales=meta.scales)
+    if _base(g.experts for g in grafts) != meta.base:
+        raise ArtifactError(
+            f"{path}", "its grafts were trained on other experts than these", "load the base that they belong to"
+        )
+    try:
+        grafts.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise damaged(path, error) from error
+    return grafts
+
+
+def _rank(grafts: Grafts) -> tuple[Rank, float]:
+    """Return LoRA's rank and alpha of the personal experts, which are alike in all layers."""
+    expert = next((graft.personal[0] for graft in grafts), None)
+    if isinstance(expert, LowRankExpert):
+        rank = len(expert.up_lora_A)
+        return rank, expert.scale * rank
+    return "full", 1.0
+
+
+def _base(experts: Iterable[LayerExperts]) -> str:
+    return fingerprint(nn.ModuleList(e.module for e in experts))
+
+
+def _meta(path: Path, value: Any) -> _Meta:
+    try:
+        return _META.validate_python(value)
+    except ValidationError as error:
+        raise damaged(path, f"its metadata is not that of grafts: {error.errors()[0]['loc']}") from error

@@ -1,0 +1,188 @@
+"""Grafting: personal experts with their sigmoid gate, hung beside the untouched router by a forward hook.
+
+    y = sum_{j in TopK} g_j(x) E_j(x)  +  sum_p c_p sigmoid(G_p(x)) E_p(x)
+
+c_p is a constant: 1, or what the caller sets. Shapes: T tokens, D expert width, k personal experts.
+Source: FLEx (arXiv 2506.00965).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from flexperts.errors import GraftError
+from flexperts.moe.layout import LayerExperts
+from flexperts.parts.part import Part, Removable, key
+from flexperts.parts.personal_expert import FullExpert, Rank, personal_expert
+
+_DISTURBANCE = 1e-3
+"""Standard deviation of ``disturb``: of a gate's weights, and in terms of an expert's own."""
+Choice = Mapping[str, Sequence[int]]
+"""Experts module name -> indices of the pretrained experts that start the personal ones."""
+Scales = Mapping[str, Sequence[float]]
+"""Experts module name -> the constant factor of each of its personal experts."""
+
+
+class Graft(nn.Module):
+    """The k personal experts and the gate of one MoE layer.
+
+    Args:
+        experts: The layer's experts module.
+        indices: The k pretrained experts to start from, all different.
+        rank: LoRA rank of the personal experts, or ``"full"`` for trainable copies.
+        alpha: LoRA scaling numerator; not used by ``"full"``.
+        gate_bias: Start of the gate's logit: sigmoid(0) = 0.5 opens it half.
+        generator: Stream for LoRA's A.
+        scales: k constant factors on the personal experts' outputs; None is 1 for each.
+        silent: Start the personal experts with outputs of zero; for ``"full"`` only.
+
+    Raises:
+        GraftError: ``indices`` or ``scales`` do not fit the layer, or low-rank experts are to start silent.
+    """
+
+    def __init__(
+        self,
+        experts: LayerExperts,
+        indices: Sequence[int],
+        rank: Rank,
+        alpha: float,
+        gate_bias: float,
+        generator: Generator,
+        scales: Sequence[float] | None = None,
+        silent: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_indices(experts, indices)
+        self.experts, self.indices = experts, tuple(indices)
+        self.scales = _checked_scales(experts, indices, scales)
+        self.graft_gate_weight = nn.Parameter(torch.zeros(len(indices), experts.width))
+        self.graft_gate_bias = nn.Parameter(torch.full((len(indices),), float(gate_bias)))
+        self.personal = nn.ModuleList(personal_expert(experts, i, rank, alpha, generator) for i in indices)
+        for expert in self.personal if silent else ():
+            _full(expert).silence()
+        self.to(experts.device)
+
+    @torch.no_grad()
+    def disturb(self, generator: Generator) -> None:
+        """Move the start a little: two grafts that start alike beside each other would learn alike for ever."""
+        copies = [p for expert in self.personal if isinstance(expert, FullExpert) for p in expert.parameters()]
+        for start in (self.graft_gate_weight, *copies):
+            size = _DISTURBANCE * max(1.0 if start is self.graft_gate_weight else start.std().item(), 1e-6)
+            noise = torch.randn(start.shape, generator=generator)
+            start.add_((size * noise).to(start.device))
+
+    def opening(self, hidden: Tensor) -> Tensor:
+        """Return the gate's values ``[T, k]`` in (0, 1) for ``hidden [T, D]``."""
+        weight, bias = self.graft_gate_weight.to(hidden.dtype), self.graft_gate_bias.to(hidden.dtype)
+        return torch.sigmoid(F.linear(hidden, weight, bias))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return what the graft adds to the layer's routed output, ``[T, D]``."""
+        gates = self.opening(hidden).unsqueeze(-1).unbind(-2)
+        # A factor of 1 is left out: no work, and no bit differs from a graft without factors.
+        factors = [g if c == 1 else g * c for g, c in zip(gates, self.scales, strict=True)]
+        terms = [factor * expert(hidden) for factor, expert in zip(factors, self.personal, strict=True)]
+        return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
+
+
+class Grafts(Part):
+    """All grafts of one client, attachable to and detachable from the resident base.
+
+    Args:
+        experts: The base's experts modules, from ``find_experts``.
+        choice: Which experts each of them grafts; modules that are not named get no graft.
+        rank, alpha, gate_bias, generator: As for ``Graft``.
+        scales: Constant factors of the personal experts' outputs; modules that are not named have 1.
+        silent: As for ``Graft``.
+
+    Raises:
+        GraftError: ``choice`` names a module or an expert that the base does not have, or ``scales`` does not fit
+            ``choice``.
+    """
+
+    def __init__(
+        self,
+        experts: Sequence[LayerExperts],
+        choice: Choice,
+        *,
+        rank: Rank = "full",
+        alpha: float = 16.0,
+        gate_bias: float = 0.0,
+        generator: Generator | None = None,
+        scales: Scales | None = None,
+        silent: bool = False,
+    ) -> None:
+        super().__init__()
+        generator = generator or torch.Generator().manual_seed(0)
+        by_name = {e.name: e for e in experts}
+        if unknown := sorted(choice.keys() - by_name.keys()):
+            raise GraftError(f"choice names {unknown}", f"experts modules are {sorted(by_name)}", "select again")
+        scales = scales or {}
+        if stray := sorted(scales.keys() - choice.keys()):
+            raise GraftError(f"scales name {stray}", f"grafted are {sorted(choice)}", "scale grafted modules only")
+        # A module name cannot hold dots.
+        self.layers = nn.ModuleDict(
+            {
+                key(name): Graft(
+                    by_name[name], choice[name], rank, alpha, gate_bias, generator, scales.get(name), silent
+                )
+                for name in by_name
+                if name in choice
+            }
+        )
+
+    @property
+    def choice(self) -> dict[str, tuple[int, ...]]:
+        """The experts that were grafted, by experts module."""
+        return {graft.experts.name: graft.indices for graft in self}
+
+    @property
+    def scales(self) -> dict[str, tuple[float, ...]]:
+        """The constant factors of the personal experts, by experts module."""
+        return {graft.experts.name: graft.scales for graft in self}
+
+    def __iter__(self) -> Iterator[Graft]:
+        return iter(self.layers.values())  # type: ignore[arg-type]
+
+    def hooks(self) -> Iterator[Removable]:
+        """Hang every graft beside its layer's experts."""
+        for graft in self:
+            yield self.beside(graft.experts, graft)
+
+
+def _full(expert: nn.Module) -> FullExpert:
+    """Return a personal expert whose tensors are its own."""
+    if isinstance(expert, FullExpert):
+        return expert
+    raise GraftError(
+        "a low-rank personal expert", "it cannot start silent", "take rank 'full', or let it start as a copy"
+    )
+
+
+def _check_indices(experts: LayerExperts, indices: Sequence[int]) -> None:
+    good = set(range(experts.num_experts))
+    if not indices or len(set(indices)) != len(indices) or not set(indices) <= good:
+        raise GraftError(
+            f"{experts.name} is to graft experts {list(indices)}",
+            f"they must be different numbers from 0 to {experts.num_experts - 1}",
+            "select again on this base",
+        )
+
+
+def _checked_scales(
+    experts: LayerExperts, indices: Sequence[int], scales: Sequence[float] | None
+) -> tuple[float, ...]:
+    if scales is None:
+        return (1.0,) * len(indices)
+    if len(scales) != len(indices) or not all(map(math.isfinite, scales)):
+        raise GraftError(
+            f"{experts.name} is to scale its personal experts by {list(scales)}",
+            f"there must be one finite number for each of its {len(indices)}",
+            "select again on this base",
+        )
+    return tuple(float(scale) for scale in scales)

@@ -1,0 +1,204 @@
+"""A mixture of LoRA experts on Linear layers: one shared by all, and the client's share of a pool.
+
+    y = W x + s (B_s A_s x + sum_{e in Top2} w_e B_e A_e x)        score_e = (A_e x) . (P x) / sqrt(r)
+
+w is the softmax of the scores over the experts that the client holds, cut to the best and brought back to sum 1; no
+router needs to be sized for the pool. s = alpha / r. Shapes: r rank, E experts in use, N experts in the pool.
+Source: FedAMoLE (arXiv 2411.19128).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flexperts.errors import GraftError
+from flexperts.parts.part import Part, Removable, key, submodule, uniform_matrix
+from flexperts.seeding import generator
+
+
+class LoraExpert(nn.Module):
+    """The factors of one LoRA expert; B starts at zero.
+
+    Args:
+        sizes: (r, in, out).
+        seed: The run's seed.
+        purpose: What the stream of A is named after: equal on every client that holds the expert.
+    """
+
+    def __init__(self, sizes: tuple[int, int, int], seed: int, *purpose: str | int) -> None:
+        super().__init__()
+        rank, in_features, out_features = sizes
+        self.A = uniform_matrix(rank, in_features, generator(seed, "lora mixture", *purpose))
+        self.B = nn.Parameter(torch.zeros(out_features, rank))
+
+
+class MixtureSite(nn.Module):
+    """The shared expert, the held experts and the token projection of one Linear layer.
+
+    Args:
+        name: The layer's name, part of every stream's name.
+        sizes: (r, in, out).
+        held: Numbers in the pool of the experts that the client holds here, all different, at least one.
+        seed: The run's seed.
+        top_k: Experts per token; all that are held where they are fewer.
+    """
+
+    def __init__(self, name: str, sizes: tuple[int, int, int], held: Sequence[int], seed: int, top_k: int) -> None:
+        super().__init__()
+        self.held, self.active, self.top_k = tuple(held), tuple(held), top_k
+        self.shared = LoraExpert(sizes, seed, name, "shared")
+        self.experts = nn.ModuleDict({str(e): LoraExpert(sizes, seed, name, e) for e in held})
+        self.projection = uniform_matrix(sizes[0], sizes[1], generator(seed, "lora mixture", name, "projection"))
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the unscaled delta ``[..., out]`` for ``hidden [..., in]``, and the fp32 routing ``[..., E]``."""
+        experts = [cast(LoraExpert, self.experts[str(e)]) for e in self.active]
+        stacked_A, stacked_B = torch.cat([e.A for e in experts]), torch.cat([e.B for e in experts], 1)
+        low = torch.unflatten(_linear(hidden, stacked_A), -1, (len(experts), -1))
+        routing = self._routing(low, _linear(hidden, self.projection))
+        mixed = low * self._best(routing).unsqueeze(-1).to(low.dtype)
+        shared = _linear(_linear(hidden, self.shared.A), self.shared.B)
+        return shared + _linear(mixed.flatten(-2), stacked_B), routing
+
+    def _routing(self, low: Tensor, projected: Tensor) -> Tensor:
+        """Softmax of the scores ``[..., E]`` from ``low [..., E, r]`` and ``projected [..., r]``."""
+        scores = (low.float() * projected.float().unsqueeze(-2)).sum(-1) / math.sqrt(low.shape[-1])
+        return scores.softmax(-1)
+
+    def _best(self, routing: Tensor) -> Tensor:
+        """Keep each token's best experts and bring their weights back to sum 1; the rest are 0."""
+        best = routing.topk(min(self.top_k, routing.shape[-1]), dim=-1)
+        weights = best.values / best.values.sum(-1, keepdim=True)
+        return torch.zeros_like(routing).scatter(-1, best.indices, weights)
+
+
+class LoraMixture(Part):
+    """All mixtures of one client.
+
+    Args:
+        model: The base, with or without PEFT's wrappers around its Linear layers.
+        held: Linear module name -> numbers of the pool's experts that the client holds there.
+        pool: N, the number of experts in the pool of each site.
+        rank: r of every LoRA expert.
+        alpha: Scaling numerator: s = alpha / rank.
+        seed: The run's seed; with site and expert number it fixes every A, on whichever client it is made.
+        top_k: Experts per token beside the shared one.
+
+    Raises:
+        GraftError: A module is not in the model or no Linear, or an expert is not in the pool.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        held: Mapping[str, Sequence[int]],
+        *,
+        pool: int,
+        rank: int = 8,
+        alpha: float = 16.0,
+        seed: int = 0,
+        top_k: int = 2,
+    ) -> None:
+        super().__init__()
+        self.scale = alpha / rank
+        self._modules_by_site = {name: submodule(model, name) for name in held}
+        self._balance: dict[str, Tensor] = {}
+        self.sites = nn.ModuleDict()
+        for name, module in self._modules_by_site.items():
+            _check_held(name, held[name], pool)
+            site = MixtureSite(name, (rank, *_sizes(name, module)), held[name], seed, top_k)
+            self.sites[key(name)] = site.to(next(module.parameters()).device)
+
+    @property
+    def held(self) -> dict[str, tuple[int, ...]]:
+        """The pool's experts that this client holds, by module."""
+        return {name: self.site(name).held for name in self._modules_by_site}
+
+    def activate(self, experts: Mapping[str, Sequence[int]]) -> None:
+        """Compute with some of the held experts only, until the next call; modules not named stay as they are.
+
+        Raises:
+            GraftError: An expert is not held.
+        """
+        for name, active in experts.items():
+            site = self.site(name)
+            if not active or len(set(active)) != len(active) or not set(active) <= set(site.held):
+                raise GraftError(
+                    f"{name} is to compute with experts {list(active)}",
+                    f"it holds {list(site.held)}",
+                    "activate different ones of these",
+                )
+            site.active = tuple(active)
+
+    def site(self, name: str) -> MixtureSite:
+        """Return the mixture on the module of that name."""
+        return cast(MixtureSite, self.sites[key(name)])
+
+    def balance_loss(self) -> Tensor:
+        """Return the load-balance loss of the last forward in training, and forget it.
+
+        It has Switch's form over the experts in use, as a mean over sites: E * sum_e f_e P_e, where f_e is the
+        share of tokens whose best expert is e and P_e the mean of softmax's value for e; 1 is even. Padding counts.
+
+        Raises:
+            GraftError: No forward in training came since the last call.
+        """
+        if not self._balance:
+            raise GraftError(
+                "balance_loss()", "no forward in training came since the last call", "attach, train, then ask"
+            )
+        losses, self._balance = list(self._balance.values()), {}
+        return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+
+    def hooks(self) -> Iterator[Removable]:
+        """Add every mixture to its module's output."""
+        for name, module in self._modules_by_site.items():
+            yield module.register_forward_hook(self._hook(name))
+
+    def _hook(self, name: str) -> Any:
+        site = self.sites[key(name)]
+
+        def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if not self.enabled:
+                return output
+            delta, routing = site(args[0].to(output.dtype))
+            if module.training:
+                self._balance[name] = _balance(routing)
+            total: Tensor = output + self.scale * delta.to(output.dtype)
+            return total
+
+        return add
+
+
+def _balance(routing: Tensor) -> Tensor:
+    """E * sum_e f_e P_e of one site's ``routing [..., E]``."""
+    flat = routing.flatten(0, -2)
+    share = F.one_hot(flat.argmax(-1), flat.shape[-1]).float().mean(0)
+    loss: Tensor = flat.shape[-1] * (share * flat.mean(0)).sum()
+    return loss
+
+
+def _linear(hidden: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(hidden, weight.to(hidden.dtype))
+
+
+def _sizes(name: str, module: nn.Module) -> tuple[int, int]:
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if not isinstance(sizes[0], int) or not isinstance(sizes[1], int):
+        raise GraftError(f"{name} ({type(module).__name__})", "it must be a Linear layer", "name Linear layers")
+    return sizes[0], sizes[1]
+
+
+def _check_held(name: str, held: Sequence[int], pool: int) -> None:
+    if not held or len(set(held)) != len(held) or not set(held) <= set(range(pool)):
+        raise GraftError(
+            f"{name} holds experts {list(held)}",
+            f"they must be different numbers from 0 to {pool - 1}",
+            "assign from the pool",
+        )

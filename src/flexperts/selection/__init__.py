@@ -1,0 +1,1 @@
+"""How the experts that become personal are chosen."""

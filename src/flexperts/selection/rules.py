@@ -1,0 +1,198 @@
+"""Rules that pick the experts a client grafts, from the sums that ``selection`` collects.
+
+Two rules compare subsets S of experts by what constant coefficients c can rebuild of the routed output F:
+
+    err(S) = min_c  sum_x || F(x) - sum_{s in S} c_s E_s(x) ||^2  =  energy - b_S' G_SS^+ b_S
+
+with b the cross and G the gram sums. For |S| > 1 the paper instead keeps the experts in S and takes a new softmax
+of their router logits. Two reasons against that here: the call that transformers makes to an experts module carries
+the top-K weights and not all logits; and each personal expert gets its own independent sigmoid, not a share of a
+softmax, so that constants, which the gates then refine per token, are the natural measure. For |S| = 1 the paper's
+weight is 1: that is ``reconstruction``; ``scaled`` frees the weight.
+
+Shapes: N experts, M subsets, k experts chosen. Source: FLEx (arXiv 2506.00965); the other rules are ours.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from typing import TypeVar
+
+import torch
+from torch import Generator, Tensor
+
+from flexperts.errors import ConfigError, GraftError
+from flexperts.selection.selection import LayerScores
+
+Layer = TypeVar("Layer")
+Rule = Callable[[LayerScores, int, Generator], tuple[int, ...]]
+"""(a layer's sums, k, random stream) -> k different experts, best first."""
+_SUBSETS = 20_000
+# Below this share of the largest eigenvalue, directions count as one: a gram matrix squares every rounding error.
+_COLLINEAR = 1e-10
+
+
+def reconstruction(layer: LayerScores, k: int, _generator: Generator) -> tuple[int, ...]:
+    """Pick the k smallest ||F - E_s||^2: the paper's rule for one expert."""
+    return layer.best(k)
+
+
+def scaled(layer: LayerScores, k: int, _generator: Generator) -> tuple[int, ...]:
+    """Pick the k smallest min_a ||F - a E_s||^2: an expert's direction counts, its length does not."""
+    return _smallest(_singles(layer), k)
+
+
+def frequency(layer: LayerScores, k: int, _generator: Generator) -> tuple[int, ...]:
+    """Pick the k experts that most tokens are routed to."""
+    return _smallest(-layer.counts, k)
+
+
+def router_weight(layer: LayerScores, k: int, _generator: Generator) -> tuple[int, ...]:
+    """Pick the k experts with the largest sum of router weights."""
+    return _smallest(-layer.weights, k)
+
+
+def uniform(layer: LayerScores, k: int, generator: Generator) -> tuple[int, ...]:
+    """Pick k experts at random, each subset as likely as any other."""
+    return tuple(torch.randperm(len(layer.cross), generator=generator)[:k].tolist())
+
+
+def greedy(layer: LayerScores, k: int, _generator: Generator) -> tuple[int, ...]:
+    """Start from nothing and add, k times, the expert that lowers err(S) most."""
+    chosen: tuple[int, ...] = ()
+    for _ in range(k):
+        wider = [(*chosen, s) for s in range(len(layer.cross)) if s not in chosen]
+        chosen = wider[int(_errors(layer, wider).argmin())]
+    return chosen
+
+
+def exhaustive(layer: LayerScores, k: int, _generator: Generator) -> tuple[int, ...]:
+    """Pick the subset with the smallest err(S) of all; in it, the smallest single error stands first.
+
+    Raises:
+        GraftError: There are more than 20,000 subsets.
+    """
+    N = len(layer.cross)
+    if (count := math.comb(N, k)) > _SUBSETS:
+        value = f"graft.selection = 'exhaustive' with graft.experts = {k}"
+        rule = f"{layer.name} has {count} subsets of {N} experts, and {_SUBSETS} is the limit"
+        raise GraftError(value, rule, "choose 'greedy' or fewer experts")
+    subsets = list(combinations(range(N), k))
+    best, alone = subsets[int(_errors(layer, subsets).argmin())], _singles(layer)
+    return tuple(sorted(best, key=lambda s: alone[s].item()))
+
+
+RULES: dict[str, Rule] = {
+    "reconstruction": reconstruction,
+    "scaled": scaled,
+    "frequency": frequency,
+    "router_weight": router_weight,
+    "random": uniform,
+    "greedy": greedy,
+    "exhaustive": exhaustive,
+}
+"""Name in recipes -> rule."""
+
+
+def select(rule: str, layer: LayerScores, k: int, generator: Generator) -> tuple[int, ...]:
+    """Return k different experts of a layer, best first; equal ones in the order of their numbers.
+
+    Args:
+        rule: A key of ``RULES``.
+        layer: The layer's sums.
+        k: How many experts.
+        generator: Stream of the random rule.
+
+    Raises:
+        ConfigError: There is no such rule.
+        GraftError: k is not from 1 to N, the rule has too many subsets to try, or it compares subsets of several
+            experts and these were not scored in pairs.
+    """
+    if rule not in RULES:
+        close = difflib.get_close_matches(rule, RULES, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "choose one of them"
+        raise ConfigError(f"graft.selection = {rule!r}", f"rules are {', '.join(RULES)}", hint)
+    layer.check_count(k)
+    return RULES[rule](layer, k, generator)
+
+
+def coefficients(layer: LayerScores, indices: Sequence[int]) -> tuple[float, ...]:
+    """Return the c that rebuild F best from the chosen experts, in the order of ``indices``.
+
+    Experts that cannot be told apart share their coefficient; one whose output is always zero gets 0.
+
+    Raises:
+        GraftError: ``indices`` are not different experts of the layer, or several that were not scored in pairs.
+    """
+    _check(layer, indices)
+    return tuple(_solve(layer, torch.tensor([list(indices)]))[0].tolist())
+
+
+def subset_error(layer: LayerScores, indices: Sequence[int]) -> float:
+    """Return err(S), in the units of ``layer.energy``.
+
+    Raises:
+        GraftError: ``indices`` are not different experts of the layer, or several that were not scored in pairs.
+    """
+    _check(layer, indices)
+    return _errors(layer, [indices]).item()
+
+
+def pick_layers(layers: Sequence[Layer], wanted: Sequence[int]) -> list[Layer]:
+    """Return the wanted layers, each once, in the model's order.
+
+    Args:
+        layers: What there is of every MoE layer, in the model's order.
+        wanted: Positions in ``layers`` from 0, negative from the end; empty is all.
+
+    Raises:
+        GraftError: There is no layer at a position.
+    """
+    count = len(layers)
+    for position in wanted:
+        if not -count <= position < count:
+            rule = f"the base has {count} MoE layers"
+            raise GraftError(f"graft.layers names {position}", rule, f"name {-count} to {count - 1}")
+    kept = {position % count for position in wanted} if wanted else range(count)
+    return [layer for position, layer in enumerate(layers) if position in kept]
+
+
+def _smallest(scores: Tensor, k: int) -> tuple[int, ...]:
+    return tuple(int(i) for i in scores.argsort(stable=True)[:k])
+
+
+def _singles(layer: LayerScores) -> Tensor:
+    """Return err({s}) of every expert, ``[N]``."""
+    return _errors(layer, [(s,) for s in range(len(layer.cross))])
+
+
+def _errors(layer: LayerScores, subsets: Sequence[Sequence[int]]) -> Tensor:
+    """Return err(S) of M subsets of one size, ``[M]``."""
+    index = torch.tensor([list(subset) for subset in subsets])
+    return (layer.energy - (layer.cross[index] * _solve(layer, index)).sum(-1)).clamp_min(0)
+
+
+def _solve(layer: LayerScores, index: Tensor) -> Tensor:
+    """Return the coefficients ``[M, k]`` of the subsets ``index [M, k]``.
+
+    Experts are brought to length 1 first, so that the cut against collinear ones does not hit merely small ones.
+    """
+    if index.shape[1] > 1 and not layer.pairs:
+        value = f"{layer.name}: a subset of {index.shape[1]} experts"
+        raise GraftError(value, "they were scored one by one", "score them with pairs = True")
+    length = layer.gram.diagonal().sqrt()
+    inverse = torch.where(length > 0, 1 / length, 0.0)[index]
+    gram = layer.gram[index.unsqueeze(-1), index.unsqueeze(-2)] * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
+    pinv = torch.linalg.pinv(gram, rtol=_COLLINEAR, hermitian=True)
+    solution: Tensor = pinv @ (layer.cross[index] * inverse).unsqueeze(-1)
+    return solution.squeeze(-1) * inverse
+
+
+def _check(layer: LayerScores, indices: Sequence[int]) -> None:
+    N = len(layer.cross)
+    if not indices or len(set(indices)) != len(indices) or not set(indices) <= set(range(N)):
+        value = f"{layer.name}: experts {list(indices)}"
+        raise GraftError(value, f"they must be different numbers from 0 to {N - 1}", "select again on this base")

@@ -1,0 +1,273 @@
+"""What the selection of experts reads: how a layer's routed output and its experts relate on a client's own tokens.
+
+    s* = argmin_s  sum_x || F(x) - E_s(x) ||^2        F(x) = sum_{j in TopK} g_j(x) E_j(x)
+
+With one expert kept, its re-normalised router weight is 1. All layers are scored in ONE forward pass: hooks add up
+inner products and store no output. Every rule in ``rules`` works on these sums alone.
+Shapes: T tokens, D width, N experts, K experts per token.
+Source: FLEx (arXiv 2506.00965), after the layer-wise criterion of Lu et al., ACL 2024.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Generator, Tensor
+
+from flexperts.data.batches import pad_batch
+from flexperts.data.prompts import Example
+from flexperts.errors import GraftError
+from flexperts.modeling.forward import Precision, autocast, hidden_states
+from flexperts.moe.layout import LayerExperts, Note
+
+Batch = Mapping[str, Tensor]
+STACK = 2**26
+"""Values of all experts' up projections and outputs that are held at once, where pairs need them all."""
+TOKENS = 512
+"""Tokens at once: enough for matrix products, few enough that one expert's outputs are small."""
+
+
+@dataclass
+class LayerScores:
+    """Sums of one experts module over the calibration tokens x; all tensors are float64 on the CPU.
+
+    Args:
+        name: Experts module name.
+        gram: ``[N, N]``, sum of E_s(x) . E_t(x); zero outside of its diagonal without ``pairs``.
+        cross: ``[N]``, sum of F(x) . E_s(x).
+        energy: Sum of ||F(x)||^2.
+        counts: ``[N]``, tokens that the router sent to each expert.
+        weights: ``[N]``, sum of the router weights that each expert got.
+        tokens: Calibration tokens that were scored.
+        pairs: Whether experts are compared with each other, as subsets of several need it, or with F alone.
+    """
+
+    name: str
+    gram: Tensor
+    cross: Tensor
+    energy: float
+    counts: Tensor
+    weights: Tensor
+    tokens: int
+    pairs: bool = True
+
+    @classmethod
+    def empty(cls, name: str, num_experts: int, *, pairs: bool = True) -> Self:
+        """Return the sums before any token."""
+        gram = torch.zeros(num_experts, num_experts, dtype=torch.float64)
+        cross, counts, weights = torch.zeros(3, num_experts, dtype=torch.float64)
+        return cls(name, gram, cross, 0.0, counts, weights, 0, pairs)
+
+    @property
+    def errors(self) -> Tensor:
+        """``[N]`` float64, sum over tokens of ||F - E_s||^2."""
+        return (self.energy - 2 * self.cross + self.gram.diagonal()).clamp_min(0)
+
+    @property
+    def relative(self) -> Tensor:
+        """``[N]`` errors over the routed output's energy: 1 is as bad as predicting zero."""
+        return self.errors / max(self.energy, 1e-30)
+
+    def best(self, k: int) -> tuple[int, ...]:
+        """Return the k experts with the smallest error, best first.
+
+        Raises:
+            GraftError: k is not from 1 to N.
+        """
+        self.check_count(k)
+        return tuple(int(i) for i in self.errors.argsort(stable=True)[:k])
+
+    def check_count(self, k: int) -> None:
+        """Refuse to choose k of the N experts where that cannot be done.
+
+        Raises:
+            GraftError: k is not from 1 to N.
+        """
+        if not 1 <= k <= len(self.cross):
+            rule = f"{self.name} has {len(self.cross)} experts"
+            raise GraftError(f"graft.experts = {k}", rule, f"ask for 1 to {len(self.cross)}")
+
+    def add_products(self, target: Tensor, outputs: Iterable[Tensor]) -> None:
+        """Add tokens' inner products.
+
+        A single expert's error is far from zero, so that fp32 is enough within a call; the system that pairs enter
+        may be near singular, and is computed in fp64.
+
+        Args:
+            target: F, ``[T, D]``.
+            outputs: Every expert's own output in their order, some at a time: ``[n, T, D]``.
+        """
+        products = _all_products(target, outputs) if self.pairs else _single_products(target, outputs)
+        gram, cross, energy = (p.double().cpu() for p in products)
+        self.gram += gram
+        self.cross += cross
+        self.energy += energy.item()
+        self.tokens += len(target)
+
+    def add_routing(self, index: Tensor, weight: Tensor) -> None:
+        """Add what the router did with tokens: ``index`` and ``weight``, both ``[T, K]``."""
+        # On the CPU, because CUDA adds up a bin in no fixed order.
+        chosen, given, N = index.flatten().cpu(), weight.flatten().double().cpu(), len(self.cross)
+        self.counts += torch.bincount(chosen, minlength=N)[:N]
+        self.weights += torch.bincount(chosen, given, minlength=N)[:N]
+
+
+def _single_products(target: Tensor, outputs: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return gram, its diagonal alone, cross and energy."""
+    dtype = torch.promote_types(target.dtype, torch.float32)
+    whole, squares, cross = target.to(dtype).flatten(), [], []
+    for some in outputs:
+        rows = some.flatten(1)
+        squares.append(torch.linalg.vector_norm(rows, dim=1, dtype=dtype).square())
+        cross.append((rows * whole).sum(1))  # no matrix product: autocast would round that
+    return torch.cat(squares).diag(), torch.cat(cross), whole.dot(whole)
+
+
+def _all_products(target: Tensor, outputs: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return gram, cross and energy in fp64."""
+    stacked = torch.cat([*outputs, target[None]]).double().flatten(1)
+    products = stacked @ stacked.T
+    return products[:-1, :-1], products[:-1, -1], products[-1, -1]
+
+
+@dataclass
+class Probe:
+    """Scores one batch's chosen positions while the experts are watched.
+
+    Args:
+        pairs: See ``LayerScores``.
+        scores: The sums by experts module, in the order in which they were noted.
+        positions: What to score of the next batch, as flat positions.
+    """
+
+    pairs: bool
+    scores: dict[str, LayerScores] = field(default_factory=dict)
+    positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+
+    def note(self, experts: LayerExperts) -> Note:
+        """Return what scores a call of ``experts``."""
+        layer = LayerScores.empty(experts.name, experts.num_experts, pairs=self.pairs)
+        self.scores[experts.name] = layer
+        values = experts.num_experts * (experts.width + experts.expert(0).up.numel() // experts.width)
+        chunk = min(TOKENS, max(1, STACK // values)) if self.pairs else TOKENS
+
+        def score(*call: Tensor) -> None:
+            positions = self.positions.to(call[0].device)
+            hidden, index, weight, target = (t.index_select(0, positions) for t in call)
+            layer.add_routing(index, weight)
+            for tokens, part in zip(torch.split(hidden, chunk), torch.split(target, chunk), strict=True):
+                layer.add_products(part, experts.run_all(tokens))
+
+        return score
+
+
+@torch.no_grad()
+def reconstruction_scores(
+    forward: Callable[[Batch], object],
+    experts: Sequence[LayerExperts],
+    batches: Iterable[Batch],
+    *,
+    max_tokens: int,
+    generator: Generator,
+    pairs: bool = False,
+) -> list[LayerScores]:
+    """Score every expert of every layer in one pass over the calibration batches.
+
+    Args:
+        forward: Runs the base on one batch; called once per batch.
+        experts: The modules to score.
+        batches: Dicts with at least ``attention_mask [B, S]``; padding is never scored.
+        max_tokens: Token budget per layer, spread evenly over the batches.
+        generator: Stream that picks the tokens where there are more than the budget.
+        pairs: Compare the experts with each other too, for rules that choose several together.
+
+    Raises:
+        GraftError: There is no calibration token.
+    """
+    batches = list(batches)
+    total = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    if not total:
+        raise GraftError("calibration data", "it holds no token", "give the client at least one row")
+    probe = Probe(pairs)
+    handles = [handle for e in experts for handle in e.watch(probe.note(e))]
+    try:
+        for batch in batches:
+            probe.positions = _sample(batch["attention_mask"], max_tokens / total, generator)
+            forward(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(probe.scores.values())
+
+
+def _sample(mask: Tensor, rate: float, generator: Generator) -> Tensor:
+    """Return sorted flat positions of unmasked tokens, a random share ``rate`` of them (at most all)."""
+    positions = mask.reshape(-1).nonzero().squeeze(-1)
+    count = min(len(positions), max(1, round(rate * len(positions))))
+    order = torch.randperm(len(positions), generator=generator)[:count].to(positions.device)
+    return positions[order].sort().values
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """Which tokens the selection reads.
+
+    Args:
+        rows: Train rows, drawn at random where there are more.
+        tokens: Token budget per layer.
+        batch_size: Rows per forward pass.
+        pad_token_id: Token that fills short rows; it is never scored.
+        precision: As in training.
+        pairs: Whether experts are compared with each other too.
+    """
+
+    rows: int
+    tokens: int
+    batch_size: int
+    pad_token_id: int
+    precision: Precision
+    pairs: bool = False
+
+
+def score_experts(
+    model: Any,
+    experts: Sequence[LayerExperts],
+    examples: Sequence[Example],
+    settings: CalibrationSettings,
+    generator: Generator,
+) -> list[LayerScores]:
+    """Score every expert of every layer on a client's rows.
+
+    Args:
+        model: The base, without grafts and adapters.
+        experts: Its experts modules.
+        examples: The client's encoded train rows.
+        settings: Which tokens are read.
+        generator: Stream that draws rows and tokens.
+    """
+    batches = calibration_batches(examples, settings, generator)
+    device = next(model.parameters()).device
+
+    def forward(batch: Batch) -> None:
+        hidden_states(model, **batch)
+
+    with autocast(device, settings.precision):
+        return reconstruction_scores(
+            forward, experts, batches, max_tokens=settings.tokens, generator=generator, pairs=settings.pairs
+        )
+
+
+def calibration_batches(
+    examples: Sequence[Example], settings: CalibrationSettings, generator: Generator
+) -> list[Batch]:
+    """Draw a client's rows and put those of similar length together."""
+    order = torch.randperm(len(examples), generator=generator).tolist()[: settings.rows]
+    chosen = sorted((examples[i] for i in order), key=lambda example: len(example.input_ids))
+    padded = [
+        pad_batch(chosen[start : start + settings.batch_size], settings.pad_token_id)
+        for start in range(0, len(chosen), settings.batch_size)
+    ]
+    return [{"input_ids": batch.input_ids, "attention_mask": batch.attention_mask} for batch in padded]

@@ -1,0 +1,189 @@
+"""What a client's reply must be before anything is made of it; whoever breaks a rule is told which."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from flwr.app import RecordDict
+
+from flexperts.communication.average import check_finite
+from flexperts.communication.messages import Metrics, Update, info_of, metrics_of, payload_of
+from flexperts.config.names import normal
+from flexperts.config.run import RunConfig
+from flexperts.errors import FederationError, FlexpertsError
+from flexperts.methods.kit.method import Method
+from flexperts.methods.kit.server_state import Server
+from flexperts.parameters.vector import Vector
+from flexperts.protection.outgoing import told
+
+_REPORTED = ("loss", "steps", "tokens", "rows", "shared_parameters", "personal_parameters", "personal_sent")
+_BLOCK = 1 << 20
+_ONE_RECIPE = "use one flexperts version and one recipe on every silo"
+
+
+class Admission:
+    """Checks replies against what the server knows.
+
+    Args:
+        method: The method.
+        config: The run.
+        server: The state that the round starts from.
+    """
+
+    def __init__(self, method: Method, config: RunConfig, server: Server) -> None:
+        self.method, self.config, self.server = method, config, server
+        self._start: tuple[Vector | None, float] = None, 0.0
+
+    def update(self, client: str, content: RecordDict) -> Update:
+        """Return the update that a reply to the coming round's training holds.
+
+        Raises:
+            FederationError: It cannot be used.
+        """
+        try:
+            info = info_of(content)
+            _check_heading(client, info, self.server.round + 1)
+            self._check_base(client, info)
+            return self._update(client, content)
+        except FederationError:
+            raise
+        except Exception as error:  # another machine's bytes: whatever they do here, the round goes on without them
+            raise _unreadable(client, error) from error
+
+    def scores(self, client: str, content: RecordDict) -> dict[str, float | int | None]:
+        """Return the scores that a reply to the finished round's evaluation holds; None where they are not finite.
+
+        Raises:
+            FederationError: It cannot be used.
+        """
+        try:
+            _check_heading(client, info_of(content), self.server.round)
+            metrics = metrics_of(content)
+            wanted = ("rows", *(f"nll.{state}" for state in self.method.states))
+            _check_reported(client, metrics, wanted, finite=False)  # a model that has gone wrong may score so
+            if not (metrics["rows"] >= 1 and float(metrics["rows"]).is_integer()):
+                raise FederationError(f"{client}: {metrics['rows']} rows", "scores are of rows", _ONE_RECIPE)
+            return {name: None if self._is_void(name, metrics) else value for name, value in metrics.items()}
+        except FederationError:
+            raise
+        except Exception as error:  # as above
+            raise _unreadable(client, error) from error
+
+    @staticmethod
+    def _is_void(name: str, metrics: Metrics) -> bool:
+        """Tell whether a number is not finite, or of answers by a model whose loss is not."""
+        kind, _, state = name.partition(".")
+        loss = metrics.get(f"nll.{state}", 0.0) if kind == "rouge_l" else 0.0
+        return not (math.isfinite(metrics[name]) and math.isfinite(loss))
+
+    def _update(self, client: str, content: RecordDict) -> Update:
+        metrics = metrics_of(content)
+        _check_reported(client, metrics, tuple(told(self.config, dict.fromkeys(_REPORTED))))
+        self._check_rows(client, metrics["rows"])
+        if metrics["personal_sent"] != 0:
+            raise FederationError(
+                f"{client}: {metrics['personal_sent']} personal bytes",
+                "no personal byte is sent",
+                "report this bug",
+            )
+        payload = payload_of(content, client, self.server.shared)
+        payload.check(self.method.uplink(self.server, client), client)
+        known = {name: value for name, value in metrics.items() if name != "personal_sent"}
+        update = Update(client, payload, int(metrics["rows"]), known)
+        self._check_values(update)
+        self.method.check_update(self.server, update)
+        return update
+
+    def _check_base(self, client: str, info: Any) -> None:
+        if self.server.base and info["base"] != self.server.base:
+            raise FederationError(
+                f"{client} trained the base {str(info['base'])[:16]}",
+                f"the run's base is {self.server.base[:16]}",
+                "install the same base on every silo",
+            )
+
+    def _check_rows(self, client: str, rows: Any) -> None:
+        rows_of = self.server.clients
+        expected = sum(rows_of.values()) if self.method.pools_rows else rows_of[client]
+        if rows != expected or expected < 1:
+            raise FederationError(
+                f"{client} counts {rows} rows",
+                f"on joining it told {expected}",
+                "start that silo again: it joins with the rows that it has",
+            )
+
+    def _check_values(self, update: Update) -> None:
+        """Refuse what is not finite or has gone too far, or is too large where replies are no trained weights.
+
+        Nearly always the values alone are too small for that, which one look at them tells: an update's norm is at
+        most the sum of their norm and of that of where they started.
+        """
+        allowed = self.config.federation.max_update_rms
+        start = self.server.shared.vector if self.method.additive else None
+        farthest = quick_norm(update.vector) + (0.0 if start is None else self._norm(start))
+        if farthest < 0.99 * allowed * math.sqrt(update.vector.size):
+            return
+        check_finite(update)
+        found = root_mean_square(update.vector, start)
+        if not found <= allowed:
+            raise FederationError(
+                f"{update.client}: root mean square of the update {found:.3g}",
+                f"federation.max_update_rms = {allowed:g} is the most",
+                "lower training.lr on that silo",
+            )
+
+    def _norm(self, start: Vector) -> float:
+        """Return the norm of what a round starts from, taken once."""
+        if self._start[0] is not start:
+            self._start = start, quick_norm(start)
+        return self._start[1]
+
+
+def quick_norm(values: Vector) -> float:
+    """Return the L2 norm, to a tenth of a percent; not finite where values are not, or are too large for this."""
+    blocks = (values[first : first + _BLOCK] for first in range(0, values.size, _BLOCK))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return math.sqrt(sum(float(np.dot(block, block)) for block in blocks))
+
+
+def leaked(content: RecordDict) -> int:
+    """Return the personal bytes that a client says it found in its own reply."""
+    found = metrics_of(content).get("personal_sent") if "metrics" in content.metric_records else None
+    return found if isinstance(found, int) and found > 0 else 0
+
+
+def root_mean_square(values: Vector, start: Vector | None = None) -> float:
+    """Return the root mean square of values, or of how far they are from where they started; in float64."""
+    total = 0.0
+    for first in range(0, values.size, _BLOCK):
+        block = values[first : first + _BLOCK].astype(np.float64)
+        if start is not None:
+            block -= start[first : first + _BLOCK]
+        total += float(np.square(block, out=block).sum())
+    return math.sqrt(total / max(1, values.size))
+
+
+def _check_heading(client: str, info: Any, number: int) -> None:
+    if normal(str(info["client"])) != client:
+        raise FederationError(f"node of {client} answers as {info['client']}", "a node is one client", "rename it")
+    if info["round"] != number:
+        raise FederationError(
+            f"{client} answers to round {info['round']}",
+            f"this is round {number}",
+            "raise federation.deadline where silos are often late",
+        )
+
+
+def _check_reported(client: str, metrics: Metrics, wanted: Sequence[str], *, finite: bool = True) -> None:
+    for name in wanted:
+        value = metrics.get(name)
+        if not isinstance(value, int | float) or (finite and not math.isfinite(value)):
+            raise FederationError(f"{client} reports {name} = {value}", "it must be a number", _ONE_RECIPE)
+
+
+def _unreadable(client: str, error: Exception) -> FederationError:
+    said = str(error) if isinstance(error, FlexpertsError) else repr(error)
+    return FederationError(f"{client}'s reply", f"it cannot be read ({said})", _ONE_RECIPE)

@@ -1,0 +1,87 @@
+"""The server's state at rest: one safetensors file, written whole after every round."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from flexperts.checked_file import read_meta, read_sealed, write_sealed
+from flexperts.errors import ArtifactError
+from flexperts.files import damaged
+from flexperts.methods.kit.server_state import Server
+from flexperts.parameters.vector import Payload
+
+_FORMAT = "flexperts-server-2"
+_SHARED, _MEMORY = "shared/", "memory/"
+
+
+class _Rest(BaseModel):
+    """What a checkpoint holds beside tensors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    round: int
+    clients: dict[str, int]
+    reports: dict[str, Any]
+    agreement: Any
+    seed: int
+    base: str = ""
+
+
+def save_server(path: Path, server: Server) -> None:
+    """Write the server's whole state, or nothing.
+
+    Raises:
+        ArtifactError: It cannot be written; the old file, if there was one, still stands.
+    """
+    tensors = {f"{_SHARED}{n}": t for n, t in server.shared.tensors().items()}
+    tensors |= {f"{_MEMORY}{n}": t for n, t in server.memory.items()}
+    rest = {name: getattr(server, name) for name in _Rest.model_fields}
+    write_sealed(path, _FORMAT, {n: t.detach().clone() for n, t in tensors.items()}, rest)
+
+
+def load_server(path: Path, clients: Collection[str] | None = None) -> Server:
+    """Read a server's state.
+
+    Args:
+        path: The checkpoint.
+        clients: Names that the state must have been made with; None takes any.
+
+    Raises:
+        ArtifactError: The file is missing, damaged or foreign, or made with other clients.
+    """
+    tensors, value = read_sealed(path, _FORMAT)
+    try:
+        rest = dict(_Rest.model_validate(value))
+    except ValidationError as error:
+        raise damaged(path, f"its metadata is not a server's: {error.errors()[0]['loc']}") from error
+    server = Server(Payload.of(_under(_SHARED, tensors)), memory=_under(_MEMORY, tensors), **rest)
+    if clients is not None and sorted(clients) != sorted(server.clients):
+        raise ArtifactError(
+            f"{path} is of clients {', '.join(sorted(server.clients))}",
+            f"now there are {', '.join(sorted(clients))}",
+            "resume with the same clients",
+        )
+    return server
+
+
+def saved_round(path: Path) -> int:
+    """Return how many rounds a server's state has behind it; 0 where there is none. Its tensors are not read.
+
+    Raises:
+        ArtifactError: The file is damaged or foreign.
+    """
+    if not path.exists():
+        return 0
+    try:
+        return int(read_meta(path, _FORMAT)["round"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(path, f"its metadata is not a server's: {error!r}") from error
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

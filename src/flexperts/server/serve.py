@@ -1,0 +1,168 @@
+"""The server's run over any Flower Grid: meet the clients, run the rounds, write the result. It loads no model."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from flwr.app import ArrayRecord, Message
+from flwr.serverapp import Grid
+
+from flexperts.artifacts import RunDirectory
+from flexperts.communication.adapter_folder import write_adapter
+from flexperts.communication.average import check_finite
+from flexperts.communication.messages import Update, info_of, payload_of, records
+from flexperts.communication.traffic import encoded_bytes
+from flexperts.config.federation import FederationConfig
+from flexperts.config.run import RunConfig
+from flexperts.errors import FederationError, FlexpertsError
+from flexperts.methods.kit.method import Method
+from flexperts.methods.kit.server_state import Server
+from flexperts.methods.registry import make_method
+from flexperts.observer import Observer, Once
+from flexperts.parameters.vector import Payload
+from flexperts.protection.rules import check_additive, check_enough
+from flexperts.server.checkpoint import load_server, save_server
+from flexperts.server.enrolment import enrol, found, gather, require
+from flexperts.server.exchange import error_of, one_line, request, sendable
+from flexperts.server.membership import Membership
+from flexperts.server.round_log import RoundLog
+from flexperts.server.strategy import FlexpertsStrategy
+from flexperts.server.summary import summarize
+
+
+@dataclass(frozen=True)
+class Initial:
+    """What one client tells before round 1.
+
+    Args:
+        payload: The shared weights that all start from.
+        split: The table of its parameters, by who owns them.
+        adapter: PEFT's configuration of its adapter, as JSON.
+        size: Encoded bytes of the message.
+    """
+
+    payload: Payload
+    split: Any
+    adapter: str
+    size: int
+
+
+def serve(grid: Grid, config: RunConfig, run: RunDirectory, observer: Observer) -> None:
+    """Run a method's rounds over a grid and write rounds, shared adapter and summary.
+
+    A run directory that holds a checkpoint is taken up after its last finished round, by those clients that are
+    there.
+
+    Raises:
+        ConfigError: The method cannot run with these settings or clients.
+        FederationError: Too few clients have joined or sent usable updates, or none has initial weights or scores.
+    """
+    started, observer = time.monotonic(), Once(observer)
+    method, members = make_method(config.method), Membership(observer, run.run_id)
+    method.check(config)
+    check_additive(method, config)
+    observer.stage(f"{config.method.name}: clients join")
+    server = load_server(run.checkpoint) if run.checkpoint.exists() else None
+    federation = _awaited(config.federation, server)
+    base = gather(grid, members, federation, server.base if server else "")
+    server = _taken_up(method, members, server) if server else _new(method, members, config)
+    server.base = base
+    require(members, federation)
+    initial = ask_initial(grid, members, server, federation.deadline)
+    _start(method, server, initial, run, observer)
+    setup = time.monotonic() - started
+    finished = [RoundLog(**record) for record in run.keep_rounds(server.round)]
+    before = sum(sum(log.seconds.values()) for log in finished)
+    strategy = FlexpertsStrategy(method, config, members, server, run, observer, finished)
+    save_server(run.checkpoint, server)
+    left = strategy.rounds_total - server.round
+    strategy.start(grid, ArrayRecord(), num_rounds=left, timeout=config.federation.deadline)
+    write_adapter(run.shared, initial.adapter, method.adapter(server))
+    seconds = {"setup": setup, **strategy.seconds(), "total": time.monotonic() - started + before}
+    summary = summarize(config, strategy.rounds, seconds, base, server.clients)
+    summary["bytes"]["join_total"] = sum(one.size for one in members.told.values()) + initial.size
+    run.write_summary(summary)
+
+
+def _awaited(federation: FederationConfig, server: Server | None) -> FederationConfig:
+    """Return the settings by which clients are waited for: of a run that has begun, some may be forgotten."""
+    fewest = min(federation.min_clients, len(server.clients)) if server else federation.min_clients
+    return federation.model_copy(update={"min_clients": fewest})
+
+
+def _new(method: Method, members: Membership, config: RunConfig) -> Server:
+    """Return the state of a run that begins with the clients that are online; it has no weights yet."""
+    server = Server(Payload.empty(), {}, seed=config.seed)
+    found(method, members, server)
+    check_enough(config, len(server.clients))
+    return server
+
+
+def _taken_up(method: Method, members: Membership, server: Server) -> Server:
+    """Take the clients that are online back into a run, and in those that are new to it."""
+    for name in members.online:
+        try:
+            enrol(method, server, members.told[name])
+        except FlexpertsError as error:
+            members.turn_away(name, str(error))
+    return server
+
+
+def _start(method: Method, server: Server, initial: Initial, run: RunDirectory, observer: Observer) -> None:
+    """Give a new run its weights."""
+    if run.checkpoint.exists():
+        observer.stage(f"resuming after round {server.round}")
+    else:
+        server.shared = initial.payload
+        method.start(server)
+    observer.split(method.name, initial.split)
+
+
+def ask_initial(grid: Grid, members: Membership, server: Server, deadline: float) -> Initial:
+    """Return the initial shared weights of the first client, by name, that has usable ones: all draw the same.
+
+    Raises:
+        FederationError: None has.
+    """
+    faults = []
+    for name in members.online:
+        content = records({"run": members.run, "agreement": json.dumps(server.agreement)})
+        asked = request(content, "query.initial", members.node(name), "join")
+        replies = list(grid.send_and_receive(sendable(grid, iter([asked])), timeout=deadline))
+        try:
+            return _read_initial(name, replies)
+        except FederationError as error:
+            faults.append(one_line(str(error)))
+            members.observer.refused(name, faults[-1])
+    raise FederationError(
+        f"no client sent initial weights ({', '.join(faults)})",
+        "one must",
+        "see the silos' logs and resume the run",
+    )
+
+
+def _read_initial(name: str, replies: list[Message]) -> Initial:
+    if not replies:
+        raise FederationError(f"{name} sent no initial weights", "it did not answer in time", "see that silo's log")
+    if (error := error_of(replies[0])) is not None:
+        raise FederationError(f"{name} answers with an error", error, "see that silo's log")
+    content = replies[0].content
+    try:
+        info: Mapping[str, Any] = info_of(content)
+        payload, adapter = payload_of(content, name), str(info["adapter"])
+        check_finite(Update(name, payload, 1, {}))
+        json.loads(adapter)
+        payload = replace(payload, vector=payload.vector.copy())  # it outlives the message
+        return Initial(payload, json.loads(str(info["split"])), adapter, encoded_bytes(content))
+    except FederationError:
+        raise
+    except Exception as error:  # another machine's bytes
+        raise FederationError(
+            f"{name}'s initial weights",
+            f"they cannot be read ({error!r})",
+            "use one flexperts version on every silo",
+        ) from error

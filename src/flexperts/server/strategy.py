@@ -1,0 +1,281 @@
+"""The server's side of a round, as a Flower Strategy: broadcast, stream replies, evaluate."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from flexperts.artifacts import RunDirectory
+from flexperts.communication.messages import Update, records
+from flexperts.communication.traffic import encoded_bytes
+from flexperts.config.run import RunConfig
+from flexperts.errors import FederationError, FlexpertsError
+from flexperts.methods.kit.method import Method
+from flexperts.methods.kit.server_state import Server
+from flexperts.observer import Observer
+from flexperts.protection.incoming import reduced
+from flexperts.protection.rules import privacy_spent
+from flexperts.seeding import derive_seed, generator
+from flexperts.server.admission import Admission, leaked
+from flexperts.server.checkpoint import save_server
+from flexperts.server.enrolment import enrol
+from flexperts.server.exchange import Asked, error_of, one_line, request, sendable
+from flexperts.server.membership import Membership
+from flexperts.server.round_log import RoundLog
+from flexperts.server.summary import not_finite
+
+
+class FlexpertsStrategy(Strategy):
+    """Runs any ``Method`` on Flower.
+
+    Args:
+        method: The method.
+        config: The run.
+        members: Who is online.
+        server: The state that the rounds start from.
+        run: Where finished rounds are written.
+        observer: Receives progress.
+        finished: Rounds that were done before, when a run is resumed.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        config: RunConfig,
+        members: Membership,
+        server: Server,
+        run: RunDirectory,
+        observer: Observer,
+        finished: Sequence[RoundLog] = (),
+    ) -> None:
+        self.method, self.config, self.server = method, config, server
+        self.members, self.run, self.observer = members, run, observer
+        self.admission = Admission(method, config, server)
+        self.rounds: list[RoundLog] = list(finished)
+        self.rounds_total = config.federation.rounds + method.extra_rounds(config.federation.rounds)
+        self._asked = Asked()
+        self._heard: set[str] = set()
+        self._started = 0.0
+
+    def seconds(self) -> dict[str, float]:
+        """Return wall time by phase, over all rounds."""
+        return {phase: sum(log.seconds[phase] for log in self.rounds) for phase in ("training", "evaluation")}
+
+    def summary(self) -> None:
+        """Say nothing: the observer shows the run."""
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return one request per participant that is online, sorted by client, each with records of its own."""
+        self._started = time.monotonic()
+        log = RoundLog(self.server.round + 1, planned=self.config.federation.rounds)
+        self.rounds.append(log)
+        self.observer.stage(f"round {log.number} of {self.rounds_total}")
+        self._meet(grid, log)
+        log.participants, self._asked, self._heard = self._participants(), Asked(), set()
+        return sendable(grid, self._train_requests(log))
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Stream the usable replies through the method's rule into the server's next state.
+
+        Raises:
+            FederationError: Fewer than the quorum were usable; the checkpoint is still that of the round before.
+        """
+        log = self.rounds[-1]
+        updates = self._updates(replies, log)
+        first = list(islice(updates, 1))  # without any, the quorum is the error to tell
+        if first or not log.participants:
+            self.method.aggregate(self.server, reduced(self.config, self.server.shared, _joined(first, updates)))
+        log.close_training(self._heard)
+        self._check_quorum(log)
+        self.server.round += 1
+        log.privacy = privacy_spent(self.config, self.server.round)
+        log.seconds["training"] = time.monotonic() - self._started
+        return None, None
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return one request per client that is scored and online, in rounds that evaluate."""
+        self._started, self._asked = time.monotonic(), Asked()
+        return sendable(grid, self._evaluate_requests() if self._evaluates() else iter(()))
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Collect the clients' scores and write the round down.
+
+        Raises:
+            FederationError: Nobody answered to the last evaluation.
+        """
+        log = self.rounds[-1]
+        for client, reply in self._by_client(replies):
+            self._score(client, reply, log)
+        if self._evaluates():
+            self._close_evaluation(log)
+        log.seconds["evaluation"] = time.monotonic() - self._started
+        self.run.append_round(vars(log))
+        save_server(self.run.checkpoint, self.server)
+        self.observer.round(vars(log))
+        return None
+
+    def _meet(self, grid: Grid, log: RoundLog) -> None:
+        """See who has come and gone since the last round."""
+        change = self.members.look(grid, self.config.federation.deadline)
+        for name in change.joined:
+            try:
+                enrol(self.method, self.server, self.members.told[name])
+            except FlexpertsError as error:
+                self.members.turn_away(name, str(error))
+        log.left, log.joined = change.left, sorted(set(change.joined) & set(self.members.online))
+        for word, names in (("gone", log.left), ("joining", log.joined)):
+            if names:
+                self.observer.stage(f"{word}: {', '.join(names)}")
+        for who, reason in self.members.written_down():
+            log.refuse(who, reason)
+
+    def _participants(self) -> list[str]:
+        """Return who trains in the coming round, sorted: drawn of all clients of the run, online or not."""
+        clients = sorted(self.server.clients)
+        count = max(1, round(self.config.federation.participation * len(clients)))
+        stream = generator(self.config.seed, "participants", self.server.round + 1)
+        drawn = torch.randperm(len(clients), generator=stream)[:count].tolist()
+        return sorted(self.method.participants(self.server, sorted(clients[i] for i in drawn)))
+
+    def _train_requests(self, log: RoundLog) -> Iterator[Message]:
+        for name in sorted(set(log.participants) & set(self.members.online)):
+            payload = self.method.broadcast(self.server, name)
+            content = records(self._info(log.number), payload=payload)
+            log.downlink[name] = encoded_bytes(content)
+            log.declare("downlink", name, payload.manifest)
+            yield self._asked.note(request(content, "train", self.members.node(name), str(log.number)))
+
+    def _evaluate_requests(self) -> Iterator[Message]:
+        for name in sorted(set(self._scored_clients()) & set(self.members.online)):
+            info = self._info(self.server.round) | {"states": list(self.method.states), "answers": self._answers()}
+            content = records(info, payload=self.method.final(self.server, name))
+            self.rounds[-1].evaluation["downlink"][name] = encoded_bytes(content)
+            yield self._asked.note(request(content, "evaluate", self.members.node(name), str(self.server.round)))
+
+    def _scored_clients(self) -> list[str]:
+        """Return who is scored, sorted: drawn by names alone, so the same in other rounds, methods and seeds."""
+        count, names = self.config.evaluation.clients, sorted(self.server.clients)
+        if count is None or count >= len(names):
+            return names
+        return sorted(sorted(names, key=lambda name: derive_seed(0, "evaluated", name))[:count])
+
+    def _evaluates(self) -> bool:
+        """Tell whether the round that was just trained is evaluated."""
+        every = self.config.evaluation.every
+        return self.server.round == self.rounds_total or bool(every and self.server.round % every == 0)
+
+    def _answers(self) -> bool:
+        """Tell whether this round's evaluation generates answers."""
+        return self.config.evaluation.answers == "always" or self.server.round == self.rounds_total
+
+    def _info(self, number: int) -> dict[str, Any]:
+        return {"run": self.members.run, "round": number, "agreement": json.dumps(self.server.agreement)}
+
+    def _updates(self, replies: Iterable[Message], log: RoundLog) -> Iterator[Update]:
+        for name, reply in self._by_client(replies):
+            self._heard.add(name)
+            update = self._usable(name, reply, log)
+            if update is not None:
+                yield update
+            del update  # before the next one arrives
+
+    def _usable(self, name: str, reply: Message, log: RoundLog) -> Update | None:
+        """Return a reply's update and note its measures, or note why it is refused."""
+        try:
+            self._check_turn(name, reply, log.participants, log.clients)
+            log.personal_sent += leaked(reply.content)
+            update = self.admission.update(name, reply.content)
+        except FederationError as error:
+            log.refuse(name, self._refused(name, error))
+            return None
+        log.uplink[name] = encoded_bytes(reply.content)
+        log.declare("uplink", name, update.payload.manifest)
+        log.clients[name] = dict(update.metrics)
+        return update
+
+    def _score(self, name: str, reply: Message, log: RoundLog) -> None:
+        """Note a reply's scores, or why there are none."""
+        try:
+            self._check_turn(name, reply, log.evaluation["downlink"], log.scores)
+            log.score(name, self.admission.scores(name, reply.content))
+            log.evaluation["uplink"][name] = encoded_bytes(reply.content)
+            for state, reason in not_finite(log.scores[name]).items():
+                self.observer.notice(f"{name}, {state}: no score; {reason}")
+        except FederationError as error:
+            log.unscored[name] = self._refused(name, error)
+
+    def _check_turn(self, name: str, reply: Message, wanted: Iterable[str], already: Iterable[str]) -> None:
+        """Refuse errors, and who was not asked or has answered already."""
+        if (error := error_of(reply)) is not None:
+            raise FederationError(f"{name} answers with an error", error, "see that silo's log")
+        if name not in wanted:
+            raise FederationError(f"a reply of {name}", "it was not asked", "see that silo's log")
+        if name in already:
+            raise FederationError(
+                f"duplicate: {name} has answered", "the first reply counts", "see that silo's log"
+            )
+
+    def _refused(self, name: str, error: FederationError) -> str:
+        reason = one_line(str(error))
+        self.observer.refused(name, reason)
+        return reason
+
+    def _check_quorum(self, log: RoundLog) -> None:
+        share, count = self.config.federation.quorum, len(log.participants)
+        least = max(1, math.ceil(share * count - 1e-9)) if count else 0
+        if len(log.clients) >= least:
+            return
+        refused = [f"{name} refused ({reason})" for name, reason in log.refused.items()]
+        faults = [*(f"{name} missing" for name in log.missing), *refused]
+        raise FederationError(
+            f"round {log.number}: {len(log.clients)} of {count} clients sent a usable update ({', '.join(faults)})",
+            f"federation.quorum = {share:g} asks for {least}",
+            "resume the run when they are back, take out those that stay away with `flexperts forget`, or start a "
+            "new run with a lower federation.quorum",
+        )
+
+    def _close_evaluation(self, log: RoundLog) -> None:
+        """Note who has no scores; in the end somebody must."""
+        for name in self._scored_clients():
+            if name not in log.scores and name not in log.unscored:
+                asked = name in log.evaluation["downlink"]
+                log.unscored[name] = "it did not answer in time" if asked else "it was not online"
+        log.unscored = {name: reason for name, reason in log.unscored.items() if name not in log.scores}
+        if self.server.round == self.rounds_total and not log.scores:
+            raise FederationError(
+                f"round {log.number}: no client has scores "
+                f"({', '.join(f'{name}: {reason}' for name, reason in log.unscored.items())})",
+                "the last evaluation needs one",
+                "resume the run when they are back: it takes up the last round",
+            )
+
+    def _by_client(self, replies: Iterable[Message]) -> Iterable[tuple[str, Message]]:
+        """Return replies with their clients, sorted; a lazy grid has them in the order of the requests."""
+        found = ((self._client(reply), reply) for reply in replies)
+        return sorted(found, key=lambda pair: pair[0]) if isinstance(replies, list | tuple) else found
+
+    def _client(self, reply: Message) -> str:
+        node = self._asked.node(reply)
+        return self.members.nodes.get(node, f"node {node}")
+
+
+def _joined(first: list[Update], others: Iterator[Update]) -> Iterator[Update]:
+    """Yield all updates, none of which is kept."""
+    while first:
+        yield first.pop()
+    yield from others

@@ -1,0 +1,149 @@
+"""What a run comes to: scores, bytes and seconds, as summary.json holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from flexperts.config.run import RunConfig
+from flexperts.evaluation.scores import SCORES, Scores
+from flexperts.evaluation.words import TOKENIZER
+from flexperts.methods.kit.method import State
+from flexperts.protection.rules import privacy_spent
+from flexperts.server.round_log import RoundLog
+
+_Metrics = Mapping[str, float | int | None]
+_STATES = ("zero_shot", "global", "personalized")
+_BASE = (
+    "the untouched base's logits are not finite numbers on these rows, so the cause is the base and not the "
+    "training; use other weights, or another model.dtype or model.precision"
+)
+_TRAINING = (
+    "its model's logits are not finite numbers, and the untouched base's are: training has diverged; lower "
+    "training.lr or training.personal_lr"
+)
+
+
+def summarize(
+    config: RunConfig,
+    rounds: list[RoundLog],
+    seconds: Mapping[str, float],
+    base: str,
+    train_rows: Mapping[str, int],
+) -> dict[str, Any]:
+    """Put a finished run into one mapping.
+
+    ``mean`` is over clients, each counting once (macro); ``weighted_mean`` counts each by its scored rows. A state
+    that the method does not have is null. ``planned`` is how many rounds the run was to have, after which round:
+    one entry, unless it was given other rounds than it was started with. Clients that sent no scores stand under
+    ``unscored`` with the reason, and in no mean. A score that is no finite number is null, with the reason under
+    ``not_finite``, and so is the mean that it would be in. A client's ``answers`` are the longest answer in tokens,
+    how many scored references are longer, and each state's answers that were cut there. ``privacy`` is what
+    differential privacy guarantees; null without noise.
+
+    Args:
+        config: The run.
+        rounds: What the server measured; the last round holds the final scores.
+        seconds: Wall time by stage.
+        base: Fingerprint of the base.
+        train_rows: Client -> its train rows.
+    """
+    scores, answers = rounds[-1].scores, rounds[-1].answers
+    clients = {n: _client(its, answers.get(n), train_rows[n]) for n, its in sorted(scores.items())}
+    weights = {name: float(metrics["rows"] or 0) for name, metrics in scores.items()}
+    return {
+        "method": config.method.name,
+        "seed": config.seed,
+        "rounds": len(rounds),
+        "planned": _planned(rounds),
+        "split": config.evaluation.split,
+        "base": {"name": config.model.base, "fingerprint": base},
+        "clients": clients,
+        "unscored": dict(sorted(rounds[-1].unscored.items())),
+        "not_finite": {name: found for name, its in sorted(scores.items()) if (found := not_finite(its))},
+        "rouge_tokenizer": TOKENIZER,
+        "mean": _means(scores, dict.fromkeys(clients, 1.0)),
+        "weighted_mean": _means(scores, weights),
+        "parameters": {group: _parameters(rounds, group) for group in ("shared", "personal")},
+        "bytes": _bytes(rounds),
+        "privacy": privacy_spent(config, len(rounds)),
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+    }
+
+
+def _planned(rounds: Iterable[RoundLog]) -> list[dict[str, int]]:
+    """Return where the number of rounds that a run was to have was set: after which round, and to what."""
+    planned = [log.planned for log in rounds]
+    starts = [i for i, total in enumerate(planned) if total and (i == 0 or total != planned[i - 1])]
+    return [{"after": i, "rounds": planned[i]} for i in starts]
+
+
+def _client(metrics: _Metrics, answers: _Metrics | None, train_rows: int) -> dict[str, Any]:
+    scores = {kind: {state: metrics.get(f"{kind}.{state}") for state in _STATES} for kind in SCORES}
+    return {**scores, "train_rows": train_rows, "scored_rows": metrics["rows"], "answers": _answers(answers)}
+
+
+def _answers(told: _Metrics | None) -> dict[str, Any] | None:
+    if not told:
+        return None
+    cut = {state: told.get(f"cut.{state}") for state in _STATES}
+    return {name: told.get(name) for name in ("max_new_tokens", "longer_references")} | {"cut": cut}
+
+
+def _means(clients: Mapping[str, _Metrics], weights: Mapping[str, float]) -> dict[str, dict[str, float | None]]:
+    return {kind: {state: _mean(clients, f"{kind}.{state}", weights) for state in _STATES} for kind in SCORES}
+
+
+def _mean(clients: Mapping[str, _Metrics], score: str, weights: Mapping[str, float]) -> float | None:
+    """Return a mean over the clients that were scored so; None where one's score is not finite."""
+    values = {name: metrics[score] for name, metrics in clients.items() if score in metrics}
+    known = {name: value for name, value in values.items() if value is not None}
+    if not known or len(known) < len(values):
+        return None
+    return sum(weights[n] * v for n, v in known.items()) / sum(weights[n] for n in known)
+
+
+def not_finite(metrics: _Metrics) -> dict[str, str]:
+    """Return state -> why it has no score, of one client's scores by ``SCORE.STATE``, None where not finite."""
+    found = [kind_and_state.partition(".") for kind_and_state, value in metrics.items() if value is None]
+    states = dict.fromkeys(state for kind, _, state in found if kind in SCORES)
+    return dict.fromkeys(states, _BASE if "zero_shot" in states else _TRAINING)
+
+
+def not_finite_of(scores: Mapping[State, Scores]) -> dict[str, str]:
+    """Return state -> why it has no score, of one client's scores by state."""
+    return not_finite({f"{kind}.{s}": value for s, its in scores.items() for kind, value in its.metrics().items()})
+
+
+def score_text(rouge_l: float | None, nll: float | None) -> str:
+    """Return ``ROUGE-L (NLL)`` as tables show them; a dash where there is no finite number."""
+    shown = ("-" if value is None else f"{value:.{digits}f}" for value, digits in ((rouge_l, 1), (nll, 2)))
+    return "-" if rouge_l is None and nll is None else "{} ({})".format(*shown)
+
+
+def _parameters(rounds: Iterable[RoundLog], group: str) -> int:
+    """Return the most parameters of a group that any client has trained in a round."""
+    counts = (metrics[f"{group}_parameters"] for log in rounds for metrics in log.clients.values())
+    return int(max(counts, default=0))
+
+
+def _bytes(rounds: Iterable[RoundLog]) -> dict[str, Any]:
+    logs = list(rounds)
+    up = [size for log in logs for size in log.uplink.values()]
+    down = [size for log in logs for size in log.downlink.values()]
+    return {
+        "uplink_per_client_per_round": sum(up) / max(1, len(up)),
+        "downlink_per_client_per_round": sum(down) / max(1, len(down)),
+        "uplink_total": sum(up),
+        "downlink_total": sum(down),
+        "evaluation_total": sum(sum(sizes.values()) for log in logs for sizes in log.evaluation.values()),
+        "personal_sent": sum(log.personal_sent for log in logs),
+        "groups": {way: _by_group(log.groups[way] for log in logs) for way in ("uplink", "downlink")},
+    }
+
+
+def _by_group(rounds: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str, float]:
+    """Return mean payload bytes of every group of tensors, per client and round."""
+    payloads = [groups for clients in rounds for groups in clients.values()]
+    names = sorted({name for groups in payloads for name in groups})
+    return {name: sum(groups.get(name, 0) for groups in payloads) / len(payloads) for name in names}

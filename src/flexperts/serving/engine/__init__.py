@@ -1,0 +1,1 @@
+"""Generation: one resident base, every row with its own client's weights."""

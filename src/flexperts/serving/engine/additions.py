@@ -1,0 +1,99 @@
+"""What a model of a finished run adds to the base, taken from the ordinary way of setting one client up."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flexperts.finished.trained import TrainedRun
+from flexperts.parts.grafts import Graft, Grafts
+from flexperts.parts.part import Part
+from flexperts.parts.personal_expert import FullExpert
+from flexperts.serving.contract import ModelName
+
+Factors = list[tuple[Tensor, Tensor]]
+"""Low-rank terms of one layer: A ``[r, in]``, B ``[out, r]`` with its scale in it."""
+
+
+@dataclass(frozen=True)
+class Additions:
+    """What one model adds to the base; models that add the same share one value's key.
+
+    Args:
+        lora: Attention layer -> low-rank terms; empty where the model has none.
+        lora_key: Names the values of ``lora``; None where there are none.
+        grafts: Experts module -> its grafts.
+        graft_key: Names the values of ``grafts``; None where there are none.
+    """
+
+    lora: Mapping[str, Factors] = field(default_factory=dict)
+    lora_key: str | None = None
+    grafts: Mapping[str, list[Graft]] = field(default_factory=dict)
+    graft_key: str | None = None
+
+
+def all_models(trained: TrainedRun) -> tuple[ModelName, ...]:
+    """Return every client in every state of the run's method, the most personal state last."""
+    return tuple(ModelName(client, state) for client in trained.clients for state in trained.model.method.states)
+
+
+def additions(trained: TrainedRun, name: ModelName) -> Additions | None:
+    """Return what a model adds to the base; None where that is more than LoRA and grafts.
+
+    Args:
+        trained: The run.
+        name: The model.
+
+    Raises:
+        ArtifactError: The client's personal state is missing, damaged or of another base.
+    """
+    if name.state == "zero_shot":  # the untouched base, whatever the method
+        return Additions()
+    client, request = trained.client(name.client), trained.request(name.client)
+    with client.in_state(request, name.state) as (_, on_batch):
+        parts = [part for part in (trained.model.lent or {}).values() if part.enabled]
+        lora = trained.model.lora.in_use()
+        if on_batch or lora is None or not all(isinstance(part, Grafts) for part in parts):
+            return None
+        lora = {site: factors for site, factors in lora.items() if factors}
+        grafts = _by_layer(parts)
+    return Additions(lora, _key(_tensors(lora)), grafts, _key(_graft_tensors(grafts)))
+
+
+def _by_layer(parts: Iterable[Part]) -> dict[str, list[Graft]]:
+    """Return all grafts by experts module, whole experts in the type that the base is stored in.
+
+    A forward pass casts them to that type anyway, so no answer changes, and a client takes half the memory.
+    """
+    layers: dict[str, list[Graft]] = {}
+    for part in parts:
+        for graft in part if isinstance(part, Grafts) else ():
+            for expert in graft.personal:
+                if isinstance(expert, FullExpert):
+                    expert.to(graft.experts.dtype)
+            layers.setdefault(graft.experts.name, []).append(graft.requires_grad_(False))
+    return layers
+
+
+def _tensors(lora: Mapping[str, Factors]) -> list[Tensor]:
+    return [tensor for factors in lora.values() for pair in factors for tensor in pair]
+
+
+def _graft_tensors(grafts: Mapping[str, list[Graft]]) -> list[Tensor]:
+    """Return what tells grafts apart: parameters, and which experts they started from."""
+    modules: list[Graft] = [graft for layer in grafts.values() for graft in layer]
+    constants = [torch.tensor([*graft.indices, *graft.scales]) for graft in modules]
+    return constants + [parameter for graft in modules for parameter in graft.parameters()]
+
+
+def _key(tensors: Iterable[Tensor]) -> str | None:
+    """Return a digest of tensors' values; None where there are none."""
+    digest, empty = hashlib.sha256(), True
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        empty = False
+    return None if empty else digest.hexdigest()

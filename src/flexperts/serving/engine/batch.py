@@ -1,0 +1,175 @@
+"""The rows that are being answered together: they read their prompts, take one token each at a time, and leave.
+
+Shapes: B rows, C columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexperts.data.prompts import PromptEncoder
+from flexperts.errors import FlexpertsError, ServingError
+from flexperts.evaluation.generation import prompt_batch
+from flexperts.modeling.caches import Sharing, join, keep_rows, sharing
+from flexperts.modeling.forward import Precision, autocast, next_logits
+from flexperts.serving.contract import ModelName, Piece
+from flexperts.serving.engine.decoding import Decoding
+from flexperts.serving.engine.lanes import Lane
+
+
+class Row:
+    """A request from when it is accepted until its last piece.
+
+    Args:
+        model: Who answers.
+        prompt: The prompt's tokens.
+        answer: The answer so far.
+        most_tokens: Most tokens that prompt and answer can have together.
+        on_piece: Gets the answer's pieces.
+    """
+
+    def __init__(
+        self,
+        model: ModelName,
+        prompt: Sequence[int],
+        answer: Decoding,
+        most_tokens: int,
+        on_piece: Callable[[Piece], None],
+    ) -> None:
+        self.model, self.prompt, self.answer, self.most_tokens = model, tuple(prompt), answer, most_tokens
+        self.cancelled = self.ended = False
+        self._on_piece = on_piece
+
+    def cancel(self) -> None:
+        """End it at the next step."""
+        self.cancelled = True
+
+    def advance(self, logits: Tensor, likeliest: int) -> None:
+        """Take the next token by ``logits [V]``; whatever fails here ends this row alone."""
+        try:
+            token = likeliest if self.answer.is_greedy else self.answer.draw(logits)
+            if piece := self.answer.take(token):
+                self._send(piece)
+        except Exception as error:
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """End with an error."""
+        self._send(Piece("", 0, "error", _told(error)))
+
+    def drop(self) -> None:
+        """End because it was cancelled."""
+        self._send(Piece("", 0, "cancelled"))
+
+    def _send(self, piece: Piece) -> None:
+        if self.ended:
+            return
+        self.ended = piece.finish is not None
+        try:
+            self._on_piece(piece)
+        except Exception:  # whoever asked cannot listen any more
+            self.cancelled = True
+
+
+class Batch:
+    """Rows of one lane.
+
+    Args:
+        model: The base.
+        lane: Sets the base up for the rows; it is open.
+        encoder: Supplies padding.
+        precision: As in training.
+    """
+
+    def __init__(self, model: Any, lane: Lane, encoder: PromptEncoder, precision: Precision) -> None:
+        self.rows: list[Row] = []
+        self._model, self._lane, self._encoder, self._precision = model, lane, encoder, precision
+        self._device = next(model.parameters()).device
+        self._cache: Any = None
+        self._mask = torch.empty(0, 0, dtype=torch.long)
+
+    @torch.no_grad()
+    def add(self, rows: Sequence[Row]) -> None:
+        """Read the prompts of new rows and take their first tokens; the cache must allow them."""
+        prompts = prompt_batch([row.prompt for row in rows], self._encoder)
+        self._lane.read(prompts)
+        self._lane.select([row.model for row in rows])
+        mask = prompts.attention_mask.to(self._device)
+        logits, cache = self._forward(prompts.input_ids.to(self._device), mask, None)
+        if self.rows:
+            join(self._cache, cache)
+            columns = max(mask.shape[1], self._mask.shape[1])
+            self._mask = torch.cat([_widened(self._mask, columns), _widened(mask, columns)])
+        else:
+            self._cache, self._mask = cache, mask
+        self.rows += rows
+        _advance(rows, logits)
+        self._settle()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Take one more token for every row."""
+        last = torch.tensor([[row.answer.tokens[-1]] for row in self.rows], device=self._device)
+        self._mask = torch.cat([self._mask, torch.ones_like(last)], dim=1)
+        logits, self._cache = self._forward(last, self._mask, self._cache)
+        _advance(self.rows, logits)
+        self._settle(changed=False)
+
+    def leave(self) -> list[Row]:
+        """Let all rows leave as they are, and return them."""
+        rows, self.rows, self._cache = self.rows, [], None
+        return rows
+
+    def _settle(self, changed: bool = True) -> None:
+        """Let rows that have ended leave, and set the lane up for those that stay."""
+        for row in self.rows:
+            if row.cancelled:
+                row.drop()
+        stay = [number for number, row in enumerate(self.rows) if not row.ended]
+        if len(stay) < len(self.rows):
+            self._keep(stay)
+            changed = True
+        if changed and self.rows:
+            self._lane.select([row.model for row in self.rows])
+
+    def _keep(self, numbers: Sequence[int]) -> None:
+        self.rows = [self.rows[number] for number in numbers]
+        if not self.rows:
+            self._cache = None
+            return
+        index = torch.tensor(numbers, device=self._device)
+        mask = self._mask[index]
+        cut = int(mask.any(0).int().argmax()) if sharing(self._cache) == "any time" else 0
+        self._mask = mask[:, cut:]
+        keep_rows(self._cache, index, cut)
+
+    def _forward(self, input_ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        with autocast(self._device, self._precision):
+            return next_logits(self._model, input_ids, mask, cache)
+
+
+def _advance(rows: Sequence[Row], logits: Tensor) -> None:
+    for row, own, likeliest in zip(rows, logits, logits.argmax(-1).tolist(), strict=True):
+        row.advance(own, likeliest)
+
+
+def _widened(mask: Tensor, columns: int) -> Tensor:
+    return torch.nn.functional.pad(mask, (columns - mask.shape[1], 0))
+
+
+def _told(error: Exception) -> FlexpertsError:
+    """Return an error as one that says value, rule and remedy; others' messages may quote a prompt."""
+    if isinstance(error, FlexpertsError):
+        return error
+    return ServingError("the answer", f"computing it failed ({type(error).__name__})", "ask again")
+
+
+@torch.no_grad()
+def probe(model: Any) -> Sharing:
+    """Return when rows may share a model's cache, from reading one token."""
+    token = torch.ones(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+    return sharing(next_logits(model, token, token)[1])

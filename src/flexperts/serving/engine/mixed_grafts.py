@@ -1,0 +1,175 @@
+"""Grafts by row: every row of a batch has its own personal experts and gate.
+
+    y[b] = F(x[b]) + sum_p c_p sigmoid(G_p(x[b])) E_p(x[b])        p over the grafts of row b
+
+Whole and frozen expert weights are read where they lie, by one product for all rows that share an expert; the gates
+and the low-rank deltas, which are small, are gathered by row and computed by batched products.
+Shapes: B rows, S columns, D width, P pairs of a row and one of its experts, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from flexperts.moe.layout import ExpertWeights, LayerExperts
+from flexperts.parts.grafts import Graft
+from flexperts.parts.personal_expert import FullExpert, LowRankExpert
+from flexperts.serving.engine.mixed_lora import by_row
+
+_DELTAS = ("up_lora_A", "up_lora_B", "down_lora_A", "down_lora_B")
+
+
+class MixedGrafts:
+    """All grafts of a run, by layer.
+
+    Args:
+        clients: Key -> experts module -> its grafts.
+    """
+
+    def __init__(self, clients: Mapping[str, Mapping[str, Sequence[Graft]]]) -> None:
+        names = dict.fromkeys(name for layers in clients.values() for name in layers)
+        self._layers = [_Layer({key: layers.get(name, ()) for key, layers in clients.items()}) for name in names]
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Let the base add every row's personal experts inside the block."""
+        with ExitStack() as stack:
+            for layer in self._layers:
+                stack.callback(layer.experts.add(layer.term).remove)
+            yield
+
+    def select(self, rows: Sequence[str | None]) -> None:
+        """Say by key which grafts each row of the coming batches has; None is none."""
+        for layer in self._layers:
+            layer.select(rows)
+
+
+@dataclass(frozen=True)
+class _Personal:
+    """One personal expert of one client.
+
+    Args:
+        expert: The expert.
+        gate_weight, gate_bias: Its gate, ``[D, 1]`` and ``[1, 1]``.
+        scale: The constant factor of its output.
+    """
+
+    expert: FullExpert | LowRankExpert
+    gate_weight: Tensor
+    gate_bias: Tensor
+    scale: float
+
+    @property
+    def shared_by(self) -> int:
+        """The same for experts with the same weights: low-rank ones of one frozen expert differ in deltas alone."""
+        return self.expert.index if isinstance(self.expert, LowRankExpert) else id(self.expert)
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """The tensors that it is computed with, where they lie."""
+        if isinstance(self.expert, LowRankExpert):
+            return self.expert.frozen
+        return ExpertWeights(**{name: p.detach() for name, p in self.expert.named_parameters()})
+
+
+@dataclass(frozen=True)
+class _Selected:
+    """What one layer computes for the rows of a batch.
+
+    Args:
+        rows: Row of each of the P pairs, ``[P]``; pairs that share weights are neighbours.
+        runs: Weights, and how many pairs in a row they are for.
+        gate_weight, gate_bias, scale: Of every pair, ``[P, D, 1]``, ``[P, 1, 1]``, ``[P, 1, 1]``.
+        deltas: The low-rank factors of every pair, turned so that tokens come first; empty for whole experts.
+    """
+
+    rows: Tensor
+    runs: tuple[tuple[ExpertWeights, int], ...]
+    gate_weight: Tensor
+    gate_bias: Tensor
+    scale: Tensor
+    deltas: tuple[Tensor, ...]
+
+
+class _Layer:
+    """One experts module with the personal experts of all clients."""
+
+    def __init__(self, clients: Mapping[str, Sequence[Graft]]) -> None:
+        self.experts: LayerExperts = next(graft.experts for grafts in clients.values() for graft in grafts)
+        self._clients = {key: [p for graft in grafts for p in _personal(graft)] for key, grafts in clients.items()}
+        self._batch = 0
+        self._selected: _Selected | None = None
+
+    def select(self, rows: Sequence[str | None]) -> None:
+        """Order the pairs of rows and experts so that those which share weights are neighbours."""
+        pairs = [(row, p) for row, key in enumerate(rows) if key is not None for p in self._clients[key]]
+        pairs.sort(key=lambda pair: pair[1].shared_by)
+        self._batch, self._selected = len(rows), _gathered(pairs) if pairs else None
+
+    def term(self, hidden: Tensor) -> Tensor | None:
+        """Return what the rows' grafts add to the layer's output, in the shape of ``hidden [..., D]``."""
+        if self._selected is None:
+            return None
+        rows = self._selected.rows
+        tokens = by_row(hidden, self._batch)
+        terms = self._terms(tokens[rows], self._selected)
+        return terms.new_zeros(tokens.shape).index_add_(0, rows, terms).view(hidden.shape)
+
+    def _terms(self, hidden: Tensor, selected: _Selected) -> Tensor:
+        """Return every pair's gated expert output ``[P, S, D]`` for ``hidden [P, S, D]``."""
+        experts, runs = self.experts, selected.runs
+        up = self._project(hidden, [(w.up, w.up_bias, n) for w, n in runs])
+        inner = experts.activate(_plus(up, hidden, selected.deltas[:2]))
+        down = self._project(inner, [(w.down, w.down_bias, n) for w, n in runs])
+        output = experts.finish(_plus(down, inner, selected.deltas[2:]))
+        gates = torch.baddbmm(selected.gate_bias, hidden, selected.gate_weight).sigmoid()
+        return gates * selected.scale.to(gates.dtype) * output
+
+    def _project(self, hidden: Tensor, runs: Sequence[tuple[Tensor, Tensor | None, int]]) -> Tensor:
+        """Apply each run's matrix to its pairs, ``[P, S, in]`` to ``[P, S, out]``."""
+        pieces = torch.split(hidden, [count for *_, count in runs])
+        done = [
+            self.experts.project(piece.flatten(0, 1), weight, bias).view(*piece.shape[:2], -1)
+            for piece, (weight, bias, _) in zip(pieces, runs, strict=True)
+        ]
+        return done[0] if len(done) == 1 else torch.cat(done)
+
+
+def _personal(graft: Graft) -> Iterator[_Personal]:
+    """Yield a graft's experts, each with its gate in the type that the layer computes in."""
+    weight, bias = (p.detach().to(graft.experts.dtype) for p in (graft.graft_gate_weight, graft.graft_gate_bias))
+    for number, (expert, scale) in enumerate(zip(graft.personal, graft.scales, strict=True)):
+        assert isinstance(expert, FullExpert | LowRankExpert)
+        yield _Personal(expert, weight[number, :, None], bias[number].view(1, 1), scale)
+
+
+def _gathered(pairs: Sequence[tuple[int, _Personal]]) -> _Selected:
+    personal = [p for _, p in pairs]
+    weight, dtype = personal[0].gate_weight, personal[0].gate_weight.dtype
+    groups = [list(group) for _, group in groupby(personal, key=lambda p: p.shared_by)]
+    low = [p.expert for p in personal if isinstance(p.expert, LowRankExpert)]
+    return _Selected(
+        rows=torch.tensor([row for row, _ in pairs], device=weight.device),
+        runs=tuple((group[0].weights, len(group)) for group in groups),
+        gate_weight=torch.stack([p.gate_weight for p in personal]),
+        gate_bias=torch.stack([p.gate_bias for p in personal]),
+        scale=torch.tensor([p.scale for p in personal], device=weight.device, dtype=dtype).view(-1, 1, 1),
+        deltas=tuple(
+            torch.stack([getattr(e, name) * (e.scale if name.endswith("B") else 1) for e in low]).to(dtype).mT
+            for name in (_DELTAS if low else ())
+        ),
+    )
+
+
+def _plus(output: Tensor, hidden: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """Return an output with its pairs' low-rank deltas, where there are any."""
+    if not factors:
+        return output
+    A, B = factors
+    return output + torch.bmm(torch.bmm(hidden, A), B).to(output.dtype)

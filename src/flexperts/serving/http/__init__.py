@@ -1,0 +1,1 @@
+"""The HTTP front: OpenAI's chat completions, keys, limits, metrics."""

@@ -1,0 +1,109 @@
+"""What the HTTP side knows: the engine once it is there, keys, limits, metrics, and who may ask what."""
+
+from __future__ import annotations
+
+import time
+from itertools import groupby
+
+from starlette.requests import Request
+
+from flexperts.errors import ConfigError
+from flexperts.serving.contract import Engine, ModelName, find_model
+from flexperts.serving.http.keys import OPERATOR, KeyRing, may_call
+from flexperts.serving.http.limits import Limits, Load
+from flexperts.serving.http.metrics import Metrics
+from flexperts.serving.http.refusals import RefusedError, later, refused, stopping
+
+_LONGEST_MODEL = 500
+"""Characters of a model's name that a refusal repeats at most; every name is shorter."""
+_LOADING = 5
+"""Seconds after which a caller may try again while the base is loading."""
+
+
+class Service:
+    """One server's state. It can be called before the engine is there.
+
+    Args:
+        keys: Who may ask.
+        limits: How much is taken on.
+    """
+
+    def __init__(self, keys: KeyRing, limits: Limits) -> None:
+        self.limits, self.load, self.metrics = limits, Load(limits), Metrics()
+        self.since = int(time.time())
+        self._keys = keys
+        self._engine: Engine | None = None
+        self._closed = False
+
+    def ready(self, engine: Engine) -> None:
+        """Answer by this engine from now on; called once, from any thread."""
+        self.metrics.show(engine)
+        self._engine = engine
+
+    def close(self) -> None:
+        """Close the engine, if it is there; all requests in work end by it."""
+        if self._engine and not self._closed:
+            self._closed = True
+            self._engine.close()
+
+    @property
+    def status(self) -> str:
+        """loading, ready or failed."""
+        if self._engine is None:
+            return "loading"
+        return "failed" if self._engine.failure else "ready"
+
+    @property
+    def engine(self) -> Engine:
+        """Who answers.
+
+        Raises:
+            RefusedError: The base is still loading, or the engine has failed.
+        """
+        if self._engine is None:
+            raise later(503, "the base", "it is still loading", "loading", _LOADING)
+        if self._engine.failure:
+            raise refused(self._engine.failure)
+        if self._closed:
+            raise stopping()
+        return self._engine
+
+    def owner(self, request: Request) -> str:
+        """Return whose key came with a request.
+
+        Raises:
+            RefusedError: None came, or nobody's.
+        """
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        owner = self._keys.owner(key.strip()) if scheme.lower() == "bearer" else None
+        if owner is None:
+            error = ConfigError(
+                "the API key", "it is missing or nobody's", "send one as `Authorization: Bearer KEY`"
+            )
+            raise RefusedError(401, error, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        return owner
+
+    def check_operator(self, owner: str) -> None:
+        """Refuse everyone but the operator."""
+        if owner != OPERATOR:
+            error = ConfigError("/metrics", "it tells about all clients", "ask with the operator's key")
+            raise RefusedError(403, error, code="operator_only")
+
+    def models(self, owner: str) -> list[ModelName]:
+        """Return the models that an owner of a key may call."""
+        return [model for model in self.engine.models if may_call(owner, model.client)]
+
+    def model(self, name: str, owner: str) -> ModelName:
+        """Return a model by name; what others may call is treated as if it did not exist.
+
+        Raises:
+            RefusedError: There is no such model for this owner.
+        """
+        try:
+            return find_model(name[:_LONGEST_MODEL], self.models(owner))
+        except ConfigError as error:
+            raise RefusedError(404, error, code="model_not_found", param="model") from error
+
+    def by_client(self, owner: str) -> dict[str, list[ModelName]]:
+        """Return the models that an owner may call by their client, the most personal one last."""
+        return {client: [*group] for client, group in groupby(self.models(owner), lambda model: model.client)}

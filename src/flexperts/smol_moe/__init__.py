@@ -1,0 +1,1 @@
+"""The shipped base: how smol-moe is made and found."""

