@@ -2,7 +2,8 @@
 
     python benchmarks/small_costs.py
 
-Answers: a token at a time, by ``serving.decoding`` and by decoding all tokens so far after each one, in turns.
+Answers: a token at a time, by ``serving.engine.decoding`` and by decoding all tokens so far after each one, in
+turns.
 Weights: ``parameters.finite`` over float32 and bfloat16 weights, beside one sum over the same. Medians of five.
 """
 

@@ -41,7 +41,7 @@ def levels() -> list[tuple[str, list[str], str]]:
     """Return the reference's sections: the title, parts and meaning of every level, as ARCHITECTURE.md has them."""
     block = re.search(r"```text\n(0 .*?)```", (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"), re.DOTALL)
     assert block
-    lines = [re.match(r"(\d)  ([a-z ]+?)  +(.*)", line) for line in block[1].splitlines()]
+    lines = [re.match(r"(\d+) +([a-z_ ]+?)  +(.*)", line) for line in block[1].splitlines()]
     found = [(f"Level {line[1]}", line[2].split(), line[3]) for line in lines if line]
     return [*found, ("Testing", ["testing"], "tiny models, for tests of yours, too")]
 

@@ -16,20 +16,35 @@ SOURCE = ROOT / "src" / "flexperts"
 FILES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = [
-    {"errors"},
-    {"config", "environment", "seeding", "files"},
-    {"recipe", "artifacts", "base", "moe", "parameters", "data"},
-    {"modeling"},
-    {"grafting", "training", "evaluation", "communication"},
+    {"errors", "environment", "seeding", "observer"},
+    {"config", "files"},
+    {"recipe", "artifacts", "checked_file", "tracking", "data", "smol_moe", "moe"},
+    {"parameters"},
+    {"modeling", "parts"},
+    {"training", "selection", "evaluation", "communication"},
     {"methods"},
-    {"federation"},
-    {"costs", "studies", "deployment", "export", "serving"},
+    {"protection"},
+    {"client", "server"},
+    {"finished"},
+    {"engines", "deployment", "serving", "costs"},
+    {"export", "studies"},
     {"reports"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 OUTSIDE = {"__init__", "__main__", "testing"}  # names things lazily, is the command, is for tests
-FLOWER = {"communication", "methods", "federation", "deployment"}
+FLOWER = {"communication", "methods", "protection", "client", "server", "engines", "deployment"}
+UNKNOWN_TO_THE_SERVER = {
+    "data",
+    "modeling",
+    "moe",
+    "smol_moe",
+    "parts",
+    "selection",
+    "training",
+    "client",
+    "engines",
+}
 
 
 def part(path: Path) -> str:
@@ -60,9 +75,17 @@ def test_a_file_imports_only_from_levels_above_its_own_or_from_its_own_part(path
         assert theirs == ours or LEVEL[theirs] < LEVEL[ours], f"{ours} imports {name}"
 
 
+def test_the_server_can_name_no_rows_no_base_and_no_training() -> None:
+    named = {
+        n.split(".")[1] for p in (SOURCE / "server").rglob("*.py") for n in imports(p) if n.startswith("flexperts.")
+    }
+    assert "communication" in named
+    assert not named & UNKNOWN_TO_THE_SERVER
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_a_file_is_short_and_imports_flower_only_where_it_may(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
     if part(path) not in FLOWER:
         assert not [n for n in imports(path) if n.split(".")[0] == "flwr"]
 
@@ -101,7 +124,7 @@ def test_levels_are_those_of_the_architecture_page() -> None:
     page = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
     block = re.search(r"```text\n(0 .*?)```", page, re.DOTALL)
     assert block
-    lines = [re.match(r"(\d)  ([a-z ]+?)  ", line) for line in block[1].splitlines()]
+    lines = [re.match(r"(\d+) +([a-z_ ]+?)  ", line) for line in block[1].splitlines()]
     assert [(int(m[1]), set(m[2].split())) for m in lines if m] == list(enumerate(LAYERS))
 
 

@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from flexperts.serving.http.keys import OPERATOR
-from flexperts.serving.http.limits import Limits
+from flexperts.serving.http.settings import Limits
 
 from .scripted_engine import (
     ASK,

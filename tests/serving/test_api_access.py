@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 from flexperts.serving.http.keys import OPERATOR
-from flexperts.serving.http.server import Address
+from flexperts.serving.http.settings import Address
 
 from .scripted_engine import ASK, KEYS, ScriptedEngine, Served, bearer, openai_of, served, told
 

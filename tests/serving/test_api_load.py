@@ -15,7 +15,7 @@ import pytest
 from flexperts.errors import ServingError
 from flexperts.serving.http import chat, delivery
 from flexperts.serving.http.keys import OPERATOR
-from flexperts.serving.http.limits import Limits
+from flexperts.serving.http.settings import Limits
 
 from .scripted_engine import (
     ASK,

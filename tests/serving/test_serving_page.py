@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flexperts.serving.http.limits import Limits
+from flexperts.serving.http.settings import Limits
 
 from .scripted_engine import KEYS, ScriptedEngine, Served
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from flexperts.cli.generate import Base
-from flexperts.serving.http.limits import Limits
-from flexperts.serving.http.server import Address
+from flexperts.serving.http.settings import Address, Limits
 
 if TYPE_CHECKING:
     from flexperts.serving.contract import Engine

@@ -1,4 +1,4 @@
-"""What a client answers to each kind of request. It knows no transport: one process and a silo's worker both call it."""
+"""What a client answers to each kind of request, in one process and in a silo's worker alike."""
 
 from __future__ import annotations
 

@@ -178,9 +178,8 @@ def _run_method(workspace: Workspace, config: RunConfig, out: Path) -> dict[str,
 def _run_rounds(workspace: Workspace, config: RunConfig, out: Path) -> None:
     """Serve a method's rounds to clients that take turns on one base."""
     if RunDirectory(out).checkpoint.exists():
-        server = load_server(
-            RunDirectory(out).checkpoint, workspace.clients
-        )  # in one process no client comes or goes
+        # In one process no client comes or goes.
+        server = load_server(RunDirectory(out).checkpoint, workspace.clients)
         check_states(RunDirectory(out), server, workspace.base.fingerprint)
     resident = Resident(workspace, config, out)
     nodes = {number: partial(_answer, resident, name) for number, name in enumerate(workspace.clients, 1)}

@@ -13,8 +13,8 @@ from uuid import uuid4
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from flexperts.serving.contract import ModelName, Sampling
-from flexperts.serving.http.limits import Limits
 from flexperts.serving.http.refusals import RefusedError, invalid
+from flexperts.serving.http.settings import Limits
 
 _HARMLESS = {
     "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options",

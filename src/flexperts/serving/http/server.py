@@ -6,15 +6,13 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from ipaddress import ip_address
-from pathlib import Path
 
 import uvicorn
 
 from flexperts.errors import ConfigError
 from flexperts.serving.http.api import make_app
 from flexperts.serving.http.service import Service
+from flexperts.serving.http.settings import Address
 
 _LAST_WORDS = 5
 """Seconds that callers are given to read how their requests ended."""
@@ -74,46 +72,3 @@ def running(server: uvicorn.Server, service: Service, door: socket.socket, grace
             thread.join(_LAST_WORDS)
             server.force_exit = True
             thread.join()
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where the server listens.
-
-    Args:
-        host: Name or address of an interface of this machine.
-        port: TCP port; 0 takes a free one.
-        certificate: File of a TLS certificate in PEM; None serves plain HTTP.
-        key: File of its private key.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    certificate: Path | None = None
-    key: Path | None = None
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether nobody outside this machine can reach it."""
-        try:
-            return ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
-
-    def listen(self) -> socket.socket:
-        """Return a socket that listens there.
-
-        Raises:
-            ConfigError: It is taken, or is none of this machine's.
-        """
-        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-        try:
-            return socket.create_server((self.host, self.port), family=family)
-        except (OSError, OverflowError, UnicodeError) as error:
-            where = f"--host {self.host} --port {self.port}"
-            raise ConfigError(where, f"nothing can listen there ({error})", "choose another") from error
-
-    def url(self, door: socket.socket) -> str:
-        """Return the URL of a listening socket."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'https' if self.certificate else 'http'}://{host}:{door.getsockname()[1]}"

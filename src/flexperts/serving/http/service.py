@@ -10,9 +10,10 @@ from starlette.requests import Request
 from flexperts.errors import ConfigError
 from flexperts.serving.contract import Engine, ModelName, find_model
 from flexperts.serving.http.keys import OPERATOR, KeyRing, may_call
-from flexperts.serving.http.limits import Limits, Load
+from flexperts.serving.http.load import Load
 from flexperts.serving.http.metrics import Metrics
 from flexperts.serving.http.refusals import RefusedError, later, refused, stopping
+from flexperts.serving.http.settings import Limits
 
 _LONGEST_MODEL = 500
 """Characters of a model's name that a refusal repeats at most; every name is shorter."""

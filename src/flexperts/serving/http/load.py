@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 
 from flexperts.serving.http.keys import OPERATOR
 from flexperts.serving.http.refusals import later
+from flexperts.serving.http.settings import Limits
 
 _RETRY_AFTER = 2
 """Seconds after which a caller who found no place may try again."""
@@ -44,24 +44,3 @@ class Load:
     def leave(self, owner: str) -> None:
         """Give a place back."""
         self._active[owner] -= 1
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bounds of requests.
-
-    Args:
-        queue: Requests that may wait for a place in a batch.
-        per_client: Requests that one client's keys together may have in work; the operator's are not counted.
-        answer_tokens: Longest answer that may be asked for, and the default.
-        prompt_tokens: Longest prompt; None leaves it to the context.
-        body_bytes: Longest request body.
-        seconds: Longest time from a request to the end of its answer.
-    """
-
-    queue: int = 64
-    per_client: int = 8
-    answer_tokens: int = 512
-    prompt_tokens: int | None = None
-    body_bytes: int = 1 << 20
-    seconds: float = 300.0
