@@ -124,7 +124,7 @@ class RunDirectory:
                 f"it holds a run of another recipe ({recipe_changes(run.config_toml, config_toml)})",
                 "resume with the recipe and --set of the first start",
             )
-        if not run.checkpoint.exists() and not (path / "summary.json").exists() and run.has_rounds():
+        if not run.checkpoint.exists() and not run.has_finished and run.has_rounds():
             raise ArtifactError(
                 f"{run.checkpoint}",
                 "it is missing, and rounds have finished",
@@ -168,7 +168,12 @@ class RunDirectory:
         """Whether all rounds are done, those of the reference method too, where the recipe has one."""
         reference = tomllib.loads(self.config_toml).get("method", {}).get("reference")
         runs = [self, RunDirectory(self.reference)] if reference else [self]
-        return all((run.path / "summary.json").exists() for run in runs)
+        return all(run.has_finished for run in runs)
+
+    @property
+    def has_finished(self) -> bool:
+        """Whether all rounds of this method are done: the summary is written last."""
+        return (self.path / "summary.json").exists()
 
     @property
     def shared(self) -> Path:
@@ -279,7 +284,7 @@ class RunDirectory:
             ArtifactError: The run has not finished, or the file is damaged.
         """
         path = self.path / "summary.json"
-        if not path.exists():
+        if not self.has_finished:
             raise ArtifactError(
                 f"{self.path}",
                 "the run has not finished (no summary.json)",

@@ -16,8 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from flexperts.errors import DataError, FlexpertsError, ServingError
 from flexperts.serving.contract import Counters, Message, ModelName, Piece, Sampling
 from flexperts.serving.http.keys import OPERATOR, KeyRing, hash_of
-from flexperts.serving.http.service import Service
 from flexperts.serving.http.server import make_server, running
+from flexperts.serving.http.service import Service
 from flexperts.serving.http.settings import Address, Limits
 
 KEYS = {"clinic": "fx-of-the-clinic", "shop": "fx-of-the-shop", OPERATOR: "fx-of-the-operator"}

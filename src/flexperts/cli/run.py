@@ -137,5 +137,5 @@ def _deploy(config: RunConfig, engine: str, name: str, resume: bool, track: list
         raise FederationError(
             f"run {run_id} is {status}", "it must complete", f"see the `error:` line of its log; then: {again}"
         )
-    if (folder / "summary.json").exists():
+    if RunDirectory(folder).has_finished:
         RunDisplay().result(RunDirectory.open(folder).summary(), folder)

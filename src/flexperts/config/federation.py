@@ -33,6 +33,10 @@ class FederationConfig(Section):
     malicious_clients: int = Field(1, ge=0)
     """How many wrong updates are reckoned with (krum); there must be at least three more updates than that."""
 
+    def drawn(self, clients: int) -> int:
+        """Return how many of a run's clients are drawn to train in a round, at least one."""
+        return max(1, round(self.participation * clients))
+
 
 class PrivacyConfig(Section):
     """Differential privacy of the shared update, at the level of a client; see docs/privacy.md."""

@@ -73,7 +73,7 @@ def planned_rounds(model: ClientModel, sites: dict[str, PlannedSite]) -> list[Ro
     """Return all rounds of the recipe and the method's extra ones; where only a share takes part, the first do."""
     method, config = model.method, model.config
     server = _server(model, sites)
-    drawn = sorted(sites)[: max(1, round(config.federation.participation * len(sites)))]
+    drawn = sorted(sites)[: config.federation.drawn(len(sites))]
     rounds = []
     for number in range(1, config.federation.rounds + method.extra_rounds(config.federation.rounds) + 1):
         present = sorted(method.participants(server, drawn))

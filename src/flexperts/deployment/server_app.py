@@ -40,8 +40,8 @@ def main(grid: Grid, context: Context) -> None:
             if resume and (out / "config.toml").exists() and is_extended(RunDirectory(out), config):
                 extend(RunDirectory(out), config, current_observer())
             run = _open(out, config.to_toml(), resume=resume)
-            if not (out / "summary.json").exists():
-                serve(grid, config, run, current_observer())
+            if not run.has_finished:
+                run.write_summary(serve(grid, config, run, current_observer()))
         log.info("finished; everything is in %s", out)
     except FlexpertsError as error:
         log.error("error: %s", error)

@@ -91,12 +91,11 @@ def _run(config: RunConfig, out: Path, workspace: Workspace) -> dict[str, Any]:
     _prepare(config, run, workspace)
     config = config.with_choices(template_date=workspace.encoder.date)
     loading = time.monotonic() - started
-    summary = _run_method(workspace, config, out)
-    summary["seconds"] = _add(summary["seconds"], loading, "setup", "total")
+    summary = _run_method(workspace, config, out, loading)
     if config.method.reference:
         reference = config.with_method(config.method.reference)
         summary["reference"] = _run_method(workspace, reference, run.reference)
-    run.write_summary(summary)
+        run.write_summary(summary)
     return summary
 
 
@@ -108,7 +107,7 @@ def _standing(config: RunConfig, out: Path, *, resume: bool) -> dict[str, Any] |
     if _is_extended(config, out):
         return None
     run = RunDirectory.create_or_resume(out, config.to_toml())
-    if not (out / "summary.json").exists():
+    if not run.has_finished:
         return None
     summary = run.summary(checked=True)
     looked = run.beyond.exists() or not is_wanted(config)
@@ -155,16 +154,22 @@ def _prepare(config: RunConfig, run: RunDirectory, workspace: Workspace) -> None
     check_limit(workspace, config, observer)
 
 
-def _run_method(workspace: Workspace, config: RunConfig, out: Path) -> dict[str, Any]:
+def _run_method(workspace: Workspace, config: RunConfig, out: Path, loading: float = 0.0) -> dict[str, Any]:
     """Run one method, look beyond the clients' rows if the recipe says so, and return its summary.
 
     What is there already was finished before the run was resumed.
+
+    Args:
+        workspace: Base and rows.
+        config: The run.
+        out: Its directory.
+        loading: Seconds that rows and base took, which count as the run's.
     """
     run = RunDirectory(out)
     if (out / "config.toml").exists() and is_extended(run, config):
         extend(run, config, current_observer())
-    if not (out / "summary.json").exists():
-        _run_rounds(workspace, config, out)
+    if not run.has_finished:
+        _run_rounds(workspace, config, run, loading)
     if is_wanted(config) and not run.beyond.exists():
         current_observer().stage(f"{config.method.name}: other clients' rows and general tasks")
         trained = TrainedRun(out, workspace)
@@ -175,45 +180,35 @@ def _run_method(workspace: Workspace, config: RunConfig, out: Path) -> dict[str,
     return run.summary()
 
 
-def _run_rounds(workspace: Workspace, config: RunConfig, out: Path) -> None:
-    """Serve a method's rounds to clients that take turns on one base."""
-    if RunDirectory(out).checkpoint.exists():
+def _run_rounds(workspace: Workspace, config: RunConfig, run: RunDirectory, loading: float) -> None:
+    """Serve a method's rounds to clients that take turns on one base, and write the summary."""
+    device = workspace.base.model.device
+    if run.checkpoint.exists():
         # In one process no client comes or goes.
-        server = load_server(RunDirectory(out).checkpoint, workspace.clients)
-        check_states(RunDirectory(out), server, workspace.base.fingerprint)
-    resident = Resident(workspace, config, out)
+        _check_states(run, load_server(run.checkpoint, workspace.clients), workspace.base.fingerprint)
+    resident = Resident(workspace, config, run.path)
     nodes = {number: partial(_answer, resident, name) for number, name in enumerate(workspace.clients, 1)}
-    if not (out / "config.toml").exists():  # a resumed run keeps what it started with
-        write_json(RunDirectory(out).partition, partition_manifest(workspace.clients))
-    reset_peak(workspace.base.model.device)
-    run = RunDirectory.create_or_resume(out, config.to_toml())
+    if not (run.path / "config.toml").exists():  # a resumed run keeps what it started with
+        write_json(run.partition, partition_manifest(workspace.clients))
+    reset_peak(device)
+    RunDirectory.create_or_resume(run.path, config.to_toml())
     try:
-        serve(InProcessGrid(nodes), config, run, current_observer())
+        summary = serve(InProcessGrid(nodes), config, run, current_observer())
     finally:
         resident.model.close()
-    run.write_summary(run.summary() | {"peak_memory": peak_bytes(workspace.base.model.device)})
+    for stage in ("setup", "total"):
+        summary["seconds"][stage] = round(summary["seconds"][stage] + loading, 2)
+    run.write_summary(summary | {"peak_memory": peak_bytes(device)})
 
 
 def _answer(resident: Resident, name: str, kind: str, content: RecordDict) -> RecordDict:
     return answer(kind, content, resident.client(name))
 
 
-def _add(seconds: dict[str, float], loading: float, *stages: str) -> dict[str, float]:
-    return {name: round(value + loading * (name in stages), 2) for name, value in seconds.items()}
-
-
-def check_states(run: RunDirectory, server: Server, base: str) -> None:
+def _check_states(run: RunDirectory, server: Server, base: str) -> None:
     """Refuse a client's state that is older than its last round, as after the newest file was deleted.
 
     A client whose update was refused has a newer state than the server knows of, and keeps it.
-
-    Args:
-        run: A run with all its clients in one process.
-        server: Its checkpoint.
-        base: The base's fingerprint.
-
-    Raises:
-        ArtifactError: A state is missing, too old, damaged, or of another base; or rounds are damaged.
     """
     trained = {name: log["number"] for log in run.finished_rounds(server.round) for name in log["clients"]}
     for name, last in sorted(trained.items()):

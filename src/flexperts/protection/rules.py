@@ -45,7 +45,7 @@ def check_enough(config: RunConfig, clients: int) -> None:
         ConfigError: Fewer would take part in a round than the rule needs.
     """
     federation = config.federation
-    drawn, least = max(1, round(federation.participation * clients)), fewest(federation)
+    drawn, least = federation.drawn(clients), fewest(federation)
     if drawn < least:
         raise ConfigError(
             f"federation.aggregation = {federation.aggregation!r} with {drawn} clients in a round",

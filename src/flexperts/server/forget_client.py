@@ -31,7 +31,7 @@ def forget(run: RunDirectory, client: str) -> None:
 
 
 def _forget(run: RunDirectory, client: str) -> None:
-    if (run.path / "summary.json").exists():
+    if run.has_finished:
         raise ArtifactError(f"{run.path}", "the run has finished", "forget clients of a run that was broken off")
     server, client = load_server(run.checkpoint), normal(client)
     if client not in server.clients:

@@ -51,8 +51,8 @@ class Initial:
     size: int
 
 
-def serve(grid: Grid, config: RunConfig, run: RunDirectory, observer: Observer) -> None:
-    """Run a method's rounds over a grid and write rounds, shared adapter and summary.
+def serve(grid: Grid, config: RunConfig, run: RunDirectory, observer: Observer) -> dict[str, Any]:
+    """Run a method's rounds over a grid, write rounds and shared adapter, and return the summary.
 
     A run directory that holds a checkpoint is taken up after its last finished round, by those clients that are
     there.
@@ -85,7 +85,7 @@ def serve(grid: Grid, config: RunConfig, run: RunDirectory, observer: Observer) 
     seconds = {"setup": setup, **strategy.seconds(), "total": time.monotonic() - started + before}
     summary = summarize(config, strategy.rounds, seconds, base, server.clients)
     summary["bytes"]["join_total"] = sum(one.size for one in members.told.values()) + initial.size
-    run.write_summary(summary)
+    return summary
 
 
 def _awaited(federation: FederationConfig, server: Server | None) -> FederationConfig:

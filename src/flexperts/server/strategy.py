@@ -147,7 +147,7 @@ class FlexpertsStrategy(Strategy):
     def _participants(self) -> list[str]:
         """Return who trains in the coming round, sorted: drawn of all clients of the run, online or not."""
         clients = sorted(self.server.clients)
-        count = max(1, round(self.config.federation.participation * len(clients)))
+        count = self.config.federation.drawn(len(clients))
         stream = generator(self.config.seed, "participants", self.server.round + 1)
         drawn = torch.randperm(len(clients), generator=stream)[:count].tolist()
         return sorted(self.method.participants(self.server, sorted(clients[i] for i in drawn)))

@@ -127,7 +127,7 @@ def collect_run(path: Path, *, samples: int = 0) -> dict[str, Any]:
     run = RunDirectory.open(path)
     summary, other = run.summary(), RunDirectory(run.reference)
     finished = [Finished(str(summary["method"]), (), {int(summary["seed"]): run})]
-    if (other.path / "summary.json").exists():
+    if other.has_finished:
         name = str(other.summary()["method"])
         name = f"{name} as reference" if name == finished[0].name else name
         finished.append(Finished(name, (), {int(other.summary()["seed"]): other}))

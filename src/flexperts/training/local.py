@@ -8,9 +8,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from accelerate import Accelerator
 from torch import Generator, Tensor, nn
+from torch.autograd import backward
 from torch.nn import Parameter
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_cosine_schedule_with_warmup
@@ -152,15 +153,14 @@ def train_local(
         FederationError: The loss is not finite.
     """
     hooks = hooks or StepHooks()
-    accelerator = Accelerator()
     optimizer, schedule = _optimizer(split, settings)
     losses, tokens, lr_sum = [], 0, 0.0
     model.train()
     for rows in training_batches(examples, settings.batch_size, settings.steps, generator):
         with hooks.around_batch():
             parts = objective(model, rows, settings)
-            loss = _finite(_backward(accelerator, parts, hooks.penalty), settings)
-        accelerator.clip_grad_norm_(split.trained.values(), settings.max_grad_norm)
+            loss = _finite(_backward(parts, hooks.penalty), settings)
+        clip_grad_norm_(split.trained.values(), settings.max_grad_norm)
         if hooks.correct:
             hooks.correct()
         lr_sum += optimizer.param_groups[0]["lr"]
@@ -175,15 +175,15 @@ def train_local(
     return TrainResult(sum(losses) / len(losses), len(losses), len(examples), tokens, lr_sum)
 
 
-def _backward(accelerator: Accelerator, parts: Iterator[Tensor], penalty: Callable[[], Tensor] | None) -> float:
+def _backward(parts: Iterator[Tensor], penalty: Callable[[], Tensor] | None) -> float:
     """Add up the gradients of the loss's parts and of the penalty; return the loss."""
     loss = 0.0
     for part in parts:
         if part.requires_grad:  # a batch without the only trained part has nothing to learn
-            accelerator.backward(part)
+            backward(part)
         loss += part.item()
     if penalty:
-        accelerator.backward(penalty())
+        backward(penalty())
     return loss
 
 
