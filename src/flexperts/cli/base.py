@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -24,7 +24,7 @@ _SOURCE = "Folder or .gguf file of SmolLM2-135M-Instruct; else the hub, else the
 def build(
     name: Annotated[str, typer.Argument(help="A shipped base.")] = "smol-moe",
     source: Annotated[
-        Optional[str],  # noqa: UP045 - typer reads this at run time
+        str | None,
         typer.Option(help=_SOURCE),
     ] = None,
     force: Annotated[bool, typer.Option(help="Build again even if the cache holds it.")] = False,
@@ -39,11 +39,11 @@ def build(
 def partition(
     name: Annotated[str, typer.Argument(help="A shipped base.")] = "smol-moe",
     out: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Asset file to write.", show_default="the one in the package"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the clustering.")] = 0,
-    source: Annotated[Optional[str], typer.Option(help=_SOURCE)] = None,  # noqa: UP045
+    source: Annotated[str | None, typer.Option(help=_SOURCE)] = None,
 ) -> None:
     """Compute a base's neuron partition and routers afresh from the shipped texts (about a minute)."""
     from flexperts.smol_moe.build import to_stderr, write_partition

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -14,24 +14,24 @@ from flexperts.cli.report import Samples
 def command(
     recipe: Annotated[Path, typer.Argument(help="Recipe (TOML), such as recipes/study-silos.toml.")],
     methods: Annotated[
-        Optional[str],  # noqa: UP045 - typer reads this at run time
+        str | None,
         typer.Option(
             help="Methods (all = every other one), and variants that the recipe defines, with commas between them.",
             show_default="the recipe's [compare] entries",
         ),
     ] = None,
     seeds: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(help="How many seeds: 0, 1, ...", show_default="the recipe's"),
     ] = None,
     reference: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             help="Entry that the others are compared with.", show_default="the directory's, the recipe's, the first"
         ),
     ] = None,
     out: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Directory; what is finished there is not run again.", show_default="runs/<recipe>"),
     ] = None,
     settings: Annotated[
@@ -41,7 +41,7 @@ def command(
     workers: Annotated[int, typer.Option(min=1, help="Runs side by side, each with a base of its own.")] = 1,
     keep_weights: Annotated[bool, typer.Option("--keep-weights", help="Keep every run's weights.")] = False,
     track: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Option(
             metavar="TRACKER", help="Log every run, as the same option of `flexperts run` does. Repeatable."
         ),

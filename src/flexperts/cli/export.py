@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from flexperts.cli.generate import Base
 
 Client = Annotated[
-    Optional[str],  # noqa: UP045 - typer reads this at run time
+    str | None,
     typer.Option("--client", help="Whose model; not needed for one that all clients share.", show_default=False),
 ]
 Form = Annotated[
     str, typer.Option("--form", help="transformers: the whole model. merged: the global one. adapter. personal.")
 ]
 State = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option("--state", help="global or personalized.", show_default="the form's own"),
 ]
 Dtype = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option("--dtype", help="Stored weights: bfloat16 or float32.", show_default="the base's"),
 ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
 
 About = Annotated[str, typer.Option("--context", help="Passage that the question is about.")]
 State = Annotated[
-    Optional[str],  # noqa: UP045 - typer reads this at run time
+    str | None,
     typer.Option("--state", help="zero_shot, global or personalized.", show_default="the most personal one"),
 ]
 Base = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option("--base", metavar="PATH", help="Where the run's base lies.", show_default="where its recipe says"),
 ]
 
 MaxTokens = Annotated[
-    Optional[int],  # noqa: UP045
+    int | None,
     typer.Option("--max-tokens", min=1, metavar="N", help="Longest answer.", show_default="as in the evaluation"),
 ]
 

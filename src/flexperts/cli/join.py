@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -17,19 +17,19 @@ def command(
         str, typer.Option(help="The newcomer's rows: .jsonl, .json, .csv, .tsv, .parquet or hub:ORG/NAME.")
     ],
     test: Annotated[
-        Optional[str],  # noqa: UP045 - typer reads this at run time
+        str | None,
         typer.Option(help="Its test rows.", show_default="a share of the passages is held out"),
     ] = None,
     name: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="Its name.", show_default="the file's, or its folder's if the file is train.*"),
     ] = None,
     steps: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(help="Optimizer steps.", show_default="those of a participant in all rounds"),
     ] = None,
     settings: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
@@ -39,7 +39,7 @@ def command(
     ] = None,
     base: Base = None,
     seed: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(help="Seed of its batches.", show_default="the run's"),
     ] = None,
 ) -> None:

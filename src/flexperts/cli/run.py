@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 def command(
     recipe: Annotated[Path, typer.Argument(help="Recipe (TOML), such as recipes/quickstart.toml.")],
     settings: Annotated[
-        Optional[list[str]],  # noqa: UP045 - typer reads this at run time
+        list[str] | None,
         typer.Option(
             "--set", metavar="KEY=VALUE", help="Override a setting, such as training.lr=1e-3. Repeatable."
         ),
     ] = None,
     out: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Run directory to create.", show_default="runs/<recipe>-<time>"),
     ] = None,
     engine: Annotated[
@@ -38,7 +38,7 @@ def command(
     ] = "in-process",
     resume: Annotated[bool, typer.Option("--resume", help="Take up the broken-off run that --out holds.")] = False,
     track: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Option(
             metavar="TRACKER",
             help="Log every round with tensorboard (files in the run directory), or with wandb, mlflow, comet_ml, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
     from flexperts.serving.http.keys import KeyRing
 
 _Silo = Annotated[
-    Optional[Path],  # noqa: UP045 - typer reads this at run time
+    Path | None,
     typer.Option(metavar="SILO.toml", help="Serve what this silo keeps of a deployed run: its own model, at home."),
 ]
 _Keys = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     typer.Option("--keys", metavar="FILE", help="Hashes of API keys by client; without it, for this machine only."),
 ]
 _Made = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     typer.Option(metavar="FILE", help="Make a key for whoever has none in this file, print them once, and end."),
 ]
 _Prompt = Annotated[
-    Optional[int],  # noqa: UP045
+    int | None,
     typer.Option(min=1, help="Longest prompt in tokens.", show_default="what the context holds"),
 ]
-_Certificate = Annotated[Optional[Path], typer.Option(metavar="PEM", help="Serve HTTPS by this certificate.")]  # noqa: UP045
-_PrivateKey = Annotated[Optional[Path], typer.Option(metavar="PEM", help="The certificate's private key.")]  # noqa: UP045
+_Certificate = Annotated[Path | None, typer.Option(metavar="PEM", help="Serve HTTPS by this certificate.")]
+_PrivateKey = Annotated[Path | None, typer.Option(metavar="PEM", help="The certificate's private key.")]
 
 
 def command(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -62,7 +62,7 @@ def serve(silo: _Silo) -> None:
 def check(
     silo: _Silo,
     recipe: Annotated[
-        Optional[Path],  # noqa: UP045 - typer reads this at run time
+        Path | None,
         typer.Option(help="Recipe of the run that the rows are for.", show_default="default settings"),
     ] = None,
 ) -> None:

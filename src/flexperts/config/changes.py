@@ -1,4 +1,4 @@
-"""What differs between two recipes."""
+"""Settings by dotted key, and what differs between two recipes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a recipe leaves the server's machine, and what a silo makes of it."""
+"""What of a recipe leaves the server's machine, what a silo makes of it, and where a run's folder is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A silo's state folder: private to one user, one folder per run, and the socket of the worker that serves it."""
+"""A silo's state folder: private to one user, with a folder per run and the socket of the worker that serves it."""
 
 from __future__ import annotations
 

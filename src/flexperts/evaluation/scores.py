@@ -1,4 +1,4 @@
-"""Scoring one model state on one client's test rows."""
+"""Scoring one model state on one client's test rows: NLL and ROUGE-L."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A finished run in use: its clients' models, loaded again from the run directory."""
+"""A finished run in use: its clients' models, loaded again from the run directory, with those that joined later."""
 
 from __future__ import annotations
 

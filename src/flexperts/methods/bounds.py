@@ -1,4 +1,4 @@
-"""The untouched base: the lower bound of every comparison."""
+"""The two bounds of every comparison: the untouched base, and one LoRA on all clients' rows."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What FedDPA's two variants share: two adapters, how the local one trains, and the weights of each instance.
-
-The variants are in feddpa_t.py and feddpa_f.py.
-"""
+"""FedDPA-T and FedDPA-F: a global and a local adapter, and the weight of each for every instance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FedPer: the lower blocks' adapter is averaged, the last blocks' adapter stays."""
+"""FedPer and FedRep: the lower blocks' adapter is averaged, the last blocks' adapter stays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Local training only: FLEx's trained parts, with nothing sent."""
+"""Local training only, with FLEx's trained parts or with LoRA alone; nothing is sent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adaptive server optimizers: what FedAdagrad, FedAdam and FedYogi have in common."""
+"""FedAdagrad, FedAdam, FedYogi and FedAvgM: FedAvg with an optimizer's step on the server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Watching modules at work: one forward pass per batch, with hooks that recorders hang for that pass alone.
+"""Watching modules at work: one forward pass per batch, with hooks for that pass alone.
 
 Shapes: B rows, S columns.
 """

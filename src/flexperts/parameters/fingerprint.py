@@ -1,4 +1,4 @@
-"""Naming a base model by its weights, cheaply enough for 30 billion of them."""
+"""Naming a base model by its weights, fast for 30 billion of them, and the tensors a weight is stored in."""
 
 from __future__ import annotations
 

@@ -71,15 +71,6 @@ class Manifest:
         """Elements of the whole vector."""
         return sum(prod(shape) for shape in self.shapes)
 
-    def zeros(self) -> Vector:
-        """Return a vector of this manifest filled with zeros."""
-        return np.zeros(self.size, dtype=np.float32)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of names and shapes: two vectors fit together only if it is equal."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
-
     def unflatten(self, vector: Vector) -> dict[str, Tensor]:
         """Cut a vector into named fp32 tensors that share its memory, or a copy of what cannot be written to.
 
@@ -117,13 +108,6 @@ def sizes_only(size: int) -> Vector:
 def is_sizes_only(vector: Vector) -> bool:
     """Tell whether a vector has a length only; its tensors are then on the meta device."""
     return vector.size > 0 and vector.strides == (0,)
-
-
-@torch.no_grad()
-def load_vector(vector: Vector, tensors: Mapping[str, Tensor]) -> None:
-    """Copy a flat vector into tensors of the same manifest, in place."""
-    for name, value in Manifest.of(tensors).unflatten(vector).items():
-        tensors[name].copy_(value)
 
 
 def vector_hash(vector: Vector) -> str:

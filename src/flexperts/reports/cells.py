@@ -94,12 +94,6 @@ def significant(value: Any) -> Cell:
     return Cell(MISSING) if value is None else Cell(f"{value:.2g}".replace("-", MINUS), value)
 
 
-def signed(value: Any, digits: int) -> Cell:
-    """Return a difference: its sign always stands, but where it rounds to zero."""
-    value = finite(value)
-    return Cell(MISSING) if value is None else Cell(_signed(value, digits), value)
-
-
 def spread(stat: Mapping[str, Any] | None, digits: int, *, sign: bool = False) -> Cell:
     """Return ``mean ± std`` of a statistic; no ± where there is no std (one seed)."""
     mean, std = (finite(stat.get(key)) for key in ("mean", "std")) if stat else (None, None)

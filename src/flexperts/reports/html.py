@@ -1,4 +1,4 @@
-"""The report as one HTML page: nothing is loaded, nothing runs, it opens from a disk and on a phone."""
+"""The report's files, and its HTML page: nothing is loaded, nothing runs, it opens from a disk and on a phone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each entry against the reference: paired differences on the same rows, with interval and p-value."""
+"""Paired differences with interval and p-value: entries against the reference, states against the base."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Shared tensors of adapted experts and routers, by who holds which expert.
+"""Methods whose clients adapt experts and routers and send them: their base class, and tensors by holder.
 
-Methods hang these parts on as ``experts`` and ``router``; a layer is called here as parameter names have it.
+These parts are named ``experts`` and ``router``; a layer is called here as parameter names have it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A round in two phases: first what is personal, then what is shared."""
+"""What methods do in a round's local steps: two phases, a proximal term, an adapter's start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a chat request may hold: what is understood, what is harmless, and what is refused rather than ignored."""
+"""OpenAI's chat format: which requests are understood and which are refused, and how replies are written."""
 
 from __future__ import annotations
 
