@@ -17,21 +17,31 @@ from flexperts.config.silo import SiloConfig
 from flexperts.errors import ConfigError, shown
 from flexperts.files import damaged, text_of
 
-_PLACES = {"recipe": "recipes folder", "silo file": "example in docs/deploy.md"}
+_PACKAGE = Path(__file__).parent
+_RECIPES = (_PACKAGE / "recipes", _PACKAGE.parents[1] / "recipes")
+"""Where the recipes that ship are: in a wheel, in a clone."""
 
 
 def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a recipe file; data paths in it are relative to its folder.
 
     Args:
-        path: The TOML file.
+        path: The TOML file, or the bare name of a recipe that ships, such as ``quickstart``.
         overrides: Settings such as ``"training.lr=1e-3"``, applied on top.
 
     Raises:
         ConfigError: The file is missing, no TOML, or breaks a rule.
     """
-    path = Path(path)
-    return parse_recipe(_text(path, "recipe"), overrides, folder=path.parent, where=str(path))
+    path, shipped = Path(path), shipped_recipes()
+    if path.name == str(path) in shipped and not path.is_file():
+        path = shipped[path.name]
+    there = f"give a TOML file, or one of those that ship: {', '.join(shipped)}"
+    return parse_recipe(_text(path, "recipe", there), overrides, folder=path.parent, where=str(path))
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Return the recipes that ship, by name."""
+    return {path.stem: path for folder in _RECIPES for path in sorted(folder.glob("*.toml"))}
 
 
 def load_silo(path: Path | str) -> SiloConfig:
@@ -41,7 +51,7 @@ def load_silo(path: Path | str) -> SiloConfig:
         ConfigError: The file is missing, no TOML, or breaks a rule.
     """
     path = Path(path)
-    tree = _tree(_text(path, "silo file"), str(path))
+    tree = _tree(_text(path, "silo file", "see the example in docs/deploy.md"), str(path))
     try:
         silo = SiloConfig.model_validate(tree)
     except ValidationError as error:
@@ -83,13 +93,13 @@ def parse_recipe(
     return config if folder is None else _absolute(config, folder)
 
 
-def _text(path: Path, kind: str) -> str:
+def _text(path: Path, kind: str, there: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}", f"it is not UTF-8 text ({error})", "save it as UTF-8") from error
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}", f"there is no such {kind}", f"see the {_PLACES[kind]}") from error
+        raise ConfigError(f"{path}", f"there is no such {kind}", there) from error
 
 
 def _tree(text: str, where: str) -> dict[str, Any]:

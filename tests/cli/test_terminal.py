@@ -17,6 +17,7 @@ import pytest
 from flexperts.cli.console import console
 from flexperts.cli.display import RunDisplay, score_table
 from flexperts.cli.main import main
+from flexperts.recipe import shipped_recipes
 
 SOURCE = Path(__file__).parents[2] / "src" / "flexperts"
 LIKE_MARKUP = [
@@ -212,7 +213,9 @@ def test_an_answer_in_another_encoding(finished: Path) -> None:
 def test_a_refusal_in_another_encoding(variables: dict[str, str]) -> None:
     code, printed, said = start("run", "北京.toml", **variables)
     assert (code, printed) == (2, b"")
-    assert said == b"error: \\u5317\\u4eac.toml: there is no such recipe; see the recipes folder\n"
+    ships = ", ".join(shipped_recipes())
+    there = f"give a TOML file, or one of those that ship: {ships}"
+    assert said == f"error: \\u5317\\u4eac.toml: there is no such recipe; {there}\n".encode()
 
 
 # Bytes that are no text

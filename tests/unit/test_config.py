@@ -326,3 +326,15 @@ def test_graft_variants_survive_toml() -> None:
     assert (config.graft.layers, config.graft.scale) == ((0, -1), "least_squares")
     assert parse_recipe(config.to_toml()) == config
     assert parse_recipe(SILOS, ["graft.place=in_place"]).graft.scale == 1.0
+
+
+def test_a_shipped_recipe_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = load_recipe("quickstart")
+    assert shipped == load_recipe(next(path for path in RECIPES if path.stem == "quickstart"))
+    assert load_recipe(Path("quickstart"), ["seed=7"]).seed == 7
+    Path("quickstart").write_text("[data.silos]\ntrain_rows = 3\n")  # a file of one's own goes first
+    assert load_recipe("quickstart").data.silos.train_rows == 3
+    for missing in ("none", "folder/large", "large.toml"):
+        with pytest.raises(ConfigError, match=r"no such recipe; give a TOML file, or .* quickstart"):
+            load_recipe(missing)

@@ -12,7 +12,9 @@ from flexperts.cli.report import Samples
 
 
 def command(
-    recipe: Annotated[Path, typer.Argument(help="Recipe (TOML), such as recipes/study-silos.toml.")],
+    recipe: Annotated[
+        Path, typer.Argument(help="Recipe: a TOML file, or the name of one that ships: study-silos.")
+    ],
     methods: Annotated[
         str | None,
         typer.Option(
