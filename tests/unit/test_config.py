@@ -333,8 +333,8 @@ def test_a_shipped_recipe_is_found_by_its_name(tmp_path: Path, monkeypatch: pyte
     shipped = load_recipe("quickstart")
     assert shipped == load_recipe(next(path for path in RECIPES if path.stem == "quickstart"))
     assert load_recipe(Path("quickstart"), ["seed=7"]).seed == 7
-    Path("quickstart").write_text("[data.silos]\ntrain_rows = 3\n")  # a file of one's own goes first
-    assert load_recipe("quickstart").data.silos.train_rows == 3
+    Path("quickstart").write_text("[data.silos]\ntrain_rows = 5\n")  # a file of one's own goes first
+    assert load_recipe("quickstart").data.silos.train_rows == 5
     for missing in ("none", "folder/large", "large.toml"):
         with pytest.raises(ConfigError, match=r"no such recipe; give a TOML file, or .* quickstart"):
             load_recipe(missing)

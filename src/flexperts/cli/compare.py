@@ -12,9 +12,7 @@ from flexperts.cli.report import Samples
 
 
 def command(
-    recipe: Annotated[
-        Path, typer.Argument(help="Recipe: a TOML file, or the name of one that ships: study-silos.")
-    ],
+    recipe: Annotated[Path, typer.Argument(help="Recipe: a TOML file, or a name that ships: study-silos.")],
     methods: Annotated[
         str | None,
         typer.Option(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def command(
-    recipe: Annotated[Path, typer.Argument(help="Recipe: a TOML file, or the name of one that ships: quickstart.")],
+    recipe: Annotated[Path, typer.Argument(help="Recipe: a TOML file, or a name that ships: quickstart.")],
     settings: Annotated[
         list[str] | None,
         typer.Option(
