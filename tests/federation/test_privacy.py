@@ -21,8 +21,7 @@ from flexperts.engines.in_process import run_federation
 from flexperts.errors import ConfigError
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.registry import make_method, method_class, method_names
-from flexperts.protection.incoming import reduced
-from flexperts.protection.rules import check_additive, check_enough, privacy_spent
+from flexperts.protection.pipeline import check_enough, check_protections, privacy_spent, reduced
 from flexperts.testing import METHOD_SETTINGS
 
 Recipe = Callable[..., RunConfig]
@@ -44,7 +43,7 @@ def test_an_additive_methods_reply_is_what_was_sent_after_training(
     assume_identity(1)
     config = recipe(f"method.name={name}", *METHOD_SETTINGS.get(name, ()), "privacy.noise=central")
     method = make_method(config.method)
-    check_additive(method, config)
+    check_protections(method, config)
     workspace = Workspace(config)
     model = ClientModel(workspace.base, config, method)
     client = Client("clinic", workspace, model, tmp_path)
@@ -74,10 +73,10 @@ def test_other_methods_are_refused(recipe: Recipe, name: str, setting: str) -> N
     config = recipe(f"method.name={name}", setting)
     key, _, value = setting.partition("=")
     with pytest.raises(ConfigError) as caught:
-        check_additive(make_method(config.method), config)
+        check_protections(make_method(config.method), config)
     assert str(caught.value).startswith(f"{key} = {value!r} with method {name!r}: ")
     assert f"set {key} = " in caught.value.remedy
-    check_additive(make_method(config.method), recipe(f"method.name={name}"))
+    check_protections(make_method(config.method), recipe(f"method.name={name}"))
 
 
 def starts(config: RunConfig, out: Path) -> str:
@@ -110,7 +109,7 @@ def test_what_goes_together_is_not_refused(recipe: Recipe) -> None:
         ("method.name=fedavg", "graft.sharing=shared", "privacy.noise=central"),
     ):
         config = recipe(*settings)
-        check_additive(make_method(config.method), config)
+        check_protections(make_method(config.method), config)
 
 
 @pytest.mark.parametrize(
@@ -143,10 +142,10 @@ def test_without_the_accountant_a_run_does_not_start(
     def missing(name: str) -> Any:
         return None if name == "dp_accounting" else find_spec(name)
 
-    monkeypatch.setattr("flexperts.protection.rules.find_spec", missing)
+    monkeypatch.setattr("flexperts.protection.noise.find_spec", missing)
     assert "pip install 'flexperts[privacy]'" in starts(recipe("privacy.noise=local"), tmp_path / "run")
     config = recipe("compression.kind=fp16", "federation.aggregation=median")
-    check_additive(make_method(config.method), config)
+    check_protections(make_method(config.method), config)
     assert privacy_spent(config, 3) is None
     with pytest.raises(ConfigError, match="dp-accounting"):
         privacy_spent(recipe("privacy.noise=central"), 3)

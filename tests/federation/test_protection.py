@@ -25,8 +25,8 @@ from flexperts.methods.kit.server_state import Server
 from flexperts.observer import Observer
 from flexperts.parameters.store import load_personal
 from flexperts.parameters.vector import Manifest, Payload, Vector
-from flexperts.protection.outgoing import RESIDUAL, protect
-from flexperts.protection.rules import privacy_spent
+from flexperts.protection.packing import RESIDUAL
+from flexperts.protection.pipeline import privacy_spent, protect
 from flexperts.server.checkpoint import load_server
 from flexperts.tracking import scalars
 

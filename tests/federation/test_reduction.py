@@ -16,7 +16,7 @@ from flexperts.communication.messages import Update
 from flexperts.config.run import RunConfig
 from flexperts.errors import FederationError
 from flexperts.parameters.vector import Manifest, Payload, Vector
-from flexperts.protection.incoming import reduced
+from flexperts.protection.pipeline import reduced
 
 Recipe = Callable[..., RunConfig]
 SIZE = 1000

@@ -31,7 +31,7 @@ from flexperts.methods.kit.turn import Prepared, Turn
 from flexperts.observer import Observer
 from flexperts.parameters.store import PersonalMeta, PersonalStore
 from flexperts.parameters.vector import Payload, vector_hash
-from flexperts.protection.outgoing import protect, told
+from flexperts.protection.pipeline import protect, told
 from flexperts.seeding import generator
 from flexperts.training.local import LocalSettings, local_settings, steps_per_round
 

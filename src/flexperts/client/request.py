@@ -8,7 +8,7 @@ from typing import Any
 from flexperts.communication.messages import Update
 from flexperts.parameters.split import ParameterSplit
 from flexperts.parameters.vector import Payload
-from flexperts.protection.outgoing import Outgoing
+from flexperts.protection.pipeline import Outgoing
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,8 @@ class RunConfig(Section):
     federation: FederationConfig = FederationConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     compression: CompressionConfig = CompressionConfig()
+    protections: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Defences of installed packages, by name, with their settings; see docs/privacy.md."""
     evaluation: EvaluationConfig = EvaluationConfig()
     knowledge: KnowledgeConfig = KnowledgeConfig()
     compare: CompareConfig = CompareConfig()

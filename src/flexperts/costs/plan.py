@@ -24,7 +24,7 @@ from flexperts.modeling.quantization import planned_bytes
 from flexperts.moe.experts import find_experts
 from flexperts.moe.quantized import Scheme
 from flexperts.moe.router import find_router
-from flexperts.protection.rules import check_additive
+from flexperts.protection.pipeline import check_protections
 from flexperts.recipe import parse_recipe
 
 _FP32 = 4
@@ -130,7 +130,7 @@ def plan_method(
     """
     method = make_method(config.method)
     method.check(config)
-    check_additive(method, config)
+    check_protections(method, config)
     method.check_clients(clients)
     model = ClientModel(base, config, method)
     try:

@@ -33,7 +33,7 @@ from flexperts.modeling.memory import peak_bytes, reset_peak
 from flexperts.modeling.quantization import storage_line
 from flexperts.observer import Observer, current_observer, observing
 from flexperts.parameters.store import PersonalStore
-from flexperts.protection.rules import check_additive, check_enough
+from flexperts.protection.pipeline import check_enough, check_protections
 from flexperts.recipe import recorded_recipe
 from flexperts.server.checkpoint import load_server
 from flexperts.server.extending import extend, is_extended
@@ -138,7 +138,7 @@ def _prepare(config: RunConfig, run: RunDirectory, workspace: Workspace) -> None
     methods = [make_method(c.method) for c in configs]
     for method, its_config in zip(methods, configs, strict=True):
         method.check(its_config)
-        check_additive(method, its_config)
+        check_protections(method, its_config)
     observer.stage("reading rows")
     check_beyond(config)
     for method in methods:

@@ -17,7 +17,7 @@ from flexperts.errors import FederationError, FlexpertsError
 from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.server_state import Server
 from flexperts.parameters.vector import Vector
-from flexperts.protection.outgoing import told
+from flexperts.protection.pipeline import told
 
 _REPORTED = ("loss", "steps", "tokens", "rows", "shared_parameters", "personal_parameters", "personal_sent")
 _BLOCK = 1 << 20

@@ -24,7 +24,7 @@ from flexperts.methods.kit.server_state import Server
 from flexperts.methods.registry import make_method
 from flexperts.observer import Observer, Once
 from flexperts.parameters.vector import Payload
-from flexperts.protection.rules import check_additive, check_enough
+from flexperts.protection.pipeline import check_enough, check_protections
 from flexperts.server.checkpoint import load_server, save_server
 from flexperts.server.enrolment import enrol, found, gather, require
 from flexperts.server.exchange import error_of, one_line, request, sendable
@@ -64,7 +64,7 @@ def serve(grid: Grid, config: RunConfig, run: RunDirectory, observer: Observer) 
     started, observer = time.monotonic(), Once(observer)
     method, members = make_method(config.method), Membership(observer, run.run_id)
     method.check(config)
-    check_additive(method, config)
+    check_protections(method, config)
     observer.stage(f"{config.method.name}: clients join")
     server = load_server(run.checkpoint) if run.checkpoint.exists() else None
     federation = _awaited(config.federation, server)

@@ -22,8 +22,7 @@ from flexperts.errors import FederationError, FlexpertsError
 from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.server_state import Server
 from flexperts.observer import Observer
-from flexperts.protection.incoming import reduced
-from flexperts.protection.rules import privacy_spent
+from flexperts.protection.pipeline import privacy_spent, reduced
 from flexperts.seeding import derive_seed, generator
 from flexperts.server.admission import Admission, leaked
 from flexperts.server.checkpoint import save_server

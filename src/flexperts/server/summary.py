@@ -9,7 +9,7 @@ from flexperts.config.run import RunConfig
 from flexperts.evaluation.scores import SCORES, Scores
 from flexperts.evaluation.words import TOKENIZER
 from flexperts.methods.kit.method import State
-from flexperts.protection.rules import privacy_spent
+from flexperts.protection.pipeline import privacy_spent
 from flexperts.server.round_log import RoundLog
 
 _Metrics = Mapping[str, float | int | None]

@@ -10,7 +10,7 @@ from pathlib import Path
 from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError
 from flexperts.methods.registry import make_method, method_names
-from flexperts.protection.rules import check_additive
+from flexperts.protection.pipeline import check_protections
 from flexperts.recipe import load_recipe
 
 
@@ -66,7 +66,7 @@ class Plan:
             config = self.config(entry, self.seeds[0])
             method = make_method(config.method)
             method.check(config)
-            check_additive(method, config)
+            check_protections(method, config)
 
 
 def plan_comparison(

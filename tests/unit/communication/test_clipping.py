@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 
 from flexperts.communication.flower_private import assume_identity
 from flexperts.parameters.vector import Vector
-from flexperts.protection.clipping import clipped, gaussian, noised
+from flexperts.protection.noise import clipped, gaussian, noised
 
 CHANGES = arrays(np.float32, st.integers(1, 40), elements=st.floats(-(2.0**100), 2.0**100, width=32))
 

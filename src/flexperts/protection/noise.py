@@ -1,0 +1,161 @@
+"""Differential privacy of a client's update: clipping, noise on the client or on the mean, and its epsilon."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from math import sqrt
+from typing import Any
+
+import numpy as np
+from scipy.special import ndtri
+from torch import Tensor
+
+from flexperts.communication.average import weighted_mean
+from flexperts.communication.compression import Packed
+from flexperts.communication.messages import Update
+from flexperts.errors import ConfigError
+from flexperts.methods.flex import Flex
+from flexperts.methods.kit.method import Method
+from flexperts.parameters.vector import Vector
+from flexperts.protection.protection import Protection
+
+_ACCOUNTANT = "dp_accounting"
+_BITS = 52
+"""Random bits of a value: with one more, a half could not be added without rounding."""
+
+
+class Noise(Protection):
+    """Base of central and local noise."""
+
+    counts_once = True
+
+    @property
+    def setting(self) -> str:
+        """``privacy.noise``."""
+        return f"privacy.noise = {self.config.privacy.noise!r}"
+
+    @property
+    def off(self) -> str:
+        """How to turn it off."""
+        return "set privacy.noise = 'none'"
+
+    def check(self, method: Method) -> None:
+        """Refuse FLEx's shared selection, whose reports no noise covers, and an installation without accountant."""
+        if isinstance(method, Flex) and self.config.graft.sharing != "personal":
+            raise ConfigError(
+                f"graft.sharing = {self.config.graft.sharing!r} with privacy.noise = {self.config.privacy.noise!r}",
+                "clients then tell how well each expert fits their rows, which no noise covers",
+                "set graft.sharing = 'personal' or privacy.noise = 'none'",
+            )
+        _check_accountant()
+
+    def spent(self, rounds: int) -> dict[str, Any]:
+        """Return the epsilon after some rounds, with the settings it comes from.
+
+        Rounds of Gaussian noise with multiplier z compose to one of z / sqrt(rounds), whose epsilon is known
+        exactly (Balle and Wang, 2018). Central: with or without one client's updates, which change their sum by
+        ``clip``. Local: any update of a client against any other, up to 2 ``clip`` apart. A drawn share of
+        clients is not counted as amplification: as many are drawn every round, by a seed that is known.
+
+        Raises:
+            ConfigError: dp-accounting is not installed.
+        """
+        privacy = self.config.privacy
+        _check_accountant()
+        from dp_accounting import get_epsilon_gaussian  # over a second of imports
+
+        multiplier = privacy.noise_multiplier / (2 if privacy.noise == "local" else 1)
+        epsilon = get_epsilon_gaussian(multiplier / sqrt(rounds), privacy.delta) if rounds else 0.0
+        return {
+            "mode": privacy.noise,
+            "clip": privacy.clip,
+            "noise_multiplier": privacy.noise_multiplier,
+            "delta": privacy.delta,
+            "epsilon": float(epsilon),
+        }
+
+
+class LocalNoise(Noise):
+    """Each client clips its update and adds noise before it is sent.
+
+    Flower's ``LocalDpMod`` does the same to a ClientApp's reply; it does not fit because in a deployed silo a
+    ClientApp is a relay, and the bare update would reach it.
+    """
+
+    hides = frozenset({"loss", "tokens"})
+
+    def outgoing(self, change: Vector, memory: dict[str, Tensor]) -> tuple[Vector, Packed | None]:
+        """Return the update, clipped and with noise."""
+        return noised(change, self.config.privacy.clip, self.config.privacy.noise_multiplier), None
+
+
+class CentralNoise(Noise):
+    """The server clips every update and adds noise to their mean.
+
+    A few lines of our own: Flower's wrapper draws its noise from NumPy's global stream, which any library may have
+    seeded, takes the number of clients that were sampled for the number that answered, fails on an update of norm
+    0, and holds all replies in memory. ``tests/federation/test_reduction.py`` compares clipping and mean with it.
+    """
+
+    combines = True
+
+    def check(self, method: Method) -> None:
+        """Refuse robust rules, too: how much one client changes their result is not known."""
+        if self.config.federation.aggregation != "mean":
+            raise ConfigError(
+                f"federation.aggregation = {self.config.federation.aggregation!r} with privacy.noise = 'central'",
+                "central noise is for a mean: what one client changes in it is known",
+                "set federation.aggregation = 'mean' or privacy.noise = 'local'",
+            )
+        super().check(method)
+
+    def combined(self, changes: Iterator[Update]) -> Vector:
+        """Return the mean of clipped updates, with noise for as many clients as there are."""
+        clip, clients = self.config.privacy.clip, 0
+
+        def bounded() -> Iterator[Update]:
+            nonlocal clients
+            for change in changes:
+                clients += 1
+                yield replace(change, payload=replace(change.payload, vector=clipped(change.vector, clip)))
+
+        mean = weighted_mean(bounded())
+        return mean + gaussian(mean.size, self.config.privacy.noise_multiplier * clip / clients)
+
+
+def clipped(change: Vector, norm: float) -> Vector:
+    """Return an update scaled down to an L2 norm of at most ``norm``; a shorter one as it is.
+
+    Source: flat clipping of McMahan et al., 2018 (arXiv 1710.06963).
+    """
+    length = float(np.sqrt(np.square(change, dtype=np.float64).sum()))
+    if length <= norm:
+        return change
+    with np.errstate(invalid="ignore"):  # the server refuses an update that is not finite
+        return np.asarray(change * np.float32(norm / length))
+
+
+def gaussian(size: int, std: float) -> Vector:
+    """Return normal noise made of the operating system's entropy alone.
+
+    No seed: what the recipe's seed draws is known to everyone, and NumPy's global stream, which Flower's own noise
+    comes from, may have been seeded by any library in the process.
+    """
+    bits = np.frombuffer(os.urandom(8 * size), np.uint64) >> np.uint64(64 - _BITS)
+    uniform = (bits.astype(np.float64) + 0.5) * 2.0**-_BITS  # above 0 and below 1
+    return np.asarray(std * ndtri(uniform), dtype=np.float32)
+
+
+def noised(change: Vector, clip: float, noise_multiplier: float) -> Vector:
+    """Return an update clipped and hidden in noise, as local differential privacy sends it."""
+    return clipped(change, clip) + gaussian(change.size, noise_multiplier * clip)
+
+
+def _check_accountant() -> None:
+    if find_spec(_ACCOUNTANT) is None:
+        raise ConfigError(
+            "privacy.noise", "epsilon is computed by dp-accounting", "pip install 'flexperts[privacy]'"
+        )

@@ -1,0 +1,41 @@
+"""Packing a client's update for the wire; what that loses is kept for the next round."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexperts.communication.compression import Packed, pack, unpack
+from flexperts.parameters.vector import Vector
+from flexperts.protection.protection import Protection
+
+RESIDUAL = "compression.residual"
+"""Where a client's memory keeps what packing has lost so far."""
+
+
+class Packing(Protection):
+    """Half precision, 8 bits, or the largest values only. The server unpacks a message when it reads it."""
+
+    @property
+    def setting(self) -> str:
+        """``compression.kind``."""
+        return f"compression.kind = {self.config.compression.kind!r}"
+
+    @property
+    def off(self) -> str:
+        """How to turn it off."""
+        return "set compression.kind = 'none'"
+
+    def outgoing(self, change: Vector, memory: dict[str, Tensor]) -> tuple[Vector, Packed | None]:
+        """Return the update as the server will rebuild it, and packed; what is lost goes into the memory."""
+        settings = self.config.compression
+        if not np.isfinite(change).all():
+            return change, None  # the server refuses it, with the silo's name
+        if settings.error_feedback and RESIDUAL in memory:
+            change = change + memory[RESIDUAL].cpu().numpy()
+        packed = pack(change, settings)
+        rebuilt = unpack(packed, change.size, "packing")
+        if settings.error_feedback:
+            memory[RESIDUAL] = torch.from_numpy(change - rebuilt)
+        return rebuilt, packed

@@ -1,0 +1,187 @@
+"""All defences that a recipe turns on, in the order in which an update meets them: noise, others', packing.
+
+A defence of another package is known once that package is installed, by an entry point of the group
+``flexperts.protections``: its name is what the recipe's ``[protections.NAME]`` says, its value is
+``"package.module:Class"``, a subclass of ``Protection``. Nothing that a recipe or a message says imports code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
+from typing import Any
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from flexperts.communication.average import checked, weighted_mean
+from flexperts.communication.compression import Packed
+from flexperts.communication.messages import Update
+from flexperts.config.run import RunConfig
+from flexperts.errors import ConfigError
+from flexperts.methods.kit.method import Method
+from flexperts.parameters.vector import Payload, Vector
+from flexperts.protection.noise import CentralNoise, LocalNoise
+from flexperts.protection.packing import Packing
+from flexperts.protection.protection import Protection
+from flexperts.protection.robust import RobustRule
+
+EVERYONE = "all"
+"""Client of the update that stands for all."""
+_GROUP = "flexperts.protections"
+
+
+def protections(config: RunConfig) -> list[Protection]:
+    """Return the defences of a run, in their order.
+
+    Raises:
+        ConfigError: The recipe names one that is not installed, or its options break a rule.
+    """
+    found: list[Protection] = []
+    if config.privacy.noise != "none":
+        found.append((LocalNoise if config.privacy.noise == "local" else CentralNoise)(config))
+    if config.federation.aggregation != "mean":
+        found.append(RobustRule(config))
+    found += [_installed(config, name) for name in config.protections]
+    if config.compression.kind != "none":
+        found.append(Packing(config))
+    return found
+
+
+def check_protections(method: Method, config: RunConfig) -> None:
+    """Refuse defences that a method, each other or this installation do not allow.
+
+    Raises:
+        ConfigError: What is wrong, and how to correct it.
+    """
+    active = protections(config)
+    for protection in active:
+        if not method.additive:
+            raise ConfigError(
+                f"{protection.setting} with method {method.name!r}",
+                "it works on replies that are the sent weights after training, and this method's are not",
+                f"{protection.off}, or take a method such as 'flex' or 'fedavg'",
+            )
+    for protection in active:
+        protection.check(method)
+    combining = [protection.setting for protection in active if protection.combines]
+    if len(combining) > 1:
+        raise ConfigError(" with ".join(combining), "one defence can make a round's average", "turn one off")
+
+
+def check_enough(config: RunConfig, clients: int) -> None:
+    """Refuse a defence that can do nothing with so many clients.
+
+    Raises:
+        ConfigError: Fewer would take part in a round than it needs.
+    """
+    drawn = config.federation.drawn(clients)
+    for protection in protections(config):
+        if drawn < protection.fewest:
+            raise ConfigError(
+                f"{protection.setting} with {drawn} clients in a round",
+                f"with its settings it needs at least {protection.fewest}, or it keeps nothing off",
+                f"{protection.off}, change its settings, or raise federation.participation",
+            )
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """What leaves a client after a round.
+
+    Args:
+        payload: The weights, as the server has them in the end.
+        packed: The packed update that is sent in their place, if the recipe packs.
+        hidden: The method's own vector where a defence has changed it.
+    """
+
+    payload: Payload
+    packed: Packed | None = None
+    hidden: tuple[Vector, ...] = ()
+
+
+def protect(
+    config: RunConfig, received: Payload, trained: Payload, memory: dict[str, Tensor], client: str
+) -> Outgoing:
+    """Apply the client's side of every defence to its update.
+
+    Args:
+        config: The run.
+        received: What the server sent.
+        trained: What the method sends.
+        memory: The client's memory, in which a defence keeps what it needs in the next round.
+        client: Who it is, for errors.
+
+    Raises:
+        FederationError: The method sends other tensors than it received.
+    """
+    active = [p for p in protections(config) if type(p).outgoing is not Protection.outgoing]
+    if not (trained.size and active):
+        return Outgoing(trained)
+    trained.check(received.manifest, client)
+    change, packed = trained.vector - received.vector, None
+    for protection in active:
+        change, packed = protection.outgoing(change, memory)
+    return Outgoing(Payload(trained.manifest, received.vector + change), packed, (trained.vector,))
+
+
+def told(config: RunConfig, names: Iterable[str]) -> list[str]:
+    """Return which of a round's measures the server is told."""
+    hidden = {name for protection in protections(config) for name in protection.hides}
+    return [name for name in names if name not in hidden]
+
+
+def reduced(config: RunConfig, sent: Payload, updates: Iterable[Update]) -> Iterable[Update]:
+    """Return the updates that a method is to average: the clients' own, or one that stands for all.
+
+    Args:
+        config: The run.
+        sent: The shared weights that the clients were sent.
+        updates: Replies of the same manifest, sorted by client.
+
+    Raises:
+        FederationError: There are too few updates for a defence, or one is not finite.
+    """
+    active = protections(config)
+    if not any(protection.counts_once or protection.combines for protection in active):
+        return updates
+    rows: list[int] = []
+    changes = checked(_changes(sent, updates, rows))
+    combine = next((protection.combined for protection in active if protection.combines), weighted_mean)
+    return [Update(EVERYONE, Payload(sent.manifest, sent.vector + combine(changes)), sum(rows), {})]
+
+
+def privacy_spent(config: RunConfig, rounds: int) -> dict[str, Any] | None:
+    """Return what the defences guarantee after some finished rounds; None where none does."""
+    return next((spent for p in protections(config) if (spent := p.spent(rounds)) is not None), None)
+
+
+def _changes(sent: Payload, updates: Iterable[Update], rows: list[int]) -> Iterator[Update]:
+    """Yield what training has changed in place of the weights, each with weight 1, and note the rows."""
+    for update in updates:
+        rows.append(update.rows)
+        yield replace(update, payload=Payload(sent.manifest, update.vector - sent.vector), rows=1)
+
+
+def _installed(config: RunConfig, name: str) -> Protection:
+    """Return a defence of another package, with its options."""
+    points = {point.name: point for point in entry_points(group=_GROUP)}
+    if name not in points:
+        raise ConfigError(
+            f"protections.{name}",
+            f"installed ones are {', '.join(sorted(points)) or 'none'}",
+            "install its package on the server and on every silo, or correct the name",
+        )
+    place = f"protections.{name} at {points[name].value!r}"
+    try:
+        found = points[name].load()
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(place, f"it cannot be imported ({error})", "install or repair its package") from error
+    if not (isinstance(found, type) and issubclass(found, Protection)):
+        raise ConfigError(place, "it must be a subclass of flexperts.Protection", "repair its package")
+    try:
+        return found(config, name, found.Options.model_validate(config.protections[name]))
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        raise ConfigError(f"protections.{name}", faults, "correct these options") from error
