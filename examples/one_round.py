@@ -24,7 +24,7 @@ from flexperts.data.batches import pad_batch
 from flexperts.data.prompts import PromptEncoder
 from flexperts.data.rows import Row
 from flexperts.evaluation.scores import EvaluationSettings, evaluate
-from flexperts.methods.turn import copy_tensors
+from flexperts.methods.kit.turn import copy_tensors
 from flexperts.modeling.load import load_base
 from flexperts.modeling.lora import LoraAdapters
 from flexperts.parameters.split import ParameterSplit
