@@ -13,9 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flexperts import Method, load_recipe, register_method, run_federation
-from flexperts.communication.messages import Update
-from flexperts.methods.kit.server_state import Server
+from flexperts import Method, Server, Update, load_recipe, register_method, run_federation
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
 

@@ -1,6 +1,7 @@
 """Personalized federated fine-tuning of Mixture-of-Experts language models.
 
-The names below are imported when they are first used, so that ``import flexperts`` costs nothing.
+The names below, and those of ``flexperts.testing``, are the public API; all other modules are internal. Names are
+imported when they are first used, so that ``import flexperts`` costs nothing.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flexperts.artifacts import RunDirectory
+    from flexperts.communication.messages import Update
     from flexperts.config.run import RunConfig
     from flexperts.engines.in_process import run_federation
     from flexperts.errors import FlexpertsError
+    from flexperts.finished.joining import join
     from flexperts.finished.trained import TrainedRun
     from flexperts.methods.kit.method import Method
+    from flexperts.methods.kit.server_state import Server
     from flexperts.methods.registry import method_names, register_method
     from flexperts.moe.experts import find_experts
     from flexperts.observer import Observer
@@ -22,9 +26,11 @@ if TYPE_CHECKING:
     from flexperts.parameters.store import load_personal
     from flexperts.parts.graft_file import load_grafts, save_grafts
     from flexperts.parts.grafts import Grafts
+    from flexperts.protection.protection import Protection
     from flexperts.recipe import load_recipe, parse_recipe
     from flexperts.selection.selection import reconstruction_scores
     from flexperts.smol_moe.build import build_base
+    from flexperts.studies.collect import collect_run
 
 __version__ = "0.1.0"
 
@@ -36,9 +42,13 @@ _HOMES = {
     "Protection": "protection.protection",
     "RunConfig": "config.run",
     "RunDirectory": "artifacts",
+    "Server": "methods.kit.server_state",
     "TrainedRun": "finished.trained",
+    "Update": "communication.messages",
     "build_base": "smol_moe.build",
+    "collect_run": "studies.collect",
     "find_experts": "moe.experts",
+    "join": "finished.joining",
     "load_grafts": "parts.graft_file",
     "load_personal": "parameters.store",
     "load_recipe": "recipe",
@@ -58,9 +68,13 @@ __all__ = [
     "Protection",
     "RunConfig",
     "RunDirectory",
+    "Server",
     "TrainedRun",
+    "Update",
     "build_base",
+    "collect_run",
     "find_experts",
+    "join",
     "load_grafts",
     "load_personal",
     "load_recipe",
