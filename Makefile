@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup run test slow families quantization faults fuzz deployment test-all bench docs check format clean
+.PHONY: help setup run test slow families quantization faults fuzz deployment test-all coverage bench docs check format dist clean
 
 help:  ## Show the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
 setup: $(STAMP)  ## Create .venv with the tested versions
 
@@ -23,6 +23,9 @@ run: setup  ## Personalize a pretrained MoE for four silos, FedAvg beside it (ab
 
 test: setup  ## Run the default tests
 	$(BIN)/python -m pytest -n 2
+
+coverage: setup  ## Run the default tests, show which lines they reach, write build/coverage/index.html
+	$(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-report=html --cov-report=xml
 
 slow: setup  ## Run the tests that need the real base
 	$(BIN)/python -m pytest -m slow
@@ -60,9 +63,21 @@ check: setup  ## Formatting, lint, types, architecture
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
-format: setup  ## Format and mend what can be mended
+format: setup  ## Format, and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The tools stay out of .venv; the wheel is tried where nothing else is installed.
+dist:  ## Build sdist and wheel into dist/, check both, try the wheel in an empty environment
+	rm -rf dist build/packaging build/wheel
+	$(PYTHON) -m venv build/packaging
+	build/packaging/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt build twine
+	build/packaging/bin/python -m build
+	build/packaging/bin/twine check --strict dist/*
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	build/wheel/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt dist/*.whl
+	build/wheel/bin/flexperts --help
 
 clean:  ## Remove caches and the environment
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
