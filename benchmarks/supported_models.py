@@ -42,8 +42,8 @@ FILES = [
 ] + [FOLDER / "test_multimodal.py", FOLDER / "test_older_checkpoints.py"]
 
 EXPLAINED = {
-    "closed gate": "A graft with a closed gate does not change the base's logits by a single bit; nor does one that "
-    "starts silent, or a graft that was removed.",
+    "closed gate": "A graft with a closed gate does not change the base's logits by a single bit; nor does one "
+    "that starts silent, or a graft that was removed.",
     "open gate": "An untrained graft at gate g is the model's own experts module run on that expert with weight g; "
     "its low-rank delta is the delta in the weights.",
     "read in place": "The frozen expert is a view into the base: nothing is copied.",
