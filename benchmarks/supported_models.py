@@ -4,8 +4,8 @@
     python benchmarks/supported_models.py --check            # run it, and fail where the page says something else
     python benchmarks/supported_models.py --check --listed   # the same from the table of exceptions: nothing is run
 
-Properties and exceptions stand in tests/conformance/matrix.toml. The script ends where a
-test fails that is no exception, or an exception does not fail any more: a page is written of what is true.
+Properties and exceptions are in tests/conformance/matrix.toml. The script stops without a page if a test fails that
+is not an exception, or if an exception does not fail any more.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ FILES = [
 ] + [FOLDER / "test_multimodal.py", FOLDER / "test_older_checkpoints.py"]
 
 EXPLAINED = {
-    "closed gate": "A graft whose gate is closed leaves the base's logits as they are, bit for bit; so does one "
-    "that starts silent, and a graft that was taken off.",
+    "closed gate": "A graft with a closed gate does not change the base's logits by a single bit; nor does one "
+    "that starts silent, or a graft that was removed.",
     "open gate": "An untrained graft at gate g is the model's own experts module run on that expert with weight g; "
     "its low-rank delta is the delta in the weights.",
     "read in place": "The frozen expert is a view into the base: nothing is copied.",
     "gradients": "They reach every gate and personal expert, and nothing of the base.",
     "checkpointing": "Gradient checkpointing changes no gradient.",
-    "generation": "With a cache, a grafted model writes what it writes without.",
+    "generation": "A grafted model generates the same text with a cache and without.",
     "files": "A personal state reads back bit for bit; saving a model with grafts attached saves the base.",
-    "selection": "Scores of experts equal those of a reference that stores everything.",
-    "routing": "What is recorded is what the experts get, and padding does not count.",
+    "selection": "Scores of experts equal those of a reference that stores all values.",
+    "routing": "The recorded routing is what the experts receive, without padding.",
     "router logits": "The full distribution over experts is recorded too.",
     "LoRA": "It finds exact Linear layers of attention only, all of them learn, and a step of LoRA and graft "
     "together lowers the loss.",
     "expert adapters": "Adapters in the pretrained experts (methods such as fedavg_experts) equal changed weights.",
-    "bottlenecks": "Gated bottlenecks beside the layer (pfedmoe_style) are their formula.",
+    "bottlenecks": "Gated bottlenecks next to the layer (pfedmoe_style) compute their formula.",
     "router deltas": "A trained change of the router's matrix (moe_fedavg) equals a changed matrix.",
 }
 

@@ -23,13 +23,13 @@ def _of_fields(columns: dict[str, str]) -> dict[str, str]:
 
 
 OnBadRow = Literal["refuse", "drop"]
-"""What happens where rows cannot be used."""
+"""What happens to rows that cannot be used."""
 Columns = Annotated[dict[str, str], AfterValidator(_of_fields)]
 """Field of a row -> column of a file; an empty name leaves an optional field empty."""
 
 
 class SilosConfig(Section):
-    """The silo data that ships, made on the fly."""
+    """The example silos that come with flexperts, generated for the run."""
 
     seed: int = 0
     """Seed of the generator."""
@@ -56,17 +56,18 @@ class PartitionConfig(Section):
     test: str | None = None
     """Test file; without it, data.test_fraction of each client's passages is held out."""
     by: Literal["pathological", "dirichlet", "natural", "iid"]
-    """A few categories per client, a Dirichlet draw per category, a column of client ids, or at random."""
+    """pathological = a few categories per client; dirichlet = a Dirichlet draw per category; natural = by a column
+    of client ids; iid = at random."""
     clients: int | None = Field(None, ge=1)
-    """Clients; with natural, the column's values are the clients."""
+    """Number of clients; not with natural, where the column's values are the clients."""
     column: str = Field("category", min_length=1)
-    """What rows are told apart by: the field category, or any column of the source."""
+    """Column by whose values rows are divided: the field category, or any column of the source (not with iid)."""
     categories_per_client: int = Field(1, ge=1)
-    """Categories of each client (pathological)."""
+    """Number of categories of each client (pathological)."""
     alpha: float = Field(0.5, gt=0)
     """Concentration (dirichlet): the smaller, the more the clients differ."""
     min_rows: int = Field(8, ge=1)
-    """Fewest rows a client may get, before test rows are held out."""
+    """Fewest rows that a client may get, counted before test rows are held out."""
 
     @model_validator(mode="after")
     def _applying(self) -> Self:
@@ -96,9 +97,9 @@ class DataConfig(Section):
     """Who has which rows: exactly one of silos, folder, clients, partition, at_silos."""
 
     silos: SilosConfig | None = None
-    """The shipped silos."""
+    """The example silos that come with flexperts."""
     folder: str | None = None
-    """A folder with one sub-folder per client that holds a file train.* and maybe test.*, of any kind."""
+    """A folder with one sub-folder per client that holds a file `train.*` and maybe `test.*`, of any kind."""
     clients: dict[str, ClientFiles] = Field(default_factory=dict)
     """Client name -> its files."""
     partition: PartitionConfig | None = None
@@ -106,13 +107,13 @@ class DataConfig(Section):
     at_silos: bool = False
     """Every silo reads its own rows: a deployed run, whose recipe names no path."""
     columns: Columns = Field(default_factory=dict)
-    """Field (instruction, context, response, category) -> column, where it is named otherwise."""
+    """Field (instruction, context, response, category) -> column, where the column has another name."""
     on_bad_row: OnBadRow = "refuse"
-    """Where rows cannot be used: refuse their file with all of them, or drop them and say which."""
+    """What to do with bad rows: refuse = stop and name all of them; drop = leave them out and say which."""
     test_fraction: float = Field(0.2, gt=0, lt=1)
     """Share of passages held out where a client has no test file."""
     validation_fraction: float = Field(0.0, ge=0, lt=1)
-    """Share of each client's train passages that is neither trained on nor tested: settings are chosen on it."""
+    """Share of each client's train passages that is held out to choose settings: neither trained on nor tested."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

@@ -13,19 +13,19 @@ class EvaluationConfig(Section):
     """Scoring on rows that are not trained on."""
 
     split: Literal["test", "validation"] = "test"
-    """Rows that are scored: validation to choose settings by, test to report."""
+    """Rows to score: test to report; validation to choose settings, if data.validation_fraction is above 0."""
     rows: int | None = Field(None, ge=1)
-    """Rows per client that are scored; without it, all."""
+    """Number of rows per client that are scored; without it, all."""
     clients: int | None = Field(None, ge=1)
-    """Clients that are scored, drawn by their names: the same in every round, method and seed; without it, all."""
+    """Number of clients that are scored, drawn by name: the same in every round, method, seed; without it, all."""
     every: int | None = Field(None, ge=1)
-    """Evaluate after every so many rounds; the last round is always evaluated."""
+    """Evaluate after every this many rounds; without it, after the last round only, which is always evaluated."""
     answers: Literal["always", "last"] = "always"
     """Generate answers in every evaluated round, or in the last one only; NLL is always taken."""
     others_rows: int = Field(0, ge=0)
-    """Rows of every other client that a client's model is scored on in the end (clients in one process only)."""
+    """Rows of every other client on which a client's model is scored after the last round (in one process only)."""
     routing_rows: int = Field(0, ge=0)
-    """Rows per client whose routing is described at every evaluation; 0 = none."""
+    """Rows per client whose routing is recorded at every evaluation; 0 = none."""
     max_new_tokens: int | None = Field(None, ge=1)
     """Longest generated answer; without it, the smallest power of two that holds the longest train response."""
     batch_size: int = Field(32, ge=1)
@@ -38,31 +38,31 @@ class KnowledgeConfig(Section):
     general: str | None = None
     """File or hub:org/name[:split] of tasks that no client trains on."""
     general_rows: int | None = Field(None, ge=1)
-    """Its first rows that are scored; without it, all."""
+    """How many of its first rows are scored; without it, all."""
     mmlu: str | None = None
-    """Folder with MMLU as dev.jsonl and test.jsonl, or "hub"."""
+    """Folder with MMLU as dev.jsonl and test.jsonl, or "hub" to read it from the hub."""
     mmlu_questions: int | None = Field(200, ge=1)
-    """Questions, drawn evenly over subjects; without it, all."""
+    """Number of questions, drawn evenly over the subjects."""
     mmlu_shots: int = Field(0, ge=0, le=5)
-    """Solved questions before each one."""
+    """Solved questions shown before each question."""
 
 
 class CompareConfig(Section):
-    """What `flexperts compare` runs beside each other; a single run has no use for it."""
+    """What `flexperts compare` runs; a single run does not use it."""
 
     entries: tuple[str, ...] = ()
-    """Methods and variants, in the order of the table ("all" = every method not named beside it); empty = the
-    recipe's own method and its reference."""
+    """Methods and variants, in the order of the table; "all" = every method that the list does not name; empty =
+    the recipe's own method and its reference."""
     variants: dict[str, tuple[str, ...]] = Field(default_factory=dict)
-    """Name -> settings (KEY=VALUE) on top of the recipe; under a method's name, what that method needs."""
+    """Name of a variant -> settings (KEY=VALUE) on top of the recipe's; name of a method -> settings it needs."""
     seeds: int = Field(3, ge=1)
-    """Seeds 0, 1, ... that every entry runs with."""
+    """Number of seeds (0, 1, ...) with which every entry runs."""
     reference: str | None = None
-    """Entry that the others are compared with; without it, the first one."""
+    """Entry with which the others are compared; without it, the first one."""
     confidence: float = Field(0.95, gt=0.5, lt=1)
-    """Level of the intervals."""
+    """Confidence level of the intervals."""
     resamples: int = Field(10_000, ge=100)
-    """Bootstrap resamples."""
+    """Number of bootstrap resamples."""
 
     @model_validator(mode="after")
     def _names_can_be_listed(self) -> Self:

@@ -10,10 +10,10 @@ from flexperts.config.section import Section
 
 
 class FederationConfig(Section):
-    """The rounds."""
+    """The rounds: who takes part, how long they have, what is refused, how updates are combined."""
 
     rounds: int = Field(3, ge=1)
-    """Rounds."""
+    """Number of rounds."""
     participation: float = Field(1.0, gt=0, le=1)
     """Share of the clients that is drawn to train in each round; all are evaluated."""
     min_clients: int = Field(1, ge=1)
@@ -25,13 +25,13 @@ class FederationConfig(Section):
     max_update_rms: float = Field(10.0, gt=0)
     """Root mean square of an update's values (trained minus sent) above which it is refused."""
     aggregation: Literal["mean", "median", "trimmed_mean", "krum"] = "mean"
-    """How updates become one: the mean by rows, or a rule that some wrong updates cannot sway; those count every
-    client once and need all replies in memory. See docs/privacy.md."""
+    """How updates are combined: their mean, weighted by rows, or a rule that tolerates some wrong updates. Such a
+    rule counts every client once and needs all replies in memory; see docs/privacy.md."""
     trim: float = Field(0.25, gt=0, lt=0.5)
-    """Share cut off at either end of every value (trimmed_mean), rounded down to whole updates, of which there must
-    be one."""
+    """Share of the updates cut off at each end of every value (trimmed_mean), rounded down to whole updates, of
+    which there must be at least one."""
     malicious_clients: int = Field(1, ge=0)
-    """How many wrong updates are reckoned with (krum); there must be at least three more updates than that."""
+    """Number of wrong updates to tolerate (krum); there must be at least three more updates than that."""
 
     def drawn(self, clients: int) -> int:
         """Return how many of a run's clients are drawn to train in a round, at least one."""
@@ -47,7 +47,7 @@ class PrivacyConfig(Section):
     clip: float = Field(1.0, gt=0)
     """L2 norm that an update (trained minus sent) is clipped to."""
     noise_multiplier: float = Field(1.0, gt=0)
-    """The noise's standard deviation over clip: on the sum of the updates (central), on each update (local)."""
+    """Standard deviation of the noise over clip: on the sum of the updates (central), on each update (local)."""
     delta: float = Field(1e-5, gt=0, lt=1)
     """The delta at which epsilon is reported."""
 
@@ -57,10 +57,10 @@ class CompressionConfig(Section):
 
     kind: Literal["none", "fp16", "int8", "top_k"] = "none"
     """fp16 = half precision; int8 = 8 bits and one scale per block; top_k = the largest values only, in half
-    precision. What is packed is the update; what clients are sent stays fp32."""
+    precision. Only updates are packed; what clients receive stays fp32."""
     block: int = Field(256, ge=1)
     """Values that share one scale (int8)."""
     fraction: float = Field(0.05, gt=0, le=1)
     """Share of the values that is sent (top_k)."""
     error_feedback: bool = True
-    """Add what packing has lost to the next round's update."""
+    """Add what packing lost to the next round's update."""

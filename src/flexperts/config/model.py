@@ -23,20 +23,21 @@ class ModelConfig(Section):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Variables of the chat template, such as {enable_thinking = false}."""
     template_date: str | None = Field(None, pattern=r"^\d{4}-\d{2}-\d{2}$")
-    """Day that a chat template is told when it asks for the present one; a run keeps that of its start."""
+    """Date (YYYY-MM-DD) given to chat templates that ask for today's; without it, the day of the run's start."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
+    """auto (CUDA where there is a GPU), cpu, cuda, cuda:1, ..."""
     quantization: Literal["none", "int8", "nf4"] = "none"
-    """How the frozen routed experts are stored: in dtype, or in 8 or 4 bits; all else stays in dtype."""
+    """How the frozen routed experts are stored: in dtype, or in 8 or 4 bits; all else stays in dtype. It excludes
+    device_map."""
     device_map: Literal["auto"] | dict[str, Literal["cpu", "disk"]] | None = None
-    """Where routed experts lie between uses that do not fit the device: module name -> cpu or disk, for all experts
-    in it, or auto, what fits max_memory on the device, then in the CPU's memory, then on disk."""
+    """Where routed experts that do not fit the device are kept between uses: module name -> cpu or disk, for all
+    experts in the module; or auto: the device up to max_memory, then the CPU's memory, then disk."""
     max_memory: dict[Literal["device", "cpu"], str] = Field(default_factory=dict)
-    """The most that device_map = "auto" fills, such as "8GiB"; else 70 % of what is free."""
+    """The most that device_map = "auto" fills, such as "8GiB"; without it, 70 % of what is free."""
     offload_folder: str | None = None
-    """Folder for experts that lie on disk and are stored otherwise in the base's own files."""
+    """Folder for experts on disk, where the base's own files store them in another layout."""
     preflight: bool = True
-    """Let `flexperts run` refuse what does not fit the machine's memory, before a base of 1 GB or more loads."""
+    """Let `flexperts run` refuse what does not fit the machine's memory, before it loads a base of 1 GB or more."""
     trust_remote_code: bool = False
     """Run code that comes with the base; only for bases you trust."""
 
@@ -57,29 +58,29 @@ class LoraConfig(Section):
     """LoRA on the attention projections: the shared part."""
 
     rank: int = Field(8, ge=1)
-    """r."""
+    """Rank r."""
     alpha: float = Field(16.0, gt=0)
-    """Scaling numerator."""
+    """Scaling numerator: LoRA's output is multiplied by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on LoRA's input."""
     projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
-    """Last names of the attention Linear layers to adapt; empty = every one that the rule finds."""
+    """Last names of the attention Linear layers to adapt; empty = every attention projection that is found."""
 
 
 class GraftConfig(Section):
     """The personal experts."""
 
     experts: int = Field(1, ge=1)
-    """k, personal experts per MoE layer."""
+    """Personal experts per MoE layer (k)."""
     rank: int | Literal["full"] = "full"
-    """LoRA rank of the personal experts, or "full" for trainable copies."""
+    """LoRA rank of the personal experts, at least 1, or "full" for trainable copies."""
     alpha: float = Field(16.0, gt=0)
     """LoRA scaling numerator of the personal experts."""
     start: Literal["copy", "silent"] = "copy"
     """copy = the pretrained expert as it is; silent = with its down projection at zero, so that the untrained graft
-    changes nothing (rank "full", beside)."""
+    changes nothing (needs rank "full" and place "beside")."""
     gate_bias: float = 0.0
-    """Start of the gate's logit; 0 opens it half."""
+    """The gate's logit at the start; 0 = half open."""
     calibration_rows: int = Field(64, ge=1)
     """Train rows whose tokens the selection reads."""
     calibration_tokens: int = Field(8192, ge=1)
@@ -87,18 +88,20 @@ class GraftConfig(Section):
     selection: Literal[
         "reconstruction", "scaled", "frequency", "router_weight", "random", "greedy", "exhaustive"
     ] = "reconstruction"
-    """Rule that picks the experts to graft; the method's own is reconstruction."""
+    """Rule that picks the experts to graft; FLEx's own is reconstruction. See docs/flex.md."""
     layers: tuple[int, ...] = ()
     """MoE layers that get a graft, counted from 0, negative from the end; empty = all."""
     scale: float | Literal["least_squares"] = 1.0
-    """Factor on a personal expert's output; least_squares = the coefficients that best rebuild the routed output
-    from the chosen experts."""
+    """Factor on a personal expert's output, above 0; least_squares = the coefficients that best rebuild the routed
+    output from the chosen experts."""
     place: Literal["beside", "in_place"] = "beside"
-    """beside = one expert more, with a gate; in_place = the chosen expert itself is adapted, no gate."""
+    """beside = one expert more, with a gate; in_place = the chosen expert itself is adapted, no gate (needs the
+    default scale, sharing and dropout)."""
     sharing: Literal["personal", "shared", "both"] = "personal"
-    """Who owns the grafted expert: the client, the federation (averaged), or one each."""
+    """personal = the client owns the grafted expert; shared = it is averaged over the clients (needs the default
+    scale and dropout); both = one of each."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of training batches without the graft, so that the shared part learns to stand alone."""
+    """Share of training batches without the graft, so that the shared part learns to work without it."""
 
     @model_validator(mode="after")
     def _positive_rank(self) -> Self:

@@ -18,18 +18,18 @@ class MethodConfig(Section):
     """The federated method."""
 
     name: str = "flex"
-    """See `flexperts methods`."""
+    """Name of a method; `flexperts methods` lists them."""
     options: dict[str, Any] = Field(default_factory=dict)
     """The method's own settings, such as FedProx's mu; see docs/methods.md."""
     reference: str | None = None
-    """A second method, run at the same budget and seed and reported beside the first; its options are defaults."""
+    """A second method, run at the same budget and seed and reported beside the first, with its default options."""
 
 
 class TrainingConfig(Section):
     """The local step of every client."""
 
     local_steps: int | None = Field(None, ge=1)
-    """Optimizer steps per round; without it, local_epochs counts."""
+    """Optimizer steps per round; without it, local_epochs decides."""
     local_epochs: float = Field(1.0, gt=0)
     """Passes over the client's rows per round."""
     batch_size: int = Field(4, ge=1)
@@ -39,7 +39,7 @@ class TrainingConfig(Section):
     max_length: int = Field(512, ge=16)
     """Longest example in tokens."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Optimizer of the local step; sgd is without momentum."""
+    """Optimizer of the local step; sgd has no momentum."""
     lr: float = Field(2e-3, gt=0)
     """Peak learning rate of the shared parameters."""
     personal_lr: float | None = Field(None, gt=0)

@@ -24,26 +24,26 @@ class SiloData(ClientFiles):
     """The silo's own rows."""
 
     columns: Columns = Field(default_factory=dict)
-    """Field (instruction, context, response, category) -> column, where it is named otherwise."""
+    """Field (instruction, context, response, category) -> column, where the column has another name."""
     on_bad_row: OnBadRow = "refuse"
-    """Where rows cannot be used: refuse their file with all of them, or drop them and say which."""
+    """What to do with bad rows: refuse = stop and name all of them; drop = leave them out and say which."""
 
 
 class SiloConfig(Section):
-    """A silo, whole. Nothing of it is ever sent but the name."""
+    """One silo. Only the name is ever sent."""
 
     name: Annotated[str, AfterValidator(_name)]
-    """The client's name in every run."""
+    """The client's name in every run: letters of one script, digits, "-", "_", "."; it begins with no "."."""
     state: str
-    """Folder of the private state, run by run; only its owner may enter it."""
+    """Folder of the private state of every run; only its owner may enter it."""
     base: str
     """The recipe's base on this machine: a shipped base's name, a local transformers folder, or a hub id."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Storage type that the base is loaded with at start; a recipe with the other one has it loaded again."""
+    """Storage type of the base at start; a recipe with the other type makes the silo load the base again."""
     quantization: Literal["none", "int8", "nf4"] = "none"
-    """How its routed experts are stored at start; a recipe that says otherwise has the base loaded again."""
+    """How its routed experts are stored at start; a recipe that differs makes the silo load the base again."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
+    """auto (CUDA where there is a GPU), cpu, cuda, cuda:1, ..."""
     trust_remote_code: bool = False
     """Let the base's own Python code run; no recipe can switch it on."""
     data: SiloData
