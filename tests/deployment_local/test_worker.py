@@ -19,8 +19,9 @@ from flexperts.communication.traffic import encoded_objects
 from flexperts.config.run import RunConfig
 from flexperts.config.silo import SiloConfig
 from flexperts.deployment import worker as worker_module
+from flexperts.deployment.kept import keep_recipe, kept_runs
 from flexperts.deployment.settings import for_silo
-from flexperts.deployment.state import keep_recipe, kept_runs, make_private
+from flexperts.deployment.state import make_private
 from flexperts.deployment.wire import pack, unpack
 from flexperts.deployment.worker import Worker
 from flexperts.errors import ArtifactError

@@ -140,7 +140,7 @@ def runs(silo: _Silo) -> None:
     from rich.table import Table
 
     from flexperts.cli.console import console
-    from flexperts.deployment.state import kept_runs
+    from flexperts.deployment.kept import kept_runs
     from flexperts.recipe import load_silo
     from flexperts.reports.cells import size
 

@@ -13,8 +13,9 @@ from flexperts.client.request import Request
 from flexperts.client.resident import Resident
 from flexperts.client.workspace import Workspace
 from flexperts.config.silo import SiloConfig
+from flexperts.deployment.kept import with_kept_choices
 from flexperts.deployment.settings import for_silo
-from flexperts.deployment.state import run_folder, with_kept_choices
+from flexperts.deployment.state import run_folder
 from flexperts.deployment.wire import pack, unpack
 from flexperts.errors import ArtifactError
 from flexperts.evaluation.generation import Answer

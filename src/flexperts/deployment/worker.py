@@ -20,8 +20,9 @@ from flexperts.config.model import ModelConfig
 from flexperts.config.run import RunConfig
 from flexperts.config.silo import SiloConfig
 from flexperts.deployment.home import keep_received
+from flexperts.deployment.kept import keep_choices, keep_recipe, keep_rows, with_kept_choices
 from flexperts.deployment.settings import for_silo
-from flexperts.deployment.state import keep_choices, keep_recipe, keep_rows, run_folder, with_kept_choices
+from flexperts.deployment.state import run_folder
 from flexperts.deployment.wire import Fields, pack, unpack
 from flexperts.errors import FederationError, FlexpertsError
 from flexperts.methods.registry import make_method

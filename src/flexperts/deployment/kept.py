@@ -1,0 +1,107 @@
+"""What a silo keeps of its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from flexperts.artifacts import RunDirectory
+from flexperts.config.changes import recipe_changes, rounds_before
+from flexperts.config.run import RunConfig
+from flexperts.data.clients import Clients, partition_manifest
+from flexperts.data.unchanged import check_same_rows
+from flexperts.deployment.state import run_folder, run_ids
+from flexperts.errors import ArtifactError
+from flexperts.files import mapping, read_json, write_json, write_text
+from flexperts.parameters.store import load_personal
+from flexperts.recipe import recorded_recipe
+
+_CHOICES = "choices.json"
+
+
+@dataclass(frozen=True)
+class KeptRun:
+    """One run's private state.
+
+    Args:
+        run: The run's id.
+        method: Its method.
+        round: Last round that the silo trained in.
+        bytes: Size of everything that is kept.
+    """
+
+    run: str
+    method: str
+    round: int
+    bytes: int
+
+
+def keep_recipe(folder: Path, recipe: str) -> None:
+    """Note a run's recipe, as it was handed out, in the run's folder, or find the same one noted there.
+
+    How many rounds a run has is the server's to say, and may change on the way.
+
+    Raises:
+        ArtifactError: It is another one: states of two runs must not mix.
+    """
+    kept = RunDirectory.open(folder).config_toml if (folder / "config.toml").exists() else None
+    if kept is None or rounds_before(kept, recipe):
+        write_text(folder / "config.toml", recipe)
+    elif kept != recipe:
+        rule = f"it holds a run of another recipe ({recipe_changes(kept, recipe)})"
+        raise ArtifactError(f"{folder}", rule, "start a new run on the server")
+
+
+def with_kept_choices(config: RunConfig, folder: Path) -> RunConfig:
+    """Return a run with what this silo chose for it before, where the recipe leaves it open.
+
+    Raises:
+        ArtifactError: The note is damaged.
+    """
+    if not (note := folder / _CHOICES).exists():
+        return config
+    noted = mapping(note, read_json(note))
+    return config.with_choices(noted.get("template_date"), noted.get("max_new_tokens"))
+
+
+def keep_choices(folder: Path, template_date: str | None, max_new_tokens: int) -> None:
+    """Note what this silo has chosen for a run by its own clock and rows."""
+    write_json(folder / _CHOICES, {"template_date": template_date, "max_new_tokens": max_new_tokens})
+
+
+def keep_rows(folder: Path, clients: Clients) -> bool:
+    """Note which rows a run starts with at this silo, in counts and hashes, or find the same ones noted there.
+
+    Returns:
+        Whether a run of an earlier version is here, which had no note: that its rows are the same is not known.
+
+    Raises:
+        ArtifactError: The note is damaged.
+        DataError: They are others: what was trained on could be tested on.
+    """
+    note = RunDirectory(folder).partition
+    if note.exists():
+        check_same_rows(note, clients)
+        return False
+    write_json(note, partition_manifest(clients))
+    return (folder / "config.toml").exists()
+
+
+def kept_runs(state: Path, client: str) -> Iterator[KeptRun]:
+    """Yield the runs of a state folder, sorted by id.
+
+    Args:
+        state: The state folder.
+        client: The silo's name.
+
+    Raises:
+        ArtifactError: A file is damaged.
+    """
+    for run in run_ids(state):
+        folder = run_folder(state, run)
+        recipe = recorded_recipe(RunDirectory.open(folder).path)
+        personal = folder / "personal" / f"{client}.safetensors"
+        last = load_personal(personal)[1].round if personal.exists() else 0
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        yield KeptRun(run, recipe.method.name, last, size)
