@@ -41,7 +41,7 @@ def main(grid: Grid, context: Context) -> None:
                 extend(RunDirectory(out), config, current_observer())
             run = _open(out, config.to_toml(), resume=resume)
             if not run.has_finished:
-                run.write_summary(serve(grid, config, run, current_observer()))
+                serve(grid, config, run, current_observer())
         log.info("finished; everything is in %s", out)
     except FlexpertsError as error:
         log.error("error: %s", error)

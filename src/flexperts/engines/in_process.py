@@ -190,15 +190,20 @@ def _run_rounds(workspace: Workspace, config: RunConfig, run: RunDirectory, load
     nodes = {number: partial(_answer, resident, name) for number, name in enumerate(workspace.clients, 1)}
     if not (run.path / "config.toml").exists():  # a resumed run keeps what it started with
         write_json(run.partition, partition_manifest(workspace.clients))
+
+    def amend(summary: dict[str, Any]) -> dict[str, Any]:
+        took = {
+            name: round(value + loading * (name in ("setup", "total")), 2)
+            for name, value in summary["seconds"].items()
+        }
+        return summary | {"seconds": took, "peak_memory": peak_bytes(device)}
+
     reset_peak(device)
     RunDirectory.create_or_resume(run.path, config.to_toml())
     try:
-        summary = serve(InProcessGrid(nodes), config, run, current_observer())
+        serve(InProcessGrid(nodes), config, run, current_observer(), amend)
     finally:
         resident.model.close()
-    for stage in ("setup", "total"):
-        summary["seconds"][stage] = round(summary["seconds"][stage] + loading, 2)
-    run.write_summary(summary | {"peak_memory": peak_bytes(device)})
 
 
 def _answer(resident: Resident, name: str, kind: str, content: RecordDict) -> RecordDict:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,11 +51,24 @@ class Initial:
     size: int
 
 
-def serve(grid: Grid, config: RunConfig, run: RunDirectory, observer: Observer) -> dict[str, Any]:
-    """Run a method's rounds over a grid, write rounds and shared adapter, and return the summary.
+def serve(
+    grid: Grid,
+    config: RunConfig,
+    run: RunDirectory,
+    observer: Observer,
+    amend: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> None:
+    """Run a method's rounds over a grid and write rounds, shared adapter and, last, the summary.
 
-    A run directory that holds a checkpoint is taken up after its last finished round, by those clients that are
+    A run directory that holds a checkpoint is resumed after its last finished round, by those clients that are
     there.
+
+    Args:
+        grid: Where the clients are.
+        config: The run.
+        run: Its directory.
+        observer: Receives progress.
+        amend: Adds to the summary what only the caller knows, before it is written.
 
     Raises:
         ConfigError: The method cannot run with these settings or clients.
@@ -85,7 +98,7 @@ def serve(grid: Grid, config: RunConfig, run: RunDirectory, observer: Observer) 
     seconds = {"setup": setup, **strategy.seconds(), "total": time.monotonic() - started + before}
     summary = summarize(config, strategy.rounds, seconds, base, server.clients)
     summary["bytes"]["join_total"] = sum(one.size for one in members.told.values()) + initial.size
-    return summary
+    run.write_summary(amend(summary))
 
 
 def _awaited(federation: FederationConfig, server: Server | None) -> FederationConfig:
