@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
 from torch import Generator, Tensor, nn
 from torch.autograd import backward
 from torch.nn import Parameter
@@ -150,7 +151,7 @@ def train_local(
     average has replaced. ``on_step`` gets each step's loss, penalty left out.
 
     Raises:
-        FederationError: The loss is not finite.
+        FederationError: The loss is not finite, or a trained weight after the last step.
     """
     hooks = hooks or StepHooks()
     optimizer, schedule = _optimizer(split, settings)
@@ -170,6 +171,7 @@ def train_local(
         losses.append(loss)
         tokens += sum(len(row.input_ids) for row in rows)
         on_step(loss)
+    _check_weights(split, settings)
     optimizer.state.clear()  # schedule and optimizer hold each other: the moments would wait for the collector
     model.eval()
     return TrainResult(sum(losses) / len(losses), len(losses), len(examples), tokens, lr_sum)
@@ -217,12 +219,21 @@ def _by_rate(
 
 def _finite(loss: float, settings: LocalSettings) -> float:
     if not math.isfinite(loss):
-        raise FederationError(
-            f"training loss = {loss}",
-            "it must be finite",
-            f"lower training.lr (now {settings.lr:g}) or personal_lr",
-        )
+        raise _diverged(f"training loss = {loss}", settings)
     return loss
+
+
+def _check_weights(split: ParameterSplit, settings: LocalSettings) -> None:
+    """Refuse what the last step may leave, whose loss is never computed: no server sees the personal weights."""
+    whole = [parameter.isfinite().all() for parameter in split.trained.values()]
+    if whole and not torch.stack(whole).all():
+        name = next(name for name, fine in zip(split.trained, whole, strict=True) if not fine)
+        raise _diverged(f"{name} after the last step", settings)
+
+
+def _diverged(value: str, settings: LocalSettings) -> FederationError:
+    remedy = f"lower training.lr (now {settings.lr:g}) or personal_lr"
+    return FederationError(value, "it must be finite", remedy)
 
 
 def steps_per_round(rows: int, batch_size: int, local_steps: int | None, local_epochs: float) -> int:

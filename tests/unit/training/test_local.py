@@ -206,6 +206,16 @@ def test_a_loss_that_is_not_finite_is_refused(model: Any, split: ParameterSplit)
         train_local(model, split, EXAMPLES, SETTINGS, stream())
 
 
+@pytest.mark.parametrize("rates", [{"lr": 1e39}, {"lr": 0.01, "personal_lr": 1e39}])
+def test_weights_that_the_last_step_breaks_are_refused(
+    model: Any, split: ParameterSplit, rates: dict[str, float]
+) -> None:
+    """The loss of that step is finite; without this look a silo would keep such a personal part."""
+    settings = replace(SETTINGS, steps=1, **rates)
+    with pytest.raises(FederationError, match=r".* after the last step: it must be finite; lower training\.lr"):
+        train_local(model, split, EXAMPLES, settings, stream())
+
+
 def by_hand(model: Any, examples: list[Example]) -> Tensor:
     """Mean NLL per response token: full logits, one unpadded row at a time, float64."""
     terms = []
