@@ -217,7 +217,7 @@ def test_an_unforeseen_failure_is_logged_whole_and_told_by_its_class(
 def test_a_silo_says_before_round_1_which_references_no_answer_can_reach(worker: Worker, handed: Handed) -> None:
     request(worker, "query.join", records({}), run=RUN, recipe=handed("evaluation.max_new_tokens=3").to_toml())
     [note] = [line for line in worker.observer.lines if line.startswith("note: ")]  # type: ignore[attr-defined]
-    assert "evaluation.max_new_tokens = 3 cuts every answer before these references end: clinic 4 of 4" in note
+    assert "with evaluation.max_new_tokens = 3, answers are shorter than these references: clinic 4 of 4" in note
 
 
 def test_a_silo_without_a_limit_chooses_by_its_own_rows_and_reports_it(
