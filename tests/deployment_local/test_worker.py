@@ -288,7 +288,7 @@ def test_a_run_of_an_earlier_version_is_noted_as_it_is_found(silo: SiloConfig, h
 
     assert request(Worker(silo, Notices()), "query.join", records({}), run=RUN, recipe=recipe)[0] == {}
     assert [text for text in Notices.told if text.startswith("run")] == [
-        f"run {RUN[:8]}: which rows it started with is not known; now these are noted"
+        f"run {RUN[:8]}: its first rows are not on record; the current rows are recorded now"
     ]
     assert (Path(silo.state) / "runs" / RUN / "partition.json").exists()
 

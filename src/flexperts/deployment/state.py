@@ -1,4 +1,4 @@
-"""A silo's state folder: private to one user, with a folder per run and the socket of the worker that serves it."""
+"""A silo's state folder: private to one user, with a folder per run and the socket of its worker."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from flexperts.parameters.store import load_personal
 from flexperts.recipe import recorded_recipe
 
 _RUN = re.compile(r"[0-9a-f]{32}")
+_LISTED = "choose an id that `flexperts silo runs` lists"
 _LONGEST_SOCKET = 107
-"""Bytes of a Unix socket's path, a limit of the system."""
+"""Most bytes in the path of a Unix socket; a limit of the system."""
 
 
 def socket_of(state: Path) -> Path:
@@ -31,7 +32,7 @@ def socket_of(state: Path) -> Path:
 
 
 def lock_of(state: Path) -> Path:
-    """Return the file that a worker holds locked while it serves a state folder."""
+    """Return the file that a worker locks while it serves a state folder."""
     return state / "worker.lock"
 
 
@@ -40,68 +41,68 @@ def run_folder(state: Path, run: str) -> Path:
 
     Args:
         state: The state folder.
-        run: The run's id, which comes from outside and therefore must not be able to name a path.
+        run: The run's id; it is received from outside, so it must not be a path.
 
     Raises:
-        FederationError: It is no id.
+        FederationError: The id is not valid.
     """
     if not _RUN.fullmatch(run):
-        raise FederationError(f"run {run[:80]!r}", "a run's id is 32 digits 0-9a-f", "give one of `silo runs`")
+        raise FederationError(f"run {run[:80]!r}", "a run's id is 32 digits 0-9a-f", _LISTED)
     return state / "runs" / run
 
 
 def run_ids(state: Path) -> list[str]:
-    """Return the ids of the runs that a state folder holds, sorted."""
+    """Return the ids of the runs in a state folder, sorted."""
     return sorted(p.name for p in (state / "runs").glob("*") if _RUN.fullmatch(p.name) and p.is_dir())
 
 
 def make_private(state: Path) -> None:
-    """Make a state folder that only this user can enter, or accept the one that is there.
+    """Create a state folder that only this user can enter, or check an existing one.
 
     Raises:
-        ArtifactError: It is not private, or cannot be made.
+        ArtifactError: It is not private, or cannot be created.
         ConfigError: The socket's path would be too long.
     """
     try:
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise ArtifactError(f"{state}", f"it cannot be made ({error})", "choose another state folder") from error
+        raise ArtifactError(f"{state}", f"it cannot be created ({error})", "choose another state folder") from error
     check_private(state)
 
 
 def check_private(state: Path) -> None:
-    """Refuse a state folder that others can enter, or in which a socket cannot lie; it may not be there yet.
+    """Refuse a state folder that others can enter, or that cannot hold a socket; the folder need not exist.
 
     Raises:
-        ArtifactError: It is no folder of this user, or group or others can enter it.
+        ArtifactError: It is not a folder of this user, or group or others can enter it.
         ConfigError: The socket's path would be too long.
     """
     length = len(os.fsencode(socket_of(state)))
     if length > _LONGEST_SOCKET:
         raise ConfigError(
             f"{socket_of(state)}",
-            f"the path of a socket is at most {_LONGEST_SOCKET} bytes, this is {length}",
+            f"the path of a socket has at most {_LONGEST_SOCKET} bytes, this one has {length}",
             "choose a state folder with a shorter path",
         )
     if not state.exists():
         return
     found = state.stat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise ArtifactError(f"{state}", "it is no folder of this user", "choose another state folder")
+        raise ArtifactError(f"{state}", "it is not a folder of this user", "choose another state folder")
     if found.st_mode & 0o077:
-        raise ArtifactError(f"{state}", "group or others can enter it", f"chmod 700 {state}")
+        raise ArtifactError(f"{state}", "group or others can enter it", f"run chmod 700 {state}")
 
 
 def forget(state: Path, run: str) -> None:
-    """Delete everything that a state folder holds of one run.
+    """Delete one run's private state.
 
     Raises:
-        FederationError: The id is none.
+        FederationError: The id is not valid.
         ArtifactError: There is no such run, or it cannot be deleted.
     """
     folder = run_folder(state, run)
     if not folder.is_dir():
-        raise ArtifactError(f"run {run}", f"{state} holds nothing of it", "see `flexperts silo runs`")
+        raise ArtifactError(f"run {run}", f"{state} has no such run", _LISTED)
     try:
         shutil.rmtree(folder)
     except OSError as error:
@@ -118,8 +119,8 @@ class KeptRun:
     Args:
         run: The run's id.
         method: Its method.
-        round: Last round that the silo trained in.
-        bytes: Size of everything that is kept.
+        round: Last round in which the silo trained.
+        bytes: Size of all its files.
     """
 
     run: str
@@ -129,26 +130,26 @@ class KeptRun:
 
 
 def keep_recipe(folder: Path, recipe: str) -> None:
-    """Note a run's recipe, as it was handed out, in the run's folder, or find the same one noted there.
+    """Write a run's recipe, as received from the server, to the run's folder, or check that it is the same.
 
-    How many rounds a run has is the server's to say, and may change on the way.
+    The number of rounds may differ: the server can change it during a run.
 
     Raises:
-        ArtifactError: It is another one: states of two runs must not mix.
+        ArtifactError: The recipe is another one: states of two runs must not mix.
     """
     kept = RunDirectory.open(folder).config_toml if (folder / "config.toml").exists() else None
     if kept is None or rounds_before(kept, recipe):
         write_text(folder / "config.toml", recipe)
     elif kept != recipe:
-        rule = f"it holds a run of another recipe ({recipe_changes(kept, recipe)})"
+        rule = f"it holds a run with another recipe ({recipe_changes(kept, recipe)})"
         raise ArtifactError(f"{folder}", rule, "start a new run on the server")
 
 
 def with_kept_choices(config: RunConfig, folder: Path) -> RunConfig:
-    """Return a run with what this silo chose for it before, where the recipe leaves it open.
+    """Return a run with this silo's earlier choices for settings that the recipe leaves open.
 
     Raises:
-        ArtifactError: The note is damaged.
+        ArtifactError: The file of choices is damaged.
     """
     if not (note := folder / _CHOICES).exists():
         return config
@@ -157,19 +158,19 @@ def with_kept_choices(config: RunConfig, folder: Path) -> RunConfig:
 
 
 def keep_choices(folder: Path, template_date: str | None, max_new_tokens: int) -> None:
-    """Note what this silo has chosen for a run by its own clock and rows."""
+    """Write this silo's choices for a run: the templates' date by its clock, the answer limit by its rows."""
     write_json(folder / _CHOICES, {"template_date": template_date, "max_new_tokens": max_new_tokens})
 
 
 def keep_rows(folder: Path, clients: Clients) -> bool:
-    """Note which rows a run starts with at this silo, in counts and hashes, or find the same ones noted there.
+    """Write counts and hashes of the rows with which a run starts at this silo, or check that they are the same.
 
     Returns:
-        Whether a run of an earlier version is here, which had no note: that its rows are the same is not known.
+        Whether the run began with an earlier version, which wrote no such file: its first rows are not known.
 
     Raises:
-        ArtifactError: The note is damaged.
-        DataError: They are others: what was trained on could be tested on.
+        ArtifactError: The file is damaged.
+        DataError: The rows are others: rows that were trained on could be tested on.
     """
     note = RunDirectory(folder).partition
     if note.exists():
