@@ -36,7 +36,7 @@ def test_a_forgotten_silo_is_not_mentioned_any_more(recipe: Recipe, tmp_path: Pa
     stopped(config, out, a, b, c)
     result = CliRunner().invoke(app, ["forget", str(out), "b"])
     assert result.exit_code == 0, result.output
-    assert "b is out" in result.output
+    assert "b is removed" in result.output
     server, rounds = run_on(ScriptedGrid(a, c), config, out)
     assert '"b"' not in json.dumps(rounds[2:])
     assert server.clients == {"a": 3, "c": 7}

@@ -165,7 +165,7 @@ def test_a_kill_between_the_steps_of_an_extension(
 def test_what_cannot_be_extended(recipe: Recipe, workspace: Workspace, tmp_path: Path) -> None:
     out, config = tmp_path / "run", recipe(*SHORT, "federation.rounds=2")
     run_federation(config, out, workspace=workspace)
-    with pytest.raises(ArtifactError, match="give a number above 2"):
+    with pytest.raises(ArtifactError, match="set a number above 2"):
         run_federation(rounds_of(config, 1), out, resume=True)
     other = recipe(*SHORT, "federation.rounds=3", "training.lr=0.5")
     with pytest.raises(ArtifactError, match="another recipe"):
