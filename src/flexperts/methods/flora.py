@@ -27,7 +27,7 @@ class FLoRA(RankedMethod):
     Source: arXiv 2409.05976 (NeurIPS 2024).
     A = [p_1 A_1; ...; p_K A_K], B = [B_1, ..., B_K], p_i = n_i / n:  s B A = sum_i p_i s B_i A_i, s = alpha / r.
     Round t computes with W0 + sum_{u<t} s B^u A^u; on top of it, each client trains A_i, B_i of its rank r_i.
-    Trained: attention LoRA, initialized anew in every round. Sent: A_i and B_i at rank r_i up; down the stack of
+    Trained: attention LoRA, initialized again in every round. Sent: A_i and B_i at rank r_i up; down the stack of
     the last round, of rank sum_i r_i (a client that missed rounds gets all their stacks). Aggregated: stacked,
     exact.
     Stays: nothing personal, but each client keeps a copy of all stacks. Inference: the base with all stacks.
@@ -35,7 +35,7 @@ class FLoRA(RankedMethod):
     storage type serves all clients. The stacks are kept next to the base as one frozen low-rank update whose rank
     grows by sum_i r_i a round: it costs the time and memory of a LoRA of that rank, and every evaluation sends all
     of it. In each round all clients draw one A (uniform as PEFT's; a client of rank r_i takes its first r_i rows),
-    B starts at zero. The learning rate's cosine is over all rounds, although LoRA starts anew in each. The adapter
+    B starts at zero. The learning rate's cosine is over all rounds, although LoRA is new in each round. The adapter
     folder holds all stacks as one LoRA of the summed rank.
     Not for few local steps per round or many rounds: B starts from zero in every round and does not get far, while
     the down-link grows with the number of clients and the model with the number of rounds.

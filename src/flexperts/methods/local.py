@@ -45,7 +45,7 @@ class Local(Flex):
             )
 
     def shared(self, names: Collection[str]) -> set[str]:
-        """Nothing is shared."""
+        """Return no names: nothing is shared."""
         return set()
 
     def train(self, turn: Turn) -> TrainResult:
@@ -65,7 +65,7 @@ class LocalLoRA(Method):
     Trained: attention LoRA. Sent: nothing. Aggregated: nothing. Stays: attention LoRA. Inference: the client's own
     LoRA.
     Open choices: the LoRA is personal, so its rate is ``training.personal_lr`` if that is set. Training is
-    continuous, except that AdamW starts anew in every round, as for every method. ``local`` is this bound with
+    continuous, except that every round has a new AdamW, as for every method. ``local`` is this bound with
     FLEx's graft.
     """
 
@@ -78,5 +78,5 @@ class LocalLoRA(Method):
     additive = False
 
     def shared(self, names: Collection[str]) -> set[str]:
-        """Nothing is shared."""
+        """Return no names: nothing is shared."""
         return set()

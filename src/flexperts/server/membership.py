@@ -1,4 +1,4 @@
-"""The members of the federation: each node's client, and what each client told the server on joining."""
+"""The members of the federation: each node's client, and what each client sent on joining."""
 
 from __future__ import annotations
 

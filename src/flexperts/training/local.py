@@ -146,7 +146,7 @@ def train_local(
 ) -> TrainResult:
     """Train the shared and personal parameters of ``model`` in place.
 
-    The optimizer starts anew in every round, as in the paper's code base: its old moments belong to weights that
+    Every round has a new optimizer, as in the paper's code base: its old moments belong to weights that
     the average has replaced. ``on_step`` receives each step's loss, without the penalty.
 
     Raises:

@@ -47,9 +47,9 @@ class Method:
     source: ClassVar[str]
     """The paper, with a section if that helps."""
     sends: ClassVar[str] = "attention LoRA"
-    """What leaves a client."""
+    """The values that leave a client, in words."""
     keeps: ClassVar[str] = "nothing"
-    """What a client trains and never sends."""
+    """The values that a client trains and never sends, in words."""
     Options: ClassVar[type[Options]] = Options
     """The class of the method's settings."""
     needs_experts: ClassVar[bool] = False
