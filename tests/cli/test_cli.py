@@ -422,7 +422,7 @@ def test_a_run_is_not_taken_up_with_another_recipe(work: Path, finished: tuple[P
         "it holds a run with another recipe (seed: 0, now 1)",
         "resume with the recipe and --set of the first start",
     )
-    refused(call("run", work / "recipe.toml", "--resume"), "--resume", "give its --out")
+    refused(call("run", work / "recipe.toml", "--resume"), "--resume", "add --out DIRECTORY")
     assert answer[1].strip() == ""
     assert listing(out) == before
 

@@ -272,7 +272,7 @@ def test_a_missed_quorum_names_everyone_and_leaves_the_round_before(recipe: Reci
     said = str(caught.value)
     assert said.startswith("round 2: 1 of 3 clients sent a usable update (a missing, b refused (")
     assert "not finite" in said
-    assert "federation.quorum = 0.5 asks for 2; resume the run when they are back" in said
+    assert "federation.quorum = 0.5 asks for 2; resume the run when the clients are back" in said
     assert (out / "checkpoint.safetensors").read_bytes() == kept[0]
     assert not (out / "summary.json").exists()
     grid.faults.clear()
