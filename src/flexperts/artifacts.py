@@ -1,27 +1,27 @@
-"""The run directory: what a run leaves behind, and the only thing that reports read.
+"""The run directory: all files of a run, and the only input of reports.
 
 Its files::
 
   config.toml            the whole recipe, defaults written out
-  run_id                 32 hex digits by which silos know which run their state belongs to
+  run_id                 32 hex digits; silos keep their state under this id
   environment.json       versions, code and machine
   rounds.jsonl           one line per finished round, with its checksum
   summary.json           scores, bytes and seconds, with their checksum; written when the method's rounds are done,
                          and once more with the reference's when those are
   shared/                the averaged LoRA as an ordinary PEFT adapter folder
   checkpoint.safetensors the server's whole state after the last finished round, to resume and use it
-  partition.json         who had which rows: counts and hashes
-  beyond.json            scores on other clients' rows and on general tasks, where the recipe asks for them
-  personal/NAME.safetensors   each client's personal state, in personal/before the one of the round before it, in
-                         personal/settled what some methods keep of train rows (in a deployed run they lie at the
-                         client)
+  partition.json         each client's rows: counts and hashes
+  beyond.json            scores on other clients' rows and on general tasks, if the recipe asks for them
+  personal/NAME.safetensors   each client's personal state; personal/before has that of the round before,
+                         personal/settled values from train rows that some methods need (in a deployed run these
+                         files are at the client)
   predictions/NAME.jsonl      each client's generated answers and every row's scores (likewise)
   selection/NAME.json         the experts that a client chose, and every expert's loss (likewise)
   routing/NAME.jsonl          how each client's rows are routed, by round and state (likewise)
   joined/NAME.json            a client that joined after training: its rows (counts and hashes), steps, scores
-  tensorboard/           event files, where --track asks for them
-  reference/             the reference method's run, laid out the same way
-  .lock                  who writes the directory now
+  tensorboard/           event files, if --track asks for them
+  reference/             the reference method's run, with the same files
+  .lock                  the process that writes the directory now
 """
 
 from __future__ import annotations
@@ -73,11 +73,11 @@ class RunDirectory:
 
         Args:
             path: The path.
-            recipe: What is to be run there: if it is the run's own, the remedy says how to go on with that.
-            again: How that is asked for.
+            recipe: The recipe to run; if the run in the path has the same one, the remedy says how to resume it.
+            again: The option or command that resumes it.
 
         Raises:
-            ArtifactError: It does, it lies in a file, or no folder can have its name.
+            ArtifactError: It holds a run, a part of it is a file, or no folder can have this name.
         """
         try:
             lies_in_file = any(place.is_file() for place in (path, *path.parents))
@@ -87,7 +87,7 @@ class RunDirectory:
         except OSError as error:
             raise ArtifactError(f"{path}", f"it cannot be a folder ({error})", "choose another --out") from error
         if lies_in_file:
-            raise ArtifactError(f"{path}", "a file stands in its place", "choose another --out")
+            raise ArtifactError(f"{path}", "it is a file, or its parent is a file", "choose another --out")
         if holds_run:
             kept = cls(path).config_toml if recipe and (path / "config.toml").is_file() else ""
             raise ArtifactError(
@@ -105,15 +105,15 @@ class RunDirectory:
         run = cls(path)
         write_text(run.path / "run_id", uuid4().hex + "\n")
         write_json(run.path / "environment.json", environment())
-        write_text(run.path / "config.toml", config_toml)  # last: it makes the directory a run
+        write_text(run.path / "config.toml", config_toml)  # last: this file makes the directory a run
         return run
 
     @classmethod
     def create_or_resume(cls, path: Path, config_toml: str) -> RunDirectory:
-        """Start a run directory, or take up the one that is there if its recipe is the same.
+        """Create a run directory, or open the existing one if its recipe is the same.
 
         Raises:
-            ArtifactError: It holds a run of another recipe, or cannot be written.
+            ArtifactError: It holds a run with another recipe, or cannot be written.
         """
         if not (path / "config.toml").exists():
             return cls.create(path, config_toml)
@@ -121,13 +121,13 @@ class RunDirectory:
         if run.config_toml != config_toml:
             raise ArtifactError(
                 f"{path / 'config.toml'}",
-                f"it holds a run of another recipe ({recipe_changes(run.config_toml, config_toml)})",
+                f"it holds a run with another recipe ({recipe_changes(run.config_toml, config_toml)})",
                 "resume with the recipe and --set of the first start",
             )
         if not run.checkpoint.exists() and not run.has_finished and run.has_rounds():
             raise ArtifactError(
                 f"{run.checkpoint}",
-                "it is missing, and rounds have finished",
+                "it is missing although rounds have finished",
                 "restore it from a copy, or start a new run",
             )
         return run
@@ -141,7 +141,7 @@ class RunDirectory:
         """
         if not (path / "config.toml").is_file():
             raise ArtifactError(
-                f"{path}", "it holds no run (no config.toml)", "give the --out of a `flexperts run`"
+                f"{path}", "it holds no run (no config.toml)", "give the --out directory of a `flexperts run`"
             )
         return cls(path)
 
@@ -160,12 +160,12 @@ class RunDirectory:
         path = self.path / "run_id"
         found = content_of(path).decode(errors="replace").strip()
         if not re.fullmatch("[0-9a-f]{32}", found):
-            raise damaged(path, "it holds no 32 hex digits")
+            raise damaged(path, "it does not hold 32 hex digits")
         return found
 
     @property
     def is_finished(self) -> bool:
-        """Whether all rounds are done, those of the reference method too, where the recipe has one."""
+        """Whether all rounds are done, also those of the reference method if the recipe has one."""
         reference = tomllib.loads(self.config_toml).get("method", {}).get("reference")
         runs = [self, RunDirectory(self.reference)] if reference else [self]
         return all(run.has_finished for run in runs)
@@ -186,11 +186,11 @@ class RunDirectory:
         return self.path / "checkpoint.safetensors"
 
     def environment(self) -> dict[str, Any]:
-        """Return package versions and what the machine was."""
+        """Return the package versions and a description of the machine."""
         return mapping(self.path / "environment.json", read_json(self.path / "environment.json"))
 
     def of_client(self, kind: str, client: str) -> Any:
-        """Return a client's ``predictions`` or ``routing`` (lines) or ``selection``; None where there is none."""
+        """Return a client's ``predictions`` or ``routing`` (lines) or ``selection``; None if there is none."""
         folder = self.path / kind
         if (path := folder / f"{client}.json").exists():
             return read_json(path)
@@ -203,7 +203,7 @@ class RunDirectory:
 
     @property
     def partition(self) -> Path:
-        """File of who had which rows when the run started, in counts and hashes."""
+        """File of each client's rows when the run started, as counts and hashes."""
         return self.path / "partition.json"
 
     @property
@@ -221,18 +221,18 @@ class RunDirectory:
         return self.path / "rounds.jsonl"
 
     def has_rounds(self) -> bool:
-        """Tell whether rounds have been written down."""
+        """Return whether rounds have been recorded."""
         return self._rounds.exists() and self._rounds.stat().st_size > 0
 
     def written_rounds(self) -> int:
-        """Return how many rounds have been written down whole, damaged or not."""
+        """Return how many whole lines of rounds there are, damaged or not."""
         return content_of(self._rounds).count(b"\n") if self._rounds.exists() else 0
 
     def append_round(self, record: Mapping[str, Any]) -> None:
         """Add a finished round.
 
         Raises:
-            ArtifactError: It cannot be written whole; ``keep_rounds`` removes what is there of it.
+            ArtifactError: It cannot be written completely; ``keep_rounds`` removes an incomplete line.
         """
         try:
             with self._rounds.open("a", encoding="utf-8") as lines:
@@ -252,20 +252,20 @@ class RunDirectory:
         return [opened(self._rounds, line) for line in lines]
 
     def finished_rounds(self, count: int) -> list[dict[str, Any]]:
-        """Return the first rounds, whatever is behind them: the checkpoint may be older, and a last line cut off.
+        """Return the first ``count`` rounds; later or incomplete lines, after an older checkpoint, are ignored.
 
         Raises:
-            ArtifactError: There are not as many rounds, or they are damaged.
+            ArtifactError: There are fewer rounds, or they are damaged.
         """
         content = content_of(self._rounds) if self._rounds.exists() else b""
-        lines = content.split(b"\n")[:-1][:count]  # what is behind the last end of a line was cut off
+        lines = content.split(b"\n")[:-1][:count]  # text after the last line end is incomplete
         kept = [opened(self._rounds, parsed_json(self._rounds, line), needed=True) for line in lines]
         if [record.get("number") for record in kept] != [*range(1, count + 1)]:
             raise damaged(self._rounds, f"it holds {len(kept)} of the checkpoint's {count} rounds")
         return kept
 
     def keep_rounds(self, count: int) -> list[dict[str, Any]]:
-        """Return the first rounds, and forget what is behind them; see ``finished_rounds``."""
+        """Return the first rounds, and remove later lines from the file; see ``finished_rounds``."""
         kept = self.finished_rounds(count)
         write_text(self._rounds, "".join(json_text(sealed(record)) + "\n" for record in kept))
         return kept
@@ -278,7 +278,7 @@ class RunDirectory:
         """Return the summary.
 
         Args:
-            checked: Refuse one without a checksum, too.
+            checked: Whether to refuse also a summary without a checksum.
 
         Raises:
             ArtifactError: The run has not finished, or the file is damaged.

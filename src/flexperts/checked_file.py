@@ -1,6 +1,6 @@
-"""Safetensors files with a checksum: named tensors and one JSON value, read back as they were written or refused.
+"""Safetensors files with a checksum: named tensors and one JSON value. A file that has changed is refused.
 
-The safetensors format notices a file that was cut, but not a changed byte within a tensor.
+The safetensors format detects a truncated file, but not a changed byte in a tensor.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from flexperts.files import damaged, write_bytes
 
 
 def write_sealed(path: Path, kind: str, tensors: Mapping[str, Tensor], meta: Any) -> None:
-    """Write tensors and a JSON value, whole or not at all.
+    """Write tensors and a JSON value, atomically.
 
     Args:
         path: The file.
-        kind: Name and version of what it holds.
-        tensors: The tensors; none shares memory with another.
+        kind: Name and version of the format.
+        tensors: The tensors; they must not share memory.
         meta: Plain JSON values.
 
     Raises:
-        ArtifactError: It cannot be written; the old file, if there was one, still stands.
+        ArtifactError: It cannot be written; an older file is left unchanged.
     """
     held = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
     text = json.dumps(meta)
     seal = {"meta": text, "sha256": _digest(kind, text, held)}
-    # One key only: safetensors writes several in random order, and equal states must be equal files.
+    # Only one key: safetensors writes keys in random order, and equal states must give equal files.
     write_bytes(path, save(held, metadata={kind: json.dumps(seal)}))
 
 
 def read_sealed(path: Path, kind: str) -> tuple[dict[str, Tensor], Any]:
-    """Read what ``write_sealed`` wrote.
+    """Return the tensors and the JSON value of a file that ``write_sealed`` wrote.
 
     Raises:
         ArtifactError: The file is missing, damaged, or of another kind.
@@ -57,7 +57,7 @@ def read_sealed(path: Path, kind: str) -> tuple[dict[str, Tensor], Any]:
 
 
 def read_meta(path: Path, kind: str) -> Any:
-    """Read the JSON value of a sealed file alone, without the tensors and so without the checksum.
+    """Return the JSON value of a sealed file; tensors are not read, so the checksum is not checked.
 
     Raises:
         ArtifactError: The file is missing, damaged, or of another kind.
@@ -81,7 +81,9 @@ def _read(path: Path, kind: str, *, with_tensors: bool) -> tuple[Any, dict[str, 
         raise ArtifactError(f"{path}", "there is no such file", "give the directory of a run") from error
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, RecursionError) as error:
         raise damaged(path, error) from error
-    raise ArtifactError(f"{path}", f"it is not of format {kind}", "give a file of this version's own run")
+    raise ArtifactError(
+        f"{path}", f"it is not of format {kind}", "give a file that this version of flexperts wrote"
+    )
 
 
 def _digest(kind: str, text: str, tensors: Mapping[str, Tensor]) -> str:

@@ -7,11 +7,11 @@
     ├── GraftError       selection, attachment or a personal state that does not fit
     ├── SplitError       a parameter that is not exactly one of shared / personal / frozen
     ├── PrivacyError     an attempt to encode something that must stay on the client
-    ├── ArtifactError    a run directory or file that is missing, foreign or damaged
-    ├── FederationError  a round that cannot go on
+    ├── ArtifactError    a run directory or file that is missing, damaged or of another format
+    ├── FederationError  a round that cannot continue
     └── ServingError     a request that the serving engine cannot answer
 
-Every refusal says value, rule and remedy in one line.
+Every message is one line: value, rule, remedy.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ _LONGEST_SHOWN = 200
 
 
 def shown(value: Any) -> str:
-    """Return a value as a message shows it, cut where it is long."""
+    """Return a value as text for a message, cut if it is long."""
     text = repr(value)
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 class FlexpertsError(ValueError):
-    """Base of all errors a user can cause and mend.
+    """Base of all errors that a user can cause and fix.
 
     Args:
         value: What was found, with its name.
         rule: The rule it breaks.
-        remedy: What to do about it.
+        remedy: What the user can do about it.
     """
 
     def __init__(self, value: str, rule: str, remedy: str) -> None:
@@ -69,11 +69,11 @@ class PrivacyError(FlexpertsError):
 
 
 class ArtifactError(FlexpertsError):
-    """A run directory or file is missing, foreign or damaged."""
+    """A run directory or file is missing, damaged or of another format."""
 
 
 class FederationError(FlexpertsError):
-    """A round cannot go on."""
+    """A round cannot continue."""
 
 
 class ServingError(FlexpertsError):

@@ -1,8 +1,9 @@
-"""Files as this package writes and reads them: whole or not at all, and damage is an error of ours.
+"""Reading and writing files: writes are atomic, and a damaged file is an ``ArtifactError``.
 
-A folder that is written belongs to one process at a time, by a lock that the system takes away when the process
-ends: ``flock``'s on a file ``.lock`` in it, which is there while somebody holds it, and after a kill. Network file
-systems either pass such locks on (NFS does), or keep them to one machine, or refuse them.
+Only one process at a time may write a folder. It holds a ``flock`` lock on a file ``.lock`` in it, which the system
+releases when the process ends. The file exists while the lock is held, and is left behind by a killed process.
+Network file systems either share such locks between machines (NFS does), or keep them to one machine, or refuse
+them.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ LOCK = ".lock"
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: a reader sees the old file or the new one, never a part.
+    """Write a file atomically: a reader sees the old file or the new one, never a part.
 
-    The content is on disk when this returns. What a killed process leaves beside the file, the next write replaces.
+    The content is on disk when this returns. The next write replaces the temporary file of a killed process.
 
     Raises:
-        ArtifactError: It cannot be written; the old file, if there was one, still stands.
+        ArtifactError: It cannot be written; an older file is left unchanged.
     """
     temporary = path.with_name(f".{path.name}.part")
     try:
@@ -48,7 +49,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def placeless(value: Any) -> Any:
-    """Return a value as others may see it: of an absolute path only the last name, in lists and mappings too."""
+    """Return a value without folders: absolute paths are cut to their last name, also in lists and mappings."""
     if isinstance(value, Mapping):
         return {key: placeless(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -57,22 +58,22 @@ def placeless(value: Any) -> Any:
 
 
 def unwritable(path: Path, error: Exception) -> ArtifactError:
-    """Return the refusal of a file that cannot be written."""
+    """Return the error for a file that cannot be written."""
     return ArtifactError(f"{path}", f"it cannot be written ({error})", "free some space or choose another folder")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file as ``write_bytes`` does."""
+    """Write a text file; see ``write_bytes``."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
-    """Write a value as JSON, atomically; without ``indent`` on one line, for what is large."""
+    """Write a value as JSON, atomically; without ``indent`` on one line, for large values."""
     write_text(path, json_text(value, indent=indent) + "\n")
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:
-    """Return a value as JSON, which knows no number that is not finite: null stands in its place."""
+    """Return a value as JSON; numbers that are not finite become null, because JSON does not have them."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
@@ -118,7 +119,7 @@ def text_of(path: Path) -> str:
     """Return a file's text.
 
     Raises:
-        ArtifactError: It is missing, cannot be read, or is no UTF-8.
+        ArtifactError: It is missing, cannot be read, or is not UTF-8.
     """
     try:
         return content_of(path).decode()
@@ -127,10 +128,10 @@ def text_of(path: Path) -> str:
 
 
 def parsed_json(path: Path, text: bytes) -> Any:
-    """Return the value of JSON text that stands in a file.
+    """Return the value of JSON text from a file.
 
     Raises:
-        ArtifactError: It is no JSON.
+        ArtifactError: It is not valid JSON.
     """
     try:
         return json.loads(text)
@@ -139,23 +140,23 @@ def parsed_json(path: Path, text: bytes) -> Any:
 
 
 def mapping(path: Path, value: Any) -> dict[str, Any]:
-    """Return a value that stands in a file if it is a JSON object.
+    """Return a value from a file as a mapping.
 
     Raises:
-        ArtifactError: It is none.
+        ArtifactError: The value is not a JSON object.
     """
     if not isinstance(value, dict):
-        raise damaged(path, "it holds no JSON object")
+        raise damaged(path, "it does not hold a JSON object")
     return value
 
 
 def damaged(path: Path, why: object) -> ArtifactError:
-    """Return the refusal of a file that is not as it was written."""
+    """Return the error for a damaged file."""
     return ArtifactError(f"{path}", f"it is damaged ({why})", "restore it from a copy or run again")
 
 
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record with its checksum: its scores are read again, and JSON does not notice a changed digit."""
+    """Return a record with its checksum: JSON alone would not detect a changed digit in a score."""
     found = _finite(record)
     return {_SEAL: _checksum(found), **found}
 
@@ -165,7 +166,7 @@ def _checksum(record: Mapping[str, Any]) -> str:
 
 
 def opened(path: Path, value: Any, *, needed: bool = False) -> dict[str, Any]:
-    """Return a record without its checksum, which must fit; runs of earlier versions have none."""
+    """Return a record without its checksum, after checking it; runs of earlier versions have no checksum."""
     record = dict(mapping(path, value))
     digest = record.pop(_SEAL, None)
     if (needed or digest is not None) and _checksum(record) != digest:
@@ -177,12 +178,14 @@ def opened(path: Path, value: Any, *, needed: bool = False) -> dict[str, Any]:
 def sole_writer(
     folder: Path, *, patience: float = 0.0, waiting: Callable[[str], None] | None = None
 ) -> Iterator[None]:
-    """Keep all other processes from writing a folder inside the block; it is made, and goes if it stays empty.
+    """Lock a folder against other writing processes inside the block.
+
+    The folder is created if it does not exist, and removed again if it stays empty.
 
     Args:
         folder: The folder.
         patience: Seconds to wait for another process to end.
-        waiting: Is told who is waited for.
+        waiting: Receives a line that names this other process.
 
     Raises:
         ArtifactError: Another process holds it, or it cannot be locked.
@@ -197,7 +200,7 @@ def sole_writer(
             yield
     finally:
         for place in made:
-            with suppress(OSError):  # it holds something
+            with suppress(OSError):  # it is not empty
                 place.rmdir()
 
 
@@ -208,30 +211,30 @@ def holding(
     """Hold a lock inside the block.
 
     Args:
-        path: The lock's file; its folder exists.
-        what: What it is for, for messages.
+        path: The lock file; its folder exists.
+        what: The locked file or folder, for messages.
         patience: Seconds to wait for another process to end.
-        waiting: Is told who is waited for.
+        waiting: Receives a line that names this other process.
 
     Raises:
-        ArtifactError: Another process holds it, or there can be no lock there.
+        ArtifactError: Another process holds the lock, or the file system allows no lock there.
     """
     lock = FileLock(path)
     try:
         _acquire(lock, path, patience, waiting)
     except Timeout as error:
         raise ArtifactError(
-            f"{what}", f"{holder(path)} writes it", "wait until that one has ended, or stop it"
+            f"{what}", f"{holder(path)} writes it", "wait until that process has ended, or stop it"
         ) from error
     except OSError as error:
         raise _unlockable(what, error) from error
     try:
-        with suppress(OSError):  # a full disk: then nobody can be named
+        with suppress(OSError):  # on a full disk, messages cannot name us
             path.write_text(f"{os.getpid()}\n{socket.gethostname()}\n", encoding="utf-8")
         yield
     finally:
         with suppress(OSError):
-            path.unlink()  # while it is held: a process that opens it from now on makes a new one
+            path.unlink()  # before the release: later processes then create a new file
         lock.release()
 
 
@@ -247,7 +250,7 @@ def _acquire(lock: FileLock, path: Path, patience: float, waiting: Callable[[str
 
 
 def holder(path: Path) -> str:
-    """Return who holds a lock, as far as its file tells."""
+    """Return a description of the process that holds a lock, as far as the lock file names it."""
     with suppress(OSError, ValueError):
         pid, host, *_ = path.read_text(encoding="utf-8").split()
         return f"process {int(pid)} on {host}"
@@ -256,5 +259,7 @@ def holder(path: Path) -> str:
 
 def _unlockable(what: Path, error: OSError) -> ArtifactError:
     return ArtifactError(
-        f"{what}", f"it cannot be locked for writing ({error})", "choose a folder that is yours, on a local disk"
+        f"{what}",
+        f"it cannot be locked for writing ({error})",
+        "choose a folder on a local disk that you can write to",
     )

@@ -1,4 +1,4 @@
-"""How a run tells what it is doing: an observer with methods that do nothing unless a front end fills them in."""
+"""Observers of a run's events; the methods do nothing unless a front end overrides them."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from typing import Any
 
 
 class Observer:
-    """Receives a run's events in the process where they happen. The default ignores them all."""
+    """Receiver of a run's events, in the process where they happen. This base class ignores them."""
 
     def stage(self, text: str) -> None:
-        """A new stage of the run begins."""
+        """Handle the start of a new stage of the run."""
 
     def notice(self, text: str) -> None:
-        """Something that may be right but surprises, in one line; it is told once."""
+        """Handle a one-line notice of something unexpected that may still be right; each text comes once."""
 
     def progress(self, task: str, done: int, total: int) -> None:
-        """``done`` of ``total`` units of a task are done."""
+        """Handle progress: ``done`` of ``total`` units of a task are done."""
 
     def split(self, method: str, table: Sequence[Mapping[str, Any]]) -> None:
-        """What trains, what is sent and what stays, before round 1."""
+        """Handle the table of what trains, what is sent and what stays, before round 1."""
 
     def chosen(self, client: str, choice: Mapping[str, Sequence[int]]) -> None:
-        """A client has selected the experts it grafts."""
+        """Handle a client's choice of experts for its grafts."""
 
     def refused(self, client: str, reason: str) -> None:
-        """What a client sent is not used, or it may not take part."""
+        """Handle a refusal: a client's message is not used, or the client may not take part."""
 
     def round(self, record: Mapping[str, Any]) -> None:
-        """A round has finished."""
+        """Handle the record of a finished round."""
 
 
 class Observers(Observer):
-    """Passes every event on to several observers, one after the other.
+    """Observer that passes every event to several observers, in order.
 
     Args:
-        observers: Who gets the events.
+        observers: The observers.
     """
 
     def __init__(self, *observers: Observer) -> None:
@@ -80,14 +80,14 @@ class Observers(Observer):
 
 
 class Once(Observers):
-    """Passes every event on, and of what surprises each text once."""
+    """Observer that passes every event on, but each notice only once."""
 
     def __init__(self, observer: Observer) -> None:
         super().__init__(observer)
         self._said: set[str] = set()
 
     def notice(self, text: str) -> None:
-        """Pass it on when it comes for the first time."""
+        """Pass it on if the text is new."""
         if text not in self._said:
             self._said.add(text)
             super().notice(text)
@@ -103,7 +103,7 @@ def current_observer() -> Observer:
 
 @contextmanager
 def observing(observer: Observer) -> Iterator[None]:
-    """Let ``observer`` receive the events of runs inside the block."""
+    """Send the events of runs inside the block to ``observer``."""
     token = _current.set(observer)
     try:
         yield

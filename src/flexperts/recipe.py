@@ -1,4 +1,4 @@
-"""Reading recipes and silo files: TOML, overrides on top, and errors that name the key and what was meant."""
+"""Reading recipes and silo files: TOML, overrides, and errors that name the key and the closest valid one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flexperts.files import damaged, text_of
 
 _PACKAGE = Path(__file__).parent
 _RECIPES = (_PACKAGE / "recipes", _PACKAGE.parents[1] / "recipes")
-"""Where the recipes that ship are: in a wheel, in a clone."""
+"""Folders of the recipes that ship: in a wheel, in a clone."""
 
 
 def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
@@ -27,15 +27,15 @@ def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
 
     Args:
         path: The TOML file, or the bare name of a recipe that ships, such as ``quickstart``.
-        overrides: Settings such as ``"training.lr=1e-3"``, applied on top.
+        overrides: Settings such as ``"training.lr=1e-3"``, which replace the file's.
 
     Raises:
-        ConfigError: The file is missing, no TOML, or breaks a rule.
+        ConfigError: The file is missing, is not valid TOML, or breaks a rule.
     """
     path, shipped = Path(path), shipped_recipes()
     if path.name == str(path) in shipped and not path.is_file():
         path = shipped[path.name]
-    there = f"give a TOML file, or one of those that ship: {', '.join(shipped)}"
+    there = f"give a TOML file, or the name of a recipe that ships: {', '.join(shipped)}"
     return parse_recipe(_text(path, "recipe", there), overrides, folder=path.parent, where=str(path))
 
 
@@ -48,7 +48,7 @@ def load_silo(path: Path | str) -> SiloConfig:
     """Read a silo's file; paths in it are relative to its folder.
 
     Raises:
-        ConfigError: The file is missing, no TOML, or breaks a rule.
+        ConfigError: The file is missing, is not valid TOML, or breaks a rule.
     """
     path = Path(path)
     tree = _tree(_text(path, "silo file", "see the example in docs/deploy.md"), str(path))
@@ -60,11 +60,11 @@ def load_silo(path: Path | str) -> SiloConfig:
 
 
 def recorded_recipe(run: Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read the recipe that a run has in its directory.
+    """Read the recipe in a run directory.
 
     Args:
         run: The directory.
-        overrides: Settings, applied on top.
+        overrides: Settings that replace the recipe's.
 
     Raises:
         ArtifactError: The file is missing, damaged, or of another version.
@@ -104,40 +104,42 @@ def _text(path: Path, kind: str, there: str) -> str:
 
 def _tree(text: str, where: str) -> dict[str, Any]:
     try:
-        tree = tomllib.loads(text.removeprefix("\ufeff"))  # Windows' editors put a byte order mark first
+        tree = tomllib.loads(text.removeprefix("\ufeff"))  # editors on Windows write a byte order mark
         _check_values(tree, where)
         return tree
     except (ValueError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(where, f"it is not valid TOML ({error})", "mend it") from error
+        raise ConfigError(where, f"it is not valid TOML ({error})", "fix the syntax at that place") from error
 
 
 def _check_values(value: Any, where: str) -> None:
-    """Refuse what TOML does not guarantee and no setting needs: it could not be written down again."""
+    """Refuse whole numbers of more than 64 bits: TOML does not guarantee them, so they may not be writable."""
     for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         _check_values(inner, where)
     if isinstance(value, int) and abs(value) >> 63:
-        raise ConfigError(where, "a whole number has at most 64 bits", "take a smaller one")
+        raise ConfigError(where, "a whole number must have at most 64 bits", "use a smaller number")
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals:
-        raise ConfigError(f"--set {override}", "an override is key=value", "write it like training.lr=1e-3")
+        raise ConfigError(f"--set {override}", "an override must be KEY=VALUE", "write it like training.lr=1e-3")
     if not override.isascii() and override.encode(errors="replace").decode() != override:
-        raise ConfigError(f"--set {override!r}", "an override is UTF-8 text", "set the terminal to UTF-8")
+        raise ConfigError(f"--set {override!r}", "an override must be UTF-8 text", "set the terminal to UTF-8")
     *sections, last = key.strip().split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
-            raise ConfigError(f"--set {override}", f"{section} is a value, not a section", "check the key")
+            raise ConfigError(
+                f"--set {override}", f"{section} is a value, not a section", "use a key of the form SECTION.KEY"
+            )
     tree[last] = _value(text.strip())
     _check_values(tree[last], f"--set {key}")
 
 
 def _value(text: str) -> Any:
-    """Read a TOML value; what is none stands for itself, so that names need no quotes."""
+    """Return a TOML value; a text that is not one is returned as it is, so that names need no quotes."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
@@ -145,9 +147,9 @@ def _value(text: str) -> Any:
 
 
 def _explain(error: ValidationError, where: str, schema: type[Section]) -> ConfigError:
-    """Turn pydantic's report into one line with every offence, and a did-you-mean for unknown keys."""
+    """Return pydantic's errors as one line, with the closest valid key for each unknown one."""
     offences = [_offence(e, schema) for e in error.errors()]
-    return ConfigError(where, "; ".join(offences), "mend the keys named")
+    return ConfigError(where, "; ".join(offences), "change or remove these keys")
 
 
 def _offence(detail: Mapping[str, Any], schema: type[Section]) -> str:
@@ -167,7 +169,7 @@ def _offence(detail: Mapping[str, Any], schema: type[Section]) -> str:
 
 def _keys_at(path: list[str], schema: Any) -> list[str]:
     for part in path:
-        if get_origin(schema) is dict:  # any name may stand here, such as a client's
+        if get_origin(schema) is dict:  # any name is valid here, such as a client's
             schema = get_args(schema)[1]
             continue
         field = schema.model_fields.get(part) if hasattr(schema, "model_fields") else None
@@ -199,7 +201,7 @@ def _absolute(config: RunConfig, folder: Path) -> RunConfig:
 
 
 def _absolute_silo(silo: SiloConfig, folder: Path) -> SiloConfig:
-    """Resolve a silo's paths; a base that is no folder here is a name."""
+    """Resolve a silo's paths; a base that is not a local folder is a name."""
     files = {side: _resolved(getattr(silo.data, side), folder) for side in ("train", "test")}
     base = str((folder / silo.base).resolve()) if (folder / silo.base).is_dir() else silo.base
     state = _resolved(silo.state, folder)
@@ -211,12 +213,13 @@ def _resolved(source: str | None, folder: Path) -> str | None:
 
 
 def located(source: str, folder: Path) -> str:
-    """Return a data source as an absolute path, or as it is if it is on the hub.
+    """Return a data source as an absolute path; a source on the hub is returned unchanged.
 
-    A link keeps its own name, as names say what files hold: caches of the hub link ``train.jsonl`` to a hash.
+    A symbolic link keeps its name, because the name says what the file holds: the hub's cache links
+    ``train.jsonl`` to a file named by a hash.
 
     Raises:
-        ConfigError: It is no path.
+        ConfigError: It is not a valid path.
     """
     if source.startswith("hub:"):
         return source
@@ -227,7 +230,9 @@ def located(source: str, folder: Path) -> str:
         found.encode()
         return found
     except UnicodeEncodeError as error:
-        rule = "its bytes are no UTF-8 text, in which a run writes down where its rows are"
+        rule = "its bytes are not UTF-8 text, and a run records the paths of its rows as UTF-8"
         raise ConfigError(f"path {shown(found)}", rule, "rename that folder or file") from error
     except (OSError, ValueError, RuntimeError) as error:  # a zero byte, a link to itself
-        raise ConfigError(f"path {shown(source)}", f"it is none ({error})", "correct it") from error
+        raise ConfigError(
+            f"path {shown(source)}", f"it is not a valid path ({error})", "give a path to a file or folder"
+        ) from error

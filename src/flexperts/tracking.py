@@ -20,24 +20,24 @@ from flexperts.files import placeless
 from flexperts.observer import Observer
 
 PROJECT = "flexperts"
-"""Name of the project that trackers without a directory of their own put all runs in."""
+"""Name of the project that holds all runs, for trackers that do not write to a directory."""
 
-# Both wipe the run before when one of the same name starts, as a reference's and a resumed run's do.
+# Both delete an earlier run when one with the same name starts; reference and resumed runs reuse names.
 _FORGETFUL = {"clearml", "dvclive"}
 
 
 class Tracking(Observer):
-    """Forwards a run's numbers to trackers: the recipe when rounds begin, then every round that finishes.
+    """Observer that sends a run's numbers to trackers: the recipe when rounds begin, then every finished round.
 
-    The method's rounds and the reference's are two runs to a tracker, so that curves of one name lie over each
-    other: ``METHOD`` and ``reference/METHOD``. A resumed run tracks the rounds that are left. Texts, weights and
-    tensors are not among an observer's events, and so reach no tracker.
+    The method's rounds and the reference's are two runs in a tracker, ``METHOD`` and ``reference/METHOD``, so that
+    their curves are in the same plots. A resumed run tracks the rounds that are left. Texts, weights and tensors
+    are not among an observer's events, so no tracker receives them.
 
     Args:
-        names: Trackers, as accelerate calls them.
+        names: Names of trackers in accelerate.
         config: The run.
-        out: The run directory; a tracker that writes files writes them into the folder of its name there.
-        name: What trackers call the run; by default the directory's name.
+        out: The run directory; a tracker that writes files uses the sub-folder with its name.
+        name: Name of the run in trackers; by default the directory's name.
 
     Raises:
         ConfigError: A tracker is unknown, or its package is not installed.
@@ -59,14 +59,14 @@ class Tracking(Observer):
         self.close()
 
     def split(self, method: str, table: Sequence[Mapping[str, Any]]) -> None:
-        """Start a method's own run in every tracker, with its recipe as hyperparameters.
+        """Start a run for the method in every tracker, with the recipe as hyperparameters.
 
         Raises:
             ConfigError: A tracker cannot start.
         """
         self.close()
         config, run = self._config, method
-        # run_federation begins with the reference when the method's own summary is written.
+        # run_federation starts the reference after it has written the method's summary.
         if self._config.method.reference and (self._out / "summary.json").exists():
             config, run = config.with_method(method), f"reference/{method}"
         settings = {"run": f"{self._name}/{run}", **hyperparameters(config)}
@@ -74,24 +74,24 @@ class Tracking(Observer):
             self._start(name, run, settings)
 
     def round(self, record: Mapping[str, Any]) -> None:
-        """Log a finished round's numbers at the step of its number."""
+        """Log a finished round's numbers; the step is the round's number."""
         for tracker in self._trackers:
             tracker.log(scalars(record), step=record["number"])
 
     def close(self) -> None:
-        """Finish what is open in every tracker."""
+        """Finish the open run in every tracker."""
         self._trackers = []
         self._open.close()
 
     def _start(self, name: str, run: str, settings: Mapping[str, Any]) -> None:
-        PartialState()  # trackers log through accelerate, which refuses to without
+        PartialState()  # trackers log through accelerate, which needs this
         make = self._classes[name]
-        # The first argument names the run where there is a directory, and the project where there is none.
+        # The first argument is the run's name for trackers with a directory, else the project's name.
         tracker = make(run, str(self._out / name)) if make.requires_logging_directory else make(PROJECT)
         try:
             tracker.start()
-        except Exception as error:  # each tracker has errors of its own
-            raise ConfigError(f"tracker {name!r}", f"it cannot start ({error})", "see its own manual") from error
+        except Exception as error:  # each tracker has different errors
+            raise ConfigError(f"tracker {name!r}", f"it cannot start ({error})", "see its manual") from error
         self._open.callback(tracker.finish)
         tracker.store_init_configuration(dict(settings))
         self._trackers.append(tracker)
@@ -103,7 +103,7 @@ def tracker_names() -> list[str]:
 
 
 def tracker_classes(names: Sequence[str]) -> dict[str, Any]:
-    """Return trackers' classes by name.
+    """Return the trackers' classes by name.
 
     Raises:
         ConfigError: A tracker is unknown, or its package is not installed.
@@ -114,7 +114,7 @@ def tracker_classes(names: Sequence[str]) -> dict[str, Any]:
 def hyperparameters(config: RunConfig) -> dict[str, bool | int | float | str]:
     """Return a recipe as flat settings, such as ``training.lr``; lists become text.
 
-    Of a file only the last part of its path is told: the rest is about the machine.
+    Paths are cut to their last part: the rest describes the machine.
     """
     settings = flat(placeless(tomllib.loads(config.to_toml())))
     return {key: ", ".join(map(str, v)) if isinstance(v, list) else v for key, v in settings.items()}
@@ -157,8 +157,8 @@ def _by_client(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 def _tracker_class(name: str) -> Any:
     if name not in tracker_names():
         raise ConfigError(f"tracker {name!r}", "there is no such tracker", f"known: {', '.join(tracker_names())}")
-    # A class that a user has registered with accelerate is none of its LoggerTypes, and is simply there.
+    # A class that a user has registered with accelerate is not a LoggerType, and needs no package check.
     if name in LoggerType.list() and name not in map(str, get_available_trackers()):
         package = "'flexperts[tensorboard]'" if name == "tensorboard" else name
-        raise ConfigError(f"tracker {name!r}", "its package is not installed", f"pip install {package}")
+        raise ConfigError(f"tracker {name!r}", "its package is not installed", f"run pip install {package}")
     return LOGGER_TYPE_TO_CLASS[name]

@@ -309,7 +309,7 @@ GOOD = [{"instruction": f"q{i}", "response": "a"} for i in range(5)]
     [
         (["lora.rnak=4"], ["recipe.toml: unknown key 'lora.rnak'", "did you mean 'lora.rank'?"]),
         (["lora.rank=0", "seed=x"], ["lora.rank = 0", "seed = 'x'"]),
-        (["training"], ["--set training: an override is key=value"]),
+        (["training"], ["--set training: an override must be KEY=VALUE"]),
         (["method.name=fedavgg"], ["method 'fedavgg'", "did you mean 'fedavg'?"]),
         (["method.reference=flx"], ["method 'flx'", "did you mean 'flex'?"]),
         (["model.base=smol-mo"], ["base 'smol-mo'", "did you mean 'smol-moe'?"]),
@@ -419,10 +419,10 @@ def test_a_run_is_not_taken_up_with_another_recipe(work: Path, finished: tuple[P
     answer = call("run", work / "recipe.toml", "--out", out, "--resume", "--set", "seed=1")
     refused(
         answer,
-        "it holds a run of another recipe (seed: 0, now 1)",
+        "it holds a run with another recipe (seed: 0, now 1)",
         "resume with the recipe and --set of the first start",
     )
-    refused(call("run", work / "recipe.toml", "--resume"), "--resume", "give its --out")
+    refused(call("run", work / "recipe.toml", "--resume"), "--resume", "add --out DIRECTORY")
     assert answer[1].strip() == ""
     assert listing(out) == before
 

@@ -59,10 +59,10 @@ def refused(*arguments: str) -> str:
 def test_the_base_is_named_where_it_lies_now(moved: Path, tmp_path: Path) -> None:
     run, base = str(moved / "run"), ["--base", str(moved / "away" / "base")]
     asked = ["generate", run, "Say hi.", "--client", "clinic"]
-    assert "--base says where it lies now" in refused(*asked)
+    assert "give its new path as --base" in refused(*asked)
     assert ask(*asked, *base).exit_code == 0
     other = save_tiny_base(tmp_path / "other", seed=3, max_position_embeddings=1024)
-    assert "give that one as --base" in refused(*asked, "--base", str(other))
+    assert "give the path of that base as --base" in refused(*asked, "--base", str(other))
     done = ask("export", run, "--to", str(tmp_path / "out"), "--client", "shop", "--form", "personal", *base)
     assert done.exit_code == 0, done.exception
     assert (tmp_path / "out" / "chat_template.jinja").exists()
@@ -74,7 +74,7 @@ def test_the_base_is_named_where_it_lies_now(moved: Path, tmp_path: Path) -> Non
 
 def test_rows_are_named_where_they_lie_now(moved: Path) -> None:
     run, base, rows = str(moved / "run"), ["--base", str(moved / "away" / "base")], moved / "away" / "silos"
-    assert "`flexperts evaluate --data` scores rows from elsewhere" in refused("evaluate", run, *base)
+    assert "give rows from another place with `flexperts evaluate --data`" in refused("evaluate", run, *base)
     whole = ask("evaluate", run, *base, "--data", str(moved / "away"))
     assert whole.exit_code == 0, whole.exception
     assert "other rows" not in whole.stdout
@@ -84,7 +84,7 @@ def test_rows_are_named_where_they_lie_now(moved: Path) -> None:
     assert line.split("│")[2:] == next(r for r in one.stdout.splitlines() if "│ shop" in r).split("│")[2:]
     assert "│ clinic" not in one.stdout
     strange = ask("evaluate", run, *base, "--data", f"shop={rows}/clinic/test.jsonl")
-    assert re.search(r"note: shop: these 4 rows are not those that the run keeps for scoring", strange.stdout)
+    assert re.search(r"note: shop: these 4 rows are not those that the run uses for scoring", strange.stdout)
     assert re.search(r"│ shop \(other rows\) +│", strange.stdout)
     assert "rows given here" in strange.stdout
 

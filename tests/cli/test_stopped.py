@@ -86,7 +86,7 @@ def stop(process: subprocess.Popen[str], number: signal.Signals, *, all_of_them:
 
 def again(line: str) -> list[str]:
     """Return the command that a line names."""
-    program, *arguments = shlex.split(line.partition("go on with ")[2])
+    program, *arguments = shlex.split(line.partition("resume with ")[2])
     assert program == "flexperts"
     return arguments
 
@@ -107,7 +107,7 @@ def test_a_stopped_run_says_how_to_go_on(work: Path, number: signal.Signals) -> 
     )  # fmt: skip
     assert fewer.returncode == 0, fewer.stderr
     assert "everything goes to runs/first run" in fewer.stdout
-    assert re.search(rf"note: flex: {done} rounds are finished as rounds of 60", fewer.stdout)
+    assert re.search(rf"note: flex: {done} of 60 planned rounds are finished", fewer.stdout)
     assert [record["number"] for record in RunDirectory(out).rounds()] == [*range(1, done + 2)]
 
 
@@ -195,7 +195,7 @@ def test_a_stopped_join_leaves_nobody(work: Path) -> None:
     second = subprocess.run([PROGRAM, "join", "run", *data], cwd=work, capture_output=True, text=True, check=False)
     assert second.returncode == 2
     assert f"process {process.pid} on" in " ".join(second.stderr.split())
-    assert "nobody has joined" in stop(process, signal.SIGINT)
+    assert "the silo has not joined" in stop(process, signal.SIGINT)
     assert RunDirectory(work / "run").joined() == {}
 
 
@@ -225,7 +225,7 @@ def test_what_stands_is_counted_for_the_reference_too(tmp_path: Path) -> None:
     assert "nothing is kept" in standing(tmp_path / "run", "again")
     text = "[federation]\nrounds = 3\n[method]\nname = 'flex'\n"
     run = RunDirectory.create(tmp_path / "run", text)
-    assert standing(run.path, "again") == f"0 of 3 rounds of flex finished, kept in {run.path}; go on with again"
+    assert standing(run.path, "again") == f"0 of 3 rounds of flex finished, kept in {run.path}; resume with again"
     run.append_round({"number": 1})
     assert standing(run.path, "again").startswith("0 of 3")  # as it is resumed: the checkpoint counts
     save_server(run.checkpoint, Server(Payload.empty(), {"clinic": 1}, round=1))

@@ -214,7 +214,7 @@ def test_a_refusal_in_another_encoding(variables: dict[str, str]) -> None:
     code, printed, said = start("run", "北京.toml", **variables)
     assert (code, printed) == (2, b"")
     ships = ", ".join(shipped_recipes())
-    there = f"give a TOML file, or one of those that ship: {ships}"
+    there = f"give a TOML file, or the name of a recipe that ships: {ships}"
     assert said == f"error: \\u5317\\u4eac.toml: there is no such recipe; {there}\n".encode()
 
 
@@ -241,7 +241,7 @@ def test_bytes_that_are_no_text_are_refused_in_one_line(arguments: list[bytes]) 
     assert said.count(b"\n") == 1
     assert said.startswith(b"error: argument '")
     assert b"\\x" in said.split(b":")[1]
-    assert b"it holds bytes that are no UTF-8 text" in said
+    assert b"it holds bytes that are not UTF-8 text" in said
 
 
 @pytest.mark.faults
@@ -249,7 +249,7 @@ def test_bytes_that_are_no_text_are_refused_in_one_line(arguments: list[bytes]) 
 def test_names_are_utf_8_in_any_locale(finished: Path, locale: str) -> None:
     plain = {"LC_ALL": locale, "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     assert start("forget", finished, "Zürich", **plain)[2].endswith(
-        b"forget clients of a run that was broken off\n"
+        b"use `flexperts forget` on a run that was stopped before its end\n"
     )
     code, printed, said = start("join", finished, "--data", "a.csv", "--name", "Zürich", **plain)
     assert (code, printed.strip()) == (2, b"")
@@ -308,5 +308,5 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
         2,
         "",
         "error: the home folder: this user has none, and libraries keep settings and caches there; set HOME to a "
-        "folder of yours\n",
+        "folder that you can write to\n",
     )

@@ -143,7 +143,7 @@ def test_scales_are_given_by_module(ids: torch.Tensor) -> None:
 def test_scales_that_do_not_fit_are_refused(scales: tuple[float, ...]) -> None:
     model = tiny_model()
     experts = find_experts(model)
-    with pytest.raises(GraftError, match="one finite number for each of its 1"):
+    with pytest.raises(GraftError, match="one finite number for each personal expert, 1 in all"):
         grafts_of(model, scales={experts[0].name: scales})
     with pytest.raises(GraftError, match="scales name"):
         Grafts(experts, {experts[0].name: (1,)}, scales={experts[1].name: (1.0,)})

@@ -73,7 +73,7 @@ def test_the_silos_models_need_no_rows(kept: SiloConfig) -> None:
 
 
 def test_a_run_that_the_silo_does_not_keep_is_refused(silo: SiloConfig) -> None:
-    with pytest.raises(ArtifactError, match="has not been sent its shared weights"):
+    with pytest.raises(ArtifactError, match="has not yet received its final shared weights"):
         HomeRun(silo, RUN)
 
 

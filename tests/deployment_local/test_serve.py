@@ -108,7 +108,7 @@ def call(*arguments: object, answer: str = "") -> str:
 def test_check_counts_rows_and_looks_at_the_state_folder(silo_file: Path, tmp_path: Path) -> None:
     said = call("check", silo_file)
     assert "clinic: 8 train rows, 4 test rows" in said
-    assert "it will be made" in said
+    assert "will be created" in said
     assert "no worker serves it now" in said
     assert not (tmp_path / "state").exists()
     with listening(tmp_path / "state"):

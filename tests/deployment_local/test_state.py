@@ -77,5 +77,5 @@ def test_forgetting_takes_one_run_and_leaves_the_others(tmp_path: Path) -> None:
     assert run_ids(tmp_path) == sorted([RUN, other])
     forget(tmp_path, RUN)
     assert run_ids(tmp_path) == [other]
-    with pytest.raises(ArtifactError, match="holds nothing of it"):
+    with pytest.raises(ArtifactError, match="has no such run"):
         forget(tmp_path, RUN)

@@ -83,7 +83,7 @@ def check_models_at_home(paths: dict[str, Path], one: Path, run: str) -> None:
             answer = TrainedRun(one).generate(name, *asked, state=state)
             assert home.generate(*asked, state=state) == answer
         assert answer
-    with pytest.raises(ArtifactError, match="has not been sent its shared weights"):
+    with pytest.raises(ArtifactError, match="has not yet received its final shared weights"):
         HomeModel(load_silo(path), "0" * 32)
 
 

@@ -218,7 +218,7 @@ def test_an_unforeseen_failure_is_logged_whole_and_told_by_its_class(
 def test_a_silo_says_before_round_1_which_references_no_answer_can_reach(worker: Worker, handed: Handed) -> None:
     request(worker, "query.join", records({}), run=RUN, recipe=handed("evaluation.max_new_tokens=3").to_toml())
     [note] = [line for line in worker.observer.lines if line.startswith("note: ")]  # type: ignore[attr-defined]
-    assert "evaluation.max_new_tokens = 3 cuts every answer before these references end: clinic 4 of 4" in note
+    assert "with evaluation.max_new_tokens = 3, answers are shorter than these references: clinic 4 of 4" in note
 
 
 def test_a_silo_without_a_limit_chooses_by_its_own_rows_and_reports_it(
@@ -289,7 +289,7 @@ def test_a_run_of_an_earlier_version_is_noted_as_it_is_found(silo: SiloConfig, h
 
     assert request(Worker(silo, Notices()), "query.join", records({}), run=RUN, recipe=recipe)[0] == {}
     assert [text for text in Notices.told if text.startswith("run")] == [
-        f"run {RUN[:8]}: which rows it started with is not known; now these are noted"
+        f"run {RUN[:8]}: its first rows are not on record; the current rows are recorded now"
     ]
     assert (Path(silo.state) / "runs" / RUN / "partition.json").exists()
 

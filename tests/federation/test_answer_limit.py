@@ -102,7 +102,7 @@ def test_the_recipes_own_stands_before_the_longest_train_response(
 def test_longer_references_are_said_before_round_1(finished: tuple[Path, dict[str, Any], Notices]) -> None:
     told = finished[2]
     [note] = [text for text in told.said if "max_new_tokens" in text]
-    assert note.startswith("evaluation.max_new_tokens = 16 cuts every answer before these references end: ")
+    assert note.startswith("with evaluation.max_new_tokens = 16, answers are shorter than these references: ")
     assert "bank 3 of 3 (up to 20 tokens), cafe 3 of 3 (up to 70 tokens)" in note
     chosen = next(i for i, text in enumerate(told.stages) if "answers of up to 16 tokens" in text)
     assert chosen < told.stages.index("round 1 of 1")

@@ -140,7 +140,7 @@ def test_its_random_streams_go_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize("clients", [["bank"], ["bank", "shop", "clinic"], [], ["bank", "Shop"]])
 def test_other_clients_are_refused(tmp_path: Path, clients: list[str]) -> None:
     said = refusal(saved(tmp_path), clients)
-    assert f"is of clients bank, shop: now there are {', '.join(sorted(clients))}" in said
+    assert f"has the clients bank, shop: the run now has {', '.join(sorted(clients))}" in said
     assert "resume with the same clients" in said
 
 

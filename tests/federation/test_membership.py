@@ -98,7 +98,7 @@ def test_it_gives_up_at_the_deadline_and_says_who_joined(recipe: Recipe, tmp_pat
         run_on(grid, recipe(*FOUR, "federation.min_clients=2"), tmp_path / "run", watch)
     said = str(caught.value)
     assert said.startswith("1 clients have joined (a; refused: node 102 (it cannot join: no disk")
-    assert "federation.min_clients = 2 must within federation.deadline 50 s" in said
+    assert "federation.min_clients = 2 must join within federation.deadline = 50 s" in said
     assert clock.slept == 50
     assert len(watch.refusals) == 1  # asked fifty times, told once
     assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
@@ -127,15 +127,15 @@ def test_in_one_process_nobody_is_waited_for(
 
 
 BAD_JOINS: dict[str, tuple[Any, str]] = {
-    "silent": (drop, "did not say who it is"),
+    "silent": (drop, "sent no introduction"),
     "dead": (dead, "Node Unavailable"),
     "error": (lambda q, r: [answered(q, records({"error": "no rows here"}))], "it cannot join: no rows here"),
-    "nothing": (changed(without=["info"]), "introduces itself wrongly"),
-    "no name": (changed(without=["client"]), "introduces itself wrongly"),
+    "nothing": (changed(without=["info"]), "its introduction cannot be read"),
+    "no name": (changed(without=["client"]), "its introduction cannot be read"),
     "path": (changed(info={"client": "../b"}), "a client's name is letters"),
     "no rows": (changed(info={"train_rows": 0}), "0 train rows"),
-    "text": (changed(info={"train_rows": "many"}), "introduces itself wrongly"),
-    "report": (changed(info={"report": "{"}), "introduces itself wrongly"),
+    "text": (changed(info={"train_rows": "many"}), "its introduction cannot be read"),
+    "report": (changed(info={"report": "{"}), "its introduction cannot be read"),
 }  # fmt: skip
 
 
@@ -150,8 +150,8 @@ def test_who_says_its_name_is_refused_by_it_unless_it_is_anothers(recipe: Recipe
 @pytest.mark.parametrize(
     ("said", "reason"),
     [
-        ("A", "its name reads like that of a"),
-        ("а", "its name reads like that of a"),  # Cyrillic
+        ("A", "its name looks like that of a"),
+        ("а", "its name looks like that of a"),  # Cyrillic
         ("ａ", "a client's name is letters"),  # fullwidth
         ("bа", "of one script"),
         ("b\u200b", "ZERO WIDTH SPACE"),
@@ -185,7 +185,7 @@ def introduction(name: str) -> Message:
 def test_a_newcomer_must_not_read_like_a_client_of_the_run(name: str) -> None:
     server = Server(Payload.of({}), {"clinic": 1}, {"clinic": None}, base="0")
     one = Introduction.read(introduction(name))
-    with pytest.raises(FederationError, match="the run has a client 'clinic', and two must not read alike"):
+    with pytest.raises(FederationError, match="the run has a client 'clinic', and two names must not look alike"):
         enrol(Method(Options()), server, one)
 
 
@@ -253,7 +253,7 @@ def test_of_two_nodes_with_one_name_the_first_stays(recipe: Recipe, tmp_path: Pa
     a, b, c = trio()
     grid = ScriptedGrid(a, b, c, Silo("b", 99))
     server, rounds = run_on(grid, recipe(*FOUR), tmp_path / "run")
-    assert "node 104 says so too" in rounds[0]["refused"]["b"]
+    assert "node 104 has the same name" in rounds[0]["refused"]["b"]
     assert [who for kind, who in grid.asked if kind == "query.join"] == ["a", "b", "c", "b"]  # and not every round
     assert bits(server) == expected([(a, b, c)] * 4).tobytes()
 
@@ -397,7 +397,7 @@ def test_a_newcomer_cannot_change_what_was_settled(recipe: Recipe, tmp_path: Pat
     server, rounds = run_on(grid, recipe(*SHARING), tmp_path / "run", watch)
     assert server.agreement == {"layer": [1, 0]}
     assert [r["joined"] for r in rounds] == [[], ["b"], [], []]
-    assert "the method has settled on its clients before round 1" in rounds[2]["refused"]["d"]
+    assert "it is fixed before round 1" in rounds[2]["refused"]["d"]
     assert [who for kind, who in grid.asked if kind == "query.join"].count("d") == 1
     assert bits(server) == expected([(a, c), (a, b, c), (a, b, c), (a, b, c)]).tobytes()
     assert sorted(server.reports) == ["a", "b", "c"]

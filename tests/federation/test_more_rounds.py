@@ -97,7 +97,7 @@ def test_a_finished_run_goes_on_along_the_longer_cosine(
     assert by_round == [[pytest.approx(1e-3 * value)] * 4 for value in expected]
     assert [s for s in watch.stages if s.startswith("round")] == ["round 3 of 4", "round 4 of 4"]
     (notice,) = [text for text in watch.notices if "cosine" in text]
-    assert "2 rounds are finished as rounds of 2" in notice
+    assert "2 of 2 planned rounds are finished" in notice
     assert "round 3 starts at 50 % of the peak rate" in notice
     run = RunDirectory(out)
     assert run.config_toml == four.to_toml()
@@ -165,7 +165,7 @@ def test_a_kill_between_the_steps_of_an_extension(
 def test_what_cannot_be_extended(recipe: Recipe, workspace: Workspace, tmp_path: Path) -> None:
     out, config = tmp_path / "run", recipe(*SHORT, "federation.rounds=2")
     run_federation(config, out, workspace=workspace)
-    with pytest.raises(ArtifactError, match="give a number above 2"):
+    with pytest.raises(ArtifactError, match="set a number above 2"):
         run_federation(rounds_of(config, 1), out, resume=True)
     other = recipe(*SHORT, "federation.rounds=3", "training.lr=0.5")
     with pytest.raises(ArtifactError, match="another recipe"):
@@ -176,7 +176,7 @@ def test_what_cannot_be_extended(recipe: Recipe, workspace: Workspace, tmp_path:
         run_federation(rounds_of(config, 3), out, resume=True)
     fixed = recipe(*SHORT, "federation.rounds=2", "method.name=feddpa_f")
     run_federation(fixed, tmp_path / "fixed", workspace=workspace)
-    with pytest.raises(ConfigError, match="feddpa_f has settled on 2 rounds"):
+    with pytest.raises(ConfigError, match="the run has 2, and feddpa_f trains an extra round"):
         run_federation(rounds_of(fixed, 4), tmp_path / "fixed", resume=True)
 
 

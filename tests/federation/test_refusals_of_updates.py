@@ -95,7 +95,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "norm": (values(lambda v: v + 100), "federation.max_update_rms = 10"),
     "huge": (values(lambda v: np.full_like(v, 3e38)), "federation.max_update_rms = 10"),
     "name": (changed(info={"client": "a"}), "node of b answers as a"),
-    "more rows": (changed(metrics={"rows": 51}), "b counts 51 rows: on joining it told 50"),
+    "more rows": (changed(metrics={"rows": 51}), "b counts 51 rows: on joining it reported 50"),
     "no rows": (changed(metrics={"rows": 0}), "b counts 0 rows"),
     "negative rows": (changed(metrics={"rows": -50}), "b counts -50 rows"),
     "half a row": (changed(metrics={"rows": 50.5}), "b counts 50.5 rows"),
@@ -272,7 +272,7 @@ def test_a_missed_quorum_names_everyone_and_leaves_the_round_before(recipe: Reci
     said = str(caught.value)
     assert said.startswith("round 2: 1 of 3 clients sent a usable update (a missing, b refused (")
     assert "not finite" in said
-    assert "federation.quorum = 0.5 asks for 2; resume the run when they are back" in said
+    assert "federation.quorum = 0.5 asks for 2; resume the run when the clients are back" in said
     assert (out / "checkpoint.safetensors").read_bytes() == kept[0]
     assert not (out / "summary.json").exists()
     grid.faults.clear()
@@ -433,7 +433,7 @@ def test_a_method_refuses_values_of_its_own(recipe: Recipe, told: float, taken: 
     if taken:
         assert gate.update("b", reply(payload=sent)).client == "b"
     else:
-        with pytest.raises(FederationError, match="goes on with rank"):
+        with pytest.raises(FederationError, match="reports the next rank"):
             gate.update("b", reply(payload=sent))
 
 

@@ -232,7 +232,7 @@ def test_another_recipe_is_refused(
         break_off(recipe(*SHORT), out, WithinRound(1, 2))
     before = whole(out)
     key, _, value = override.partition("=")
-    with pytest.raises(ArtifactError, match=rf"it holds a run of another recipe \({key}: .*, now .*{value}'?\)"):
+    with pytest.raises(ArtifactError, match=rf"it holds a run with another recipe \({key}: .*, now .*{value}'?\)"):
         run_federation(recipe(*SHORT, override), out, resume=True)
     assert whole(out) == before
 

@@ -51,7 +51,7 @@ def test_a_cut_that_shares_nothing_is_refused(blocks: int, personal: int | None)
 
 
 def test_a_base_without_numbered_blocks_is_refused() -> None:
-    with pytest.raises(ConfigError, match="tells no block"):
+    with pytest.raises(ConfigError, match="has no block number"):
         FedPer().shared(["base_model.model.h.q_proj.lora_A.weight"])
 
 

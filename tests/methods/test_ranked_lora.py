@@ -300,7 +300,7 @@ def test_hetlora_weighs_rows_where_nobody_learned() -> None:
 @pytest.mark.parametrize("rank", [0.0, 1.5, 3.0])
 def test_hetlora_refuses_a_rank_that_cannot_be(rank: float) -> None:
     method, server = ranked("hetlora"), server_of(lora(FULL, 0))
-    with pytest.raises(FederationError, match="goes on with rank"):
+    with pytest.raises(FederationError, match="reports the next rank"):
         method.aggregate(server, [update("a", lora(2, 0), rank=rank)])
 
 

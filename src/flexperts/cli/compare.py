@@ -16,13 +16,13 @@ def command(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Methods (all = every other one), and variants that the recipe defines, with commas between them.",
+            help="Comma-separated methods (all = every other one), and variants that the recipe defines.",
             show_default="the recipe's [compare] entries",
         ),
     ] = None,
     seeds: Annotated[
         int | None,
-        typer.Option(help="How many seeds: 0, 1, ...", show_default="the recipe's"),
+        typer.Option(help="Number of seeds: 0, 1, ...", show_default="the recipe's"),
     ] = None,
     reference: Annotated[
         str | None,
@@ -32,19 +32,17 @@ def command(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Directory; what is finished there is not run again.", show_default="runs/<recipe>"),
+        typer.Option(help="Directory; finished runs in it are not run again.", show_default="runs/<recipe>"),
     ] = None,
     settings: Annotated[
         list[str],
         typer.Option("--set", metavar="KEY=VALUE", help="Override a setting of every run. Repeatable."),
     ] = [],  # noqa: B006 - typer copies it
-    workers: Annotated[int, typer.Option(min=1, help="Runs side by side, each with a base of its own.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at the same time; each loads a base.")] = 1,
     keep_weights: Annotated[bool, typer.Option("--keep-weights", help="Keep every run's weights.")] = False,
     track: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="TRACKER", help="Log every run, as the same option of `flexperts run` does. Repeatable."
-        ),
+        typer.Option(metavar="TRACKER", help="Log every run; see the same option of `flexperts run`. Repeatable."),
     ] = None,
     samples: Samples = 0,
 ) -> None:
@@ -54,7 +52,9 @@ def command(
 
     names = [name.strip() for name in (methods or "").split(",") if name.strip()]
     if methods is not None and not names:
-        raise ConfigError(f"--methods {methods!r}", "it names no method", "name one, or leave the option out")
+        raise ConfigError(
+            f"--methods {methods!r}", "it names no method", "give at least one name, or leave the option out"
+        )
     plan = plan_comparison(recipe, settings, entries=names, seeds=seeds, reference=reference)
     out = out or Path("runs") / recipe.stem
 
@@ -76,7 +76,7 @@ def command(
 
     def kept() -> str:
         done = sum(job.done for job in planned)
-        return f"{done} of {len(planned)} runs are finished, kept in {out}; go on with {again}"
+        return f"{done} of {len(planned)} runs are finished, kept in {out}; resume with {again}"
 
     with stoppable(kept), ProgressDisplay() as display:
         before = sum(job.done for job in planned)

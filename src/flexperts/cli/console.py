@@ -1,4 +1,4 @@
-"""The terminal as commands write to it: every text as it is, whatever letters the terminal has."""
+"""The terminal: commands print every text unchanged, or escaped if the terminal's encoding lacks a letter."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from rich.console import Console
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Return a console that takes no text for markup or emoji codes: paths, names and answers hold anything."""
+    """Return a console that prints markup and emoji codes as plain text: paths, names and answers hold anything."""
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 def take_names_as_utf8() -> None:
-    """Start this process again where Python takes arguments and names of files for anything but UTF-8.
+    """Restart this process in UTF-8 mode if Python reads arguments and file names in another encoding.
 
-    Names of clients are UTF-8 in all files' names; in another encoding, which an old locale may ask for, such files
-    could not be opened. What is printed keeps the terminal's encoding.
+    File names that hold client names are UTF-8; with the encoding of an old locale they could not be opened. Output
+    keeps the terminal's encoding.
     """
     if sys.getfilesystemencoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
         return

@@ -1,4 +1,4 @@
-"""`flexperts data`: making data files."""
+"""`flexperts data`: make data files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def make_silos(
     train_rows: Annotated[int, typer.Option(help="Train rows per silo.")] = 96,
     test_rows: Annotated[int, typer.Option(help="Test rows per silo.")] = 40,
 ) -> None:
-    """Write the four silos whose house styles conflict, as instruction data."""
+    """Write the data of the quick start: four silos whose house styles conflict."""
     from flexperts.data.silos.generate import write_silos
 
     for path in write_silos(folder, seed, train_rows, test_rows):

@@ -1,4 +1,4 @@
-"""What a run looks like in a terminal: stages, progress bars, tables."""
+"""A run's display in a terminal: stages, progress bars, tables."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flexperts.reports.cells import size
 
 
 class ProgressDisplay(Observer):
-    """Shows how far the work is with one rich bar, and nothing else of a run."""
+    """Observer that shows progress with one rich bar, and notices and refusals as lines."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or terminal()
@@ -45,15 +45,15 @@ class ProgressDisplay(Observer):
         self.console.print(text, style="bold", soft_wrap=True)
 
     def notice(self, text: str) -> None:
-        """Print what surprises."""
+        """Print a notice."""
         self.console.print(f"  note: {text}", style="yellow", soft_wrap=True)
 
     def refused(self, client: str, reason: str) -> None:
-        """Print who is refused and why."""
+        """Print a refused client and the reason."""
         self.console.print(f"  {client} refused: {reason}", style="yellow", soft_wrap=True)
 
     def progress(self, task: str, done: int, total: int) -> None:
-        """Move the one bar; a new unit of work starts it afresh."""
+        """Move the bar; a new task starts a new bar."""
         if self._task is None or done <= self._done:
             if self._task is not None:
                 self._progress.remove_task(self._task)
@@ -63,7 +63,7 @@ class ProgressDisplay(Observer):
 
 
 class RunDisplay(ProgressDisplay):
-    """Shows all of a run's events with rich; plain lines where the output is no terminal."""
+    """Observer that shows all events of a run with rich; as plain lines if the output is not a terminal."""
 
     def stage(self, text: str) -> None:
         """Print the stage that begins."""
@@ -75,7 +75,7 @@ class RunDisplay(ProgressDisplay):
         self.console.print(f"  {client} grafts experts {experts}", soft_wrap=True)
 
     def split(self, method: str, table: Sequence[Mapping[str, Any]]) -> None:
-        """Print what trains, what is sent and what stays."""
+        """Print the table of what trains, what is sent and what stays."""
         self.console.print(split_table(method, table))
 
     def round(self, record: Mapping[str, Any]) -> None:
@@ -85,9 +85,9 @@ class RunDisplay(ProgressDisplay):
             if names:
                 self.console.print(f"  {word}: {', '.join(names)}", style="yellow", soft_wrap=True)
         if not clients:
-            self.console.print("  nobody trains")
+            self.console.print("  no client trains")
             return
-        losses = [c["loss"] for c in clients if "loss" in c]  # local noise keeps them to the clients
+        losses = [c["loss"] for c in clients if "loss" in c]  # with local noise, clients do not send them
         loss = f"mean loss {sum(losses) / len(losses):.3f}, " if losses else ""
         sent = sum(record["uplink"].values())
         self.console.print(
@@ -115,7 +115,7 @@ class RunDisplay(ProgressDisplay):
 
 
 def split_table(method: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Return the table of a method's parameter split, with its own words on what is sent and what stays."""
+    """Return the table of a method's parameter split; the caption says what is sent and what stays."""
     from flexperts.methods.registry import method_class
 
     chosen = method_class(method)
@@ -131,10 +131,10 @@ def split_table(method: str, rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def score_table(summary: Mapping[str, Any]) -> Table:
-    """Return ROUGE-L and NLL of every client in every state, with the reference method's beside them."""
+    """Return the table of every client's ROUGE-L and NLL in every state, with the reference method's scores."""
     columns = _columns(summary)
     table = Table(title="ROUGE-L (NLL) on each client's own test split", title_justify="left")
-    table.add_column("client", overflow="fold")  # a name is shown whole
+    table.add_column("client", overflow="fold")  # names are never cut
     for title, _, _ in columns:
         table.add_column(title, justify="right")
     for client in summary["clients"]:
@@ -158,7 +158,7 @@ def _columns(summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], s
 
 
 def _states(summary: Mapping[str, Any]) -> set[str]:
-    """Return the states that were scored, those without a finite score among them."""
+    """Return the states that were scored, also those without a finite score."""
     nlls = [client["nll"] for client in summary["clients"].values()]
     scored = {state for by_state in nlls for state, nll in by_state.items() if nll is not None}
     return scored.union(*(summary.get("not_finite") or {}).values())
@@ -171,7 +171,7 @@ def _cell(scores: Mapping[str, Any] | None, state: str) -> str:
 
 
 def score_notes(summary: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what a table of scores does not show: why some are missing, and which answers were cut."""
+    """Yield notes on a table of scores: why scores are missing, and which answers were cut."""
     for source in [summary, *([summary["reference"]] if summary.get("reference") else [])]:
         for client, states in (source.get("not_finite") or {}).items():
             yield from (f"{source['method']}, {client}, {state}: no score; {why}" for state, why in states.items())
@@ -180,10 +180,10 @@ def score_notes(summary: Mapping[str, Any]) -> Iterator[str]:
 
 
 def cut_line(answers: Mapping[str, Mapping[str, Any] | None]) -> str:
-    """Return how many answers of each client were cut in its last state, and how many references are longer.
+    """Return a line with the cut answers of each client in its last state, and the number of longer references.
 
     Args:
-        answers: Client -> its ``answers`` as a summary holds them.
+        answers: Client -> its ``answers`` in a summary.
     """
     told = {name: its for name, its in answers.items() if its}
     scored = {n: {state: c for state, c in its["cut"].items() if c is not None} for n, its in told.items()}

@@ -18,17 +18,17 @@ def command(
         typer.Option(
             "--data",
             metavar="FOLDER | NAME=FILE",
-            help="Rows from elsewhere: where the recipe's files lie now, or one client's rows. Repeatable; clients "
-            "without rows are left out.",
-            show_default="where the recipe says",
+            help="Other rows: the folder that the recipe's files are in now, or one client's rows. Repeatable; "
+            "clients without rows are left out.",
+            show_default="the recipe's files",
         ),
     ] = [],  # noqa: B006 - typer copies it
     base: Base = None,
 ) -> None:
-    """Score clients' models of a finished run again, from its files, on the rows that the run keeps for that."""
+    """Score clients' models of a finished run again, from its files, on its scored rows or on others."""
     from flexperts.artifacts import RunDirectory
 
-    RunDirectory.open(run).summary()  # say what is wrong with the path before anything heavy loads
+    RunDirectory.open(run).summary()  # refuse a wrong path before anything heavy loads
 
     from flexperts.cli.display import RunDisplay
     from flexperts.client.answer_limit import answer_limit, check_limit

@@ -1,4 +1,4 @@
-"""`flexperts export`: a finished run's model as a folder that other tools read."""
+"""`flexperts export`: write a finished run's model as a folder that other tools read."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from flexperts.cli.generate import Base
 
 Client = Annotated[
     str | None,
-    typer.Option("--client", help="Whose model; not needed for one that all clients share.", show_default=False),
+    typer.Option("--client", help="The model's client; not needed for a model that all share.", show_default=False),
 ]
 Form = Annotated[
-    str, typer.Option("--form", help="transformers: the whole model. merged: the global one. adapter. personal.")
+    str,
+    typer.Option(
+        "--form",
+        help="transformers: the whole model. merged: the global model. adapter: LoRA for PEFT. personal: the "
+        "client's own part.",
+    ),
 ]
 State = Annotated[
     str | None,
-    typer.Option("--state", help="global or personalized.", show_default="the form's own"),
+    typer.Option("--state", help="global or personalized.", show_default="depends on the form"),
 ]
 Dtype = Annotated[
     str | None,
@@ -36,10 +41,10 @@ def command(
     base: Base = None,
     verify: Annotated[bool, typer.Option(help="Load it in a fresh process and compare logits.")] = True,
 ) -> None:
-    """Write a model of a finished run as a folder that transformers or PEFT load, with a model card."""
+    """Write a model of a finished run as a folder that transformers or PEFT can load, with a model card."""
     from flexperts.artifacts import RunDirectory
 
-    RunDirectory.open(run).summary()  # say what is wrong with the path before anything heavy loads
+    RunDirectory.open(run).summary()  # refuse a wrong path before anything heavy loads
 
     from flexperts.export.exporting import export_run
     from flexperts.reports.cells import size

@@ -1,4 +1,4 @@
-"""`flexperts forget`: take a departed silo out of a stopped run."""
+"""`flexperts forget`: remove a silo that has left from a stopped run."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import typer
 
 
 def command(
-    run: Annotated[Path, typer.Argument(help="Run directory of a run that was broken off.")],
+    run: Annotated[Path, typer.Argument(help="Run directory of a stopped, unfinished run.")],
     client: Annotated[str, typer.Argument(help="Name of the silo that will not come back.")],
 ) -> None:
-    """Take a departed silo out of a stopped run, so that the resumed run no longer waits for it.
+    """Remove a silo that has left from a stopped run, so that the resumed run does not wait for it.
 
-    What it has taught the shared weights stays in them; its own files at the silo are not touched.
+    The effect of its past updates stays in the shared weights; the files at the silo do not change.
     """
     from flexperts.artifacts import RunDirectory
     from flexperts.server.forget_client import forget
 
     forget(RunDirectory.open(run), client)
-    typer.echo(f"{client} is out; go on with `flexperts run --resume`")
+    typer.echo(f"{client} is removed; resume the run with `flexperts run --resume`")

@@ -1,4 +1,4 @@
-"""`flexperts generate`: ask one client's model."""
+"""`flexperts generate`: ask one client's model a question."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import typer
 if TYPE_CHECKING:
     from flexperts.evaluation.generation import Answer
 
-About = Annotated[str, typer.Option("--context", help="Passage that the question is about.")]
+About = Annotated[str, typer.Option("--context", help="Passage that the instruction is about.")]
 State = Annotated[
     str | None,
     typer.Option("--state", help="zero_shot, global or personalized.", show_default="the most personal one"),
 ]
 Base = Annotated[
     str | None,
-    typer.Option("--base", metavar="PATH", help="Where the run's base lies.", show_default="where its recipe says"),
+    typer.Option("--base", metavar="PATH", help="Folder of the run's base.", show_default="the recipe's"),
 ]
 
 MaxTokens = Annotated[
@@ -27,7 +27,7 @@ MaxTokens = Annotated[
 
 
 def say(answer: Answer) -> None:
-    """Print an answer, and on stderr a mark where it reached the limit before its end."""
+    """Print an answer, and a line on stderr if the answer was cut at the limit."""
     typer.echo(answer)
     if answer.cut:
         typer.echo(f"[cut at {answer.tokens} tokens; --max-tokens N allows a longer answer]", err=True)
@@ -36,7 +36,7 @@ def say(answer: Answer) -> None:
 def command(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     instruction: Annotated[str, typer.Argument(help="What to ask.")],
-    client: Annotated[str, typer.Option(help="Whose model answers.")],
+    client: Annotated[str, typer.Option(help="The client whose model answers.")],
     context: About = "",
     state: State = None,
     max_tokens: MaxTokens = None,
@@ -45,7 +45,7 @@ def command(
     """Print one client's answer to an instruction; on stderr, whether it was cut."""
     from flexperts.artifacts import RunDirectory
 
-    RunDirectory.open(run).summary()  # say what is wrong with the path before anything heavy loads
+    RunDirectory.open(run).summary()  # refuse a wrong path before anything heavy loads
 
     from flexperts.finished.trained import TrainedRun
 

@@ -1,4 +1,4 @@
-"""`flexperts inspect`: what a model offers to grafting, and what a recipe would train."""
+"""`flexperts inspect`: a model's experts and projections, and the parameters that a recipe would train."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _show(base: Any, model: Any, projections: Sequence[str], stored: Any) -> Non
     console.print(storage_table(stored))
     targets = Counter(name.rsplit(".", 1)[-1] for name in projections)
     console.print("attention projections:", ", ".join(f"{count} {name}" for name, count in targets.items()))
-    # Which experts a client would choose depends on its rows; how many parameters that is does not.
+    # The experts that a client chooses depend on its rows; the number of parameters does not.
     first = {e.name: tuple(range(model.config.graft.experts)) for e in model.experts}
     with model.lend(model.site("inspect", [], Prepared(first)), {}) as (split, _):
         console.print(split_table(model.method.name, split.describe()))

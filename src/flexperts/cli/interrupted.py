@@ -1,4 +1,4 @@
-"""Work that is stopped, or breaks off: one line that says what is kept, and how to go on."""
+"""Commands that are stopped or fail midway: one line that says what is kept, and how to resume."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from typing import Any
 import typer
 
 STOPPED = 130
-"""Exit code of a command that was stopped, as shells have it for Ctrl-C."""
+"""Exit code of a command that was stopped; shells use it for Ctrl-C."""
 
 
 @contextmanager
 def stoppable(told: Callable[[], str]) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end the block with one line and exit code 130, without a traceback.
+    """End the block on Ctrl-C or SIGTERM with one line and exit code 130, without a traceback.
 
     Args:
-        told: Returns the line.
+        told: Returns the line to print.
     """
     before = _on_terminate(_interrupt)
     try:
         yield
     except KeyboardInterrupt:
-        _on_terminate(signal.SIG_IGN)  # a second one must not cut the line
+        _on_terminate(signal.SIG_IGN)  # a second signal must not cut the line
         typer.echo(f"stopped: {told()}", err=True)
         raise typer.Exit(STOPPED) from None
     finally:
@@ -35,11 +35,11 @@ def stoppable(told: Callable[[], str]) -> Iterator[None]:
 
 
 def command_line(*words: str, options: Sequence[tuple[str, object]] = ()) -> str:
-    """Return a `flexperts` command as it is typed.
+    """Return a `flexperts` command line that can be pasted into a shell.
 
     Args:
         words: Command and arguments.
-        options: Names and values; those without a value are left out, and True stands for a flag.
+        options: Names and values; an option with None or False is left out, and True makes it a flag.
     """
     given = [(name, value) for name, value in options if value is not None and value is not False]
     parts = [part for name, value in given for part in ([name] if value is True else [name, str(value)])]
@@ -47,20 +47,20 @@ def command_line(*words: str, options: Sequence[tuple[str, object]] = ()) -> str
 
 
 def standing(out: Path, again: str) -> str:
-    """Return what a run directory holds, and how to go on with it.
+    """Return what a run directory holds, and how to resume the run.
 
     Args:
-        out: The run directory; there may be none yet.
-        again: The command that goes on.
+        out: The run directory; it may not exist yet.
+        again: The command that resumes the run.
     """
     from flexperts.artifacts import RunDirectory
 
     if not (out / "config.toml").exists():
-        return f"nothing is kept; the same command starts anew: {again}"
+        return f"nothing is kept; this command starts the run again: {again}"
     run = RunDirectory(out)
     started = [kept for kept in (run, RunDirectory(run.reference)) if (kept.path / "config.toml").exists()]
     rounds = " and ".join(_rounds(kept) for kept in started)
-    return f"{rounds} finished, kept in {out}; go on with {again}"
+    return f"{rounds} finished, kept in {out}; resume with {again}"
 
 
 def _rounds(run: Any) -> str:
@@ -78,7 +78,7 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def _on_terminate(handler: Any) -> Any:
-    """Set what SIGTERM does, where that can be set, and return what it did."""
+    """Set the handler of SIGTERM (in the main thread only), and return the one before."""
     if threading.current_thread() is not threading.main_thread():
         return None
     return signal.signal(signal.SIGTERM, signal.SIG_DFL if handler is None else handler)

@@ -1,4 +1,4 @@
-"""`flexperts join`: a silo that comes after training."""
+"""`flexperts join`: add a silo to a finished run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flexperts.cli.interrupted import stoppable
 def command(
     run: Annotated[Path, typer.Argument(help="Run directory of a finished run.")],
     data: Annotated[
-        str, typer.Option(help="The newcomer's rows: .jsonl, .json, .csv, .tsv, .parquet or hub:ORG/NAME.")
+        str, typer.Option(help="The new silo's rows: .jsonl, .json, .csv, .tsv, .parquet or hub:ORG/NAME.")
     ],
     test: Annotated[
         str | None,
@@ -26,14 +26,14 @@ def command(
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(help="Optimizer steps.", show_default="those of a participant in all rounds"),
+        typer.Option(help="Optimizer steps.", show_default="as many as a participant's in all rounds"),
     ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Override a training.* or data.columns.* setting or data.on_bad_row, such as "
+            help="Override a training.* or data.columns.* setting, or data.on_bad_row; such as "
             "training.personal_lr=1e-3. Repeatable.",
         ),
     ] = None,
@@ -43,15 +43,15 @@ def command(
         typer.Option(help="Seed of its batches.", show_default="the run's"),
     ] = None,
 ) -> None:
-    """Take a new silo into a finished run: its personal part is trained, the shared weights stay as they are."""
+    """Add a new silo to a finished run: its personal part is trained, the shared weights do not change."""
     from flexperts.artifacts import RunDirectory
 
-    summary = RunDirectory.open(run).summary()  # say what is wrong with the path before anything heavy loads
+    summary = RunDirectory.open(run).summary()  # refuse a wrong path before anything heavy loads
 
     from flexperts.cli.display import RunDisplay, cut_line
     from flexperts.finished.joining import join
 
-    with stoppable(lambda: "nobody has joined; the same command starts again"), RunDisplay() as display:
+    with stoppable(lambda: "the silo has not joined; run the same command again"), RunDisplay() as display:
         record = join(
             run,
             data,
@@ -68,14 +68,14 @@ def command(
         display.notice(line)
     display.console.print(
         f"{record['client']} is a client of {run} now: {record['rows']['train_rows']} train rows, "
-        f"{record['steps']} steps; nothing of it was sent",
+        f"{record['steps']} steps; nothing was sent",
         markup=False,
         soft_wrap=True,
     )
 
 
 def _table(record: dict[str, Any], summary: dict[str, Any]) -> Any:
-    """Return the newcomer's scores beside the mean of those who took part."""
+    """Return the table of the new silo's scores and the mean of the participants'."""
     from rich.table import Table
 
     from flexperts.server.summary import score_text

@@ -1,4 +1,4 @@
-"""The `flexperts` command: one file per command, and nothing heavy is imported before a command runs."""
+"""The `flexperts` command: one file per command; heavy modules are imported only when a command runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from flexperts.cli.console import console, escape_what_cannot_be_shown, take_nam
 from flexperts.errors import ConfigError, FlexpertsError
 
 _SHOWN = 80
-"""Characters of an argument that a refusal repeats at most."""
+"""Most characters of an argument that an error message repeats."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -66,8 +66,8 @@ app.add_typer(silo.app, name="silo")
 
 
 def main() -> None:
-    """Run the command line; a broken rule is one line on stderr and exit code 2."""
-    # Libraries announce their own future to their developers; users of this command cannot act on it.
+    """Run the command line; a ``FlexpertsError`` is printed as one line on stderr, with exit code 2."""
+    # These warnings of libraries are for developers; users of this command cannot act on them.
     warnings.simplefilter("ignore", DeprecationWarning)
     warnings.simplefilter("ignore", FutureWarning)
     take_names_as_utf8()
@@ -84,23 +84,23 @@ def main() -> None:
 
 
 def _check_arguments(arguments: list[str]) -> None:
-    """Refuse bytes that are no text: they would come to files, recipes and answers."""
+    """Refuse bytes that are not UTF-8 text: they would get into files, recipes and answers."""
     for argument in arguments:
         try:
             argument.encode()
         except UnicodeEncodeError as error:
             rule, remedy = (
-                "it holds bytes that are no UTF-8 text",
-                "write it in UTF-8; a file of such a name, rename",
+                "it holds bytes that are not UTF-8 text",
+                "write it in UTF-8; if it is a file name, rename the file",
             )
             told = ascii(argument[:_SHOWN]).replace("\\udc", "\\x")  # as Python writes bytes
             raise ConfigError(f"argument {told}", rule, remedy) from error
 
 
 def _check_home() -> None:
-    """Refuse a user without a home, such as a container's number: libraries look for it while they load."""
+    """Refuse a user without a home folder (such as a bare user id in a container): libraries need one on import."""
     try:
         Path.home()
     except RuntimeError as error:
         rule = "this user has none, and libraries keep settings and caches there"
-        raise ConfigError("the home folder", rule, "set HOME to a folder of yours") from error
+        raise ConfigError("the home folder", rule, "set HOME to a folder that you can write to") from error

@@ -1,4 +1,4 @@
-"""`flexperts methods`: what there is to compare."""
+"""`flexperts methods`: list the federated methods."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ options = {mu = 0.01}
 
 
 def command(
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the whole of docs/methods.md.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the text of docs/methods.md.")] = False,
 ) -> None:
-    """List the federated methods: what they do, what is sent, what stays, source."""
+    """List the federated methods: what each does, what is sent, what stays, and its source."""
     if markdown:
         typer.echo(methods_page(), nl=False)
         return

@@ -1,4 +1,4 @@
-"""`flexperts plan`: what every method would cost on a model that need not be on this machine."""
+"""`flexperts plan`: the costs of methods on a model, without loading its weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def command(
     methods: Annotated[
         str, typer.Option(help="Comma-separated methods, or all.", show_default="the usual comparison")
     ] = "",
-    clients: Annotated[int, typer.Option(help="Clients.")] = 4,
+    clients: Annotated[int, typer.Option(help="Number of clients.")] = 4,
     bandwidth: Annotated[float, typer.Option(help="Mbit/s of each client's link, in either direction.")] = 100.0,
     settings: Annotated[
         list[str],
@@ -59,7 +59,7 @@ def _show(made: Any) -> None:
 
 
 def _tables(made: Any) -> Iterator[Any]:
-    """Yield what moves and what it takes apart: together they would not fit a terminal of 80 columns."""
+    """Yield traffic and needs as two tables: one table would not fit a terminal of 80 columns."""
     from flexperts.reports.cells import size
 
     moves = {
@@ -75,8 +75,8 @@ def _tables(made: Any) -> Iterator[Any]:
         "on disk": lambda row: size(row.personal_state).text,
         "FLOPs": lambda row: f"{100 * row.overhead:+.2f} %",
     }
-    yield _table("one client, one round: what moves", moves, made.methods)
-    yield _table("one client: what it takes", takes, made.methods)
+    yield _table("one client, one round: what is sent", moves, made.methods)
+    yield _table("one client: what it needs", takes, made.methods)
 
 
 def _table(title: str, columns: Mapping[str, Callable[[Any], str]], rows: Sequence[Any]) -> Any:
@@ -96,7 +96,7 @@ def _seconds(value: float) -> str:
 
 
 def _count(value: float) -> str:
-    """Return a count as text: as it is, or in thousands (k), millions (M), billions (G) or more (T)."""
+    """Return a count as text: plain, or in thousands (k), millions (M), billions (G) or trillions (T)."""
     for unit in ("", "k", "M", "G"):
         if value < 1000:
             return f"{value:.0f}" if unit == "" else f"{value:.2f} {unit}"

@@ -1,4 +1,4 @@
-"""A run's memory before anything loads, and a loaded base's storage: the tables that commands show."""
+"""Tables that commands show: a run's estimated memory before anything loads, and a loaded base's storage."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from flexperts.modeling.quantization import Storage
 
 _SMALL = 1_000_000_000
-"""Bytes of a checkpoint below which a run's memory is no question."""
+"""Size in bytes below which a checkpoint's memory is not estimated."""
 
 
 def check_memory(config: RunConfig) -> None:
-    """Show what a run of a large base needs, and refuse it where that is not free.
+    """Show the memory that a run of a large base needs, and refuse the run if it is not free.
 
     Raises:
-        ModelError: It does not fit; the message lists the settings that lower it.
+        ModelError: The memory is not free; the message lists the settings that lower the need.
     """
     from flexperts.cli.console import console as terminal
     from flexperts.errors import FlexpertsError
@@ -38,7 +38,7 @@ def check_memory(config: RunConfig) -> None:
         clients = load_clients(config.data, config.seed)
         estimator = Estimator(model.base, list(clients), row_lengths(config, clients))
         made = estimator.estimate(config)
-    except FlexpertsError as error:  # what is wrong with the run itself, the run says in its own words
+    except FlexpertsError as error:  # the run itself will report the error
         console.print(f"memory: not estimated ({error})", soft_wrap=True)
         return
     console.print(_table(made))
@@ -46,7 +46,7 @@ def check_memory(config: RunConfig) -> None:
 
 
 def storage_table(rows: Sequence[Storage]) -> Table:
-    """Return how a loaded base is stored, part by part."""
+    """Return the table of how a loaded base is stored, part by part."""
     from rich.table import Table
 
     from flexperts.reports.cells import size
@@ -60,7 +60,7 @@ def storage_table(rows: Sequence[Storage]) -> Table:
 
 
 def _is_small(folder: Path) -> bool:
-    """Tell whether a local checkpoint is small; what is on the hub is not known to be."""
+    """Return whether a checkpoint is a small local one; sizes on the hub are not known."""
     return folder.is_dir() and sum(file.stat().st_size for file in folder.glob("*.safetensors")) < _SMALL
 
 

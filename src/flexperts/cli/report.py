@@ -1,4 +1,4 @@
-"""`flexperts report`: a run or a comparison as a page to look at, and as Markdown."""
+"""`flexperts report`: a run or a comparison as an HTML page and as Markdown."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Samples = Annotated[
     typer.Option(
         min=0,
         metavar="N",
-        help="Show N scored rows of every silo, with passages and answers, on the pages and in comparison.json.",
+        help="Put N scored rows of every silo, with passages and answers, on the pages and in comparison.json.",
     ),
 ]
 
@@ -28,7 +28,7 @@ def command(
 
 
 _WIDE = 120
-"""Columns of a terminal that has room for more than each client's own rows."""
+"""From so many columns on, the terminal table shows more than the scores on each client's own rows."""
 
 
 def report(console: Any, comparison: Mapping[str, Any], out: Path) -> None:
@@ -54,7 +54,7 @@ def _collected(path: Path, samples: int) -> dict[str, Any]:
 
 
 def _rich(table: Any, narrow: bool) -> Any:
-    """Return the main table with the columns that a terminal has room for; the pages have all."""
+    """Return the main table with the columns that fit a terminal; the pages have all columns."""
     from rich.table import Table
     from rich.text import Text
 
@@ -66,7 +66,7 @@ def _rich(table: Any, narrow: bool) -> Any:
             f"{column.name}\n{column.group}", justify="left" if column.words else "right", overflow="fold"
         )
     for row in table.rows:
-        shown.add_row(*(Text(row[i].text) for i in columns))  # text as it is: brackets are no markup
+        shown.add_row(*(Text(row[i].text) for i in columns))  # as plain text: brackets are not markup
     return shown
 
 

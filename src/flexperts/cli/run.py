@@ -1,4 +1,4 @@
-"""`flexperts run`: a recipe becomes a run directory."""
+"""`flexperts run`: run a recipe and write a run directory."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def command(
         str,
         typer.Option(
             metavar="in-process | superlink://NAME",
-            help="Where the silos are: in this process, or behind the SuperLink that Flower's config.toml calls "
-            "NAME; --out is then a name in the SuperLink's FLEXPERTS_RUNS. See docs/deploy.md.",
+            help="Where the silos are: in this process, or connected to the SuperLink that Flower's config.toml "
+            "calls NAME; --out is then a name in the SuperLink's FLEXPERTS_RUNS. See docs/deploy.md.",
         ),
     ] = "in-process",
-    resume: Annotated[bool, typer.Option("--resume", help="Take up the broken-off run that --out holds.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in --out.")] = False,
     track: Annotated[
         list[str] | None,
         typer.Option(
             metavar="TRACKER",
             help="Log every round with tensorboard (files in the run directory), or with wandb, mlflow, comet_ml, "
-            "trackio, swanlab, aim if it is installed. These may send what they get to a server: the recipe, "
-            "clients' names, losses, scores, sizes and times, never texts, weights or tensors; what they collect "
-            "by themselves, such as terminal output, their own settings say. Repeatable.",
+            "trackio, swanlab, aim if it is installed. A tracker may send what it gets to a server: the recipe, "
+            "clients' names, losses, scores, sizes and times, never texts, weights or tensors. A tracker's own "
+            "settings decide what else it collects, such as terminal output. Repeatable.",
         ),
     ] = None,
 ) -> None:
@@ -53,7 +53,7 @@ def command(
     from flexperts.recipe import load_recipe
 
     if resume and out is None:
-        raise ConfigError("--resume", "it takes up the run of a directory", "give its --out")
+        raise ConfigError("--resume", "it needs the directory of the run to resume", "add --out DIRECTORY")
     config = load_recipe(recipe, settings or ())
     name = f"{recipe.stem}-{datetime.now():%Y%m%d-%H%M%S}"
     deployed = engine != "in-process"
@@ -89,7 +89,7 @@ def _run(config: RunConfig, out: Path, resume: bool, track: Sequence[str], again
 
 @contextmanager
 def _offering(out: Path, again: str) -> Iterator[None]:
-    """Add to the refusal of a run that has got further in the block what is kept of it, and how to go on."""
+    """Add what is kept, and how to resume, to the error of a run that made progress in the block."""
     from flexperts.errors import FlexpertsError
 
     before = _progress(out)
@@ -103,7 +103,7 @@ def _offering(out: Path, again: str) -> Iterator[None]:
 
 
 def _progress(out: Path) -> tuple[int, ...]:
-    """Return numbers that change when a run gets further."""
+    """Return numbers that change when a run makes progress."""
     from flexperts.artifacts import RunDirectory
 
     run = RunDirectory(out)
@@ -115,7 +115,7 @@ def _progress(out: Path) -> tuple[int, ...]:
 
 
 def _deploy(config: RunConfig, engine: str, name: str, resume: bool, track: list[str] | None, again: str) -> None:
-    """Hand the run to a SuperLink, follow its log, and show the result where it lies on this machine."""
+    """Submit the run to a SuperLink, follow its log, and show the result if it is on this machine."""
     from flexperts.artifacts import RunDirectory
     from flexperts.cli.display import RunDisplay
     from flexperts.deployment.settings import at_silos, run_folder
@@ -124,18 +124,23 @@ def _deploy(config: RunConfig, engine: str, name: str, resume: bool, track: list
 
     connection, folder = connection_of(engine), run_folder(name)
     if track:
-        raise ConfigError(f"--track {track[0]}", "trackers log runs of this process", "leave it out")
+        raise ConfigError(f"--track {track[0]}", "trackers only log runs in this process", "leave --track out")
     if config.method.reference:
-        typer.echo(f"{config.method.reference} is left out: a deployed run has one method")
+        typer.echo(f"reference method {config.method.reference} is left out: a deployed run has one method")
     run_id = submit(at_silos(config).to_toml(), name, connection, resume=resume)
-    typer.echo(f"run {run_id} on {connection}; Ctrl-C leaves it going, `flwr stop {run_id} {connection}` ends it")
+    typer.echo(f"run {run_id} on {connection}; Ctrl-C does not stop it, `flwr stop {run_id} {connection}` does")
     with stoppable(
-        lambda: f"run {run_id} goes on; `flwr log {run_id} {connection}` shows it, and after `flwr stop`: {again}"
+        lambda: (
+            f"this command only; run {run_id} continues. `flwr log {run_id} {connection}` shows it; after "
+            f"`flwr stop`, resume with {again}"
+        )
     ):
         status = follow(run_id, connection)
     if status != "finished:completed":
         raise FederationError(
-            f"run {run_id} is {status}", "it must complete", f"see the `error:` line of its log; then: {again}"
+            f"run {run_id} is {status}",
+            "it did not complete",
+            f"fix what the `error:` line of its log says, then resume with {again}",
         )
     if RunDirectory(folder).has_finished:
         RunDisplay().result(RunDirectory.open(folder).summary(), folder)

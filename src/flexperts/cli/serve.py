@@ -1,4 +1,4 @@
-"""`flexperts serve`: a finished run's models over HTTP, and a page to ask them."""
+"""`flexperts serve`: a finished run's models over HTTP, with a chat page."""
 
 from __future__ import annotations
 
@@ -17,21 +17,27 @@ if TYPE_CHECKING:
 
 _Silo = Annotated[
     Path | None,
-    typer.Option(metavar="SILO.toml", help="Serve what this silo keeps of a deployed run: its own model, at home."),
+    typer.Option(
+        metavar="SILO.toml", help="Serve this silo's personal model of a deployed run, on its own machine."
+    ),
 ]
 _Keys = Annotated[
     Path | None,
-    typer.Option("--keys", metavar="FILE", help="Hashes of API keys by client; without it, for this machine only."),
+    typer.Option(
+        "--keys", metavar="FILE", help="Hashes of API keys by client; without it, only this machine can call."
+    ),
 ]
 _Made = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Make a key for whoever has none in this file, print them once, and end."),
+    typer.Option(
+        metavar="FILE", help="Make a key for each client without one in this file, print the keys once, and exit."
+    ),
 ]
 _Prompt = Annotated[
     int | None,
-    typer.Option(min=1, help="Longest prompt in tokens.", show_default="what the context holds"),
+    typer.Option(min=1, help="Longest prompt in tokens.", show_default="limited by the model's context"),
 ]
-_Certificate = Annotated[Path | None, typer.Option(metavar="PEM", help="Serve HTTPS by this certificate.")]
+_Certificate = Annotated[Path | None, typer.Option(metavar="PEM", help="Serve HTTPS with this certificate.")]
 _PrivateKey = Annotated[Path | None, typer.Option(metavar="PEM", help="The certificate's private key.")]
 
 
@@ -42,18 +48,20 @@ def command(
     keys: _Keys = None,
     make_keys: _Made = None,
     host: Annotated[str, typer.Option(help="Address or name to listen on.")] = Address.host,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = Address.port,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.")] = Address.port,
     tls_cert: _Certificate = None,
     tls_key: _PrivateKey = None,
-    max_rows: Annotated[int, typer.Option(min=1, help="Requests that are answered in one batch.")] = 16,
-    batch_tokens: Annotated[int, typer.Option(min=2, help="Tokens that a batch may hold, with prompts.")] = 16_384,
-    max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait for a place.")] = Limits.queue,
-    per_client: Annotated[int, typer.Option(min=1, help="Requests of one client at a time.")] = Limits.per_client,
+    max_rows: Annotated[int, typer.Option(min=1, help="Most requests in one batch.")] = 16,
+    batch_tokens: Annotated[int, typer.Option(min=2, help="Most tokens in one batch, prompts included.")] = 16_384,
+    max_queue: Annotated[int, typer.Option(min=1, help="Most requests that wait for a batch.")] = Limits.queue,
+    per_client: Annotated[
+        int, typer.Option(min=1, help="Most requests of one client at a time.")
+    ] = Limits.per_client,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = Limits.answer_tokens,
     max_prompt: _Prompt = None,
     max_body: Annotated[int, typer.Option(min=1024, help="Longest request in bytes.")] = Limits.body_bytes,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds that an answer may take.")] = Limits.seconds,
-    grace: Annotated[int, typer.Option(min=0, help="Seconds to finish requests in when stopped.")] = 30,
+    timeout: Annotated[float, typer.Option(min=1, help="Most seconds for one answer.")] = Limits.seconds,
+    grace: Annotated[int, typer.Option(min=0, help="Seconds to finish open requests when stopped.")] = 30,
 ) -> None:
     """Serve all models of a run from one resident base: OpenAI's API under /v1, a chat page at /."""
     from flexperts.serving.http import keys as keys_of
@@ -71,7 +79,7 @@ def command(
 
 
 def _of_run(path: Path, base: str | None) -> tuple[Collection[str], Callable[..., Engine]]:
-    """Return a run's clients, and how to load it."""
+    """Return a run's clients, and a function that loads its models."""
     from flexperts.artifacts import RunDirectory
 
     directory = RunDirectory.open(path)
@@ -85,7 +93,7 @@ def _of_run(path: Path, base: str | None) -> tuple[Collection[str], Callable[...
 
 
 def _at_silo(path: Path, run: str, base: str | None) -> tuple[Collection[str], Callable[..., Engine]]:
-    """Return a silo's name, and how to load what it keeps of a run."""
+    """Return a silo's name, and a function that loads its models of a run."""
     from flexperts.errors import ConfigError
     from flexperts.recipe import load_silo
 
@@ -106,19 +114,19 @@ def _print_keys(path: Path, made: Mapping[str, str]) -> None:
     for owner, key in made.items():
         typer.echo(f"{owner}\t{key}")
     new = f"{path} holds the hashes of {len(made)} new keys; the keys are not shown again"
-    typer.echo(new if made else f"{path}: everyone has a key already", err=True)
+    typer.echo(new if made else f"{path}: every client has a key already", err=True)
 
 
 def _keys(path: Path | None, address: Address, clients: Collection[str]) -> tuple[KeyRing, str | None]:
-    """Return who may call; without a file one key for everything, which lives as long as this process."""
+    """Return the callers' keys; without a file, one new key for everything, valid until this process ends."""
     from flexperts.errors import ConfigError
     from flexperts.serving.http.keys import OPERATOR, KeyRing, hash_of, load_keys, new_key
 
     if path:
         return load_keys(path, clients), None
     if not address.is_loopback:
-        rule = "others can reach it, so callers need keys"
-        raise ConfigError(f"--host {address.host}", rule, "make them with --make-keys FILE and give --keys FILE")
+        rule = "other machines can reach this address, so callers need keys"
+        raise ConfigError(f"--host {address.host}", rule, "make keys with --make-keys FILE and add --keys FILE")
     key = new_key()
     return KeyRing({OPERATOR: [hash_of(key)]}), key
 
@@ -126,7 +134,7 @@ def _keys(path: Path | None, address: Address, clients: Collection[str]) -> tupl
 def _serve(
     open_engine: Callable[[], Engine], ring: KeyRing, key: str | None, address: Address, limits: Limits, grace: int
 ) -> None:
-    """Listen at once, answer when the base is loaded, and go on until stopped or until the engine fails."""
+    """Listen at once, answer when the base is loaded, and serve until stopped or until the engine fails."""
     try:
         from flexperts.serving.http.server import make_server, running
         from flexperts.serving.http.service import Service
@@ -147,7 +155,9 @@ def _serve(
 def _missing(error: ModuleNotFoundError) -> Exception:
     from flexperts.errors import ConfigError
 
-    return ConfigError(f"the module {error.name} is missing", "serving needs it", "pip install 'flexperts[serve]'")
+    return ConfigError(
+        f"the module {error.name} is missing", "serving needs it", "run pip install 'flexperts[serve]'"
+    )
 
 
 def _say_ready(engine: Engine, address: Address, url: str, key: str | None) -> None:
@@ -162,14 +172,14 @@ def _say_ready(engine: Engine, address: Address, url: str, key: str | None) -> N
         table.add_row(client, ", ".join(str(model) for model in engine.models if model.client == client))
     console(stderr=True).print(table)
     if not address.is_loopback and not address.certificate:
-        typer.echo("keys and prompts travel unencrypted: give --tls-cert, or put a proxy before it", err=True)
+        typer.echo("keys and prompts are sent unencrypted: add --tls-cert, or use a TLS proxy", err=True)
     typer.echo(f"{url}/v1 is the API, {url}/ the page; Ctrl-C stops both", err=True)
     if key:
         typer.echo(f"key until then: {key}\nopen {url}/#key={key}", err=True)
 
 
 def _wait(engine: Engine) -> None:
-    """Wait for the engine to fail, or for ever."""
+    """Wait until the engine fails; raise its failure."""
     import time
 
     while engine.failure is None:
@@ -178,7 +188,7 @@ def _wait(engine: Engine) -> None:
 
 
 def _end_on_signals() -> None:
-    """Let SIGINT and SIGTERM end the process in an orderly way, with exit code 0."""
+    """End the process on SIGINT and SIGTERM with cleanup and exit code 0."""
     import signal
     import sys
 
@@ -187,7 +197,7 @@ def _end_on_signals() -> None:
 
 
 def _log_to_stderr() -> None:
-    """One line per chat request, and what goes wrong; neither keys nor texts are ever logged."""
+    """Log one line per chat request, and errors, to stderr; keys and texts are never logged."""
     import logging
 
     handler = logging.StreamHandler()

@@ -1,4 +1,4 @@
-"""`flexperts silo`: the worker of a silo, and what it keeps."""
+"""`flexperts silo`: serve a silo, check its rows, and manage the state that it keeps."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _group() -> None:
 
 @app.command("serve")
 def serve(silo: _Silo) -> None:
-    """Hold the silo's base in memory and answer its SuperNode, until it is stopped (Ctrl-C or SIGTERM)."""
+    """Keep the silo's base in memory and answer its SuperNode, until stopped with Ctrl-C or SIGTERM."""
     import logging
     import os
     import signal
@@ -50,7 +50,7 @@ def serve(silo: _Silo) -> None:
     with RunDisplay(console(stderr=True)) as display, listening.listening(Path(settings.state)) as door:
         from flexperts.deployment.worker import Worker
 
-        handler = logging.StreamHandler()  # made in here: on a terminal, rich keeps its bar below these lines
+        handler = logging.StreamHandler()  # made inside the display, so that rich keeps its bar below these lines
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         logging.getLogger("flexperts").addHandler(handler)
         worker = Worker(settings, display)
@@ -63,10 +63,10 @@ def check(
     silo: _Silo,
     recipe: Annotated[
         Path | None,
-        typer.Option(help="Recipe of the run that the rows are for.", show_default="default settings"),
+        typer.Option(help="Recipe of the planned run.", show_default="default settings"),
     ] = None,
 ) -> None:
-    """Read and encode the silo's rows as a run does, without loading the base's weights; tell all that is wrong."""
+    """Read and encode the silo's rows as a run does, without the base's weights, and report all errors."""
     from flexperts.config.data import DataConfig
     from flexperts.config.run import RunConfig
     from flexperts.deployment.settings import for_silo
@@ -76,7 +76,7 @@ def check(
     settings = load_silo(silo)
     config = for_silo(load_recipe(recipe) if recipe else RunConfig(data=DataConfig(at_silos=True)), settings)
     files: dict[_Side, str | None] = {"train": settings.data.train, "test": settings.data.test}
-    with observing(Once(_Notes())):  # files are read by themselves first, so that all that is wrong is found
+    with observing(Once(_Notes())):  # each file alone first, so that errors in all of them are found
         wrong = []
         for side, file in files.items():
             wrong += _caught(_read_file, settings.name, file, config.data, side) if file else []
@@ -89,7 +89,7 @@ def check(
 
 
 class _Notes(Observer):
-    """Prints what surprises."""
+    """Observer that prints notices."""
 
     def notice(self, text: str) -> None:
         """Print a line."""
@@ -97,7 +97,7 @@ class _Notes(Observer):
 
 
 def _caught(look: Callable[..., None], *arguments: object) -> list[FlexpertsError]:
-    """Return what a check finds wrong, so that the others can be made too."""
+    """Run a check and return its error, if any, so that the other checks still run."""
     from flexperts.errors import FlexpertsError
 
     try:
@@ -115,7 +115,7 @@ def _read_file(name: str, source: str, config: DataConfig, side: _Side) -> None:
 
 
 def _show_rows(name: str, config: RunConfig) -> None:
-    """Divide and encode the rows as a run does, and print how many there are."""
+    """Split and encode the rows as a run does, and print how many there are."""
     from flexperts.client.workspace import Workspace
 
     rows = Workspace(config).clients[name]
@@ -130,13 +130,13 @@ def _show_state(settings: SiloConfig) -> None:
     state = Path(settings.state)
     check_private(state)
     served = state.exists() and is_served(state)
-    typer.echo(f"{state}: {'private' if state.exists() else 'it will be made'}")
+    typer.echo(f"{state}: {'private' if state.exists() else 'will be created'}")
     typer.echo("a worker serves it" if served else "no worker serves it now")
 
 
 @app.command("runs")
 def runs(silo: _Silo) -> None:
-    """List the runs whose private state the silo keeps."""
+    """List the runs whose private state is kept at the silo."""
     from rich.table import Table
 
     from flexperts.cli.console import console
@@ -162,7 +162,7 @@ def generate(
     state: State = None,
     max_tokens: MaxTokens = None,
 ) -> None:
-    """Print the answer of the silo's own model; nothing leaves this machine."""
+    """Print the answer of the silo's personal model; nothing leaves this machine."""
     from flexperts.recipe import load_silo
 
     settings = load_silo(silo)
@@ -176,7 +176,7 @@ def generate(
 def forget(
     silo: _Silo,
     run: Annotated[str, typer.Argument(metavar="RUN", help="The run's id, as `silo runs` shows it.")],
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask first.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
 ) -> None:
     """Delete the private state of one run, its personal model included."""
     from flexperts.deployment.state import forget as delete

@@ -1,1 +1,1 @@
-"""Where rows are: one client's base, rows, personal state, and its answers to the server."""
+"""The client's side: its base, data rows, personal state, and its answers to the server."""

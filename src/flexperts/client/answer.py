@@ -1,4 +1,4 @@
-"""What a client answers to each kind of request, in one process and in a silo's worker alike."""
+"""A client's answers to each kind of request; the same in one process and in a silo's worker."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ def answer(kind: str, content: RecordDict, client: Client) -> RecordDict:
     Args:
         kind: One of ``ANSWERS``.
         content: The request's content.
-        client: Who is asked.
+        client: The client that is asked.
     """
     return ANSWERS[kind](content, client)
 
 
 def _join(content: RecordDict, client: Client) -> RecordDict:
-    """Tell the server who this client is."""
+    """Send the client's introduction to the server."""
     return records(client.join(), {})
 
 
 def _initial(content: RecordDict, client: Client) -> RecordDict:
-    """Send the shared weights that round 1 starts from; one client is asked."""
+    """Send the shared weights that round 1 starts from; the server asks one client."""
     payload, texts = client.initial(json.loads(info_of(content)["agreement"]))
     return records({"client": client.name, **texts}, {}, payload)
 
 
 def _train(content: RecordDict, client: Client) -> RecordDict:
-    """Train one round and send back what the method shares."""
+    """Train one round and send what the method shares."""
     request = request_of(content)
     trained = client.train(request)
     update = trained.update
@@ -70,7 +70,7 @@ def _evaluate(content: RecordDict, client: Client) -> RecordDict:
 
 
 def request_of(content: RecordDict) -> Request:
-    """Return what a train or evaluate request asks for."""
+    """Return a train or evaluate message as a ``Request``."""
     info = info_of(content)
     return Request(payload_of(content, "server"), json.loads(info["agreement"]), int(info["round"]))
 
@@ -81,4 +81,4 @@ ANSWERS: Mapping[str, Callable[[RecordDict, Client], RecordDict]] = {
     "train": _train,
     "evaluate": _evaluate,
 }
-"""What a client can be asked, by Flower's message type."""
+"""Flower's message type -> the function that answers it."""

@@ -1,4 +1,4 @@
-"""How long an answer may be, and which references no answer of that length can reach."""
+"""The longest answer in tokens, and the references that are longer than it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from flexperts.errors import ConfigError
 from flexperts.observer import Observer
 
 _NAMED = 10
-"""Clients that one line names."""
+"""At most so many clients are named in one line."""
 
 
 def answer_limit(workspace: Workspace, config: RunConfig) -> int:
-    """Return the longest answer in tokens: the recipe's, or what the train rows that are here need.
+    """Return the longest answer in tokens: the recipe's limit, or one chosen from the train rows in this process.
 
-    Clients in one process have one limit for all; a silo on its own machine chooses by its own rows. A chosen limit
-    leaves room for the longest prompt in what the base reads.
+    All clients of one process share a limit; a silo on its own machine chooses from its own rows. A chosen limit,
+    together with the longest prompt, fits the positions that the base can read.
     """
     if (given := config.evaluation.max_new_tokens) is not None:
         return given
@@ -37,36 +37,36 @@ def chosen_limit(longest: int, most: int) -> int:
 
 
 def with_recorded_limit(config: RunConfig, summary: Mapping[str, Any]) -> RunConfig:
-    """Return a finished run's recipe with the limit that its scores were taken with, where it chose one itself."""
+    """Return a finished run's recipe with the answer limit that its summary records, if the recipe set none."""
     noted = [client["answers"]["max_new_tokens"] for client in summary["clients"].values() if client.get("answers")]
     return config.with_choices(max_new_tokens=max(noted, default=None))
 
 
 def scored_rows(rows: ClientRows, evaluation: EvaluationConfig) -> tuple[Row, ...]:
-    """Return those of a client's rows that evaluation scores."""
+    """Return the rows of a client that evaluation scores."""
     return (rows.validation if evaluation.split == "validation" else rows.test)[: evaluation.rows]
 
 
 def longer_references(tokens: Iterable[int], limit: int) -> list[int]:
-    """Return the lengths of the references that are longer than an answer may be, without the token that ends them.
+    """Return the lengths, without end tokens, of the references that are longer than the longest answer.
 
     Args:
-        tokens: Tokens of each reference, its end among them.
+        tokens: Tokens of each reference, with its end token.
         limit: The longest answer, in tokens.
     """
     return [count - 1 for count in tokens if count - 1 > limit]
 
 
 def check_limit(workspace: Workspace, config: RunConfig, observer: Observer) -> None:
-    """Say how long answers may be where the recipe does not, and whose scored references are longer.
+    """Report the limit if the recipe sets none, and the clients with longer scored references.
 
     Raises:
-        ConfigError: With its answer, a scored prompt may be longer than what the base reads.
+        ConfigError: A scored prompt and the longest answer together exceed what the base reads.
     """
     limit, found = answer_limit(workspace, config), []
     if config.evaluation.max_new_tokens is None:
         longest = workspace.longest_response
-        observer.stage(f"answers of up to {limit} tokens: the longest train response has {longest}, end included")
+        observer.stage(f"answers of up to {limit} tokens: the longest train response has {longest} with its end")
     for name, rows in workspace.clients.items():
         scored = scored_rows(rows, config.evaluation)
         examples = workspace.encoder.encode_all(scored)
@@ -74,10 +74,10 @@ def check_limit(workspace: Workspace, config: RunConfig, observer: Observer) -> 
         if longer := longer_references((example.response_length for example in examples), limit):
             found.append(f"{name} {len(longer)} of {len(scored)} (up to {max(longer)} tokens)")
     if found:
-        more = f" and {len(found) - _NAMED} clients more" if len(found) > _NAMED else ""
+        more = f" and {len(found) - _NAMED} more clients" if len(found) > _NAMED else ""
         observer.notice(
-            f"evaluation.max_new_tokens = {limit} cuts every answer before these references end: "
-            f"{', '.join(found[:_NAMED])}{more}; raise it to score them whole"
+            f"with evaluation.max_new_tokens = {limit}, answers are shorter than these references: "
+            f"{', '.join(found[:_NAMED])}{more}; raise it to allow answers of their length"
         )
 
 

@@ -37,7 +37,7 @@ from flexperts.training.local import LocalSettings, local_settings, steps_per_ro
 
 _MEMORY = "memory."
 _NEWEST = sys.maxsize
-"""What is decided before any training stands in every stored state, a resumed run's newest too."""
+"""Every stored state, also a resumed run's newest, holds what was decided before any training."""
 
 
 class Client:
@@ -46,8 +46,8 @@ class Client:
     Args:
         name: The client's name.
         workspace: Resident base and rows.
-        model: The model that clients take turns on.
-        folder: Where its personal state and predictions are kept.
+        model: The model that clients use in turn.
+        folder: The folder of its personal state and predictions.
         observer: Receives progress.
     """
 
@@ -66,7 +66,7 @@ class Client:
 
     @cached_property
     def examples(self) -> Sequence[Example]:
-        """The train rows that it trains on; they are read and encoded when they are first looked at."""
+        """The encoded rows that the client trains on; they are read and encoded on first access."""
         return TrainRows(self._read_examples)
 
     def _read_examples(self) -> list[Example]:
@@ -74,9 +74,10 @@ class Client:
         return [example for owner in owners for example in self.workspace.examples(owner)]
 
     def join(self) -> dict[str, str | int]:
-        """Return what the server may know of this client: names, sizes, the method's report.
+        """Return what the server may know of this client: name, base, row counts, the method's report.
 
-        It prepares if the report is about that, and else in its first round: of many clients few may ever train.
+        If the report needs ``Method.prepare``, the client prepares now; else in its first round, because of many
+        clients few may ever train.
         """
         site = self.model.site(self.name, ())
         if self.method.reports_prepared(self.config):
@@ -91,7 +92,7 @@ class Client:
         }
 
     def initial(self, agreement: Any) -> tuple[Payload, dict[str, str]]:
-        """Return the shared weights before any training, and texts that describe them."""
+        """Return the shared weights before any training, and the parameter table and PEFT configuration as JSON."""
         _, meta = self._stored(_NEWEST)
         site = self.method.initial_site(self.model.site(self.name, self.examples, _prepared(meta), agreement))
         with self.model.lend(site, {}) as (split, _):
@@ -100,7 +101,7 @@ class Client:
             return encode(split, self.method.initial(split)), {"split": table, "adapter": adapter}
 
     def train(self, request: Request) -> Trained:
-        """Train one round from what the server sent; the personal part is kept on disk."""
+        """Train one round from the server's weights; the personal part is saved on disk."""
         with self._training(request, request.round - 1) as (turn, meta), torch.random.fork_rng(devices=[]):
             torch.manual_seed(turn.stream.initial_seed())  # dropout draws from the global stream
             self.method.receive(turn)
@@ -120,18 +121,18 @@ class Client:
         Args:
             request: The finished global model.
             states: Which of zero_shot, global, personalized.
-            answers: Whether to generate answers, or to take the NLL alone.
+            answers: Whether to generate answers; without them only the NLL is computed.
         """
         return {state: self.score(request, state, self.scored_rows, answers=answers) for state in states}
 
     def score(self, request: Request, state: State, rows: Sequence[Row], *, answers: bool = True) -> Scores:
-        """Score one model state on any rows; the untouched base scores the same rows once per workspace."""
+        """Score one model state on given rows; zero-shot scores are cached in the workspace."""
         known, batch_size = self.workspace.untouched, self.config.evaluation.batch_size
         limit = answer_limit(self.workspace, self.config)
         settings = EvaluationSettings(limit, batch_size, self.config.model.precision, answers)
         key = f"{rows_hash(ClientRows((), tuple(rows)))} {self.config.training.max_length} {settings}"
         if state == "zero_shot" and key in known:
-            self._stored(request.round)  # whoever is scored has a state, computed for the occasion or not
+            self._stored(request.round)  # a client that is scored has a stored state, even with cached scores
             scores: Scores = known[key]
             return scores
         report = self._counter(f"{self.name}: {state} {'answers' if answers else 'NLL'}", len(rows))
@@ -143,18 +144,18 @@ class Client:
 
     @contextmanager
     def in_state(self, request: Request, state: State) -> Iterator[tuple[Any, OnBatch | None]]:
-        """Yield the model as this client uses it in a state, and what to call before every batch.
+        """Yield the model in one of the client's states, and the function to call before every batch.
 
         Args:
             request: The finished global model.
-            state: zero_shot is the untouched base, global the shared weights alone, personalized all.
+            state: zero_shot is the untouched base, global the shared weights alone, personalized everything.
         """
         with self.in_use(request) as turn, self.method.in_state(turn, state) as on_batch:
             yield turn.model, on_batch
 
     @contextmanager
     def in_use(self, request: Request) -> Iterator[Turn]:
-        """Yield a turn with the finished model in it, for ``Method.in_state``; no row is read for it."""
+        """Yield a turn with the finished model, for ``Method.in_state``; no row is read for it."""
         with self._turn(request, request.round, self._settings()) as (turn, meta):
             self.method.receive(turn)
             if self.method.settles:
@@ -162,7 +163,7 @@ class Client:
             yield turn
 
     def settle(self, request: Request) -> None:
-        """Keep what the method's states need of the train rows: the model can then be used where these are not."""
+        """Save what the method's states need from the train rows, so that the model can be used without them."""
         if not self.method.settles:
             return
         with self._turn(request, request.round, self._settings()) as (turn, meta):
@@ -174,14 +175,14 @@ class Client:
         return Settled(path, meta.base, meta.round, vector_hash(request.payload.vector))
 
     def answer_counts(self, scores: Mapping[State, Scores]) -> dict[str, int]:
-        """Return the limit of answers in tokens, how many references are longer, and each state's cut answers."""
+        """Return the answer limit in tokens, the number of longer references, and each state's cut answers."""
         limit = answer_limit(self.workspace, self.config)
         longer = longer_references(next(iter(scores.values())).tokens, limit)
         cut = {f"cut.{state}": its.cut for state, its in scores.items()}
         return {"max_new_tokens": limit, "longer_references": len(longer), **cut}
 
     def write_predictions(self, scores: Mapping[State, Scores]) -> None:
-        """Keep the generated answers and every row's scores beside the rows, in the client's own folder."""
+        """Write each scored row with its generated answers and scores, in the client's own folder."""
         lines = [
             json_text(
                 {"instruction": row.instruction, "context": row.context, "response": row.response}
@@ -193,7 +194,7 @@ class Client:
         write_text(self.folder / "predictions" / f"{self.name}.jsonl", "\n".join(lines) + "\n")
 
     def write_routing(self, request: Request, states: Sequence[State]) -> None:
-        """Note how the client's rows are routed, in its own folder, where the recipe asks for it."""
+        """Write how the client's rows are routed, in its own folder, if the recipe asks for it."""
         rows, evaluation = self.scored_rows, self.config.evaluation
         if not evaluation.routing_rows:
             return
@@ -235,7 +236,7 @@ class Client:
         self.store.save(kept, new)
 
     def _stored(self, up_to: int) -> tuple[dict[str, Tensor], PersonalMeta]:
-        """Return the client's stored tensors and their meta; it prepares on first call."""
+        """Return the client's stored tensors and their meta; on first use, prepare and store them."""
         stored = self.store.load(up_to)
         if stored is None:
             prepared = self._prepare()
@@ -268,7 +269,7 @@ class Client:
         return self._settings(steps, (round_number - 1) * steps, rounds * steps)
 
     def _settings(self, steps: int = 0, first_step: int = 0, total_steps: int = 0) -> LocalSettings:
-        """Return the settings of so many steps; a model that is only used takes none."""
+        """Return the local settings for this number of steps; a model that is only used has none."""
         return local_settings(
             self.config,
             steps=steps,

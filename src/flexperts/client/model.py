@@ -1,4 +1,4 @@
-"""The model that clients take turns on: one resident base, its adapters, and the current client's parts."""
+"""The model that clients use in turn: one resident base, its adapters, and the current client's parts."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from flexperts.seeding import derive_seed
 
 
 class ClientModel:
-    """Lends the base to one client at a time.
+    """The resident base, which one client uses at a time.
 
     Args:
-        base: The resident base; LoRA is put into it until ``close``.
+        base: The resident base; it has LoRA adapters until ``close``.
         config: The run.
-        method: Decides what is hung onto the base, and who owns what.
+        method: Decides which parts are attached to the base, and which parameters are shared or personal.
 
     Raises:
         ModelError: The method needs experts and the base has none that can be reached.
@@ -50,15 +50,15 @@ class ClientModel:
             checkpointing=config.training.gradient_checkpointing,
         )
         self.lent: dict[str, Part] | None = None
-        """The parts of the client that has the model now; None while it is free."""
+        """The parts of the client that uses the model now; None while it is free."""
 
     def close(self) -> None:
-        """Take LoRA out of the base again."""
+        """Remove the LoRA adapters from the base."""
         self.lora.close()
 
     @property
     def device(self) -> torch.device:
-        """Where the base computes."""
+        """The device of the base."""
         return torch.device(next(self.base.model.parameters()).device)
 
     def site(
@@ -88,7 +88,7 @@ class ClientModel:
             GraftError: The personal tensors do not fit, or the model is lent already.
         """
         if self.lent is not None:
-            raise GraftError("the resident model", "it is lent to another client", "wait for its turn to end")
+            raise GraftError("the resident model", "another client uses it", "wait until that client is done")
         parts: dict[str, Part] = {}
         self.lent = parts
         try:
@@ -129,8 +129,8 @@ def load_personal_tensors(source: Mapping[str, Tensor], target: Mapping[str, Par
         odd = sorted(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n))
         raise GraftError(
             f"personal state: {odd[0]} is {theirs.get(odd[0])}, the model has {ours.get(odd[0])}",
-            "a personal state fits the graft settings that it was trained with",
-            "use the run's own config, or start the client afresh",
+            "a personal state only fits the graft settings that it was trained with",
+            "use the config of the run that it belongs to, or delete the client's personal file to start it anew",
         )
     for name, tensor in source.items():
         target[name].copy_(tensor)

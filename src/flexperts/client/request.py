@@ -1,4 +1,4 @@
-"""What a client is asked with, and what its training leaves."""
+"""The server's request to a client, and the result of a client's training."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from flexperts.protection.pipeline import Outgoing
 
 @dataclass(frozen=True)
 class Request:
-    """What the server asks a client with.
+    """The server's request to a client.
 
     Args:
-        payload: The weights that came along.
-        agreement: What the server made of all clients' reports.
-        round: The round to train; for an evaluation, the last one that is finished.
+        payload: The weights that the server sent.
+        agreement: The method's agreement, which the server made from all clients' reports.
+        round: The round to train; for an evaluation, the last finished round.
     """
 
     payload: Payload
@@ -28,12 +28,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a round of training leaves for the reply.
+    """The result of a round of training.
 
     Args:
-        update: What the server gets.
-        split: The parameters it came from, by which the reply's encoding is checked.
-        sent: How the update leaves.
+        update: The update for the server.
+        split: The parameters that were trained; the encoded reply is searched for the personal ones.
+        sent: The update after clipping, noise and packing.
     """
 
     update: Update

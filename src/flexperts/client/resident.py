@@ -1,4 +1,4 @@
-"""One run's base, adapter and clients in a process, from message to message."""
+"""One run's base, adapters and clients, kept in a process between messages."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from flexperts.observer import current_observer
 
 
 class Resident:
-    """One run's base, adapter and clients in this process.
+    """One run's base, adapters and clients in this process.
 
     Args:
         workspace: Base and rows.
-        config: The run; it may differ from the workspace's in the method only.
-        folder: Where clients keep their files.
+        config: The run; only its method may differ from the workspace's.
+        folder: The folder of the clients' files.
     """
 
     def __init__(self, workspace: Workspace, config: RunConfig, folder: Path) -> None:
@@ -28,7 +28,7 @@ class Resident:
         self._client = lru_cache(CLIENTS_KEPT)(partial(_client, workspace, self.model, folder))
 
     def client(self, name: str) -> Client:
-        """Return the client of that name; all it must remember lies on disk."""
+        """Return a client by name; its state is on disk."""
         return self._client(name)
 
 

@@ -1,8 +1,8 @@
-"""What a client writes down of its routing: one line for every evaluated round and model state.
+"""A client's record of its routing: one line for every evaluated round and model state.
 
-A line is ``{"round", "state", "layers": {experts module: numbers}}``: the numbers of ``summarize_routing`` and,
-where a graft computes in the state, how far its gate opens: "opening" [k] and "opening_std" [k] (over tokens) of
-the personal graft, "common_opening" and "common_opening_std" of the one that clients share.
+A line is ``{"round", "state", "layers": {experts module: numbers}}``. The numbers are those of
+``summarize_routing`` and, for a state with a graft, the opening of its gate: "opening" [k] and "opening_std" [k]
+(over tokens) of the personal graft, "common_opening" and "common_opening_std" of the graft that clients share.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Layers = dict[str, dict[str, Any]]
 
 
 def prompt_batches(encoder: PromptEncoder, rows: Sequence[Row], batch_size: int) -> list[PaddedBatch]:
-    """Return the rows' prompts in batches of neighbours in length."""
+    """Return the rows' prompts in batches, sorted by length."""
     prompts = sorted((encoder.encode(row).prompt for row in rows), key=len)
     return [prompt_batch(prompts[i : i + batch_size], encoder) for i in range(0, len(prompts), batch_size)]
 
@@ -47,8 +47,8 @@ def routing_lines(
         turn: The client's turn, after ``method.receive``.
         method: Sets the states up.
         states: Which of zero_shot, global, personalized.
-        batches: The prompts that are routed; ``on_batch`` of a state gets each of them.
-        known: Where the untouched base's routing of these batches is kept, T N values per layer, and looked up.
+        batches: The prompts to route; ``on_batch`` of a state receives each batch.
+        known: A cache of the untouched base's routing of these batches: T N values per layer.
 
     Raises:
         ModelError: The base is dense, or its experts cannot be reached.
@@ -63,7 +63,9 @@ def routing_lines(
 
 
 def write_routing(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Add a round's lines to a client's file; lines of that round and of later ones, from before a break, go.
+    """Add a round's lines to a client's file.
+
+    Older lines of that round or of later rounds are removed: a resumed run writes them again.
 
     Raises:
         ArtifactError: The file is damaged or cannot be written.
@@ -101,7 +103,7 @@ def _observe(
 
 
 def _openings(gates: Mapping[str, OpeningRecorder]) -> Layers:
-    """Return the gates' numbers by experts module, named after their part."""
+    """Return the openings of all gates by experts module, with names made from the part's."""
     openings: Layers = {}
     for part, recorder in gates.items():
         name = f"{part.removesuffix('graft')}opening"

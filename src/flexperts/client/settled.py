@@ -1,4 +1,4 @@
-"""What a client keeps of its train rows for using its model where the rows are not; see ``Method.settle``."""
+"""Values from a client's train rows, kept so that its model can be used without them; see ``Method.settle``."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _FORMAT = "flexperts-settled-1"
 
 @dataclass(frozen=True)
 class Settled:
-    """A client's file. What is in it holds for one model and no other.
+    """A client's file of such values. They are valid for one model only.
 
     Args:
         path: The file.
         base: Fingerprint of the base.
-        round: Last round that the personal state was trained in.
+        round: Last round in which the personal state was trained.
         shared: Hash of the shared weights.
     """
 
@@ -31,15 +31,15 @@ class Settled:
     shared: str
 
     def save(self, tensors: Mapping[str, Tensor]) -> None:
-        """Keep tensors in the place of what was there.
+        """Replace the file's tensors.
 
         Raises:
-            ArtifactError: They cannot be written.
+            ArtifactError: The file cannot be written.
         """
         write_sealed(self.path, _FORMAT, tensors, self._of())
 
     def load(self, device: torch.device) -> dict[str, Tensor]:
-        """Return what was kept for this model; empty where nothing was, or for another one.
+        """Return the tensors kept for this model; empty if there are none, or they are for another model.
 
         Raises:
             ArtifactError: The file is damaged.

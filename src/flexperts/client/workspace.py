@@ -1,4 +1,4 @@
-"""What a process holds for all its runs and clients: the base in memory, the rows, and scores that never change."""
+"""Data that a process shares between runs and clients: the base, the rows, and the untouched base's scores."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from flexperts.observer import current_observer
 from flexperts.selection.rules import pick_layers
 
 CLIENTS_KEPT = 64
-"""Clients whose encoded rows, many times the size of their text, stay in memory between their turns."""
+"""Clients whose encoded rows stay in memory between turns; encoded rows are many times larger than their text."""
 
 
 @dataclass
@@ -34,10 +34,10 @@ class Workspace:
     """Base, rows and encoder of a run, loaded once and shared with its reference run.
 
     Args:
-        config: The run; its reference may differ in the method only.
-        loaded: The base, where it is in memory already.
-        untouched: What the untouched base scores, by what it was scored on: no method changes it.
-        started_with: Refuses rows, when they are read, that are not those that a run started with.
+        config: The run; only the reference's method may differ.
+        loaded: The base, if it is in memory already.
+        untouched: Cache of the untouched base's scores, losses and routing, which no method changes.
+        started_with: Called when rows are read; refuses rows that are not those that the run started with.
     """
 
     config: RunConfig
@@ -49,14 +49,14 @@ class Workspace:
     _longest_prompt: int = field(default=0, init=False, repr=False)
 
     def for_run(self, config: RunConfig) -> Workspace:
-        """Return the workspace of another run: this one, or one with rows or a base of its own."""
+        """Return the workspace of another run: this one, or a new one if the rows or the base differ."""
         if config.model != self.config.model:
             return Workspace(config)
         return self if _rows_of(config) == _rows_of(self.config) else Workspace(config, self.base, self.untouched)
 
     @cached_property
     def clients(self) -> Clients:
-        """Every client's rows, of which all can be encoded."""
+        """Every client's rows; all of them can be encoded."""
         say = current_observer().notice
         read = load_clients(self.config.data, self.config.seed, say)
         for line in self.encoder.notices:
@@ -66,7 +66,7 @@ class Workspace:
         return clients
 
     def _fitting(self, name: str, rows: ClientRows, say: Say) -> ClientRows:
-        """Return a client's rows but for those that cannot be encoded, where the recipe lets them be left out."""
+        """Return a client's rows that can be encoded; the others are skipped or refused as the recipe says."""
         sides = {side: getattr(rows, side) for side in ("train", "test", "validation")}
         bad: list[BadRow] = []
         cut: list[str] = []
@@ -102,7 +102,7 @@ class Workspace:
         return self.loaded or load_base(self.config.model, self.encoder.tokenizer)
 
     def examples(self, client: str) -> list[Example]:
-        """Return a client's train rows, encoded; those of the last few clients are kept."""
+        """Return a client's encoded train rows; those of the last ``CLIENTS_KEPT`` clients are cached."""
         rows = self.clients[client].train
         found = self._encoded.pop(client, None) or self.encoder.encode_all(rows)
         while len(self._encoded) >= CLIENTS_KEPT:
@@ -112,24 +112,24 @@ class Workspace:
 
     @property
     def longest_response(self) -> int:
-        """Tokens of the longest train response, its end among them, of all clients whose rows are here."""
+        """Tokens of the longest train response, with its end token, of all clients in this process."""
         return self._longest_response if self.clients else 0
 
     @property
     def longest_prompt(self) -> int:
-        """Tokens of the longest prompt that may be scored, of all clients whose rows are here."""
+        """Tokens of the longest prompt that may be scored, of all clients in this process."""
         return self._longest_prompt if self.clients else 0
 
     def check(self, config: RunConfig, *, needs_experts: bool) -> None:
-        """Refuse what would otherwise fail in the middle of a run.
+        """Refuse settings that would otherwise fail in the middle of a run.
 
         Args:
-            config: The run; it may differ from the workspace's where rows and base do not depend on it.
-            needs_experts: Whether some method of the run works on experts.
+            config: The run; settings that decide neither rows nor base may differ from the workspace's.
+            needs_experts: Whether a method of the run works on experts.
 
         Raises:
             FlexpertsError: A row does not fit, the base cannot be grafted, has too few experts or projections, or
-            computes what is no number.
+                its loss is not finite.
         """
         attention_linears(self.base.model, config.lora.projections)
         self._check_loss(config)
@@ -138,11 +138,11 @@ class Workspace:
         for experts in found:
             if wanted > experts.num_experts:
                 raise GraftError(
-                    f"graft.experts = {wanted}", f"{experts.name} has {experts.num_experts}", "ask for fewer"
+                    f"graft.experts = {wanted}", f"{experts.name} has {experts.num_experts}", "lower it"
                 )
 
     def _check_loss(self, config: RunConfig) -> None:
-        """Refuse a base whose untouched weights come to no finite loss: of one row, once per base."""
+        """Refuse a base whose untouched loss on one row is not finite; tested once per base."""
         device, key = next(self.base.model.parameters()).device, f"loss {config.model.precision}"
         if key in self.untouched:
             return
@@ -171,10 +171,10 @@ def _rows_of(config: RunConfig) -> tuple[Any, ...]:
 
 
 class TrainRows(Sequence[Example]):
-    """A client's train rows, encoded when the first one is looked at: a model that is only used needs none.
+    """A client's train rows, encoded on first access: a model that is only used needs none.
 
     Args:
-        read: Returns them.
+        read: Returns the encoded rows.
     """
 
     def __init__(self, read: Callable[[], Sequence[Example]]) -> None:

@@ -1,1 +1,1 @@
-"""Runs over many machines: the resident worker of a silo, the relay in front of it, and what a SuperLink gets."""
+"""Runs over many machines: a silo's resident worker, the relay in front of it, and the app for a SuperLink."""

@@ -1,4 +1,4 @@
-"""A deployed run's personal model, at home: the silo's private state with the shared weights it was last sent."""
+"""A deployed run's personal model at its silo: the private state with the last shared weights it received."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RECEIVED = "received.safetensors"
 
 
 def keep_received(folder: Path, content: RecordDict) -> None:
-    """Keep an evaluation's request: the global weights as the silo last saw them, whole or not at all."""
+    """Write an evaluation's request atomically: the last global weights that the silo received."""
     write_bytes(folder / RECEIVED, pack({}, content))
 
 
@@ -41,7 +41,7 @@ class HomeModel:
         run: The run's id.
 
     Raises:
-        FederationError: The id is none.
+        FederationError: The id is not valid.
         ArtifactError: The run has not been evaluated here, or its files are damaged.
     """
 
@@ -51,7 +51,9 @@ class HomeModel:
             _, content = unpack((folder / RECEIVED).read_bytes())
         except FileNotFoundError as error:
             raise ArtifactError(
-                f"run {run}", "this silo has not been sent its shared weights to keep", "wait for its evaluation"
+                f"run {run}",
+                "this silo has not yet received its final shared weights",
+                "wait for its evaluation on the server",
             ) from error
         self.request = request_of(content)
         recipe = recorded_recipe(RunDirectory.open(folder).path)
@@ -65,28 +67,28 @@ class HomeModel:
         """Return the greedy answer to one instruction, by the most personal model unless a state is named.
 
         Raises:
-            FlexpertsError: As ``answer_one``, or the method has no such state.
+            FlexpertsError: See ``answer_one``, or the method has no such state.
         """
         chosen = state_named(self.method, state)
         return answer_one(self.client, self.request, chosen, instruction, context, max_new_tokens)
 
 
 class HomeRun(TrainedRun):
-    """The same models in the place of a whole run, for serving them.
+    """The same models with the interface of a whole run, for serving them.
 
     Args:
-        silo, run: As for ``HomeModel``.
+        silo, run: See ``HomeModel``.
     """
 
     def __init__(self, silo: SiloConfig, run: str) -> None:
-        # Not the constructor above: what it reads lies at the server.
+        # Without super().__init__(): the files that it reads are at the server.
         self._home, self._name = HomeModel(silo, run), silo.name
         client = self._home.client
         self.config, self.workspace, self.model = client.config, client.workspace, client.model
 
     @property
     def clients(self) -> list[str]:
-        """The silo alone."""
+        """The silo's name alone."""
         return [self._name]
 
     def client(self, name: str, observer: Observer | None = None) -> Client:
@@ -94,5 +96,5 @@ class HomeRun(TrainedRun):
         return self._home.client
 
     def request(self, name: str) -> Request:
-        """Return what the silo was last sent."""
+        """Return the last request that the silo received."""
         return self._home.request

@@ -27,8 +27,8 @@ class KeptRun:
     Args:
         run: The run's id.
         method: Its method.
-        round: Last round that the silo trained in.
-        bytes: Size of everything that is kept.
+        round: Last round in which the silo trained.
+        bytes: Size of all its files.
     """
 
     run: str
@@ -38,26 +38,26 @@ class KeptRun:
 
 
 def keep_recipe(folder: Path, recipe: str) -> None:
-    """Note a run's recipe, as it was handed out, in the run's folder, or find the same one noted there.
+    """Write a run's recipe, as received from the server, to the run's folder, or check that it is the same.
 
-    How many rounds a run has is the server's to say, and may change on the way.
+    The number of rounds may differ: the server can change it during a run.
 
     Raises:
-        ArtifactError: It is another one: states of two runs must not mix.
+        ArtifactError: The recipe is another one: states of two runs must not mix.
     """
     kept = RunDirectory.open(folder).config_toml if (folder / "config.toml").exists() else None
     if kept is None or rounds_before(kept, recipe):
         write_text(folder / "config.toml", recipe)
     elif kept != recipe:
-        rule = f"it holds a run of another recipe ({recipe_changes(kept, recipe)})"
+        rule = f"it holds a run with another recipe ({recipe_changes(kept, recipe)})"
         raise ArtifactError(f"{folder}", rule, "start a new run on the server")
 
 
 def with_kept_choices(config: RunConfig, folder: Path) -> RunConfig:
-    """Return a run with what this silo chose for it before, where the recipe leaves it open.
+    """Return a run with this silo's earlier choices for settings that the recipe leaves open.
 
     Raises:
-        ArtifactError: The note is damaged.
+        ArtifactError: The file of choices is damaged.
     """
     if not (note := folder / _CHOICES).exists():
         return config
@@ -66,19 +66,19 @@ def with_kept_choices(config: RunConfig, folder: Path) -> RunConfig:
 
 
 def keep_choices(folder: Path, template_date: str | None, max_new_tokens: int) -> None:
-    """Note what this silo has chosen for a run by its own clock and rows."""
+    """Write this silo's choices for a run: the templates' date by its clock, the answer limit by its rows."""
     write_json(folder / _CHOICES, {"template_date": template_date, "max_new_tokens": max_new_tokens})
 
 
 def keep_rows(folder: Path, clients: Clients) -> bool:
-    """Note which rows a run starts with at this silo, in counts and hashes, or find the same ones noted there.
+    """Write counts and hashes of the rows with which a run starts at this silo, or check that they are the same.
 
     Returns:
-        Whether a run of an earlier version is here, which had no note: that its rows are the same is not known.
+        Whether the run began with an earlier version, which wrote no such file: its first rows are not known.
 
     Raises:
-        ArtifactError: The note is damaged.
-        DataError: They are others: what was trained on could be tested on.
+        ArtifactError: The file is damaged.
+        DataError: The rows are others: rows that were trained on could be tested on.
     """
     note = RunDirectory(folder).partition
     if note.exists():

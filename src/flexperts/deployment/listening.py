@@ -1,4 +1,4 @@
-"""The worker's door: a Unix socket in the state folder, one caller after the other, bytes only."""
+"""The worker's Unix socket in the state folder: it serves one caller at a time, bytes only."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from flexperts.deployment.state import lock_of, make_private, socket_of
 from flexperts.errors import ArtifactError
 
 LONGEST_MESSAGE = 1 << 33
-"""Bytes of the longest message that is read."""
+"""Size in bytes of the longest message that is read."""
 _PATIENCE = 60
-"""Seconds that a caller may stall in the middle of a message."""
+"""Seconds after which a caller that stalls in the middle of a message is dropped."""
 _WAITING = 16
-"""Callers that may wait for their turn."""
+"""Most callers that wait for their turn."""
 
 log = logging.getLogger(__name__)
 
 
 @contextmanager
 def listening(state: Path) -> Iterator[Listener]:
-    """Yield the socket of a state folder, which is this process's alone inside the block; it is removed after.
+    """Yield the socket of a state folder, for this process alone; it is removed after the block.
 
     Raises:
         ArtifactError: The folder is not private, or another worker serves it.
@@ -36,14 +36,14 @@ def listening(state: Path) -> Iterator[Listener]:
     """
     make_private(state)
     with _alone(state):
-        socket_of(state).unlink(missing_ok=True)  # a killed worker's; whoever holds the lock is the only one
+        socket_of(state).unlink(missing_ok=True)  # left by a killed worker; we hold the lock
         with Listener(str(socket_of(state)), family="AF_UNIX", backlog=_WAITING) as listener:
             socket_of(state).chmod(0o600)
             yield listener
 
 
 def is_served(state: Path) -> bool:
-    """Tell whether a worker serves a state folder now."""
+    """Return whether a worker serves a state folder now."""
     try:
         with _alone(state):
             return False
@@ -52,13 +52,14 @@ def is_served(state: Path) -> bool:
 
 
 def serve(listener: Listener, answer: Callable[[bytes], bytes]) -> None:
-    """Answer one request after the other, until something that is no ``Exception`` is raised.
+    """Answer requests one at a time, until a ``BaseException`` such as ``SystemExit`` is raised.
 
-    A connection is one request and one reply. Callers that hang up, stall or send too much are dropped.
+    A connection is one request and one reply. Callers that close the connection, stall or send too much are
+    dropped.
 
     Args:
-        listener: Where callers come in.
-        answer: Makes a reply of a request; it raises nothing.
+        listener: The socket that callers connect to.
+        answer: Function from a request to its reply; it raises no ``Exception``.
     """
     while True:
         with listener.accept() as connection:
@@ -66,7 +67,7 @@ def serve(listener: Listener, answer: Callable[[bytes], bytes]) -> None:
                 _bound(connection)
                 connection.send_bytes(answer(connection.recv_bytes(LONGEST_MESSAGE)))
             except (OSError, EOFError) as error:
-                log.warning("a caller hung up (%s)", type(error).__name__)
+                log.warning("a connection was closed early (%s)", type(error).__name__)
 
 
 @contextmanager
@@ -76,12 +77,12 @@ def _alone(state: Path) -> Iterator[None]:
             yield
     except Timeout as error:
         raise ArtifactError(
-            f"{state}", "another worker serves it", "stop that one, or give this silo a state folder of its own"
+            f"{state}", "another worker serves it", "stop that worker, or give this silo another state folder"
         ) from error
 
 
 def _bound(connection: Connection) -> None:
-    """Limit the time that any single read or write may wait; the next caller must not wait for ever."""
+    """Limit the wait of every read and write, so that the next caller does not wait for ever."""
     limit = struct.pack("ll", _PATIENCE, 0)
     with socket.socket(fileno=os.dup(connection.fileno())) as same:
         same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)

@@ -1,7 +1,7 @@
-"""The ClientApp on a SuperNode: it hands every message to the silo's worker and returns the answer.
+"""The ClientApp on a SuperNode: it sends every message to the silo's worker and returns the answer.
 
-Flower starts a process for each message, so this one imports no torch and loads nothing. When there is no answer,
-the reply says why in an ``error`` beside the ``client``'s name, and the round goes on without this silo.
+Flower starts a process for each message, so this one imports no torch and loads nothing. If there is no answer, the
+reply has the ``client``'s name and the reason as ``error``, and the round continues without this silo.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ app.evaluate()(partial(_reply, "evaluate"))
 
 
 def _relayed(kind: str, content: RecordDict, context: Context, name: str, socket: Path) -> RecordDict:
-    """Return the worker's answer, or why there is none."""
+    """Return the worker's answer, or an error record with the reason."""
     told = dict(content.config_records.get("info", ConfigRecord()))
     run = {"run": str(told.get("run", "")), "recipe": str(context.run_config.get("recipe", ""))}
     try:
@@ -54,21 +54,21 @@ def _relayed(kind: str, content: RecordDict, context: Context, name: str, socket
 
 
 def _exchange(path: Path, request: bytes) -> bytes:
-    """Send one request and wait for its reply; what is sent to the socket of another user is known to that user.
+    """Send one request and wait for its reply; a socket of another user is refused, as that user could read it.
 
     Raises:
-        OSError, EOFError: Nobody answers, or not this user.
+        OSError, EOFError: There is no answer, or the socket belongs to another user.
     """
     found = path.stat()
     if found.st_uid != os.getuid() or not stat.S_ISSOCK(found.st_mode):
-        raise PermissionError(f"{path} is no socket of this user")
+        raise PermissionError(f"{path} is not a socket of this user")
     with Client(str(path), family="AF_UNIX") as connection:
         connection.send_bytes(request)
         return connection.recv_bytes()
 
 
 def _silo(context: Context) -> tuple[str, Path]:
-    """Return the silo's name and state folder, from the file that this SuperNode's configuration names."""
+    """Return the silo's name and state folder, from the file named in this SuperNode's configuration."""
     try:
         path = Path(str(context.node_config["silo"]))
         silo = tomllib.loads(path.read_text(encoding="utf-8-sig"))
@@ -76,8 +76,8 @@ def _silo(context: Context) -> tuple[str, Path]:
     except (KeyError, OSError, ValueError) as error:
         raise ConfigError(
             f"this SuperNode's silo ({type(error).__name__})",
-            "its --node-config names a silo's TOML file as silo, and that file has name and state",
-            "try `flexperts silo check` on that file",
+            "its --node-config must set silo to the silo's TOML file, and that file must have name and state",
+            "run `flexperts silo check` on that file",
         ) from error
 
 

@@ -20,7 +20,7 @@ from flexperts.server.extending import extend, is_extended
 from flexperts.server.serve import serve
 
 _PATIENCE = 180.0
-"""Seconds."""
+"""Seconds to wait for an earlier process of the same run to end."""
 
 log = logging.getLogger(__name__)
 app = ServerApp()
@@ -28,13 +28,13 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Serve the run that the configuration holds: ``recipe`` (its text), ``out`` (a name), ``resume``."""
+    """Serve the run in the configuration: ``recipe`` (its text), ``out`` (a name), ``resume``."""
     _quiet_but_for_us()
     try:
         config = parse_recipe(str(context.run_config["recipe"]))
         out = run_folder(str(context.run_config["out"]))
         resume = bool(context.run_config["resume"])
-        # An earlier process of the same run that has lost its SuperLink takes a minute to notice.
+        # An earlier process of the same run can take a minute to notice that it has lost its SuperLink.
         patience = _PATIENCE if resume else 0.0
         with sole_writer(out, patience=patience, waiting=log.info), observing(LogObserver()):
             if resume and (out / "config.toml").exists() and is_extended(RunDirectory(out), config):
@@ -49,7 +49,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _quiet_but_for_us() -> None:
-    """Flower narrates every round; what a run has to say is in our own lines."""
+    """Reduce Flower's log to warnings, and log the run's own lines."""
     logging.getLogger("flwr").setLevel(logging.WARNING)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
@@ -66,22 +66,22 @@ def _open(out: Path, recipe: str, *, resume: bool) -> RunDirectory:
 
 
 class LogObserver(Observer):
-    """Writes a run's events as log lines, which `flwr log` shows."""
+    """Observer that writes a run's events as log lines, which `flwr log` shows."""
 
     def stage(self, text: str) -> None:
         """Log the stage that begins."""
         log.info("%s", text)
 
     def notice(self, text: str) -> None:
-        """Log what surprises."""
+        """Log a notice."""
         log.warning("note: %s", text)
 
     def refused(self, client: str, reason: str) -> None:
-        """Log who is turned away, and why."""
+        """Log a refused client and the reason."""
         log.warning("%s is refused: %s", client, reason)
 
     def split(self, method: str, table: Sequence[Mapping[str, Any]]) -> None:
-        """Log what trains, what is sent and what stays."""
+        """Log the table of what trains, what is sent and what stays."""
         for row in table:
             log.info(
                 "%s: %s: %d parameters, trained: %s, leaves: %s",
@@ -89,8 +89,8 @@ class LogObserver(Observer):
             )
 
     def round(self, record: Mapping[str, Any]) -> None:
-        """Log who trained, and how long it took."""
-        # Under local noise clients do not tell their losses.
+        """Log the clients that trained, and the seconds of training."""
+        # With local noise, clients do not report their losses.
         losses = {
             n: round(told["loss"], 3) if "loss" in told else "trained" for n, told in record["clients"].items()
         }

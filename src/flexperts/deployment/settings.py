@@ -1,4 +1,4 @@
-"""What of a recipe leaves the server's machine, what a silo makes of it, and where a run's folder is."""
+"""The part of a recipe that is sent to silos, a silo's own settings in it, and the folder of a run."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from flexperts.errors import ConfigError
 from flexperts.methods.registry import method_class
 
 _PLACES: dict[str, Any] = {"device": "auto", "device_map": None, "max_memory": {}, "offload_folder": None}
-"""Where a base lies is each silo's own affair."""
+"""Defaults for settings that each silo decides: device and memory of the base."""
 
 
 def at_silos(config: RunConfig) -> RunConfig:
-    """Return the recipe that silos are handed: without paths, device and reference method.
+    """Return the recipe for silos: without paths, device and reference method.
 
-    Silos bring rows and device of their own. A reference method would be a second run; callers tell users so.
+    Silos have their own rows and device. A reference method would be a second run; callers tell users so.
 
     Raises:
-        ConfigError: The recipe asks for what needs all clients' rows in one process.
+        ConfigError: A setting of the recipe needs all clients' rows in one process.
     """
     _refuse_what_needs_all_rows(config)
     parts = {
@@ -37,11 +37,11 @@ def at_silos(config: RunConfig) -> RunConfig:
 
 
 def for_silo(config: RunConfig, silo: SiloConfig) -> RunConfig:
-    """Return a run as one silo computes it: rows, base, device and trust are its own, whatever the recipe says.
+    """Return a run with a silo's own rows, base, device and trust_remote_code instead of the recipe's.
 
     Args:
-        config: The recipe, which comes from outside: no path in it is used.
-        silo: The silo's own settings.
+        config: The recipe, which is received from the server: no path in it is used.
+        silo: The silo's settings.
     """
     files = ClientFiles(train=silo.data.train, test=silo.data.test)
     own_rows = {"clients": {silo.name: files}, "columns": silo.data.columns, "on_bad_row": silo.data.on_bad_row}
@@ -60,7 +60,7 @@ def _at_silos(data: DataConfig) -> DataConfig:
 
 
 def _kept(data: DataConfig) -> dict[str, object]:
-    """Return how rows are divided, which is the run's to say wherever they come from."""
+    """Return the settings for holding out rows, which the run decides for all silos."""
     return {"test_fraction": data.test_fraction, "validation_fraction": data.validation_fraction}
 
 
@@ -74,26 +74,26 @@ def _refuse_what_needs_all_rows(config: RunConfig) -> None:
     if found := [setting for setting, is_asked in asked.items() if is_asked]:
         raise ConfigError(
             ", ".join(found),
-            "it needs all clients in one process, and each silo is one of its own",
+            "it needs all clients in one process, and each silo is a separate process",
             "leave it out, or run in this process (without --engine)",
         )
 
 
 RUNS = "FLEXPERTS_RUNS"
-"""Environment variable of the SuperLink: the folder that run directories are made in; ``runs`` without it."""
+"""Environment variable of the SuperLink: the folder for run directories; ``runs`` if it is not set."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def run_folder(name: str) -> Path:
-    """Return the folder of a run; its name comes from outside and is therefore no path.
+    """Return the folder of a run; its name is received from outside, so it must not be a path.
 
     Raises:
-        ConfigError: It could be one.
+        ConfigError: The name could be a path.
     """
     if not _NAME.fullmatch(name):
         raise ConfigError(
             f"--out {name!r}",
             "a deployed run has a name of letters, digits, '.', '_' and '-', not a path",
-            f"choose such a name; the SuperLink's {RUNS} says in which folder it lies",
+            f"choose such a name; the SuperLink's {RUNS} sets the folder that holds it",
         )
     return Path(os.environ.get(RUNS, "runs")) / name

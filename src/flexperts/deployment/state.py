@@ -1,4 +1,4 @@
-"""A silo's state folder: private to one user, with a folder per run and the worker's socket."""
+"""A silo's state folder: private to one user, with a folder per run and the socket of its worker."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pathlib import Path
 from flexperts.errors import ArtifactError, ConfigError, FederationError
 
 _RUN = re.compile(r"[0-9a-f]{32}")
+_LISTED = "choose an id that `flexperts silo runs` lists"
 _LONGEST_SOCKET = 107
-"""Bytes of a Unix socket's path, a limit of the system."""
+"""Most bytes in the path of a Unix socket; a limit of the system."""
 
 
 def socket_of(state: Path) -> Path:
@@ -21,7 +22,7 @@ def socket_of(state: Path) -> Path:
 
 
 def lock_of(state: Path) -> Path:
-    """Return the file that a worker holds locked while it serves a state folder."""
+    """Return the file that a worker locks while it serves a state folder."""
     return state / "worker.lock"
 
 
@@ -30,68 +31,68 @@ def run_folder(state: Path, run: str) -> Path:
 
     Args:
         state: The state folder.
-        run: The run's id, which comes from outside and therefore must not be able to name a path.
+        run: The run's id; it is received from outside, so it must not be a path.
 
     Raises:
-        FederationError: It is no id.
+        FederationError: The id is not valid.
     """
     if not _RUN.fullmatch(run):
-        raise FederationError(f"run {run[:80]!r}", "a run's id is 32 digits 0-9a-f", "give one of `silo runs`")
+        raise FederationError(f"run {run[:80]!r}", "a run's id is 32 digits 0-9a-f", _LISTED)
     return state / "runs" / run
 
 
 def run_ids(state: Path) -> list[str]:
-    """Return the ids of the runs that a state folder holds, sorted."""
+    """Return the ids of the runs in a state folder, sorted."""
     return sorted(p.name for p in (state / "runs").glob("*") if _RUN.fullmatch(p.name) and p.is_dir())
 
 
 def make_private(state: Path) -> None:
-    """Make a state folder that only this user can enter, or accept the one that is there.
+    """Create a state folder that only this user can enter, or check an existing one.
 
     Raises:
-        ArtifactError: It is not private, or cannot be made.
+        ArtifactError: It is not private, or cannot be created.
         ConfigError: The socket's path would be too long.
     """
     try:
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise ArtifactError(f"{state}", f"it cannot be made ({error})", "choose another state folder") from error
+        raise ArtifactError(f"{state}", f"it cannot be created ({error})", "choose another state folder") from error
     check_private(state)
 
 
 def check_private(state: Path) -> None:
-    """Refuse a state folder that others can enter, or in which a socket cannot lie; it may not be there yet.
+    """Refuse a state folder that others can enter, or that cannot hold a socket; the folder need not exist.
 
     Raises:
-        ArtifactError: It is no folder of this user, or group or others can enter it.
+        ArtifactError: It is not a folder of this user, or group or others can enter it.
         ConfigError: The socket's path would be too long.
     """
     length = len(os.fsencode(socket_of(state)))
     if length > _LONGEST_SOCKET:
         raise ConfigError(
             f"{socket_of(state)}",
-            f"the path of a socket is at most {_LONGEST_SOCKET} bytes, this is {length}",
+            f"the path of a socket has at most {_LONGEST_SOCKET} bytes, this one has {length}",
             "choose a state folder with a shorter path",
         )
     if not state.exists():
         return
     found = state.stat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise ArtifactError(f"{state}", "it is no folder of this user", "choose another state folder")
+        raise ArtifactError(f"{state}", "it is not a folder of this user", "choose another state folder")
     if found.st_mode & 0o077:
-        raise ArtifactError(f"{state}", "group or others can enter it", f"chmod 700 {state}")
+        raise ArtifactError(f"{state}", "group or others can enter it", f"run chmod 700 {state}")
 
 
 def forget(state: Path, run: str) -> None:
-    """Delete everything that a state folder holds of one run.
+    """Delete one run's private state.
 
     Raises:
-        FederationError: The id is none.
+        FederationError: The id is not valid.
         ArtifactError: There is no such run, or it cannot be deleted.
     """
     folder = run_folder(state, run)
     if not folder.is_dir():
-        raise ArtifactError(f"run {run}", f"{state} holds nothing of it", "see `flexperts silo runs`")
+        raise ArtifactError(f"run {run}", f"{state} has no such run", _LISTED)
     try:
         shutil.rmtree(folder)
     except OSError as error:

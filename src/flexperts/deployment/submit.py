@@ -1,4 +1,4 @@
-"""Handing a run to a SuperLink through Flower's own command line."""
+"""Submitting a run to a SuperLink with Flower's command line."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 
 
 def connection_of(engine: str) -> str:
-    """Return the name of Flower's connection that an engine names, ``superlink://NAME``.
+    """Return the name of the Flower connection in an engine, ``superlink://NAME``.
 
     Raises:
-        ConfigError: It names none, or none that Flower's config.toml has.
+        ConfigError: There is no name in it, or Flower's config.toml does not have that connection.
     """
     name = engine.removeprefix(SCHEME)
     if not engine.startswith(SCHEME) or not name:
@@ -86,17 +86,17 @@ def _flwr(*arguments: str) -> str:
     if done.returncode:
         said = " ".join((done.stderr or done.stdout).split())
         raise FederationError(
-            f"flwr {arguments[0]}: {said}", "the SuperLink must take the run", "see docs/deploy.md"
+            f"flwr {arguments[0]}: {said}", "the SuperLink must accept the run", "see docs/deploy.md"
         )
     return done.stdout
 
 
 def _read(answer: str) -> Any:
-    """Return the JSON value in a command's output; lines that Flower prints before it are passed over."""
+    """Return the JSON value in a command's output, without the lines that Flower prints before it."""
     found = json.loads(answer[answer.index("{") :])
     if not found.get("success", True):
         raise FederationError(
-            f"Flower says: {found.get('error-message')}", "the SuperLink must take the run", "see docs/deploy.md"
+            f"Flower says: {found.get('error-message')}", "the SuperLink must accept the run", "see docs/deploy.md"
         )
     return found
 

@@ -1,7 +1,7 @@
-"""What crosses the socket between relay and worker: Flower's records as one safetensors value with JSON in it.
+"""Messages on the socket between relay and worker: Flower's records as one safetensors value with JSON in it.
 
-Arrays are tensors with their own types; everything else stands as JSON under one metadata key. Nothing is pickled,
-and neither side needs torch to read it.
+Arrays are tensors and keep their types; everything else is JSON under one metadata key. Nothing is pickled, and
+neither side needs torch to read a message.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def pack(fields: Mapping[str, str], content: RecordDict | None = None) -> bytes:
     """Return texts and records as bytes.
 
     Raises:
-        FederationError: An array is of a type that safetensors does not know, or is none at all.
+        FederationError: An array has a type that safetensors does not know, or is not an array.
     """
     tensors: Tensors = {}
     try:
@@ -61,7 +61,7 @@ def unpack(message: bytes) -> tuple[Fields, RecordDict]:
 
 
 def _record(record: Any, tensors: Tensors) -> tuple[str, list[Any]]:
-    """Return a record's kind and its items as JSON values; its arrays join ``tensors`` under a number."""
+    """Return a record's kind and its items as JSON values; arrays are added to ``tensors`` under a number."""
     if isinstance(record, ArrayRecord):
         return "arrays", [[name, _stored(array, tensors)] for name, array in record.items()]
     kind = "metrics" if isinstance(record, MetricRecord) else "config"
@@ -70,7 +70,7 @@ def _record(record: Any, tensors: Tensors) -> tuple[str, list[Any]]:
 
 def _stored(array: Array, tensors: Tensors) -> str:
     values = array.numpy()
-    # safetensors takes memory as it lies: in C order, lowest byte first.
+    # safetensors writes memory as it is, so it must be in C order and little-endian.
     tensors[key := str(len(tensors))] = np.asarray(values, dtype=values.dtype.newbyteorder("<"), order="C")
     return key
 
@@ -83,7 +83,7 @@ def _restored(kind: str, items: Any, tensors: Tensors) -> ArrayRecord | ConfigRe
         return MetricRecord(values)
     if kind == "config":
         return ConfigRecord(values)
-    raise TypeError(f"{kind!r} is no kind of record")
+    raise TypeError(f"{kind!r} is not a kind of record")
 
 
 def _plain(value: Any) -> Any:
@@ -100,13 +100,13 @@ def _value(plain: Any) -> Any:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{type(value).__name__} stands in a text's place")
+        raise TypeError(f"{type(value).__name__} instead of a text")
     return value
 
 
 def _unreadable(error: Exception) -> FederationError:
     return FederationError(
         f"a message between relay and worker ({type(error).__name__})",
-        "it holds named arrays, numbers and texts as flexperts writes them",
+        "it must hold named arrays, numbers and texts as flexperts writes them",
         "use one flexperts version for worker and SuperNode",
     )

@@ -1,6 +1,6 @@
 """The worker of a silo: one long-lived process that holds base, rows and private state, and answers requests.
 
-Flower starts a process for every message; that process asks the worker, so that the base is loaded once.
+Flower starts a process for every message. That process asks the worker, so that the base is loaded only once.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ _DONE = {
     "evaluate": "evaluated",
 }
 
+_ONE_VERSION = "use one flexperts version for the server and every silo"
 log = logging.getLogger(__name__)
 
 
 class Worker:
-    """Answers requests for one silo; the base is loaded when it is made.
+    """A process that answers requests for one silo; the constructor loads the base.
 
     Args:
         silo: The silo's settings.
@@ -54,28 +55,28 @@ class Worker:
     def __init__(self, silo: SiloConfig, observer: Observer | None = None) -> None:
         self.silo, self.observer = silo, observer or Observer()
         self.loads = 0
-        """How often a base has been loaded."""
+        """How many times a base has been loaded."""
         self._run: tuple[str, str] | None = None
         self._resident: Resident | None = None
         self._base: LoadedBase | None = None
         self._load(self._settings(silo))
 
     def reply(self, request: bytes) -> bytes:
-        """Return the reply to a request, both as ``wire`` packs them.
+        """Return the reply to a request, both packed by ``wire``.
 
-        A failure's reply names the error's class alone: its text may quote rows or paths, and stays in the log.
+        An error reply names the error's class alone: its text may quote rows or paths, so it is only logged here.
         """
         try:
             fields, content = unpack(request)
             return pack({}, self._answer(fields, content))
-        except Exception as error:  # whatever it is, the next request must find a worker
+        except Exception as error:  # the worker must survive any error
             _log(error)
             return pack({"error": type(error).__name__})
 
     def _answer(self, fields: Fields, content: RecordDict) -> RecordDict:
         kind, run, recipe = (_field(fields, name) for name in ("kind", "run", "recipe"))
         if kind not in ANSWERS:
-            raise FederationError(f"request {kind[:80]!r}", f"a silo answers {', '.join(ANSWERS)}", "refuse it")
+            raise FederationError(f"request {kind[:80]!r}", f"a silo answers {', '.join(ANSWERS)}", _ONE_VERSION)
         started = time.monotonic()
         with observing(self.observer):
             resident = self._resident_of(run, recipe)
@@ -88,7 +89,7 @@ class Worker:
         return reply
 
     def _resident_of(self, run: str, recipe: str) -> Resident:
-        """Return the run's resident; another run's adapter is taken out of the base first, which stays."""
+        """Return the run's resident; another run's adapters are removed first, and the base stays loaded."""
         folder = run_folder(Path(self.silo.state), run)
         if self._resident is None or self._run != (run, recipe):
             config = parse_recipe(recipe)
@@ -98,18 +99,18 @@ class Worker:
         return self._resident
 
     def _open(self, config: RunConfig, folder: Path) -> Resident:
-        """Set up a run, refusing first what would otherwise fail in the middle of it. Rows are read afresh."""
+        """Set up a run, and refuse what would otherwise fail in the middle of it. Rows are read again."""
         mine = with_kept_choices(for_silo(config, self.silo), folder)
         method = make_method(mine.method)
         method.check(mine)
-        # What is sent names the base as the recipe does, not as it is called here.
+        # The adapter that is sent names the base as the recipe does, not by its path here.
         mine = mine.model_copy(update={"model": mine.model.model_copy(update={"base": config.model.base})})
         workspace = Workspace(mine, self._load_as(config))
         workspace.check(mine, needs_experts=method.needs_experts or mine.evaluation.routing_rows > 0)
         check_limit(workspace, mine, self.observer)
         if keep_rows(folder, workspace.clients):
             self.observer.notice(
-                f"run {folder.name[:8]}: which rows it started with is not known; now these are noted"
+                f"run {folder.name[:8]}: its first rows are not on record; the current rows are recorded now"
             )
         keep_recipe(folder, config.to_toml())
         keep_choices(folder, workspace.encoder.date, answer_limit(workspace, mine))
@@ -121,7 +122,7 @@ class Worker:
             resident.model.close()
 
     def _load_as(self, config: RunConfig) -> LoadedBase:
-        """Return the base stored as the recipe says."""
+        """Return the base, stored as the recipe says; load it again if it is stored otherwise."""
         wanted = self._settings(config.model)
         if self._base is None or wanted != self._loaded_as:
             self._load(wanted)
@@ -129,7 +130,7 @@ class Worker:
         return self._base
 
     def _settings(self, stored: SiloConfig | ModelConfig) -> ModelConfig:
-        """Return how the base is loaded: of a recipe, how it is stored counts, and nothing else."""
+        """Return the settings for loading the base; from a recipe only dtype and quantization are used."""
         silo = self.silo
         return ModelConfig(
             base=silo.base,
@@ -150,7 +151,7 @@ class Worker:
 
 def _field(fields: Fields, name: str) -> str:
     if name not in fields:
-        raise FederationError(f"a request without {name}", "it has kind, run and recipe", "refuse it")
+        raise FederationError(f"a request without {name}", "it must have kind, run and recipe", _ONE_VERSION)
     return fields[name]
 
 

@@ -1,1 +1,1 @@
-"""Where clients are: a run's rounds with all clients in this process."""
+"""Engines of a run: the rounds with all clients in this process."""

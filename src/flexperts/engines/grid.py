@@ -1,4 +1,4 @@
-"""Flower's Grid inside one process: clients take turns on one resident base, replies come one at a time."""
+"""Flower's Grid inside one process: clients use one resident base in turn, replies come one at a time."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from flexperts.server.exchange import LazyGrid
 
 _RUN_ID = 1
 Answer = Callable[[str, RecordDict], RecordDict]
-"""Takes a request's kind and content, returns the reply's content."""
+"""Function from a request's kind and content to the reply's content."""
 
 
 class InProcessGrid(LazyGrid):
-    """Calls a node's answer for each message.
+    """A grid that calls a node's answer function for each message.
 
     Replies are produced lazily: a strategy that adds them up as it iterates holds one reply at a time. An exception
     in a client reaches the caller.
 
     Args:
-        nodes: Node id -> its answer.
+        nodes: Node id -> its answer function.
     """
 
     def __init__(self, nodes: Mapping[int, Answer]) -> None:
@@ -31,7 +31,7 @@ class InProcessGrid(LazyGrid):
         self._waiting: dict[str, Message] = {}
 
     def set_run(self, run: Run) -> None:
-        """Take over run information."""
+        """Set the run information."""
         self._run = run
 
     @property
@@ -61,13 +61,13 @@ class InProcessGrid(LazyGrid):
         return list(pushed)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
-        """Run the clients that these messages went to, one by one, and yield their replies."""
+        """Run the clients that have these messages, one by one, and yield their replies."""
         pulled = [self._waiting.pop(i) for i in message_ids if i in self._waiting]
         for message in sorted(pulled, key=lambda m: m.metadata.dst_node_id):
             yield self._deliver(message)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """Deliver messages in the order given, each when its reply is asked for. Nothing can time out."""
+        """Deliver messages in the given order, each when the caller reads its reply. Nothing can time out."""
         for message in messages:
             stamp(message)
             yield self._deliver(message)

@@ -1,4 +1,4 @@
-"""The main path: a recipe becomes a finished run directory.
+"""The main path, from a recipe to a finished run directory.
 
 recipe -> rows and base -> clients join and select -> rounds -> scores -> summary
 """
@@ -48,22 +48,22 @@ def run_federation(
     resume: bool = False,
     workspace: Workspace | None = None,
 ) -> dict[str, Any]:
-    """Run a recipe with all clients in this process, around one resident base.
+    """Run a recipe with all clients in this process, on one resident base.
 
     Args:
         config: The run.
-        out: The run directory to create; it must not hold a run, but for ``resume``.
+        out: The run directory to create; it may only hold a run with ``resume``.
         observer: Receives progress; none by default.
-        resume: Take up the run that ``out`` holds after its last finished round; ``config`` must be its own but for
-            the number of rounds, see ``extending``.
-        workspace: Base and rows that are loaded already, of a recipe with the same seed, model, data, evaluation
+        resume: Resume the run in ``out`` after its last finished round; ``config`` must be that run's recipe,
+            except for the number of rounds (see ``extending``).
+        workspace: Base and rows that are loaded already, for a recipe with the same seed, model, data, evaluation
             and longest example; many runs can share one.
 
     Returns:
-        The summary that also lies in ``out/summary.json``; a reference method's stands under ``reference``.
+        The summary, which is also in ``out/summary.json``; a reference method's summary is under ``reference``.
 
     Raises:
-        FlexpertsError: Recipe, data or base break a rule, the rows are others than a resumed run's, or another
+        FlexpertsError: Recipe, data or base break a rule, a resumed run has other rows than before, or another
             process writes the directory; these are checked before anything is written.
     """
     config = _dated(config, out)
@@ -77,16 +77,16 @@ def run_federation(
 
 
 def _dated(config: RunConfig, out: Path) -> RunConfig:
-    """Return a recipe with the day that its templates are told in a run that has begun."""
+    """Return the recipe with the date that chat templates got when the run in ``out`` began."""
     if not (out / "config.toml").exists():
         return config
     return config.with_choices(template_date=recorded_recipe(out).model.template_date)
 
 
 def _run(config: RunConfig, out: Path, workspace: Workspace) -> dict[str, Any]:
-    """Run what is not done yet, in a directory that is this process's alone."""
+    """Run what is not finished yet, in a directory that only this process writes."""
     started, run = time.monotonic(), RunDirectory(out)
-    logging.getLogger("flwr").setLevel(logging.WARNING)  # Flower narrates every round
+    logging.getLogger("flwr").setLevel(logging.WARNING)  # Flower logs many lines every round
     current_observer().stage(f"everything goes to {out}")
     _prepare(config, run, workspace)
     config = config.with_choices(template_date=workspace.encoder.date)
@@ -100,7 +100,7 @@ def _run(config: RunConfig, out: Path, workspace: Workspace) -> dict[str, Any]:
 
 
 def _standing(config: RunConfig, out: Path, *, resume: bool) -> dict[str, Any] | None:
-    """Return the summary of the recipe's run in ``out`` if nothing of it is left to do; refuse another recipe's."""
+    """Return the summary of the run in ``out`` if it is finished, else None; refuse a run of another recipe."""
     if not (resume and (out / "config.toml").exists()):
         RunDirectory.check_free(out, config.to_toml())
         return None
@@ -115,15 +115,15 @@ def _standing(config: RunConfig, out: Path, *, resume: bool) -> dict[str, Any] |
 
 
 def _tidy(out: Path) -> None:
-    """Remove what a process has left that was killed in the last moments of a run."""
+    """Remove temporary files of a process that was killed at the end of a run."""
     if (out / LOCK).exists():
-        with suppress(ArtifactError), sole_writer(out):  # it may be another process's, and the folder unwritable
+        with suppress(ArtifactError), sole_writer(out):  # another process may have it, or it is read-only
             for part in out.rglob(".*.part"):
                 part.unlink(missing_ok=True)
 
 
 def _is_extended(config: RunConfig, out: Path) -> bool:
-    """Tell whether the recipe gives its run or the reference's another number of rounds; refuse what cannot be."""
+    """Return whether the recipe changes the number of rounds of its run or the reference's; refuse invalid ones."""
     runs = [(RunDirectory(out), config)]
     if config.method.reference:
         runs.append((RunDirectory(RunDirectory(out).reference), config.with_method(config.method.reference)))
@@ -132,7 +132,7 @@ def _is_extended(config: RunConfig, out: Path) -> bool:
 
 
 def _prepare(config: RunConfig, run: RunDirectory, workspace: Workspace) -> None:
-    """Load and check everything that can be wrong, rows first: mistakes there are found without the base."""
+    """Load and check everything; rows come first, because their errors are found without the base."""
     observer = current_observer()
     configs = [config, *([config.with_method(config.method.reference)] if config.method.reference else [])]
     methods = [make_method(c.method) for c in configs]
@@ -155,15 +155,15 @@ def _prepare(config: RunConfig, run: RunDirectory, workspace: Workspace) -> None
 
 
 def _run_method(workspace: Workspace, config: RunConfig, out: Path, loading: float = 0.0) -> dict[str, Any]:
-    """Run one method, look beyond the clients' rows if the recipe says so, and return its summary.
+    """Run one method, measure it beyond the clients' rows if the recipe says so, and return its summary.
 
-    What is there already was finished before the run was resumed.
+    Steps that were finished before the run was resumed are skipped.
 
     Args:
         workspace: Base and rows.
         config: The run.
-        out: Its directory.
-        loading: Seconds that rows and base took, which count as the run's.
+        out: The run directory.
+        loading: Seconds to load rows and base; they count as the run's.
     """
     run = RunDirectory(out)
     if (out / "config.toml").exists() and is_extended(run, config):
@@ -181,14 +181,14 @@ def _run_method(workspace: Workspace, config: RunConfig, out: Path, loading: flo
 
 
 def _run_rounds(workspace: Workspace, config: RunConfig, run: RunDirectory, loading: float) -> None:
-    """Serve a method's rounds to clients that take turns on one base, and write the summary."""
+    """Serve a method's rounds to clients that use one base in turn, and write the summary."""
     device = workspace.base.model.device
     if run.checkpoint.exists():
-        # In one process no client comes or goes.
+        # In one process the clients never change.
         _check_states(run, load_server(run.checkpoint, workspace.clients), workspace.base.fingerprint)
     resident = Resident(workspace, config, run.path)
     nodes = {number: partial(_answer, resident, name) for number, name in enumerate(workspace.clients, 1)}
-    if not (run.path / "config.toml").exists():  # a resumed run keeps what it started with
+    if not (run.path / "config.toml").exists():  # a resumed run keeps its first file
         write_json(run.partition, partition_manifest(workspace.clients))
 
     def amend(summary: dict[str, Any]) -> dict[str, Any]:
@@ -211,9 +211,9 @@ def _answer(resident: Resident, name: str, kind: str, content: RecordDict) -> Re
 
 
 def _check_states(run: RunDirectory, server: Server, base: str) -> None:
-    """Refuse a client's state that is older than its last round, as after the newest file was deleted.
+    """Refuse a client's state that is older than its last round, such as after the newest file was deleted.
 
-    A client whose update was refused has a newer state than the server knows of, and keeps it.
+    A client whose update was refused has a newer state than the server's records say; it keeps that state.
     """
     trained = {name: log["number"] for log in run.finished_rounds(server.round) for name in log["clients"]}
     for name, last in sorted(trained.items()):

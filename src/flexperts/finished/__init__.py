@@ -1,1 +1,1 @@
-"""What a finished run is used for: its models, new clients, scores on other rows."""
+"""Use of a finished run: its models, new clients, scores on other rows."""

@@ -1,6 +1,6 @@
-"""What a finished run's models do beyond their clients' own rows: on other clients' rows, and in general.
+"""Scores of a finished run's models on other clients' rows, general tasks and MMLU.
 
-Needs every client's rows in one process, so a deployed run has none of it.
+They need every client's rows in one process, so a deployed run does not have them.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Measured = dict[State, dict[str, Any]]
 
 
 def is_wanted(config: RunConfig) -> bool:
-    """Tell whether a recipe asks for any of it."""
+    """Return whether a recipe asks for any of these scores."""
     return bool(config.evaluation.others_rows or config.knowledge.general or config.knowledge.mmlu)
 
 
 def check_beyond(config: RunConfig) -> None:
-    """Refuse sources that cannot be read, before a run that would need them at its end.
+    """Refuse sources that cannot be read, before a run that needs them at its end.
 
     Raises:
         DataError: The general tasks or the questions cannot be read.
@@ -46,15 +46,15 @@ def check_beyond(config: RunConfig) -> None:
 def look_beyond(run: TrainedRun, observer: Observer | None = None) -> dict[str, Measured]:
     """Measure what the recipe asks for: ``others``, ``general``, ``mmlu``.
 
-    Where a state's model is one for all clients (the untouched base; with most methods the global model), the first
-    one stands for all; and it is not scored on other clients' rows: its scores there are those that they report.
+    If all clients have the same model in a state (the untouched base; with most methods the global model), only the
+    first client is measured. Such a model is not scored on other clients' rows: these clients report that score.
 
     Args:
         run: The finished run.
         observer: Receives progress.
 
     Raises:
-        DataError, ConfigError: As ``check_beyond``.
+        DataError, ConfigError: See ``check_beyond``.
     """
     knowledge = run.config.knowledge
     found: dict[str, Measured] = {}
@@ -85,13 +85,13 @@ def _everywhere(
 
 
 def _own_states(run: TrainedRun) -> list[State]:
-    """Return the states in which each client has a model of its own."""
+    """Return the states in which clients have different models."""
     method = run.model.method
     return [s for s in method.states if s == "personalized" or (s == "global" and not method.one_global)]
 
 
 def _others(run: TrainedRun, client: Client, state: State, clients: Mapping[str, Client]) -> dict[str, Any]:
-    """Score a client's model on the rows of each other client; every other client counts once."""
+    """Score a client's model on the rows of each other client; in the mean each of them counts once."""
     count = run.config.evaluation.others_rows
     rows: dict[str, tuple[Row, ...]] = {
         name: other.scored_rows[:count] for name, other in clients.items() if other is not client
@@ -106,7 +106,7 @@ def _numbers(scores: Scores) -> dict[str, Any]:
 
 
 def _by_row(scores: Scores) -> dict[str, Any]:
-    """Return means and every row's numbers: of the same rows for all clients, so states can be compared by row."""
+    """Return means and every row's scores; all clients have the same rows, so states can be compared by row."""
     return {**_numbers(scores), "by_row": [scores.row(i) for i in range(scores.rows)]}
 
 

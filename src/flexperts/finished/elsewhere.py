@@ -1,4 +1,4 @@
-"""Rows to score a finished run on that do not lie where its recipe says, and whether they are the run's own."""
+"""Rows from other places on which a finished run is scored, and whether they are the run's own rows."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Elsewhere:
     """One client's rows from another place.
 
     Args:
-        rows: What is scored.
-        own: Whether they are, by their hash, the rows that the run keeps for scoring this client.
+        rows: The rows to score.
+        own: Whether they are, by their hash, the rows that the run uses for scoring this client.
     """
 
     rows: tuple[Row, ...]
@@ -34,31 +34,31 @@ class Elsewhere:
 
 
 def rows_elsewhere(run: TrainedRun, given: Sequence[str]) -> dict[str, Elsewhere]:
-    """Return the rows that were asked for, by client.
+    """Return the rows that ``--data`` asks for, by client.
 
     Args:
         run: The finished run.
-        given: Each is ``NAME=SOURCE``, one client's rows (a file or ``hub:org/name``), or a folder: where the files
-            of the recipe lie now, or one with a sub-folder per client.
+        given: Each is ``NAME=SOURCE``, one client's rows (a file or ``hub:org/name``), or a folder: the place of
+            the recipe's files now, or a folder with a sub-folder per client.
 
     Raises:
-        ConfigError: A client is none of the run's, or comes twice.
-        DataError: Rows are not there or break a rule, or a client was trained on them.
+        ConfigError: A client is not in the run, or is given twice.
+        DataError: Rows are missing or break a rule, or a client was trained on them.
     """
     found: dict[str, Elsewhere] = {}
     for one in given:
         name, equals, source = one.partition("=")
         parts = {name: _of_source(run, name, source)} if equals else _of_folder(run, Path(one))
         if twice := sorted(found.keys() & parts.keys()):
-            raise ConfigError(f"--data {one}", f"{twice[0]} has rows already", "give a client's rows once")
+            raise ConfigError(f"--data {one}", f"{twice[0]} has rows already", "give each client's rows once")
         found |= parts
     return found
 
 
 def _of_source(run: TrainedRun, name: str, source: str) -> Elsewhere:
-    """Return one client's rows of a file: the held-out share if it is the run's own file, else all of them."""
+    """Return one client's rows from a file: the held-out share if it is the run's own file, else all rows."""
     if name not in run.clients:
-        raise ConfigError(f"--data {name}=...", f"the run's clients are {', '.join(run.clients)}", "name one")
+        raise ConfigError(f"--data {name}=...", f"the run's clients are {', '.join(run.clients)}", "choose one")
     source = located(source, Path())
     data, joined = run.config.data, run.joined.get(name, {}).get("data")
     columns = joined["columns"] if joined else data.columns
@@ -70,7 +70,7 @@ def _of_source(run: TrainedRun, name: str, source: str) -> Elsewhere:
     try:
         rows_only = with_rows_of(run.config, name, ClientFiles(train=source), columns, on_bad_row)
         held_out = _side(run.config, _clients(run, rows_only)[name])
-    except DataError:  # too few passages to hold any out, as in a file of test rows
+    except DataError:  # too few passages for a held-out share, such as a file of test rows
         held_out = ()
     if _is_own(run, name, held_out):
         return _scored(run, name, held_out, own=True)
@@ -80,26 +80,26 @@ def _of_source(run: TrainedRun, name: str, source: str) -> Elsewhere:
 
 
 def _clients(run: TrainedRun, config: RunConfig) -> Clients:
-    """Return rows as a run has them that starts with them."""
+    """Return the rows that a new run of this recipe would have."""
     return Workspace(config, run.workspace.base, run.workspace.untouched).clients
 
 
 def _of_folder(run: TrainedRun, folder: Path) -> dict[str, Elsewhere]:
-    """Return all clients' rows that a folder holds."""
+    """Return the rows in a folder, for all clients that it has."""
     if not folder.is_dir():
-        rule = "rows are given as NAME=FILE, or as a folder"
-        raise ConfigError(f"--data {folder}", rule, "correct the path, or write which client the file is of")
+        rule = "it must be an existing folder, or NAME=FILE"
+        raise ConfigError(f"--data {folder}", rule, "give an existing path, or put the client's name before a file")
     clients = _clients(run, run.config.model_copy(update={"data": _moved(run.config.data, folder.resolve())}))
     names = sorted(clients.keys() & set(run.clients))
     if not names:
         rule = f"the run's clients are {', '.join(run.clients)}"
-        raise DataError(f"{folder} has rows of {', '.join(sorted(clients))}", rule, "name the files: NAME=FILE")
+        raise DataError(f"{folder} has rows of {', '.join(sorted(clients))}", rule, "give the files as NAME=FILE")
     sides = {name: _side(run.config, clients[name]) for name in names}
     return {name: _scored(run, name, rows, own=_is_own(run, name, rows)) for name, rows in sides.items()}
 
 
 def _moved(data: DataConfig, folder: Path) -> DataConfig:
-    """Return a recipe's data with its files in a folder they were moved to; else the folder as ``data.folder``."""
+    """Return a recipe's data with its files in their new folder; if they are not there, it is ``data.folder``."""
     settings = data.model_dump(exclude_none=True)
     try:
         if data.folder:
@@ -121,10 +121,10 @@ def _moved(data: DataConfig, folder: Path) -> DataConfig:
 
 
 def _under(folder: Path, source: str) -> str:
-    """Return where a file or folder of the recipe lies under a folder: by as much of its old path as is there.
+    """Return the new path of a recipe's file under a folder: the longest end of its old path that exists there.
 
     Raises:
-        FileNotFoundError: Nowhere.
+        FileNotFoundError: No end of its path exists there.
     """
     if source.startswith(HUB):
         return source
@@ -140,7 +140,7 @@ def _side(config: RunConfig, rows: ClientRows) -> tuple[Row, ...]:
 
 
 def _scored(run: TrainedRun, name: str, rows: tuple[Row, ...], *, own: bool) -> Elsewhere:
-    """Return rows as they are scored: of the run's own as many as the run scores, of others all."""
+    """Return the rows to score: as many as the run scores if they are its own, else all."""
     return Elsewhere(rows[: run.config.evaluation.rows] if own else rows, own)
 
 
@@ -150,13 +150,13 @@ def _is_own(run: TrainedRun, name: str, rows: tuple[Row, ...]) -> bool:
 
 
 def _entries(run: TrainedRun) -> dict[str, dict[str, Any]]:
-    """Return what the run keeps of its clients' rows: a server's directory has nothing of silos that took part."""
+    """Return the hashes and counts of clients' rows; a server's directory has none of silos that took part."""
     own = read_manifest(run.run.partition) if run.run.partition.exists() else {}
     return own | {name: record["rows"] for name, record in run.joined.items()}
 
 
 def said(rows: dict[str, Elsewhere]) -> Iterator[str]:
-    """Yield a line for every client that is scored on other rows than the run's own."""
+    """Yield a line for every client that is scored on rows other than the run's own."""
     for name, its in sorted(rows.items()):
         if not its.own:
-            yield f"{name}: these {len(its.rows)} rows are not those that the run keeps for scoring"
+            yield f"{name}: these {len(its.rows)} rows are not those that the run uses for scoring"

@@ -1,4 +1,4 @@
-"""Onboarding a silo after training: it prepares, and trains what is its own on the finished shared weights."""
+"""Joining a silo after training: it prepares, and trains its personal part on the finished shared weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from flexperts.server.summary import not_finite_of
 from flexperts.training.local import LocalSettings, TrainResult
 
 _OWN = ("training.", "data.columns.", "data.on_bad_row")
-"""Starts of the settings that a newcomer may have of its own; the others have made the run's models."""
+"""Prefixes of the settings that a new client may change; the others are fixed by the run's models."""
 _COMMON = ("training.max_length", "training.gradient_checkpointing")
 
 
@@ -53,25 +53,25 @@ def join(
     workspace: Workspace | None = None,
     base: str | None = None,
 ) -> dict[str, Any]:
-    """Take a new client into a finished run: it prepares, trains its personal part alone, and is scored.
+    """Add a new client to a finished run: it prepares, trains its personal part alone, and is scored.
 
-    Afterwards the run directory has the client like any other. The shared weights, the summary and the files of the
-    other clients stay as they are, and no row of theirs is read. A join that is broken off leaves no client behind.
+    Afterwards the run directory holds the client like any other. The shared weights, the summary and the other
+    clients' files do not change, and the other clients' rows are not read. An interrupted join adds no client.
 
     Args:
         path: The directory of a finished run.
-        data: The newcomer's rows: a file (.jsonl, .json, .csv, .tsv, .parquet) or ``hub:org/name[:split]``.
+        data: The new client's rows: a file (.jsonl, .json, .csv, .tsv, .parquet) or ``hub:org/name[:split]``.
         test: Its test rows; without them, the run's share of its passages is held out.
-        name: Its name; by default that of the file, or of the folder in which a file ``train`` lies.
+        name: Its name; by default the file's name, or the folder's if the file is called ``train``.
         steps: Optimizer steps; by default as many as a participant with these rows had in all rounds.
-        settings: Its own ``KEY=VALUE`` of [training] and [data.columns], and data.on_bad_row.
+        settings: ``KEY=VALUE`` of [training], [data.columns] and data.on_bad_row for this client.
         seed: Seed of its batches; by default the run's.
         observer: Receives progress.
         workspace: A workspace of the same base, in memory already.
-        base: Where the run's base lies, if not where its recipe says.
+        base: Folder of the run's base, if it is not where the recipe says.
 
     Returns:
-        The record that also lies in ``joined/NAME.json``: rows (counts and hashes), steps, seed, loss, scores.
+        The record that is also in ``joined/NAME.json``: rows (counts and hashes), steps, seed, loss, scores.
 
     Raises:
         FlexpertsError: The run has not finished or has such a client, its method keeps nothing personal, base or
@@ -92,7 +92,7 @@ def join(
         rows_only = with_rows_of(config, name, files, *read)
         observer.stage(f"{name}: reading rows, loading {config.model.base}")
         own = workspace.for_run(rows_only) if workspace else Workspace(rows_only)
-        rows = partition_manifest(own.clients)["clients"][name]  # what is wrong with them is found without the base
+        rows = partition_manifest(own.clients)["clients"][name]  # read first: errors in rows need no base
         own.check(config, needs_experts=method.needs_experts)
         check_limit(own, trains, observer)
         with closing(TrainedRun(run.path, own, base=base)) as trained, _staging(run.path, name) as staging:
@@ -100,15 +100,15 @@ def join(
             known = {"client": name, "data": kept_data(run.path, files, *read), "rows": rows}
             record = known | newcomer.onboard(trained.request(name))
             _publish(staging, run.path)
-            write_json(run.path / JOINED / f"{name}.json", sealed(record))  # last: it makes the newcomer a client
+            write_json(run.path / JOINED / f"{name}.json", sealed(record))  # last: this file makes it a client
     return record
 
 
 class Newcomer(Client):
-    """A client that comes after the last round.
+    """A client that joins after the last round.
 
     Args:
-        config: The run with the newcomer's own settings of training, and the seed of its batches.
+        config: The run with the new client's training settings and seed.
         steps: Optimizer steps; None = as many as a participant with its rows had in all rounds.
         arguments: As ``Client``.
     """
@@ -118,7 +118,7 @@ class Newcomer(Client):
         self.config, self.steps = config, steps
 
     def onboard(self, request: Request) -> dict[str, Any]:
-        """Train and score the client, write its files, and return what the record says of it."""
+        """Train and score the client, write its files, and return its entries for the record."""
         self.observer.stage(f"{self.name}: {self.method.keeps}, on the shared weights of round {request.round}")
         result = self.personalize(request)
         self.observer.stage(f"{self.name}: evaluation")
@@ -140,13 +140,13 @@ class Newcomer(Client):
         }
 
     def _answers(self, scores: Mapping[State, Scores]) -> dict[str, Any]:
-        """Return what a summary has of a client's answers."""
+        """Return a client's ``answers`` in the form of a summary."""
         told = self.answer_counts(scores)
         cut = {state: told.pop(f"cut.{state}") for state in scores}
         return {"answers": {**told, "cut": cut}}
 
     def personalize(self, request: Request) -> TrainResult:
-        """Train what is personal in one stretch and keep it on disk; nothing is made for sending."""
+        """Train the personal part without rounds and save it on disk; nothing is encoded for sending."""
         with self._training(request, 0) as (turn, meta), torch.random.fork_rng(devices=[]):
             torch.manual_seed(turn.stream.initial_seed())  # dropout draws from the global stream
             self.method.receive(turn)
@@ -155,7 +155,7 @@ class Newcomer(Client):
         return result
 
     def _local_settings(self, round_number: int) -> LocalSettings:
-        """Return settings of one stretch: no average replaces weights in it, so optimizer and cosine go through."""
+        """Return settings for one optimizer and one cosine over all steps: no averaging interrupts training."""
         usual = super()._local_settings(round_number)
         steps = self.steps or usual.total_steps
         warmup = round(self.config.training.warmup_ratio * steps)
@@ -163,48 +163,46 @@ class Newcomer(Client):
 
 
 def _scored(scores: Mapping[State, Scores]) -> dict[str, Any]:
-    """Return the scores as a summary has them for a client."""
+    """Return the scores in the form of a client's entry in a summary."""
     by_kind = {kind: {state: getattr(its, kind) for state, its in scores.items()} for kind in SCORES}
     return {**by_kind, "not_finite": not_finite_of(scores), "scored_rows": next(iter(scores.values())).rows}
 
 
 def _check_personal(method: Method, summary: Mapping[str, Any]) -> None:
-    """Refuse a run whose clients have trained nothing that stays with them alone."""
+    """Refuse a run whose clients have trained nothing personal."""
     if not summary["parameters"]["personal"]:
         usable = "global" if "global" in method.states else "zero_shot"
         raise ConfigError(
             f"method {method.name!r}",
-            "nothing that its clients train stays with them, so a newcomer has nothing to train",
-            f"use the run's {usable} model as it is, or run again with the newcomer among the clients",
+            "its clients train nothing personal, so a new client has nothing to train",
+            f"use the run's {usable} model as it is, or start a new run with the new client among the clients",
         )
 
 
 def _check_free(run: RunDirectory, name: str) -> None:
-    """Refuse the name of a client that the run has or had: nothing of it may be overwritten."""
+    """Refuse the name of a client that the run has or had: its files must not be overwritten."""
     summary = run.summary()
     taken = {*load_server(run.checkpoint).clients, *summary["clients"], *summary["unscored"], *run.joined()}
     file = run.path / "personal" / f"{name}.safetensors"
-    # Beside a staging folder the file is what a killed join has left.
+    # A personal file with a staging folder was left by a join that was killed.
     if name in taken or (file.exists() and not _staged(run.path, name).exists()):
         raise ArtifactError(f"client {name!r}", f"{run.path} has files of that name", "give another --name")
     if (other := alike(name, readings_of(taken))) is not None:
         raise ArtifactError(
-            f"client {name!a}", f"the run has a client {other!a}, which reads alike", "give another --name"
+            f"client {name!a}", f"the run has a client {other!a}, which looks alike", "give another --name"
         )
 
 
 def _own_settings(run: RunDirectory, settings: Iterable[str], seed: int, steps: int | None) -> RunConfig:
-    """Return the run with settings that a newcomer may have of its own."""
+    """Return the run's recipe with the new client's settings; refuse settings that it may not change."""
     given = list(settings)
     for override in given:
         key = override.partition("=")[0].strip()
         if not key.startswith(_OWN) or key in _COMMON:
-            rule = (
-                f"a newcomer's own are training.* (not {' or '.join(_COMMON)}), data.columns.* and data.on_bad_row"
-            )
-            raise ConfigError(f"--set {override}", rule, "leave it out: the others are the run's")
+            rule = f"a new client may set training.* (not {' or '.join(_COMMON)}), data.columns.*, data.on_bad_row"
+            raise ConfigError(f"--set {override}", rule, "leave it out: the run's value is used")
     if steps is not None and steps < 1:
-        raise ConfigError(f"steps = {steps}", "a newcomer takes at least one", "raise it or leave it out")
+        raise ConfigError(f"steps = {steps}", "it must be at least 1", "raise it or leave it out")
     return recorded_recipe(run.path, [*given, f"seed={seed}"])
 
 
@@ -224,7 +222,7 @@ def _staged(run: Path, name: str) -> Path:
 
 @contextmanager
 def _staging(run: Path, name: str) -> Iterator[Path]:
-    """Yield an empty folder for the newcomer's files; none is left behind but by a killed process."""
+    """Yield an empty folder for the new client's files; it is removed afterwards, unless the process is killed."""
     folder = _staged(run, name)
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -232,11 +230,11 @@ def _staging(run: Path, name: str) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):
-            folder.parent.rmdir()  # where nobody has joined
+            folder.parent.rmdir()  # if no client has joined
 
 
 def _publish(staging: Path, run: Path) -> None:
-    """Move the newcomer's files to where the run has those of its clients; states of before are not needed."""
+    """Move the new client's files to the folders of the run's clients; earlier states are not needed."""
     moved: list[Path] = []
     for path in sorted(p for p in staging.rglob("*") if p.is_file() and p.parent.name != "before"):
         target = run / path.relative_to(staging)
@@ -244,7 +242,7 @@ def _publish(staging: Path, run: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             path.replace(target)
         except OSError as error:
-            for other in moved:  # else they would stand in the way of another try
+            for other in moved:  # else they would block another attempt
                 other.unlink(missing_ok=True)
             raise unwritable(target, error) from error
         moved.append(target)

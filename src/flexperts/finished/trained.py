@@ -1,4 +1,4 @@
-"""A finished run in use: its clients' models, loaded again from the run directory, with those that joined later."""
+"""A finished run in use: the models of its clients and of those that joined later, from the run directory."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from flexperts.server.checkpoint import load_server
 class TrainedRun:
     """The models of a run directory.
 
-    Rows are read when they are scored or trained on, and not before: to use a model takes none.
+    Rows are only read when they are scored or trained on: using a model needs no rows.
 
     Args:
         path: The run directory.
-        workspace: The run's base and rows, where they are in memory already.
-        base: Where the base lies, if not where the recipe says.
+        workspace: The run's base and rows, if they are in memory already.
+        base: Folder of the base, if it is not where the recipe says.
 
     Raises:
         ArtifactError: The directory holds no finished run, or its files do not fit the base.
@@ -60,40 +60,40 @@ class TrainedRun:
         self._workspaces: dict[str, Workspace] = {}
 
     def _check_base(self) -> None:
-        """Refuse another base than the one that the run's weights were trained on."""
+        """Refuse a base that is not the one on which the run's weights were trained."""
         its, ours = self.summary["base"]["fingerprint"], self._base().fingerprint
         if its != ours:
             raise ArtifactError(
                 f"{self.run.path} belongs to base {its[:12]}, and {self.config.model.base} is base {ours[:12]}",
-                "the run's base is needed",
-                "give that one as --base",
+                "the run's own base is needed",
+                "give the path of that base as --base",
             )
 
     def _base(self) -> LoadedBase:
         try:
             return self.workspace.base
         except ModelError as error:
-            raise ModelError(error.value, error.rule, f"{error.remedy}; --base says where it lies now") from error
+            raise ModelError(error.value, error.rule, f"{error.remedy}; or give its new path as --base") from error
 
     def close(self) -> None:
-        """Take the adapters out of the base again."""
+        """Remove the adapters from the base."""
         self.model.close()
 
     @property
     def clients(self) -> list[str]:
-        """Names of the run's clients: those who took part, and those who joined after training."""
+        """Names of the run's clients: those that took part, and those that joined after training."""
         return sorted({*self.participants, *self.joined})
 
     @property
     def participants(self) -> list[str]:
-        """Names of the clients whom the summary scores."""
+        """Names of the clients that the summary scores."""
         return sorted(self.summary["clients"])
 
     def client(self, name: str, observer: Observer | None = None) -> Client:
-        """Return a client on its stored personal state.
+        """Return a client with its stored personal state.
 
         Args:
-            name: The client.
+            name: The client's name.
             observer: Receives progress.
 
         Raises:
@@ -104,7 +104,7 @@ class TrainedRun:
         if name not in self.clients:
             raise ConfigError(f"client {name!r}", f"the run's clients are {', '.join(self.clients)}", "choose one")
         client = Client(name, self._workspace_of(name), self.model, self.run.path, observer)
-        # A missing or damaged state must not start afresh.
+        # A client with a missing or damaged state must not start with a new one.
         load_personal(client.store.path, base=self.workspace.base.fingerprint)
         return client
 
@@ -116,7 +116,7 @@ class TrainedRun:
         return self._workspaces[name]
 
     def request(self, name: str) -> Request:
-        """Return what the server would send a client now, so that it computes with the finished model."""
+        """Return the request with which a client uses the finished model, as the server would send it."""
         return Request(self.model.method.final(self.server, normal(name)), self.server.agreement, self.server.round)
 
     def state(self, name: str | None) -> State:
@@ -132,17 +132,17 @@ class TrainedRun:
         *,
         max_new_tokens: int | None = None,
     ) -> Answer:
-        """Return a client's greedy answer to one instruction; its ``cut`` tells whether the limit ended it.
+        """Return a client's greedy answer to one instruction; its ``cut`` says whether the limit ended it.
 
         Args:
-            client: Whose model answers.
-            instruction: What is asked.
+            client: The client whose model answers.
+            instruction: The instruction.
             context: The passage that it is about.
-            state: By name; the most personal one by default.
+            state: Name of the model state; the most personal one by default.
             max_new_tokens: Longest answer in tokens; by default as in the run's evaluation.
 
         Raises:
-            FlexpertsError: As ``answer_one``, or there is no such client or state.
+            FlexpertsError: See ``answer_one``, or there is no such client or state.
         """
         asked, chosen = self.client(client), self.state(state)
         return answer_one(asked, self.request(client), chosen, instruction, context, max_new_tokens)
@@ -154,10 +154,10 @@ class TrainedRun:
 
         Args:
             observer: Receives progress.
-            rows: Client -> rows to score it on; without them every client's that the run itself has scored.
+            rows: Client -> rows to score; by default, every client's rows that the run itself has scored.
 
         Raises:
-            DataError: The run's rows are not where the recipe says, or no longer those that it started with.
+            DataError: The run's rows are not where the recipe says, or are not those that it started with.
         """
         rows = self.own_rows() if rows is None else rows
         scored: dict[str, dict[State, Scores]] = {}
@@ -170,12 +170,12 @@ class TrainedRun:
         """Return every client's rows that the run itself has scored.
 
         Raises:
-            DataError: They are not where the recipe says, or no longer those that the run started with.
+            DataError: They are not where the recipe says, or are not those that the run started with.
         """
         try:
             return {name: self.client(name).scored_rows for name in self.clients}
         except DataError as error:
-            remedy = f"{error.remedy}; `flexperts evaluate --data` scores rows from elsewhere"
+            remedy = f"{error.remedy}; or give rows from another place with `flexperts evaluate --data`"
             raise DataError(error.value, error.rule, remedy) from error
 
 
@@ -184,7 +184,7 @@ def recipe_of(run: RunDirectory, base: str | None = None) -> RunConfig:
 
     Args:
         run: The run.
-        base: Where its base lies, if not where the recipe says.
+        base: Folder of its base, if it is not where the recipe says.
     """
     config = recorded_recipe(run.path)
     return (
@@ -218,7 +218,7 @@ def answer_one(
     context: str = "",
     max_new_tokens: int | None = None,
 ) -> Answer:
-    """Return a client's greedy answer to one instruction, by its model in a state.
+    """Return the greedy answer of a client's model in a state to one instruction.
 
     Raises:
         ConfigError: ``max_new_tokens`` is below 1.
@@ -226,13 +226,15 @@ def answer_one(
         ModelError: The model's logits are not finite.
     """
     if max_new_tokens is not None and max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens = {max_new_tokens}", "an answer has at least one token", "raise it")
+        raise ConfigError(f"max_new_tokens = {max_new_tokens}", "it must be at least 1", "raise it to 1 or more")
     encoder = client.workspace.encoder
     prompt = encoder.prompt(instruction, context)
     longest = max_new_tokens or answer_limit(client.workspace, client.config)
     if (most := encoder.positions) is not None:
         if len(prompt) >= most:
-            raise DataError(f"a prompt of {len(prompt)} tokens", f"the base reads at most {most}", "shorten it")
+            raise DataError(
+                f"a prompt of {len(prompt)} tokens", f"the base reads at most {most}", "shorten the prompt"
+            )
         longest = min(longest, most - len(prompt))
     with client.in_state(request, state) as (model, on_batch):
         [answer] = generate(
@@ -245,7 +247,7 @@ def answer_one(
             on_batch=on_batch,
         )
     if not answer.finite:
-        cause = "the base" if state == "zero_shot" else "a training that has diverged, or the base"
+        cause = "the base" if state == "zero_shot" else "diverged training, or the base"
         rule = f"its logits are not finite numbers, so it has no answer; the cause is {cause}"
         raise ModelError(f"{client.name}'s {state} model", rule, "see not_finite in the run's summary.json")
     return answer
@@ -254,7 +256,7 @@ def answer_one(
 def with_rows_of(
     config: RunConfig, name: str, files: ClientFiles, columns: Mapping[str, str], on_bad_row: OnBadRow
 ) -> RunConfig:
-    """Return a run with one client's own rows in place of all clients'; how they are held out stays the run's."""
+    """Return a run with the rows of one given client only; the settings for holding out rows stay the run's."""
     old = config.data
     kept = {"test_fraction": old.test_fraction, "validation_fraction": old.validation_fraction}
     data = DataConfig(clients={name: files}, columns=dict(columns), on_bad_row=on_bad_row, **kept)
@@ -262,19 +264,19 @@ def with_rows_of(
 
 
 def workspace_of(run: Path, record: Mapping[str, Any], workspace: Workspace) -> Workspace:
-    """Return the workspace of a client that has joined: its rows, on the base of the run's workspace.
+    """Return the workspace of a client that joined later: its rows, and the base of the run's workspace.
 
-    Rows are read when they are needed, and refused if they are no longer those that it joined with.
+    Rows are read when they are needed, and refused if they are not those with which it joined.
     """
     name, data = record["client"], record["data"]
     files = ClientFiles(train=_from(run, data["train"]), test=data["test"] and _from(run, data["test"]))
     config = with_rows_of(workspace.config, name, files, data["columns"], data.get("on_bad_row", "refuse"))
-    same = partial(check_unchanged, {name: record["rows"]}, rule=f"{name} joined with other rows than these")
+    same = partial(check_unchanged, {name: record["rows"]}, rule=f"{name} joined with other rows")
     return Workspace(config, workspace.base, workspace.untouched, same)
 
 
 def kept_data(run: Path, files: ClientFiles, columns: Mapping[str, str], on_bad_row: OnBadRow) -> dict[str, Any]:
-    """Return where rows lie as the record keeps it: relative to the run, so that it tells no more than it must."""
+    """Return the record's data settings; paths are relative to the run, so that they reveal as little as needed."""
     return {
         "train": _seen_from(run, files.train),
         "test": files.test and _seen_from(run, files.test),

@@ -1,1 +1,1 @@
-"""One file per federated method."""
+"""The federated methods, one file each."""

@@ -1,4 +1,4 @@
-"""Ditto: FedAvg, and beside it a model of one's own that is pulled towards the global one."""
+"""Ditto: FedAvg, and a personal model per client that is pulled towards the global one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flexperts.training.local import StepHooks, TrainResult, joined
 
 
 class Ditto(Method):
-    """FedAvg on one LoRA; a second, personal LoRA is trained near it.
+    """FedAvg on one LoRA; a second, personal LoRA is trained close to it.
 
     Source: Li et al., ICML 2021 (arXiv 2012.04221), Algorithm 1; PFLlib, FederatedScope.
     Global: w <- sum_i p_i w_i, w_i from w by local steps on f_i, p_i = n_i / n (FedAvg, unchanged by v).
@@ -27,15 +27,14 @@ class Ditto(Method):
     Trained: the shared LoRA, then the personal one, each for the round's steps. Sent: the shared LoRA. Aggregated:
     mean by rows. Stays: the personal LoRA. Inference: personalized = v_i alone; global = w.
     Open choices: v starts from the first w that the client receives. The order does not matter to the algorithm; w
-    goes first, so that its batches are FedAvg's and w is FedAvg's bit for bit. v takes as many steps as w (twice
-    the compute of FedAvg). The paper's steps are SGD; under AdamW the term enters the gradient before the
-    preconditioning, as in PFLlib. The distance is taken between factors, not between products BA. v is kept as (-A,
-    -B), which computes the same: after few steps v and w can have moved alike, and no byte of v may be in a
-    message.
+    trains first, so that its batches are FedAvg's and w equals FedAvg's bit for bit. v takes as many steps as w
+    (twice the compute of FedAvg). The paper's steps are SGD; under AdamW the term enters the gradient before the
+    preconditioning, as in PFLlib. The distance is between factors, not between products BA. v is stored as
+    (-A, -B), which computes the same: after few steps v and w can be equal, and no byte of v may be in a message.
     """
 
     name = "ditto"
-    summary = "FedAvg, and a personal LoRA trained beside it with a pull towards the global one"
+    summary = "FedAvg, and a personal LoRA trained with a pull towards the global one"
     source = "Li et al., ICML 2021, arXiv 2012.04221"
     keeps = "a second attention LoRA"
     has_personal_lora = True
@@ -48,7 +47,7 @@ class Ditto(Method):
         """lambda, strength of the pull of v towards w; 0 trains v alone."""
 
     def receive(self, turn: Turn) -> None:
-        """Load w; a v that has not been trained starts from it."""
+        """Load w; an untrained v starts from it."""
         super().receive(turn)
         if untrained(turn):
             turn.load(_mirrored(turn.received), turn.split.personal)
@@ -65,7 +64,7 @@ class Ditto(Method):
 
     @contextmanager
     def in_state(self, turn: Turn, state: State) -> Iterator[OnBatch | None]:
-        """Compute with v in place of w for the personalized state."""
+        """Use v instead of w in the personalized state."""
         with ExitStack() as stack:
             on_batch = stack.enter_context(super().in_state(turn, state))
             if state == "personalized":
@@ -74,5 +73,5 @@ class Ditto(Method):
 
 
 def _mirrored(received: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return w as v is kept: under v's names, with the sign of both factors turned, so that BA is the same."""
+    """Return w in the form of v: under v's names, with both factors negated, so that BA is the same."""
     return {f"{PERSONAL_PREFIX}{name}": -tensor for name, tensor in received.items()}

@@ -1,4 +1,4 @@
-"""FDLoRA: a stage of local training, an outer optimizer on the server, and two adapters fused at inference."""
+"""FDLoRA: local training, then an outer optimizer on the server, and two adapters fused at inference."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _FUSION = "fusion"
 
 
 class FDLoRA(Method):
-    """One LoRA per client from local training, one from the federation, fused by two weights at inference.
+    """One LoRA per client from local training and one from the federation, fused by two weights at inference.
 
     Source: Qi et al., 2024 (arXiv 2406.07925); no official code, details as in FedAMoLE's re-implementation.
     Stage 1 (round 1): theta_p^i by steps from the common start; theta_s = sum_i p_i theta_p^i, p_i = n_i / n.
@@ -34,16 +34,16 @@ class FDLoRA(Method):
     theta_s <- theta_s - eta (d + mu v); in every H-th of these rounds theta_p^i <- theta_s^i.
     Stage 3 (AdaFusion): theta = w1 theta_s + w2 theta_p on A and on B alike, w in [-1.5, 1.5]^2 minimising
     CE(few own rows) + 0.05 mean|w|, without gradients.
-    Trained: attention LoRA. Sent: all of it, in stage 1 as well. Aggregated: mean by rows, then from round 2
-    Nesterov momentum. Stays: nothing secret: theta_p is kept by the client, but the server has seen it, since it
-    was sent. Inference: personalized = fused theta; global = theta_s.
+    Trained: attention LoRA. Sent: all of it, also in stage 1. Aggregated: mean by rows, then from round 2
+    Nesterov momentum. Stays: nothing secret: the client keeps theta_p, but the server has seen it, since it was
+    sent. Inference: personalized = fused theta; global = theta_s.
     Open choices: the paper leaves open outer rate, momentum and search budget; eta = 1, mu = 0.5 and H = 5 are the
-    re-implementation's. v follows torch.optim.SGD (v = d in its first step, which thus goes 1 + mu far). Rounds are
-    counted from the first of stage 2 for H; all clients take part in round 1, since each needs a theta_p, and one
+    re-implementation's. v follows torch.optim.SGD (v = d in its first step, so that step is 1 + mu times d). H
+    counts rounds from the first of stage 2. All clients take part in round 1, since each needs a theta_p; a client
     that is not sampled in an H-th round keeps its old theta_p. The search is scipy's Nelder-Mead (the
     re-implementation: Nevergrad, budget 5). It starts from the triangle w = (0, 0), (1, 0), (0, 1), since from 0
     alone its steps would vanish: the result is never worse than base, theta_s or theta_p on the rows. These are
-    train rows, not a split held out. Clients have one vote per row; the re-implementation averages uniformly.
+    train rows, not a held-out split. The mean is by rows; the re-implementation averages uniformly.
     """
 
     name = "fdlora"
@@ -57,7 +57,7 @@ class FDLoRA(Method):
         """Outer optimizer and fusion."""
 
         sync_every: int = Field(5, ge=1)
-        """H, stage-2 rounds after which a client's own LoRA is taken anew from its trained global one."""
+        """H: after every H rounds of stage 2, a client's own LoRA is replaced by its trained global one."""
         server_lr: float = Field(1.0, gt=0)
         """eta, rate of the outer step."""
         momentum: float = Field(0.5, ge=0, lt=1)
@@ -70,18 +70,18 @@ class FDLoRA(Method):
         """Factor of mean|w| in the searched loss."""
 
     def participants(self, server: Server, sampled: Sequence[str]) -> Sequence[str]:
-        """All clients take part in stage 1."""
+        """Return all clients in stage 1, and the sampled ones later."""
         return sorted(server.clients) if server.round == 0 else sampled
 
     def train(self, turn: Turn) -> TrainResult:
-        """Train from what was sent; keep a copy in stage 1 and in every H-th round of stage 2."""
+        """Train from the received LoRA; keep a copy in stage 1 and in every H-th round of stage 2."""
         result = turn.fit()
         if (turn.round - 1) % self.options.sync_every == 0:
             turn.memory |= {f"{_THETA_P}{n}": p.detach().clone() for n, p in turn.split.shared.items()}
         return result
 
     def step(self, server: Server, mean: Vector) -> Vector:
-        """Take the mean in stage 1, an outer step towards it in stage 2."""
+        """Return the mean in stage 1, and the result of an outer step towards it in stage 2."""
         if server.round == 0:
             return mean
         gradient, before = server.shared.vector - mean, server.memory.get(_MOMENTUM)
@@ -93,7 +93,7 @@ class FDLoRA(Method):
         return moved
 
     def settle(self, turn: Turn) -> dict[str, Tensor]:
-        """Return the fusion weights ``[2]``, fp64; the turn's LoRA is as it was afterwards."""
+        """Return the fusion weights ``[2]``, fp64; the turn's LoRA is restored."""
         common, own = self._loras(turn)
         try:
             return {_FUSION: torch.tensor(self._weights(turn, common, own), dtype=torch.float64)}
@@ -121,7 +121,7 @@ class FDLoRA(Method):
                 turn.load(common)
 
     def _weights(self, turn: Turn, common: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[float, float]:
-        """Search the weights on a few of the client's rows, always the same."""
+        """Search the weights on a few of the client's rows, which are always the same."""
         examples = turn.site.examples
         order = torch.randperm(len(examples), generator=turn.site.generator("fusion"))
         rows = [examples[i] for i in order[: self.options.fusion_rows].tolist()]
@@ -140,7 +140,7 @@ def fused(common: Mapping[str, Tensor], own: Mapping[str, Tensor], w1: float, w2
 
 
 def search(loss: Loss, budget: int, penalty: float) -> tuple[float, float]:
-    """Return the w in [-1.5, 1.5]^2 with the least loss + penalty mean|w| that is found in ``budget`` evaluations.
+    """Return the w in [-1.5, 1.5]^2 with the lowest loss + penalty mean|w| found in ``budget`` evaluations.
 
     Deterministic and without gradients.
     """

@@ -1,4 +1,4 @@
-"""FedAMoLE: a pool of LoRA experts, of which every client holds those that fit its tokens."""
+"""FedAMoLE: a pool of LoRA experts; every client holds the experts that fit its tokens."""
 
 from __future__ import annotations
 
@@ -35,35 +35,35 @@ _EXPERT_MEAN, _TOKEN_MEAN, _ASSIGNED = f"{DERIVED}expert.", f"{DERIVED}tokens.",
 
 
 class FedAMoLE(OwnParts):
-    """Mixtures of LoRA experts on attention; the server decides who holds which expert of a pool.
+    """Mixtures of LoRA experts on attention; the server assigns the experts of a pool to clients.
 
     Source: FedAMoLE (arXiv 2411.19128).
     y = W x + s (B_s A_s x + sum_{e in Top2} w_e B_e A_e x); w = softmax_e((A_e x) . (P x) / sqrt(r)) over the held
-    experts, cut to the best two and brought back to sum 1; s = alpha / r. Loss: response NLL + ``balance`` *
-    Switch's load-balance loss. After training, on ``aux`` of its own train rows, client i tells a_{i,e} = mean A_e
+    experts, cut to the best two and scaled to sum 1; s = alpha / r. Loss: response NLL + ``balance`` *
+    Switch's load-balance loss. After training, on ``aux`` of its train rows, client i reports a_{i,e} = mean A_e
     x and t_i = mean P x. Reverse selection, for each adapted layer: maximise sum_{e,i} q_{e,i} z_{e,i}, z binary,
     q_{e,.} = softmax_i(a_e . t_i / sqrt(r)), with c clients per expert and min to max experts per client.
     Trained: shared expert, held experts, P. Sent: these, and the means. Aggregated: shared expert and P by FedAvg;
     every expert and its a_e over its holders, by rows; an expert without a holder in the round stays. Stays:
     nothing; PEFT's own adapter is not used. Inference: the experts assigned to the client after the last round.
-    Open choices: each adapted layer has its own pool and its own assignment. The integer program is solved by HiGHS
-    (scipy) and not by SCIP; among equal optima the solver decides. Round 1 is a random feasible assignment. The
-    paper averages P alike over clients; here by rows. The auxiliary rows are trained on too. A client that has
-    not taken part yet has t_i = 0. Every client has the whole pool in memory, of which it trains its share: the
-    pool is small. The paper's 30 experts are for 10 clients; the default of 12 is for four.
+    Open choices: each adapted layer has a separate pool and assignment. The integer program is solved by HiGHS
+    (scipy) instead of SCIP; among equal optima the solver decides. Round 1 has a random feasible assignment. The
+    paper averages P uniformly over clients; here by rows. The auxiliary rows are trained on too. A client that has
+    not taken part yet has t_i = 0. Every client has the whole pool in memory and trains its share of it: the pool
+    is small. The paper's 30 experts are for 10 clients; the default of 12 is for four.
     """
 
     name = "fedamole"
-    summary = "a pool of LoRA experts on attention; an integer program gives each client those that fit its tokens"
+    summary = "a pool of LoRA experts on attention; an integer program assigns them by each client's tokens"
     source = "arXiv 2411.19128"
     sends = "shared LoRA expert, token projection, held LoRA experts and mean embeddings"
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "personalized")
     plan_note = (
-        "bytes are a mean over clients, experts move among them; the rest counts the whole pool on each client"
+        "bytes are a mean over clients, because assignments change; the rest counts the whole pool on each client"
     )
 
     class Options(method.Options):
-        """The pool and its division."""
+        """The pool and its assignment."""
 
         experts: int = Field(12, ge=1)
         """N, experts in the pool of each adapted layer."""
@@ -76,12 +76,12 @@ class FedAMoLE(OwnParts):
         balance: float = Field(1e-3, ge=0)
         """Weight of the load-balance loss."""
         aux: float = Field(0.05, gt=0, le=1)
-        """Share of the train rows from which the mean embeddings are made."""
+        """Share of the train rows for the mean embeddings."""
 
     # A client.
 
     def parts(self, site: Site) -> dict[str, Part]:
-        """Put the whole pool on every adapted layer; which experts are in use is told by what is received."""
+        """Return the whole pool for every adapted layer; ``receive`` activates the client's experts."""
         pool, lora = self.options.experts, site.config.lora
         held = {name: range(pool) for name in site.lora.sites}
         seed = site.config.seed
@@ -90,11 +90,11 @@ class FedAMoLE(OwnParts):
         }
 
     def trains(self, name: str) -> bool:
-        """PEFT's adapter stays at zero: the mixture takes its place."""
+        """Return False for PEFT's adapter, which stays at zero: the mixture replaces it."""
         return not name.startswith(SHARED_PREFIX)
 
     def receive(self, turn: Turn) -> None:
-        """Load what was sent and compute with these experts alone."""
+        """Load the received tensors and activate their experts alone."""
         turn.load(turn.received, {n: p for n, p in turn.split.shared.items() if n in turn.received})
         _mixture(turn).activate(_held(turn))
 
@@ -103,7 +103,7 @@ class FedAMoLE(OwnParts):
         return turn.fit(objective=balanced(turn.objective, _mixture(turn), self.options.balance))
 
     def outgoing(self, turn: Turn) -> Mapping[str, Tensor]:
-        """Return what was received, trained, with the mean embeddings of experts and tokens."""
+        """Return the received tensors after training, and the mean embeddings of experts and tokens."""
         sent: dict[str, Tensor] = {n: p for n, p in turn.split.shared.items() if n in turn.received}
         means = self._mean_inputs(turn)
         for layer, experts in _held(turn).items():
@@ -115,7 +115,7 @@ class FedAMoLE(OwnParts):
         return sent
 
     def _mean_inputs(self, turn: Turn) -> dict[str, Tensor]:
-        """Return the mean input ``[in]`` of every adapted layer on the auxiliary rows, always the same ones."""
+        """Return the mean input ``[in]`` of every adapted layer on the auxiliary rows, always the same rows."""
         site, settings = turn.site, turn.settings
         count = max(1, round(self.options.aux * len(site.examples)))
         drawn = torch.randperm(len(site.examples), generator=site.generator("aux"))[:count].tolist()
@@ -127,7 +127,7 @@ class FedAMoLE(OwnParts):
     # The server.
 
     def check_clients(self, clients: Collection[str]) -> None:
-        """Refuse a pool that cannot be divided among so many clients."""
+        """Refuse a pool that cannot be assigned to this number of clients."""
         check_places(self.options.experts, len(clients), *self._bounds)
 
     def start(self, server: Server) -> None:
@@ -140,7 +140,7 @@ class FedAMoLE(OwnParts):
                 server.memory[f"{_EXPERT_MEAN}{layer}.{e}"] = torch.zeros(rank)
 
     def regroup(self, server: Server) -> None:
-        """Assign the experts anew to the clients that there are, and forget the tokens of those that are gone."""
+        """Assign the experts to the current clients, and forget the embeddings of clients that have left."""
         own = {f"{_TOKEN_MEAN}{layer}.{client}" for layer in _layers(server) for client in server.clients}
         server.memory = {n: t for n, t in server.memory.items() if not n.startswith(_TOKEN_MEAN) or n in own}
         if server.round:
@@ -149,11 +149,11 @@ class FedAMoLE(OwnParts):
             self.start(server)
 
     def broadcast(self, server: Server, client: str) -> Payload:
-        """Send what all hold, and the experts that the client is to hold."""
+        """Return the tensors that all clients hold, and the client's assigned experts."""
         return Payload.of(_part(server, client))
 
     def uplink(self, server: Server, client: str) -> Manifest:
-        """A client sends what it was sent, and one embedding for each expert and layer."""
+        """Declare the tensors of the broadcast, and one embedding per held expert and per layer."""
         sent = _part(server, client)
         for layer in _layers(server):
             experts = [e for e in range(self.options.experts) if f"{_SITES}{layer}.experts.{e}.A" in sent]
@@ -162,7 +162,7 @@ class FedAMoLE(OwnParts):
         return Manifest.of(sent)
 
     def aggregate(self, server: Server, updates: Iterable[Update]) -> None:
-        """Average everything over its holders and assign the experts anew."""
+        """Average every tensor over its holders, and assign the experts again."""
         embeddings = {n: t for n, t in server.memory.items() if n.startswith(_EXPERT_MEAN)}
         mean = holders_mean(server.shared.tensors() | embeddings, _without_tokens(server, updates))
         server.memory |= {n: mean.pop(n) for n in embeddings}
@@ -181,7 +181,7 @@ class FedAMoLE(OwnParts):
 
 
 def balanced(objective: Objective, mixture: LoraMixture, weight: float) -> Objective:
-    """Return the objective with the load-balance loss in its gradient; the value stays the objective's own."""
+    """Return the objective with the load-balance loss in its gradient only; its value does not change."""
 
     def parts(model: nn.Module, rows: Sequence[Example], settings: LocalSettings) -> Iterator[Tensor]:
         count = math.ceil(len(rows) / settings.micro_batch_size)
@@ -215,7 +215,7 @@ def _layers(server: Server) -> dict[str, int]:
 
 
 def _part(server: Server, client: str) -> dict[str, Tensor]:
-    """Return all shared tensors but the experts that the client does not hold."""
+    """Return all shared tensors except the experts that the client does not hold."""
     place, part = sorted(server.clients).index(client), {}
     for name, tensor in server.shared.tensors().items():
         layer, kind, *rest = name.removeprefix(_SITES).split(".")
@@ -225,7 +225,7 @@ def _part(server: Server, client: str) -> dict[str, Tensor]:
 
 
 def _without_tokens(server: Server, updates: Iterable[Update]) -> Iterator[Update]:
-    """Keep each client's own token embeddings in the server's memory, and pass the rest on."""
+    """Store each client's token embeddings in the server's memory, and yield the other tensors."""
     for update in updates:
         check_finite(update)
         tensors = update.tensors()
@@ -235,7 +235,7 @@ def _without_tokens(server: Server, updates: Iterable[Update]) -> Iterator[Updat
 
 
 def _embeddings(server: Server, layer: str) -> tuple[Tensor, Tensor]:
-    """Return the experts' ``[N, r]`` and the clients' ``[C, r]`` last known embeddings of a layer."""
+    """Return the last known embeddings of a layer: the experts' ``[N, r]`` and the clients' ``[C, r]``."""
     number = len(server.memory[f"{_ASSIGNED}{layer}"])
     experts = [server.memory[f"{_EXPERT_MEAN}{layer}.{e}"] for e in range(number)]
     nothing = torch.zeros_like(experts[0])
@@ -247,7 +247,8 @@ def check_places(experts: int, clients: int, clients_per_expert: int, least: int
     """Refuse numbers for which there is no assignment.
 
     Raises:
-        ConfigError: No assignment gives every expert its clients and every client ``least`` to ``most`` experts.
+        ConfigError: No assignment gives every expert ``clients_per_expert`` clients and every client ``least`` to
+            ``most`` experts.
     """
     places = experts * clients_per_expert
     fewest, greatest = clients * least, clients * min(most, experts)
@@ -265,10 +266,10 @@ def affinity(experts: Tensor, tokens: Tensor) -> Tensor:
 
 
 def assign(gain: Tensor, clients_per_expert: int, least: int, most: int) -> Tensor:
-    """Return the assignment ``[N, C]`` of 0 and 1 that maximises the gain on it.
+    """Return the assignment ``[N, C]`` of 0 and 1 with the largest total gain.
 
     Args:
-        gain: What it is worth that client i holds expert e, ``[N, C]``.
+        gain: The gain if client i holds expert e, ``[N, C]``.
         clients_per_expert: Sum of every row.
         least, most: Bounds on the sum of every column.
     """

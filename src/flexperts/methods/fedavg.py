@@ -12,7 +12,7 @@ class FedAvg(Method):
     theta <- sum_i p_i theta_i, p_i = n_i / n over the round's participants; theta = all A and B.
     Trained: attention LoRA. Sent: attention LoRA. Aggregated: its mean by rows; A and B each, so their product is
     averaged only approximately. Stays: nothing. Inference: the global LoRA.
-    Open choices: a fresh AdamW in every round, and one cosine over all rounds.
+    Open choices: a new AdamW in every round, and one cosine over all rounds.
     """
 
     name = "fedavg"

@@ -1,4 +1,4 @@
-"""FedAvg with LoRA on attention and on every routed expert: the honest rival of personal experts."""
+"""FedAvg with LoRA on attention and on every routed expert: the fair baseline for personal experts."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class FedAvgExperts(Method):
     Aggregated: mean by rows (A and B each, so products are averaged only approximately). Stays: nothing.
     Frozen: all pretrained weights, routers and shared experts. Inference: the global LoRA everywhere.
     Open choices: all clients start every expert from one common A, B at zero. An expert's LoRA has lora.rank unless
-    ``rank`` is given, always at the scaling lora.alpha / lora.rank. An expert that a client's tokens never reach is
-    sent unchanged and pulls the mean to the old value, in proportion to that client's rows.
-    The adapter folder holds the attention part alone: PEFT's files have no form for adapters of fused experts.
+    ``rank`` is given, always with the scaling lora.alpha / lora.rank. An expert that a client's tokens never reach
+    is sent unchanged and pulls the mean to the old value, in proportion to that client's rows.
+    The adapter folder holds the attention part alone: PEFT's files cannot hold adapters of fused experts.
     """
 
     name = "fedavg_experts"
@@ -41,12 +41,12 @@ class FedAvgExperts(Method):
         """LoRA rank of every routed expert; without it, lora.rank."""
 
     def parts(self, site: Site) -> dict[str, Part]:
-        """Adapt every expert of every layer."""
+        """Return LoRA on every expert of every layer."""
         rank = self.options.rank or site.lora.rank
         every = {e.name: range(e.num_experts) for e in site.experts}
         alpha, stream = site.lora.scale * rank, site.common_generator("experts")
         return {"experts": ExpertAdapters(site.experts, every, rank, alpha, stream)}
 
     def shared(self, names: Collection[str]) -> set[str]:
-        """All that trains is shared."""
+        """Return all trained parameters: everything is shared."""
         return set(names)

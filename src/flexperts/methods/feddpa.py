@@ -1,4 +1,4 @@
-"""FedDPA-T and FedDPA-F: a global and a local adapter, and the weight of each for every instance."""
+"""FedDPA-T and FedDPA-F: a global and a local adapter, weighted for every input."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ class FedDPA(Method):
         """Weights of the two adapters, in training and at inference."""
 
         mix: float = Field(0.5, ge=0, le=1)
-        """a, weight of the local adapter while it trains; the global one has 1 - a."""
+        """a, weight of the local adapter while it trains; the global adapter has 1 - a."""
         lam: float = Field(0.5, ge=0)
         """lambda, factor of the similarity that weights the local adapter at inference."""
         instances: int = Field(5, ge=1)
-        """S, train rows that an input is compared with."""
+        """S, number of train rows to which an input is compared."""
 
     @torch.no_grad()
     def receive(self, turn: Turn) -> None:
-        """Load g; an l that has not been trained gets an A of the client's own."""
+        """Load g; an untrained l gets an A drawn for this client."""
         super().receive(turn)
         if not untrained(turn):
             return
@@ -60,7 +60,7 @@ class FedDPA(Method):
                 parameter.copy_(uniform_matrix(parameter.size(0), parameter.size(1), stream))
 
     def personalize(self, turn: Turn, settings: LocalSettings | None = None) -> TrainResult:
-        """Train l in a fixed mixture with g, which stands still."""
+        """Train l in a fixed mixture with g; g is frozen."""
         with turn.site.lora.use(shared=1 - self.options.mix, personal=self.options.mix):
             return turn.fit(shared=False, settings=settings)
 
@@ -80,12 +80,12 @@ class FedDPA(Method):
 
 
 class InstanceWeights:
-    """Weights both adapters by how much an input is like the client's own: called before every batch.
+    """The weights of both adapters, from an input's similarity to the client's rows; called before every batch.
 
         alpha(x) = lam * mean_s cos(h(x), h(x_s))        y = W0 x + (1 - alpha) dW_g x + alpha dW_l x
 
     h is the last layer's hidden state of the prompt's last token with l alone; x_s are S of the client's train
-    prompts, drawn once from a stream of its own.
+    prompts, drawn once per client.
 
     Args:
         turn: The client's turn; its model is in use until ``close``.
@@ -123,7 +123,7 @@ class InstanceWeights:
             return hidden_states(lora.base, batch.input_ids, batch.attention_mask)[:, -1].float()
 
     def close(self) -> None:
-        """Take the last batch's weights off again."""
+        """Remove the last batch's weights."""
         self.stack.close()
 
 
@@ -132,44 +132,46 @@ def _prompts(examples: Sequence[Example], pad_token_id: int) -> PaddedBatch:
 
 
 class FedDPAF(FedDPA):
-    """FedAvg on a global LoRA; then each client fits a local LoRA beside it, once.
+    """FedAvg on a global LoRA; then each client trains a local LoRA with it, once.
 
     Source: Yang et al., NeurIPS 2024 (arXiv 2403.19211), FedDPA-F, with its official code.
     Rounds 1..R: g <- sum_i p_i g_i, g_i by steps on W0 + dW_g, p_i = n_i / n (FedAvg). dW = s B A.
-    Then one round more: l_i <- steps on W0 + a dW_l + (1 - a) dW_g, g final and fixed.
+    Then one more round: l_i <- steps on W0 + a dW_l + (1 - a) dW_g, g final and fixed.
     Inference as FedDPA-T: y = W0 x + (1 - alpha) dW_g x + alpha dW_l x, alpha = lam mean_s cos(h(x), h(x_s)).
     Trained: the global LoRA g in rounds 1..R, the local LoRA l in round R+1. Sent: g in rounds 1..R, nothing in the
     last. Aggregated: mean of A and of B by rows. Stays: l. Inference: personalized = the weighted sum above, one
     alpha per row, for generation and for scores; global = g alone.
     Open choices: those of feddpa_t (weights reversed and bypassed in the released code, x_s, no clamp). The source
-    names no number of steps for l: ours is all rounds' steps together, with a learning-rate schedule of its own, so
-    that both variants cost about the same. In the extra round all clients train, also where only a share is sampled
-    per round: each needs its l. The server learns R from the clients' reports, which must agree.
+    names no number of steps for l: ours is all rounds' steps together, with a separate learning-rate schedule, so
+    that both variants cost about the same. In the extra round all clients train, even if only a share is sampled
+    per round: each needs its l. The server gets R from the clients' reports, which must agree.
     """
 
     additive = False
 
     name = "feddpa_f"
-    summary = "FedAvg, then a local LoRA fitted beside the finished global one, weighted by each input's likeness"
+    summary = "FedAvg, then a local LoRA trained with the finished global one, weighted by each input's similarity"
 
     def extra_rounds(self, rounds: int) -> int:
-        """One round after the recipe's."""
+        """Return 1: one round follows the recipe's."""
         return 1
 
     def report(self, site: Site) -> Any:
-        """Tell how many rounds the federation has."""
+        """Return the recipe's number of rounds."""
         return site.config.federation.rounds
 
     def agree(self, reports: Mapping[str, Any]) -> Any:
-        """Return the number of rounds that all clients have in their recipe.
+        """Return the number of rounds in the clients' recipes.
 
         Raises:
-            FederationError: They differ.
+            FederationError: The clients' numbers differ.
         """
         rounds = set(reports.values())
         if len(rounds) != 1:
             raise FederationError(
-                f"federation.rounds = {sorted(rounds)}", "all clients run one recipe", "hand it out"
+                f"federation.rounds = {sorted(rounds)}",
+                "all clients must use one recipe",
+                "give all silos the same recipe",
             )
         return rounds.pop()
 
@@ -182,19 +184,19 @@ class FedDPAF(FedDPA):
         return self.personalize(turn, replace(turn.settings, steps=steps, first_step=0, total_steps=steps))
 
     def outgoing(self, turn: Turn) -> Mapping[str, Tensor]:
-        """Send g, and nothing after the extra round."""
+        """Return g; nothing in the extra round."""
         return turn.split.shared if turn.round <= turn.site.config.federation.rounds else {}
 
     def participants(self, server: Server, sampled: Sequence[str]) -> Sequence[str]:
-        """All clients take part in the extra round."""
+        """Return the sampled clients; all clients in the extra round."""
         return sorted(server.clients) if _federated(server) else sampled
 
     def uplink(self, server: Server, client: str) -> Manifest:
-        """Expect nothing in the extra round."""
+        """Declare g; nothing in the extra round."""
         return Payload.empty().manifest if _federated(server) else super().uplink(server, client)
 
     def aggregate(self, server: Server, updates: Iterable[Update]) -> None:
-        """Leave g as it is in the extra round, and wait for all clients."""
+        """Average g; in the extra round only read the updates, so that all clients train."""
         if not _federated(server):
             super().aggregate(server, updates)
             return
@@ -203,7 +205,7 @@ class FedDPAF(FedDPA):
 
 
 def _federated(server: Server) -> bool:
-    """Tell whether all of the recipe's rounds are finished."""
+    """Return whether all of the recipe's rounds are finished."""
     return server.round >= int(server.agreement)
 
 
@@ -219,18 +221,19 @@ class FedDPAT(FedDPA):
     Aggregated: mean of A and of B by rows. Stays: l. Inference: personalized = the weighted sum above, one alpha
     per row, for generation and for scores; global = g alone.
     Open choices: the released code gives alpha to the global adapter and 1 - alpha to the local one, the reverse of
-    the formula, and in its default batched mode answers are generated before the weights are set, so they have no
-    effect; we follow the formula, on every batch. It averages clients uniformly, ours is by rows. x_s are prompts
-    without responses, drawn once per client (all rows where it has fewer than S). alpha is not clamped: a negative
-    cosine gives a negative weight, and lam above 1 may give g one. h is taken after the final norm, as transformers
-    returns it. l starts from an A of the client's own and B = 0. From round 2 on a round has twice FedAvg's steps.
+    the formula. In its default batched mode, it generates answers before it sets the weights, so they have no
+    effect. We follow the formula, on every batch. The code averages clients uniformly; ours is by rows. x_s are
+    prompts without responses, drawn once per client (all rows if it has fewer than S). alpha is not clamped: a
+    negative cosine gives l a negative weight, and lam above 1 can give g a negative weight. h is taken after the
+    final norm, as transformers returns it. l starts from an A drawn for the client and B = 0. From round 2 on a
+    round has twice FedAvg's steps.
     """
 
     name = "feddpa_t"
-    summary = "a global and a local LoRA, trained in turn every round, weighted by each input's likeness"
+    summary = "a global and a local LoRA, trained in turn every round, weighted by each input's similarity"
 
     def train(self, turn: Turn) -> TrainResult:
-        """Train l beside the received g, then g alone; in round 1 g has learnt nothing yet, and l waits."""
+        """Train l with the received g, then g alone; in round 1 g is untrained, so l does not train."""
         if turn.round == 1:
             return turn.fit(personal=False)
         first = self.personalize(turn)

@@ -1,4 +1,4 @@
-"""FedMoE-DA: every client's every expert is mixed with those whose router rows point the same way."""
+"""FedMoE-DA: each expert of each client is mixed with the experts that have the most similar router rows."""
 
 from __future__ import annotations
 
@@ -27,48 +27,48 @@ _MIXING, _OF_CLIENT = "mix.", "own."
 
 
 class FedMoEDA(OwnParts):
-    """Every client keeps experts and router of its own; alike experts are mixed, wherever they are.
+    """Every client has personal experts and routers; the server mixes similar experts across clients.
 
     Source: FedMoE-DA (arXiv 2411.02115), Eq. 8-11.
     Over all M = clients * N pairs a = (client i, expert e) of a layer: R_ab = cos(g_a, g_b), g_a being the router's
-    row for e on client i. Each row of R keeps its P + 1 largest values, itself among them; A_ab = softmax over the
-    kept of R_ab / tau; E_a <- sum_b A_ab E_b. A is computed anew every ``every`` rounds, first in round 1.
-    Trained: attention LoRA, experts, routers. Sent: all of it; and the routers' rows as they compute (pretrained +
-    delta) in the rounds that compute A. Aggregated: LoRA by FedAvg; experts by A. Stays: nothing, though no other
-    client gets a client's router. Inference: global LoRA with the client's own mixed experts and own router.
-    Open choices: A is per layer, since rows of two layers do not live in one space. The paper's clients fetch
-    experts from each other; here the server relays them, so more bytes pass it than the paper counts. Experts train
-    by LoRA: A and B are mixed each, so products are mixed only approximately, and the pretrained weights of an
-    expert are its own and not mixed; ``rank = "full"`` mixes whole experts, which is the equation itself. To make
-    LoRA's factors comparable, all experts of a layer start from one A. With partial participation only
-    participants' experts change; they mix with the last known experts and rows of all who took part in a round that
-    computed A. Clients count alike in A; LoRA is weighted by rows. The global state is attention LoRA on the
+    row for e on client i. Each row of R keeps its P + 1 largest values, itself included; A_ab = softmax over the
+    kept of R_ab / tau; E_a <- sum_b A_ab E_b. A is computed again every ``every`` rounds, first in round 1.
+    Trained: attention LoRA, experts, routers. Sent: all of it; and the routers' effective rows (pretrained + delta)
+    in the rounds that compute A. Aggregated: LoRA by FedAvg; experts by A. Stays: nothing, but a client's router is
+    not sent to other clients. Inference: global LoRA with the client's own mixed experts and own router.
+    Open choices: A is per layer, since rows of two layers are not in one space. The paper's clients fetch experts
+    from each other; here the server relays them, so more bytes pass the server than the paper counts. Experts train
+    by LoRA: A and B are mixed separately, so products are mixed only approximately, and the pretrained weights of
+    an expert are not mixed; ``rank = "full"`` mixes whole experts, which is the equation itself. To make LoRA's
+    factors comparable, all experts of a layer start from one A. With partial participation only participants'
+    experts change; they mix with the last known experts and rows of all clients that took part in a round that
+    computed A. Clients have equal weight in A; LoRA is weighted by rows. The global state is attention LoRA on the
     untouched base.
     """
 
     name = "fedmoe_da"
     one_global = False
-    summary = "clients keep experts and router of their own; the server mixes experts with similar router rows"
+    summary = "clients have personal experts and routers; the server mixes experts with similar router rows"
     source = "arXiv 2411.02115"
     sends = "attention LoRA, all routed experts' LoRA and routers"
     needs_experts = True
 
     class Options(method.Options):
-        """How experts are mixed."""
+        """Mixing of experts."""
 
         peers: int = Field(5, ge=0)
-        """P, experts that each expert is mixed with beside itself; 0 mixes nothing."""
+        """P, number of other experts with which each expert is mixed; 0 mixes nothing."""
         tau: float = Field(1.0, gt=0)
         """Temperature of the mixing weights."""
         every: int = Field(5, ge=1)
-        """I, rounds from one computation of the weights to the next."""
+        """Number of rounds from one computation of the weights to the next."""
         rank: Annotated[int, Field(ge=1)] | Literal["full"] | None = None
-        """LoRA rank of the experts, at scaling lora.alpha / rank, or "full" for whole ones; default lora.rank."""
+        """LoRA rank of the experts, at scaling lora.alpha / rank, or "full" for all weights; default lora.rank."""
 
     # A client's model.
 
     def parts(self, site: Site) -> dict[str, Part]:
-        """Adapt every expert and every router."""
+        """Return parts that adapt every expert and every router."""
         every = {e.name: range(e.num_experts) for e in site.experts}
         experts = ExpertAdapters(
             site.experts,
@@ -82,7 +82,7 @@ class FedMoEDA(OwnParts):
     # A client's round.
 
     def outgoing(self, turn: Turn) -> Mapping[str, Tensor]:
-        """Return everything that trains and, where A is computed, the routers' rows."""
+        """Return all trained parameters and, in rounds that compute A, the routers' rows."""
         router = turn.parts["router"]
         assert isinstance(router, RouterDeltas)
         names = [e.name for e in turn.site.experts] if self._mixes_anew(turn.round) else []
@@ -91,18 +91,18 @@ class FedMoEDA(OwnParts):
     # The server.
 
     def broadcast(self, server: Server, client: str) -> Payload:
-        """Send the global LoRA with the client's own mixed experts and own router."""
+        """Return the global LoRA with the client's own mixed experts and own router."""
         return Payload.of(_own(server, client))
 
     def uplink(self, server: Server, client: str) -> Manifest:
-        """A client sends all that trains and, where A is computed, the routers' rows."""
+        """Declare all trained parameters and, in rounds that compute A, the routers' rows."""
         sent = server.shared.tensors()
         if self._mixes_anew(server.round + 1):
             sent |= {n.replace(ROUTER, _ROUTER_ROWS): t for n, t in sent.items() if n.startswith(ROUTER)}
         return Manifest.of(sent)
 
     def regroup(self, server: Server) -> None:
-        """Forget the experts and routers of clients that are gone, and mix without them from now on."""
+        """Forget the experts and routers of clients that have left, and mix without them from now on."""
         own = {f"{_OF_CLIENT}{client}.{n}" for client in server.clients for n in _names_of(server)}
         kept = {n: t for n, t in server.memory.items() if not n.startswith(_OF_CLIENT) or n in own}
         changed = len(kept) != len(server.memory)
@@ -125,7 +125,7 @@ class FedMoEDA(OwnParts):
         return (number - 1) % every == 0
 
     def _kept(self, server: Server, updates: Iterable[Update], present: list[str]) -> Iterator[Update]:
-        """Put everything but LoRA into the server's memory, and pass LoRA on."""
+        """Store everything except LoRA in the server's memory, and yield LoRA."""
         for update in updates:
             check_finite(update)
             tensors = update.tensors()
@@ -142,10 +142,10 @@ class FedMoEDA(OwnParts):
 
 
 def mixing(rows: Tensor, peers: int, tau: float) -> Tensor:
-    """Return A ``[M, M]`` in float64 from the router rows ``[M, D']`` of all pairs of client and expert."""
+    """Return A ``[M, M]`` in float64 from the router rows ``[M, D']`` of all (client, expert) pairs."""
     unit = F.normalize(rows.double(), dim=1)
     cosines = unit @ unit.T
-    # Equal rows tie with the expert itself, which must be kept.
+    # An expert must keep itself, also if other rows are equal to its row.
     first = cosines.clone().fill_diagonal_(torch.inf)
     kept = first.argsort(dim=1, descending=True, stable=True)[:, : peers + 1]
     scores = torch.full_like(cosines, -torch.inf).scatter(1, kept, cosines.gather(1, kept) / tau)
@@ -153,7 +153,7 @@ def mixing(rows: Tensor, peers: int, tau: float) -> Tensor:
 
 
 def _mix_experts(server: Server, present: Collection[str]) -> None:
-    """Replace the participants' experts by their mixtures, all computed from the same unmixed ones."""
+    """Replace the participants' experts by their mixtures, all computed from the experts before mixing."""
     for layer in _layers(server):
         clients = _known(server, layer)
         for names in _by_suffix(server, layer).values():
@@ -167,12 +167,12 @@ def _mix_experts(server: Server, present: Collection[str]) -> None:
 
 
 def _own(server: Server, client: str) -> dict[str, Tensor]:
-    """Return what a client computes with; before its first round, what all start from."""
+    """Return a client's own tensors; before its first round, the common start."""
     return {n: server.memory.get(f"{_OF_CLIENT}{client}.{n}", t) for n, t in server.shared.tensors().items()}
 
 
 def _names_of(server: Server) -> set[str]:
-    """Return the names under which the server may keep a tensor of a client's own."""
+    """Return the names of all tensors that the server may keep for one client."""
     return {*server.shared.manifest.names, *(f"{_ROUTER_ROWS}{layer}" for layer in _layers(server))}
 
 
@@ -190,7 +190,7 @@ def _known(server: Server, layer: str) -> list[str]:
 
 
 def _by_suffix(server: Server, layer: str) -> dict[str, list[str]]:
-    """Return, for each tensor of an expert, its names over the layer's experts, in the router's order."""
+    """Return, for each tensor of an expert, its names for all experts of the layer, in the router's order."""
     start = f"{EXPERTS}{layer}."
     found: dict[str, list[str]] = {}
     for name in sorted(

@@ -25,7 +25,7 @@ from flexperts.selection.selection import LayerScores
 
 
 class FedMoEStyle(OwnParts):
-    """Sub-MoEs of the most-activated experts, aggregated expert by expert over those who hold them.
+    """Sub-MoEs of the most-activated experts; every expert is aggregated over the clients that hold it.
 
     Source: FedMoE (arXiv 2408.11304), its two stages and its modular aggregation.
     S_{i,l} = the ``keep`` * N experts of layer l to which client i's own tokens were routed most often.
@@ -35,44 +35,44 @@ class FedMoEStyle(OwnParts):
     by the rule above, weighted by rows. Stays: nothing; but the server learns which experts each client holds.
     Inference: global LoRA with the client's own sub-MoE.
     Open choices: the counts come from the pretrained model on the client's calibration rows
-    (``graft.calibration_rows``): the paper's brief tuning beforehand, its search for the budget and the server's
-    recommendation of experts are not specified there and are left out, so a client's choice stands for the run.
-    Experts train by LoRA and not whole; their A start alike on all clients. The router still scores all N experts:
-    a choice that is not held weighs 0 and the token's held ones are scaled to the old sum (a router with the kept
-    rows alone would send the token on to another held expert). Rows that are not held do not train.
-    The global state is attention LoRA on the untouched experts.
+    (``graft.calibration_rows``). The paper does not specify its brief tuning beforehand, its search for the budget
+    and the server's recommendation of experts; they are left out, so a client's choice is fixed for the run.
+    Experts train by LoRA, not with all their weights; their A start alike on all clients. The router still scores
+    all N experts: an expert that is not held gets weight 0, and the token's held experts are scaled to the old sum
+    (a router with the kept rows alone would route the token to another held expert). Rows that are not held do not
+    train. The global state is attention LoRA on the untouched experts.
     """
 
     name = "fedmoe_style"
     one_global = False
     summary = "each client trains the experts it uses most; every expert is averaged over its holders"
     source = "arXiv 2408.11304"
-    sends = "attention LoRA, held experts' LoRA and router rows, and which these are"
-    plan_note = "FLOPs take all experts as used alike; clients hold those that they use most"
+    sends = "attention LoRA, held experts' LoRA and router rows, and the held experts' numbers"
+    plan_note = "FLOPs assume that all experts are used equally; clients hold those that they use most"
     needs_experts = True
 
     class Options(method.Options):
-        """The sub-MoE's size and what of it trains."""
+        """Size of the sub-MoE, and its trained parts."""
 
         keep: float = Field(0.5, gt=0, le=1)
-        """Share of each layer's experts that a client holds; never fewer than the router picks for a token."""
+        """Share of each layer's experts that a client holds; at least as many as the router picks for a token."""
         rank: int | None = Field(None, ge=1)
         """LoRA rank of the experts, at scaling lora.alpha / rank; without it, lora.rank."""
         router: bool = True
-        """Train the held experts' router rows too."""
+        """Whether the held experts' router rows train too."""
 
     # A client's model.
 
     def prepare(self, site: Site) -> Prepared:
-        """Keep the experts that the client's own tokens are routed to most often."""
+        """Choose the experts to which the client's own tokens are routed most often."""
         return Prepared({s.name: most_activated(s, self.options.keep) for s in site.score_experts()})
 
     def reports_prepared(self, config: RunConfig) -> bool:
-        """The held experts are told."""
+        """Return True: the report names the held experts."""
         return True
 
     def report(self, site: Site) -> Any:
-        """Tell which experts are held: by these the server knows what to send and what to expect."""
+        """Return the held experts by layer, from which the server knows what to send and to expect."""
         return {key(name): list(indices) for name, indices in site.prepared.choice.items()}
 
     def initial_site(self, site: Site) -> Site:
@@ -80,7 +80,7 @@ class FedMoEStyle(OwnParts):
         return replace(site, prepared=Prepared({e.name: tuple(range(e.num_experts)) for e in site.experts}))
 
     def parts(self, site: Site) -> dict[str, Part]:
-        """Restrict every layer to the held experts and adapt these."""
+        """Return parts that restrict every layer to the held experts and adapt them."""
         rank, alpha = self.options.rank or site.config.lora.rank, site.config.lora.alpha
         experts = ExpertAdapters(
             site.experts,
@@ -100,7 +100,7 @@ class FedMoEStyle(OwnParts):
     # A client's round.
 
     def receive(self, turn: Turn) -> None:
-        """Load LoRA and held experts, and put the held router rows in their places."""
+        """Load LoRA, held experts, and the held rows of every router."""
         held = _held(turn)
         rows = {n: t for n, t in turn.received.items() if n.startswith(ROUTER)}
         whole = {n: torch.zeros_like(turn.split.shared[n]) for n in rows}
@@ -119,15 +119,15 @@ class FedMoEStyle(OwnParts):
     # The server.
 
     def broadcast(self, server: Server, client: str) -> Payload:
-        """Send LoRA and the client's own experts and router rows."""
+        """Return LoRA and the client's held experts and router rows."""
         return Payload.of(held_part(server.shared.tensors(), server.reports[client]))
 
     def uplink(self, server: Server, client: str) -> Manifest:
-        """A client sends what it was sent."""
+        """Declare a reply with the same tensors as the broadcast."""
         return Manifest.of(held_part(server.shared.tensors(), server.reports[client]))
 
     def aggregate(self, server: Server, updates: Iterable[Update]) -> None:
-        """Average every expert, and every router row, over those who hold it."""
+        """Average every expert and every router row over its holders."""
         current = server.shared.tensors()
         every = {n.removeprefix(ROUTER): range(len(t)) for n, t in current.items() if n.startswith(ROUTER)}
         by_row = (
@@ -138,7 +138,7 @@ class FedMoEStyle(OwnParts):
 
 
 def most_activated(scores: LayerScores, keep: float) -> tuple[int, ...]:
-    """Return the share of a layer's experts with the highest counts, in their own order; ties go to the first."""
+    """Return the experts of a layer with the highest counts, sorted by number; ties go to the lower number."""
     per_token = round(float(scores.counts.sum()) / scores.tokens)
     count = max(per_token, round(keep * len(scores.counts)))
     return tuple(sorted(scores.counts.argsort(descending=True, stable=True)[:count].tolist()))
@@ -149,7 +149,7 @@ def _held(turn: Turn) -> dict[str, tuple[int, ...]]:
 
 
 def _only_rows(indices: Sequence[int]) -> Any:
-    """Return a gradient hook that lets only some rows learn."""
+    """Return a gradient hook that lets only the given rows train."""
 
     def keep(gradient: Tensor) -> Tensor:
         kept = torch.zeros_like(gradient)

@@ -28,12 +28,12 @@ class FedPer(Method):
     Source: Arivazhagan et al., 2019 (arXiv 1912.00818); local step as in PFLlib.
     Model_i = head_i(body(x)): body = LoRA of blocks 1..L-m, one for all; head_i = LoRA of the last m, of client i.
     min over body, head_1..N of sum_i p_i f_i(body, head_i), p_i = n_i / n; body <- sum_i p_i body_i.
-    Trained: attention LoRA of all blocks, together. Sent: that of the lower L-m blocks. Aggregated: mean by rows.
-    Stays: that of the last m blocks. Inference: personalized = global body + own head; global = global body alone,
+    Trained: attention LoRA of all blocks, together. Sent: LoRA of the lower L-m blocks. Aggregated: mean by rows.
+    Stays: LoRA of the last m blocks. Inference: personalized = global body + own head; global = global body alone,
     the last m blocks as pretrained (their B at zero).
-    Open choices: the paper splits a classifier by layers and names no split for language models. Ours: the body is
-    the lower blocks' LoRA, the head the last m blocks' (``personal_layers``; a quarter by default), and no adapter
-    on lm_head. Blocks without an adapted attention layer do not count.
+    Open choices: the paper splits a classifier by layers and names no split for language models. Here the body is
+    the lower blocks' LoRA, the head is the last m blocks' LoRA (``personal_layers``; a quarter by default), and
+    lm_head has no adapter. Blocks without an adapted attention layer do not count.
     """
 
     name = "fedper"
@@ -44,7 +44,7 @@ class FedPer(Method):
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "global", "personalized")
 
     class Options(method.Options):
-        """Where the model is cut."""
+        """Split of the blocks into shared and personal."""
 
         personal_layers: int | None = Field(None, ge=1)
         """m, last blocks whose LoRA is personal; without it, a quarter of the blocks, at least 1."""
@@ -53,7 +53,7 @@ class FedPer(Method):
         """Return the names of the lower blocks' LoRA.
 
         Raises:
-            ConfigError: No block would be left to share, or blocks cannot be told from the names.
+            ConfigError: No block would be left to share, or a name has no block number.
         """
         blocks = {name: _block(name) for name in names if name.startswith(SHARED_PREFIX)}
         present = sorted(set(blocks.values()))
@@ -62,13 +62,13 @@ class FedPer(Method):
             raise ConfigError(
                 f"personal_layers = {count} of {len(present)} adapted blocks",
                 "at least one block must be shared",
-                "lower personal_layers, or take method 'local'",
+                "lower personal_layers, or use method 'local'",
             )
         return {name for name, block in blocks.items() if block < present[-count]}
 
     @contextmanager
     def in_state(self, turn: Turn, state: State) -> Iterator[OnBatch | None]:
-        """Take the head off for the global state."""
+        """Set the head to zero in the global state."""
         with ExitStack() as stack:
             if state == "global":
                 heads = [p for name, p in turn.split.personal.items() if ".lora_B." in name]
@@ -79,13 +79,15 @@ class FedPer(Method):
 def _block(name: str) -> int:
     found = _BLOCK.search(name)
     if found is None:
-        raise ConfigError(name, "its name tells no block (`layers.<number>.`)", "take a base of numbered blocks")
+        raise ConfigError(
+            name, "the parameter's name has no block number (`layers.<number>.`)", "use a base with numbered blocks"
+        )
     return int(found[1])
 
 
 @contextmanager
 def _at_zero(tensors: Collection[Tensor]) -> Iterator[None]:
-    """Let tensors be zero inside the block."""
+    """Set tensors to zero inside the block."""
     before = [tensor.detach().clone() for tensor in tensors]
     with torch.no_grad():
         for tensor in tensors:
@@ -98,7 +100,7 @@ def _at_zero(tensors: Collection[Tensor]) -> Iterator[None]:
 
 
 class FedRep(FedPer):
-    """FedPer's split; in every round first the personal blocks train, then the shared ones.
+    """FedPer's split; in every round, the personal blocks train first, then the shared ones.
 
     Source: Collins et al., ICML 2021 (arXiv 2102.07078), Algorithm 1; PFLlib.
     Round, client i: head_i <- argmin f_i(body, head_i) for some steps, body as received; then
@@ -106,10 +108,10 @@ class FedRep(FedPer):
     Trained: attention LoRA of the last m blocks (head), then of the lower blocks (body). Sent: the body.
     Aggregated: mean by rows. Stays: the head. Inference: personalized = global body + own head; global = global
     body alone, the last m blocks as pretrained (their B at zero).
-    Open choices: the split is FedPer's mapping to LoRA. The paper trains the head to (near) optimality and the body
-    for one step or epoch; here the two phases divide the round's steps, ``head_share`` to the head, so that the
-    budget is that of the other methods. Each phase takes at least one step and has its own optimizer and schedule.
-    Mean by rows, where the paper's is uniform.
+    Open choices: the split is the same as for fedper. The paper trains the head to (near) optimality and the body
+    for one step or epoch; here the two phases divide the round's steps, ``head_share`` for the head, so that the
+    budget is that of the other methods. Each phase takes at least one step, with a separate optimizer and schedule.
+    The mean is by rows; the paper's is uniform.
     """
 
     name = "fedrep"
@@ -117,11 +119,11 @@ class FedRep(FedPer):
     source = "Collins et al., ICML 2021, arXiv 2102.07078"
 
     class Options(FedPer.Options):
-        """Where the model is cut, and how a round's steps are divided."""
+        """Split of the blocks, and of a round's steps."""
 
         head_share: float = Field(0.5, gt=0, lt=1)
         """Share of each round's steps that trains the personal blocks."""
 
     def train(self, turn: Turn) -> TrainResult:
-        """Train the head against the frozen body, then the body against the frozen head."""
+        """Train the head with the body frozen, then the body with the head frozen."""
         return personal_then_shared(turn, self.options.head_share)

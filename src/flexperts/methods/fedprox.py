@@ -1,4 +1,4 @@
-"""FedProx: FedAvg with a spring that holds each client near what it received."""
+"""FedProx: FedAvg with a proximal term that keeps each client close to the weights it received."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class FedProx(Method):
     Client i minimises f_i(theta) + mu/2 ||theta - theta_t||^2, theta_t being the LoRA it received.
     Trained: attention LoRA. Sent: attention LoRA. Aggregated: its mean by rows. Stays: nothing.
     Inference: the global LoRA.
-    Open choices: the norm is squared, as in the paper (Flower's FedProx documents the square, its code lacks it);
+    Open choices: the norm is squared, as in the paper (Flower's FedProx documents the square; its code lacks it);
     its gradient mu (theta - theta_t) is clipped together with the loss's. The paper draws clients by their share of
     the rows and averages uniformly; here the draw is uniform and the mean by rows. Default mu 0.01, one of the
     paper's candidates (0.001 to 1). A round of one step is FedAvg's: theta is theta_t when its gradient is taken.
     """
 
     name = "fedprox"
-    summary = "FedAvg with a proximal term that holds clients near the global LoRA"
+    summary = "FedAvg with a proximal term that keeps clients close to the global LoRA"
     source = "Li et al., MLSys 2020"
 
     class Options(method.Options):

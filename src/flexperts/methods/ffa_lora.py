@@ -1,4 +1,4 @@
-"""FFA-LoRA: A never trains, so that averaging B averages the product exactly."""
+"""FFA-LoRA: A is never trained, so that the mean of B gives the exact mean of the products."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _A = ".lora_A."
 
 
 class FFALoRA(Method):
-    """One global LoRA of which only B trains; A is random, the same everywhere, and frozen for ever.
+    """One global LoRA where only B trains; A is random, the same on all clients, and always frozen.
 
     Source: arXiv 2403.12313 (ICLR 2024).
-    W = W0 + s B A;  B <- sum_i p_i B_i, p_i = n_i / n.  sum_i p_i (B_i A) = (sum_i p_i B_i) A: it is exact.
+    W = W0 + s B A;  B <- sum_i p_i B_i, p_i = n_i / n.  sum_i p_i (B_i A) = (sum_i p_i B_i) A, so this is exact.
     Trained: B of attention LoRA. Sent: B, half of LoRA's bytes. Aggregated: mean by rows. Stays: nothing; A is
     frozen.
     Inference: the global B with the common A.
-    Open choices: A is uniform as PEFT starts it, drawn from the run's seed; the source draws a Gaussian. Every
-    client draws A itself. The server needs it for the adapter folder only: the first client tells it once, when the
-    run starts, outside of any round. The source's differential privacy is not part of this method. With B alone the
-    update's row space is fixed: a larger lora.rank costs as little as FedAvg at half of it.
+    Open choices: A is uniform as in PEFT's initialization, drawn from the run's seed; the source draws a Gaussian.
+    Every client draws A itself. The server needs A for the adapter folder only: the first client sends it once,
+    before round 1. The source's differential privacy is not part of this method. With B alone the update's row
+    space is fixed, so a larger lora.rank helps: its bytes are those of FedAvg at half that rank.
     """
 
     name = "ffa_lora"
@@ -35,16 +35,16 @@ class FFALoRA(Method):
     sends = "B of attention LoRA"
 
     def trains(self, name: str) -> bool:
-        """All but A trains."""
+        """Return True for everything except A."""
         return _A not in name
 
     def initial(self, split: ParameterSplit) -> Mapping[str, Tensor]:
-        """Tell A as well."""
+        """Return the shared B, and A as ``derived.`` values."""
         frozen = {DERIVED + n: p.detach().clone() for n, p in split.frozen.items() if _A in n}
         return {**split.shared, **frozen}
 
     def start(self, server: Server) -> None:
-        """Put A where no round touches it."""
+        """Move A to the server's memory, where rounds do not change it."""
         told = server.shared.tensors()
         server.memory.update({n.removeprefix(DERIVED): t for n, t in told.items() if n.startswith(DERIVED)})
         server.shared = Payload.of({n: t for n, t in told.items() if not n.startswith(DERIVED)})

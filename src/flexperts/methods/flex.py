@@ -28,29 +28,29 @@ _COMMON = "common_graft"
 
 
 class Flex(Method):
-    """Personal experts beside shared attention LoRA.
+    """Personal experts and shared attention LoRA.
 
     Source: arXiv 2506.00965 (selective aggregation, expert grafting, adaptive gate).
     y = sum_{j in TopK} g_j(x) E_j(x) + sum_p c_p sigmoid(G_p(x)) E_p(x), with c_p = 1 (``graft.scale``); E_p starts
-    as the pretrained expert that best rebuilds the layer's output on the client's rows (``graft.selection``).
+    as the pretrained expert that best reproduces the layer's output on the client's rows (``graft.selection``).
     Trained: attention LoRA, the k personal experts of every MoE layer and their sigmoid gate, together.
     Sent: attention LoRA. Aggregated: its mean by rows. Stays: experts and gate. Frozen: all pretrained weights.
     Inference: last global LoRA with the client's own experts and gate.
     Open choices: the source leaves open how the gate starts (ours: weight 0, bias ``graft.gate_bias``), and whether
-    the personal expert trains whole or by a low-rank update (``graft.rank``).
+    all weights of the personal expert train or a low-rank update (``graft.rank``).
     Variants beyond the paper: ``graft.experts`` (k), ``graft.selection``, ``graft.layers``, ``graft.scale``,
     ``graft.start``; ``graft.place = "in_place"`` adapts the chosen expert itself, without a gate; ``graft.sharing
-    = "shared"`` averages the grafted expert and its gate over clients, ``"both"`` keeps a personal one beside it:
-    all clients start that expert from the pretrained one of least mean reconstruction loss, so each reports its
-    losses; the personal one starts a little off its own (0.1 % noise), or two that start alike would learn alike
-    for ever.
+    = "shared"`` averages the grafted expert and its gate over clients; ``"both"`` adds a personal expert to the
+    shared one. All clients start the shared expert from the pretrained expert with the lowest mean reconstruction
+    loss, so each client reports its losses. With ``"both"``, the personal expert's start gets 0.1 % noise: two
+    experts with equal starts would stay equal for ever.
     To keep the shared part useful alone: ``graft.dropout``; ``phases = "alternating"``, first the personal part,
-    then the shared one with the personal frozen, as FedRep; ``pull``, a proximal term that holds the shared part
-    near what the server sent.
+    then the shared part with the personal one frozen, as in FedRep; ``pull``, a proximal term that keeps the shared
+    part close to the weights that the server sent.
     """
 
     name = "flex"
-    summary = "attention LoRA averaged; one grafted personal expert and gate per MoE layer stay at home"
+    summary = "attention LoRA averaged; one grafted personal expert and gate per MoE layer stay on the client"
     source = "arXiv 2506.00965"
     keeps = "grafted experts and their gate"
     needs_experts = True
@@ -60,19 +60,19 @@ class Flex(Method):
         """Settings of the local step."""
 
         phases: Literal["joint", "alternating"] = "joint"
-        """Train both parts together, or the personal part first and then the shared one."""
+        """Whether both parts train together, or the personal part first and then the shared one."""
         personal_share: float = Field(0.5, gt=0, lt=1)
-        """Share of a round's steps that the personal phase takes, where phases alternate."""
+        """The personal phase's share of a round's steps, if phases alternate."""
         pull: float = Field(0.0, ge=0)
         """Strength of the proximal term on the shared part."""
 
     def check(self, config: RunConfig) -> None:
-        """Refuse a phase for the personal part where nothing is personal."""
+        """Refuse a personal phase if nothing is personal."""
         if self.options.phases == "alternating" and config.graft.sharing == "shared":
             raise ConfigError(
                 "method.options.phases = 'alternating'",
                 "graft.sharing = 'shared' leaves nothing personal to train first",
-                "take phases = 'joint', or graft.sharing = 'both'",
+                "set phases = 'joint', or graft.sharing = 'both'",
             )
 
     def prepare(self, site: Site) -> Prepared:
@@ -83,15 +83,15 @@ class Flex(Method):
         return Prepared(choice, {s.name: s.relative.tolist() for s in layers}, _scales(graft.scale, layers, choice))
 
     def reports_prepared(self, config: RunConfig) -> bool:
-        """Where a common expert has to be chosen."""
+        """Return whether clients have to choose a common expert."""
         return config.graft.sharing != "personal"
 
     def report(self, site: Site) -> Any:
-        """Tell the reconstruction losses where a common expert has to be chosen."""
+        """Return the reconstruction losses if clients have to choose a common expert, else None."""
         return site.prepared.selection if self.reports_prepared(site.config) else None
 
     def agree(self, reports: Mapping[str, Any]) -> Any:
-        """Rank every layer's experts by their mean loss over the clients, where these were told."""
+        """Return every layer's experts, ranked by mean loss over the clients; None without reported losses."""
         told = [report for report in reports.values() if report]
         if not told:
             return None
@@ -99,14 +99,14 @@ class Flex(Method):
         return {layer: np.argsort(losses, kind="stable").tolist() for layer, losses in means.items()}
 
     def parts(self, site: Site) -> dict[str, Part]:
-        """Graft the client's own experts, the common ones, or both."""
+        """Return the client's own grafts, the common grafts, or both."""
         graft, prepared = site.config.graft, site.prepared
         if graft.place == "in_place":
             stream = site.generator("graft")
             return {"graft": ExpertAdapters(site.experts, prepared.choice, graft.rank, graft.alpha, stream)}
         parts: dict[str, Part] = {}
         if graft.sharing != "personal":
-            # Before the clients have agreed, any expert tells the names and shapes.
+            # Before there is an agreement, any expert gives the names and shapes.
             common = site.agreement or {layer: range(graft.experts) for layer in prepared.choice}
             choice = {layer: tuple(ranked[: graft.experts]) for layer, ranked in common.items()}
             parts[_COMMON] = _grafts(site, choice, {}, site.common_generator(_COMMON))
@@ -117,11 +117,11 @@ class Flex(Method):
         return parts
 
     def shared(self, names: Collection[str]) -> set[str]:
-        """LoRA and the common grafts are shared."""
+        """Return the names of LoRA and the common grafts."""
         return {name for name in names if name.startswith((SHARED_PREFIX, f"{_COMMON}."))}
 
     def train(self, turn: Turn) -> TrainResult:
-        """Train both parts together, or one after the other."""
+        """Train both parts together or in two phases."""
         pull = proximal(turn.split.shared, turn.received, self.options.pull)
         hooks = StepHooks(penalty=pull, around_batch=graft_dropout(turn))
         if self.options.phases == "joint":
@@ -146,14 +146,14 @@ def _grafts(site: Site, choice: Mapping[str, Sequence[int]], scales: Any, stream
 def _scales(
     scale: float | Literal["least_squares"], layers: Sequence[LayerScores], choice: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[float, ...]]:
-    """Return every chosen expert's factor; none where all are 1."""
+    """Return every chosen expert's factor; empty if all are 1."""
     if scale == "least_squares":
         return {layer.name: coefficients(layer, choice[layer.name]) for layer in layers}
     return {} if scale == 1 else {name: (scale,) * len(indices) for name, indices in choice.items()}
 
 
 def graft_dropout(turn: Turn) -> Callable[[], AbstractContextManager[object]]:
-    """Return the context of one batch: without the personal graft for a share of the batches."""
+    """Return a function for the context of one batch: it disables the personal graft in a share of the batches."""
     share, graft = turn.site.config.graft.dropout, turn.parts.get("graft")
     if not share or graft is None:
         return nullcontext

@@ -1,4 +1,4 @@
-"""FlexLoRA: the clients' products are averaged and cut back to every client's rank by an SVD."""
+"""FlexLoRA: the clients' products are averaged and truncated to each client's rank by an SVD."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from flexperts.parameters.vector import Payload
 
 
 class FlexLoRA(RankedMethod):
-    """One global LoRA, averaged as a product; every client has the best cut of it to its own rank.
+    """One global LoRA, averaged as a product; every client gets its best approximation at the client's rank.
 
     Source: arXiv 2402.11505 (NeurIPS 2024).
     dW = sum_i p_i s B_i A_i = U S V^T, p_i = n_i / n, s = alpha / r;  client i gets B = U_r S_r / s, A = V_r^T.
     Trained: attention LoRA at the client's rank. Sent: A and B at that rank, in both directions.
-    Aggregated: the mean of the products by rows, exact up to the cut to lora.rank. Stays: nothing.
-    Inference: the global LoRA cut to the client's own rank; the adapter folder holds it at lora.rank.
-    Open choices: what lies beyond lora.rank is dropped every round, as clients cannot hold it. dW is never formed:
-    the SVD is that of the stacked factors, by two QR decompositions, in float64; s cancels. Signs are such that the
-    largest entry of every row of A is positive. Where a round's ranks sum to less than lora.rank, the rows of A
-    that have no singular vector keep their last values, at B = 0: filled with zeros they could never train again.
+    Aggregated: the mean of the products by rows, exact up to the truncation to lora.rank. Stays: nothing.
+    Inference: the global LoRA truncated to the client's rank; the adapter folder holds it at lora.rank.
+    Open choices: components beyond lora.rank are dropped every round, as clients cannot hold them. dW is never
+    formed: the SVD is that of the stacked factors, by two QR decompositions, in float64; s cancels. Signs are such
+    that the largest entry of every row of A is positive. If a round's ranks sum to less than lora.rank, the rows of
+    A without a singular vector keep their last values, with B = 0: set to zero they could never train again.
     """
 
     name = "flexlora"
     one_global = False
-    summary = "LoRA of any ranks averaged as products, cut to every client's rank by SVD; nothing personal"
+    summary = "LoRA of any ranks averaged as products, truncated to every client's rank by SVD; nothing personal"
     source = "NeurIPS 2024, arXiv 2402.11505"
 
     def aggregate(self, server: Server, updates: Iterable[Update]) -> None:
@@ -40,7 +40,7 @@ class FlexLoRA(RankedMethod):
 
 
 def truncated(A: Tensor, B: Tensor, last: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the factors V^T and U S of B A, cut to the rank of ``last``, whose A fills up where there are too few.
+    """Return the factors V^T and U S of B A at the rank of ``last``; rows of its A fill up a lower rank.
 
     B A = Q_b R_b (Q_a R_a)^T = Q_b (R_b R_a^T) Q_a^T: the SVD of the small middle matrix is enough.
 

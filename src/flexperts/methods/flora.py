@@ -1,4 +1,4 @@
-"""FLoRA: clients' LoRA factors are stacked, not averaged; the global update is exact for any ranks."""
+"""FLoRA: clients' LoRA factors are stacked instead of averaged; the global update is exact for any ranks."""
 
 from __future__ import annotations
 
@@ -22,45 +22,45 @@ _MODULES = f"{SHARED_PREFIX}model."
 
 
 class FLoRA(RankedMethod):
-    """Every round trains a fresh LoRA on top of the sum of all earlier ones.
+    """Every round trains a new LoRA on top of the sum of all earlier ones.
 
     Source: arXiv 2409.05976 (NeurIPS 2024).
     A = [p_1 A_1; ...; p_K A_K], B = [B_1, ..., B_K], p_i = n_i / n:  s B A = sum_i p_i s B_i A_i, s = alpha / r.
-    Round t computes with W0 + sum_{u<t} s B^u A^u, and each client trains A_i, B_i of its own rank r_i beside it.
-    Trained: attention LoRA, from a fresh start in every round. Sent: A_i and B_i at rank r_i; back comes the stack
-    of the last round, of rank sum_i r_i (a client that sat out gets all that it has missed). Aggregated: stacked,
+    Round t computes with W0 + sum_{u<t} s B^u A^u; on top of it, each client trains A_i, B_i of its rank r_i.
+    Trained: attention LoRA, initialized again in every round. Sent: A_i and B_i at rank r_i up; down the stack of
+    the last round, of rank sum_i r_i (a client that missed rounds gets all their stacks). Aggregated: stacked,
     exact.
-    Stays: nothing of its own, but each client keeps a copy of all stacks. Inference: the base with all stacks.
-    Open choices: the source merges each round's sum into W0; here the base never changes, so that bases of any
-    storage type serve all clients, and the stacks are kept beside it as one frozen low-rank update whose rank grows
-    by sum_i r_i a round: it costs time and memory as such a LoRA does, and every evaluation sends all of it. In
-    each round all clients draw one A (uniform as PEFT's, a client of rank r_i its first r_i rows), B starts at
-    zero. The cosine of the learning rate goes over all rounds, although LoRA starts anew in each. The adapter
+    Stays: nothing personal, but each client keeps a copy of all stacks. Inference: the base with all stacks.
+    Open choices: the source merges each round's sum into W0; here the base never changes, so that a base of any
+    storage type serves all clients. The stacks are kept next to the base as one frozen low-rank update whose rank
+    grows by sum_i r_i a round: it costs the time and memory of a LoRA of that rank, and every evaluation sends all
+    of it. In each round all clients draw one A (uniform as PEFT's; a client of rank r_i takes its first r_i rows),
+    B starts at zero. The learning rate's cosine is over all rounds, although LoRA is new in each round. The adapter
     folder holds all stacks as one LoRA of the summed rank.
-    Not for few local steps per round or many rounds: B leaves zero anew in every round and does not get far, while
+    Not for few local steps per round or many rounds: B starts from zero in every round and does not get far, while
     the down-link grows with the number of clients and the model with the number of rounds.
     """
 
     name = "flora"
-    summary = "fresh LoRA every round, clients' factors stacked: an exact sum at any ranks; nothing personal"
+    summary = "new LoRA every round, clients' factors stacked: an exact sum at any ranks; nothing personal"
     source = "NeurIPS 2024, arXiv 2409.05976"
     sends_back = True
-    plan_note = "memory and FLOPs are those of round 1: every round's stack is kept beside the base"
+    plan_note = "memory and FLOPs are those of round 1; later rounds add a stack each to the model"
 
     def parts(self, site: Site) -> dict[str, Part]:
-        """Hang an empty delta on every adapted layer; it is filled when the stacks are there."""
+        """Return an empty delta for every adapted layer; ``receive`` fills it with the stacks."""
         empty = {_module(n): (A[:0], B[:, :0]) for n, (A, B) in factors(site.lora.parameters()).items()}
         return {"stacks": StackedLora(site.lora.base, empty, site.lora.scale)}
 
     def receive(self, turn: Turn) -> None:
-        """Keep what is new, compute with all stacks, and start LoRA afresh."""
+        """Store the new stacks, load all of them, and start a new LoRA."""
         turn.memory.update({n.removeprefix(DERIVED): t.clone() for n, t in turn.received.items()})
         whole = {_module(layer): pair for layer, pair in _all_rounds(turn.memory).items()}
         cast(StackedLora, turn.parts["stacks"]).load(whole)
         turn.load(self._fresh(turn))
 
     def _fresh(self, turn: Turn) -> dict[str, Tensor]:
-        """Draw the round's A; rows beyond the client's rank, and B, are zero."""
+        """Return the round's new LoRA: A is drawn; its rows beyond the client's rank, and B, are zero."""
         stream = turn.site.common_generator("flora", turn.round)
         rank = self.options.ranks.get(turn.site.client, turn.site.lora.rank)
         fresh: Factors = {}
@@ -71,23 +71,23 @@ class FLoRA(RankedMethod):
         return named(fresh)
 
     def broadcast(self, server: Server, client: str) -> Payload:
-        """Send the stacks of the rounds that the client has not seen."""
+        """Return the stacks of the rounds that the client has not received."""
         seen = int(server.memory.get(_RECEIVED + client, torch.zeros(())))
         return _stacks(server, seen)
 
     def regroup(self, server: Server) -> None:
-        """Forget what clients that are gone have received."""
+        """Forget what clients that have left had received."""
         received = [n for n in server.memory if n.startswith(_RECEIVED)]
         for name in received:
             if name.removeprefix(_RECEIVED) not in server.clients:
                 del server.memory[name]
 
     def final(self, server: Server, client: str) -> Payload:
-        """Send all stacks."""
+        """Return all stacks."""
         return _stacks(server, 0)
 
     def aggregate(self, server: Server, updates: Iterable[Update]) -> None:
-        """Stack the round's factors and note who has seen which."""
+        """Stack the round's factors, and record which stacks each client has received."""
         whole = named(stacked(by_rows(self._noted(server, updates))))
         server.memory.update({f"{_STACK}{server.round + 1}.{n}": t for n, t in whole.items()})
 
@@ -116,7 +116,7 @@ def _stacks(server: Server, after: int) -> Payload:
 
 
 def _all_rounds(memory: Mapping[str, Tensor]) -> Factors:
-    """Join the stacks of all rounds into one."""
+    """Return the stacks of all rounds joined into one."""
     each: dict[int, dict[str, Tensor]] = {}
     for name, tensor in memory.items():
         if name.startswith(_STACK):

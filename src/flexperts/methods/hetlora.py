@@ -1,4 +1,4 @@
-"""HetLoRA: clients of different ranks that prune themselves; averaged with zeros, weighted by what they learned."""
+"""HetLoRA: clients of different ranks prune themselves; zero-padded factors are averaged by norms of products."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ _NEXT_RANK = f"{DERIVED}rank"
 
 
 class HetLoRA(RankedMethod):
-    """One global LoRA of which every client trains as many rows as its rank, and gives up those it does not need.
+    """One global LoRA; every client trains as many rows as its rank, and prunes rows that it does not need.
 
     Source: arXiv 2401.06432 (EMNLP 2024).
     Client i gets the first r_i rows of A and columns of B and minimises F_i + lambda sum_l ||B[:,t:]|| ||A[t:]||,
     t = floor(gamma r_i). Where that sum has shrunk since the client received it, r_i <- t. Server, zeros up to r:
     A <- sum_i S_i A_i, B <- sum_i S_i B_i,  S_i = ||B_i A_i||_F / sum_j ||B_j A_j||_F.
     Trained: attention LoRA at the client's rank, which can only shrink. Sent: A and B at the rank that the client
-    had received, and one number, the rank it goes on with: rows that it pruned travel once more, as zeros.
+    had received, and one number, its next rank: rows that it has just pruned are sent once more, as zeros.
     Aggregated: as above. Stays: nothing. Inference: the global LoRA cut to the client's rank.
     Open choices: a client has one rank, so norms are over the whole model: ||BA||_F is the root of the sum of the
     layers' squares, the tail is the sum of the layers' products. Weights are S_i alone, without the number of rows,
-    as in the source; if nobody learned anything, rows weigh. In round 1 nothing can shrink, as B starts at zero.
-    Rows that nobody in a round holds keep their values: averaged with zeros, A and B would both be zero and never
-    train again. The rank is kept by the server, which has to know what it sends. Rows that few clients hold are
-    pulled to zero by the others: that is the source's rule.
+    as in the source; if all S_i are zero, weights are the rows. In round 1 nothing can shrink, as B starts at zero.
+    Rows that no client of a round holds keep their values: averaged with zeros, A and B would both be zero and
+    never train again. The server keeps each client's rank, because it has to know what to send. Rows that few
+    clients hold are pulled to zero by the others: that is the source's rule.
     """
 
     name = "hetlora"
@@ -63,17 +63,17 @@ class HetLoRA(RankedMethod):
         gamma: float = Field(0.99, gt=0, le=1)
         """Share of its rank that a client keeps when it prunes; 1 = no pruning."""
         penalty: float = Field(1e-3, ge=0)
-        """lambda, the strength that presses on the rows that would be pruned."""
+        """lambda, strength of the penalty on the rows that would be pruned."""
         min_rank: int = Field(1, ge=1)
-        """Rank below which no client prunes."""
+        """Lowest rank to which a client prunes."""
 
     def tail(self, rank: int) -> int:
-        """Return where the tail of a rank starts; the rank itself where there is none."""
+        """Return the row where a rank's tail starts; the rank itself if there is no tail."""
         gamma, least = float(self.options.gamma), int(self.options.min_rank)
         return min(rank, max(math.floor(gamma * rank + 1e-9), least))  # 0.29 * 100 is 28.999...
 
     def train(self, turn: Turn) -> TrainResult:
-        """Train under the penalty on the tail, and prune the tail if it shrank."""
+        """Train with the penalty on the tail, and prune the tail if it shrank."""
         rank = rank_of(turn.received)
         tail = self.tail(rank)
         result = turn.fit(hooks=StepHooks(penalty=self._penalty(turn, tail) if tail < rank else None))
@@ -88,20 +88,20 @@ class HetLoRA(RankedMethod):
         return (lambda: strength * tail_product(turn.split.shared, tail)) if strength else None
 
     def outgoing(self, turn: Turn) -> Mapping[str, Tensor]:
-        """Send the factors at the rank that came, and the rank to go on with."""
+        """Return the factors at the received rank, and the client's next rank."""
         return cut(turn.split.shared, rank_of(turn.received)) | {_NEXT_RANK: turn.memory["rank"]}
 
     def rank(self, server: Server, client: str) -> int:
-        """Return the rank that the client last told; before that, the one in the recipe."""
+        """Return the rank that the client last reported; before that, the recipe's."""
         told = server.memory.get(_RANK + client)
         return super().rank(server, client) if told is None else int(told)
 
     def uplink(self, server: Server, client: str) -> Manifest:
-        """Factors of the client's rank come back, and its next rank."""
+        """Declare factors of the client's rank, and its next rank."""
         return Manifest.of(cut(server.shared.tensors(), self.rank(server, client)) | {_NEXT_RANK: torch.zeros(1)})
 
     def regroup(self, server: Server) -> None:
-        """Forget the ranks of clients that are gone."""
+        """Forget the ranks of clients that have left."""
         for name in [n for n in server.memory if n.removeprefix(_RANK) not in server.clients]:
             del server.memory[name]
 
@@ -110,7 +110,7 @@ class HetLoRA(RankedMethod):
         _told_rank(update)
 
     def aggregate(self, server: Server, updates: Iterable[Update]) -> None:
-        """Average by the norms of the products; rows that nobody holds stay."""
+        """Average by the norms of the products; rows that no client holds stay."""
         current = server.shared.tensors()
         norms, rows, arrived, top = [], [], [], 0
         for update in checked(updates):
@@ -151,17 +151,13 @@ def _beyond(mean: Mapping[str, Tensor], current: Mapping[str, Tensor], top: int)
 
 
 def _told_rank(update: Update) -> int:
-    """Return the rank that a client goes on with.
-
-    Raises:
-        FederationError: It is no rank that it can have.
-    """
+    """Return the client's next rank."""
     tensors = update.tensors()
     told, most = tensors[_NEXT_RANK].item(), rank_of(tensors)
     if told not in range(1, most + 1):
         raise FederationError(
-            f"{update.client} goes on with rank {told:g}",
-            f"it is a whole number from 1 to the {most} that it had",
+            f"{update.client} reports the next rank {told:g}",
+            f"it must be a whole number from 1 to {most}, its rank in this round",
             "use one flexperts version on every silo",
         )
     return int(told)

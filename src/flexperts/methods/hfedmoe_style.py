@@ -1,4 +1,4 @@
-"""HFedMoE: only the experts worth it learn from a batch, and only clients that use an expert count for it."""
+"""HFedMoE: only the most valuable experts learn from a batch; an expert is averaged over clients that use it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SEEN = (_USAGE, _SCORE, _LEARNED)
 
 
 class HFedMoEStyle(Method):
-    """Experts learn within a budget, and are averaged over the clients that use them.
+    """A budget of experts learns in each batch, and experts are averaged over the clients that use them.
 
     Source: HFedMoE (arXiv 2601.00583). G_e(x) is the router's weight of expert e for token x, 0 if not routed.
     Per batch: s_e = lam mean_x G_e + (1 - lam) max_x G_e;  I_e = s_e - beta mean_x G_e log(G_e / mean G_e).
@@ -42,11 +42,11 @@ class HFedMoEStyle(Method):
     three numbers per expert (u, mean s, batches in which it learned). Aggregated: LoRA by FedAvg; experts and
     routers as above, layer by layer. Stays: nothing. Inference: the global model.
     Open choices: the paper's alpha is divided by |S_global| and does not sum to 1, which would shrink the router;
-    it is normalised here, and |S_global| cancels. Use above tau does not say that an expert was trained, so real
-    participation is tracked and required. A layer without any weight keeps its router. A batch is one forward pass
-    (``training.micro_batch_size`` rows); padding does not count. An expert without gradient passes
-    none to the hidden states. Experts train by LoRA, not quantised. tau, lam, beta are open in our source.
-    The paper's saving is in a client's memory and time; bytes are those of all experts.
+    it is normalised here, and |S_global| cancels. Use above tau does not mean that an expert was trained, so
+    trained batches are counted and required. A layer where no client has a weight keeps its router. A batch is one
+    forward pass (``training.micro_batch_size`` rows); padding does not count. An expert without gradient passes
+    none to the hidden states. Experts train by LoRA, not quantised. The source leaves tau, lam, beta open.
+    The paper saves memory and time on a client; the bytes are those of all experts.
     """
 
     additive = False
@@ -54,38 +54,38 @@ class HFedMoEStyle(Method):
     name = "hfedmoe_style"
     summary = "per batch only the most valuable experts learn; experts averaged over the clients that use them"
     source = "arXiv 2601.00583"
-    sends = "attention LoRA, all routed experts' LoRA, routers and how experts were used"
+    sends = "attention LoRA, all routed experts' LoRA, routers and usage counts of experts"
     needs_experts = True
 
     class Options(method.Options):
-        """What an expert is worth, and who counts."""
+        """Value of experts, and the clients that count for an expert."""
 
         budget: float = Field(0.5, gt=0, le=1)
         """Share of each layer's experts that carry gradient in a batch, at least one."""
         lam: float = Field(0.5, ge=0, le=1)
-        """Weight of the mean against the maximum in an expert's score."""
+        """Weight of the mean in an expert's score; the maximum has 1 - lam."""
         beta: float = Field(0.1, ge=0)
         """Weight of the information term."""
         tau: float = Field(0.0, ge=0)
-        """Least mean routing weight with which a client counts for an expert."""
+        """Lowest mean routing weight at which a client counts for an expert."""
         rank: int | None = Field(None, ge=1)
         """LoRA rank of the experts, at scaling lora.alpha / rank; without it, lora.rank."""
 
     # A client.
 
     def parts(self, site: Site) -> dict[str, Part]:
-        """Adapt every expert and every router."""
+        """Return parts that adapt every expert and every router."""
         every = {e.name: range(e.num_experts) for e in site.experts}
         rank, stream = self.options.rank or site.config.lora.rank, site.common_generator("experts")
         experts = ExpertAdapters(site.experts, every, rank, site.config.lora.alpha, stream)
         return {"experts": experts, "router": RouterDeltas(site.lora.base, site.experts)}
 
     def shared(self, names: Collection[str]) -> set[str]:
-        """Everything that trains is shared."""
+        """Return all trained parameters: everything is shared."""
         return set(names)
 
     def train(self, turn: Turn) -> TrainResult:
-        """Train with the budget, and note how experts were used for the reply."""
+        """Train with the budget, and add the experts' usage to the reply."""
         experts = turn.parts["experts"]
         assert isinstance(experts, ExpertAdapters)
         experts.gradient_for = budget = ExpertBudget(self.options.budget, self.options.lam, self.options.beta)
@@ -100,19 +100,19 @@ class HFedMoEStyle(Method):
     # The server.
 
     def uplink(self, server: Server, client: str) -> Manifest:
-        """A reply holds all that trains, and three numbers per expert."""
+        """Declare all trained parameters, and three numbers per expert."""
         sent = server.shared.tensors()
         routers = {n.removeprefix(ROUTER): t for n, t in sent.items() if n.startswith(ROUTER)}
         return Manifest.of(sent | {f"{what}{layer}": t[:, 0] for what in _SEEN for layer, t in routers.items()})
 
     def aggregate(self, server: Server, updates: Iterable[Update]) -> None:
-        """Average experts over those who count for them, and routers by what their clients' experts are worth."""
+        """Average experts over the clients that count for them, and routers weighted by their experts' value."""
         current, routers = server.shared.tensors(), _Routers()
         mean = holders_mean(current, self._counting(updates, routers))
         server.shared = Payload.of({**mean, **routers.mean()})
 
     def _counting(self, updates: Iterable[Update], routers: _Routers) -> Iterator[Update]:
-        """Yield each update with LoRA and the experts that count, and pass its routers on."""
+        """Yield each update with LoRA and the experts that count, and add its routers to ``routers``."""
         for update in updates:
             check_finite(update)
             tensors = update.tensors()
@@ -124,7 +124,7 @@ class HFedMoEStyle(Method):
 
 
 def counted(tensors: Mapping[str, Tensor], tau: float) -> dict[str, set[int]]:
-    """Return S_i by layer: the experts that a client used enough and really trained."""
+    """Return S_i by layer: the experts that a client used enough and also trained."""
     layers = [n.removeprefix(_USAGE) for n in tensors if n.startswith(_USAGE)]
     passed = {x: (tensors[f"{_USAGE}{x}"] >= tau) & (tensors[f"{_LEARNED}{x}"] > 0) for x in layers}
     return {layer: set(experts.nonzero().flatten().tolist()) for layer, experts in passed.items()}
@@ -152,20 +152,20 @@ class _Routers:
             self.worth[name] = self.worth.get(name, 0.0) + worth
 
     def mean(self) -> dict[str, Tensor]:
-        """Return the means with weights scaled to sum 1, of routers that have any."""
+        """Return the weighted means, with weights scaled to sum 1; routers without any weight are left out."""
         return {name: (total / self.worth[name]).float() for name, total in self.sums.items()}
 
 
 @dataclass
 class Usage:
-    """What one round showed of a layer's experts; all tensors are float64 ``[N]`` on the CPU.
+    """Usage of a layer's experts in one round; all tensors are float64 ``[N]`` on the CPU.
 
     Args:
-        weight: Sum over tokens of G_e(x), the weight that the router gave.
+        weight: Sum over tokens of G_e(x), the router's weight.
         score: Sum over batches of s_e.
-        learned: Batches in which the expert carried gradient.
-        tokens: Tokens seen, padding left out.
-        batches: Batches seen.
+        learned: Number of batches in which the expert had a gradient.
+        tokens: Number of tokens, without padding.
+        batches: Number of batches.
     """
 
     weight: Tensor
@@ -195,12 +195,12 @@ def values_of(routing: Tensor, lam: float, beta: float) -> Tensor:
 
 @dataclass
 class ExpertBudget:
-    """Chooses the learning experts of every layer and batch, and keeps count: an ``ExpertAdapters.gradient_for``.
+    """A choice of learning experts per layer and batch, with usage counts; for ``ExpertAdapters.gradient_for``.
 
     Args:
-        budget: Share of a layer's experts that carry gradient.
+        budget: Share of a layer's experts that get a gradient.
         lam, beta: As in ``scores_of`` and ``values_of``.
-        usage: What was seen, by experts module.
+        usage: The counts so far, by experts module.
     """
 
     budget: float
@@ -212,7 +212,7 @@ class ExpertBudget:
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Know, inside the block, where every forward pass begins and which of its tokens are padding."""
+        """Watch forward passes inside the block: when each begins, and which of its tokens are padding."""
         handle = model.register_forward_pre_hook(self._begin, with_kwargs=True)
         try:
             yield
@@ -221,9 +221,9 @@ class ExpertBudget:
 
     @torch.no_grad()
     def __call__(self, experts: LayerExperts, index: Tensor, weights: Tensor) -> Collection[int]:
-        """Return the experts that learn; checkpointing's second question gets the first answer."""
+        """Return the experts that learn; the second call, from gradient checkpointing, returns the same ones."""
         if experts.name not in self._chosen:
-            # Without gradient: checkpointing counts the tensors that the first question and the second save.
+            # Without gradient: checkpointing requires that the first and second call save equally many tensors.
             tokens = slice(None) if self._mask is None else self._mask.to(index.device)
             self._chosen[experts.name] = self._choose(experts, index[tokens], weights[tokens])
         return self._chosen[experts.name]
@@ -245,7 +245,7 @@ class ExpertBudget:
         usage = self.usage.setdefault(experts.name, Usage(*zeros))
         usage.weight += routing.sum(0)
         usage.score += scores_of(routing, self.lam)
-        # Chosen but never routed to: nothing reached it.
+        # A chosen expert without tokens has learned nothing.
         reached = [e for e in chosen if routing[:, e].any()]
         usage.learned[reached] += 1
         usage.tokens += len(routing)

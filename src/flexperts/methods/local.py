@@ -1,4 +1,4 @@
-"""Local training only, with FLEx's trained parts or with LoRA alone; nothing is sent."""
+"""Local training only, with FLEx's trainable parts or with LoRA alone; nothing is sent."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from flexperts.training.local import StepHooks, TrainResult
 
 
 class Local(Flex):
-    """Each client alone, with LoRA and graft of its own.
+    """Each client trains alone, with a personal LoRA and graft.
 
     Source: the local bound of arXiv 2506.00965's comparison.
     Client i minimises its own f_i over FLEx's parameters in all rounds; nothing couples the clients.
     Trained: attention LoRA, personal experts, gate. Sent: nothing. Aggregated: nothing. Stays: all of it.
     Inference: the client's own LoRA, experts and gate.
-    Open choices: those of flex about the graft. The LoRA is personal, so its rate is ``training.personal_lr`` where
+    Open choices: those of flex about the graft. The LoRA is personal, so its rate is ``training.personal_lr`` if
     that is set. flex's options are about a shared part and do not exist here; ``graft.sharing`` must be "personal".
     """
 
@@ -33,17 +33,19 @@ class Local(Flex):
     additive = False
 
     class Options(method.Options):
-        """None: flex's are about a shared part."""
+        """No options: those of flex are about a shared part."""
 
     def check(self, config: RunConfig) -> None:
-        """Refuse grafts in common: clients would have to agree on them."""
+        """Refuse shared grafts: clients would have to agree on them."""
         if config.graft.sharing != "personal":
             raise ConfigError(
-                f"graft.sharing = {config.graft.sharing!r}", "method 'local' sends nothing", "take 'personal'"
+                f"graft.sharing = {config.graft.sharing!r}",
+                "method 'local' sends nothing",
+                "set graft.sharing = 'personal'",
             )
 
     def shared(self, names: Collection[str]) -> set[str]:
-        """Nothing is shared."""
+        """Return no names: nothing is shared."""
         return set()
 
     def train(self, turn: Turn) -> TrainResult:
@@ -51,19 +53,20 @@ class Local(Flex):
         return turn.fit(hooks=StepHooks(around_batch=graft_dropout(turn)))
 
     def personalize(self, turn: Turn) -> TrainResult:
-        """Train as ever: all that trains is personal."""
+        """Train as in a round: everything is personal."""
         return self.train(turn)
 
 
 class LocalLoRA(Method):
-    """Each client alone, with a LoRA of its own.
+    """Each client trains alone, with a personal LoRA.
 
     Source: no paper; the bound that a federation has to beat for a silo to join it.
     Client i minimises its own f_i(theta_i) over all rounds; nothing couples the clients.
     Trained: attention LoRA. Sent: nothing. Aggregated: nothing. Stays: attention LoRA. Inference: the client's own
     LoRA.
-    Open choices: the LoRA is personal, so its rate is ``training.personal_lr`` where that is set, and rounds cut
-    training only where AdamW starts afresh, as for every method. ``local`` is this bound with FLEx's graft.
+    Open choices: the LoRA is personal, so its rate is ``training.personal_lr`` if that is set. Training is
+    continuous, except that every round has a new AdamW, as for every method. ``local`` is this bound with
+    FLEx's graft.
     """
 
     name = "local_lora"
@@ -75,5 +78,5 @@ class LocalLoRA(Method):
     additive = False
 
     def shared(self, names: Collection[str]) -> set[str]:
-        """Nothing is shared."""
+        """Return no names: nothing is shared."""
         return set()

@@ -1,4 +1,4 @@
-"""Full MoE and FedAvg: what federated fine-tuning of all experts costs when nothing is saved."""
+"""Full MoE and FedAvg: federated fine-tuning of all experts, without any saving."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flexperts.training.local import TrainResult
 
 
 class MoEFedAvg(Method):
-    """Every routed expert is trained by every client and averaged: the naive rival.
+    """Every routed expert is trained by every client and averaged: the naive baseline.
 
     Source: McMahan et al., AISTATS 2017, on all routed experts; papers on federated MoE use it as a bound.
     theta <- sum_i p_i theta_i over LoRA factors and all experts' weights E_{l,e}, p_i = n_i / n.
@@ -26,10 +26,10 @@ class MoEFedAvg(Method):
     Inference: the global experts and LoRA.
     Open choices: the routers stay frozen, so that the averaged experts keep the tokens they were trained for. An
     expert that a client's tokens never reach is sent unchanged and pulls the mean to the old value. Attention
-    trains by LoRA and not whole. Whole experts learn at ``expert_lr``, a tenth of LoRA's rate unless it is given;
-    with a number as ``rank`` experts are LoRA and learn at LoRA's rate. With ``rank = "full"`` every client holds
-    an fp32 copy of all experts with two moments each: four times the experts' fp32 size on a client, one time on
-    the wire.
+    trains by LoRA, not with all its weights. Whole experts train with the rate ``expert_lr``, by default a tenth of
+    LoRA's; with a number as ``rank``, experts have LoRA and train with LoRA's rate. With ``rank = "full"`` every
+    client holds an fp32 copy of all experts, their gradients and two moments: four times the experts' fp32 size on
+    a client, one time on the wire.
     """
 
     name = "moe_fedavg"
@@ -39,25 +39,25 @@ class MoEFedAvg(Method):
     needs_experts = True
 
     class Options(method.Options):
-        """What trains of an expert, and how fast."""
+        """How experts train, and their learning rate."""
 
         rank: Annotated[int, Field(ge=1)] | Literal["full"] = "full"
         """LoRA rank of every routed expert, at scaling lora.alpha / rank, or "full" for all of its weights."""
         expert_lr: float | None = Field(None, gt=0)
-        """Peak learning rate of the experts; without it a tenth of training.lr for whole ones, else training.lr."""
+        """Peak learning rate of the experts; default training.lr / 10 for whole experts, training.lr for LoRA."""
 
     def parts(self, site: Site) -> dict[str, Part]:
-        """Adapt every expert of every layer."""
+        """Return the adaptation of every expert of every layer."""
         every = {e.name: range(e.num_experts) for e in site.experts}
         stream = site.common_generator("experts")
         return {"experts": ExpertAdapters(site.experts, every, self.options.rank, site.config.lora.alpha, stream)}
 
     def shared(self, names: Collection[str]) -> set[str]:
-        """Everything that trains is shared."""
+        """Return all trained parameters: everything is shared."""
         return set(names)
 
     def train(self, turn: Turn) -> TrainResult:
-        """Train LoRA and experts together, each at its rate."""
+        """Train LoRA and experts together, each with its learning rate."""
         usual = turn.settings.lr / 10 if self.options.rank == "full" else turn.settings.lr
         own = {"experts.": self.options.expert_lr or usual}
         return turn.fit(settings=replace(turn.settings, own_lr=own))

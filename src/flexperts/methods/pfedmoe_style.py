@@ -19,7 +19,7 @@ _PART = "gated"
 
 
 class PFedMoEStyle(Method):
-    """A shared expert G and a personal expert F beside every MoE layer, mixed per token by a personal gate.
+    """A shared expert G and a personal expert F parallel to every MoE layer, mixed per token by a personal gate.
 
     Source: pFedMoE (Yi et al., 2024, arXiv 2402.01350), in the low-rank form of CoMiGS (arXiv 2409.13931).
     y = MoE(x) + a_1(x) G(x) + a_2(x) F(x), a(x) = softmax(W2 sigmoid(W1 x)); G, F = (alpha / r) up(down(x)).
@@ -28,11 +28,11 @@ class PFedMoEStyle(Method):
     Stays: F and gate. Frozen: all pretrained weights. Inference: personalized = global G with own F and gate;
     global = G alone at weight 1 (the softmax over the one expert that is left).
     Open choices: an adaptation, hence "style": the paper mixes two small networks' features before a personal
-    classifier head; here the pair stands beside the routed output of a frozen base, and there is no personal head.
-    Attention LoRA is not used, so the budget is all in the experts: at r = 8 and width D, G sends 16 D values per
-    MoE layer; compare with other methods at equal bytes, by ``rank``. Where training weights G by a_1 < 1, the
-    global state has it whole. up starts at 0; G, F and gate start alike on all clients. The gate learns on train
-    data, with the experts (CoMiGS itself: on validation data).
+    classifier head; here the pair's output is added to the routed output of a frozen base, without a personal head.
+    Attention LoRA is not used, so all trained parameters are in the experts: at r = 8 and width D, G sends 16 D
+    values per MoE layer; set ``rank`` to compare with other methods at equal bytes. Training weights G by a_1 < 1;
+    the global state has it at weight 1. up starts at 0; G, F and gate start alike on all clients. The gate learns
+    on train data, with the experts (CoMiGS itself: on validation data).
     """
 
     name = "pfedmoe_style"
@@ -49,12 +49,12 @@ class PFedMoEStyle(Method):
         rank: int = Field(8, ge=1)
         """r of both experts."""
         alpha: float = Field(16.0, gt=0)
-        """Scaling numerator: an expert's output is times alpha / r."""
+        """Scaling numerator: an expert's output is multiplied by alpha / r."""
         gate_width: int = Field(8, ge=1)
         """Width of the gate's inner layer."""
 
     def parts(self, site: Site) -> dict[str, Part]:
-        """Put a gated pair beside every MoE layer."""
+        """Return a gated pair for every MoE layer."""
         options = self.options
         pairs = GatedAdapters(
             site.experts,
@@ -66,16 +66,16 @@ class PFedMoEStyle(Method):
         return {_PART: pairs}
 
     def trains(self, name: str) -> bool:
-        """Only the pairs train; attention LoRA stays at its start, where it adds nothing."""
+        """Return whether a parameter is of the pairs; attention LoRA stays at its start, where it adds nothing."""
         return name.startswith(f"{_PART}.")
 
     def shared(self, names: Collection[str]) -> set[str]:
-        """Only G is shared."""
+        """Return the names of G's parameters."""
         return {name for name in names if name.split(".")[-2] == "shared"}
 
     @contextmanager
     def in_state(self, turn: Turn, state: State) -> Iterator[OnBatch | None]:
-        """Let the gate give all to G in the global state."""
+        """Fix the gate to (1, 0), G alone, in the global state."""
         with ExitStack() as stack:
             if state == "global":
                 for pair in cast(GatedAdapters, turn.parts[_PART]):

@@ -1,8 +1,8 @@
-"""Method names and where their classes live. A new method is one file and one line here.
+"""Method names and the import paths of their classes. A new method is one file and one line here.
 
-A method of another package is known once that package is installed, by an entry point of the group
-``flexperts.methods``: its name is what recipes say, its value ``"package.module:Class"``. Nothing that a recipe or
-a message says imports code: only what is registered here, by an installed package or by ``register_method``.
+An installed package can add methods by entry points of the group ``flexperts.methods``: the entry point's name is
+the method's name in recipes, its value ``"package.module:Class"``. Recipes and messages cannot make the process
+import code: only methods registered here, by an installed package or by ``register_method`` are imported.
 """
 
 from __future__ import annotations
@@ -55,18 +55,18 @@ _METHODS: dict[str, str] = {
 }
 _LOADED: dict[str, type[Method]] = {}
 _GROUP = "flexperts.methods"
-"""Entry points of installed packages."""
+"""Group of the entry points of installed packages."""
 
 
 def register_method(name: str, target: str | type[Method]) -> None:
     """Add a method under a new name.
 
     Args:
-        name: What recipes will call it.
-        target: The class, or ``"package.module:Class"`` to import it when it is first used.
+        name: Its name in recipes.
+        target: The class, or ``"package.module:Class"`` to import it on first use.
 
     Raises:
-        ConfigError: The name is taken by another class, or the class is no method.
+        ConfigError: The name is taken by another class, or the class is not a ``Method``.
     """
     _find_installed()
     _register(name, target)
@@ -103,7 +103,7 @@ def method_class(name: str) -> type[Method]:
     """Return the class registered under ``name``, imported on first use.
 
     Raises:
-        ConfigError: No such method (the error says which names are close), or no class where it should live.
+        ConfigError: There is no such method (the error names the closest one), or its class cannot be imported.
     """
     _find_installed()
     if name not in _METHODS:
@@ -121,7 +121,7 @@ def _imported(name: str, path: str) -> type[Method]:
         found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"method {name!r} at {path!r}", f"it cannot be imported ({error})", "install or mend its package"
+            f"method {name!r} at {path!r}", f"it cannot be imported ({error})", "install or fix its package"
         ) from error
     return _checked(name, path, found)
 
@@ -131,7 +131,9 @@ def _checked(name: str, path: str, found: Any) -> type[Method]:
 
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ConfigError(
-            f"method {name!r} at {path!r}", "it must be a subclass of flexperts.Method", "correct its package"
+            f"method {name!r} at {path!r}",
+            "it must be a subclass of flexperts.Method",
+            "let its entry point name such a class, or uninstall its package",
         )
     return found
 
@@ -146,7 +148,7 @@ def make_method(config: MethodConfig) -> Method:
     try:
         return method(method.Options.model_validate(config.options))
     except ValidationError as error:
-        raise ConfigError("method.options", _offences(error, method), "mend the keys named") from error
+        raise ConfigError("method.options", _offences(error, method), "change them in the recipe") from error
 
 
 def _offences(error: ValidationError, method: type[Method]) -> str:

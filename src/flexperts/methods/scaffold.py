@@ -1,4 +1,4 @@
-"""SCAFFOLD: control variates that take a client's drift out of its steps."""
+"""SCAFFOLD: control variates that correct a client's drift."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ class Scaffold(Method):
     c <- c + sum_i (n_i / n)(c_i' - c_i), the sum over participants and n over all clients. c_i and c start at 0.
     Trained: attention LoRA. Sent: LoRA and c_i' - c_i up, LoRA and c down: twice FedAvg's bytes. Aggregated: the
     mean by rows of both. Stays: c_i. Inference: the global LoRA.
-    Open choices: right for plain SGD without weight decay only, so anything else is refused. The paper's constant
-    rate becomes the schedule's real rates, their sum in place of K eta; so c_i' is the rate-weighted mean of the
-    client's clipped gradients, and stands still in a round whose rates are all 0. The paper averages uniformly;
-    here rows weigh, in x and in c alike, so that c stays the mean of all c_i by rows (with equal rows it is the
-    paper's |S|/N times the mean). The server could find c_i' - c_i from y_i and the sum of rates; it is sent all
-    the same, as in the paper.
+    Open choices: the correction is only valid for plain SGD without weight decay, so anything else is refused. The
+    paper's constant rate becomes the schedule's real rates, and K eta becomes their sum; so c_i' is the
+    rate-weighted mean of the client's clipped gradients, and does not change in a round whose rates are all 0. The
+    paper averages uniformly; here the mean is by rows, for x and for c, so that c stays the mean of all c_i by rows
+    (with equal rows it is the paper's |S|/N times the mean). The server could compute c_i' - c_i from y_i and the
+    sum of rates; it is still sent, as in the paper.
     """
 
     name = "scaffold"
     summary = "FedAvg by SGD, with control variates against client drift"
     source = "Karimireddy et al., ICML 2020"
-    sends = "attention LoRA and change of its control variates"
+    sends = "attention LoRA and the change of its control variates"
     keeps = "control variates"
     additive = False
 
@@ -65,11 +65,11 @@ class Scaffold(Method):
             )
 
     def receive(self, turn: Turn) -> None:
-        """Put the global LoRA into the model; the control variates wait for training."""
+        """Load the global LoRA; the control variates are used in ``train``."""
         turn.load({n: t for n, t in turn.received.items() if not n.startswith(_CONTROL)})
 
     def train(self, turn: Turn) -> TrainResult:
-        """Train with the correction, and make the client's next control variates."""
+        """Train with the correction, and compute the client's next control variates."""
         ours, common, own, start = turn.split.shared, {}, {}, {}
         for name, parameter in ours.items():
             start[name], common[name] = turn.received[name], turn.received[_CONTROL + name]
@@ -88,23 +88,23 @@ class Scaffold(Method):
         return result
 
     def start(self, server: Server) -> None:
-        """Set up the server's control variates."""
+        """Initialize the server's control variates."""
         server.memory.update({n: torch.zeros_like(t) for n, t in server.shared.tensors().items()})
 
     def broadcast(self, server: Server, client: str) -> Payload:
-        """Send the global LoRA and the server's control variates."""
+        """Return the global LoRA and the server's control variates."""
         return Payload.of(server.shared.tensors() | {_CONTROL + n: t for n, t in server.memory.items()})
 
     def final(self, server: Server, client: str) -> Payload:
-        """Send the global LoRA alone."""
+        """Return the global LoRA alone."""
         return server.shared
 
     def uplink(self, server: Server, client: str) -> Manifest:
-        """A reply holds the LoRA and the change of its control variates."""
+        """Declare the LoRA and the change of its control variates."""
         return Manifest.of(server.shared.tensors() | {_CONTROL + n: t for n, t in server.memory.items()})
 
     def aggregate(self, server: Server, updates: Iterable[Update]) -> None:
-        """Step towards the clients' mean, and add the participants' part of the change to the control variates."""
+        """Step towards the clients' mean, and add the participants' changes to the control variates."""
         rows: list[int] = []
         mean = self.uplink(server, "").unflatten(weighted_mean(_counting(updates, rows)))
         part = sum(rows) / sum(server.clients.values())
@@ -117,7 +117,7 @@ class Scaffold(Method):
 
 
 def _counting(updates: Iterable[Update], rows: list[int]) -> Iterable[Update]:
-    """Pass updates on, and note each one's rows."""
+    """Yield the updates unchanged, and append each one's number of rows to ``rows``."""
     for update in updates:
         rows.append(update.rows)
         yield update

@@ -24,11 +24,11 @@ class AdaptiveOptions(method.Options):
     beta_2: float = Field(0.99, ge=0, lt=1)
     """Decay of the second moment."""
     tau: float = Field(1e-3, gt=0)
-    """Adaptivity: changes far below it are scaled alike, changes far above it to equal size."""
+    """Adaptivity: changes far below tau are scaled alike; changes far above tau get equal size."""
 
 
 class AdaptiveMethod(Method):
-    """FedAvg with an adaptive step of the server on the mean change of a round, x being the global weights.
+    """FedAvg with an adaptive server step on the mean change of a round; x are the global weights.
 
     delta = mean_i theta_i - x;  m <- beta_1 m + (1 - beta_1) delta;  v <- second(v, delta^2);
     x <- x + server_lr m / (sqrt(v) + tau), from m = 0 and v = tau^2, without bias correction.
@@ -37,7 +37,7 @@ class AdaptiveMethod(Method):
     Options = AdaptiveOptions
 
     def start(self, server: Server) -> None:
-        """Set up both moments."""
+        """Initialize both moments."""
         size = server.shared.size
         server.memory["first_moment"] = torch.zeros(size)
         server.memory["second_moment"] = torch.full((size,), self.options.tau**2)
@@ -55,7 +55,7 @@ class AdaptiveMethod(Method):
 
     @abstractmethod
     def second_moment(self, v: Tensor, squared: Tensor) -> Tensor:
-        """Return the next second moment from the last one and the squared change: not the squared momentum."""
+        """Return the next second moment from the last one and the squared change (not the squared momentum)."""
 
 
 class FedAdagrad(AdaptiveMethod):
@@ -83,7 +83,7 @@ class FedAdagrad(AdaptiveMethod):
         beta_1: float = Field(0.0, ge=0, lt=1)
         """Decay of the first moment."""
         tau: float = Field(1e-3, gt=0)
-        """Adaptivity: changes far below it are scaled alike, changes far above it to equal size."""
+        """Adaptivity: changes far below tau are scaled alike; changes far above tau get equal size."""
 
     def second_moment(self, v: Tensor, squared: Tensor) -> Tensor:
         """Return the sum of squared changes."""
@@ -123,8 +123,8 @@ class FedAvgM(Method):
     Trained: attention LoRA. Sent: attention LoRA. Aggregated: the mean by rows, then this step. Stays: nothing.
     Inference: the global LoRA.
     Open choices: plain momentum, not Nesterov's, as in the paper's equation. Defaults: server_lr 1 and momentum 0.5
-    where the paper uses 0.9: with momentum b the steps add up to 1/(1-b) times FedAvg's, and ten times is far for
-    the few rounds in which LoRA is trained.
+    (the paper: 0.9): with momentum b the steps add up to 1/(1-b) times FedAvg's, and ten times is too far for the
+    few rounds in which LoRA is trained.
     """
 
     name = "fedavgm"
@@ -137,10 +137,10 @@ class FedAvgM(Method):
         server_lr: float = Field(1.0, gt=0)
         """The server's learning rate."""
         momentum: float = Field(0.5, ge=0, lt=1)
-        """What stays of the last round's step; 0 with server_lr 1 is FedAvg."""
+        """Share of the last round's step that is kept; 0 with server_lr 1 is FedAvg."""
 
     def start(self, server: Server) -> None:
-        """Set up the momentum."""
+        """Initialize the momentum."""
         server.memory["momentum"] = torch.zeros(server.shared.size)
 
     def step(self, server: Server, mean: Vector) -> Vector:
@@ -153,7 +153,7 @@ class FedAvgM(Method):
 
 
 class FedYogi(AdaptiveMethod):
-    """FedAvg on attention LoRA with Yogi's step on the server: v grows as in Adam, and shrinks slowly.
+    """FedAvg on attention LoRA with Yogi's step on the server: v grows as in Adam, but shrinks slowly.
 
     Source: Reddi et al., ICLR 2021 (arXiv 2003.00295), algorithm 2.
     delta = mean_i theta_i - x;  m <- beta_1 m + (1 - beta_1) delta;

@@ -1,1 +1,1 @@
-"""What is attached to a base model: personal experts, adapters, router changes."""
+"""Parts that are attached to a base model: personal experts, adapters, router changes."""

@@ -1,4 +1,4 @@
-"""Adapting pretrained experts in place: the router's choice stays, the chosen experts compute with trained weights.
+"""Adapting pretrained experts in place: the router's choice stays, the adapted experts use trained weights.
 
     y = sum_{j in TopK, j not adapted} g_j(x) E_j(x)  +  sum_{e in TopK, e adapted} g_e(x) E'_e(x)
 
@@ -19,7 +19,7 @@ from flexperts.parts.part import Part, Removable, key
 from flexperts.parts.personal_expert import Rank, personal_expert
 
 Streams = Generator | Callable[[str, int], Generator]
-"""One random stream for all, or a function (experts module's name, expert) -> that expert's own stream."""
+"""One random stream for all experts, or a function (experts module's name, expert) -> stream of that expert."""
 GradientFor = Callable[[LayerExperts, Tensor, Tensor], Collection[int]]
 """(experts module, index ``[T, K]``, weights ``[T, K]``) -> the experts that learn from this call."""
 
@@ -51,22 +51,22 @@ class AdaptedLayer(nn.ModuleDict):
 
     @property
     def is_whole(self) -> bool:
-        """Whether every choice of the router is adapted, so that the base has nothing to do."""
+        """Whether every choice of the router is adapted, so that the base's experts are not needed."""
         return len(self.indices) == self.experts.num_experts + self.experts.num_identities
 
     def among(self, index: Tensor) -> Tensor:
-        """Tell which routing slots ``index [T, K]`` hold an adapted expert: ``[T, K]`` bool."""
+        """Return whether each routing slot of ``index [T, K]`` holds an adapted expert: ``[T, K]`` bool."""
         return torch.isin(index, torch.tensor(self.indices, device=index.device))
 
     def keep(self, index: Tensor, weights: Tensor) -> Tensor:
-        """Return ``weights [T, K]`` with other experts' slots at 0 and the kept ones scaled to the old sum.
+        """Return ``weights [T, K]`` with 0 for experts that are not adapted; the others are scaled to the old sum.
 
-        Identities are no experts: they stay.
+        Identities are not experts: their slots stay.
         """
         stays = self.among(index) | (index >= self.experts.num_experts)
         kept = weights.masked_fill(~stays, 0).float()
         before, after = weights.float().sum(-1, keepdim=True), kept.sum(-1, keepdim=True)
-        # A token with nothing kept divides by 1: its weights stay zero, and no NaN reaches the gradient.
+        # For a token with nothing kept, divide by 1: its weights stay zero, and its gradient has no NaN.
         return (kept * (before / torch.where(after == 0, 1.0, after))).to(weights.dtype)
 
     def forward(self, hidden: Tensor, index: Tensor, weights: Tensor, learning: Collection[int]) -> Tensor:
@@ -83,18 +83,18 @@ class AdaptedLayer(nn.ModuleDict):
 
 
 class ExpertAdapters(Part):
-    """Adapters on pretrained routed experts, which they replace where the router chooses them.
+    """Adapters on pretrained routed experts; an adapter replaces its expert for tokens routed to it.
 
     Args:
         experts: The base's experts modules, from ``find_experts``.
-        choice: Which experts of each module are adapted; modules that are not named stay as they are.
-        rank, alpha, generator: As for ``AdaptedLayer``; one stream is used module after module. Clients that adapt
-            different experts start each alike only where every expert has its own.
-        restrict: Only the chosen experts exist: other experts' slots weigh 0, the kept ones are scaled so that a
-            token's sum of weights stays; a token with no chosen expert gets a routed output of 0.
+        choice: Experts to adapt by experts module; modules that are not named do not change.
+        rank, alpha, generator: See ``AdaptedLayer``; one stream is used module after module. If clients adapt
+            different experts, an expert starts alike on all of them only with one stream per expert.
+        restrict: Use only the chosen experts: the weights of other experts are 0, and the kept weights are scaled
+            so that a token's sum of weights stays; a token without a chosen expert has a routed output of 0.
         gradient_for: While the experts module trains, only the adapted experts that this returns pass gradient, to
-            their parameters and to the hidden states; frozen experts are not concerned. It sees the weights that
-            are used (after ``restrict``), and must answer the same when checkpointing asks it again.
+            their parameters and to the hidden states; frozen experts are not affected. It receives the weights that
+            are used (after ``restrict``), and must return the same when checkpointing calls it again.
 
     Raises:
         GraftError: ``choice`` names a module or an expert that the base does not have, or a module whose layout
@@ -135,17 +135,17 @@ class ExpertAdapters(Part):
         return iter(self.layers.values())  # type: ignore[arg-type]
 
     def hooks(self) -> Iterator[Removable]:
-        """Take the place of each experts module's forward; what others hook onto the module stays in force.
+        """Replace each experts module's forward; other hooks on the module still work.
 
         Raises:
-            GraftError: Other adapters sit on one of the modules.
+            GraftError: One of the modules has other adapters already.
         """
         for layer in self:
             if isinstance(vars(layer.experts.module).get("forward"), _Forward):
                 raise GraftError(
                     f"{layer.experts.name} is adapted already",
-                    "one adapter fits a module",
-                    "detach the other first",
+                    "a module can have one set of adapters",
+                    "detach the other adapters first",
                 )
         for layer in self:
             yield _Forward(self, layer)
@@ -168,13 +168,13 @@ class ExpertAdapters(Part):
     def _learning(self, layer: AdaptedLayer, index: Tensor, weights: Tensor) -> Collection[int]:
         if self.gradient_for is None or not layer.experts.module.training:
             return layer.indices
-        # A slot that holds no expert weighs nothing.
+        # Slots without an expert (identities) get weight 0.
         real = index < layer.experts.num_experts
         return self.gradient_for(layer.experts, index * real, weights.detach() * real)
 
 
 class _Forward:
-    """Stands as ``forward`` on one experts module until it is removed."""
+    """Replacement of one experts module's ``forward`` until it is removed."""
 
     def __init__(self, part: ExpertAdapters, layer: AdaptedLayer) -> None:
         self.part, self.layer, self.module = part, layer, layer.experts.module
@@ -183,7 +183,7 @@ class _Forward:
         self.module.forward = self
 
     def __call__(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """Return what the module would; some models call theirs with ``[B, S, D]``."""
+        """Return the module's output, of the shape of ``hidden``; some models call it with ``[B, S, D]``."""
 
         def base(*args: Tensor) -> Tensor:
             output: Tensor = self.base(*args)
@@ -192,7 +192,7 @@ class _Forward:
         return self.part.compute(self.layer, base, hidden.flatten(0, -2), index, weights).view(hidden.shape)
 
     def remove(self) -> None:
-        """Give the module back the forward it had."""
+        """Restore the module's forward."""
         if self.previous is None:
             del self.module.forward
         else:
@@ -204,7 +204,7 @@ def _check_layout(experts: LayerExperts) -> None:
         raise GraftError(
             f"{experts.name} ({type(experts).__name__})",
             "only experts whose module is called with (x, index, weights) can be adapted in place",
-            "use a method that grafts beside the router, such as flex, or another base",
+            "use a method that adds grafts, such as flex, or another base",
         )
 
 
@@ -212,7 +212,7 @@ def _check_indices(experts: LayerExperts, indices: Sequence[int]) -> None:
     good = set(range(experts.num_experts))
     if not indices or len(set(indices)) != len(indices) or not set(indices) <= good:
         raise GraftError(
-            f"{experts.name} is to adapt experts {list(indices)}",
+            f"{experts.name}: adapters for the experts {list(indices)}",
             f"they must be different numbers from 0 to {experts.num_experts - 1}",
             "choose again on this base",
         )

@@ -1,4 +1,4 @@
-"""A shared and a personal bottleneck expert beside each MoE layer, mixed token by token by a personal gate.
+"""A shared and a personal bottleneck expert parallel to each MoE layer, mixed per token by a personal gate.
 
     y = routed(x) + a_0(x) G(x) + a_1(x) F(x)        a(x) = softmax(W2 sigmoid(W1 x)) in R^2
 
@@ -19,7 +19,7 @@ from flexperts.parts.part import Part, Removable, key, uniform_matrix
 
 
 class Bottleneck(nn.Module):
-    """scale * up (down x): a low-rank expert of its own; ``up`` starts at zero, so the start adds nothing.
+    """scale * up (down x): a low-rank expert; ``up`` starts at zero, so the initial output is zero.
 
     Args:
         width: ``D``.
@@ -41,7 +41,7 @@ class Bottleneck(nn.Module):
 
 
 class TokenGate(nn.Module):
-    """softmax(W2 sigmoid(W1 x)): how much of the shared and of the personal expert a token gets.
+    """softmax(W2 sigmoid(W1 x)): a token's weights of the shared and the personal expert.
 
     Args:
         width: ``D``.
@@ -65,9 +65,9 @@ class GatedPair(nn.Module):
 
     Args:
         experts: The layer's experts module.
-        rank, scale: Of both experts.
+        rank, scale: Rank and output factor of both experts.
         gate_width: ``h``.
-        generator: Stream for all of them: shared, personal, gate.
+        generator: Stream for shared expert, personal expert and gate, in this order.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class GatedPair(nn.Module):
         self.to(experts.device)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return what the pair adds to the layer's routed output, ``[T, D]``."""
+        """Return the pair's addition to the layer's routed output, ``[T, D]``."""
         shared, personal = self.gate(hidden).unsqueeze(-1).unbind(-2)
         output: Tensor = shared * self.shared(hidden) + personal * self.personal(hidden)
         return output
@@ -93,9 +93,9 @@ class GatedAdapters(Part):
     Args:
         experts: The base's experts modules, from ``find_experts``; each gets a pair.
         rank: r of both experts.
-        alpha: Scaling numerator: an expert's output is times alpha / rank.
+        alpha: Scaling numerator: an expert's output is multiplied by alpha / rank.
         gate_width: h, width of the gate's inner layer.
-        generator: Stream for all starts.
+        generator: Stream for all initial values.
     """
 
     def __init__(
@@ -117,6 +117,6 @@ class GatedAdapters(Part):
         return iter(self.layers.values())  # type: ignore[arg-type]
 
     def hooks(self) -> Iterator[Removable]:
-        """Hang every pair beside its layer's experts."""
+        """Attach every pair to its layer's experts."""
         for pair in self:
             yield self.beside(pair.experts, pair)

@@ -1,6 +1,6 @@
-"""Grafts as one file: what was trained, the experts it started from, and which base it fits.
+"""Grafts as one file: the trained tensors, the experts they started from, and the base they fit.
 
-For code with a training loop of its own; in a run, personal state is kept by ``parameters.store``.
+For code with its own training loop; in a run, ``parameters.store`` keeps personal state.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _FORMAT = "flexperts-grafts-1"
 
 @dataclass(frozen=True)
 class _Meta:
-    """How the grafts are built again; ``base`` names the weights of the experts modules that they hang on."""
+    """Settings to build the grafts again; ``base`` is the fingerprint of the experts modules that have grafts."""
 
     base: str
     choice: dict[str, tuple[int, ...]]
@@ -39,14 +39,14 @@ _META = TypeAdapter(_Meta)
 
 
 def save_grafts(path: Path | str, grafts: Grafts) -> None:
-    """Write grafts as safetensors, whole or not at all; nothing of the base is written.
+    """Write grafts as safetensors, atomically; nothing of the base is written.
 
     Args:
         path: The file.
-        grafts: Attached or not.
+        grafts: The grafts, attached or not.
 
     Raises:
-        ArtifactError: It cannot be written; the old file, if there was one, still stands.
+        ArtifactError: It cannot be written; an older file is left unchanged.
     """
     rank, alpha = _rank(grafts)
     meta = _Meta(_base(g.experts for g in grafts), grafts.choice, grafts.scales, rank, alpha)
@@ -54,15 +54,15 @@ def save_grafts(path: Path | str, grafts: Grafts) -> None:
 
 
 def load_grafts(path: Path | str, experts: Sequence[LayerExperts]) -> Grafts:
-    """Build the grafts of a file again, trainable and not attached.
+    """Return the grafts in a file, trainable and not attached.
 
     Args:
-        path: What ``save_grafts`` wrote.
+        path: A file that ``save_grafts`` wrote.
         experts: The base's experts modules, from ``find_experts``.
 
     Raises:
-        ArtifactError: The file is missing, damaged, no grafts, or of another base.
-        GraftError: The base has no modules of the names in the file.
+        ArtifactError: The file is missing, damaged, does not hold grafts, or is for another base.
+        GraftError: The base does not have the modules named in the file.
     """
     path = Path(path)
     tensors, value = read_sealed(path, _FORMAT)
@@ -70,7 +70,7 @@ def load_grafts(path: Path | str, experts: Sequence[LayerExperts]) -> Grafts:
     grafts = Grafts(experts, meta.choice, rank=meta.rank, alpha=meta.alpha, scales=meta.scales)
     if _base(g.experts for g in grafts) != meta.base:
         raise ArtifactError(
-            f"{path}", "its grafts were trained on other experts than these", "load the base that they belong to"
+            f"{path}", "its grafts were trained on the experts of another base", "load the base that they belong to"
         )
     try:
         grafts.load_state_dict(tensors)
@@ -80,7 +80,7 @@ def load_grafts(path: Path | str, experts: Sequence[LayerExperts]) -> Grafts:
 
 
 def _rank(grafts: Grafts) -> tuple[Rank, float]:
-    """Return LoRA's rank and alpha of the personal experts, which are alike in all layers."""
+    """Return LoRA's rank and alpha of the personal experts, which are the same in all layers."""
     expert = next((graft.personal[0] for graft in grafts), None)
     if isinstance(expert, LowRankExpert):
         rank = len(expert.up_lora_A)

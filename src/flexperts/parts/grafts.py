@@ -1,4 +1,4 @@
-"""Grafting: personal experts with their sigmoid gate, hung beside the untouched router by a forward hook.
+"""Grafting: personal experts with a sigmoid gate, added to the untouched routed output by a forward hook.
 
     y = sum_{j in TopK} g_j(x) E_j(x)  +  sum_p c_p sigmoid(G_p(x)) E_p(x)
 
@@ -21,9 +21,9 @@ from flexperts.parts.part import Part, Removable, key
 from flexperts.parts.personal_expert import FullExpert, Rank, personal_expert
 
 _DISTURBANCE = 1e-3
-"""Standard deviation of ``disturb``: of a gate's weights, and in terms of an expert's own."""
+"""Standard deviation of the noise of ``disturb``; for an expert's tensor, relative to the tensor's own."""
 Choice = Mapping[str, Sequence[int]]
-"""Experts module name -> indices of the pretrained experts that start the personal ones."""
+"""Experts module name -> indices of the pretrained experts from which the personal experts start."""
 Scales = Mapping[str, Sequence[float]]
 """Experts module name -> the constant factor of each of its personal experts."""
 
@@ -36,9 +36,9 @@ class Graft(nn.Module):
         indices: The k pretrained experts to start from, all different.
         rank: LoRA rank of the personal experts, or ``"full"`` for trainable copies.
         alpha: LoRA scaling numerator; not used by ``"full"``.
-        gate_bias: Start of the gate's logit: sigmoid(0) = 0.5 opens it half.
+        gate_bias: Initial logit of the gate; with 0 the gate starts at sigmoid(0) = 0.5.
         generator: Stream for LoRA's A.
-        scales: k constant factors on the personal experts' outputs; None is 1 for each.
+        scales: k constant factors on the personal experts' outputs; None means 1 for each.
         silent: Start the personal experts with outputs of zero; for ``"full"`` only.
 
     Raises:
@@ -69,7 +69,7 @@ class Graft(nn.Module):
 
     @torch.no_grad()
     def disturb(self, generator: Generator) -> None:
-        """Move the start a little: two grafts that start alike beside each other would learn alike for ever."""
+        """Add a little noise: two grafts in one layer with equal starts would stay equal for ever."""
         copies = [p for expert in self.personal if isinstance(expert, FullExpert) for p in expert.parameters()]
         for start in (self.graft_gate_weight, *copies):
             size = _DISTURBANCE * max(1.0 if start is self.graft_gate_weight else start.std().item(), 1e-6)
@@ -82,9 +82,9 @@ class Graft(nn.Module):
         return torch.sigmoid(F.linear(hidden, weight, bias))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return what the graft adds to the layer's routed output, ``[T, D]``."""
+        """Return the graft's addition to the layer's routed output, ``[T, D]``."""
         gates = self.opening(hidden).unsqueeze(-1).unbind(-2)
-        # A factor of 1 is left out: no work, and no bit differs from a graft without factors.
+        # A factor of 1 is skipped: no work, and every bit equals a graft without factors.
         factors = [g if c == 1 else g * c for g, c in zip(gates, self.scales, strict=True)]
         terms = [factor * expert(hidden) for factor, expert in zip(factors, self.personal, strict=True)]
         return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
@@ -95,10 +95,10 @@ class Grafts(Part):
 
     Args:
         experts: The base's experts modules, from ``find_experts``.
-        choice: Which experts each of them grafts; modules that are not named get no graft.
-        rank, alpha, gate_bias, generator: As for ``Graft``.
+        choice: Experts to graft by experts module; modules that are not named get no graft.
+        rank, alpha, gate_bias, generator: See ``Graft``.
         scales: Constant factors of the personal experts' outputs; modules that are not named have 1.
-        silent: As for ``Graft``.
+        silent: See ``Graft``.
 
     Raises:
         GraftError: ``choice`` names a module or an expert that the base does not have, or ``scales`` does not fit
@@ -124,7 +124,9 @@ class Grafts(Part):
             raise GraftError(f"choice names {unknown}", f"experts modules are {sorted(by_name)}", "select again")
         scales = scales or {}
         if stray := sorted(scales.keys() - choice.keys()):
-            raise GraftError(f"scales name {stray}", f"grafted are {sorted(choice)}", "scale grafted modules only")
+            raise GraftError(
+                f"scales name {stray}", f"the grafted modules are {sorted(choice)}", "scale only these"
+            )
         # A module name cannot hold dots.
         self.layers = nn.ModuleDict(
             {
@@ -150,17 +152,17 @@ class Grafts(Part):
         return iter(self.layers.values())  # type: ignore[arg-type]
 
     def hooks(self) -> Iterator[Removable]:
-        """Hang every graft beside its layer's experts."""
+        """Attach every graft to its layer's experts."""
         for graft in self:
             yield self.beside(graft.experts, graft)
 
 
 def _full(expert: nn.Module) -> FullExpert:
-    """Return a personal expert whose tensors are its own."""
+    """Return a personal expert that is a full copy; refuse a low-rank one."""
     if isinstance(expert, FullExpert):
         return expert
     raise GraftError(
-        "a low-rank personal expert", "it cannot start silent", "take rank 'full', or let it start as a copy"
+        "a low-rank personal expert", "it cannot start silent", "use rank 'full', or let it start as a copy"
     )
 
 
@@ -168,7 +170,7 @@ def _check_indices(experts: LayerExperts, indices: Sequence[int]) -> None:
     good = set(range(experts.num_experts))
     if not indices or len(set(indices)) != len(indices) or not set(indices) <= good:
         raise GraftError(
-            f"{experts.name} is to graft experts {list(indices)}",
+            f"{experts.name}: grafts of the experts {list(indices)}",
             f"they must be different numbers from 0 to {experts.num_experts - 1}",
             "select again on this base",
         )
@@ -181,8 +183,8 @@ def _checked_scales(
         return (1.0,) * len(indices)
     if len(scales) != len(indices) or not all(map(math.isfinite, scales)):
         raise GraftError(
-            f"{experts.name} is to scale its personal experts by {list(scales)}",
-            f"there must be one finite number for each of its {len(indices)}",
+            f"{experts.name}: scales {list(scales)} of its personal experts",
+            f"it needs one finite number for each personal expert, {len(indices)} in all",
             "select again on this base",
         )
     return tuple(float(scale) for scale in scales)

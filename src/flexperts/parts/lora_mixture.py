@@ -1,9 +1,9 @@
-"""A mixture of LoRA experts on Linear layers: one shared by all, and the client's share of a pool.
+"""A mixture of LoRA experts on Linear layers: one expert shared by all, and the client's share of a pool.
 
     y = W x + s (B_s A_s x + sum_{e in Top2} w_e B_e A_e x)        score_e = (A_e x) . (P x) / sqrt(r)
 
-w is the softmax of the scores over the experts that the client holds, cut to the best and brought back to sum 1; no
-router needs to be sized for the pool. s = alpha / r. Shapes: r rank, E experts in use, N experts in the pool.
+w is the softmax of the scores over the experts that the client holds, cut to the best and scaled to sum 1; no
+router depends on the pool's size. s = alpha / r. Shapes: r rank, E experts in use, N experts in the pool.
 Source: FedAMoLE (arXiv 2411.19128).
 """
 
@@ -28,7 +28,7 @@ class LoraExpert(nn.Module):
     Args:
         sizes: (r, in, out).
         seed: The run's seed.
-        purpose: What the stream of A is named after: equal on every client that holds the expert.
+        purpose: Name of A's random stream; equal on every client that holds the expert.
     """
 
     def __init__(self, sizes: tuple[int, int, int], seed: int, *purpose: str | int) -> None:
@@ -44,9 +44,9 @@ class MixtureSite(nn.Module):
     Args:
         name: The layer's name, part of every stream's name.
         sizes: (r, in, out).
-        held: Numbers in the pool of the experts that the client holds here, all different, at least one.
+        held: Pool numbers of the experts that the client holds here, all different, at least one.
         seed: The run's seed.
-        top_k: Experts per token; all that are held where they are fewer.
+        top_k: Experts per token; all held experts if there are fewer.
     """
 
     def __init__(self, name: str, sizes: tuple[int, int, int], held: Sequence[int], seed: int, top_k: int) -> None:
@@ -67,12 +67,12 @@ class MixtureSite(nn.Module):
         return shared + _linear(mixed.flatten(-2), stacked_B), routing
 
     def _routing(self, low: Tensor, projected: Tensor) -> Tensor:
-        """Softmax of the scores ``[..., E]`` from ``low [..., E, r]`` and ``projected [..., r]``."""
+        """Return the softmax of the scores ``[..., E]`` from ``low [..., E, r]`` and ``projected [..., r]``."""
         scores = (low.float() * projected.float().unsqueeze(-2)).sum(-1) / math.sqrt(low.shape[-1])
         return scores.softmax(-1)
 
     def _best(self, routing: Tensor) -> Tensor:
-        """Keep each token's best experts and bring their weights back to sum 1; the rest are 0."""
+        """Return the weights of each token's best experts, scaled to sum 1; the other weights are 0."""
         best = routing.topk(min(self.top_k, routing.shape[-1]), dim=-1)
         weights = best.values / best.values.sum(-1, keepdim=True)
         return torch.zeros_like(routing).scatter(-1, best.indices, weights)
@@ -87,11 +87,11 @@ class LoraMixture(Part):
         pool: N, the number of experts in the pool of each site.
         rank: r of every LoRA expert.
         alpha: Scaling numerator: s = alpha / rank.
-        seed: The run's seed; with site and expert number it fixes every A, on whichever client it is made.
-        top_k: Experts per token beside the shared one.
+        seed: The run's seed; with site and expert number it determines every A, the same on all clients.
+        top_k: Experts per token, without the shared one.
 
     Raises:
-        GraftError: A module is not in the model or no Linear, or an expert is not in the pool.
+        GraftError: A module is not in the model or is not a Linear, or an expert is not in the pool.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class LoraMixture(Part):
         return {name: self.site(name).held for name in self._modules_by_site}
 
     def activate(self, experts: Mapping[str, Sequence[int]]) -> None:
-        """Compute with some of the held experts only, until the next call; modules not named stay as they are.
+        """Use only some of the held experts until the next call; modules that are not named do not change.
 
         Raises:
             GraftError: An expert is not held.
@@ -130,9 +130,9 @@ class LoraMixture(Part):
             site = self.site(name)
             if not active or len(set(active)) != len(active) or not set(active) <= set(site.held):
                 raise GraftError(
-                    f"{name} is to compute with experts {list(active)}",
+                    f"{name}: active experts {list(active)}",
                     f"it holds {list(site.held)}",
-                    "activate different ones of these",
+                    "activate one or more of these, each once",
                 )
             site.active = tuple(active)
 
@@ -141,17 +141,19 @@ class LoraMixture(Part):
         return cast(MixtureSite, self.sites[key(name)])
 
     def balance_loss(self) -> Tensor:
-        """Return the load-balance loss of the last forward in training, and forget it.
+        """Return the load-balance loss of the last forward pass in training mode, and forget it.
 
         It has Switch's form over the experts in use, as a mean over sites: E * sum_e f_e P_e, where f_e is the
         share of tokens whose best expert is e and P_e the mean of softmax's value for e; 1 is even. Padding counts.
 
         Raises:
-            GraftError: No forward in training came since the last call.
+            GraftError: There was no forward pass in training mode since the last call.
         """
         if not self._balance:
             raise GraftError(
-                "balance_loss()", "no forward in training came since the last call", "attach, train, then ask"
+                "balance_loss()",
+                "there was no forward pass in training mode since the last call",
+                "attach the part and run a forward pass in training mode first",
             )
         losses, self._balance = list(self._balance.values()), {}
         return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
@@ -177,7 +179,7 @@ class LoraMixture(Part):
 
 
 def _balance(routing: Tensor) -> Tensor:
-    """E * sum_e f_e P_e of one site's ``routing [..., E]``."""
+    """Return E * sum_e f_e P_e of one site's ``routing [..., E]``."""
     flat = routing.flatten(0, -2)
     share = F.one_hot(flat.argmax(-1), flat.shape[-1]).float().mean(0)
     loss: Tensor = flat.shape[-1] * (share * flat.mean(0)).sum()
@@ -191,7 +193,9 @@ def _linear(hidden: Tensor, weight: Tensor) -> Tensor:
 def _sizes(name: str, module: nn.Module) -> tuple[int, int]:
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if not isinstance(sizes[0], int) or not isinstance(sizes[1], int):
-        raise GraftError(f"{name} ({type(module).__name__})", "it must be a Linear layer", "name Linear layers")
+        raise GraftError(
+            f"{name} ({type(module).__name__})", "it must be a Linear layer", "name only Linear layers"
+        )
     return sizes[0], sizes[1]
 
 
@@ -200,5 +204,5 @@ def _check_held(name: str, held: Sequence[int], pool: int) -> None:
         raise GraftError(
             f"{name} holds experts {list(held)}",
             f"they must be different numbers from 0 to {pool - 1}",
-            "assign from the pool",
+            "assign different experts of the pool",
         )

@@ -1,4 +1,4 @@
-"""How far the gates of grafts open on tokens.
+"""Recording of gate openings: the values of grafts' gates on tokens.
 
 Shapes: T tokens, D expert width, k personal experts.
 """
@@ -15,10 +15,10 @@ from flexperts.parts.grafts import Graft, Grafts
 
 
 class OpeningRecorder:
-    """Notes the gate of every layer's graft: a ``Recorder`` for ``modeling.recording.record``.
+    """Recorder of every layer's gate, for ``modeling.recording.record``.
 
     Args:
-        grafts: Attached; while they are disabled nothing is noted.
+        grafts: The grafts, attached; nothing is recorded while they are disabled.
     """
 
     def __init__(self, grafts: Grafts) -> None:

@@ -1,7 +1,7 @@
-"""What a method hangs onto the frozen base: a module of its own parameters that works through hooks.
+"""Parts that a method attaches to the frozen base: modules with separate parameters that work through hooks.
 
-Hooks leave the base's modules, parameter names and state_dict as they are; taking a part off restores the base bit
-for bit. A part's parameters live outside the base, so nothing that saves or sends the base can carry them.
+Hooks do not change the base's modules, parameter names or state_dict; detaching a part restores the base bit for
+bit. A part's parameters are outside the base, so nothing that saves or sends the base can include them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from flexperts.moe.layout import LayerExperts
 
 
 class Removable(Protocol):
-    """What takes one change of the base back: a torch hook's handle, or an object of a part's own."""
+    """A handle that undoes one change of the base: a torch hook's handle, or a part's own object."""
 
     def remove(self) -> None:
         """Undo the change."""
@@ -36,10 +36,10 @@ class Part(nn.Module, ABC):
 
     @abstractmethod
     def hooks(self) -> Iterator[Removable]:
-        """Hang the part onto the base and yield the handle of each hook; a hook heeds ``enabled``."""
+        """Attach the part to the base and yield the handle of each hook; a hook must respect ``enabled``."""
 
     def attach(self) -> Self:
-        """Let the base compute with this part from now on.
+        """Attach the part: the base computes with it from now on.
 
         Raises:
             GraftError: It is attached already.
@@ -50,18 +50,18 @@ class Part(nn.Module, ABC):
         return self
 
     def detach(self) -> None:
-        """Take the part off; the base is then what it was, bit for bit."""
+        """Detach the part; the base is then restored bit for bit."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def beside(self, experts: LayerExperts, module: nn.Module) -> Removable:
-        """Hang ``module`` beside a layer's experts: while the part is enabled, its output is added to theirs."""
+        """Add the output of ``module`` to that of a layer's experts while the part is enabled."""
         return experts.add(lambda hidden: module(hidden) if self.enabled else None)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Compute without the part inside the block."""
+        """Disable the part inside the block."""
         before, self.enabled = self.enabled, False
         try:
             yield
@@ -70,25 +70,25 @@ class Part(nn.Module, ABC):
 
 
 def key(name: str) -> str:
-    """Return a module name in the form that ``nn.ModuleDict`` takes: without dots."""
+    """Return a module name without dots, as ``nn.ModuleDict`` requires."""
     return name.replace(".", "/")
 
 
 def uniform_matrix(rows: int, fan_in: int, generator: Generator) -> nn.Parameter:
-    """Return ``[rows, fan_in]``, uniform within 1 / sqrt(fan_in) as peft starts LoRA's A, from its own stream."""
+    """Return ``[rows, fan_in]``, drawn uniformly within 1 / sqrt(fan_in), as peft initializes LoRA's A."""
     bound = 1 / math.sqrt(fan_in)
     return nn.Parameter((torch.rand(rows, fan_in, generator=generator) * 2 - 1) * bound)
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module:
-    """Return the module of that qualified name.
+    """Return the module with a qualified name.
 
     Raises:
-        GraftError: The model has none of that name.
+        GraftError: The model has no such module.
     """
     try:
         return model.get_submodule(name)
     except AttributeError as error:
         raise GraftError(
-            f"module {name!r}", f"{type(model).__name__} has none of that name", "name a module of this base"
+            f"module {name!r}", f"{type(model).__name__} has no such module", "name a module of this base"
         ) from error

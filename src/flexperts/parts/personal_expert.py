@@ -1,7 +1,7 @@
-"""One personal expert: a frozen pretrained expert read in place, plus what the client trains.
+"""One personal expert: a frozen pretrained expert, read in place, and a trained update; or a trained copy.
 
 Shapes: T tokens, D expert width, I intermediate, U up-projection width, r rank. Source: FLEx (arXiv 2506.00965);
-the low-rank form is its released code's, computed here on activations: no weight-sized delta ever exists.
+the low-rank form is that of its released code, computed here on activations: no weight-sized delta ever exists.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class LowRankExpert(nn.Module):
 
     @property
     def frozen(self) -> ExpertWeights:
-        """Views of the pretrained expert's tensors in the base (same storage)."""
+        """The pretrained expert's tensors in the base, as views (same storage)."""
         return self.experts.expert(self.index)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class FullExpert(nn.Module):
 
     @torch.no_grad()
     def silence(self) -> None:
-        """Start with an output of zero: only the down projection is learnt from nothing."""
+        """Set the down projection to zero, so that the initial output is zero."""
         for name in ("down", "down_bias"):
             if (parameter := getattr(self, name, None)) is not None:
                 parameter.zero_()
@@ -87,7 +87,7 @@ class FullExpert(nn.Module):
 def personal_expert(
     experts: LayerExperts, index: int, rank: Rank, alpha: float, generator: Generator
 ) -> LowRankExpert | FullExpert:
-    """Return expert ``index`` in the form that ``rank`` asks for (an integer, or ``"full"``)."""
+    """Return a personal expert from expert ``index``: low-rank for an integer ``rank``, a copy for ``"full"``."""
     if rank == "full":
         return FullExpert(experts, index)
     return LowRankExpert(experts, index, rank, alpha, generator)

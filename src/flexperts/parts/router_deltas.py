@@ -1,4 +1,4 @@
-"""Training the router beside the frozen one: its matrix becomes W + delta while the part is attached.
+"""Router training: while the part is attached, the router's matrix is W + delta, with W frozen.
 
 Shapes: N experts, D' width of the router's input.
 """
@@ -20,10 +20,10 @@ from flexperts.parts.part import Part, Removable, key
 class RouterDeltas(Part):
     """A trainable fp32 delta ``[N, D']`` on the router's matrix of each layer, zero at the start.
 
-    Where a router can choose more than experts, the rows of those other choices stay frozen.
+    If a router can also choose something other than experts, the rows of these choices stay frozen.
 
     While attached, torch lists the frozen matrix as ``<router>.parametrizations.weight.original``; the delta itself
-    is never among the base's parameters. Save the base while the part is off.
+    is never among the base's parameters. Detach the part before you save the base.
 
     Args:
         model: The base.
@@ -41,7 +41,7 @@ class RouterDeltas(Part):
         self.layers = nn.ParameterDict({n: nn.Parameter(delta) for n, delta in deltas.items()})
 
     def weight(self, experts_name: str) -> Tensor:
-        """Return the experts' rows ``[N, D']`` in fp32 of the matrix that the router uses when attached."""
+        """Return the experts' rows ``[N, D']``, in fp32, of the matrix that the router uses when attached."""
         router = self._routers[experts_name]
         frozen = router.weight
         if parametrize.is_parametrized(router.module, router.parameter):
@@ -50,7 +50,7 @@ class RouterDeltas(Part):
         return whole[: len(self.layers[key(experts_name)])]
 
     def hooks(self) -> Iterator[Removable]:
-        """Make every router's matrix the sum of the frozen one and its delta."""
+        """Replace every router's matrix by the sum of the frozen matrix and its delta."""
         for name, router in self._routers.items():
             yield _Parametrized(router, _Plus(self, name))
 
@@ -60,7 +60,7 @@ class RouterDeltas(Part):
 
 
 class _Plus(nn.Module):
-    """frozen -> frozen + delta in the frozen matrix's dtype; the part is held where torch does not register it."""
+    """frozen -> frozen + delta in the frozen dtype; the part is in a tuple, so that torch does not register it."""
 
     def __init__(self, part: RouterDeltas, name: str) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class _Plus(nn.Module):
 
 
 class _Parametrized:
-    """One router's parametrization; taking it off leaves parameter object, order and names as they were."""
+    """One router's parametrization; removing it restores the parameter object, order and names."""
 
     def __init__(self, router: Router, plus: _Plus) -> None:
         self.router = router
@@ -80,10 +80,10 @@ class _Parametrized:
         parametrize.register_parametrization(router.module, router.parameter, plus)
 
     def remove(self) -> None:
-        """Put the frozen parameter back."""
+        """Restore the frozen parameter."""
         module = self.router.module
         parametrize.remove_parametrizations(module, self.router.parameter, leave_parametrized=False)
-        # torch puts it back behind its neighbours, and the order of a state_dict is part of what it is.
+        # torch puts it behind the module's other parameters; restore the order in the state_dict.
         for name in self.order[self.order.index(self.router.parameter) + 1 :]:
             later = module.get_parameter(name)
             delattr(module, name)

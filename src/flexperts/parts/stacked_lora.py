@@ -1,7 +1,6 @@
 """A frozen low-rank delta of any rank on Linear layers: y = W x + scale * B (A x), never merged into W.
 
-Such deltas come out of federations that stack clients' LoRA factors instead of averaging them. Shapes: R stacked
-rank.
+Federations that stack clients' LoRA factors instead of averaging them make such deltas. Shapes: R stacked rank.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from flexperts.parts.part import Part, Removable, key, submodule
 
 
 class StackedLora(Part):
-    """Frozen factors on named modules; they are buffers, so nothing trains them and no split counts them.
+    """Frozen factors on named modules; they are buffers, so they are neither trained nor part of a split.
 
     Args:
         model: The base, with or without PEFT's wrappers around its Linear layers.
         factors: Module name -> (A ``[R, in]``, B ``[out, R]``); the module maps ``[..., in]`` to ``[..., out]``.
-            Empty: nothing is hung on.
+            Empty: no module gets a delta.
         scale: Factor of B A.
 
     Raises:
@@ -38,14 +37,16 @@ class StackedLora(Part):
             self.layers[key(name)].to(next(module.parameters()).device)
 
     def load(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Put factors of any rank in place of those of the named modules; the others stay as they are.
+        """Replace the factors of the named modules by factors of any rank; other modules do not change.
 
         Raises:
             GraftError: A module has no delta here, or the factors do not fit it.
         """
         for name, (A, B) in factors.items():
             if name not in self._sites:
-                raise GraftError(f"factors for {name!r}", "it has no delta here", "name it at construction")
+                raise GraftError(
+                    f"factors for {name!r}", "it has no delta here", "add the module to the constructor's factors"
+                )
             old: Any = self.layers[key(name)]
             if (A.shape[1:], B.shape[:1]) != (old.A.shape[1:], old.B.shape[:1]):
                 raise GraftError(

@@ -1,1 +1,1 @@
-"""How the experts that become personal are chosen."""
+"""Selection of the experts that become personal."""

@@ -1,14 +1,14 @@
-"""Rules that pick the experts a client grafts, from the sums that ``selection`` collects.
+"""Rules that choose the experts for a client's grafts, from the sums that ``selection`` collects.
 
-Two rules compare subsets S of experts by what constant coefficients c can rebuild of the routed output F:
+Two rules compare subsets S of experts by how well constant coefficients c can reproduce the routed output F:
 
     err(S) = min_c  sum_x || F(x) - sum_{s in S} c_s E_s(x) ||^2  =  energy - b_S' G_SS^+ b_S
 
 with b the cross and G the gram sums. For |S| > 1 the paper instead keeps the experts in S and takes a new softmax
-of their router logits. Two reasons against that here: the call that transformers makes to an experts module carries
-the top-K weights and not all logits; and each personal expert gets its own independent sigmoid, not a share of a
-softmax, so that constants, which the gates then refine per token, are the natural measure. For |S| = 1 the paper's
-weight is 1: that is ``reconstruction``; ``scaled`` frees the weight.
+of their router logits. This is not done here for two reasons: transformers calls an experts module with the top-K
+weights and not with all logits; and each personal expert has an independent sigmoid, not a share of a softmax, so
+constants, which the gates then refine per token, are the natural measure. For |S| = 1 the paper's weight is 1: that
+is ``reconstruction``; ``scaled`` has a free weight.
 
 Shapes: N experts, M subsets, k experts chosen. Source: FLEx (arXiv 2506.00965); the other rules are ours.
 """
@@ -31,7 +31,7 @@ Layer = TypeVar("Layer")
 Rule = Callable[[LayerScores, int, Generator], tuple[int, ...]]
 """(a layer's sums, k, random stream) -> k different experts, best first."""
 _SUBSETS = 20_000
-# Below this share of the largest eigenvalue, directions count as one: a gram matrix squares every rounding error.
+# Eigenvalues below this share of the largest count as zero: a gram matrix squares every rounding error.
 _COLLINEAR = 1e-10
 
 
@@ -41,12 +41,12 @@ def reconstruction(layer: LayerScores, k: int, _generator: Generator) -> tuple[i
 
 
 def scaled(layer: LayerScores, k: int, _generator: Generator) -> tuple[int, ...]:
-    """Pick the k smallest min_a ||F - a E_s||^2: an expert's direction counts, its length does not."""
+    """Pick the k smallest min_a ||F - a E_s||^2: an output's direction counts, its length does not."""
     return _smallest(_singles(layer), k)
 
 
 def frequency(layer: LayerScores, k: int, _generator: Generator) -> tuple[int, ...]:
-    """Pick the k experts that most tokens are routed to."""
+    """Pick the k experts to which most tokens are routed."""
     return _smallest(-layer.counts, k)
 
 
@@ -61,7 +61,7 @@ def uniform(layer: LayerScores, k: int, generator: Generator) -> tuple[int, ...]
 
 
 def greedy(layer: LayerScores, k: int, _generator: Generator) -> tuple[int, ...]:
-    """Start from nothing and add, k times, the expert that lowers err(S) most."""
+    """Start from no experts and add, k times, the expert that lowers err(S) most."""
     chosen: tuple[int, ...] = ()
     for _ in range(k):
         wider = [(*chosen, s) for s in range(len(layer.cross)) if s not in chosen]
@@ -70,7 +70,7 @@ def greedy(layer: LayerScores, k: int, _generator: Generator) -> tuple[int, ...]
 
 
 def exhaustive(layer: LayerScores, k: int, _generator: Generator) -> tuple[int, ...]:
-    """Pick the subset with the smallest err(S) of all; in it, the smallest single error stands first.
+    """Pick the subset with the smallest err(S) of all, sorted by the experts' single errors.
 
     Raises:
         GraftError: There are more than 20,000 subsets.
@@ -79,7 +79,7 @@ def exhaustive(layer: LayerScores, k: int, _generator: Generator) -> tuple[int, 
     if (count := math.comb(N, k)) > _SUBSETS:
         value = f"graft.selection = 'exhaustive' with graft.experts = {k}"
         rule = f"{layer.name} has {count} subsets of {N} experts, and {_SUBSETS} is the limit"
-        raise GraftError(value, rule, "choose 'greedy' or fewer experts")
+        raise GraftError(value, rule, "use graft.selection = 'greedy', or lower graft.experts")
     subsets = list(combinations(range(N), k))
     best, alone = subsets[int(_errors(layer, subsets).argmin())], _singles(layer)
     return tuple(sorted(best, key=lambda s: alone[s].item()))
@@ -98,18 +98,18 @@ RULES: dict[str, Rule] = {
 
 
 def select(rule: str, layer: LayerScores, k: int, generator: Generator) -> tuple[int, ...]:
-    """Return k different experts of a layer, best first; equal ones in the order of their numbers.
+    """Return k different experts of a layer, best first; equal ones are in the order of their numbers.
 
     Args:
         rule: A key of ``RULES``.
         layer: The layer's sums.
-        k: How many experts.
+        k: Number of experts.
         generator: Stream of the random rule.
 
     Raises:
         ConfigError: There is no such rule.
         GraftError: k is not from 1 to N, the rule has too many subsets to try, or it compares subsets of several
-            experts and these were not scored in pairs.
+            experts although these were not scored in pairs.
     """
     if rule not in RULES:
         close = difflib.get_close_matches(rule, RULES, n=1)
@@ -120,9 +120,9 @@ def select(rule: str, layer: LayerScores, k: int, generator: Generator) -> tuple
 
 
 def coefficients(layer: LayerScores, indices: Sequence[int]) -> tuple[float, ...]:
-    """Return the c that rebuild F best from the chosen experts, in the order of ``indices``.
+    """Return the c with which the chosen experts reproduce F best, in the order of ``indices``.
 
-    Experts that cannot be told apart share their coefficient; one whose output is always zero gets 0.
+    Experts with collinear outputs share their coefficient; an expert whose output is always zero gets 0.
 
     Raises:
         GraftError: ``indices`` are not different experts of the layer, or several that were not scored in pairs.
@@ -145,8 +145,8 @@ def pick_layers(layers: Sequence[Layer], wanted: Sequence[int]) -> list[Layer]:
     """Return the wanted layers, each once, in the model's order.
 
     Args:
-        layers: What there is of every MoE layer, in the model's order.
-        wanted: Positions in ``layers`` from 0, negative from the end; empty is all.
+        layers: One item per MoE layer, in the model's order.
+        wanted: Positions in ``layers`` from 0, negative from the end; empty means all.
 
     Raises:
         GraftError: There is no layer at a position.
@@ -155,7 +155,7 @@ def pick_layers(layers: Sequence[Layer], wanted: Sequence[int]) -> list[Layer]:
     for position in wanted:
         if not -count <= position < count:
             rule = f"the base has {count} MoE layers"
-            raise GraftError(f"graft.layers names {position}", rule, f"name {-count} to {count - 1}")
+            raise GraftError(f"graft.layers names {position}", rule, f"use numbers from {-count} to {count - 1}")
     kept = {position % count for position in wanted} if wanted else range(count)
     return [layer for position, layer in enumerate(layers) if position in kept]
 
@@ -178,7 +178,7 @@ def _errors(layer: LayerScores, subsets: Sequence[Sequence[int]]) -> Tensor:
 def _solve(layer: LayerScores, index: Tensor) -> Tensor:
     """Return the coefficients ``[M, k]`` of the subsets ``index [M, k]``.
 
-    Experts are brought to length 1 first, so that the cut against collinear ones does not hit merely small ones.
+    Outputs are scaled to length 1 first, so that the cutoff removes collinear experts, but not small ones.
     """
     if index.shape[1] > 1 and not layer.pairs:
         value = f"{layer.name}: a subset of {index.shape[1]} experts"

@@ -1,4 +1,4 @@
-"""What the selection of experts reads: how a layer's routed output and its experts relate on a client's own tokens.
+"""Sums for the selection of experts: how well each expert reproduces a layer's routed output on a client's tokens.
 
     s* = argmin_s  sum_x || F(x) - E_s(x) ||^2        F(x) = sum_{j in TopK} g_j(x) E_j(x)
 
@@ -25,9 +25,9 @@ from flexperts.moe.layout import LayerExperts, Note
 
 Batch = Mapping[str, Tensor]
 STACK = 2**26
-"""Values of all experts' up projections and outputs that are held at once, where pairs need them all."""
+"""Most values of all experts' up projections and outputs in memory at once, if pairs need them all."""
 TOKENS = 512
-"""Tokens at once: enough for matrix products, few enough that one expert's outputs are small."""
+"""Tokens per chunk: enough for efficient matrix products, few enough that one expert's outputs are small."""
 
 
 @dataclass
@@ -36,13 +36,13 @@ class LayerScores:
 
     Args:
         name: Experts module name.
-        gram: ``[N, N]``, sum of E_s(x) . E_t(x); zero outside of its diagonal without ``pairs``.
+        gram: ``[N, N]``, sum of E_s(x) . E_t(x); without ``pairs``, zero outside the diagonal.
         cross: ``[N]``, sum of F(x) . E_s(x).
         energy: Sum of ||F(x)||^2.
         counts: ``[N]``, tokens that the router sent to each expert.
-        weights: ``[N]``, sum of the router weights that each expert got.
+        weights: ``[N]``, sum of each expert's router weights.
         tokens: Calibration tokens that were scored.
-        pairs: Whether experts are compared with each other, as subsets of several need it, or with F alone.
+        pairs: Whether experts are also compared with each other, which subsets of several need, or with F alone.
     """
 
     name: str
@@ -68,7 +68,7 @@ class LayerScores:
 
     @property
     def relative(self) -> Tensor:
-        """``[N]`` errors over the routed output's energy: 1 is as bad as predicting zero."""
+        """``[N]`` errors divided by the routed output's energy: 1 is as bad as predicting zero."""
         return self.errors / max(self.energy, 1e-30)
 
     def best(self, k: int) -> tuple[int, ...]:
@@ -81,24 +81,24 @@ class LayerScores:
         return tuple(int(i) for i in self.errors.argsort(stable=True)[:k])
 
     def check_count(self, k: int) -> None:
-        """Refuse to choose k of the N experts where that cannot be done.
+        """Refuse to choose k of the N experts if that is not possible.
 
         Raises:
             GraftError: k is not from 1 to N.
         """
         if not 1 <= k <= len(self.cross):
             rule = f"{self.name} has {len(self.cross)} experts"
-            raise GraftError(f"graft.experts = {k}", rule, f"ask for 1 to {len(self.cross)}")
+            raise GraftError(f"graft.experts = {k}", rule, f"use a number from 1 to {len(self.cross)}")
 
     def add_products(self, target: Tensor, outputs: Iterable[Tensor]) -> None:
         """Add tokens' inner products.
 
-        A single expert's error is far from zero, so that fp32 is enough within a call; the system that pairs enter
-        may be near singular, and is computed in fp64.
+        A single expert's error is far from zero, so fp32 is enough within a call. The linear system of pairs can be
+        nearly singular, and is computed in fp64.
 
         Args:
             target: F, ``[T, D]``.
-            outputs: Every expert's own output in their order, some at a time: ``[n, T, D]``.
+            outputs: The outputs of all experts in order, in chunks of n experts: ``[n, T, D]``.
         """
         products = _all_products(target, outputs) if self.pairs else _single_products(target, outputs)
         gram, cross, energy = (p.double().cpu() for p in products)
@@ -108,7 +108,7 @@ class LayerScores:
         self.tokens += len(target)
 
     def add_routing(self, index: Tensor, weight: Tensor) -> None:
-        """Add what the router did with tokens: ``index`` and ``weight``, both ``[T, K]``."""
+        """Add the router's choices for tokens: ``index`` and ``weight``, both ``[T, K]``."""
         # On the CPU, because CUDA adds up a bin in no fixed order.
         chosen, given, N = index.flatten().cpu(), weight.flatten().double().cpu(), len(self.cross)
         self.counts += torch.bincount(chosen, minlength=N)[:N]
@@ -135,12 +135,12 @@ def _all_products(target: Tensor, outputs: Iterable[Tensor]) -> tuple[Tensor, Te
 
 @dataclass
 class Probe:
-    """Scores one batch's chosen positions while the experts are watched.
+    """Collector of the sums at chosen positions of each batch, while the experts are watched.
 
     Args:
         pairs: See ``LayerScores``.
-        scores: The sums by experts module, in the order in which they were noted.
-        positions: What to score of the next batch, as flat positions.
+        scores: The sums by experts module, in the order of the calls of ``note``.
+        positions: The flat positions to score in the next batch.
     """
 
     pairs: bool
@@ -148,7 +148,7 @@ class Probe:
     positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
 
     def note(self, experts: LayerExperts) -> Note:
-        """Return what scores a call of ``experts``."""
+        """Return a function that scores a call of ``experts``."""
         layer = LayerScores.empty(experts.name, experts.num_experts, pairs=self.pairs)
         self.scores[experts.name] = layer
         values = experts.num_experts * (experts.width + experts.expert(0).up.numel() // experts.width)
@@ -181,8 +181,8 @@ def reconstruction_scores(
         experts: The modules to score.
         batches: Dicts with at least ``attention_mask [B, S]``; padding is never scored.
         max_tokens: Token budget per layer, spread evenly over the batches.
-        generator: Stream that picks the tokens where there are more than the budget.
-        pairs: Compare the experts with each other too, for rules that choose several together.
+        generator: Stream that picks the tokens if there are more than the budget.
+        pairs: Whether to compare the experts with each other too, for rules that choose several together.
 
     Raises:
         GraftError: There is no calibration token.
@@ -190,7 +190,7 @@ def reconstruction_scores(
     batches = list(batches)
     total = sum(int(batch["attention_mask"].sum()) for batch in batches)
     if not total:
-        raise GraftError("calibration data", "it holds no token", "give the client at least one row")
+        raise GraftError("calibration data", "it has no tokens", "give the client at least one train row")
     probe = Probe(pairs)
     handles = [handle for e in experts for handle in e.watch(probe.note(e))]
     try:
@@ -213,15 +213,15 @@ def _sample(mask: Tensor, rate: float, generator: Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """Which tokens the selection reads.
+    """The tokens that the selection reads.
 
     Args:
-        rows: Train rows, drawn at random where there are more.
+        rows: Number of train rows, drawn at random if there are more.
         tokens: Token budget per layer.
         batch_size: Rows per forward pass.
-        pad_token_id: Token that fills short rows; it is never scored.
-        precision: As in training.
-        pairs: Whether experts are compared with each other too.
+        pad_token_id: Token that pads short rows; it is never scored.
+        precision: The precision of training.
+        pairs: Whether experts are also compared with each other.
     """
 
     rows: int
@@ -245,7 +245,7 @@ def score_experts(
         model: The base, without grafts and adapters.
         experts: Its experts modules.
         examples: The client's encoded train rows.
-        settings: Which tokens are read.
+        settings: The tokens to read.
         generator: Stream that draws rows and tokens.
     """
     batches = calibration_batches(examples, settings, generator)
@@ -263,7 +263,7 @@ def score_experts(
 def calibration_batches(
     examples: Sequence[Example], settings: CalibrationSettings, generator: Generator
 ) -> list[Batch]:
-    """Draw a client's rows and put those of similar length together."""
+    """Return batches of a client's rows, drawn at random and sorted by length."""
     order = torch.randperm(len(examples), generator=generator).tolist()[: settings.rows]
     chosen = sorted((examples[i] for i in order), key=lambda example: len(example.input_ids))
     padded = [

@@ -1,1 +1,1 @@
-"""Where updates are: who takes part, what is accepted, what is averaged. It sees no row and loads no model."""
+"""The server's side: participants, accepted replies, averaging. It reads no data rows and loads no model."""

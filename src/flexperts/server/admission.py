@@ -1,4 +1,4 @@
-"""What a client's reply must be before anything is made of it; whoever breaks a rule is told which."""
+"""Checks of a client's reply before it is used. Each refusal names the client and the rule."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ONE_RECIPE = "use one flexperts version and one recipe on every silo"
 
 
 class Admission:
-    """Checks replies against what the server knows.
+    """Checks of replies against what the server knows.
 
     Args:
         method: The method.
@@ -38,10 +38,10 @@ class Admission:
         self._start: tuple[Vector | None, float] = None, 0.0
 
     def update(self, client: str, content: RecordDict) -> Update:
-        """Return the update that a reply to the coming round's training holds.
+        """Return the update in a reply to a training request of the coming round.
 
         Raises:
-            FederationError: It cannot be used.
+            FederationError: The reply cannot be used.
         """
         try:
             info = info_of(content)
@@ -50,22 +50,24 @@ class Admission:
             return self._update(client, content)
         except FederationError:
             raise
-        except Exception as error:  # another machine's bytes: whatever they do here, the round goes on without them
+        except Exception as error:  # bytes from another machine: no fault in them may stop the round
             raise _unreadable(client, error) from error
 
     def scores(self, client: str, content: RecordDict) -> dict[str, float | int | None]:
-        """Return the scores that a reply to the finished round's evaluation holds; None where they are not finite.
+        """Return the scores in a reply to an evaluation request of the finished round; None where not finite.
 
         Raises:
-            FederationError: It cannot be used.
+            FederationError: The reply cannot be used.
         """
         try:
             _check_heading(client, info_of(content), self.server.round)
             metrics = metrics_of(content)
             wanted = ("rows", *(f"nll.{state}" for state in self.method.states))
-            _check_reported(client, metrics, wanted, finite=False)  # a model that has gone wrong may score so
+            _check_reported(client, metrics, wanted, finite=False)  # a diverged model has such scores
             if not (metrics["rows"] >= 1 and float(metrics["rows"]).is_integer()):
-                raise FederationError(f"{client}: {metrics['rows']} rows", "scores are of rows", _ONE_RECIPE)
+                raise FederationError(
+                    f"{client}: {metrics['rows']} rows", "the number of scored rows must be 1 or more", _ONE_RECIPE
+                )
             return {name: None if self._is_void(name, metrics) else value for name, value in metrics.items()}
         except FederationError:
             raise
@@ -74,7 +76,7 @@ class Admission:
 
     @staticmethod
     def _is_void(name: str, metrics: Metrics) -> bool:
-        """Tell whether a number is not finite, or of answers by a model whose loss is not."""
+        """Return whether a score is not finite, or is a ROUGE-L of a model state whose NLL is not finite."""
         kind, _, state = name.partition(".")
         loss = metrics.get(f"nll.{state}", 0.0) if kind == "rouge_l" else 0.0
         return not (math.isfinite(metrics[name]) and math.isfinite(loss))
@@ -111,15 +113,15 @@ class Admission:
         if rows != expected or expected < 1:
             raise FederationError(
                 f"{client} counts {rows} rows",
-                f"on joining it told {expected}",
-                "start that silo again: it joins with the rows that it has",
+                f"on joining it reported {expected}",
+                "restart that silo: it then joins with the rows that it has now",
             )
 
     def _check_values(self, update: Update) -> None:
-        """Refuse what is not finite or has gone too far, or is too large where replies are no trained weights.
+        """Refuse values that are not finite or too far from the round's start (too large if not additive).
 
-        Nearly always the values alone are too small for that, which one look at them tells: an update's norm is at
-        most the sum of their norm and of that of where they started.
+        A cheap bound comes first: the update's norm is at most the norm of the values plus the norm of the start.
+        Nearly always this bound is small enough, and the exact float64 check is skipped.
         """
         allowed = self.config.federation.max_update_rms
         start = self.server.shared.vector if self.method.additive else None
@@ -131,32 +133,32 @@ class Admission:
         if not found <= allowed:
             raise FederationError(
                 f"{update.client}: root mean square of the update {found:.3g}",
-                f"federation.max_update_rms = {allowed:g} is the most",
+                f"it must be at most federation.max_update_rms = {allowed:g}",
                 "lower training.lr on that silo",
             )
 
     def _norm(self, start: Vector) -> float:
-        """Return the norm of what a round starts from, taken once."""
+        """Return the norm of the weights that a round starts from, computed once."""
         if self._start[0] is not start:
             self._start = start, quick_norm(start)
         return self._start[1]
 
 
 def quick_norm(values: Vector) -> float:
-    """Return the L2 norm, to a tenth of a percent; not finite where values are not, or are too large for this."""
+    """Return the L2 norm to 0.1 percent; it is not finite if a value is not, or if float32 overflows."""
     blocks = (values[first : first + _BLOCK] for first in range(0, values.size, _BLOCK))
     with np.errstate(over="ignore", invalid="ignore"):
         return math.sqrt(sum(float(np.dot(block, block)) for block in blocks))
 
 
 def leaked(content: RecordDict) -> int:
-    """Return the personal bytes that a client says it found in its own reply."""
+    """Return how many personal bytes a client reports to have found in its own reply."""
     found = metrics_of(content).get("personal_sent") if "metrics" in content.metric_records else None
     return found if isinstance(found, int) and found > 0 else 0
 
 
 def root_mean_square(values: Vector, start: Vector | None = None) -> float:
-    """Return the root mean square of values, or of how far they are from where they started; in float64."""
+    """Return the root mean square of the values, or of their difference from ``start``; in float64."""
     total = 0.0
     for first in range(0, values.size, _BLOCK):
         block = values[first : first + _BLOCK].astype(np.float64)
@@ -168,12 +170,16 @@ def root_mean_square(values: Vector, start: Vector | None = None) -> float:
 
 def _check_heading(client: str, info: Any, number: int) -> None:
     if normal(str(info["client"])) != client:
-        raise FederationError(f"node of {client} answers as {info['client']}", "a node is one client", "rename it")
+        raise FederationError(
+            f"node of {client} answers as {info['client']}",
+            "a node has one client name",
+            "use one name in that silo's file and restart the silo",
+        )
     if info["round"] != number:
         raise FederationError(
             f"{client} answers to round {info['round']}",
             f"this is round {number}",
-            "raise federation.deadline where silos are often late",
+            "raise federation.deadline if silos are often late",
         )
 
 

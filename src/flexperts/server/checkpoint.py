@@ -1,4 +1,4 @@
-"""The server's state at rest: one safetensors file, written whole after every round."""
+"""The server's state on disk: one safetensors file, written atomically after every round."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SHARED, _MEMORY = "shared/", "memory/"
 
 
 class _Rest(BaseModel):
-    """What a checkpoint holds beside tensors."""
+    """The values of a checkpoint that are not tensors."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -33,10 +33,10 @@ class _Rest(BaseModel):
 
 
 def save_server(path: Path, server: Server) -> None:
-    """Write the server's whole state, or nothing.
+    """Write the server's whole state, atomically.
 
     Raises:
-        ArtifactError: It cannot be written; the old file, if there was one, still stands.
+        ArtifactError: It cannot be written; an older file is left unchanged.
     """
     tensors = {f"{_SHARED}{n}": t for n, t in server.shared.tensors().items()}
     tensors |= {f"{_MEMORY}{n}": t for n, t in server.memory.items()}
@@ -49,10 +49,10 @@ def load_server(path: Path, clients: Collection[str] | None = None) -> Server:
 
     Args:
         path: The checkpoint.
-        clients: Names that the state must have been made with; None takes any.
+        clients: Client names that the state must have; None accepts any.
 
     Raises:
-        ArtifactError: The file is missing, damaged or foreign, or made with other clients.
+        ArtifactError: The file is missing, damaged or of another format, or has other clients.
     """
     tensors, value = read_sealed(path, _FORMAT)
     try:
@@ -62,18 +62,18 @@ def load_server(path: Path, clients: Collection[str] | None = None) -> Server:
     server = Server(Payload.of(_under(_SHARED, tensors)), memory=_under(_MEMORY, tensors), **rest)
     if clients is not None and sorted(clients) != sorted(server.clients):
         raise ArtifactError(
-            f"{path} is of clients {', '.join(sorted(server.clients))}",
-            f"now there are {', '.join(sorted(clients))}",
+            f"{path} has the clients {', '.join(sorted(server.clients))}",
+            f"the run now has {', '.join(sorted(clients))}",
             "resume with the same clients",
         )
     return server
 
 
 def saved_round(path: Path) -> int:
-    """Return how many rounds a server's state has behind it; 0 where there is none. Its tensors are not read.
+    """Return the number of finished rounds in a checkpoint; 0 if there is no file. Tensors are not read.
 
     Raises:
-        ArtifactError: The file is damaged or foreign.
+        ArtifactError: The file is damaged or of another format.
     """
     if not path.exists():
         return 0

@@ -1,4 +1,4 @@
-"""Taking clients into a run: before round 1, when it is resumed, and in its midst."""
+"""Adding clients to a run: before round 1, on resuming, and between rounds."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from flexperts.server.exchange import LazyGrid
 from flexperts.server.membership import Introduction, Membership
 
 _POLL = 1.0
-"""Seconds between two looks at who is online."""
+"""Seconds between two checks of which nodes are online."""
 
 
 def gather(grid: Grid, members: Membership, settings: FederationConfig, base: str = "") -> str:
-    """Wait until enough clients are online, and turn away those with another base than the run's.
+    """Wait until enough clients are online, and turn away clients whose base is not the run's.
 
     Args:
-        grid: Where the nodes are.
-        members: Is filled.
-        settings: How many are waited for, and how long.
-        base: The run's base; empty where it has none yet, and takes the one that most clients have.
+        grid: The grid of nodes.
+        members: Receives the clients.
+        settings: The minimum number of clients, and the deadline in seconds.
+        base: Fingerprint of the run's base; empty before round 1, where the run takes the most common base.
 
     Returns:
-        The run's base.
+        The fingerprint of the run's base.
 
     Raises:
-        FederationError: Too few have joined when the time is over.
+        FederationError: Too few clients have joined within the deadline.
     """
     end = time.monotonic() + settings.deadline
     while True:
@@ -44,7 +44,7 @@ def gather(grid: Grid, members: Membership, settings: FederationConfig, base: st
         bases = {name: members.told[name].base for name in members.online}
         common = base or most_common(bases)
         fitting = [name for name, its in bases.items() if its == common]
-        # A lazy grid's nodes are all there from the start.
+        # All nodes of a lazy grid are online from the start.
         if len(fitting) >= settings.min_clients or isinstance(grid, LazyGrid) or time.monotonic() >= end:
             break
         time.sleep(_POLL)
@@ -55,29 +55,30 @@ def gather(grid: Grid, members: Membership, settings: FederationConfig, base: st
 
 
 def require(members: Membership, settings: FederationConfig) -> None:
-    """Refuse to go on with fewer clients than the recipe asks for.
+    """Refuse to continue with fewer clients than the recipe asks for.
 
     Raises:
-        FederationError: They are fewer, or there is none; it names who joined and who was turned away.
+        FederationError: Too few clients are online; it names those that joined and those that were turned away.
     """
     if len(members.online) >= settings.min_clients:
         return
     refused = "".join(f"; refused: {who} ({reason})" for who, reason in members.refused)
     raise FederationError(
-        f"{len(members.online)} clients have joined ({', '.join(members.online) or 'nobody'}{refused})",
-        f"federation.min_clients = {settings.min_clients} must within federation.deadline {settings.deadline:g} s",
+        f"{len(members.online)} clients have joined ({', '.join(members.online) or 'none'}{refused})",
+        f"federation.min_clients = {settings.min_clients} must join within federation.deadline = "
+        f"{settings.deadline:g} s",
         "start the other silos and resume the run",
     )
 
 
 def most_common(bases: Mapping[str, str]) -> str:
-    """Return the base that most clients have; of several, the one of the first client by name."""
+    """Return the base that most clients have; with a tie, that of the first client by name."""
     counts = Counter(bases.values())
     return next((bases[name] for name in sorted(bases) if counts[bases[name]] == max(counts.values())), "")
 
 
 def found(method: Method, members: Membership, server: Server) -> None:
-    """Make the clients that are online those of a new run, and let the method settle on what they report.
+    """Make the online clients the clients of a new run, and make the method's agreement from their reports.
 
     Raises:
         ConfigError: The method cannot run with these clients.
@@ -88,9 +89,9 @@ def found(method: Method, members: Membership, server: Server) -> None:
 
 
 def _fitting(method: Method, members: Membership) -> tuple[Any, dict[str, Any]]:
-    """Return the agreement and the reports it is of; those that do not fit the ones before are turned away."""
+    """Return the agreement and its reports; turn away clients whose report does not fit those before it."""
     told = {name: members.told[name].report for name in members.online}
-    with suppress(FlexpertsError):  # nearly always all fit; one after the other takes the square of their number
+    with suppress(FlexpertsError):  # nearly always all fit; adding them one by one costs quadratic time
         return agreed(method, told), told
     agreement: Any = None
     reports: dict[str, Any] = {}
@@ -105,10 +106,11 @@ def _fitting(method: Method, members: Membership) -> tuple[Any, dict[str, Any]]:
 
 
 def enrol(method: Method, server: Server, one: Introduction) -> None:
-    """Take a client into a run that has begun, or back into it.
+    """Add a client to a run that has begun; a client that returns may have other rows or another report.
 
     Raises:
-        FlexpertsError: It has another base, or the method would have settled otherwise with it.
+        FlexpertsError: The client has another base, its name looks like another client's, or the method's
+            agreement would be another one with it.
     """
     if server.base and one.base != server.base:
         raise other_base(one, server.base)
@@ -116,7 +118,9 @@ def enrol(method: Method, server: Server, one: Introduction) -> None:
         return
     if one.client not in server.clients and (other := alike(one.client, readings_of(server.clients))) is not None:
         raise FederationError(
-            f"client {one.client!a}", f"the run has a client {other!a}, and two must not read alike", "rename one"
+            f"client {one.client!a}",
+            f"the run has a client {other!a}, and two names must not look alike",
+            "rename one of the two silos",
         )
     clients = {**server.clients, one.client: one.rows}
     reports = {**server.reports, one.client: one.report}
@@ -126,17 +130,17 @@ def enrol(method: Method, server: Server, one: Introduction) -> None:
 def change_clients(
     method: Method, server: Server, clients: Mapping[str, int], reports: Mapping[str, Any], remedy: str
 ) -> None:
-    """Give a run other clients than it had, or none of them.
+    """Replace a run's clients; if that is refused, the run keeps the clients it had.
 
     Args:
         method: The method.
         server: The run's state.
         clients: Client -> train rows, from now on.
-        reports: Client -> what it reports, from now on.
-        remedy: What to do where it cannot be.
+        reports: Client -> its report, from now on.
+        remedy: What the error tells the user to do.
 
     Raises:
-        FlexpertsError: The method cannot run with these clients, or would have settled otherwise with them.
+        FlexpertsError: The method cannot run with these clients, or its agreement would be another one.
     """
     same = clients.keys() == server.clients.keys()
     if same and reports == server.reports:
@@ -146,8 +150,8 @@ def change_clients(
     reports = dict(sorted(reports.items()))
     if _plain(agreed(method, reports)) != _plain(server.agreement):
         raise FederationError(
-            "what the clients report comes to another agreement",
-            "the method has settled on its clients before round 1",
+            "with these clients' reports, the method's agreement would be another one",
+            "it is fixed before round 1",
             remedy,
         )
     server.clients, server.reports = dict(sorted(clients.items())), reports
@@ -156,10 +160,10 @@ def change_clients(
 
 
 def agreed(method: Method, reports: Mapping[str, Any]) -> Any:
-    """Return the method's agreement on reports of any origin.
+    """Return the method's agreement on reports, which may come from other machines.
 
     Raises:
-        FlexpertsError: They do not fit together, or cannot be read.
+        FlexpertsError: The reports do not fit together, or cannot be read.
     """
     try:
         return method.agree(reports)
@@ -167,14 +171,14 @@ def agreed(method: Method, reports: Mapping[str, Any]) -> Any:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise FederationError(
-            "what it reports",
+            "the client's report",
             f"the method cannot read it ({error!r})",
             "use one flexperts version and one recipe on every silo",
         ) from error
 
 
 def other_base(one: Introduction, base: str) -> FederationError:
-    """Return the refusal of a client whose base is not the run's."""
+    """Return the error for a client whose base is not the run's."""
     return FederationError(
         f"{one.client} has the base {one.base[:16]}",
         f"the run's base is {base[:16]}",
@@ -183,5 +187,5 @@ def other_base(one: Introduction, base: str) -> FederationError:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as it comes back from a checkpoint, to compare it with one that has."""
+    """Return a value as a checkpoint returns it (through JSON), so that it compares equal to a loaded one."""
     return json.loads(json.dumps(value))

@@ -1,4 +1,4 @@
-"""One exchange of messages over any grid: whom a reply is from, and what it says went wrong."""
+"""One exchange of messages over any grid: the sender of a reply, and the error that it reports."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _LONGEST = 400
 
 
 class LazyGrid(Grid):
-    """A grid whose nodes are all there from the start, and that makes each reply when it is asked for."""
+    """A grid whose nodes are all online from the start; it makes each reply when the caller reads it."""
 
 
 class Asked:
-    """Who was asked in one exchange.
+    """The requests of one exchange.
 
-    A reply is put to a node by the message it answers: Flower's own error replies, such as for a node that died,
-    come from the SuperLink and not from the node.
+    A reply is matched to a node by the message that it answers: Flower's own error replies, such as for a node
+    that died, are sent by the SuperLink and not by the node.
     """
 
     def __init__(self) -> None:
@@ -32,40 +32,40 @@ class Asked:
         return message
 
     def node(self, reply: Message) -> int:
-        """Return the node that a reply is about."""
+        """Return the node whose request a reply answers."""
         answered, sender = reply.metadata.reply_to_message_id, reply.metadata.src_node_id
         own = self._sent.get(sender)
-        if own is not None and own.message_id == answered:  # as ever; nobody else's request needs a look
+        if own is not None and own.message_id == answered:  # the usual case; other requests need no check
             return sender
         found = (node for node, sent in self._sent.items() if answered and sent.message_id == answered)
         return next(found, sender)
 
 
 def request(content: RecordDict, kind: str, node: int, group: str) -> Message:
-    """Return a message to a node; what belongs together has one group."""
+    """Return a message to a node; messages of one exchange share the group."""
     return Message(content, node, kind, group_id=group)
 
 
 def sendable(grid: Grid, messages: Iterator[Message]) -> Iterable[Message]:
-    """Return messages as a grid can take them.
+    """Return messages in the form that a grid takes: lazy for a lazy grid, else a list.
 
-    In one process each is made when its client's turn comes; Flower's own grids walk over them more than once.
+    In one process, each message is made when its client is next. Flower's own grids iterate more than once.
     """
     return messages if isinstance(grid, LazyGrid) else list(messages)
 
 
 def error_of(reply: Message) -> str | None:
-    """Return the reason that an error reply gives; None where the reply is none."""
+    """Return the reason in an error reply; None if the reply is not an error."""
     if reply.has_error():
         return one_line(reply.error.reason or "") or f"error {reply.error.code}"
     try:
         told = info_of(reply.content).get("error")
     except (KeyError, TypeError, ValueError):
-        return None  # whoever reads on will say what is wrong with it
+        return None  # the caller reads the reply next and reports what is wrong with it
     return None if told is None else one_line(str(told)) or "error"
 
 
 def one_line(text: str) -> str:
-    """Return a text of any origin as one line of bounded length."""
+    """Return any text as one line of bounded length."""
     line = " ".join(text.split())
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."

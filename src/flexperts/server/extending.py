@@ -1,4 +1,4 @@
-"""Giving a run other rounds than it was started with: more after it has finished, or another number on the way."""
+"""Changing a run's number of rounds: more rounds after it has finished, or another number before that."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from flexperts.server.checkpoint import load_server
 
 
 def is_extended(run: RunDirectory, config: RunConfig) -> bool:
-    """Tell whether a recipe is that of a run but for the number of rounds, and the run can have that number.
+    """Return whether a recipe differs from a run's only in the number of rounds, and the run can have that number.
 
     Args:
         run: A run, finished or not.
         config: The recipe.
 
     Raises:
-        ConfigError: The method has settled on its rounds.
+        ConfigError: The method cannot change its number of rounds.
         ArtifactError: The number is too small, the checkpoint is missing or damaged, or clients have joined the
             finished run.
     """
@@ -35,16 +35,16 @@ def is_extended(run: RunDirectory, config: RunConfig) -> bool:
         raise ArtifactError(
             asked,
             f"{run.path / 'config.toml'} has {before}, and {done} rounds are finished",
-            f"give a number above {done}, or the run's own to leave it as it is",
+            f"set a number above {done}, or {before} to leave the run as it is",
         )
     method = make_method(config.method)
     if run.checkpoint.exists() and method.extra_rounds(before):
-        rule = f"{method.name} has settled on {before} rounds, after which it has one of its own"
-        raise ConfigError(asked, rule, "start a new run")
+        rule = f"the run has {before}, and {method.name} trains an extra round after its last one"
+        raise ConfigError(asked, rule, "start a new run with this number of rounds")
     if joined := ", ".join(run.joined()):
         raise ArtifactError(
             f"{run.path}",
-            f"{joined} joined after round {done}, on shared weights that stand still",
+            f"{joined} joined after round {done}, and a joined client needs the shared weights to stay as they are",
             "start a new run with them among the clients, or undo the joining (docs/joining.md)",
         )
     return True
@@ -54,7 +54,7 @@ def finished_rounds(run: RunDirectory) -> int:
     """Return how many rounds of a run are finished.
 
     Raises:
-        ArtifactError: Rounds have finished and the checkpoint is missing, or it is damaged.
+        ArtifactError: The checkpoint is damaged, or it is missing although rounds have finished.
     """
     if not run.checkpoint.exists() and not run.has_rounds():
         return 0
@@ -62,10 +62,10 @@ def finished_rounds(run: RunDirectory) -> int:
 
 
 def extend(run: RunDirectory, config: RunConfig, observer: Observer) -> None:
-    """Give a run the recipe's number of rounds; ``is_extended`` has been asked.
+    """Give a run the recipe's number of rounds, after ``is_extended`` has returned True.
 
-    What was made of the last round goes: it is made again after the new last one. A kill on the way leaves a run
-    that has not finished, by the one recipe or by the other.
+    The results of the last round are deleted: they are made again after the new last round. If the process is
+    killed here, the run is unfinished, with the old recipe or the new one.
     """
     before, done = rounds_before(run.config_toml, config.to_toml()), finished_rounds(run)
     for stale in (run.path / "summary.json", run.beyond):
@@ -74,17 +74,17 @@ def extend(run: RunDirectory, config: RunConfig, observer: Observer) -> None:
     rounds = config.federation.rounds
     share = rate(done / rounds, config.training.warmup_ratio)
     observer.notice(
-        f"{config.method.name}: {done} rounds are finished as rounds of {before}; from here on the learning rate's "
-        f"cosine is that of {rounds} rounds, so round {done + 1} starts at {100 * share:.0f} % of the peak rate"
+        f"{config.method.name}: {done} of {before} planned rounds are finished; from here on the learning rate's "
+        f"cosine is over {rounds} rounds, so round {done + 1} starts at {100 * share:.0f} % of the peak rate"
     )
 
 
 def rate(passed: float, warmup: float) -> float:
-    """Return the learning rate over its peak when a share of a run's steps has passed.
+    """Return the learning rate, divided by its peak, after a share of a run's steps.
 
     Args:
-        passed: The share, 0 to 1.
-        warmup: Share of the steps that warm up.
+        passed: The share of the steps that are done, 0 to 1.
+        warmup: The share of the steps that are warm-up.
     """
     if passed < warmup:
         return passed / warmup

@@ -1,4 +1,4 @@
-"""Taking a departed silo out of a stopped run."""
+"""Removing a silo that has left from a stopped run."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from flexperts.server.enrolment import change_clients
 
 
 def forget(run: RunDirectory, client: str) -> None:
-    """Take a client out of a stopped run's checkpoint: name, report, and what the server keeps for it alone.
+    """Remove a client from a stopped run's checkpoint: its name, its report, and the server's values for it.
 
-    What its updates have made of the shared weights stays in them. Rounds that are written down are left as they
-    are. Should it come back, it joins as a new client.
+    The effect of its past updates stays in the shared weights, and the rounds on record do not change. If the
+    client comes back, it joins as a new client.
 
     Args:
-        run: The run; it must not be going on, and not have finished.
-        client: Who has departed.
+        run: The run; it must be stopped and unfinished.
+        client: The client that has left.
 
     Raises:
-        ArtifactError: The run has no such client, no other one, has finished, or is going on.
-        FlexpertsError: The method cannot go on without the client, or would have settled otherwise without it.
+        ArtifactError: The run has no such client, has no other client, has finished, or is running.
+        FlexpertsError: The method cannot continue without the client, or its agreement would be another one.
     """
     with sole_writer(run.path):
         _forget(run, client)
@@ -32,14 +32,16 @@ def forget(run: RunDirectory, client: str) -> None:
 
 def _forget(run: RunDirectory, client: str) -> None:
     if run.has_finished:
-        raise ArtifactError(f"{run.path}", "the run has finished", "forget clients of a run that was broken off")
+        raise ArtifactError(
+            f"{run.path}", "the run has finished", "use `flexperts forget` on a run that was stopped before its end"
+        )
     server, client = load_server(run.checkpoint), normal(client)
     if client not in server.clients:
         raise ArtifactError(
-            f"client {client!r}", f"the run's clients are {', '.join(sorted(server.clients))}", "choose one"
+            f"client {client!r}", f"the run's clients are {', '.join(sorted(server.clients))}", "choose one of them"
         )
     if len(server.clients) == 1:
-        raise ArtifactError(f"client {client!r}", "the run has no other", "delete the run")
+        raise ArtifactError(f"client {client!r}", "the run has no other client", "delete the run's folder instead")
     method = make_method(recorded_recipe(run.path).method)
     clients = {name: rows for name, rows in server.clients.items() if name != client}
     reports = {name: report for name, report in server.reports.items() if name != client}

@@ -1,4 +1,4 @@
-"""Who is in the federation: which node is which client, and what each told on joining."""
+"""The members of the federation: each node's client, and what each client sent on joining."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from flexperts.server.exchange import Asked, error_of, one_line, request, sendab
 
 @dataclass(frozen=True)
 class Introduction:
-    """What a client told on joining.
+    """The message of a client that joins.
 
     Args:
         client: Its name.
         base: Fingerprint of its base.
         rows: Its train rows.
-        report: What the method's ``report`` said.
+        report: The value of the method's ``report``.
         size: Encoded bytes of the message.
     """
 
@@ -41,7 +41,7 @@ class Introduction:
         """Read an answer to ``query.join``.
 
         Raises:
-            FederationError: It is an error, or none of ours.
+            FederationError: The answer is an error, or not an introduction.
         """
         if (error := error_of(reply)) is not None:
             raise FederationError("it cannot join", error, "see that silo's log")
@@ -55,15 +55,15 @@ class Introduction:
         except Exception as error:  # another machine's bytes
             said = str(error) if isinstance(error, FlexpertsError) else repr(error)
             raise FederationError(
-                f"it introduces itself wrongly ({said})",
-                "a client tells name, base, rows and report",
+                f"its introduction cannot be read ({said})",
+                "a client sends its name, base, number of rows and report",
                 "use one flexperts version on every silo",
             ) from error
 
 
 @dataclass(frozen=True)
 class Change:
-    """Who came and who went since the last look, sorted."""
+    """The clients that joined and left since the last look, sorted by name."""
 
     joined: list[str]
     left: list[str]
@@ -73,18 +73,18 @@ class Membership:
     """The nodes that are online.
 
     Args:
-        observer: Is told who is turned away.
-        run: The run's id, which every request tells: silos keep their state by it.
+        observer: Receives the clients that are turned away.
+        run: The run's id. Every request holds it, because silos keep one state per run id.
     """
 
     def __init__(self, observer: Observer, run: str = "") -> None:
         self.run = run
         self.nodes: dict[int, str] = {}
-        """Node id -> client, of those that are online now."""
+        """Node id -> client, for the clients that are online now."""
         self.told: dict[str, Introduction] = {}
-        """Client -> what it told when it last joined, of those that have gone too."""
+        """Client -> its latest introduction; clients that have left are included."""
         self.refused: list[tuple[str, str]] = []
-        """Who was turned away and why, until it is written down."""
+        """(client or node, reason) of those turned away, until the round's record has them."""
         self.observer = observer
         self._node_of: dict[str, int] = {}
         self._readings: dict[str, str] = {}
@@ -100,12 +100,12 @@ class Membership:
         return self._node_of[client]
 
     def look(self, grid: Grid, timeout: float) -> Change:
-        """Take off the nodes that have gone and ask those that are new who they are.
+        """Remove the nodes that have left, and ask new nodes for their introduction.
 
-        Whoever was turned away is asked again when some node has gone: its name may be free now.
+        When a node has left, nodes that were turned away are asked again: their name may be free now.
 
         Args:
-            grid: Where the nodes are.
+            grid: The grid of nodes.
             timeout: Seconds to wait for answers.
         """
         online = set(grid.get_node_ids())
@@ -116,30 +116,30 @@ class Membership:
         return Change(sorted(joined), left)
 
     def turn_away(self, client: str, reason: str) -> None:
-        """Take a client off that is online and may not take part."""
+        """Remove an online client that may not take part."""
         node = self.node(client)
         self._take_off(node)
         self._refuse(node, client, reason)
 
     def written_down(self) -> list[tuple[str, str]]:
-        """Return who was turned away since this was last called."""
+        """Return the clients and nodes turned away since the last call, with reasons, and clear the list."""
         refused, self.refused = self.refused, []
         return refused
 
     def _introduced(self, grid: Grid, strangers: Iterable[int], timeout: float) -> list[str]:
-        """Ask nodes who they are and return the names of those that are in now."""
+        """Ask nodes for their introduction, and return the names of the clients that were let in."""
         asked, silent = Asked(), set(strangers)
         requests = (asked.note(self._who_is(node)) for node in sorted(silent))
         joined = []
         for reply in _by_node(asked, grid.send_and_receive(sendable(grid, requests), timeout=timeout)):
             node = asked.node(reply)
             if node not in silent:
-                continue  # it was not asked, or has answered already
+                continue  # the node was not asked, or has answered already
             silent.remove(node)
             if (name := self._let_in(node, reply)) is not None:
                 joined.append(name)
         for node in sorted(silent):
-            self._refuse(node, f"node {node}", f"it did not say who it is within {timeout:.0f} s", ask_again=True)
+            self._refuse(node, f"node {node}", f"it sent no introduction within {timeout:.0f} s", ask_again=True)
         return joined
 
     def _who_is(self, node: int) -> Message:
@@ -152,10 +152,10 @@ class Membership:
             self._refuse(node, self._called(node, reply), str(error), ask_again=True)
             return None
         if one.client in self._node_of:
-            self._refuse(node, one.client, f"node {node} says so too, and the name's owner is online; rename one")
+            self._refuse(node, one.client, f"node {node} has the same name as a client that is online; rename one")
             return None
         if (other := alike(one.client, self._readings)) is not None:
-            self._refuse(node, one.client, f"its name reads like that of {other}, who is online; rename one")
+            self._refuse(node, one.client, f"its name looks like that of {other}, which is online; rename one")
             return None
         self.nodes[node], self._node_of[one.client], self.told[one.client] = one.client, node, one
         self._readings |= dict.fromkeys(looks(one.client), one.client)
@@ -169,7 +169,7 @@ class Membership:
         return client
 
     def _called(self, node: int, reply: Message) -> str:
-        """Return what to call a node that cannot join: by the name it gives, unless it is none or another's."""
+        """Return the name of a node that cannot join; its number if it gives no valid name or one in use."""
         try:
             name = client_name(str(info_of(reply.content)["client"]))
         except (KeyError, ValueError):
@@ -180,11 +180,11 @@ class Membership:
         if not ask_again:
             self._away.add(node)
         refusal = who, one_line(reason)
-        if refusal not in self.refused:  # while others are waited for, a node is asked again and again
+        if refusal not in self.refused:  # the server asks a node again at every look
             self.refused.append(refusal)
             self.observer.refused(*refusal)
 
 
 def _by_node(asked: Asked, replies: Iterable[Message]) -> Iterable[Message]:
-    """Return replies in the order of their nodes, so that who comes first does not hang on the network."""
+    """Return replies in the order of their nodes, so that the order does not depend on the network."""
     return sorted(replies, key=asked.node) if isinstance(replies, list | tuple) else replies

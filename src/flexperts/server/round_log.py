@@ -1,4 +1,4 @@
-"""What the server writes down of one round: a line of ``rounds.jsonl``."""
+"""The server's record of one round: a line of ``rounds.jsonl``."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from flexperts.communication.traffic import group_bytes, payload_bytes
 from flexperts.parameters.vector import Manifest
 
 _ANSWERS = ("max_new_tokens", "longer_references", "cut")
-"""What is reported of answers beside their scores."""
+"""First words of the metrics about answers that are not scores."""
 
 
 @dataclass
 class RoundLog:
-    """What the server measures of one round.
+    """The server's measurements of one round.
 
     Args:
         number: The round, from 1.
-        clients: What each client whose update was used reported: loss, steps, tokens, rows.
-        uplink: Encoded bytes that each of these clients sent.
-        downlink: Encoded bytes sent to each client.
-        declared: What the method declares for both directions: payload bytes by client.
-        groups: The same, divided by group of tensors.
-        evaluation: Encoded bytes of the evaluation, both directions, by client.
+        clients: Client -> loss, steps, tokens, rows as it reported them; clients whose update was used.
+        uplink: Client -> encoded bytes that it sent; clients whose update was used.
+        downlink: Client -> encoded bytes sent to it.
+        declared: Direction -> client -> payload bytes that the method declares.
+        groups: Direction -> client -> group of tensors -> payload bytes.
+        evaluation: Direction -> client -> encoded bytes of the evaluation.
         personal_sent: Personal bytes that clients found in their own encoded messages.
         scores: Client -> metrics of its evaluation, in rounds that evaluate; None where one is not finite.
-        answers: Client -> longest answer in tokens, how many references are longer, answers cut by state, in rounds
+        answers: Client -> longest answer in tokens, number of longer references, cut answers by state; in rounds
             that generate answers.
-        seconds: Wall time of training and evaluation.
-        participants: Who was drawn to train.
-        refused: Client, or node that never got a name -> why a message of its was not used.
-        missing: Participants from whom nothing came.
+        seconds: Wall time in seconds of training and evaluation.
+        participants: Clients drawn to train.
+        refused: Client, or node without a valid name -> why its message was not used.
+        missing: Participants that sent nothing.
         unscored: Client -> why it has no scores, in rounds that evaluate.
-        joined: Clients that came, or came back, before this round.
-        left: Clients that went before this round.
-        privacy: What differential privacy guarantees after this round; None without noise.
-        planned: Rounds that the run was to have in all when this one began, over which the learning rate's cosine
-            goes; 0 in rounds of earlier versions.
+        joined: Clients that joined or returned before this round.
+        left: Clients that left before this round.
+        privacy: The guarantee of differential privacy after this round; None without noise.
+        planned: The run's planned number of rounds when this one began; the learning rate's cosine is over it.
+            0 in rounds of earlier versions.
     """
 
     number: int
@@ -62,22 +62,22 @@ class RoundLog:
     planned: int = 0
 
     def declare(self, direction: str, client: str, manifest: Manifest) -> None:
-        """Note what a client's payload holds."""
+        """Record the sizes of a client's payload, as the method declares them."""
         self.groups[direction][client] = group_bytes(manifest)
         self.declared[direction][client] = payload_bytes(manifest)
 
     def score(self, client: str, metrics: Mapping[str, float | int | None]) -> None:
-        """Note what a client reports of its evaluation."""
+        """Record the metrics of a client's evaluation."""
         about = {name: value for name, value in metrics.items() if name.partition(".")[0] in _ANSWERS}
         self.scores[client] = {name: value for name, value in metrics.items() if name not in about}
         if about:
             self.answers[client] = about
 
     def refuse(self, client: str, reason: str) -> None:
-        """Note why a message was not used; a client can have more than one."""
+        """Record why a message was not used; a client can have several reasons."""
         before = self.refused.get(client)
         self.refused[client] = f"{before}; {reason}" if before else reason
 
     def close_training(self, heard: Collection[str]) -> None:
-        """Note who was drawn and is not among those that sent something."""
+        """Record the participants that are not among the clients that sent something."""
         self.missing = [name for name in self.participants if name not in heard]

@@ -1,4 +1,4 @@
-"""The server's run over any Flower Grid: meet the clients, run the rounds, write the result. It loads no model."""
+"""The server's run over any Flower Grid: gather clients, run the rounds, write the result. It loads no model."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from flexperts.server.summary import summarize
 
 @dataclass(frozen=True)
 class Initial:
-    """What one client tells before round 1.
+    """The initial weights that one client sends before round 1.
 
     Args:
-        payload: The shared weights that all start from.
-        split: The table of its parameters, by who owns them.
-        adapter: PEFT's configuration of its adapter, as JSON.
+        payload: The shared weights that all clients start from.
+        split: The table of the client's parameters: shared, personal, frozen.
+        adapter: PEFT's configuration of the adapter, as JSON.
         size: Encoded bytes of the message.
     """
 
@@ -60,8 +60,8 @@ def serve(
 ) -> None:
     """Run a method's rounds over a grid and write rounds, shared adapter and, last, the summary.
 
-    A run directory that holds a checkpoint is resumed after its last finished round, by those clients that are
-    there.
+    If the run directory holds a checkpoint, the run resumes after its last finished round, with the clients that
+    are online.
 
     Args:
         grid: Where the clients are.
@@ -102,13 +102,13 @@ def serve(
 
 
 def _awaited(federation: FederationConfig, server: Server | None) -> FederationConfig:
-    """Return the settings by which clients are waited for: of a run that has begun, some may be forgotten."""
+    """Return the settings for gathering clients; a resumed run may have fewer, because some were forgotten."""
     fewest = min(federation.min_clients, len(server.clients)) if server else federation.min_clients
     return federation.model_copy(update={"min_clients": fewest})
 
 
 def _new(method: Method, members: Membership, config: RunConfig) -> Server:
-    """Return the state of a run that begins with the clients that are online; it has no weights yet."""
+    """Return the state of a new run with the clients that are online; it has no weights yet."""
     server = Server(Payload.empty(), {}, seed=config.seed)
     found(method, members, server)
     check_enough(config, len(server.clients))
@@ -116,7 +116,7 @@ def _new(method: Method, members: Membership, config: RunConfig) -> Server:
 
 
 def _taken_up(method: Method, members: Membership, server: Server) -> Server:
-    """Take the clients that are online back into a run, and in those that are new to it."""
+    """Add the clients that are online, known or new, to a resumed run."""
     for name in members.online:
         try:
             enrol(method, server, members.told[name])
@@ -126,7 +126,7 @@ def _taken_up(method: Method, members: Membership, server: Server) -> Server:
 
 
 def _start(method: Method, server: Server, initial: Initial, run: RunDirectory, observer: Observer) -> None:
-    """Give a new run its weights."""
+    """Give a new run its initial weights; a resumed run keeps those of its checkpoint."""
     if run.checkpoint.exists():
         observer.stage(f"resuming after round {server.round}")
     else:
@@ -136,10 +136,12 @@ def _start(method: Method, server: Server, initial: Initial, run: RunDirectory, 
 
 
 def ask_initial(grid: Grid, members: Membership, server: Server, deadline: float) -> Initial:
-    """Return the initial shared weights of the first client, by name, that has usable ones: all draw the same.
+    """Return the initial shared weights of the first client, by name, that sends usable ones.
+
+    One client is enough: all draw the same weights from the run's seed.
 
     Raises:
-        FederationError: None has.
+        FederationError: No client sent usable weights.
     """
     faults = []
     for name in members.online:
@@ -153,8 +155,8 @@ def ask_initial(grid: Grid, members: Membership, server: Server, deadline: float
             members.observer.refused(name, faults[-1])
     raise FederationError(
         f"no client sent initial weights ({', '.join(faults)})",
-        "one must",
-        "see the silos' logs and resume the run",
+        "at least one client must",
+        "see the silos' logs, fix the cause there, and resume the run",
     )
 
 

@@ -34,16 +34,16 @@ from flexperts.server.summary import not_finite
 
 
 class FlexpertsStrategy(Strategy):
-    """Runs any ``Method`` on Flower.
+    """Any ``Method`` as a Flower Strategy.
 
     Args:
         method: The method.
         config: The run.
-        members: Who is online.
+        members: The clients that are online.
         server: The state that the rounds start from.
-        run: Where finished rounds are written.
+        run: The run directory that receives finished rounds.
         observer: Receives progress.
-        finished: Rounds that were done before, when a run is resumed.
+        finished: Rounds finished before the run was resumed.
     """
 
     def __init__(
@@ -70,12 +70,12 @@ class FlexpertsStrategy(Strategy):
         return {phase: sum(log.seconds[phase] for log in self.rounds) for phase in ("training", "evaluation")}
 
     def summary(self) -> None:
-        """Say nothing: the observer shows the run."""
+        """Print nothing: the observer shows the run."""
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Return one request per participant that is online, sorted by client, each with records of its own."""
+        """Return one request per participant that is online, sorted by client; no two share their records."""
         self._started = time.monotonic()
         log = RoundLog(self.server.round + 1, planned=self.config.federation.rounds)
         self.rounds.append(log)
@@ -90,11 +90,11 @@ class FlexpertsStrategy(Strategy):
         """Stream the usable replies through the method's rule into the server's next state.
 
         Raises:
-            FederationError: Fewer than the quorum were usable; the checkpoint is still that of the round before.
+            FederationError: Fewer replies than the quorum were usable; the checkpoint stays at the round before.
         """
         log = self.rounds[-1]
         updates = self._updates(replies, log)
-        first = list(islice(updates, 1))  # without any, the quorum is the error to tell
+        first = list(islice(updates, 1))  # without any update, the quorum's error is raised below
         if first or not log.participants:
             self.method.aggregate(self.server, reduced(self.config, self.server.shared, _joined(first, updates)))
         log.close_training(self._heard)
@@ -112,10 +112,10 @@ class FlexpertsStrategy(Strategy):
         return sendable(grid, self._evaluate_requests() if self._evaluates() else iter(()))
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Collect the clients' scores and write the round down.
+        """Collect the clients' scores, and write the round and the checkpoint.
 
         Raises:
-            FederationError: Nobody answered to the last evaluation.
+            FederationError: No client has scores after the last evaluation.
         """
         log = self.rounds[-1]
         for client, reply in self._by_client(replies):
@@ -129,7 +129,7 @@ class FlexpertsStrategy(Strategy):
         return None
 
     def _meet(self, grid: Grid, log: RoundLog) -> None:
-        """See who has come and gone since the last round."""
+        """Update the members, and record who joined and left since the last round."""
         change = self.members.look(grid, self.config.federation.deadline)
         for name in change.joined:
             try:
@@ -144,7 +144,7 @@ class FlexpertsStrategy(Strategy):
             log.refuse(who, reason)
 
     def _participants(self) -> list[str]:
-        """Return who trains in the coming round, sorted: drawn of all clients of the run, online or not."""
+        """Return the clients that train in the coming round, sorted; they are drawn online or not."""
         clients = sorted(self.server.clients)
         count = self.config.federation.drawn(len(clients))
         stream = generator(self.config.seed, "participants", self.server.round + 1)
@@ -167,19 +167,19 @@ class FlexpertsStrategy(Strategy):
             yield self._asked.note(request(content, "evaluate", self.members.node(name), str(self.server.round)))
 
     def _scored_clients(self) -> list[str]:
-        """Return who is scored, sorted: drawn by names alone, so the same in other rounds, methods and seeds."""
+        """Return the clients to score, sorted; names alone decide, so rounds, methods and seeds agree."""
         count, names = self.config.evaluation.clients, sorted(self.server.clients)
         if count is None or count >= len(names):
             return names
         return sorted(sorted(names, key=lambda name: derive_seed(0, "evaluated", name))[:count])
 
     def _evaluates(self) -> bool:
-        """Tell whether the round that was just trained is evaluated."""
+        """Return whether the round that was just trained is evaluated."""
         every = self.config.evaluation.every
         return self.server.round == self.rounds_total or bool(every and self.server.round % every == 0)
 
     def _answers(self) -> bool:
-        """Tell whether this round's evaluation generates answers."""
+        """Return whether this round's evaluation generates answers."""
         return self.config.evaluation.answers == "always" or self.server.round == self.rounds_total
 
     def _info(self, number: int) -> dict[str, Any]:
@@ -194,7 +194,7 @@ class FlexpertsStrategy(Strategy):
             del update  # before the next one arrives
 
     def _usable(self, name: str, reply: Message, log: RoundLog) -> Update | None:
-        """Return a reply's update and note its measures, or note why it is refused."""
+        """Return a reply's update and record its measures; if it is refused, record why and return None."""
         try:
             self._check_turn(name, reply, log.participants, log.clients)
             log.personal_sent += leaked(reply.content)
@@ -208,7 +208,7 @@ class FlexpertsStrategy(Strategy):
         return update
 
     def _score(self, name: str, reply: Message, log: RoundLog) -> None:
-        """Note a reply's scores, or why there are none."""
+        """Record a reply's scores, or why there are none."""
         try:
             self._check_turn(name, reply, log.evaluation["downlink"], log.scores)
             log.score(name, self.admission.scores(name, reply.content))
@@ -219,11 +219,11 @@ class FlexpertsStrategy(Strategy):
             log.unscored[name] = self._refused(name, error)
 
     def _check_turn(self, name: str, reply: Message, wanted: Iterable[str], already: Iterable[str]) -> None:
-        """Refuse errors, and who was not asked or has answered already."""
+        """Refuse an error reply, and a client that was not asked or has answered already."""
         if (error := error_of(reply)) is not None:
             raise FederationError(f"{name} answers with an error", error, "see that silo's log")
         if name not in wanted:
-            raise FederationError(f"a reply of {name}", "it was not asked", "see that silo's log")
+            raise FederationError(f"a reply of {name}", "this client was not asked", "see that silo's log")
         if name in already:
             raise FederationError(
                 f"duplicate: {name} has answered", "the first reply counts", "see that silo's log"
@@ -244,12 +244,12 @@ class FlexpertsStrategy(Strategy):
         raise FederationError(
             f"round {log.number}: {len(log.clients)} of {count} clients sent a usable update ({', '.join(faults)})",
             f"federation.quorum = {share:g} asks for {least}",
-            "resume the run when they are back, take out those that stay away with `flexperts forget`, or start a "
-            "new run with a lower federation.quorum",
+            "resume the run when the clients are back, remove those that stay away with `flexperts forget`, or "
+            "start a new run with a lower federation.quorum",
         )
 
     def _close_evaluation(self, log: RoundLog) -> None:
-        """Note who has no scores; in the end somebody must."""
+        """Record the clients without scores; after the last round at least one client must have them."""
         for name in self._scored_clients():
             if name not in log.scores and name not in log.unscored:
                 asked = name in log.evaluation["downlink"]
@@ -259,12 +259,12 @@ class FlexpertsStrategy(Strategy):
             raise FederationError(
                 f"round {log.number}: no client has scores "
                 f"({', '.join(f'{name}: {reason}' for name, reason in log.unscored.items())})",
-                "the last evaluation needs one",
-                "resume the run when they are back: it takes up the last round",
+                "the last evaluation needs at least one",
+                "resume the run when the clients are back: it repeats the last round",
             )
 
     def _by_client(self, replies: Iterable[Message]) -> Iterable[tuple[str, Message]]:
-        """Return replies with their clients, sorted; a lazy grid has them in the order of the requests."""
+        """Return replies with their clients, sorted by name; a lazy grid's replies are already in that order."""
         found = ((self._client(reply), reply) for reply in replies)
         return sorted(found, key=lambda pair: pair[0]) if isinstance(replies, list | tuple) else found
 
@@ -274,7 +274,7 @@ class FlexpertsStrategy(Strategy):
 
 
 def _joined(first: list[Update], others: Iterator[Update]) -> Iterator[Update]:
-    """Yield all updates, none of which is kept."""
+    """Yield all updates, without keeping a reference to any."""
     while first:
         yield first.pop()
     yield from others

@@ -1,4 +1,4 @@
-"""What a run comes to: scores, bytes and seconds, as summary.json holds them."""
+"""A run's results as summary.json holds them: scores, bytes and seconds."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def summarize(
     base: str,
     train_rows: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Put a finished run into one mapping.
+    """Return the summary of a finished run.
 
-    ``mean`` is over clients, each counting once (macro); ``weighted_mean`` counts each by its scored rows. A state
-    that the method does not have is null. ``planned`` is how many rounds the run was to have, after which round:
-    one entry, unless it was given other rounds than it was started with. Clients that sent no scores stand under
-    ``unscored`` with the reason, and in no mean. A score that is no finite number is null, with the reason under
-    ``not_finite``, and so is the mean that it would be in. A client's ``answers`` are the longest answer in tokens,
-    how many scored references are longer, and each state's answers that were cut there. ``privacy`` is what
-    differential privacy guarantees; null without noise.
+    ``mean`` counts each client once (macro); ``weighted_mean`` weights each client by its scored rows. A state that
+    the method does not have is null. ``planned`` lists the planned number of rounds and the round after which it
+    was set: one entry, unless the number was changed later. A client without scores is under ``unscored`` with the
+    reason, and in neither mean. A score that is not a finite number is null, with the reason under ``not_finite``;
+    a mean that includes it is null too. A client's ``answers`` are the longest answer in tokens, the number of
+    scored references that are longer, and the number of cut answers of each state. ``privacy`` is the guarantee of
+    differential privacy; null without noise.
 
     Args:
         config: The run.
-        rounds: What the server measured; the last round holds the final scores.
-        seconds: Wall time by stage.
+        rounds: The server's records; the last round holds the final scores.
+        seconds: Wall time in seconds by stage.
         base: Fingerprint of the base.
         train_rows: Client -> its train rows.
     """
@@ -72,7 +72,7 @@ def summarize(
 
 
 def _planned(rounds: Iterable[RoundLog]) -> list[dict[str, int]]:
-    """Return where the number of rounds that a run was to have was set: after which round, and to what."""
+    """Return each planned number of rounds, and the round after which it was set."""
     planned = [log.planned for log in rounds]
     starts = [i for i, total in enumerate(planned) if total and (i == 0 or total != planned[i - 1])]
     return [{"after": i, "rounds": planned[i]} for i in starts]
@@ -95,7 +95,7 @@ def _means(clients: Mapping[str, _Metrics], weights: Mapping[str, float]) -> dic
 
 
 def _mean(clients: Mapping[str, _Metrics], score: str, weights: Mapping[str, float]) -> float | None:
-    """Return a mean over the clients that were scored so; None where one's score is not finite."""
+    """Return a mean over the clients that have this score; None if there are none, or one is not finite."""
     values = {name: metrics[score] for name, metrics in clients.items() if score in metrics}
     known = {name: value for name, value in values.items() if value is not None}
     if not known or len(known) < len(values):
@@ -104,25 +104,29 @@ def _mean(clients: Mapping[str, _Metrics], score: str, weights: Mapping[str, flo
 
 
 def not_finite(metrics: _Metrics) -> dict[str, str]:
-    """Return state -> why it has no score, of one client's scores by ``SCORE.STATE``, None where not finite."""
+    """Return state -> why it has no score.
+
+    Args:
+        metrics: One client's scores by ``SCORE.STATE``; None where a score is not finite.
+    """
     found = [kind_and_state.partition(".") for kind_and_state, value in metrics.items() if value is None]
     states = dict.fromkeys(state for kind, _, state in found if kind in SCORES)
     return dict.fromkeys(states, _BASE if "zero_shot" in states else _TRAINING)
 
 
 def not_finite_of(scores: Mapping[State, Scores]) -> dict[str, str]:
-    """Return state -> why it has no score, of one client's scores by state."""
+    """Return state -> why it has no score, from one client's scores by state."""
     return not_finite({f"{kind}.{s}": value for s, its in scores.items() for kind, value in its.metrics().items()})
 
 
 def score_text(rouge_l: float | None, nll: float | None) -> str:
-    """Return ``ROUGE-L (NLL)`` as tables show them; a dash where there is no finite number."""
+    """Return ``ROUGE-L (NLL)`` as tables show it, with a dash for a number that is missing or not finite."""
     shown = ("-" if value is None else f"{value:.{digits}f}" for value, digits in ((rouge_l, 1), (nll, 2)))
     return "-" if rouge_l is None and nll is None else "{} ({})".format(*shown)
 
 
 def _parameters(rounds: Iterable[RoundLog], group: str) -> int:
-    """Return the most parameters of a group that any client has trained in a round."""
+    """Return the largest number of a group's parameters that a client has trained in a round."""
     counts = (metrics[f"{group}_parameters"] for log in rounds for metrics in log.clients.values())
     return int(max(counts, default=0))
 
@@ -143,7 +147,7 @@ def _bytes(rounds: Iterable[RoundLog]) -> dict[str, Any]:
 
 
 def _by_group(rounds: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str, float]:
-    """Return mean payload bytes of every group of tensors, per client and round."""
+    """Return the mean payload bytes of every group of tensors, per client and round."""
     payloads = [groups for clients in rounds for groups in clients.values()]
     names = sorted({name for groups in payloads for name in groups})
     return {name: sum(groups.get(name, 0) for groups in payloads) / len(payloads) for name in names}

@@ -1,1 +1,1 @@
-"""The local step of one client."""
+"""Local training of one client."""

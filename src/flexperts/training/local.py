@@ -28,7 +28,7 @@ from flexperts.parameters.split import ParameterSplit
 
 @dataclass(frozen=True, kw_only=True)
 class LocalSettings:
-    """What one client does in one round.
+    """Settings of one client's training in one round.
 
     Args:
         steps: Optimizer steps.
@@ -38,13 +38,13 @@ class LocalSettings:
         personal_lr: Peak learning rate of the personal parameters.
         weight_decay: AdamW's decoupled weight decay.
         max_grad_norm: Gradient clipping threshold over all trained parameters together.
-        first_step: Steps that this client has behind it, for the schedule.
-        total_steps: Steps of the whole run: the cosine goes over rounds, not within one.
+        first_step: Steps before this round, for the schedule.
+        total_steps: Steps of the whole run: the cosine is over all rounds.
         warmup_steps: Steps of linear warm-up at the start of the run.
         precision: ``"bf16"`` computes under autocast; trained weights and their updates stay fp32.
-        pad_token_id: Token that fills short rows.
+        pad_token_id: Token that pads short rows.
         optimizer: ``"adamw"``, or ``"sgd"`` without momentum.
-        own_lr: Start of a parameter's name -> its own peak learning rate, in place of its group's.
+        own_lr: Prefix of parameter names -> their peak learning rate, instead of the group's.
     """
 
     steps: int
@@ -74,10 +74,10 @@ class LocalSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class StepHooks:
-    """What a method adds to every optimizer step.
+    """A method's additions to every optimizer step.
 
     Args:
-        penalty: Returns a scalar that is added to the loss, once per step.
+        penalty: Returns a scalar to add to the loss, once per step.
         correct: Changes the gradients in place, after clipping.
         around_batch: Returns a context in which one step's forward and backward passes run.
     """
@@ -88,18 +88,18 @@ class StepHooks:
 
 
 Objective = Callable[[nn.Module, Sequence[Example], LocalSettings], Iterator[Tensor]]
-"""Yields the parts of a batch's loss, one per micro-batch; their sum is what is minimised."""
+"""Yields the parts of a batch's loss, one per micro-batch; training minimises their sum."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a local step reports.
+    """The result of local training.
 
     Args:
         loss: Mean response NLL over the steps, nats per token.
         steps: Optimizer steps done.
         rows: Rows in the client's train split: its weight in the average.
-        tokens: Tokens processed, padding left out.
+        tokens: Tokens processed, without padding.
         lr_sum: Sum of the shared parameters' learning rates over the steps.
     """
 
@@ -111,7 +111,7 @@ class TrainResult:
 
 
 def joined(*phases: TrainResult) -> TrainResult:
-    """Return what several phases of one round come to: the loss is their mean over steps."""
+    """Return the joint result of several phases of one round; the loss is the mean over all steps."""
     steps = sum(phase.steps for phase in phases)
     return TrainResult(
         loss=sum(phase.loss * phase.steps for phase in phases) / steps,
@@ -123,7 +123,7 @@ def joined(*phases: TrainResult) -> TrainResult:
 
 
 def response_loss(model: nn.Module, rows: Sequence[Example], settings: LocalSettings) -> Iterator[Tensor]:
-    """Yield the batch's mean response NLL (nats per token), cut into its micro-batches' shares."""
+    """Yield each micro-batch's share of the batch's mean response NLL (nats per token)."""
     size = settings.micro_batch_size
     total = sum(len(row.input_ids) - row.prompt_length for row in rows)
     for start in range(0, len(rows), size):
@@ -147,8 +147,8 @@ def train_local(
 ) -> TrainResult:
     """Train the shared and personal parameters of ``model`` in place.
 
-    The optimizer starts afresh every round, as in the paper's code base: its moments belong to weights that the
-    average has replaced. ``on_step`` gets each step's loss, penalty left out.
+    Every round has a new optimizer, as in the paper's code base: its old moments belong to weights that
+    the average has replaced. ``on_step`` receives each step's loss, without the penalty.
 
     Raises:
         FederationError: The loss is not finite, or a trained weight after the last step.
@@ -172,7 +172,7 @@ def train_local(
         tokens += sum(len(row.input_ids) for row in rows)
         on_step(loss)
     _check_weights(split, settings)
-    optimizer.state.clear()  # schedule and optimizer hold each other: the moments would wait for the collector
+    optimizer.state.clear()  # a reference cycle with the schedule would keep the moments until garbage collection
     model.eval()
     return TrainResult(sum(losses) / len(losses), len(losses), len(examples), tokens, lr_sum)
 
@@ -181,7 +181,7 @@ def _backward(parts: Iterator[Tensor], penalty: Callable[[], Tensor] | None) -> 
     """Add up the gradients of the loss's parts and of the penalty; return the loss."""
     loss = 0.0
     for part in parts:
-        if part.requires_grad:  # a batch without the only trained part has nothing to learn
+        if part.requires_grad:  # False if the only trained part is disabled in this batch
             backward(part)
         loss += part.item()
     if penalty:
@@ -198,7 +198,7 @@ def _optimizer(split: ParameterSplit, settings: LocalSettings) -> tuple[Optimize
     ]
     kind = AdamW if settings.optimizer == "adamw" else SGD
     optimizer = kind(groups, weight_decay=settings.weight_decay, fused=True)
-    # initial_lr and last_epoch put the fresh schedule where the previous round left off.
+    # initial_lr and last_epoch start the new schedule at the step where the previous round ended.
     schedule = get_cosine_schedule_with_warmup(
         optimizer, settings.warmup_steps, settings.total_steps, last_epoch=settings.first_step - 1
     )
@@ -208,7 +208,7 @@ def _optimizer(split: ParameterSplit, settings: LocalSettings) -> tuple[Optimize
 def _by_rate(
     group: Mapping[str, Parameter], lr: float, own_lr: Mapping[str, float]
 ) -> Iterator[tuple[dict[str, Parameter], float]]:
-    """Divide a group's parameters by their rates: those with the group's first, then each start of names."""
+    """Yield a group's parameters by learning rate: first those with the group's rate, then each prefix."""
     starts = tuple(own_lr)
     if usual := {n: p for n, p in group.items() if not n.startswith(starts)}:
         yield usual, lr
@@ -232,26 +232,26 @@ def _check_weights(split: ParameterSplit, settings: LocalSettings) -> None:
 
 
 def _diverged(value: str, settings: LocalSettings) -> FederationError:
-    remedy = f"lower training.lr (now {settings.lr:g}) or personal_lr"
+    remedy = f"lower training.lr (now {settings.lr:g}) or training.personal_lr"
     return FederationError(value, "it must be finite", remedy)
 
 
 def steps_per_round(rows: int, batch_size: int, local_steps: int | None, local_epochs: float) -> int:
-    """Return a client's optimizer steps per round: ``local_steps`` where given, else its epochs."""
+    """Return a client's optimizer steps per round: ``local_steps`` if given, else the steps of its epochs."""
     return local_steps or max(1, math.ceil(local_epochs * math.ceil(rows / batch_size)))
 
 
 def local_settings(
     config: RunConfig, *, steps: int, first_step: int, total_steps: int, pad_token_id: int
 ) -> LocalSettings:
-    """Return the settings of one stretch of local training.
+    """Return the settings for some steps of local training.
 
     Args:
         config: The run.
-        steps: Optimizer steps of the stretch.
-        first_step: Steps before it.
-        total_steps: Steps over which the cosine goes; the warm-up is a share of them.
-        pad_token_id: Token that fills short rows.
+        steps: Number of optimizer steps.
+        first_step: Number of steps before them.
+        total_steps: Steps of the whole cosine; the warm-up is a share of them.
+        pad_token_id: Token that pads short rows.
     """
     training = config.training
     return LocalSettings(

@@ -107,7 +107,7 @@ def test_broken_rules_are_refused(tiny: str) -> None:
         plan(tiny, bandwidth=0)
     with pytest.raises(ConfigError, match=r"lora\.projections"):
         plan(tiny, ["fedavg"], ['lora.projections=["w"]'])
-    with pytest.raises(GraftError, match="ask for 1 to 4"):
+    with pytest.raises(GraftError, match="use a number from 1 to 4"):
         plan(tiny, ["flex"], ["graft.experts=5"])
     with pytest.raises(ConfigError, match="clients are client-1"):
         plan(tiny, ["hetlora"], ["method.options={ranks={bank=2}}"])

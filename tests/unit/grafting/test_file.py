@@ -58,7 +58,7 @@ def test_the_base_is_known_by_its_experts_not_by_adapters_elsewhere(tmp_path: Pa
 
 def test_another_base_is_refused(tmp_path: Path) -> None:
     save_grafts(tmp_path / "grafts", grafts_on(tiny_model()))
-    with pytest.raises(ArtifactError, match="trained on other experts"):
+    with pytest.raises(ArtifactError, match="trained on the experts of another base"):
         load_grafts(tmp_path / "grafts", find_experts(tiny_model(seed=1)))
     with pytest.raises(GraftError):
         load_grafts(tmp_path / "grafts", find_experts(tiny_model(num_hidden_layers=1)))

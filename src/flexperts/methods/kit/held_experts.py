@@ -1,6 +1,6 @@
 """Methods whose clients adapt experts and routers and send them: their base class, and tensors by holder.
 
-These parts are named ``experts`` and ``router``; a layer is called here as parameter names have it.
+These parts are named ``experts`` and ``router``; a layer's name is the one in the parameter names.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from flexperts.methods.kit.method import Method, OnBatch, State
 from flexperts.methods.kit.turn import Turn
 
 EXPERTS, ROUTER = "experts.layers.", "router.layers."
-"""Starts of names: an expert's tensor is ``<start><layer>.<expert>.<tensor>``, a router ``<start><layer>``."""
+"""Prefixes of names: an expert's tensor is ``<prefix><layer>.<expert>.<tensor>``, a router ``<prefix><layer>``."""
 Held = Mapping[str, Sequence[int]]
 """Layer -> the experts that a client holds there, in the order of its router rows."""
 
 
 def place_of(name: str) -> tuple[str, int]:
-    """Return layer and number of the expert that a tensor belongs to."""
+    """Return the layer and the number of a tensor's expert."""
     layer, expert, _ = name.removeprefix(EXPERTS).split(".")
     return layer, int(expert)
 
 
 def held_part(tensors: Mapping[str, Tensor], held: Held) -> dict[str, Tensor]:
-    """Return what a holder of these experts has of all shared tensors; of a router, the rows of its experts."""
+    """Return the shared tensors that a holder of these experts has; a router is reduced to their rows."""
     part = {}
     for name, tensor in tensors.items():
         if name.startswith(EXPERTS):
@@ -43,7 +43,7 @@ def held_part(tensors: Mapping[str, Tensor], held: Held) -> dict[str, Tensor]:
 
 
 def split_rows(tensors: Mapping[str, Tensor], held: Held) -> dict[str, Tensor]:
-    """Return the tensors with every router cut into its rows, ``<name>.<expert>``, so that rows have holders."""
+    """Return the tensors with every router split into rows, ``<name>.<expert>``, so that each row has holders."""
     rows = {
         f"{name}.{expert}": row
         for name, tensor in tensors.items()
@@ -54,7 +54,7 @@ def split_rows(tensors: Mapping[str, Tensor], held: Held) -> dict[str, Tensor]:
 
 
 def joined_rows(by_row: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Undo ``split_rows`` for tensors of every expert, under the names of ``like``."""
+    """Join the rows of ``split_rows`` again, for tensors of all experts; names are those of ``like``."""
     return {
         n: torch.stack([by_row[f"{n}.{e}"] for e in range(len(t))]) if n.startswith(ROUTER) else by_row[n]
         for n, t in like.items()
@@ -68,12 +68,12 @@ class OwnParts(Method):
     additive = False
 
     def shared(self, names: Collection[str]) -> set[str]:
-        """Everything that trains is sent."""
+        """Return all trained parameters: everything is sent."""
         return set(names)
 
     @contextmanager
     def in_state(self, turn: Turn, state: State) -> Iterator[OnBatch | None]:
-        """Only the personalized state has the parts: they are what a client has beyond the global LoRA."""
+        """Disable the parts outside the personalized state: they are what a client has besides the global LoRA."""
         with ExitStack() as stack:
             if state == "zero_shot":
                 stack.enter_context(turn.site.lora.use())

@@ -1,4 +1,4 @@
-"""What methods do in a round's local steps: two phases, a proximal term, an adapter's start."""
+"""Building blocks of local training: two phases, a proximal term, a test for an untrained adapter."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from flexperts.training.local import StepHooks, TrainResult, joined
 
 
 def personal_then_shared(turn: Turn, share: float, hooks: StepHooks | None = None) -> TrainResult:
-    """Train each group while the other stands still; the phases divide the round's steps, each takes at least one.
+    """Train the personal group with the shared one frozen, then the reverse; each phase has at least one step.
 
     Args:
         turn: The client's turn; both groups have parameters.
-        share: The personal phase's share of the steps; the rest is the shared phase's, so that no step is lost.
-        hooks: What the method adds to every step of the shared phase.
+        share: The personal phase's share of the round's steps; the shared phase takes the rest.
+        hooks: The method's additions to every step of the shared phase.
     """
     personal = turn.settings.part(share)
     shared = turn.settings.part(1 - personal.steps / turn.settings.steps)
@@ -27,18 +27,18 @@ def personal_then_shared(turn: Turn, share: float, hooks: StepHooks | None = Non
 
 
 def untrained(turn: Turn) -> bool:
-    """Tell whether the client's own adapter is still at its start, where every B is zero."""
+    """Return whether the client's personal adapter is still untrained: every B is zero."""
     return not any(bool(p.any()) for name, p in turn.split.personal.items() if ".lora_B." in name)
 
 
 def proximal(
     parameters: Mapping[str, Parameter], anchors: Mapping[str, Tensor], mu: float
 ) -> Callable[[], Tensor] | None:
-    """Return the penalty mu/2 ||theta - anchor||^2 over all named parameters; None where mu is 0.
+    """Return a function for the penalty mu/2 ||theta - anchor||^2 over all named parameters; None if mu is 0.
 
     Args:
-        parameters: What trains.
-        anchors: Where it is held, by the same names.
+        parameters: The trained parameters theta.
+        anchors: The anchors, under the same names.
         mu: Strength, at least 0.
 
     Source: Li et al., MLSys 2020 (FedProx), section 3: the norm is squared.

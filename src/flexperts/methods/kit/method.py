@@ -1,4 +1,4 @@
-"""What a federated method is: which parts train, who owns them, how a client trains, how the server combines.
+"""The base class of federated methods: which parts train, who owns them, how clients train, what the server does.
 
 A method is one small class in one file. Its defaults are FedAvg on attention LoRA with everything else personal; a
 method overrides only what it does differently. The object holds options and nothing else: a client's state is in
@@ -30,129 +30,129 @@ from flexperts.training.local import TrainResult
 
 State = Literal["zero_shot", "global", "personalized"]
 OnBatch = Callable[[PaddedBatch], None]
-"""Called with the prompts of every batch that is scored or generated, before it is."""
+"""Called with the prompts of every batch before it is scored or answered."""
 
 
 class Options(Section):
-    """A method's own settings, ``[method.options]`` in a recipe; the base has none."""
+    """A method's settings, ``[method.options]`` in a recipe; the base class has none."""
 
 
 class Method:
     """Base of all methods."""
 
     name: ClassVar[str]
-    """What recipes call it."""
+    """Its name in recipes."""
     summary: ClassVar[str]
     """One line for `flexperts methods`."""
     source: ClassVar[str]
-    """Paper, with section where it helps."""
+    """The paper, with a section if that helps."""
     sends: ClassVar[str] = "attention LoRA"
-    """What leaves a client."""
+    """The values that leave a client, in words."""
     keeps: ClassVar[str] = "nothing"
-    """What a client trains and never sends."""
+    """The values that a client trains and never sends, in words."""
     Options: ClassVar[type[Options]] = Options
     """The class of the method's settings."""
     needs_experts: ClassVar[bool] = False
     """Whether the base must be a Mixture-of-Experts."""
     has_personal_lora: ClassVar[bool] = False
-    """Whether clients have a second adapter of their own."""
+    """Whether each client has a second, personal adapter."""
     pools_rows: ClassVar[bool] = False
-    """Whether one trainer sees all clients' rows."""
+    """Whether one trainer trains on all clients' rows."""
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "global")
     """Model states that exist and are evaluated."""
     one_global: ClassVar[bool] = True
-    """Whether the global model is the same at every client."""
+    """Whether all clients have the same global model."""
     additive: ClassVar[bool] = True
-    """Whether a reply is the broadcast weights after training, all of them, to be averaged by rows: what clipping,
-    noise, compression and robust aggregation work on."""
+    """Whether a reply holds all broadcast weights after training, for averaging by rows. Clipping, noise,
+    compression and robust aggregation need such replies."""
     sends_back: ClassVar[bool] = False
-    """Whether what clients get is as large as what came in the rounds before."""
+    """Whether a broadcast holds the replies of the rounds before, and so is as large as they are together."""
     settles: ClassVar[bool] = False
-    """Whether some state needs what ``settle`` makes of the client's train rows."""
+    """Whether a state needs the values that ``settle`` computes from the client's train rows."""
     plan_note: ClassVar[str] = ""
-    """How a run's costs can differ from those planned before it; empty where they cannot."""
+    """How a run's costs can differ from the planned ones; empty if they cannot."""
 
     def __init__(self, options: Any = None) -> None:
         self.options: Any = options if options is not None else self.Options()
 
     def check(self, config: RunConfig) -> None:
-        """Refuse settings that are wrong for this method, by a ConfigError."""
+        """Raise a ConfigError for settings that are wrong for this method."""
 
     def check_clients(self, clients: Collection[str]) -> None:
-        """Refuse settings that are wrong for these clients, by a ConfigError."""
+        """Raise a ConfigError for settings that are wrong for these clients."""
 
     def extra_rounds(self, rounds: int) -> int:
-        """Return how many rounds of the method's own follow the recipe's."""
+        """Return how many extra rounds of the method follow the recipe's rounds."""
         return 0
 
     # A client's model.
 
     def prepare(self, site: Site) -> Prepared:
-        """Decide what is decided once, before any training."""
+        """Return what a client decides once, before any training."""
         return Prepared()
 
     def reports_prepared(self, config: RunConfig) -> bool:
-        """Tell whether ``report`` looks at what ``prepare`` decided; else clients prepare in their first round."""
+        """Return whether ``report`` needs the result of ``prepare``; else clients prepare in their first round."""
         return False
 
     def report(self, site: Site) -> Any:
-        """Return what the server is told when the client joins, as plain JSON values; by default nothing."""
+        """Return the client's report to the server on joining, as plain JSON values; by default None."""
         return None
 
     def parts(self, site: Site) -> dict[str, Part]:
-        """Build what is hung onto the base, by name; a part's parameters are called ``<name>.<its own name>``."""
+        """Build the parts to attach to the base, by name; a part's parameters are called ``<part>.<parameter>``."""
         return {}
 
     def initial_site(self, site: Site) -> Site:
-        """Return the site whose parts hold every shared tensor of the run; the first client sends them for round 1.
+        """Return a site whose parts hold every shared tensor of the run; the first client sends them for round 1.
 
-        By default the client's own; a method whose clients hold different parts returns one that holds all.
+        By default this is the client's site. A method whose clients hold different parts returns a site with all.
         """
         return site
 
     def initial(self, split: ParameterSplit) -> Mapping[str, Tensor]:
-        """Return what the first client tells the server before round 1: shared parameters, ``derived.`` values."""
+        """Return what the first client sends before round 1: shared parameters, ``derived.`` values."""
         return split.shared
 
     def shared(self, names: Collection[str]) -> set[str]:
-        """Return which trained parameters are shared; the others are personal. By default, LoRA is shared."""
+        """Return the names of the shared parameters among the trained ones; by default those of LoRA."""
         return {name for name in names if name.startswith(SHARED_PREFIX)}
 
     def trains(self, name: str) -> bool:
-        """Tell whether a parameter of adapters or parts trains at all."""
+        """Return whether a parameter of the adapters or parts trains."""
         return True
 
     # A client's round.
 
     def receive(self, turn: Turn) -> None:
-        """Put what the server sent into the model."""
+        """Load the tensors that the server sent into the model."""
         turn.load(turn.received)
 
     def train(self, turn: Turn) -> TrainResult:
-        """Do one client's local work of one round, in place on the split's trained parameters."""
+        """Train one client for one round, in place on the split's trained parameters."""
         return turn.fit()
 
     def personalize(self, turn: Turn) -> TrainResult:
-        """Train the personal part alone, the shared one standing still, as who joins a finished run does."""
+        """Train the personal part alone with the shared one frozen; used when a client joins a finished run."""
         return turn.fit(shared=False)
 
     def outgoing(self, turn: Turn) -> Mapping[str, Tensor]:
-        """Return what is sent after training: shared parameters, and what training has derived."""
+        """Return what is sent after training: shared parameters, and ``derived.`` values from training."""
         return {**turn.split.shared, **turn.derived}
 
     def settle(self, turn: Turn) -> dict[str, Tensor]:
-        """Return what ``in_state`` needs of the client's train rows, for this very model.
+        """Return the tensors that ``in_state`` needs from the client's train rows, for the current model.
 
-        It is kept beside the personal state and comes back as ``turn.settled``, so that a model can be used where
-        its rows are not. What ``in_state`` does not find there, it makes of ``turn.site.examples``.
+        They are saved next to the personal state and returned as ``turn.settled``, so that the model can be used
+        without its rows. If they are missing there, ``in_state`` computes them from ``turn.site.examples``.
         """
         return {}
 
     @contextmanager
     def in_state(self, turn: Turn, state: State) -> Iterator[OnBatch | None]:
-        """Let the model compute in a state inside the block; what is yielded is called before every batch.
+        """Put the model into a state inside the block; yield a function to call before every batch, or None.
 
-        By default the global state leaves out every part that holds something personal.
+        By default the global state disables every part that has personal parameters.
         """
         with ExitStack() as stack:
             if state == "zero_shot":
@@ -166,33 +166,33 @@ class Method:
     # The server.
 
     def agree(self, reports: Mapping[str, Any]) -> Any:
-        """Return what all clients are told after they have joined, as plain JSON values."""
+        """Return the agreement that all clients receive after joining, as plain JSON values."""
         return None
 
     def start(self, server: Server) -> None:
         """Set up the server's memory before round 1."""
 
     def regroup(self, server: Server) -> None:
-        """Fit the server's memory to ``server.clients``, of whom some have come or gone between two rounds."""
+        """Adapt the server's memory to ``server.clients`` after clients have joined or left between two rounds."""
 
     def participants(self, server: Server, sampled: Sequence[str]) -> Sequence[str]:
-        """Return who trains in the coming round; by default the clients that were sampled."""
+        """Return the clients that train in the coming round; by default the sampled clients."""
         return sampled
 
     def broadcast(self, server: Server, client: str) -> Payload:
-        """Return what a client is sent before it trains."""
+        """Return the payload sent to a client before it trains."""
         return server.shared
 
     def final(self, server: Server, client: str) -> Payload:
-        """Return what a client needs to compute with the finished global model."""
+        """Return the payload with which a client uses the finished global model."""
         return self.broadcast(server, client)
 
     def uplink(self, server: Server, client: str) -> Manifest:
-        """Declare what a client's reply holds; anything else is refused."""
+        """Declare the names and shapes in a client's reply; anything else is refused."""
         return server.shared.manifest
 
     def check_update(self, server: Server, update: Update) -> None:
-        """Refuse an update, by a FederationError, whose values are none that the method can send."""
+        """Raise a FederationError for an update with values that the method cannot send."""
 
     def aggregate(self, server: Server, updates: Iterable[Update]) -> None:
         """Combine the round's updates, sorted by client, into the server's state."""
@@ -204,10 +204,10 @@ class Method:
         return mean
 
     def adapter(self, server: Server) -> dict[str, Tensor]:
-        """Return the shared adapter's tensors under the names that PEFT uses; empty where there is none."""
+        """Return the shared adapter's tensors under PEFT's names; empty if there is none."""
         return {n: t for n, t in server.shared.tensors().items() if n.startswith(SHARED_PREFIX)}
 
 
 def named_parameters(parts: Mapping[str, Part]) -> dict[str, torch.nn.Parameter]:
-    """Return the parameters of all parts under the names that splits use."""
+    """Return the parameters of all parts under their names in splits."""
     return {f"{name}.{n}": p for name, part in parts.items() for n, p in part.named_parameters()}

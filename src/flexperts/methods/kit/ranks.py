@@ -1,8 +1,8 @@
-"""LoRA of different ranks: cutting, filling with zeros, and the base of methods whose clients differ in rank.
+"""LoRA of different ranks: cutting, zero padding, and the base class of methods whose clients differ in rank.
 
 A client of rank r trains the first r rows of A and columns of B of an adapter of rank R >= r (``lora.rank``); the
-others are zero. They stay exactly zero: the gradient of a row of A holds the same column of B as a factor, and the
-other way round. The scaling alpha / R is the same for all ranks.
+other rows and columns are zero. They stay exactly zero: the gradient of a row of A has the same column of B as a
+factor, and vice versa. The scaling alpha / R is the same for all ranks.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def factors(tensors: Mapping[str, Tensor]) -> Factors:
 
 
 def named(by_layer: Factors) -> dict[str, Tensor]:
-    """Return factors by layer under the names of their tensors."""
+    """Return the factors of all layers as named tensors."""
     As = {layer + _A: A for layer, (A, _) in by_layer.items()}
     return As | {layer + _B: B for layer, (_, B) in by_layer.items()}
 
@@ -55,7 +55,7 @@ def cut(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
 
 
 def padded(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """Return the factors with zeros up to ``rank``."""
+    """Return the factors, padded with zeros up to ``rank``."""
     missing = rank - rank_of(tensors)
     both = factors(tensors).items()
     return named({layer: (F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))) for layer, (A, B) in both})
@@ -70,7 +70,7 @@ def clear_from(tensors: Mapping[str, Tensor], rank: int) -> None:
 
 
 def stacked(weighted: Sequence[tuple[float, Factors]]) -> Factors:
-    """Return one pair of factors per layer whose product is sum_i w_i B_i A_i: A's under, B's beside each other."""
+    """Return one pair (A, B) per layer with B A = sum_i w_i B_i A_i: A's stacked by rows, B's by columns."""
     layers = weighted[0][1] if weighted else ()
     return {
         layer: (
@@ -82,10 +82,10 @@ def stacked(weighted: Sequence[tuple[float, Factors]]) -> Factors:
 
 
 def by_rows(updates: Iterable[Update]) -> list[tuple[float, Factors]]:
-    """Return every client's factors, of any rank, with its weight p_i = n_i / n.
+    """Return every client's weight p_i = n_i / n and its factors, of any rank.
 
     Raises:
-        FederationError: As ``checked``.
+        FederationError: An update is refused by ``checked``.
     """
     arrived = [(update.rows, factors(update.tensors())) for update in checked(updates)]
     total = sum(rows for rows, _ in arrived)
@@ -101,34 +101,34 @@ class RankOptions(method.Options):
     """Ranks by client."""
 
     ranks: Annotated[dict[str, Annotated[int, Field(ge=1)]], AfterValidator(_by_name)] = {}  # noqa: RUF012  pydantic copies it
-    """Client -> its LoRA rank, at most lora.rank; who is not named has lora.rank."""
+    """Client -> its LoRA rank, at most lora.rank; clients not named here have lora.rank."""
 
 
 class RankedMethod(Method):
-    """Base of methods whose clients may differ in rank: each is sent, trains and sends factors of its own rank."""
+    """Base of methods whose clients may differ in rank: each receives, trains and sends factors of its rank."""
 
     additive = False
 
     Options: ClassVar[type[method.Options]] = RankOptions
 
     def check(self, config: RunConfig) -> None:
-        """Refuse ranks above the adapter's."""
+        """Raise a ConfigError for ranks above the adapter's."""
         for client, rank in self.options.ranks.items():
             if rank > config.lora.rank:
                 raise ConfigError(
                     f"method.options.ranks.{client} = {rank}",
-                    f"a client's rank is at most lora.rank = {config.lora.rank}",
+                    f"a client's rank must be at most lora.rank = {config.lora.rank}",
                     "lower it or raise lora.rank",
                 )
 
     def check_clients(self, clients: Collection[str]) -> None:
-        """Refuse ranks of clients that the run does not have."""
+        """Raise a ConfigError for ranks of clients that the run does not have."""
         for client in sorted(self.options.ranks.keys() - set(clients)):
             close = difflib.get_close_matches(client, clients, n=1)
             raise ConfigError(
                 f"method.options.ranks.{client}",
                 f"the run's clients are {', '.join(sorted(clients))}",
-                f"did you mean {close[0]!r}?" if close else "name one of these",
+                f"did you mean {close[0]!r}?" if close else "use one of these names",
             )
 
     def rank(self, server: Server, client: str) -> int:
@@ -137,17 +137,17 @@ class RankedMethod(Method):
         return rank
 
     def receive(self, turn: Turn) -> None:
-        """Fill up what came with zeros."""
+        """Load the received factors, padded with zeros."""
         turn.load(padded(turn.received, turn.site.lora.rank))
 
     def outgoing(self, turn: Turn) -> Mapping[str, Tensor]:
-        """Send the factors at the client's own rank."""
+        """Return the factors, cut to the client's rank."""
         return cut(turn.split.shared, self.options.ranks.get(turn.site.client, turn.site.lora.rank))
 
     def broadcast(self, server: Server, client: str) -> Payload:
-        """Send the first rows and columns, as many as the client's rank."""
+        """Return the global factors, cut to the client's rank."""
         return Payload.of(cut(server.shared.tensors(), self.rank(server, client)))
 
     def uplink(self, server: Server, client: str) -> Manifest:
-        """Factors of the client's rank come back."""
+        """Declare factors of the client's rank."""
         return Manifest.of(cut(server.shared.tensors(), self.rank(server, client)))

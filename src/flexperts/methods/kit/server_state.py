@@ -1,4 +1,4 @@
-"""What the server holds of a run between rounds."""
+"""The server's state of a run between rounds."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from flexperts.seeding import generator
 
 @dataclass
 class Server:
-    """The state that a method's server side works on; all of it is in the run's checkpoint.
+    """The state that a method reads and writes on the server; the run's checkpoint holds all of it.
 
     Args:
         shared: The global shared weights.
         clients: Client name -> train rows, for all clients of the run.
-        reports: Client name -> what the method's ``report`` said of it.
-        agreement: What the method's ``agree`` made of the reports.
-        round: Finished rounds.
-        memory: The method's own tensors, such as moments.
+        reports: Client name -> the value of the method's ``report``.
+        agreement: The value of the method's ``agree``.
+        round: Number of finished rounds.
+        memory: Tensors that the method keeps, such as moments.
         seed: The run's seed.
-        base: Fingerprint of the base that the clients have; empty where it is not known.
+        base: Fingerprint of the clients' base; empty if it is not known.
     """
 
     shared: Payload
@@ -37,5 +37,5 @@ class Server:
     base: str = ""
 
     def generator(self, *purpose: str | int) -> Generator:
-        """Return a random stream of the server's own."""
+        """Return a random stream for the server."""
         return generator(self.seed, "server", *purpose)

@@ -1,4 +1,4 @@
-"""What a method works with on a client: the site that its parts are built from, and one turn of training on it."""
+"""A method's view of a client: the site from which parts are built, and one turn of training."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from flexperts.training.local import LocalSettings, Objective, StepHooks, TrainR
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a client decides once, before any training, from the untouched base and its own rows.
+    """A client's decisions before any training, made once from the untouched base and its own rows.
 
     Args:
-        choice: Experts by experts module.
+        choice: Chosen experts by experts module.
         selection: Relative reconstruction loss of every expert, by experts module.
         scales: Factor on each chosen expert's output, by experts module; empty means 1.
     """
@@ -40,17 +40,17 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Site:
-    """One client's place on the resident base: what a method builds its parts from.
+    """One client's place on the resident base: everything that a method needs to build its parts.
 
     Args:
         client: The client's name.
         config: The run.
         lora: The adapters in the base.
-        experts: The base's experts modules; empty for a method that does not ask for them.
+        experts: The base's experts modules; empty for a method that does not need experts.
         examples: The client's encoded train rows.
-        pad_token_id: Token that fills short rows.
-        prepared: What the client decided when it joined.
-        agreement: What the server answered to all clients' reports; None before.
+        pad_token_id: Token that pads short rows.
+        prepared: The client's decisions before any training.
+        agreement: The value of ``Method.agree`` for all clients' reports; None before there is one.
     """
 
     client: str
@@ -63,7 +63,7 @@ class Site:
     agreement: Any = None
 
     def generator(self, *purpose: str | int) -> Generator:
-        """Return a random stream of this client's own."""
+        """Return a random stream for this client."""
         return generator(self.config.seed, self.client, *purpose)
 
     def common_generator(self, *purpose: str | int) -> Generator:
@@ -71,7 +71,7 @@ class Site:
         return generator(self.config.seed, *purpose)
 
     def score_experts(self) -> list[LayerScores]:
-        """Score every expert of every layer on the client's own rows, with the base as it was pretrained."""
+        """Score every expert of every layer on the client's own rows, with the untouched base."""
         graft, training = self.config.graft, self.config.training
         settings = CalibrationSettings(
             rows=graft.calibration_rows,
@@ -88,21 +88,21 @@ class Site:
 
 @dataclass
 class Turn:
-    """One client's turn on the model: everything that its local work of a round needs.
+    """One client's turn on the model: everything that its part of a round needs.
 
     Args:
         site: The client's place on the base.
         round: The round, from 1; rounds above ``site.config.federation.rounds`` are the method's extra ones.
-        split: Who owns which parameter.
+        split: The owner of each parameter: shared, personal, frozen.
         parts: The method's parts, attached.
-        received: What the server sent, by name.
-        memory: Tensors that the method keeps on this client from round to round; changed in place.
+        received: The tensors that the server sent, by name.
+        memory: Tensors that the method keeps on this client between rounds; changed in place.
         settings: The round's local settings.
         stream: Random stream of the round's batches.
         on_step: Called with every step's loss.
-        objective: The loss; language modelling on responses but in tests.
-        derived: What training computes for sending beside shared parameters; names start with ``derived.``.
-        settled: What ``Method.settle`` made of this model and the client's rows; empty where it has not.
+        objective: The loss; language modelling on responses, except in tests.
+        derived: Tensors computed in training and sent with the shared parameters; names start with ``derived.``.
+        settled: The value of ``Method.settle`` for this model and the client's rows; empty if there is none.
     """
 
     site: Site
@@ -133,13 +133,13 @@ class Turn:
         hooks: StepHooks | None = None,
         objective: Objective | None = None,
     ) -> TrainResult:
-        """Train the named groups on the client's rows; the other group stands still.
+        """Train the given groups on the client's rows; the other group is frozen.
 
         Args:
-            shared, personal: Which groups train; an empty group counts as off.
-            settings: Other local settings than the round's.
-            hooks: What the method adds to every step.
-            objective: Another loss.
+            shared, personal: Whether the group trains; an empty group does not.
+            settings: Local settings; None takes the round's.
+            hooks: The method's additions to every step.
+            objective: The loss; None takes the turn's.
         """
         groups = replace(
             self.split,
@@ -170,7 +170,7 @@ class Turn:
 
 @contextmanager
 def _only(everything: Mapping[str, Parameter], training: Mapping[str, Parameter]) -> Iterator[None]:
-    """Let only some parameters gather gradients inside the block."""
+    """Compute gradients for only some parameters inside the block."""
     with ExitStack() as stack:
         for name, parameter in everything.items():
             if name not in training and parameter.requires_grad:

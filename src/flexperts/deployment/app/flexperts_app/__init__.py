@@ -1,1 +1,1 @@
-"""What travels to a SuperLink."""
+"""The Flower App that is sent to a SuperLink."""
