@@ -1,4 +1,4 @@
-"""What a run was run by: packages, code, machine."""
+"""The environment of a run: packages, code, machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Return package versions, this code's revision where it is a git checkout, and what the machine is."""
+    """Return package versions, the code's revision where it is a git checkout, and the machine."""
     import torch
 
     return {
@@ -37,7 +37,7 @@ def _version(name: str) -> str | None:
 
 
 def _revision(checkout: Path) -> str | None:
-    """Return a checkout's commit, with "-dirty" behind it if files differ from it; None of an installed package."""
+    """Return a checkout's commit, with "-dirty" appended if files differ from it; None for an installed package."""
     if not (checkout / ".git").exists():
         return None
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=10"]

@@ -1,4 +1,4 @@
-"""Random streams: every purpose has its own, derived from (seed, client, round, purpose)."""
+"""Random streams: one per purpose, derived from (seed, client, round, purpose)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def derive_seed(seed: int, *purpose: str | int) -> int:
 
 
 def generator(seed: int, *purpose: str | int) -> Generator:
-    """Return a CPU generator of the stream named by ``purpose``."""
+    """Return a CPU generator for the stream of a purpose."""
     import torch
 
     return torch.Generator().manual_seed(derive_seed(seed, *purpose))

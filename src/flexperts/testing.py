@@ -1,4 +1,4 @@
-"""Tiny random models and a byte tokenizer: for tests of this package and of code that builds on it.
+"""Tiny random models and a byte tokenizer, for tests of this package and of code that builds on it.
 
 Nothing in the package imports this module.
 """
@@ -32,7 +32,7 @@ _ROUTER_BIAS = re.compile(r"(gate|router)\b.*bias|(correction|expert)_bias")
 
 VOCABULARY: int = _TINY["common"]["vocab_size"]
 FAMILIES: dict[str, dict[str, Any]] = _TINY["families"]
-"""Model type -> what its tiny config needs beside the common sizes: every MoE causal language model there is."""
+"""Model type -> the settings of its tiny config besides the common ones, for every supported MoE language model."""
 
 METHOD_SETTINGS: dict[str, tuple[str, ...]] = {"scaffold": ("training.optimizer=sgd", "training.lr=0.5")}
 """Method -> the overrides without which it refuses to run."""
@@ -41,13 +41,13 @@ METHOD_SETTINGS: dict[str, tuple[str, ...]] = {"scaffold": ("training.optimizer=
 def tiny_model(
     family: str = "qwen2_moe", *, seed: int = 0, dtype: torch.dtype = torch.float32, **settings: Any
 ) -> Any:
-    """Return a random MoE causal language model of a family, two layers where it can, in eval mode, weights frozen.
+    """Return a random MoE causal language model in eval mode, with frozen weights and, where possible, two layers.
 
     Args:
         family: A key of ``FAMILIES``.
         seed: Seed of the weights.
         dtype: Storage type.
-        settings: Config values on top of the family's.
+        settings: Config values that replace or extend the family's.
 
     Raises:
         ConfigError: There is no such family.
@@ -62,24 +62,24 @@ def tiny_model(
 
 
 def tiny_settings(family: str | None = None) -> dict[str, Any]:
-    """Return what the tiny config of a family sets; None is what all set alike.
+    """Return the settings of a family's tiny config; with None, the settings common to all families.
 
     Raises:
         ConfigError: There is no such family.
     """
     if family is not None and family not in FAMILIES:
         close = difflib.get_close_matches(family, FAMILIES, n=1)
-        remedy = f"did you mean {close[0]!r}?" if close else f"choose one of the {len(FAMILIES)}"
+        remedy = f"did you mean {close[0]!r}?" if close else f"choose one of its {len(FAMILIES)} keys"
         raise ConfigError(f"family {family!r}", "it must be a key of flexperts.testing.FAMILIES", remedy)
     return {**_TINY["common"], **(FAMILIES[family] if family else {})}
 
 
 @torch.no_grad()
 def draw_weights(model: nn.Module) -> None:
-    """Draw every matrix anew, and every vector that starts as a constant.
+    """Draw new values for every matrix, and for every vector that starts as a constant.
 
-    Some families start routers and biases at zero, and tables of their (four) experts by token id too; then routing
-    would depend on nothing. Routers' own biases are drawn small: else routing would depend on nothing else.
+    Some families start routers and biases at zero, and also their tables from token id to one of four experts; then
+    routing would not depend on the input. Routers' biases are small, so that they do not decide the routing alone.
     """
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 or parameter.min() == parameter.max():
@@ -91,7 +91,7 @@ def draw_weights(model: nn.Module) -> None:
 
 
 def _keep_in_fp32(model: PreTrainedModel) -> None:
-    """Store in fp32 what loading a checkpoint in bf16 keeps in fp32: some models do not run otherwise."""
+    """Convert to fp32 what stays in fp32 when a checkpoint is loaded in bf16; some models need it."""
     if model.dtype != torch.float32:
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if tensor.is_floating_point() and any(part in name for part in model._keep_in_fp32_modules_strict):
@@ -99,27 +99,27 @@ def _keep_in_fp32(model: PreTrainedModel) -> None:
 
 
 def run_expert(experts: LayerExperts, index: int, hidden: Tensor, weight: float = 1.0) -> Tensor:
-    """Return one expert's weighted output ``[T, D]`` for ``hidden [T, D]``, computed by the model's own modules."""
+    """Return one expert's weighted output ``[T, D]`` for ``hidden [T, D]``, computed by the model's modules."""
     module, tokens = experts.module, len(hidden)
-    if isinstance(experts, BatchedExperts):  # every expert gets T rows; only this one's are not zero
+    if isinstance(experts, BatchedExperts):  # every expert gets T rows; all but this expert's are zero
         rows = hidden.new_zeros(experts.num_experts, tokens, experts.width)
         rows[index] = hidden
         output: Tensor = module(rows.flatten(0, 1)).unflatten(0, (experts.num_experts, -1))[index]
         return weight * output
-    if isinstance(experts, ParallelExperts):  # all tokens belong to one expert; the block's bias is no expert's
+    if isinstance(experts, ParallelExperts):  # all tokens go to one expert; the block's bias belongs to no expert
         counts = [tokens * (number == index) for number in range(experts.num_experts)]
         order, gates = torch.arange(tokens), hidden.new_full((tokens,), weight)
         with mock.patch.object(module.router, "forward", return_value=(order, order, gates, counts, None)):
             whole: Tensor = module(hidden[None])[0]
         return whole - cast(Tensor, module.bias)
-    # Two slots: one family cannot run with one.
+    # Two slots, because one family cannot run with a single slot.
     slots, weights = torch.full((tokens, 2), index), hidden.new_tensor([weight, 0.0]).expand(tokens, 2)
     summed: Tensor = module(hidden, slots, weights)
     return summed.reshape(hidden.shape)
 
 
 def byte_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
-    """Return a tokenizer whose tokens are the 256 bytes and three special ones; it needs no files."""
+    """Return a tokenizer with the 256 bytes and three special tokens; it needs no files."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -134,7 +134,7 @@ def byte_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
 def save_tiny_base(
     folder: Path, family: str = "qwen2_moe", *, seed: int = 0, chat: bool = True, **settings: Any
 ) -> Path:
-    """Save a tiny model with its tokenizer as an ordinary transformers folder, and return it."""
+    """Save a tiny model with its tokenizer as a transformers folder, and return the folder."""
     tiny_model(family, seed=seed, **settings).save_pretrained(folder)
     byte_tokenizer(chat=chat).save_pretrained(folder)
     return folder

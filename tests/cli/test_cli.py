@@ -259,7 +259,7 @@ def test_what_surprises_in_the_rows_is_said_once(tmp_path: Path, tiny_base: Path
     known = "context is read from 'input', response is read from 'output'"
     rows_notes = [note for note in notes if str(silos) in note]
     assert sorted(rows_notes) == sorted([
-        f"{silos}: not read, as it is no client's folder: pool.csv",
+        f"{silos}: not read, as it is not in a client's folder: pool.csv",
         f"ward_a: {silos / 'ward_a' / 'train.jsonl'}: 1 of 9 rows are left out (data.on_bad_row = 'drop'): "
         "line 9, row 9: output is empty",
         f"ward_a: {silos / 'ward_a' / 'train.jsonl'}: {known}",
@@ -360,7 +360,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
         ),
         (GOOD, [], ["test.jsonl: a split needs at least one row"]),
         (GOOD[:1], None, ["bank: 1 passages with test_fraction"]),
-        (GOOD, GOOD[1:2], ["bank: 1 passages stand in train and in test"]),
+        (GOOD, GOOD[1:2], ["bank: 1 passages are in train and in test"]),
         (GOOD, [{"instruction": "q"}], ["test.jsonl: no column 'response'"]),
     ],
     ids=["missing", "column", "empty", "few", "shared", "test-column"],

@@ -166,8 +166,7 @@ def test_check_says_what_surprises(silo_file: Path, tmp_path: Path) -> None:
     assert said[:3] == [
         f"note: clinic: {path}: "
         "1 of 10 rows are left out (data.on_bad_row = 'drop'): line 11, row 10: output is empty",
-        f"note: clinic: {path}: context is read from 'input', response is read from 'output'; "
-        "columns that are not used: 'id'",
+        f"note: clinic: {path}: context is read from 'input', response is read from 'output'; unused columns: 'id'",
         "clinic: 7 train rows, 2 test rows; all fit 512 tokens",
     ]
 
@@ -176,7 +175,7 @@ def test_check_refuses_what_no_run_could_divide(silo_file: Path, tmp_path: Path)
     text = silo_file.read_text()
     train = re.findall(r'train = "(.*)"', text)[0]
     silo_file.write_text(re.sub(r'test = ".*"', f'test = "{train}"', text))
-    with pytest.raises(DataError, match="stand in train and in test"):
+    with pytest.raises(DataError, match="are in train and in test"):
         call("check", silo_file)
 
 

@@ -65,7 +65,7 @@ def test_a_missing_silo_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_recipe_at_silos_has_no_rows_here(recipe: Recipe) -> None:
     config = parse_recipe("data.at_silos = true")
-    with pytest.raises(DataError, match="every silo reads its own rows"):
+    with pytest.raises(DataError, match="the silos read their own rows"):
         load_clients(config.data, 0)
     with pytest.raises(ConfigError, match="exactly one of"):
         recipe("data.at_silos=true")

@@ -309,7 +309,7 @@ def test_what_is_refused_changes_nothing(finished: Path, workspace: Workspace, t
         (DataError, "no such data file", lambda: join(finished, shop / "gone.jsonl")),
         (
             DataError,
-            "stand in train and in test",
+            "are in train and in test",
             lambda: join(finished, shop / "train.jsonl", test=shop / "train.jsonl"),
         ),
         (ConfigError, "steps = 0", lambda: comes(finished, workspace, steps=0)),

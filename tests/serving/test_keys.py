@@ -61,7 +61,7 @@ def test_an_owner_is_found_in_any_form_of_unicode(path: Path) -> None:
     assert load_keys(path, ["Zürich"]).owner("fx-1") == "Zürich"
     assert list(make_keys(path, ["Zürich"])) == [OPERATOR]
     written(path, f'[keys]\n"Zu\u0308rich" = ["{digest}"]\n"Zürich" = []\n')
-    with pytest.raises(ConfigError, match="one owner stands there twice"):
+    with pytest.raises(ConfigError, match="it names one owner twice"):
         load_keys(path, ["Zürich"])
 
 

@@ -181,7 +181,7 @@ def test_texts_are_shown_as_texts(seen: Seen, engine: ScriptedEngine) -> None:
 
 def test_a_wrong_key_is_told_and_a_right_one_then_opens(seen: Seen) -> None:
     seen.page.goto(f"{seen.url}/")
-    for key, told in (("wrong", "Nobody has this key"), ("", "Nobody has this key")):
+    for key, told in (("wrong", "This key is not valid"), ("", "This key is not valid")):
         seen.page.get_by_label("API key").fill(key)
         seen.page.get_by_role("button", name="Open").click()
         if key:

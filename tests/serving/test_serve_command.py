@@ -134,10 +134,10 @@ def test_keys_are_printed_once(finished: Path, tmp_path: Path) -> None:
     [
         (["--host", "0.0.0.0"], "--host 0.0.0.0: other machines can reach this address, so callers need keys"),
         (["--host", "::"], "so callers need keys"),
-        (["--keys", "nothing.toml"], "make it with --make-keys"),
-        (["--tls-cert", "nothing.pem"], "they cannot be used"),
-        (["--tls-key", "nothing.pem"], "a key belongs to a certificate"),
-        (["--host", "127.0.0.1", "--port", "{taken}"], "nothing can listen there"),
+        (["--keys", "nothing.toml"], "create it with --make-keys"),
+        (["--tls-cert", "nothing.pem"], "the TLS files cannot be used"),
+        (["--tls-key", "nothing.pem"], "a key needs its certificate"),
+        (["--host", "127.0.0.1", "--port", "{taken}"], "the server cannot listen on this address"),
     ],
 )
 def test_what_cannot_be_served_is_refused_in_one_line(finished: Path, arguments: list[str], told: str) -> None:

@@ -1,1 +1,1 @@
-"""Who owns which rows: sources, columns, prompts, and the silo data that ships."""
+"""Rows of every client: sources, columns, prompts, and the silo data that ships."""

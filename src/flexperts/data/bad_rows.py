@@ -1,4 +1,4 @@
-"""What happens to rows that cannot be used: their source is refused with all of them, or they are left out."""
+"""Handling of rows that cannot be used: the whole source is refused, or these rows are left out."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class BadRow(NamedTuple):
     """A row that cannot be used.
 
     Args:
-        where: Source and place, as ``Row.where``.
-        what: What is wrong with it; none of its text.
-        rule: The rule it breaks.
+        where: Source and place, as in ``Row.where``.
+        what: What is wrong with the row, without any of its text.
+        rule: The rule that the row breaks.
     """
 
     where: str
@@ -29,24 +29,24 @@ class BadRow(NamedTuple):
 def settle_bad_rows(
     source: str, bad: Sequence[BadRow], total: int, on_bad_row: OnBadRow | None, say: Say = unsaid
 ) -> None:
-    """Return if there are no bad rows, or if they may be left out; then they are told in one line.
+    """Refuse bad rows, or report in one line that they are left out.
 
     Args:
         source: Where the rows are from: a file, or a client.
-        bad: The bad rows, in their order.
-        total: All rows of the source.
-        on_bad_row: The setting; None where no row may be left out.
-        say: Gets the line.
+        bad: The bad rows, in the order of the source.
+        total: Number of all rows of the source.
+        on_bad_row: The setting ``data.on_bad_row``; None where no row may be left out.
+        say: Called with the line.
 
     Raises:
-        DataError: Rows are bad and may not be left out, or none would stay.
+        DataError: There are bad rows and they may not be left out, or no row would remain.
     """
     if not bad:
         return
     if on_bad_row == "drop" and len(bad) < total:
         say(f"{source}: {len(bad)} of {total} rows are left out (data.on_bad_row = 'drop'): {_listed(source, bad)}")
         return
-    remedy = "correct them" if len(bad) > 1 else "correct it"
+    remedy = "correct these rows in the source" if len(bad) > 1 else "correct this row in the source"
     if on_bad_row == "refuse" and len(bad) < total:
         remedy += ", or have such rows left out with data.on_bad_row = 'drop'"
     if len(bad) == 1:
@@ -60,6 +60,6 @@ def _listed(source: str, bad: Sequence[BadRow]) -> str:
 
 
 def some(told: Sequence[str]) -> str:
-    """Return the first of many things in words, and how many more there are."""
+    """Return the first items of a list as text, and the number of the others."""
     more = [f"and {len(told) - _TOLD} more"] if len(told) > _TOLD else []
     return "; ".join([*told[:_TOLD], *more])

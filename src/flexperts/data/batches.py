@@ -27,7 +27,7 @@ class PaddedBatch:
         input_ids: ``[B, S]``.
         attention_mask: ``[B, S]``, 1 on tokens and 0 on padding.
         labels: ``[B, S]``, the response's tokens and -100 elsewhere.
-        response_columns: R, the last columns that hold any label.
+        response_columns: R, the number of last columns that hold any label.
     """
 
     input_ids: Tensor
@@ -51,7 +51,7 @@ def pad_batch(examples: Sequence[Example], pad_token_id: int) -> PaddedBatch:
 
 
 def pad_responses(examples: Sequence[Example], pad_token_id: int) -> PaddedBatch:
-    """Join the rows' responses into one batch, padded on the right: they are read after their prompts."""
+    """Join the rows' responses into one batch, padded on the right: each response follows its prompt's cache."""
     responses = [torch.tensor(e.input_ids[e.prompt_length :]) for e in examples]
     ids = pad_sequence(responses, batch_first=True, padding_value=pad_token_id)
     labels = pad_sequence(responses, batch_first=True, padding_value=IGNORED)
@@ -61,10 +61,10 @@ def pad_responses(examples: Sequence[Example], pad_token_id: int) -> PaddedBatch
 def training_batches(
     examples: Sequence[Example], batch_size: int, steps: int, generator: Generator
 ) -> Iterator[list[Example]]:
-    """Yield ``steps`` batches: shuffled passes over the rows, neighbours of similar length in one batch.
+    """Yield ``steps`` batches from shuffled passes over the rows; rows of similar length share a batch.
 
-    Every row is used once per pass. Rows are sorted by length only within random groups of a few batches, so that
-    little is padded and batches still vary from pass to pass.
+    Every row is used once per pass. Rows are sorted by length only within random groups of a few batches: little
+    padding is needed, and batches still vary from pass to pass.
     """
     done = 0
     while done < steps:

@@ -1,4 +1,4 @@
-"""Every client's rows, from whichever source the recipe names."""
+"""Every client's rows, from the source that the recipe names."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def load_clients(config: DataConfig, seed: int, say: Say = unsaid) -> Clients:
     Args:
         config: The recipe's data section.
         seed: Seed of a partition, and of the train/test split where there is no test file.
-        say: Gets what may be right but surprises, a line each, with client and file.
+        say: Called with one line per surprising finding, with client and file.
 
     Raises:
-        DataError: A file is missing or breaks a rule, a split is empty, a test passage is trained on, a pooled data
-            set cannot be divided as the recipe says, or the rows are at silos and not here.
+        DataError: A file is missing or breaks a rule, a split is empty, a test passage is also a train passage, a
+            pooled data set cannot be divided as the recipe says, or the rows are at the silos.
     """
     if config.at_silos:
         raise DataError(
             "data.at_silos = true",
-            "every silo reads its own rows, and there are none here",
-            "run it on a SuperLink (--engine superlink://NAME), or name a source of rows",
+            "the silos read their own rows, and this machine has none",
+            "run the recipe on a SuperLink (--engine superlink://NAME), or name a source of rows in it",
         )
     if config.silos:
         clients = _shipped(config)
@@ -55,7 +55,7 @@ def load_clients(config: DataConfig, seed: int, say: Say = unsaid) -> Clients:
 
 
 def _read(files: Mapping[str, ClientFiles], config: DataConfig, seed: int, say: Say) -> Clients:
-    names = client_names(files)  # before anything is read
+    names = client_names(files)  # an invalid name is refused before any file is read
     return {names[n]: _files(names[n], own, config, seed, say) for n, own in files.items()}
 
 
@@ -65,27 +65,28 @@ def _with_validation(rows: ClientRows, share: float, seed: int, where: str) -> C
 
 
 def rows_hash(rows: ClientRows) -> str:
-    """Return a SHA-256 that names a client's rows, side by side."""
+    """Return the SHA-256 of a client's rows, split by split."""
     sides = (rows.train, rows.test, *([rows.validation] if rows.validation else []))
-    # The last field says where a row came from, and is no part of it.
+    # The last field says where a row came from; it does not count as content.
     content = [[astuple(row)[:-1] for row in side] for side in sides]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def partition_manifest(clients: Clients) -> dict[str, Any]:
-    """Return who has which rows, in counts (rows) and SHA-256 hashes, without any text but the categories' names.
+    """Return every client's row counts and SHA-256 hashes; category names are the only text in it.
 
     Returns:
-        ``sha256`` of all clients, and ``clients``: for each name ``train_rows``, ``test_rows``, ``categories``
-        (which counts train rows), ``train_sha256``, ``test_sha256``, ``validation_sha256``. The clients stand in a
-        dictionary of their own, as any name may be a client's.
+        ``sha256`` of all clients, and ``clients``: for each name ``train_rows``, ``test_rows``,
+        ``validation_rows``, ``categories`` (counts of train rows), ``train_sha256``, ``test_sha256``,
+        ``validation_sha256``. The clients have a separate dictionary because a client may have any name, even
+        ``sha256``.
     """
     entries = {name: _entry(clients[name]) for name in sorted(clients)}
     return {"sha256": manifest_hash(entries), "clients": entries}
 
 
 def manifest_hash(entries: Mapping[str, Any]) -> str:
-    """Return the SHA-256 over all clients' entries of a manifest."""
+    """Return the SHA-256 of all clients' entries of a manifest."""
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
@@ -132,10 +133,10 @@ def _files(name: str, files: ClientFiles, config: DataConfig, seed: int, say: Sa
 def read_client_file(
     name: str, source: str, config: DataConfig, split: Literal["train", "test"], say: Say = unsaid
 ) -> list[Row]:
-    """Read one of a client's files; what is said and refused names the client, as a file's name seldom does.
+    """Read one of a client's files; notices and errors name the client.
 
     Raises:
-        DataError: As ``read_source``.
+        DataError: As for ``read_source``.
     """
     how: dict[str, Any] = {"split": split, "on_bad_row": config.on_bad_row}
     try:

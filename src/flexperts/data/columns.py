@@ -1,4 +1,4 @@
-"""Which column of a source fills which field of a row: as the recipe says, else by the names that are in use."""
+"""The mapping from a source's columns to the fields of a row: by the recipe, else by known column names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KNOWN = {
     "response": ("response", "output", "completion"),
     "category": ("category",),
 }
-"""Field -> its column in Dolly's and our own files, in Alpaca's, in files of prompt and completion."""
+"""Field -> its column in Dolly and in our files, in Alpaca, and in files of prompts and completions."""
 PASSAGE = "passage"
 _CHATS = ("messages", "conversations", "conversation", "chat")
 _MEANT = {
@@ -25,7 +25,7 @@ _MEANT = {
     "context": ("passage", "document", "text", "note", "background", "input"),
     "category": ("task", "type", "label", "class"),
 }
-"""Names that others give the fields: hints, never taken without being told."""
+"""Other common names of the fields: suggested in messages, never used unless the recipe says so."""
 
 
 def possible_columns(mapped: Mapping[str, str]) -> set[str]:
@@ -34,15 +34,15 @@ def possible_columns(mapped: Mapping[str, str]) -> set[str]:
 
 
 def fields_of(source: str, columns: Sequence[str], mapped: Mapping[str, str]) -> dict[str, str]:
-    """Return which column fills which field. What the recipe maps comes first; the rest goes by known names.
+    """Return the column of each field: as the recipe maps it, else by known names.
 
     Args:
         source: The source, for messages.
-        columns: Its columns.
-        mapped: Field -> column by the recipe; an empty name leaves an optional field empty.
+        columns: The source's columns.
+        mapped: Field -> column in the recipe; an empty name leaves an optional field empty.
 
     Raises:
-        DataError: A column is missing, or several could be meant.
+        DataError: A column is missing, or several columns fit one field.
     """
     found = {field: column for field, column in mapped.items() if column}
     for field in FIELDS:
@@ -52,8 +52,8 @@ def fields_of(source: str, columns: Sequence[str], mapped: Mapping[str, str]) ->
         if len(free) > 1 and free[0] != field:
             raise DataError(
                 f"{source}: columns {names_shown(free)}",
-                f"either may be the {field}",
-                f"say which under [data.columns], such as {field} = {free[0]!r}",
+                f"each of them may be the {field}",
+                f"name one under [data.columns], such as {field} = {free[0]!r}",
             )
         found[field] = free[0]
     wanted = {field: field for field in REQUIRED} | found
@@ -67,17 +67,17 @@ def fields_of(source: str, columns: Sequence[str], mapped: Mapping[str, str]) ->
 def say_columns(
     source: str, columns: Sequence[str], mapped: Mapping[str, str], found: Mapping[str, str], *others: str, say: Say
 ) -> None:
-    """Say which fields go by a known name that is not their own, and which columns are not used, in one line.
+    """Report, in one line, fields that are read from a column of another name, and columns that are not used.
 
     Args:
         source, columns, mapped: As for ``fields_of``.
-        found: What it returned.
-        others: Columns that are used otherwise.
-        say: Gets the line, where there is anything to say.
+        found: What ``fields_of`` returned.
+        others: Columns that are used for something else.
+        say: Called with the line, if there is one.
     """
     taken = [f"{f} is read from {c!r}" for f, c in found.items() if f not in mapped and c != f]
     unused = [name for name in columns if name not in {PASSAGE, *found.values(), *others}]
-    parts = [", ".join(taken), f"columns that are not used: {names_shown(unused)}" if unused else ""]
+    parts = [", ".join(taken), f"unused columns: {names_shown(unused)}" if unused else ""]
     if told := "; ".join(part for part in parts if part):
         say(f"{source}: {told}")
 
@@ -88,25 +88,26 @@ def _missing(
     if chats := [name for name in columns if name in _CHATS]:
         return DataError(
             f"{source}: column {chats[0]!r}, and no column {' or '.join(map(repr, missing.values()))}",
-            "chats are not read: a row is one instruction and its response",
-            "write each turn that is to be learnt as a row with instruction and response",
+            "chats cannot be read: a row is one instruction and its response",
+            "write each turn that the model should learn as a row with instruction and response",
         )
     rules = [
-        f"the {field} is required" if field in REQUIRED else f"the recipe takes the {field} from there"
+        f"the {field} is required" if field in REQUIRED else f"the recipe reads the {field} from it"
         for field in missing
     ]
     hints = [f"{f} = {hint!r}" for f, c in missing.items() if (hint := _hint(f, c, columns, mapped))]
     return DataError(
         f"{source}: no column {' and no '.join(map(repr, missing.values()))} among [{names_shown(columns)}]",
         ", ".join(rules),
-        f"name its column under [data.columns]{', such as ' if hints else ''}{', '.join(hints)}, or add it",
+        f"name the column under [data.columns]{', such as ' if hints else ''}{', '.join(hints)}, or add it",
     )
 
 
 def _hint(field: str, column: str, columns: Sequence[str], mapped: Mapping[str, str]) -> str | None:
-    """Return the column that is most likely meant, if one is: a misspelt name, or one that others use.
+    """Return the column that is most likely meant, if any: a similar name, or another common name of the field.
 
-    A column of another field is never meant: with response = 'instruction' a model would learn to repeat questions.
+    A column of another field is never suggested: with response = 'instruction' a model would learn to repeat
+    questions.
     """
     others = {name for other, names in KNOWN.items() if other != field for name in (*names, mapped.get(other))}
     free = {name.casefold(): name for name in columns if name not in others - {*_MEANT[field]}}

@@ -1,7 +1,8 @@
-"""Tables as text: cells between commas, semicolons or tabs, quoted as RFC 4180 says.
+"""Tables as text: cells separated by commas, semicolons or tabs, quoted as in RFC 4180.
 
-Python's csv module lets a quote that is not closed take up the rows after it, keeps the last of two columns of one
-name, and has one limit on cells for the whole process. Here it is certain where rows end, or the file is refused.
+With Python's csv module, a quote that is not closed swallows the rows after it, the last of two columns with one
+name wins, and the limit on a cell's size holds for the whole process. Here a file is refused unless it is certain
+where its rows end.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from flexperts.errors import DataError
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
 _QUOTED = re.compile(r'"([^"]*+(?:""[^"]*+)*+)"')
 _BREAK = re.compile(r"\r\n?|\n")
-_NAMED_DELIMITER = re.compile(r'"?sep=([,;|\t])"?(?:\r\n?|\n)')  # Excel's own first line
-_DOUBLE = 'write a quote that belongs to the text twice (""), and quote the whole cell'
+_NAMED_DELIMITER = re.compile(r'"?sep=([,;|\t])"?(?:\r\n?|\n)')  # a first line that Excel writes
+_DOUBLE = 'double each quote that belongs to the text (""), and quote the whole cell'
 _TOLD = 10
 
 
@@ -27,23 +28,23 @@ class _Line(NamedTuple):
     number: int
     cells: list[str]
     stray: bool
-    """Whether a quote stands in a cell that is not quoted."""
+    """Whether an unquoted cell contains a quote."""
 
 
 def read_delimited(
     path: Path, text: str, wanted: Collection[str], say: Say, delimiter: str | None = None
 ) -> DataTable:
-    """Return a table's columns and records; lines without any text are no records.
+    """Return a table's columns and records; lines without any text are skipped.
 
     Args:
         path: The file, for messages.
-        text: Its text.
-        wanted: Columns that may be needed: where the header holds several delimiters, they tell which it is.
-        say: Gets what is passed over, and cells that may have taken up rows.
-        delimiter: The delimiter, where the file's ending says it.
+        text: The text of the file.
+        wanted: Columns that may be needed; they decide where the header contains several possible delimiters.
+        say: Called with a line about what is skipped, and about cells that may have swallowed rows.
+        delimiter: The delimiter, where the file's extension determines it.
 
     Raises:
-        DataError: The delimiter cannot be told, a column comes twice, or quotes do not tell where rows end.
+        DataError: The delimiter is ambiguous, a column name is repeated, or quotes leave the rows' ends unclear.
     """
     start = 0
     if named := _NAMED_DELIMITER.match(text):
@@ -61,10 +62,10 @@ def _header(lines: Iterator[_Line]) -> list[str]:
 
 
 def _delimiter(path: Path, text: str, wanted: Collection[str]) -> str:
-    """Return the delimiter by which the header holds most of the wanted columns."""
+    """Return the delimiter with which the header has the most wanted columns."""
     found = {}
     for delimiter in DELIMITERS:
-        with contextlib.suppress(DataError):  # quotes that end before another delimiter
+        with contextlib.suppress(DataError):  # with the wrong delimiter, quotes may end inside a cell
             header = {name.strip() for name in _header(_lines(path, text, delimiter, 0))}
             found[delimiter] = len(header) > 1, len(header & {*wanted})
     best = [delimiter for delimiter, score in found.items() if score == max(found.values())]
@@ -74,18 +75,18 @@ def _delimiter(path: Path, text: str, wanted: Collection[str]) -> str:
     what = f"its header may have {' or '.join(DELIMITERS[d] for d in best)}" if several else "its header has none"
     raise DataError(
         f"{path}: {what}",
-        "cells stand between commas, semicolons or tabs, and a first line names the columns",
-        "write it so, with cells in quotes where they hold a delimiter",
+        "cells are separated by commas, semicolons or tabs, and the first line names the columns",
+        "save the table in this form, and quote cells that contain a delimiter",
     )
 
 
 def _columns(path: Path, header: Sequence[str]) -> list[str]:
-    """Return the columns' names; those without one at the end, as spreadsheets leave them, are none."""
+    """Return the columns' names, without the empty ones that spreadsheets leave at the end."""
     named = [name or f"(column {number})" for number, name in enumerate(header, 1)]
     last = max((n for n, name in enumerate(header, 1) if name), default=0)
     if twice := repeated(named[:last]):
         raise DataError(
-            f"{path}: {names_shown(twice)}", "a column's name must come only once", "rename or delete the other one"
+            f"{path}: {names_shown(twice)}", "column names must be unique", "rename or delete the duplicates"
         )
     return named[:last]
 
@@ -111,28 +112,28 @@ def _records(
             swallowing.append(line.number)
         yield Record(place, dict(zip(columns, line.cells, strict=False)))
     if beyond:
-        say(f"{path}: empty cells beyond the {len(columns)} named columns are passed over")
+        say(f"{path}: empty cells after the {len(columns)} named columns are ignored")
     if blank:
-        say(f"{path}: {len(blank)} rows without any text are passed over ({_numbers(blank)})")
+        say(f"{path}: {len(blank)} rows without any text are skipped ({_numbers(blank)})")
     if swallowing:
         say(
-            f"{path}: {len(swallowing)} quoted cells hold line breaks and lines that look like rows of their own; "
-            f"see whether their quotes close where they should (rows that start at {_numbers(swallowing)})"
+            f"{path}: {len(swallowing)} quoted cells contain lines that look like separate rows; "
+            f"check where their quotes close (rows that start at {_numbers(swallowing)})"
         )
 
 
 def _fault(line: _Line, columns: int) -> tuple[str, str] | None:
     if line.stray:
-        return "a quote stands inside a cell that is not quoted", _DOUBLE
+        return "an unquoted cell contains a quote", _DOUBLE
     if len(line.cells) < columns:
-        return f"it has fewer cells than the {columns} columns of the header", "each row must have them all"
+        return f"it has fewer cells than the {columns} columns of the header", "each row must have all columns"
     if any(cell.strip() for cell in line.cells[columns:]):
-        return f"it has more cells than the {columns} columns of the header", "quote cells that hold delimiters"
+        return f"it has more cells than the {columns} columns of the header", "quote cells that contain delimiters"
     return None
 
 
 def _holds_rows(cell: str, columns: int, delimiter: str) -> bool:
-    """Tell whether a line inside a cell, after its first, has a row's delimiters, none of them before a blank."""
+    """Return whether a later line of a cell has as many delimiters as a row, none of them before a space."""
     inner = _BREAK.split(cell)[1:]
     return any(line.count(delimiter) == columns - 1 and f"{delimiter} " not in line for line in inner)
 
@@ -143,7 +144,7 @@ def _numbers(lines: Sequence[int]) -> str:
 
 
 def _lines(path: Path, text: str, delimiter: str, start: int) -> Iterator[_Line]:
-    """Yield a table's rows with the line that each starts at; empty lines are left out."""
+    """Yield a table's rows, each with the line where it starts; empty lines are left out."""
     ends = re.compile(rf"[{re.escape(delimiter)}\r\n]|\Z")
     at, number = start, 1 + len(_BREAK.findall(text, 0, start))
     while at < len(text):
@@ -168,17 +169,19 @@ def _lines(path: Path, text: str, delimiter: str, start: int) -> Iterator[_Line]
 
 
 def _quoted(path: Path, text: str, at: int, number: int, delimiter: str) -> tuple[str, int]:
-    """Return a quoted cell and where it ends; if no cell can end there, all rows after it are in doubt."""
+    """Return a quoted cell and where it ends; refuse the file where text follows the closing quote."""
     cell = _QUOTED.match(text, at)
     if cell is None:
         raise DataError(
-            f"{path}, line {number}", "a quote opens a cell here and is never closed", f"close it, or {_DOUBLE}"
+            f"{path}, line {number}",
+            "a quote opens a cell here and is never closed",
+            f"close the quote, or {_DOUBLE}",
         )
     if text[cell.end() : cell.end() + 1] not in ("", "\r", "\n", delimiter):
         closing = number + len(_BREAK.findall(cell[1]))
         raise DataError(
             f"{path}, line {number}",
-            f"a quote opens a cell here, and after the quote that closes it (line {closing}) the cell goes on",
+            f"a quote opens a cell here, and text follows the quote that closes it (line {closing})",
             _DOUBLE,
         )
     return cell[1], cell.end()

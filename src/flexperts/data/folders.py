@@ -1,4 +1,4 @@
-"""A folder with one sub-folder per client: what is a client, and what is not, and why."""
+"""A folder with one subfolder per client: which subfolders are clients, and why others are not."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _SHOWN = 10
 
 
 def client_folders(folder: Path, say: Say) -> dict[str, ClientFiles]:
-    """Return each sub-folder's train and test file, by the sub-folder's name.
+    """Return each subfolder's train and test file, by the subfolder's name.
 
-    Hidden files and folders, and files called README, are passed over. Everything else that is not read is said.
+    Hidden files and folders, and files called README, are ignored. Everything else that is not read is reported.
 
     Args:
         folder: The folder.
-        say: Gets what is not read, a line for each kind.
+        say: Called with one line per reason why something is not read.
 
     Raises:
-        DataError: The folder cannot be read or has no client, or a sub-folder's files cannot be told.
+        DataError: The folder cannot be read or has no client, or a subfolder has two files for one split.
     """
     clients: dict[str, ClientFiles] = {}
     idle: dict[str, list[str]] = defaultdict(list)
@@ -36,16 +36,16 @@ def client_folders(folder: Path, say: Say) -> dict[str, ClientFiles]:
         files, others = _sides(entry)
         if files:
             clients[entry.name] = ClientFiles(**files)
-        reason = "not read" if files else "no client, as it has no file train.*; it holds"
+        reason = "not read" if files else "not a client, as it has no file train.*; it contains"
         if others or not files:
             idle[f"{reason}: {_some(others) or 'nothing'}"].append(entry.name)
     told = [f"{folder}: {_some(names)}: {reason}" for reason, names in idle.items()]
-    told += [f"{folder}: not read, as it is no client's folder: {_some(loose)}"] if loose else []
+    told += [f"{folder}: not read, as it is not in a client's folder: {_some(loose)}"] if loose else []
     if not clients:
         raise DataError(
             "; ".join([f"data.folder = {folder}", *told]),
-            f"it must hold <client>/train.jsonl files (or {', '.join(e for e in ENDINGS if e != '.jsonl')})",
-            "see `flexperts data make-silos`",
+            f"it must contain <client>/train.jsonl files (or {', '.join(e for e in ENDINGS if e != '.jsonl')})",
+            "add a subfolder with a train file per client; `flexperts data make-silos` writes an example",
         )
     for line in told:
         say(line)
@@ -53,7 +53,7 @@ def client_folders(folder: Path, say: Say) -> dict[str, ClientFiles]:
 
 
 def _sides(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """Return a sub-folder's train and test file, and the names of what else it holds."""
+    """Return a subfolder's train and test file, and the names of its other entries."""
     entries = _entries(folder)
     found: dict[str, list[Path]] = {side: [] for side in _SIDES}
     for path in entries:
@@ -65,27 +65,27 @@ def _sides(folder: Path) -> tuple[dict[str, str], list[str]]:
             raise DataError(
                 f"{folder}: {_some(p.name for p in paths)}",
                 f"a client has one {side} file",
-                "join them, or move the others out of its folder",
+                "merge them, or move the others out of this folder",
             )
     if found["test"] and not found["train"]:
         raise DataError(
             f"{folder}: {found['test'][0].name} and no file train.*",
-            "a client trains on rows",
-            "add its train file",
+            "a client needs rows to train on",
+            "add a train file to this folder",
         )
     files = {side: str(paths[0]) for side, paths in found.items() if paths}
     return files, [path.name for path in entries if str(path) not in files.values()]
 
 
 def _entries(folder: Path) -> list[Path]:
-    """Return what lies in a folder, sorted, but for hidden files and READMEs."""
+    """Return the sorted entries of a folder, without hidden files and READMEs."""
     try:
         entries = sorted(folder.iterdir())
     except (OSError, ValueError) as error:
         reason = "there is no such folder" if not folder.exists() else f"it cannot be read ({error})"
         raise DataError(
             f"data.folder = {folder}",
-            f"it must hold <client>/train.jsonl files, and {reason}",
+            f"it must contain <client>/train.jsonl files, and {reason}",
             "check the path; in a recipe it is relative to the recipe's folder",
         ) from error
     return [e for e in entries if not e.name.startswith(".") and name_and_ending(e)[0].lower() != "readme"]

@@ -1,8 +1,8 @@
-"""Which rows are held out: whole passages, compared as people read them, and never on both sides.
+"""Held-out rows: whole passages, compared as people read them, and never in both splits.
 
-Two passages are one if they differ in nothing but case, blanks, ends of lines, invisible characters, kinds of
-quotes and dashes, or how Unicode writes the same text (NFKC). A context that all rows of a client have, or that
-stands for none ("N/A"), is no passage: the instruction serves in its place. Rows stay as they were read.
+Two passages count as equal if they differ only in case, white space, line ends, invisible characters, kinds of
+quotes and dashes, or Unicode form (NFKC). A context that all rows of a client share, or that means "no context"
+("N/A"), does not identify a passage: the instruction is used instead. The rows themselves are not changed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flexperts.data.rows import ClientRows, Row
 from flexperts.errors import DataError
 from flexperts.seeding import derive_seed
 
-OWN_COLUMN = "where a context is no passage, give the rows a column `passage` that says which is whose"
+OWN_COLUMN = "if the context does not identify a passage, add a column `passage` that names each row's passage"
 _INVISIBLE = regex.compile(r"\p{Default_Ignorable_Code_Point}|[^\P{Cc}\s]")
 _QUOTES, _DASHES = regex.compile(r"\p{Quotation_Mark}+"), regex.compile(r"[\p{Dash_Punctuation}\u2212]")
 _NONE = regex.compile(
@@ -29,7 +29,7 @@ _NONE = regex.compile(
 _LONGEST_NONE = 100
 """Characters."""
 _PAIRS = 3
-"""Shared passages that a message tells the places of."""
+"""How many shared passages a message locates."""
 
 
 def split_rows(
@@ -42,25 +42,25 @@ def split_rows(
     whole: Sequence[Row] = (),
     say: Say = unsaid,
 ) -> ClientRows:
-    """Divide rows by passage: all rows of a passage land on one side, chosen by a hash of the passage.
+    """Divide rows by passage: all rows of a passage go to one split, chosen by a hash of the passage.
 
     Args:
         rows: The rows.
         fraction: Share of the passages that is held out.
         seed: Seed of the choice.
-        where: Whose rows they are, for messages.
-        side: What the rows are held out for; they are the returned ``test``.
-        whole: All rows of the client, where these are not all.
-        say: Gets what surprises, in lines.
+        where: The client, for messages.
+        side: What the rows are held out for; they are returned as ``test``.
+        whole: All rows of the client, if ``rows`` are only some of them.
+        say: Called with one line per surprising finding.
 
     Raises:
-        DataError: One side would be empty.
+        DataError: One split would be empty.
     """
     texts = identities(rows, whole or rows, where, say)
     keys = [passage_key(text) for text in texts]
     passages: dict[str, str] = {}
     for key, text in zip(keys, texts, strict=True):
-        passages[key] = min(text, passages.get(key, text))  # of several spellings one, whatever the rows' order
+        passages[key] = min(text, passages.get(key, text))  # one of several spellings, independent of row order
     order = sorted(passages, key=lambda key: derive_seed(seed, f"{side} split", passages[key]))
     held_out = set(order[: round(fraction * len(order))])
     train = tuple(row for row, key in zip(rows, keys, strict=True) if key not in held_out)
@@ -69,22 +69,22 @@ def split_rows(
         raise DataError(
             f"{where}: {len(order)} passages with {side}_fraction = {fraction}",
             f"train and {side} need at least one passage each",
-            f"add passages, take another share, or give a test file; {OWN_COLUMN}",
+            f"add passages, change the fraction, or give a test file; {OWN_COLUMN}",
         )
     say_uneven(rows, keys, where, say)
     return ClientRows(train, test)
 
 
 def check_disjoint(rows: ClientRows, where: str, *, say: Say = unsaid) -> ClientRows:
-    """Return ``rows`` unless a test passage was trained on.
+    """Return ``rows`` unless train and test share a passage.
 
     Args:
         rows: A client's rows.
-        where: Whose they are, for messages.
-        say: Gets what surprises, in lines.
+        where: The client, for messages.
+        say: Called with one line per surprising finding.
 
     Raises:
-        DataError: Train and test share a passage; rows are named and no passage is quoted.
+        DataError: Train and test share a passage; the message names rows and quotes no passage.
     """
     both = (*rows.train, *rows.test)
     keys = [passage_key(text) for text in identities(both, both, where, say)]
@@ -93,15 +93,15 @@ def check_disjoint(rows: ClientRows, where: str, *, say: Say = unsaid) -> Client
     if shared := [key for key in tested if key in trained]:
         pairs = "; ".join(f"{tested[key]} and {trained[key]}" for key in shared[:_PAIRS])
         raise DataError(
-            f"{where}: {len(shared)} passages stand in train and in test, such as {pairs}",
-            "a test passage must never be trained on, in no other case, blanks, quotes or Unicode form either",
+            f"{where}: {len(shared)} passages are in train and in test, such as {pairs}",
+            "a test passage must not be in train, not even with other case, white space, quotes or Unicode form",
             f"split by passage, or give one file and data.test_fraction; {OWN_COLUMN}",
         )
     return rows
 
 
 def _places(rows: Sequence[Row], keys: Sequence[str], side: str) -> dict[str, str]:
-    """Return where each passage stands first."""
+    """Return each passage's first place."""
     places: dict[str, str] = {}
     for number, (row, key) in enumerate(zip(rows, keys, strict=True), 1):
         places.setdefault(key, row.where or f"{side} row {number}")
@@ -109,52 +109,52 @@ def _places(rows: Sequence[Row], keys: Sequence[str], side: str) -> dict[str, st
 
 
 def passage_key(text: str) -> str:
-    """Return what two passages have in common if they differ in nothing that a reader would call a difference."""
+    """Return a normal form of a passage: equal for passages that a reader would call the same."""
     folded = unicodedata.normalize("NFKC", _INVISIBLE.sub("", text)).casefold()
     folded = _QUOTES.sub("'", _DASHES.sub("-", unicodedata.normalize("NFKC", folded)))
     return " ".join(folded.split())
 
 
 def identities(rows: Sequence[Row], whole: Sequence[Row], where: str, say: Say = unsaid) -> list[str]:
-    """Return the text by which each row is compared: its passage, or its instruction where its context is none.
+    """Return the text by which each row is compared: its passage, or its instruction where there is no passage.
 
     Args:
         rows: The rows.
-        whole: All rows of the client, which show whether a context is a passage.
-        where: Whose rows they are.
-        say: Gets a line where a context is taken for none.
+        whole: All rows of the client; they show whether a context identifies a passage.
+        where: The client, for messages.
+        say: Called with a line where contexts are not used as passages.
     """
     named = [row for row in whole if _by_context(row)]
     if len(named) == len(whole) > 1 and len({passage_key(row.context) for row in whole}) == 1:
         say(
-            f"{where}: the context is the same in all {len(whole)} rows{_from(whole[0])}, so it is no passage: "
-            f"their instruction serves instead; {OWN_COLUMN}"
+            f"{where}: the context is the same in all {len(whole)} rows{_from(whole[0])}, so it does not identify "
+            f"a passage: the instruction is used instead; {OWN_COLUMN}"
         )
         return [row.instruction for row in rows]
     if empty := [row for row in named if _stands_for_none(row.context)]:
         say(
-            f"{where}: the context of {len(empty)} of {len(whole)} rows{_from(empty[0])} stands for none: "
-            "their instruction serves instead"
+            f'{where}: the context of {len(empty)} of {len(whole)} rows{_from(empty[0])} means "no context": '
+            "the instruction is used instead"
         )
     none = [_by_context(row) and _stands_for_none(row.context) for row in rows]
     return [row.instruction if is_none else row.passage for row, is_none in zip(rows, none, strict=True)]
 
 
 def say_uneven(rows: Sequence[Row], keys: Sequence[str], where: str, say: Say) -> None:
-    """Say it where one passage stands in most rows, which therefore all lie on one side."""
+    """Report a passage that more than half of the rows share: all of them are in one split."""
     key, count = Counter(keys).most_common(1)[0]
     if count > max(2, len(rows) / 2):
         first = _from(rows[keys.index(key)])
-        say(f"{where}: {count} of {len(rows)} rows{first} have one passage and lie on one side; {OWN_COLUMN}")
+        say(f"{where}: {count} of {len(rows)} rows{first} share one passage and are in one split; {OWN_COLUMN}")
 
 
 def _from(row: Row) -> str:
-    """Return where the first of the rows stands that a line is about."""
+    """Return the place of the first row that a line is about, in brackets."""
     return f" (from {row.where})" if row.where else ""
 
 
 def _by_context(row: Row) -> bool:
-    """Tell whether the context is what the row has for a passage."""
+    """Return whether the row's passage is its context."""
     return bool(row.context) and row.passage == row.context
 
 

@@ -1,4 +1,4 @@
-"""JSON and JSON lines. Numbers stay as they are written, and an object that names a key twice is a fault."""
+"""Readers of JSON and JSON lines. Numbers stay as written; an object with a repeated key is an error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LINE = "each line must hold one JSON object"
 
 
 class _Repeating(dict[str, Any]):
-    """An object that names keys twice."""
+    """An object with repeated keys."""
 
     def __init__(self, pairs: Sequence[tuple[str, Any]]) -> None:
         super().__init__(pairs)
@@ -23,30 +23,32 @@ class _Repeating(dict[str, Any]):
 
 
 def read_json_lines(path: Path, text: str) -> DataTable:
-    """Return the columns and records of a file with one object per line; a line that holds none is a bad record.
+    """Return the columns and records of a file with one object per line; any other line is a bad record.
 
     Raises:
-        DataError: It is one JSON list.
+        DataError: The file contains one JSON list.
     """
     if text.lstrip().startswith("["):
-        raise DataError(f"{path}: it holds one list", _LINE, "end its name in .json, which holds a list of objects")
+        raise DataError(f"{path}: it contains one list", _LINE, "rename the file to .json, for a list of objects")
     return _table(path, list(_from_lines(text)))
 
 
 def read_json(path: Path, text: str) -> DataTable:
-    """Return the columns and records of a file that holds one list of objects.
+    """Return the columns and records of a file that contains one list of objects.
 
     Raises:
-        DataError: It holds something else, or is no JSON.
+        DataError: The file contains something else, or is not valid JSON.
     """
     try:
         found = _parsed(text)
     except (ValueError, RecursionError) as error:
         by_line = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
-        remedy = "end its name in .jsonl if it holds one object per line" if by_line else "correct it"
+        remedy = (
+            "rename it to .jsonl if it has one object per line" if by_line else "correct the file at this place"
+        )
         raise DataError(f"{path}", f"it is not valid JSON ({_reason(error)})", remedy) from error
     if not isinstance(found, list) or not all(isinstance(r, dict) for r in found):
-        raise DataError(f"{path}", "it must hold a list of objects", "write one object per row, or use .jsonl")
+        raise DataError(f"{path}", "it must contain a list of objects", "write one object per row, or use .jsonl")
     return _table(path, [_record(f"row {number}", values) for number, values in enumerate(found, 1)])
 
 
@@ -59,7 +61,7 @@ def _from_lines(text: str) -> Iterator[Record]:
     row = 0
     for number, line in enumerate(
         re.split(r"\r\n?|\n", text), 1
-    ):  # str.splitlines knows more ends, which JSON allows
+    ):  # str.splitlines also splits at characters that JSON allows inside a text
         if line.strip():
             row += 1
             yield _of_line(line, f"line {number}, row {row}")
@@ -70,12 +72,14 @@ def _of_line(line: str, place: str) -> Record:
         found = _parsed(line)
     except (ValueError, RecursionError) as error:
         return Record(place, {}, (f"it is not valid JSON ({_reason(error)})", _LINE))
-    return _record(place, found) if isinstance(found, dict) else Record(place, {}, ("it is no JSON object", _LINE))
+    return (
+        _record(place, found) if isinstance(found, dict) else Record(place, {}, ("it is not a JSON object", _LINE))
+    )
 
 
 def _record(place: str, found: dict[str, Any]) -> Record:
     if isinstance(found, _Repeating):
-        return Record(place, {}, (f"{names_shown(found.names)} comes twice", "a key must come only once"))
+        return Record(place, {}, (f"{names_shown(found.names)} is repeated", "an object's keys must be unique"))
     return Record(place, found)
 
 

@@ -1,9 +1,9 @@
-"""One pooled instruction set, divided over clients by name: every row goes to exactly one of them.
+"""Partitions of one pooled instruction set: every row goes to exactly one client.
 
-Where the recipe names no test file, each client holds out ``data.test_fraction`` of its own passages. A test file
-is shared. With ``pathological`` and ``natural`` a client is scored on the test rows of its own categories or id;
-clients that share a category share its test rows. With ``iid`` and ``dirichlet``, where clients have no fixed kind
-of row, each is scored on all of them. A passage may stand with several clients, but never on both sides of one.
+Without a test file, each client holds out ``data.test_fraction`` of its passages. A test file is shared. With
+``pathological`` and ``natural`` a client is scored on the test rows of its categories or id; clients that share a
+category share its test rows. With ``iid`` and ``dirichlet`` clients have no fixed kind of row, and each is scored
+on all test rows. Several clients may have the same passage, but no client has it in both splits.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from flexperts.seeding import derive_seed
 Labelled = tuple[list[Row], list[str]]
 _SHARED_TEST = ("iid", "dirichlet")
 _SAID = 3
-"""Lines about clients, of whom there may be thousands."""
+"""Most lines about single clients; there may be thousands of clients."""
 
 
 def load_partition(config: DataConfig, seed: int, say: Say = unsaid) -> dict[str, ClientRows]:
@@ -38,7 +38,7 @@ def load_partition(config: DataConfig, seed: int, say: Say = unsaid) -> dict[str
     Args:
         config: A data section with a partition.
         seed: The run's seed.
-        say: Gets what may be right but surprises, a line each.
+        say: Called with one line per surprising finding.
 
     Raises:
         DataError: A file breaks a rule, a row has no label, the rows cannot be divided so that every client gets
@@ -58,21 +58,21 @@ def load_partition(config: DataConfig, seed: int, say: Say = unsaid) -> dict[str
         test = _of_clients(_read(settings.test, "test", config, say), {*labels}, config, say)
         tests = _tests(shares, labels, test, settings)
         divided = {n: ClientRows(tuple(rows[i] for i in share), tests[n]) for n, share in shares.items()}
-        if settings.by in _SHARED_TEST:  # every client is scored on all of it: one look instead of one for each
+        if settings.by in _SHARED_TEST:  # all clients have the same test rows: one check is enough
             check_disjoint(ClientRows(tuple(rows), tuple(test[0])), settings.source, say=said.append)
         else:
             divided = {n: check_disjoint(own, n, say=said.append) for n, own in divided.items()}
     for text in said[:_SAID]:
         say(text)
     if more := len(said) - _SAID if len(said) > _SAID else 0:
-        say(f"{settings.source}: {more} more lines like these about other clients")
+        say(f"{settings.source}: {more} more such lines, about other clients")
     return divided
 
 
 def _tests(
     shares: Shares, labels: list[str], test: Labelled, settings: PartitionConfig
 ) -> dict[str, tuple[Row, ...]]:
-    """Return every client's rows of the shared test file."""
+    """Return every client's rows from the shared test file."""
     if settings.by in _SHARED_TEST:
         return dict.fromkeys(shares, tuple(test[0]))
     return {name: _of(name, {labels[i] for i in share}, test, settings) for name, share in shares.items()}
@@ -84,20 +84,20 @@ def _of(name: str, own: set[str], test: Labelled, settings: PartitionConfig) -> 
         raise DataError(
             f"{settings.test}: no rows of client {name}, by {settings.column}",
             "each client needs at least one test row",
-            "add some, or leave data.partition.test out",
+            "add test rows for this client, or remove data.partition.test",
         )
     return found
 
 
 def _of_clients(test: Labelled, known: set[str], config: DataConfig, say: Say) -> Labelled:
-    """Return the test rows whose label some client trains on; the others are bad rows."""
+    """Return the test rows whose label occurs in the train rows; the others are bad rows."""
     settings = config.partition
     assert settings is not None
     assert settings.test is not None
     if settings.by in ("iid", "dirichlet"):
         return test
     strange = [
-        BadRow(row.where, f"its {settings.column} is none that a client trains on", "each test row has a client")
+        BadRow(row.where, f"its {settings.column} occurs in no train row", "each test row must belong to a client")
         for row, label in zip(*test, strict=True)
         if label not in known
     ]
@@ -107,7 +107,7 @@ def _of_clients(test: Labelled, known: set[str], config: DataConfig, say: Say) -
 
 
 def _read(source: str, split: str, config: DataConfig, say: Say) -> Labelled:
-    """Read rows and the label of each; nothing where the partition does not look at it."""
+    """Read rows and the label of each; labels are empty where the partition does not use them."""
     settings = config.partition
     assert settings is not None
     label = Label(settings.column, f"data.partition by = {settings.by!r} needs it in every row")
@@ -123,17 +123,17 @@ def assign(labels: Sequence[str], settings: PartitionConfig, seed: int, *, say: 
     """Divide rows over clients: every row goes to exactly one.
 
     Args:
-        labels: One per row: its category, or its client's id. ``iid`` does not look at them.
+        labels: One per row: its category, or its client's id. ``iid`` does not use them.
         settings: How to divide.
-        seed: The run's seed. It picks the rows, not which client holds which category or id.
-        say: Gets what surprises, in lines.
+        seed: The run's seed. It decides on the rows, not on which client has which category or id.
+        say: Called with one line per surprising finding.
 
     Returns:
         Client name -> row numbers from 0, shuffled.
 
     Raises:
-        DataError: The rows cannot be divided so, a client would get fewer than ``min_rows``, or an id
-            cannot be a client's name.
+        DataError: The rows cannot be divided in this way, a client would get fewer than ``min_rows``, or an id is
+            not a valid client name.
     """
     kinds = sorted(set(labels))
     numbers = {kind: number for number, kind in enumerate(kinds)}
@@ -156,7 +156,7 @@ def _check_size(rows: int, settings: PartitionConfig) -> None:
 
 
 def _categories_per_label(categories: int, settings: PartitionConfig) -> int:
-    """Return how many categories go under one label, so that the partitioner uses them all."""
+    """Return how many categories share a label, so that the partitioner uses all categories."""
     clients, each = settings.clients or 1, settings.categories_per_client
     if settings.by != "pathological":
         return 1
@@ -165,7 +165,7 @@ def _categories_per_label(categories: int, settings: PartitionConfig) -> int:
     if each > categories or clients + each <= categories:
         raise DataError(
             f"data.partition: {clients} clients with {each} of {categories} categories each",
-            "all categories must be used, and a client cannot have more than there are",
+            "all categories must be used, and no client can have more categories than exist",
             f"choose clients x categories_per_client = {categories}, or their sum above {categories}",
         )
     return 1
@@ -186,7 +186,7 @@ def _divide(codes: list[int], settings: PartitionConfig, each: int, seed: int) -
         raise DataError(
             f"{settings.source}: {len(codes)} rows, data.partition by = {settings.by!r}",
             f"no division found that gives {settings.clients} clients {settings.min_rows} rows each",
-            "lower data.partition.clients or min_rows, or raise its alpha, or change the seed"
+            "lower data.partition.clients or min_rows, raise data.partition.alpha, or change the seed"
             if settings.by == "dirichlet"
             else "lower data.partition.clients or categories_per_client, or add rows",
         ) from error
@@ -194,7 +194,7 @@ def _divide(codes: list[int], settings: PartitionConfig, each: int, seed: int) -
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the library: a warning per redrawn division, divisions by zero at small alpha, a progress bar."""
+    """Silence flwr-datasets: a warning per redrawn division, divisions by zero at small alpha, a progress bar."""
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
@@ -216,24 +216,24 @@ def _partitioner(settings: PartitionConfig, each: int, seed: int) -> Any:
 
 
 def _checked(shares: list[list[int]], rows: int, settings: PartitionConfig) -> list[list[int]]:
-    """Return ``shares`` if they hold every row once and are large enough."""
+    """Return ``shares`` if they contain every row once and are large enough."""
     if sorted(chain(*shares)) != list(range(rows)):
         raise DataError(
             f"data.partition by = {settings.by!r}",
-            "flwr-datasets left rows out or gave them twice",
-            "report this, and choose another data.partition.by",
+            "flwr-datasets left rows out or assigned them twice",
+            "choose another data.partition.by, and report this as an issue",
         )
     if (smallest := min(map(len, shares))) < settings.min_rows:
         raise DataError(
             f"{settings.source}: a client with {smallest} rows, data.partition by = {settings.by!r}",
             f"each needs data.partition.min_rows = {settings.min_rows}",
-            "lower min_rows, add rows, or divide them otherwise",
+            "lower data.partition.min_rows, add rows, or choose another data.partition.by",
         )
     return shares
 
 
 def _names(kinds: list[str], clients: int, settings: PartitionConfig, say: Say) -> list[str]:
-    """Return the clients' names: ids, categories where each client has one of its own, else numbers."""
+    """Return the clients' names: ids, categories where each client has exactly one, else numbers."""
     named = [file_safe(kind) for kind in kinds]
     if settings.by == "natural":
         _check_names(named, kinds, settings)
@@ -241,8 +241,8 @@ def _names(kinds: list[str], clients: int, settings: PartitionConfig, say: Say) 
         width = max(2, len(str(clients)))
         return [f"client-{number:0{width}}" for number in range(1, clients + 1)]
     if other := [(kind, name) for kind, name in zip(kinds, named, strict=True) if kind != name]:
-        told = f"{other[0][0]!r} is {other[0][1]!r}"
-        say(f"{settings.source}: as a client's name {told}; {len(other)} of {len(kinds)} differ so")
+        told = f"such as {other[0][0]!r} to {other[0][1]!r}"
+        say(f"{settings.source}: {len(other)} of {len(kinds)} names are changed to valid client names, {told}")
     return named
 
 
@@ -260,7 +260,7 @@ def _check_names(named: list[str], kinds: list[str], settings: PartitionConfig) 
             raise DataError(
                 f"{settings.source}: {settings.column} {owner[name]!r} and {kind!r}",
                 f"both would be the client {name!r} (a name is letters, digits, '-', '_', '.')",
-                "rename one",
+                f"rename one of them in the column {settings.column}",
             )
         owner[name] = kind
     client_names(named)

@@ -1,6 +1,6 @@
-"""Turning a row into tokens: one code path for training, calibration, evaluation and chat.
+"""Rows as tokens: one code path for training, calibration, evaluation and chat.
 
-Instruct models get their own chat template, base models the alpaca template of the FLEx paper's code base.
+Instruct models use the chat template of their tokenizer, base models the alpaca template of the FLEx paper's code.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ALPACA = (
     "Below is an instruction that describes a task{with_input}. Write a response that appropriately completes "
     "the request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
 )
-"""The prompt of the FLEx paper's code base."""
+"""The prompt in the FLEx paper's code."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Example:
     """One encoded row.
 
     Args:
-        input_ids: Prompt, response and the token that ends it.
-        prompt_length: How many of them are prompt; the loss is taken on the rest.
-        cut: Whether the context had to be cut.
+        input_ids: Prompt, response and end token.
+        prompt_length: Number of prompt tokens; the loss is computed on the others.
+        cut: Whether the context was cut.
     """
 
     input_ids: tuple[int, ...]
@@ -42,29 +42,29 @@ class Example:
 
     @property
     def prompt(self) -> tuple[int, ...]:
-        """The tokens up to where the response starts."""
+        """The prompt's tokens."""
         return self.input_ids[: self.prompt_length]
 
     @property
     def response_length(self) -> int:
-        """How many of the tokens are response, the one that ends it included."""
+        """Number of response tokens, with the end token."""
         return len(self.input_ids) - self.prompt_length
 
 
 class PromptEncoder:
-    """Encodes rows for one tokenizer; control tokens in their texts become plain characters.
+    """Encoder of rows for one tokenizer; control tokens in a row's texts become plain characters.
 
     Args:
-        tokenizer: A transformers tokenizer; its pad token is set to one that differs from EOS.
+        tokenizer: A transformers tokenizer; its pad token is set to a token other than EOS.
         template: ``"chat"``, ``"alpaca"`` or ``"auto"`` (chat where the tokenizer has a chat template).
-        max_length: Longest example in tokens; contexts are cut to fit, prompts and answers never.
+        max_length: Longest example in tokens; contexts are cut to fit, instructions and responses never.
         settings: Variables of the chat template.
-        date: The day (ISO) that a chat template is told when it asks for the present one; None is today.
-        vocabulary: Rows of the base's embedding; None where that is not known.
-        positions: Most tokens that the base reads; likewise.
+        date: The date (ISO) that a chat template gets when it asks for today's date; None is today.
+        vocabulary: Rows of the base's embedding; None where unknown.
+        positions: Longest input of the base, in tokens; None where unknown.
 
     Raises:
-        ConfigError: The template cannot be used with this tokenizer, or ``max_length`` is more than the base reads.
+        ConfigError: The template cannot be used with this tokenizer, or ``max_length`` is more than ``positions``.
     """
 
     def __init__(
@@ -81,15 +81,19 @@ class PromptEncoder:
         self.tokenizer, self.max_length, self.positions = tokenizer, max_length, positions
         if positions is not None and max_length > positions:
             raise ConfigError(
-                f"training.max_length = {max_length}", f"the base reads at most {positions} tokens", "lower it"
+                f"training.max_length = {max_length}",
+                f"the base reads at most {positions} tokens",
+                f"set it to {positions} or less",
             )
         has_chat = bool(tokenizer.chat_template)
         if template == "chat" and not has_chat:
-            raise ConfigError("model.template = 'chat'", "the tokenizer has no chat template", "use 'alpaca'")
+            raise ConfigError("model.template = 'chat'", "the tokenizer has no chat template", "set it to 'alpaca'")
         is_chat = has_chat if template == "auto" else template == "chat"
         if not is_chat and tokenizer.eos_token_id is None:
             raise ConfigError(
-                "the tokenizer", "it has no EOS token, so nothing could learn to stop", "set eos_token"
+                "the tokenizer",
+                "it has no EOS token, so the model could not learn to stop",
+                "set the tokenizer's eos_token",
             )
         set_pad_token(tokenizer, vocabulary)
         self.chat = ChatTemplate(tokenizer, settings, date, vocabulary) if is_chat else None
@@ -101,19 +105,19 @@ class PromptEncoder:
 
     @property
     def date(self) -> str | None:
-        """The day (ISO) that the chat template is told; None where it does not ask."""
+        """The date (ISO) that the chat template gets; None where it does not ask for one."""
         return self.chat.date if self.chat else None
 
     @property
     def notices(self) -> list[str]:
-        """What surprises about the template, a line each."""
+        """Surprising findings about the template, one line each."""
         return self.chat.notices if self.chat else []
 
     def prompt(self, instruction: str, context: str = "") -> list[int]:
         """Return the prompt's tokens, up to where the response starts.
 
         Raises:
-            FlexpertsError: The template or the tokenizer cannot write it.
+            FlexpertsError: The template or the tokenizer cannot represent it.
         """
         if self.chat:
             return self.chat.prompt(_asking(instruction, context))
@@ -122,21 +126,21 @@ class PromptEncoder:
     def conversation(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Return a conversation's tokens, up to where the next response starts.
 
-        The alpaca template knows one instruction: it is the last turn, and the turns before are its input.
+        The alpaca template has one instruction: the last turn. The earlier turns become its input.
 
         Args:
-            messages: Turns with ``role`` (system, user, assistant) and ``content``; the last one is a user's.
+            messages: Turns with ``role`` (system, user, assistant) and ``content``; the last one is the user's.
 
         Raises:
-            ConfigError: The turns are others than that, or in an order that the chat template refuses.
-            DataError: The template or the tokenizer cannot write a text of theirs.
+            ConfigError: A role is unknown, the last turn is not the user's, or the chat template refuses the order.
+            DataError: The template or the tokenizer cannot represent a turn's text.
         """
         roles = [message["role"] for message in messages]
         if roles[-1:] != ["user"] or not {*roles} <= {"system", "user", "assistant"}:
             raise ConfigError(
-                f"messages of the roles {roles}",
-                "turns are of system, user or assistant, and the last one is a user's",
-                "add what the user asks at the end",
+                f"messages with the roles {roles}",
+                "roles are system, user and assistant, and the last message is the user's",
+                "end the conversation with a message of the role user",
             )
         if self.chat:
             return self.chat.prompt(messages)
@@ -147,8 +151,8 @@ class PromptEncoder:
         """Return the row's tokens; a context that is too long is cut at its end, between characters.
 
         Raises:
-            DataError: Even without context the row does not fit ``max_length``, or the template or the tokenizer
-                cannot write it.
+            DataError: The row exceeds ``max_length`` even without context, or the template or the tokenizer cannot
+                represent it.
         """
         try:
             prompt, response = self._turn(row, row.context)
@@ -164,7 +168,7 @@ class PromptEncoder:
         return [self.encode(row) for row in rows]
 
     def _turn(self, row: Row, context: str) -> tuple[list[int], list[int]]:
-        """Return the tokens of a row's prompt, and those of its response with the end."""
+        """Return the tokens of a row's prompt, and the tokens of its response with the end token."""
         if self.chat:
             return self.chat.turn(_asking(row.instruction, context), row.response)
         asked, answer = self._alpaca(row.instruction, context), self.tokens.mark(row.response)
@@ -197,7 +201,7 @@ class PromptEncoder:
         return prompt, response
 
     def _cuts(self, text: str) -> list[int]:
-        """Return where a text may end: behind a character as people see it, at a token's end where it is known."""
+        """Return where a text may be cut: after a visible character, and at a token's end where that is known."""
         characters = {match.end() for match in regex.finditer(r"\X", text)}
         if self.tokenizer.is_fast:
             found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -209,7 +213,7 @@ def encoder_of(config: RunConfig, tokenizer: Any, described: Any) -> PromptEncod
     """Return the encoder of a run.
 
     Args:
-        config: The run.
+        config: The run's configuration.
         tokenizer: The base's tokenizer.
         described: transformers' configuration of the base.
 

@@ -1,4 +1,4 @@
-"""What a reader of files hands on: records, each with its place in the file, and no opinion on what they mean."""
+"""Records: what a reader of files returns, each with its place in the file, before it becomes a row."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from pathlib import Path
 from typing import Any
 
 Say = Callable[[str], None]
-"""Gets what may be right but surprises, a line each."""
+"""Called with one line per finding that may be right but is surprising."""
 
 ENDINGS = (".csv", ".json", ".jsonl", ".parquet", ".tsv")
 PACKED = ".gz"
 
 
 def unsaid(text: str) -> None:
-    """Say nothing, where nobody listens or all was said before."""
+    """Ignore a line, where no one listens or everything was reported before."""
 
 
 class Number(str):
-    """A number as its file writes it, which is how it is taken where text is wanted."""
+    """A number as its file writes it; it is used like this where text is needed."""
 
     __slots__ = ()
 
 
 def whole_number(value: object) -> int | None:
-    """Return a value that is a whole number as an int, else None."""
+    """Return a whole number as an int; None for any other value."""
     if isinstance(value, Number):
         return int(value) if re.fullmatch(r"-?\d{1,18}", value, re.ASCII) else None
     return value if type(value) is int else None
@@ -37,9 +37,9 @@ class Record:
     """One record of a file.
 
     Args:
-        place: Where it stands. Lines are counted as editors do; a row is the how manieth record of the file it is.
-        values: Column -> value: text, ``Number``, None, or whatever else the file holds.
-        fault: What is wrong with it, and the rule; it then has no values.
+        place: Line, counted as editors do, and row: the record's number in the file, from 1.
+        values: Column -> value: text, ``Number``, None, or any other value of the file.
+        fault: What is wrong with the record, and the rule; it then has no values.
     """
 
     place: str
@@ -49,12 +49,12 @@ class Record:
 
 @dataclass(frozen=True)
 class DataTable:
-    """A source whose columns are known and whose records are still to be read.
+    """A source whose columns are known and whose records are not read yet.
 
     Args:
-        source: Its name, for messages.
-        columns: All its columns, in its own order.
-        records: Reads the records with the columns that are asked for, and maybe others.
+        source: The source's name, for messages.
+        columns: All columns, in the order of the source.
+        records: Reads the records with the requested columns; they may have more.
     """
 
     source: str
@@ -63,21 +63,23 @@ class DataTable:
 
 
 def name_and_ending(path: Path) -> tuple[str, str]:
-    """Return a file's name without its ending, and the ending in lower case; ``.gz`` belongs to neither."""
+    """Return a file's name without extension, and the extension in lower case; ``.gz`` is in neither."""
     name = path.name
-    if name.lower().endswith(PACKED) and not name.lower().endswith(f".parquet{PACKED}"):  # Parquet packs itself
+    if name.lower().endswith(PACKED) and not name.lower().endswith(
+        f".parquet{PACKED}"
+    ):  # Parquet compresses itself
         name = name[: -len(PACKED)]
     return Path(name).stem, Path(name).suffix.lower()
 
 
 def repeated(names: Iterable[str]) -> list[str]:
-    """Return the names that come more than once."""
+    """Return the names that occur more than once."""
     seen: set[str] = set()
     return list(dict.fromkeys(n for n in names if n in seen or seen.add(n)))  # type: ignore[func-returns-value]
 
 
 def names_shown(names: Iterable[str]) -> str:
-    """Return columns' names as a message shows them, but for long ones: without a header they are a row's text."""
+    """Return column names as a message shows them; only the length of long ones, which may be a row's text."""
     all_names = list(names)
     shown = [repr(n) if len(n) <= 40 else f"a name of {len(n)} characters" for n in all_names[:20]]
     return ", ".join(shown) + (f" and {len(all_names) - 20} more" if len(all_names) > 20 else "")

@@ -1,4 +1,4 @@
-"""The one schema of instruction data, and the reading of it from tables with any column names."""
+"""The schema of instruction data, and how tables with any column names are read into it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Row:
         response: What the silo wants as the answer.
         context: The passage asked about; may be empty.
         category: Name of the task; may be empty.
-        passage: Identity of the passage, by which train and test are told apart.
-        where: File, line and row that it came from, for messages; no part of the row itself.
+        passage: Identity of the passage, by which train and test are separated.
+        where: File, line and row that it came from, for messages; not part of the row's content.
     """
 
     instruction: str
@@ -40,7 +40,7 @@ class Row:
 
 @dataclass(frozen=True)
 class ClientRows:
-    """One client's rows: train is trained on, settings are chosen on validation, test is only reported."""
+    """One client's rows: train for training, validation for choosing settings, test only for reported scores."""
 
     train: tuple[Row, ...]
     test: tuple[Row, ...]
@@ -48,11 +48,11 @@ class ClientRows:
 
 
 class Label(NamedTuple):
-    """Which column says what kind of row, or whose, each one is.
+    """The column with each row's category or client.
 
     Args:
         column: The field category, or any column.
-        rule: Why each row needs it.
+        rule: Why each row needs a label, for messages.
     """
 
     column: str
@@ -71,10 +71,10 @@ def read_rows(
 
     Args:
         table: The table.
-        columns: Field -> column, for the fields whose column is named otherwise; see ``columns.fields_of``.
+        columns: Field -> column, for the fields whose column has another name; see ``columns.fields_of``.
         on_bad_row: Whether rows that cannot be used are left out.
-        passage: Column that identifies the passage; the context (or the instruction) serves where it is missing.
-        say: Gets what surprises, a line each.
+        passage: Column that identifies the passage; where it is missing, the context (or instruction) is used.
+        say: Called with one line per surprising finding.
 
     Raises:
         DataError: A column is missing, rows are bad and must not be left out, or no row is left.
@@ -94,7 +94,7 @@ def read_labelled(
     """Turn a table into rows and their labels; see ``read_rows``. Without ``label`` the labels are empty.
 
     Raises:
-        DataError: As ``read_rows``; a row without a label is a bad row.
+        DataError: As for ``read_rows``; a row without a label is a bad row.
     """
     fields = fields_of(table.source, table.columns, columns) if table.columns else {name: name for name in REQUIRED}
     by = _label_column(table, fields, label) if label and table.columns else None
@@ -102,7 +102,7 @@ def read_labelled(
     used = {*fields.values(), identity, *([by] if by else [])}
     good: list[tuple[Row, str]] = []
     bad: list[BadRow] = []
-    numbers: Counter[str] = Counter()  # field -> rows that have a number there
+    numbers: Counter[str] = Counter()  # field -> how many rows have a number in it
     for record in table.records(used):
         where = f"{table.source}, {record.place}"
         try:
@@ -122,12 +122,12 @@ def read_labelled(
 
 
 def _say_texts(source: str, rows: Sequence[Row], numbers: Mapping[str, int], say: Say) -> None:
-    """Say what surprises in the rows' texts, in counts alone."""
+    """Report surprising findings in the rows' texts, in counts only."""
     if numbers:
         counts = ", ".join(f"{field} of {count} rows" for field, count in numbers.items())
-        say(f"{source}: numbers are taken as text, as they are written ({counts})")
+        say(f"{source}: numbers are used as text, exactly as written ({counts})")
     if broken := sum("\ufffd" in f"{row.instruction}{row.context}{row.response}" for row in rows):
-        say(f"{source}: {broken} rows hold U+FFFD, which stands where a conversion lost a character")
+        say(f"{source}: {broken} rows contain U+FFFD, which replaces a character that a conversion lost")
 
 
 class _BadValueError(Exception):
@@ -152,12 +152,12 @@ def _field(values: Mapping[str, Any], field: str, column: str) -> str:
         raise _BadValueError(f"no {column}", f"the {field} is required")
     text = _text(values, column)
     if not text.strip():
-        raise _BadValueError(f"{column} is empty", f"the {field} must hold text")
+        raise _BadValueError(f"{column} is empty", f"the {field} must contain text")
     return text
 
 
 def _text(values: Mapping[str, Any], column: str) -> str:
-    """Return a value as text; nothing is empty text."""
+    """Return a value as text; None becomes empty text."""
     value = values.get(column)
     if value is None:
         return ""
@@ -165,13 +165,15 @@ def _text(values: Mapping[str, Any], column: str) -> str:
         raise _BadValueError(f"{column} is {_kind(value)}", "it must be text or a number")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can name halves of characters, which no tokenizer takes
-        raise _BadValueError(f"{column} holds half of a character", "it must be whole Unicode text") from error
+    except UnicodeEncodeError as error:  # JSON can contain lone surrogates, which no tokenizer accepts
+        raise _BadValueError(
+            f"{column} contains half of a character", "it must be valid Unicode text, without lone surrogates"
+        ) from error
     return str(value)
 
 
 def _kind(value: object) -> str:
-    """Return what a value is, for a message that must not show it."""
+    """Return a value's kind, for a message that must not show the value."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return "a list of objects, such as a chat"
     if isinstance(value, float) and not math.isfinite(value):
@@ -185,8 +187,8 @@ def _label_column(table: DataTable, fields: Mapping[str, str], label: Label) -> 
     if column not in table.columns:
         raise DataError(
             f"{table.source}: no column {column!r} among [{names_shown(table.columns)}]",
-            "data.partition.column must name one",
-            "correct data.partition.column",
+            "data.partition.column must name one of the columns",
+            "set data.partition.column to one of these names",
         )
     return column
 
@@ -195,7 +197,7 @@ def _label(record: Record, column: str, label: Label) -> str:
     """Return a label as text; ids are often whole numbers."""
     text = one_label(_text(record.values, column))
     if isinstance(record.values.get(column), Number) and whole_number(record.values[column]) is None:
-        raise _BadValueError(f"{column} is a number with a fraction", "it must be text or a whole number")
+        raise _BadValueError(f"{column} is not a whole number", "it must be text or a whole number")
     if not text:
         raise _BadValueError(f"{column} is empty", label.rule)
     return text

@@ -1,6 +1,6 @@
-"""Reading instruction rows from files of text and Parquet and from the hub.
+"""Instruction rows from text files, Parquet files and the hub.
 
-Files are read directly, not through a dataset cache: private rows are not copied elsewhere on the disk.
+Files are read directly, not through a dataset cache, so that private rows are not copied to another place on disk.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def read_source(
     Args:
         source: The file or data set.
         columns, passage, on_bad_row, say: As for ``read_rows``.
-        split: The data set's split, where the name holds none.
+        split: The data set's split, where the name does not include one.
 
     Raises:
-        DataError: The source is missing, of an unknown kind, damaged, or breaks the row rules.
+        DataError: The source is missing, of an unknown kind, damaged, or breaks the rules for rows.
     """
     table = open_table(source, possible_columns(columns), split, say)
     return read_rows(table, columns, on_bad_row=on_bad_row, passage=passage, say=say)
@@ -63,8 +63,8 @@ def open_table(source: str, wanted: Collection[str], split: str = "train", say: 
     Args:
         source: The file or data set.
         wanted: Columns that may be needed.
-        split: The data set's split, where the name holds none.
-        say: Gets what surprises, a line each.
+        split: The data set's split, where the name does not include one.
+        say: Called with one line per surprising finding.
 
     Raises:
         DataError: The source is missing, of an unknown kind, or damaged.
@@ -82,12 +82,12 @@ def open_table(source: str, wanted: Collection[str], split: str = "train", say: 
 
 
 def _checked(path: Path) -> Path:
-    """Return the path of a file that is there, and whose name, which may be a link's, says what it holds."""
+    """Return the path if the file exists and its name, which may be a link's, ends as a data file's."""
     if name_and_ending(path)[1] not in ENDINGS:
         raise DataError(
             f"data file {str(path)!r}",
-            f"data files end in {', '.join(ENDINGS)}, those of text maybe with .gz behind it",
-            "convert it to one of these",
+            f"data files end in {', '.join(ENDINGS)}; text files may add .gz",
+            "convert it to one of these formats",
         )
     if not _is_file(path):
         raise DataError(
@@ -101,12 +101,12 @@ def _checked(path: Path) -> Path:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except (OSError, ValueError):  # such as a name that is too long, or one with a zero byte
+    except (OSError, ValueError):  # such as a name that is too long or contains a zero byte
         return False
 
 
 def _parquet(path: Path) -> DataTable:
-    """Open a Parquet file; of its columns only those that are asked for are read, some rows at a time."""
+    """Open a Parquet file; only the requested columns are read, in batches of rows."""
     import pyarrow
     import pyarrow.parquet
 
@@ -133,17 +133,17 @@ def _parquet(path: Path) -> DataTable:
         raise _unreadable(path, error) from error
     if twice := repeated(columns):
         raise DataError(
-            f"{path}: {names_shown(twice)}", "a column's name must come only once", "rename or drop the other one"
+            f"{path}: {names_shown(twice)}", "column names must be unique", "rename or drop the duplicates"
         )
     return DataTable(str(path), columns, records)
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path}", f"it is not a readable Parquet file ({error})", "write it again")
+    return DataError(f"{path}", f"it is not a readable Parquet file ({error})", "copy it or write it again")
 
 
 def _values(path: Path, name: str, column: Any) -> list[Any]:
-    """Return a Parquet column as Python values; Arrow writes its numbers, which knows how few digits they need."""
+    """Return a Parquet column as Python values; Arrow writes numbers as text, with as few digits as they need."""
     import pyarrow
     import pyarrow.compute
 
@@ -151,9 +151,11 @@ def _values(path: Path, name: str, column: Any) -> list[Any]:
     if not (pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind) or pyarrow.types.is_decimal(kind)):
         try:
             return list(column.to_pylist())
-        except (ValueError, OverflowError) as error:  # whose words hold a value
+        except (ValueError, OverflowError) as error:  # its message contains a value, which must not be shown
             raise DataError(
-                f"{path}: column {name!r} of type {kind}", "it must be text or a number", "write it as text"
+                f"{path}: column {name!r} of type {kind}",
+                "it must be text or a number",
+                "convert the column to text",
             ) from error
     text = column.cast(pyarrow.string()).to_pylist()
     finite = pyarrow.compute.is_finite(column).to_pylist()
@@ -161,16 +163,18 @@ def _values(path: Path, name: str, column: Any) -> list[Any]:
 
 
 def _hub(name: str, split: str) -> DataTable:
-    """Open a hub data set; it stays on this machine, mapped into memory, and only what is asked for is read."""
+    """Open a hub data set; it is stored on this machine and mapped into memory; only requested columns are read."""
     from datasets import load_dataset
 
     name, _, named_split = name.partition(":")
-    if not _HUB_NAME.fullmatch(name):  # the library would take a path or an address too
-        raise DataError(f"{HUB}{name}", "a hub data set is called org/name", "name one, or give a file's path")
+    if not _HUB_NAME.fullmatch(name):  # the library would also accept a path or an address
+        raise DataError(
+            f"{HUB}{name}", "a hub data set is called org/name", "write hub:org/name, or give a file's path"
+        )
     try:
         found = load_dataset(name, split=named_split or split)
         columns = list(found.column_names)
-    except Exception as error:  # the library raises a dozen kinds; each means that the rows cannot be had
+    except Exception as error:  # the library raises a dozen kinds; each means that the rows cannot be loaded
         raise _unloadable(name, error) from error
 
     def records(wanted: Collection[str]) -> Iterator[Record]:
@@ -193,5 +197,5 @@ def _unloadable(name: str, error: Exception) -> DataError:
     return DataError(
         f"{HUB}{name}",
         f"the hub data set cannot be loaded ({error})",
-        "check name and network, and that $HF_HOME can be written",
+        "check the name, the network, and that $HF_HOME is writable",
     )

@@ -1,4 +1,4 @@
-"""From a text file's bytes to its text: packing and encoding are told for certain, or the file is refused."""
+"""Decoding of text files: a file is refused unless its compression and encoding are certain."""
 
 from __future__ import annotations
 
@@ -26,17 +26,15 @@ _SAVE = "save it as UTF-8 (spreadsheets call it CSV UTF-8)"
 
 
 def text_of(path: Path) -> str:
-    """Read a file of text: UTF-8, or UTF-16 and UTF-32 with their byte order mark; gzip by its first bytes.
+    """Read a text file: UTF-8, or UTF-16 or UTF-32 with a byte order mark; gzip is recognized by its first bytes.
 
     Raises:
-        DataError: It cannot be read, is no text, or is in an encoding that cannot be told for certain.
+        DataError: The file cannot be read, is not text, or its encoding is not certain.
     """
     content = _unpacked(path)
     for start, kind in _OTHERS.items():
         if content.startswith(start):
-            raise DataError(
-                f"{path}", f"it is {kind}, whatever its ending says", "save it as UTF-8 CSV or JSON lines"
-            )
+            raise DataError(f"{path}", f"it is {kind}, despite its extension", "save it as UTF-8 CSV or JSON lines")
     encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
     if encoding in ("utf-8", "utf-8-sig") and b"\0" in content:
         raise _zeros(path, content)
@@ -52,13 +50,13 @@ def _unpacked(path: Path) -> bytes:
         return gzip.decompress(content) if content.startswith(_GZIP) else content
     except (OSError, EOFError, zlib.error) as error:
         kind = "file" if isinstance(error, OSError) and error.errno else "gzip file"
-        raise DataError(f"{path}", f"it is not a readable {kind} ({error})", "copy or pack it again") from error
+        raise DataError(f"{path}", f"it is not a readable {kind} ({error})", "copy or compress it again") from error
 
 
 def _undecodable(path: Path, content: bytes, encoding: str, error: UnicodeDecodeError) -> DataError:
     if encoding != "utf-8":
         name = encoding.removesuffix("-sig").upper()
-        return DataError(f"{path}", f"it starts like {name} text and is not all of it", _SAVE)
+        return DataError(f"{path}", f"it starts as {name} text, but is not valid {name} throughout", _SAVE)
     line = content.count(b"\n", 0, error.start) + 1
     found = f"it is not UTF-8 text (line {line})"
     text = content.decode(errors="replace")
@@ -66,7 +64,9 @@ def _undecodable(path: Path, content: bytes, encoding: str, error: UnicodeDecode
     whole = sum(1 for letter in text if letter > "\x7f") - broken
     if whole > broken:
         return DataError(
-            f"{path}", f"{found}, though most of it is", "correct that line: part of it was pasted or cut"
+            f"{path}",
+            f"{found}, though most of the file is",
+            "correct that line: part of it was pasted from another encoding, or cut",
         )
     letters = sum(1 for letter in text if letter.isascii() and letter.isalpha())
     if 4 * broken <= letters and _is_western(content):
@@ -85,6 +85,8 @@ def _is_western(content: bytes) -> bool:
 
 def _zeros(path: Path, content: bytes) -> DataError:
     if 3 * content.count(b"\0") > len(content):
-        return DataError(f"{path}", "it looks like UTF-16 without its byte order mark", _SAVE)
+        return DataError(f"{path}", "it looks like UTF-16 without a byte order mark", _SAVE)
     line = content.count(b"\n", 0, content.index(b"\0")) + 1
-    return DataError(f"{path}, line {line}", "it holds zero bytes, which no text does", "restore it from a copy")
+    return DataError(
+        f"{path}, line {line}", "it contains zero bytes, which text must not", "restore it from a copy"
+    )

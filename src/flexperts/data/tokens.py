@@ -1,8 +1,9 @@
-"""Texts from outside as tokens: whatever rows and users write stays text, and never becomes a control token.
+"""Outside texts as tokens: what rows and users write stays text, and never becomes a control token.
 
-Control tokens are what a template or a tokenizer writes around texts: special tokens, and added tokens that stand
-in the chat template, such as ``<|im_end|>`` or ``<think>``. transformers can encode a rendered chat in which those
-that came from outside are marked; here they are marked in texts of every kind, and what comes out is checked.
+Control tokens are what a template or a tokenizer writes around texts: special tokens, and added tokens that occur
+in the chat template, such as ``<|im_end|>`` or ``<think>``. transformers can encode a rendered chat in which
+control tokens from outside are marked. Here they are marked in texts of every kind, and the resulting tokens are
+checked.
 """
 
 from __future__ import annotations
@@ -17,22 +18,22 @@ from transformers.utils.chat_template_utils import encode_marked_chat, mark_cont
 from flexperts.errors import ConfigError, DataError
 
 _MARKS = re.compile("[\U000f0000\U000f0001]")
-"""What transformers puts around a marked token."""
+"""The characters that transformers puts around a marked token."""
 
 
 class TokenEncoder:
-    """Encodes texts for one tokenizer.
+    """Encoder of texts for one tokenizer.
 
     Args:
         tokenizer: A transformers tokenizer.
-        vocabulary: Rows of the base's embedding; None where that is not known.
+        vocabulary: Rows of the base's embedding; None where unknown.
         written: Text that a template writes; added tokens in it are control tokens.
     """
 
     def __init__(self, tokenizer: Any, vocabulary: int | None = None, written: str = "") -> None:
         self.tokenizer, self.vocabulary = tokenizer, vocabulary
         added = {token.content: (number, token.special) for number, token in tokenizer.added_tokens_decoder.items()}
-        # Some tokenizers add runs of white space as tokens: these are text.
+        # Some tokenizers have added tokens for runs of white space: these are text.
         self._controls: dict[str, int] = {
             content: number
             for content, (number, special) in added.items()
@@ -47,7 +48,7 @@ class TokenEncoder:
         return mark_control_tokens(texts, self._pattern)
 
     def controls_in(self, text: str) -> list[re.Match[str]]:
-        """Return where control tokens stand in a text."""
+        """Return the matches of control tokens in a text."""
         return list(self._pattern.finditer(text))
 
     def id_of(self, control: str) -> int:
@@ -59,16 +60,16 @@ class TokenEncoder:
 
         Args:
             text: The text.
-            beginning: Whether ``beginning`` comes first; the tokens that some tokenizers put behind texts never do.
+            beginning: Whether to start with ``self.beginning``. Tokens that some tokenizers append are never added.
         """
         return [*(self.beginning if beginning else ()), *self.encode(self.mark(text))]
 
     def encode(self, marked: str) -> list[int]:
-        """Return the tokens of a text; what is marked in it becomes plain characters.
+        """Return the tokens of a text; marked control tokens in it become plain characters.
 
         Raises:
-            DataError: The tokenizer makes a control token of plain characters, or a token that the base has no
-                embedding for.
+            DataError: The tokenizer turns plain characters into a control token, or returns a token for which the
+                base has no embedding.
         """
         plain = not _MARKS.search(marked)
         try:
@@ -82,18 +83,19 @@ class TokenEncoder:
         return self.checked(ids)
 
     def encode_after(self, before: Sequence[int], text_before: str, marked: str) -> list[int]:
-        """Return the tokens of a text that goes on after another one.
+        """Return the tokens of a text that follows another text.
 
         Args:
-            before: The tokens of the text before.
-            text_before: That text, marked.
-            marked: The text that follows.
+            before: The tokens of the first text.
+            text_before: The first text, marked.
+            marked: The text that follows, marked.
         """
         whole = self.encode(text_before + marked)
         if whole[: len(before)] == list(before):
             return whole[len(before) :]
-        # The last token before and the first one after would be one. What is generated follows the former as it is.
-        # After a new line, no tokenizer adds the space that some put in front of a text.
+        # The tokenizer merges the last token before with the first one after. Generated tokens follow the unmerged
+        # token, so the second text is encoded alone: after a new line, where no tokenizer adds the space that some
+        # put in front of a text.
         line = self.encode("\n")
         after = self.encode(f"\n{marked}")
         return after[len(line) :] if after[: len(line)] == line else self.encode(marked)
@@ -106,10 +108,10 @@ class TokenEncoder:
         return whole[: starts[0]] if starts else []
 
     def checked(self, ids: list[int]) -> list[int]:
-        """Return token ids for which the base has embeddings.
+        """Return ``ids`` if the base has an embedding for each.
 
         Raises:
-            DataError: It has none for one of them.
+            DataError: The base has no embedding for one of them.
         """
         if self.vocabulary is not None and ids and (largest := max(ids)) >= self.vocabulary:
             token = self.tokenizer.convert_ids_to_tokens(largest)
@@ -125,7 +127,7 @@ class TokenEncoder:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _unmarked(self, marked: str) -> list[str]:
-        """Return what stands outside of marks."""
+        """Return the pieces of a text outside of marks."""
         return re.split(f"\U000f0000(?:{self._pattern.pattern})\U000f0001|{_MARKS.pattern}", marked)
 
     def _unwritable(self) -> DataError:
@@ -137,10 +139,10 @@ class TokenEncoder:
 
 
 def set_pad_token(tokenizer: Any, vocabulary: int | None = None) -> None:
-    """Make sure that padding is not EOS, since masking padding would hide EOS, and that it has an embedding.
+    """Set a pad token that has an embedding and is not EOS: masking the padding would also mask EOS.
 
     Raises:
-        ConfigError: No special token can pad.
+        ConfigError: No special token can be used for padding.
     """
 
     def can_pad(token: str | None) -> bool:
@@ -153,7 +155,7 @@ def set_pad_token(tokenizer: Any, vocabulary: int | None = None) -> None:
     if not others:
         raise ConfigError(
             "the tokenizer's pad token",
-            "it must differ from EOS and have an embedding, and no other special token does",
-            "add one to the tokenizer and resize the base's embeddings",
+            "it must differ from EOS and have an embedding, and no special token does",
+            "add a pad token to the tokenizer and resize the base's embeddings",
         )
     tokenizer.pad_token = others[0]

@@ -1,4 +1,4 @@
-"""Whether rows are still those that a run started with, by counts and hashes."""
+"""Checks that rows are the same as when a run started, by counts and hashes."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     """Return the clients' entries of a ``partition.json``.
 
     Raises:
-        ArtifactError: It is missing or damaged.
+        ArtifactError: The file is missing or damaged.
     """
     found = mapping(path, read_json(path))
     entries = mapping(path, found.get("clients"))
     if found.get("sha256") != manifest_hash(entries):
-        raise damaged(path, "its checksum does not fit")
+        raise damaged(path, "its checksum does not match")
     return {name: mapping(path, entry) for name, entry in entries.items()}
 
 
 def check_unchanged(before: Entries, clients: Clients, rule: str) -> None:
-    """Refuse other rows than there were.
+    """Refuse rows that differ from an earlier manifest.
 
     Args:
-        before: What there was.
-        clients: The rows of now.
-        rule: Whose rows those were, for the message.
+        before: The earlier manifest's entries.
+        clients: The present rows.
+        rule: What keeps the earlier rows, for the message.
 
     Raises:
-        DataError: They differ; it names silo, side and counts.
+        DataError: The rows differ; the message names silo, split and counts.
     """
     now = partition_manifest(clients)["clients"]
     changes = [
         *(f"{name} is new" for name in sorted(now.keys() - before.keys())),
-        *(f"{name} is gone" for name in sorted(before.keys() - now.keys())),
+        *(f"{name} is missing" for name in sorted(before.keys() - now.keys())),
         *(
             f"{n}: {', '.join(c)}"
             for n in sorted(now.keys() & before.keys())
@@ -60,32 +60,32 @@ def check_unchanged(before: Entries, clients: Clients, rule: str) -> None:
 
 
 def check_same_rows(manifest: Path, clients: Clients) -> None:
-    """Refuse other rows than those that a run started with; see ``check_unchanged``.
+    """Refuse rows that differ from those with which a run started; see ``check_unchanged``.
 
     Args:
         manifest: The run's ``partition.json``.
-        clients: The rows of now.
+        clients: The present rows.
 
     Raises:
         ArtifactError: The file is missing or damaged.
-        DataError: They differ.
+        DataError: The rows differ.
     """
-    rule = f"the run in {manifest.parent} started with other rows, and keeps those and their split"
+    rule = f"the run in {manifest.parent} started with other rows; a run keeps its rows and their split"
     check_unchanged(read_manifest(manifest), clients, rule)
 
 
 def has_rows(entry: Mapping[str, Any], side: str, sha256: str) -> bool:
-    """Tell whether a hash is that of one side of a client's rows."""
+    """Return whether a hash is that of one split of a client's rows."""
     return bool(entry.get(f"{side}_sha256") == sha256)
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Yield which sides differ, and how."""
+    """Yield the differences, one per split."""
     for side in _SIDES:
         old, new = before.get(f"{side}_rows", 0), now[f"{side}_rows"]
         if old != new:
             yield f"{side} {old} rows before, {new} now"
         elif (
             before.get(hashed := f"{side}_sha256", now[hashed]) != now[hashed]
-        ):  # earlier versions keep fewer hashes
+        ):  # manifests of earlier versions have fewer hashes
             yield f"{side} {old} rows as before, but not the same ones"

@@ -1,4 +1,4 @@
-"""Greedy batched generation: left-padded, sorted by length, with a key-value cache that rows leave when they end.
+"""Greedy batched generation: left-padded, sorted by length; finished rows are removed from the key-value cache.
 
 Shapes: B rows, C columns, V vocabulary.
 """
@@ -17,7 +17,7 @@ from flexperts.modeling.caches import ReadPrompts, keep_rows, read_prompts, shar
 from flexperts.modeling.forward import Precision, autocast, next_logits
 
 _BROKEN = -1
-"""Stands in a token's place where the logits are no finite numbers: nothing can be chosen by them."""
+"""Replaces a token where the logits are not finite and no token can be chosen."""
 
 
 class Answer(str):
@@ -25,9 +25,9 @@ class Answer(str):
 
     Args:
         text: The text.
-        tokens: How many were generated, the one that ends it included.
-        cut: Whether it reached the limit of tokens before it came to its end.
-        finite: Whether all logits that it was chosen by are finite numbers; where not, it ends before them.
+        tokens: Number of generated tokens, with the end token.
+        cut: Whether the answer reached the token limit before an end token.
+        finite: Whether all logits were finite; if not, the answer ends before the first that were not.
     """
 
     tokens: int
@@ -35,7 +35,7 @@ class Answer(str):
     finite: bool
 
     def __new__(cls, text: str, tokens: int = 0, cut: bool = False, finite: bool = True) -> Answer:
-        """Return the text with its marks."""
+        """Return the text with these attributes."""
         made = super().__new__(cls, text)
         made.tokens, made.cut, made.finite = tokens, cut, finite
         return made
@@ -59,9 +59,9 @@ def generate(
         encoder: Supplies tokenizer and special tokens.
         prompts: Token ids of each prompt.
         max_new_tokens: Longest answer, in tokens.
-        batch_size: Prompts generated together; neighbours in length share a batch.
+        batch_size: Prompts generated together; prompts of similar length share a batch.
         precision: As in training.
-        on_batch: Gets the prompts of each batch before it is generated; the batch then keeps its rows to the end.
+        on_batch: Called with the prompts of each batch before it is generated; no row then leaves its batch early.
     """
     answers = [Answer("")] * len(prompts)
     for chosen in longest_first(prompts, batch_size):
@@ -76,7 +76,7 @@ def generate(
 
 
 def longest_first(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
-    """Return the prompts' numbers in batches of neighbours in length: little is padded, and memory fails early."""
+    """Return the prompts' indices in batches of similar length: little padding, and out of memory shows early."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
@@ -89,18 +89,18 @@ def prompt_batch(prompts: Sequence[Sequence[int]], encoder: PromptEncoder) -> Pa
 def answer(
     model: Any, encoder: PromptEncoder, read: ReadPrompts, max_new_tokens: int, *, rows_leave: bool
 ) -> list[Answer]:
-    """Return the greedy answers to prompts that are read; their cache is used up.
+    """Return the greedy answers to prompts that were read; their cache cannot be used again.
 
     Args:
         model, encoder, max_new_tokens: As for ``generate``.
         read: The prompts.
-        rows_leave: Whether rows leave the batch when they end; not where the model is set for each row of it.
+        rows_leave: Whether finished rows leave the batch; False where the model is set up for the batch's rows.
     """
     ends = frozenset({*end_tokens(model, encoder), _BROKEN})
     answers = _decode(model, read, ends, max_new_tokens, rows_leave)
     said = [
         tokens[:-1] if tokens[-1] in ends else tokens for tokens in answers
-    ]  # some end tokens are no special ones
+    ]  # some end tokens are not special tokens
     texts = encoder.tokenizer.batch_decode(said, skip_special_tokens=True)
     return [
         Answer(text.strip(), len(tokens), cut=tokens[-1] not in ends, finite=tokens[-1] != _BROKEN)
@@ -109,7 +109,7 @@ def answer(
 
 
 def _decode(model: Any, read: ReadPrompts, ends: frozenset[int], limit: int, rows_leave: bool) -> list[list[int]]:
-    """Return every answer's tokens, the one that ends it included."""
+    """Return every answer's tokens, with the end token."""
     answers = [[token] for token in _likeliest(read.logits)]
     rows, mask, cache = list(range(len(answers))), read.mask, read.cache
     can_leave = rows_leave and sharing(cache) != "never"
@@ -129,12 +129,12 @@ def _decode(model: Any, read: ReadPrompts, ends: frozenset[int], limit: int, row
 
 def _likeliest(logits: Tensor) -> list[int]:
     """Return the likeliest token of each row of ``[B, V]``; ``_BROKEN`` where the logits are not finite."""
-    highest = logits.max(-1)  # not-a-number is passed on; some logits may well be minus infinity
+    highest = logits.max(-1)  # max returns NaN if any logit is NaN; minus infinity is a valid logit
     return list(highest.indices.where(highest.values.isfinite(), _BROKEN).tolist())
 
 
 def end_tokens(model: Any, encoder: PromptEncoder) -> list[int]:
-    """Return the tokens that end an answer, as the template, the tokenizer and the base name them."""
+    """Return the tokens that end an answer: those of the template, the tokenizer and the base."""
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends]) | {encoder.end_token, encoder.tokenizer.eos_token_id}
     return sorted(e for e in ends if e is not None)

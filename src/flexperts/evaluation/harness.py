@@ -1,7 +1,7 @@
-"""Multiple-choice tasks of lm-eval on a live model. Imports lm-eval: import this module only where it is installed.
+"""Multiple-choice tasks of lm-eval on a model in memory. Import this module only where lm-eval is installed.
 
-lm-eval makes prompts and scores; the model is ours to call, because every batch of prompts must be announced first
-(``on_batch``), rows are padded on the left here, and answers that share a prompt need one forward pass together.
+lm-eval makes prompts and scores. The model is called here, because every batch of prompts must be announced first
+(``on_batch``), rows are padded on the left, and answers that share a prompt need only one forward pass.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from flexperts.errors import ModelError
 from flexperts.modeling.forward import Precision, autocast, response_logits
 
 Encoded = tuple[tuple[str, str], list[int], list[int]]
-"""What lm-eval asks for: (context, continuation), the context's tokens, the continuation's tokens."""
+"""A request of lm-eval: (context, continuation), the context's tokens, the continuation's tokens."""
 _LENGTH = 2048
-"""Longest prompt for a model whose config names none, in tokens; lm-eval's own choice."""
+"""Longest prompt for a model whose config has no limit, in tokens; lm-eval's default."""
 
 
 @dataclass(frozen=True)
 class Forward:
-    """How prompts are computed.
+    """Settings of the forward passes.
 
     Args:
         batch_size: Prompts per forward pass.
         precision: As in training.
-        on_rows: Gets the number of prompts after each batch.
-        on_batch: Gets the prompts of each batch before it is computed.
+        on_rows: Called with the number of prompts after each batch.
+        on_batch: Called with the prompts of each batch before it is computed.
     """
 
     batch_size: int
@@ -55,11 +55,11 @@ class Forward:
 
 
 def local_task(name: str, config: Mapping[str, Any], rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
-    """Return an lm-eval task on rows that lie in memory; nothing is copied into a dataset cache.
+    """Return an lm-eval task on rows in memory; nothing is copied into a dataset cache.
 
     Args:
         name: The task's name.
-        config: Its other settings, as in a YAML file of lm-eval.
+        config: The task's other settings, as in a YAML file of lm-eval.
         rows: Split -> rows.
     """
 
@@ -71,14 +71,14 @@ def local_task(name: str, config: Mapping[str, Any], rows: Mapping[str, Sequence
 
 
 def hub_tasks(group: str, folder: str) -> dict[str, Any]:
-    """Return the tasks of one of lm-eval's own groups, by name; their data come from the hub or its local cache.
+    """Return the tasks of one of lm-eval's groups, by name; their data come from the hub or its local cache.
 
     Args:
         group: The group's name.
-        folder: Where lm-eval defines it, in its folder of tasks; to search them all takes seconds.
+        folder: The group's folder in lm-eval's folder of tasks; searching all of them takes seconds.
 
     Raises:
-        Exception: The data are neither cached nor within reach; the libraries raise a dozen kinds.
+        Exception: The data are not cached and cannot be loaded; the libraries raise a dozen kinds.
     """
     path = Path(task_folder.__file__).parent / folder
     with quiet():
@@ -88,18 +88,18 @@ def hub_tasks(group: str, folder: str) -> dict[str, Any]:
 def correct_answers(
     model: Any, tokenizer: Any, tasks: Mapping[str, Any], samples: Mapping[str, list[int]], shots: int, how: Forward
 ) -> dict[str, list[bool]]:
-    """Return, for every task, whether the model's most likely answer is the right one, question by question.
+    """Return, for every question of every task, whether the model's most likely answer is right.
 
     Args:
         model: A causal language model in eval mode.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
         tasks: lm-eval's tasks by name, each with the metric ``acc``.
         samples: Task -> indices of the questions that are asked.
         shots: Solved examples before each question.
         how: Batches and precision.
 
     Raises:
-        ModelError: A likelihood is not a number: which answer is the most likely cannot be told.
+        ModelError: A likelihood is not a number, so that no answer is the most likely.
     """
     asked = {name: task for name, task in tasks.items() if samples.get(name)}
     for task in asked.values():
@@ -116,11 +116,11 @@ def correct_answers(
 
 
 class LiveModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
-    """A model in memory as lm-eval calls it, for tasks that compare likelihoods of given answers.
+    """Adapter from a model in memory to lm-eval, for tasks that compare likelihoods of given answers.
 
     Args:
         model: A causal language model in eval mode.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
         how: Batches and precision.
     """
 
@@ -133,21 +133,21 @@ class LiveModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     @property
     def eot_token_id(self) -> int:
-        """The tokenizer's EOS."""
+        """The tokenizer's EOS token."""
         return int(self.tokenizer.eos_token_id)
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that stands for an empty context: BOS where there is one, as in lm-eval's own model class."""
+        """The token used for an empty context: BOS if there is one, as in lm-eval's model class; else EOS."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else int(bos)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Return the text's tokens: what the tokenizer puts in front, unless told not to, and nothing behind."""
+        """Return the text's tokens, with the tokenizer's leading tokens unless they are turned off."""
         return self._texts.plain(string, beginning=add_special_tokens is not False)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Return the log-likelihood of every continuation (nats) and whether greedy decoding gives it."""
+        """Return every continuation's log-likelihood (nats) and whether greedy decoding produces it."""
         return list(super().loglikelihood(requests, disable_tqdm=True))
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
@@ -172,9 +172,9 @@ class LiveModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return [found[index] for index in range(len(requests))]
 
     def _shared(self, requests: Sequence[Encoded]) -> dict[Example, list[int]]:
-        """Group requests that differ in their last token only: one forward pass serves them all.
+        """Group requests that differ only in their last token: one forward pass is enough for each group.
 
-        That token is replaced by zero, since nothing is predicted from it. Contexts are cut from the left to fit.
+        The last token is replaced by zero, since nothing is predicted from it. Contexts are cut on the left to fit.
         """
         groups = defaultdict(list)
         for index, (_, context, continuation) in enumerate(requests):
@@ -183,7 +183,7 @@ class LiveModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return groups
 
     def _scores(self, examples: Sequence[Example]) -> Tensor:
-        """Return log-probabilities ``[B, R, V]`` of the last R tokens, R of the longest continuation."""
+        """Return log-probabilities ``[B, R, V]`` of the last R tokens; R is the longest continuation's length."""
         pad = self.tokenizer.pad_token_id or 0
         if self.how.on_batch:
             self.how.on_batch(pad_batch([Example(e.prompt, e.prompt_length) for e in examples], pad))
@@ -194,7 +194,7 @@ class LiveModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the log lines and progress bars of lm-eval and datasets off the run's display."""
+    """Hide the log lines and progress bars of lm-eval and datasets inside the block."""
     log, bars, hidden = logging.getLogger("lm_eval"), task_module.tqdm, datasets.are_progress_bars_disabled()
     level = log.level
     log.setLevel(logging.ERROR)
@@ -210,9 +210,11 @@ def quiet() -> Iterator[None]:
 
 
 def _score(scores: Tensor, tokens: Sequence[int]) -> tuple[float, bool]:
-    """Return the summed log-probability of tokens under ``[R, V]``, and whether each is the most likely."""
+    """Return the tokens' summed log-probability under ``scores [R, V]``, and whether each is the most likely."""
     index = torch.tensor(tokens)
     total = float(scores.gather(1, index[:, None]).sum())
     if math.isnan(total):
-        raise ModelError("a likelihood", "it is not a number", "see not_finite in the run's summary.json")
+        raise ModelError(
+            "a likelihood", "it is not a number", "see not_finite in the run's summary.json for the affected states"
+        )
     return total, bool((scores.argmax(1) == index).all())

@@ -1,8 +1,8 @@
-"""Knowledge kept: accuracy on MMLU (Hendrycks et al., 2021) with lm-eval's prompts and scoring.
+"""Retained knowledge: accuracy on MMLU (Hendrycks et al., 2021) with lm-eval's prompts and scoring.
 
 Questions come from a folder with ``dev.jsonl`` and ``test.jsonl`` (fields: subject, question, choices, answer), or
-from the hub through lm-eval's own task. Both give the same prompts: a line that names the subject, solved examples
-of the same subject from dev, the question with its choices A to D, and "Answer:".
+from the hub through lm-eval's task. Both give the same prompts: a line that names the subject, solved examples of
+the same subject from dev, the question with the choices A to D, and "Answer:".
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _TASK = {
 
 @dataclass(frozen=True)
 class KnowledgeScore:
-    """What a model state knows.
+    """A model state's MMLU score.
 
     Args:
         accuracy: Share of right answers over all questions, 0 to 1; guessing gives 0.25.
@@ -72,22 +72,22 @@ def mmlu(
     on_rows: Callable[[int], None] = lambda rows: None,
     on_batch: Callable[[PaddedBatch], None] | None = None,
 ) -> KnowledgeScore:
-    """Ask a model MMLU questions and count right answers.
+    """Return a model's score on MMLU questions.
 
-    An answer is the most likely of the letters A to D after the prompt. Prompts are plain text, without a chat
-    template, as lm-eval has them by default.
+    The answer is the most likely of the letters A to D after the prompt. Prompts are plain text, without a chat
+    template, as in lm-eval by default.
 
     Args:
         model: A causal language model in eval mode.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
         source: A folder with dev.jsonl and test.jsonl, or ``"hub"``.
-        questions: How many are asked, drawn evenly over subjects by the seed; None for all.
+        questions: Number of questions, drawn evenly over subjects by the seed; None for all.
         shots: Solved examples before each question, 0 to the number of dev rows of a subject (MMLU has 5).
         batch_size: Questions per forward pass.
         precision: As in training.
         seed: Seed of the draw: the same seed and files give the same questions.
-        on_rows: Gets the number of questions after each batch.
-        on_batch: Gets the prompts of every batch before it is computed.
+        on_rows: Called with the number of questions after each batch.
+        on_batch: Called with the prompts of every batch before it is computed.
 
     Raises:
         ConfigError: lm-eval is not installed, or a number is out of range.
@@ -101,7 +101,7 @@ def mmlu(
 
 
 def check_source(source: str, shots: int) -> None:
-    """Check before a run what ``mmlu`` would only find after it; the hub is not asked.
+    """Check before a run what ``mmlu`` would only find after it; the hub is not contacted.
 
     Raises:
         ConfigError: lm-eval is not installed, or ``shots`` is negative.
@@ -115,14 +115,14 @@ def check_source(source: str, shots: int) -> None:
 def draw(sizes: Mapping[str, int], questions: int | None, seed: int) -> dict[str, list[int]]:
     """Return the indices of drawn questions by subject, in ascending order.
 
-    Subjects take turns in a random order, each giving one of its questions at random, until enough are drawn: no
-    subject gives two more than another that still has some. A larger draw holds a smaller one of the same seed.
+    Subjects take turns in a random order; each gives one random question per turn, until enough are drawn. Subjects
+    with questions left thus differ by at most one. With the same seed, a larger draw contains every smaller one.
 
     Raises:
         ConfigError: ``questions`` is below 1.
     """
     if questions is not None and questions < 1:
-        raise ConfigError(f"{questions} questions", "at least 1 must be asked", "ask more")
+        raise ConfigError(f"{questions} questions", "at least 1 must be asked", "ask 1 or more, or all")
     names = sorted(sizes)
     order = torch.randperm(len(names), generator=generator(seed, "mmlu", "subjects")).tolist()
     turns = sorted(
@@ -152,7 +152,7 @@ def _harness() -> ModuleType:
 
 
 def _tasks(harness: ModuleType, source: str, shots: int) -> dict[str, Any]:
-    """Return lm-eval's tasks, one for every subject; all can give the solved examples."""
+    """Return lm-eval's tasks, one per subject; each has enough solved examples."""
     if shots < 0:
         raise ConfigError(f"{shots} shots", "it must not be negative", "use 0 to 5")
     if source == HUB:
@@ -164,7 +164,7 @@ def _tasks(harness: ModuleType, source: str, shots: int) -> dict[str, Any]:
         f"{_PREFIX}{subject}": harness.local_task(
             f"{_PREFIX}{subject}",
             _TASK | {"description": _description(subject)},
-            # lm-eval wants a split of examples even where none are shown.
+            # lm-eval requires a split of examples even where none are shown.
             {"test": test[subject], "dev": dev.get(subject) or test[subject][:1]},
         )
         for subject in sorted(test)
@@ -174,10 +174,12 @@ def _tasks(harness: ModuleType, source: str, shots: int) -> dict[str, Any]:
 def _from_hub(harness: ModuleType, shots: int) -> dict[str, Any]:
     try:
         tasks: dict[str, Any] = harness.hub_tasks("mmlu", "mmlu/default")
-    except Exception as error:  # whatever it is, the questions cannot be had
+    except Exception as error:  # the libraries raise many kinds; each means that the questions cannot be loaded
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            "MMLU from the hub", f"it cannot be loaded ({reason})", "check the network, or give a folder"
+            "MMLU from the hub",
+            f"it cannot be loaded ({reason})",
+            "check the network, or give a folder with dev.jsonl and test.jsonl",
         ) from error
     for name, task in tasks.items():
         _check_shots(name, len(task.fewshot_docs()), shots)
@@ -186,7 +188,9 @@ def _from_hub(harness: ModuleType, shots: int) -> dict[str, Any]:
 
 def _check_shots(where: str, rows: int, shots: int) -> None:
     if rows < shots:
-        raise DataError(f"{where}: {rows} dev rows", f"{shots} shots need as many", "take fewer shots or add rows")
+        raise DataError(
+            f"{where}: {rows} dev rows", f"{shots} shots need {shots} dev rows", "use fewer shots or add rows"
+        )
 
 
 def _description(subject: str) -> str:
@@ -206,19 +210,19 @@ def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
         rows[subject].append(row)
     settle_bad_rows(str(path), bad, len(bad) + sum(map(len, rows.values())), None)
     if not rows:
-        raise DataError(f"{path}", "it holds no question", "give a file with subject, question, choices, answer")
+        raise DataError(f"{path}", "it contains no question", "add rows with subject, question, choices, answer")
     return dict(rows)
 
 
 def _fault(values: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Return what is wrong with a question, and the rule."""
+    """Return what is wrong with a question, and the rule; None if it is valid."""
     subject, question, choices, answer = (values.get(name) for name in _COLUMNS)
     if not (_text(subject) and _text(question)):
         return "subject or question is missing", "subject and question must be texts that are not empty"
     if not isinstance(choices, list) or len(choices) != 4 or not all(isinstance(c, str) for c in choices):
-        return "choices is something else", "it must be a list of four texts"
+        return "choices is not valid", "it must be a list of four texts"
     if whole_number(answer) not in range(4):
-        return "answer is something else", "it must be 0, 1, 2 or 3, the right choice's index"
+        return "answer is not valid", "it must be 0, 1, 2 or 3, the index of the right choice"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Scoring one model state on one client's test rows: NLL and ROUGE-L."""
+"""Scores of one model state on one client's test rows: NLL and ROUGE-L."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from flexperts.modeling.caches import read_prompts, response_losses
 from flexperts.modeling.forward import Precision, autocast, token_losses
 
 SCORES = ("rouge_l", "nll")
-"""Names of the scores, as files hold them."""
+"""Names of the scores in files."""
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How test rows are scored.
+    """Settings of the scoring.
 
     Args:
         max_new_tokens: Longest generated answer, in tokens.
@@ -42,16 +42,16 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class Scores:
-    """What one model state scores on rows; every tuple is in the order of the rows.
+    """One model state's scores on rows; every tuple is in the order of the rows.
 
-    Not-a-number stands where a model's logits are not finite: such a row has no score, and then the rows have no
-    mean, because one over the other rows would look like theirs.
+    Where a model's logits are not finite, the row's score is not-a-number. Then there is no mean either: a mean
+    over the other rows would look like a mean over all rows.
 
     Args:
         nlls: Mean response NLL of every row, in nats per token.
-        tokens: Response tokens of every row.
+        tokens: Number of response tokens of every row.
         points: ROUGE-L F1 of every row, from 0 to 100; empty where no answers were generated.
-        predictions: Generated answers; likewise.
+        predictions: Generated answers; empty where none were generated.
     """
 
     nlls: tuple[float, ...]
@@ -61,41 +61,41 @@ class Scores:
 
     @property
     def rows(self) -> int:
-        """How many rows were scored."""
+        """Number of scored rows."""
         return len(self.nlls)
 
     @property
     def nll(self) -> float | None:
-        """Mean response NLL, in nats per token; None where some row's is not finite."""
+        """Mean response NLL, in nats per token; None if a row's NLL is not finite."""
         return finite_or_none(sum(n * t for n, t in zip(self.nlls, self.tokens, strict=True)) / sum(self.tokens))
 
     @property
     def rouge_l(self) -> float | None:
-        """Mean ROUGE-L F1, in points from 0 to 100; None without answers, or where they are not finite."""
+        """Mean ROUGE-L F1, in points from 0 to 100; None without answers, or if a row's score is not finite."""
         return finite_or_none(sum(self.points) / len(self.points)) if self.points else None
 
     @property
     def cut(self) -> int:
-        """How many answers reached the limit of tokens."""
+        """Number of answers that reached the token limit."""
         return sum(answer.cut for answer in self.predictions)
 
     def metrics(self) -> dict[str, float | None]:
-        """Return the means of what was scored, by name; None where they are not finite."""
+        """Return the means by name; None where a mean is not finite."""
         return {"rouge_l": self.rouge_l, "nll": self.nll} if self.points else {"nll": self.nll}
 
     def row(self, index: int) -> dict[str, float | None]:
-        """Return one row's numbers, by name; None where they are not finite."""
+        """Return one row's numbers by name; None where a number is not finite."""
         points = {"rouge_l": finite_or_none(self.points[index])} if self.points else {}
         return {**points, "nll": finite_or_none(self.nlls[index]), "tokens": self.tokens[index]}
 
 
 def finite_or_none(value: float | None) -> float | None:
-    """Return a number as files hold it: JSON has no other than finite ones."""
+    """Return a finite number, else None: JSON has only finite numbers."""
     return None if value is None or not math.isfinite(value) else value
 
 
 def mean_of(values: Iterable[float | None]) -> float | None:
-    """Return a plain mean; None where a value is missing, which is never left out in silence."""
+    """Return the unweighted mean; None if a value is missing, which must not go unnoticed."""
     found = [math.nan if value is None else value for value in values]
     return finite_or_none(float(np.mean(found))) if found else None
 
@@ -108,15 +108,15 @@ def evaluate(
     on_rows: Callable[[int], None] = lambda rows: None,
     on_batch: Callable[[PaddedBatch], None] | None = None,
 ) -> Scores:
-    """Score every row's response, and an answer generated to its prompt.
+    """Score every row's response, and an answer generated from the row's prompt.
 
     Args:
         model: A causal language model in eval mode, with or without grafts attached.
-        encoder: The encoder that the model is trained with.
-        rows: At least one.
+        encoder: The encoder with which the model is trained.
+        rows: The rows, at least one.
         settings: Lengths, batch size, precision, whether to generate.
-        on_rows: Gets the number of rows after each batch.
-        on_batch: Gets the prompts of every batch before it is read.
+        on_rows: Called with the number of rows after each batch.
+        on_batch: Called with the prompts of every batch before it is computed.
     """
     examples = encoder.encode_all(rows)
     nlls, tokens, predictions = [0.0] * len(rows), [0] * len(rows), [Answer("")] * len(rows)
@@ -141,7 +141,7 @@ def _batch(
     settings: EvaluationSettings,
     on_batch: Callable[[PaddedBatch], None] | None,
 ) -> tuple[list[float], list[int], list[Answer]]:
-    """Return every row's NLL in nats, its count of response tokens, and its answer."""
+    """Return every row's summed NLL in nats, number of response tokens, and answer."""
     prompts, pad = prompt_batch([e.prompt for e in examples], encoder), encoder.tokenizer.pad_token_id
     if on_batch:
         on_batch(prompts)
@@ -168,7 +168,7 @@ def _scorer() -> Any:
 def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> list[float]:
     """Return each prediction's ROUGE-L F1 against its reference, in points from 0 to 100.
 
-    A reference without any word, such as ``+`` or an emoji, is right when it is repeated: 100, and else 0.
+    For a reference without any word, such as ``+`` or an emoji, an equal prediction scores 100 and any other 0.
     """
     return [_points(prediction, reference) for prediction, reference in zip(predictions, references, strict=True)]
 

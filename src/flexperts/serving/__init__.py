@@ -1,1 +1,1 @@
-"""All clients of a finished run at once, from one resident base."""
+"""Serving of all clients' models of a finished run from one resident base."""

@@ -1,6 +1,6 @@
-"""What the engine promises to whoever serves it: names of models, requests, pieces of answers, counters.
+"""The interface between engine and HTTP server: names of models, requests, pieces of answers, counters.
 
-Nothing here loads torch, so the HTTP side and its tests can use it without a model.
+This module does not load torch, so the HTTP server and its tests can use it without a model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from flexperts.methods.kit.method import State
 
 Finish = Literal["stop", "length", "cancelled", "error"]
-"""Why an answer ended: end of sequence or a stop string, its limit, its asker gone, or the engine failed."""
+"""Why an answer ended: end token or stop string, token limit, cancelled by its caller, or the engine failed."""
 Message = Mapping[str, str]
 """One turn of a conversation: ``role`` (system, user, assistant) and ``content``."""
 
@@ -28,7 +28,7 @@ class ModelName:
 
     Args:
         client: The client.
-        state: zero_shot, global or personalized; the last needs no mention in the text.
+        state: zero_shot, global or personalized; the text leaves out personalized.
     """
 
     client: str
@@ -39,14 +39,14 @@ class ModelName:
 
 
 def find_model(text: str, models: Sequence[ModelName]) -> ModelName:
-    """Return the model that a text names; a client alone means its most personal state.
+    """Return the model that a text names; a client without a state means its most personal state.
 
     Args:
         text: ``client`` or ``client@state``.
-        models: What there is, each client's most personal state last.
+        models: The available models, each client's most personal state last.
 
     Raises:
-        ConfigError: There is no such model; the message names the nearest one.
+        ConfigError: There is no such model; the message suggests the most similar name.
     """
     text = normal(text)
     texts = {model.client: model for model in models}
@@ -60,13 +60,13 @@ def find_model(text: str, models: Sequence[ModelName]) -> ModelName:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is drawn.
+    """Settings of one answer's sampling.
 
     Args:
         max_new_tokens: Longest answer, in tokens.
-        temperature: 0 takes the likeliest token; otherwise logits are divided by it.
+        temperature: The divisor of the logits; 0 takes the likeliest token.
         top_p: Tokens are drawn from the likeliest ones that together reach this probability.
-        seed: Of the draws; the same one gives the same answer again, up to rounding. None is any.
+        seed: Seed of the draws; the same seed gives the same answer, up to rounding. None is a random seed.
         stop: Texts before which the answer ends.
     """
 
@@ -83,9 +83,9 @@ class Piece:
 
     Args:
         text: The text, possibly empty.
-        tokens: How many generated tokens it stands for.
-        finish: Set on the last piece alone.
-        error: What failed, where ``finish`` is ``error``.
+        tokens: Number of generated tokens in this piece.
+        finish: Set on the last piece only.
+        error: What failed, if ``finish`` is ``error``.
     """
 
     text: str
@@ -96,16 +96,16 @@ class Piece:
 
 @dataclass(frozen=True)
 class Counters:
-    """What the engine has done since it started.
+    """Counters of the engine since its start.
 
     Args:
-        requests: Requests that were accepted.
-        finished: Requests that ended, for whatever reason.
-        failed: Those of them that ended by an error.
+        requests: Accepted requests.
+        finished: Requests that ended, for any reason.
+        failed: Requests that ended with an error.
         prompt_tokens: Prompt tokens read.
-        generated_tokens: Tokens generated.
+        generated_tokens: Generated tokens.
         steps: Forward passes.
-        rows: Rows of all forward passes together; over ``steps`` it is the mean batch.
+        rows: Rows of all forward passes together; ``rows / steps`` is the mean batch size.
         prefills: Forward passes that read prompts.
     """
 
@@ -123,15 +123,15 @@ class Request(Protocol):
     """A request that the engine has accepted."""
 
     def cancel(self) -> None:
-        """End it at the next step; a last piece with ``cancelled`` follows, unless it has ended already."""
+        """End the request at the next step; a last piece with ``cancelled`` follows, unless it already ended."""
 
 
 class Engine(Protocol):
-    """One resident base that answers for all models of a run; all its methods may be called from any thread."""
+    """One resident base that answers for all models of a run; all methods may be called from any thread."""
 
     @property
     def models(self) -> tuple[ModelName, ...]:
-        """What can be asked, by client, each client's most personal state last."""
+        """The available models, by client, each client's most personal state last."""
 
     @property
     def context_length(self) -> int:
@@ -139,42 +139,42 @@ class Engine(Protocol):
 
     @property
     def counters(self) -> Counters:
-        """What has been done so far."""
+        """The engine's counters."""
 
     @property
     def queue_length(self) -> int:
-        """Requests that wait for a place in a batch."""
+        """Number of requests that wait for a place in a batch."""
 
     @property
     def running(self) -> int:
-        """Requests that are being answered."""
+        """Number of requests that are being answered."""
 
     @property
     def failure(self) -> FlexpertsError | None:
-        """Why the engine answers no more; None while it does."""
+        """Why the engine stopped answering; None while it works."""
 
     def prompt_tokens(self, messages: Sequence[Message]) -> list[int]:
         """Return a conversation's tokens, up to where the answer starts.
 
         Raises:
-            ConfigError: A role or the order of the turns is not what the template takes.
+            ConfigError: The template does not accept a role or the order of the turns.
             DataError: The prompt leaves no room for an answer in the context.
         """
 
     def submit(
         self, model: ModelName, prompt: Sequence[int], sampling: Sampling, on_piece: Callable[[Piece], None]
     ) -> Request:
-        """Ask a model; return at once.
+        """Queue a request and return immediately.
 
         Args:
             model: One of ``models``.
             prompt: Tokens, from ``prompt_tokens``.
             sampling: How to draw the answer.
-            on_piece: Gets the answer piece by piece, on the engine's thread, so it must be quick. The last piece
-                has a finish, and always comes.
+            on_piece: Called with each piece of the answer, on the engine's thread, so it must be quick. The last
+                piece has a finish and always arrives.
 
         Raises:
-            ConfigError: There is no such model, or a value of ``sampling`` is out of its range.
+            ConfigError: There is no such model, or a value of ``sampling`` is out of range.
             DataError: The prompt is empty, or does not fit the context.
             ServingError: The engine is closed or has failed.
         """

@@ -45,11 +45,11 @@ REASONS = [
     "response is empty",
     "response is empty",
     "context is a list",
-    "response holds half of a character",
+    "response contains half of a character",
     "passage is an object",
-    "'response' comes twice",
+    "'response' is repeated",
     "it is not valid JSON (Unterminated string starting at at column 41)",
-    "it is no JSON object",
+    "it is not a JSON object",
     "it is not valid JSON (Expecting value at column 2)",
     "response is not a finite number",
 ]
@@ -61,7 +61,9 @@ def test_a_bad_row_among_good_ones(tmp_path: Path, bad: Any, reason: str) -> Non
     with pytest.raises(DataError) as caught:
         read_source(str(path), {})
     assert str(caught.value).startswith(f"{path}, line 3, row 2: {reason}: ")
-    assert str(caught.value).endswith("correct it, or have such rows left out with data.on_bad_row = 'drop'")
+    assert str(caught.value).endswith(
+        "correct this row in the source, or have such rows left out with data.on_bad_row = 'drop'"
+    )
     notes: list[str] = []
     rows = read_source(str(path), {}, on_bad_row="drop", say=notes.append)
     assert [(row.instruction, row.where) for row in rows] == [
@@ -90,7 +92,9 @@ def test_a_file_without_a_good_row_is_refused(tmp_path: Path, on_bad_row: Any, c
     path = write(tmp_path / "rows.jsonl", *BAD[1 : 1 + count], *BAD[1:2] * (count - 10))
     with pytest.raises(DataError) as caught:
         read_source(str(path), {}, on_bad_row=on_bad_row)
-    assert caught.value.remedy == ("correct it" if count == 1 else "correct them")  # dropping is no remedy
+    assert caught.value.remedy == (
+        f"correct {'this row' if count == 1 else 'these rows'} in the source"
+    )  # dropping is no remedy
 
 
 def test_rows_of_elsewhere_are_settled_alike() -> None:
@@ -105,7 +109,7 @@ def test_rows_of_elsewhere_are_settled_alike() -> None:
     ]
     with pytest.raises(DataError, match="clinic: 2 of 5 rows cannot be used"):
         settle_bad_rows("clinic", bad, 5, "refuse")
-    with pytest.raises(DataError, match=r"correct them$"):
+    with pytest.raises(DataError, match=r"correct these rows in the source$"):
         settle_bad_rows("clinic", bad, 5, None)
 
 
@@ -123,7 +127,7 @@ def test_lines_name_client_and_file(tmp_path: Path) -> None:
     assert notes == [
         f"ward: {tmp_path / 'a.jsonl'}: "
         "1 of 9 rows are left out (data.on_bad_row = 'drop'): line 9, row 9: no response",
-        f"ward: {tmp_path / 'a.jsonl'}: columns that are not used: 'id'",
+        f"ward: {tmp_path / 'a.jsonl'}: unused columns: 'id'",
     ]
     with pytest.raises(DataError, match=rf"^ward: {tmp_path / 'a.jsonl'}, line 9, row 9: no response"):
         clients(recipe.replace("drop", "refuse"), tmp_path)
@@ -152,7 +156,7 @@ def test_a_pooled_set_keeps_rows_and_labels_together(tmp_path: Path, by: str) ->
     with pytest.raises(DataError, match="4 of 40 rows cannot be used") as caught:
         clients(recipe.replace("drop", "refuse"), tmp_path)
     assert "line 13, row 13: ward is empty" in str(caught.value)
-    assert "line 14, row 14: ward is a number with a fraction" in str(caught.value)
+    assert "line 14, row 14: ward is not a whole number" in str(caught.value)
 
 
 def test_test_rows_of_no_client_are_bad_rows(tmp_path: Path) -> None:
@@ -161,16 +165,14 @@ def test_test_rows_of_no_client_are_bad_rows(tmp_path: Path) -> None:
     write(tmp_path / "test.jsonl", *tests)
     recipe = "[data]\non_bad_row = 'refuse'\n[data.partition]\nsource = 'pool.jsonl'\ntest = 'test.jsonl'\n"
     recipe += "by = 'natural'\ncolumn = 'ward'"
-    with pytest.raises(
-        DataError, match=r"test.jsonl, line 2, row 2: its ward is none that a client trains on"
-    ) as caught:
+    with pytest.raises(DataError, match=r"test.jsonl, line 2, row 2: its ward occurs in no train row") as caught:
         clients(recipe, tmp_path)
     assert "Smith" not in str(caught.value)
     found, notes = clients(recipe.replace("refuse", "drop"), tmp_path)
     assert [row.instruction for rows in found.values() for row in rows.test] == ["q100", "q102"]
     assert notes == [
         f"{tmp_path / 'test.jsonl'}: 1 of 3 rows are left out (data.on_bad_row = 'drop'): "
-        "line 2, row 2: its ward is none that a client trains on"
+        "line 2, row 2: its ward occurs in no train row"
     ]
 
 

@@ -135,14 +135,17 @@ def test_a_missing_generation_prompt_is_said_once_and_goes_with_the_template() -
         ("{% for m in messages %}", "TemplateSyntaxError"),
         ("{{ messages | nofilter }}", "TemplateAssertionError"),
         ("{{ raise_exception('only with tools') }}", "only with tools"),
-        ({"rag": LOOP, "tool_use": LOOP}, "chat templates rag, tool_use: none of them is called default"),
+        (
+            {"rag": LOOP, "tool_use": LOOP},
+            "chat templates rag, tool_use: one of several templates must be called default",
+        ),
         (
             LOOP + "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}",
-            "not what it writes before",
+            "differs from the text that it writes before",
         ),
         (
             LOOP + "{% if not add_generation_prompt %}.{% endif %}{% if add_generation_prompt %}<b>{% endif %}",
-            "not what it",
+            "differs from the text that it",
         ),
     ],
 )
@@ -209,7 +212,7 @@ def test_a_template_that_loses_the_system_turn_says_so() -> None:
         tokenizer("{% for m in messages if m.role != 'system' %}{{ m.content }}<|eot|>{% endfor %}")
     )
     made.conversation([user("hi")])
-    with pytest.raises(DataError, match="does not write the system's turn"):
+    with pytest.raises(DataError, match="it must write the system's turn unchanged"):
         made.conversation([{"role": "system", "content": "Be brief."}, user("hi")])
 
 
@@ -265,7 +268,7 @@ def test_without_a_date_it_is_today_and_other_templates_have_none() -> None:
 def test_a_tokenizer_without_eos_is_welcome_where_the_template_ends_turns() -> None:
     made = PromptEncoder(tokenizer(LOOP + ASK, eos=None))
     assert made.tokenizer.convert_ids_to_tokens(made.end_token) == "<|im_end|>"
-    with pytest.raises(ConfigError, match="ends no turn"):
+    with pytest.raises(ConfigError, match="no token that ends a turn"):
         PromptEncoder(tokenizer("{% for m in messages %}{{ m.content }}\n{% endfor %}", eos=None))
 
 

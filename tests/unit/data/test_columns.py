@@ -40,24 +40,24 @@ ALPACA = {"instruction": "Q", "input": "C", "output": "A"}
         (ALPACA, {"response": "output"}, Row("Q", "A", "C"), "context is read from 'input'"),
         (ALPACA, {"context": "input"}, Row("Q", "A", "C"), "response is read from 'output'"),
         (ALPACA, {"instruction": "input"}, Row("C", "A"),
-         "response is read from 'output'; columns that are not used: 'instruction'"),
-        (ALPACA, {"response": "output", "context": ""}, Row("Q", "A"), "columns that are not used: 'input'"),
+         "response is read from 'output'; unused columns: 'instruction'"),
+        (ALPACA, {"response": "output", "context": ""}, Row("Q", "A"), "unused columns: 'input'"),
         ({**ALPACA, "text": "T"}, {}, Row("Q", "A", "C"),
-         "context is read from 'input', response is read from 'output'; columns that are not used: 'text'"),
+         "context is read from 'input', response is read from 'output'; unused columns: 'text'"),
         ({**ALPACA, "mine": "B"}, {"response": "mine"}, Row("Q", "B", "C"),
-         "context is read from 'input'; columns that are not used: 'output'"),
+         "context is read from 'input'; unused columns: 'output'"),
         ({"instruction": "Q", "input": "C", "mine": "B"}, {"response": "mine"}, Row("Q", "B", "C"),
          "context is read from 'input'"),
         ({"prompt": "Q", "completion": "A"}, {}, Row("Q", "A"),
          "instruction is read from 'prompt', response is read from 'completion'"),
         ({"prompt": "Q", "response": "A"}, {}, Row("Q", "A"), "instruction is read from 'prompt'"),
         ({"prompt": "Q", "completion": "A", "id": 3}, {"instruction": "prompt", "response": "completion"},
-         Row("Q", "A"), "columns that are not used: 'id'"),
+         Row("Q", "A"), "unused columns: 'id'"),
         ({"instruction": "Q", "context": "C", "response": "A", "category": "k"}, {}, Row("Q", "A", "C", "k"), None),
         ({"instruction": "Q", "context": "C", "response": "A", "input": "no", "output": "no", "prompt": "no"}, {},
-         Row("Q", "A", "C"), "columns that are not used: 'input', 'output', 'prompt'"),
+         Row("Q", "A", "C"), "unused columns: 'input', 'output', 'prompt'"),
         ({"instruction": "Q", "response": "A", "messages": []}, {}, Row("Q", "A"),
-         "columns that are not used: 'messages'"),
+         "unused columns: 'messages'"),
     ],
 )  # fmt: skip
 def test_known_columns_fill_what_the_recipe_leaves_open(
@@ -91,16 +91,16 @@ def test_hints_name_a_column_only_where_it_helps(
     tmp_path: Path, record: dict[str, Any], columns: dict[str, str], remedy: str
 ) -> None:
     """Never one that is used, nor one by which the model would learn to repeat the question."""
-    assert refusal(tmp_path, record, columns).endswith("name its column under [data.columns]" + remedy)
+    assert refusal(tmp_path, record, columns).endswith("name the column under [data.columns]" + remedy)
 
 
 @pytest.mark.parametrize(
     ("record", "named"),
     [
         ({"instruction": "q", "output": "a", "completion": "b"},
-         "columns 'output', 'completion': either may be the response"),
+         "columns 'output', 'completion': each of them may be the response"),
         ({"prompt": "q", "output": "a", "completion": "b"},
-         "columns 'output', 'completion': either may be the response"),
+         "columns 'output', 'completion': each of them may be the response"),
     ],
 )  # fmt: skip
 def test_two_columns_that_may_be_meant(tmp_path: Path, record: dict[str, Any], named: str) -> None:
@@ -111,7 +111,7 @@ def test_two_columns_that_may_be_meant(tmp_path: Path, record: dict[str, Any], n
 @pytest.mark.parametrize("column", ["messages", "conversations", "conversation"])
 def test_chats_are_refused_as_such(tmp_path: Path, column: str) -> None:
     said = refusal(tmp_path, {"id": "1", column: [{"role": "user", "content": "private"}]}, {})
-    assert said.startswith(f"column '{column}', and no column 'instruction' or 'response': chats are not read")
+    assert said.startswith(f"column '{column}', and no column 'instruction' or 'response': chats cannot be read")
     assert "private" not in said
 
 
@@ -146,7 +146,7 @@ def test_numbers_are_text_as_they_are_written(tmp_path: Path, written: str, text
     path.write_text(f'{{"instruction": "q", "response": {written}}}\n{{"instruction": "q", "response": "many"}}\n')
     rows = read_source(str(path), {}, say=notes.append)
     assert [(row.response, type(row.response)) for row in rows] == [(text, str), ("many", str)]
-    assert notes == [f"{path}: numbers are taken as text, as they are written (response of 1 rows)"]
+    assert notes == [f"{path}: numbers are used as text, exactly as written (response of 1 rows)"]
     path.with_suffix(".json").write_text(f'[{{"instruction": {written}, "response": "a", "context": {written}}}]')
     (row,) = read_source(str(path.with_suffix(".json")), {})
     assert (row.instruction, row.context) == (text, text)
@@ -196,7 +196,7 @@ def test_an_unused_column_may_hold_anything(tmp_path: Path, name: str, unusable:
         Row("a", "e", "c", "", "c"),
         Row("b", "f", "d", "", "d"),
     ]
-    assert notes == [f"{path}: columns that are not used: {name!r}"]
+    assert notes == [f"{path}: unused columns: {name!r}"]
     with pytest.raises(DataError, match=r"of type|2 of 2 rows cannot be used"):
         read_source(str(path), {"response": name})
 
@@ -205,7 +205,7 @@ def test_a_parquet_column_that_comes_twice(tmp_path: Path) -> None:
     arrays = [pyarrow.array([c]) for c in "abc"]
     table = pyarrow.Table.from_arrays(arrays, names=["instruction", "response", "response"])
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
-    with pytest.raises(DataError, match="'response': a column's name must come only once"):
+    with pytest.raises(DataError, match="'response': column names must be unique"):
         read_source(str(tmp_path / "rows.parquet"), {})
 
 

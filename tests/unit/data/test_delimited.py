@@ -17,7 +17,7 @@ from flexperts.data.sources import read_source
 from flexperts.errors import DataError
 
 HEAD = "instruction,response\n"
-REOPENED = "a quote opens a cell here, and after the quote that closes it (line"
+REOPENED = "a quote opens a cell here, and text follows the quote that closes it (line"
 
 
 def read(folder: Path, text: str, name: str = "rows.csv", **how: object) -> tuple[list[Row], list[str]]:
@@ -59,8 +59,8 @@ def test_quotes_that_do_not_tell_where_rows_end(tmp_path: Path, body: str, said:
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ('q2,a "good" answer', "a quote stands inside a cell that is not quoted"),
-        ('q2,5" nails', "a quote stands inside a cell that is not quoted"),
+        ('q2,a "good" answer', "an unquoted cell contains a quote"),
+        ('q2,5" nails', "an unquoted cell contains a quote"),
         ("q2", "it has fewer cells than the 2 columns of the header"),
         ("q2,yes, of course", "it has more cells than the 2 columns of the header"),
         ("q2,a2,,x", "it has more cells than the 2 columns of the header"),
@@ -90,7 +90,7 @@ def test_a_row_that_is_bad_is_named_and_may_be_left_out(tmp_path: Path, row: str
 def test_a_quote_that_another_row_closes_is_told(tmp_path: Path, body: str, lines: str) -> None:
     """It is legal, so only its form gives it away: a line inside the cell that has a row's delimiters."""
     _, (note,) = read(tmp_path, HEAD + body)
-    assert "look like rows of their own" in note
+    assert "look like separate rows" in note
     assert note.endswith(f"(rows that start at {lines})")
 
 
@@ -111,7 +111,7 @@ def test_cells_of_several_lines_are_read_as_they_are(tmp_path: Path, cell: str) 
 )
 def test_a_column_that_comes_twice(tmp_path: Path, header: str, twice: str) -> None:
     said = refusal(tmp_path, f"{header}\n" + ",".join("a" for _ in header.split(",")))
-    assert said.startswith(f": {twice}: a column's name must come only once")
+    assert said.startswith(f": {twice}: column names must be unique")
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_delimiters_are_told_by_the_header(tmp_path: Path, name: str, text: str)
     "text", ["instruction|response\nq|a\n", "q1\nq2\n", '"instruction, response"\n1\n', "a b\n1"]
 )
 def test_a_header_without_a_delimiter(tmp_path: Path, text: str) -> None:
-    assert "cells stand between commas, semicolons or tabs" in refusal(tmp_path, text)
+    assert "cells are separated by commas, semicolons or tabs" in refusal(tmp_path, text)
 
 
 def test_a_header_that_may_have_two_delimiters(tmp_path: Path) -> None:
@@ -154,19 +154,19 @@ def test_a_header_that_may_have_two_delimiters(tmp_path: Path) -> None:
 def test_empty_cells_beyond_the_columns_are_passed_over_and_told(tmp_path: Path, text: str) -> None:
     rows, notes = read(tmp_path, text)
     assert answers(rows) == [("q1", "a1"), ("q2", "a2")]
-    assert notes == ["empty cells beyond the 2 named columns are passed over"]
+    assert notes == ["empty cells after the 2 named columns are ignored"]
 
 
 def test_rows_without_any_text_are_told_and_blank_lines_are_not(tmp_path: Path) -> None:
     rows, notes = read(tmp_path, f"{HEAD}\n\nq1,a1\n,\n , \n\nq2,a2\n,\n")
     assert [row.where.split(", ", 1)[1] for row in rows] == ["line 4, row 1", "line 8, row 2"]
-    assert notes == ["3 rows without any text are passed over (line 5, 6, 9)"]
+    assert notes == ["3 rows without any text are skipped (line 5, 6, 9)"]
 
 
 def test_a_column_without_a_name_among_others(tmp_path: Path) -> None:
     """As pandas writes its index."""
     rows, notes = read(tmp_path, ",instruction,response\n0,q1,a1\n")
-    assert (answers(rows), notes) == ([("q1", "a1")], ["columns that are not used: '(column 1)'"])
+    assert (answers(rows), notes) == ([("q1", "a1")], ["unused columns: '(column 1)'"])
 
 
 def test_a_table_without_a_header_does_not_show_its_first_row(tmp_path: Path) -> None:

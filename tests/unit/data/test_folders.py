@@ -76,10 +76,10 @@ def test_what_is_no_client_is_told_with_the_reason(tmp_path: Path) -> None:
     assert sorted(notes) == [
         "a: not read: more, validation.jsonl",
         "b: not read: validation.jsonl",
-        "c: no client, as it has no file train.*; it holds: data.jsonl, train-00001.parquet",
-        "deep: no client, as it has no file train.*; it holds: 2024",
-        "empty, nothing: no client, as it has no file train.*; it holds: nothing",
-        "not read, as it is no client's folder: pool.csv",
+        "c: not a client, as it has no file train.*; it contains: data.jsonl, train-00001.parquet",
+        "deep: not a client, as it has no file train.*; it contains: 2024",
+        "empty, nothing: not a client, as it has no file train.*; it contains: nothing",
+        "not read, as it is not in a client's folder: pool.csv",
     ]
 
 
@@ -121,7 +121,7 @@ def test_two_files_of_one_side_are_refused(tmp_path: Path, side: str, other: str
 def test_a_test_file_alone_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "a" / "train.jsonl")
     write(tmp_path / "b" / "test.csv")
-    with pytest.raises(DataError, match=r"b: test.csv and no file train\.\*: a client trains on rows"):
+    with pytest.raises(DataError, match=r"b: test.csv and no file train\.\*: a client needs rows to train on"):
         load(tmp_path)
 
 
@@ -130,7 +130,7 @@ def test_a_train_file_of_an_unknown_kind(tmp_path: Path, name: str) -> None:
     write(tmp_path / "a" / "train.jsonl")
     write(tmp_path / "b" / name)
     if name.startswith("train.jsonl"):
-        assert load(tmp_path)[1] == [f"b: no client, as it has no file train.*; it holds: {name}"]
+        assert load(tmp_path)[1] == [f"b: not a client, as it has no file train.*; it contains: {name}"]
         return
     with pytest.raises(DataError, match=r"data files end in \.csv"):
         load(tmp_path)
@@ -147,15 +147,15 @@ def test_links_to_folders_and_files_go_by_their_own_names(tmp_path: Path) -> Non
     (tmp_path / "silos" / "broken").symlink_to(tmp_path / "gone")
     clients, notes = load(tmp_path / "silos")
     assert list(clients) == ["a", "b"]
-    assert notes == ["not read, as it is no client's folder: broken"]
+    assert notes == ["not read, as it is not in a client's folder: broken"]
 
 
 def test_a_folder_without_a_client_says_what_it_holds(tmp_path: Path) -> None:
     write(tmp_path / "deep" / "2024" / "train.jsonl")
     write(tmp_path / "train.csv")
-    with pytest.raises(DataError, match=r"it must hold <client>/train\.jsonl files") as caught:
+    with pytest.raises(DataError, match=r"it must contain <client>/train\.jsonl files") as caught:
         load(tmp_path)
-    assert "deep: no client" in str(caught.value)
+    assert "deep: not a client" in str(caught.value)
     assert "train.csv" in str(caught.value)
     with pytest.raises(DataError, match="it cannot be read"):
         load(tmp_path / "train.csv")

@@ -77,7 +77,7 @@ def test_a_key_is_its_own_key(text: str) -> None:
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_a_trained_passage_in_another_spelling_is_no_test_passage(tmp_path: Path, spelling: str) -> None:
-    with pytest.raises(DataError, match=r"bank: 1 passages stand in train and in test") as refused:
+    with pytest.raises(DataError, match=r"bank: 1 passages are in train and in test") as refused:
         load(tmp_path, [NOTE, "b"], [SPELLINGS[spelling], "c"])
     told = str(refused.value)
     assert "test.jsonl, line 1, row 1 and " in told
@@ -165,7 +165,7 @@ def test_the_remedy_of_a_constant_context_helps() -> None:
 
 def test_the_same_question_on_both_sides_of_a_constant_context_is_refused(tmp_path: Path) -> None:
     rows = [Row("What now?", "a", "N/A", passage="N/A"), Row("q", "a", "N/A", passage="N/A")]
-    with pytest.raises(DataError, match="1 passages stand in train and in test"):
+    with pytest.raises(DataError, match="1 passages are in train and in test"):
         check_disjoint(ClientRows(tuple(rows), (replace(rows[0], instruction="what  now?"),)), "bank")
     with pytest.raises(DataError, match="1 passages with test_fraction"):
         split_rows([rows[0]] * 5, 0.2, 0, "bank")
@@ -179,7 +179,7 @@ def test_a_context_that_stands_for_none_is_said_to(tmp_path: Path, none: str) ->
     rows = load(tmp_path, [none] * 12 + [f"note {i}" for i in range(8)], said=said)
     (line,) = said
     assert line.startswith("bank: the context of 12 of 20 rows (from ")
-    assert "stands for none" in line
+    assert 'means "no context"' in line
     assert len(rows.test) == 4  # of 20 things to tell apart, not of 9
     kept = load(tmp_path, [none, "note"], [none, "other"], said=said)
     assert len(kept.test) == 2
@@ -187,7 +187,7 @@ def test_a_context_that_stands_for_none_is_said_to(tmp_path: Path, none: str) ->
 
 @pytest.mark.parametrize("text", ["none of the above applies", "no pain", "nothing", "n/a for Mr. Smith", "0"])
 def test_a_text_is_not_taken_for_none(tmp_path: Path, text: str) -> None:
-    with pytest.raises(DataError, match="stand in train and in test"):
+    with pytest.raises(DataError, match="are in train and in test"):
         load(tmp_path, [text, "note"], [text, "other"])
 
 
@@ -197,7 +197,7 @@ def test_a_passage_of_most_rows_is_said(tmp_path: Path) -> None:
     assert len(rows.train) + len(rows.test) == 20
     (line,) = said
     assert line.startswith("bank: 11 of 20 rows (from ")
-    assert "lie on one side" in line
+    assert "are in one split" in line
     said.clear()
     load(tmp_path, [f"note {i // 2}" for i in range(20)], said=said)
     assert not said
@@ -267,7 +267,7 @@ def test_an_id_that_is_written_otherwise_is_said(tmp_path: Path) -> None:
     said: list[str] = []
     load_clients(DataConfig.model_validate({"partition": config}), 0, say=said.append)
     (line,) = said
-    assert line.endswith("as a client's name 'A&E' is 'A-E'; 2 of 3 differ so")
+    assert line.endswith("2 of 3 names are changed to valid client names, such as 'A&E' to 'A-E'")
 
 
 def test_thousands_of_clients_do_not_say_it_a_thousand_times(tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_thousands_of_clients_do_not_say_it_a_thousand_times(tmp_path: Path) -> 
     said: list[str] = []
     load_clients(DataConfig.model_validate({"partition": config}), 0, say=said.append)
     assert len(said) == 4
-    assert said[-1].endswith("3 more lines like these about other clients")
+    assert said[-1].endswith("3 more such lines, about other clients")
 
 
 # Folders and keys

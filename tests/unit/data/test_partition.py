@@ -154,7 +154,7 @@ def test_mixed_clients_share_the_whole_test_file(tmp_path: Path, data: str) -> N
 
 
 def test_test_rows_of_no_client_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"test.jsonl, line 5, row 5: its category is none that a client trains on"):
+    with pytest.raises(DataError, match=r"test.jsonl, line 5, row 5: its category occurs in no train row"):
         scored(tmp_path, "by = 'natural'", [*DOLLY, "new"])
 
 
@@ -166,7 +166,7 @@ def test_a_client_without_test_rows_is_refused(tmp_path: Path) -> None:
 
 
 def test_training_on_a_test_passage_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="passages stand in train and in test"):
+    with pytest.raises(DataError, match="passages are in train and in test"):
         load(tmp_path, "by = 'iid'\nclients = 2\ntest = 'pool.jsonl'")
 
 

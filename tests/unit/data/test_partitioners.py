@@ -217,7 +217,9 @@ def test_a_client_below_min_rows_is_refused(way: dict[str, Any]) -> None:
 
 
 def test_a_dirichlet_draw_below_min_rows_is_refused() -> None:
-    with pytest.raises(DataError, match=r"no division found that gives 4 clients 65 rows each; .* raise its alpha"):
+    with pytest.raises(
+        DataError, match=r"no division found that gives 4 clients 65 rows each; .* raise data.partition.alpha"
+    ):
         divide(LABELS, by="dirichlet", clients=4, alpha=0.1, min_rows=65)
 
 

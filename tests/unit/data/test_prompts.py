@@ -59,7 +59,7 @@ def test_auto_is_chat_where_there_is_a_template() -> None:
 
 
 def test_chat_without_a_template_is_refused() -> None:
-    with pytest.raises(ConfigError, match="the tokenizer has no chat template; use 'alpaca'"):
+    with pytest.raises(ConfigError, match="the tokenizer has no chat template; set it to 'alpaca'"):
         encoder("chat", chat=False)
 
 
@@ -195,7 +195,7 @@ def test_turns_before_the_last_are_kept_in_both_templates() -> None:
 
 @pytest.mark.parametrize("messages", [[], TURNS[:3], [{"role": "tool", "content": "Hi."}, TURNS[3]]])
 def test_other_conversations_are_refused(messages: list[dict[str, str]]) -> None:
-    with pytest.raises(ConfigError, match="the last one is a user's"):
+    with pytest.raises(ConfigError, match="the last message is the user's"):
         ENCODERS["chat"].conversation(messages)
 
 

@@ -124,7 +124,7 @@ def test_bad_json_line_is_named(tmp_path: Path) -> None:
     assert refusal(path).startswith(f"{path}, line 3, row 2: it is not valid JSON")
     path.write_text(json.dumps(RECORDS[0]) + "\n[1, 2]\n")
     assert refusal(path).startswith(
-        f"{path}, line 2, row 2: it is no JSON object: each line must hold one JSON object"
+        f"{path}, line 2, row 2: it is not a JSON object: each line must hold one JSON object"
     )
 
 
@@ -137,7 +137,7 @@ def test_bad_json_file(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize("text", ["{}", "[1]", '[{"instruction": "a", "response": "b"}, null]', "3"])
 def test_json_of_another_form(tmp_path: Path, text: str) -> None:
     (tmp_path / "rows.json").write_text(text)
-    assert "it must hold a list of objects" in refusal(tmp_path / "rows.json")
+    assert "it must contain a list of objects" in refusal(tmp_path / "rows.json")
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
@@ -231,7 +231,7 @@ def test_values_must_be_text(tmp_path: Path, kind: str, field: str, value: Any, 
 def test_required_value_empty(tmp_path: Path, kind: str, field: str, empty: str) -> None:
     path = tmp_path / f"rows.{kind}"
     WRITERS[kind](path, [RECORDS[0], {**RECORDS[1], field: empty}])
-    assert f"row 2: {field} is empty: the {field} must hold text" in refusal(path)
+    assert f"row 2: {field} is empty: the {field} must contain text" in refusal(path)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
@@ -304,7 +304,7 @@ def test_a_passage_more_leaves_the_others_order_alone() -> None:
 def test_shared_passage_is_refused() -> None:
     sides = ClientRows((row(1, "p"), row(2, "q")), (row(3, "q"),))
     with pytest.raises(
-        DataError, match="bank: 1 passages stand in train and in test, such as test row 1 and train row 2: a"
+        DataError, match="bank: 1 passages are in train and in test, such as test row 1 and train row 2: a"
     ):
         check_disjoint(sides, "bank")
     good = ClientRows((row(1, "p"),), (row(3, "q"),))
@@ -341,7 +341,7 @@ def test_a_folder_of_clients(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_clients(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"it must hold <client>/train\.jsonl files"):
+    with pytest.raises(DataError, match=r"it must contain <client>/train\.jsonl files"):
         load_clients(DataConfig(folder=str(tmp_path / "none")), seed=0)
 
 
@@ -361,7 +361,7 @@ def test_too_few_passages(tmp_path: Path) -> None:
 def test_training_on_a_test_passage_is_refused(tmp_path: Path) -> None:
     same = files(tmp_path, "x", 3)
     config = DataConfig.model_validate({"clients": {"bank": {"train": same, "test": same}}})
-    with pytest.raises(DataError, match="bank: 3 passages stand in train and in test"):
+    with pytest.raises(DataError, match="bank: 3 passages are in train and in test"):
         load_clients(config, seed=0)
 
 
@@ -418,8 +418,8 @@ def test_a_hub_data_set_is_read_by_the_same_rules(monkeypatch: pytest.MonkeyPatc
     assert notes == [
         "hub:org/name: 1 of 3 rows are left out (data.on_bad_row = 'drop'): row 3: instruction is empty",
         "hub:org/name: context is read from 'input', response is read from 'output'; "
-        "columns that are not used: 'id', 'unusable'",
-        "hub:org/name: numbers are taken as text, as they are written (response of 2 rows)",
+        "unused columns: 'id', 'unusable'",
+        "hub:org/name: numbers are used as text, exactly as written (response of 2 rows)",
     ]
     with pytest.raises(DataError, match=r"hub:org/name, row 3: instruction is empty"):
         read_source("hub:org/name", {})

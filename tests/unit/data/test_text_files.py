@@ -65,8 +65,8 @@ def test_a_packed_file_that_is_cut(tmp_path: Path, cut: int) -> None:
         ("Что это,Это больница\n", "cp1251", "it is not UTF-8 text (line 2); save it as UTF-8"),
         ("患者は薬を,毎日飲む\n", "shift-jis", "it is not UTF-8 text (line 2); save it as UTF-8"),
         ("患者需要每天,服药两次\n", "gb18030", "it is not UTF-8 text (line 2); save it as UTF-8"),
-        ("Zoë ist da,ja\n", "utf-16-le", "it looks like UTF-16 without its byte order mark"),
-        ("Is it there,yes\n", "utf-16-be", "it looks like UTF-16 without its byte order mark"),
+        ("Zoë ist da,ja\n", "utf-16-le", "it looks like UTF-16 without a byte order mark"),
+        ("Is it there,yes\n", "utf-16-be", "it looks like UTF-16 without a byte order mark"),
     ],
 )
 def test_encodings_that_cannot_be_told_get_a_remedy(tmp_path: Path, text: str, encoding: str, said: str) -> None:
@@ -79,7 +79,7 @@ def test_encodings_that_cannot_be_told_get_a_remedy(tmp_path: Path, text: str, e
 def test_a_file_of_two_encodings_is_not_to_be_converted_as_a_whole(tmp_path: Path) -> None:
     content = "instruction,response\nGröße,Länge\nHöhe,Ärzte\n".encode() + "Fuß,Maß\n".encode("latin-1")[:3]
     said = refusal(tmp_path / "rows.csv", content)
-    assert said.startswith("it is not UTF-8 text (line 4), though most of it is; correct that line")
+    assert said.startswith("it is not UTF-8 text (line 4), though most of the file is; correct that line")
     assert "iconv" not in said
 
 
@@ -89,7 +89,7 @@ def test_a_file_of_two_encodings_is_not_to_be_converted_as_a_whole(tmp_path: Pat
         (b"PK\x03\x04\x14\x00", "it is a zip archive or an Excel workbook"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1", "it is an old Excel workbook"),
         (b"PAR1\x15\x04", "it is a Parquet file"),
-        (b"\xff\xfeq\x00,", "it starts like UTF-16 text and is not all of it"),
+        (b"\xff\xfeq\x00,", "it starts as UTF-16 text, but is not valid UTF-16 throughout"),
     ],
 )
 def test_other_kinds_of_files_under_a_texts_name(tmp_path: Path, content: bytes, said: str) -> None:
@@ -102,7 +102,7 @@ def test_zero_bytes(tmp_path: Path, kind: str) -> None:
     content = b"\n" + TEXTS[kind].encode() + b"\n\0\0\0"
     said = refusal(tmp_path / f"rows.{kind}", content)
     line = content.count(b"\n") + 1
-    assert f", line {line}: it holds zero bytes" in said
+    assert f", line {line}: it contains zero bytes" in said
 
 
 def test_characters_that_a_conversion_lost_are_told(tmp_path: Path) -> None:
@@ -110,5 +110,5 @@ def test_characters_that_a_conversion_lost_are_told(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("instruction,response\nq1,M\ufffdller\nq2,a\n", encoding="utf-8")
     read_source(str(tmp_path / "rows.csv"), {}, say=notes.append)
     assert notes == [
-        f"{tmp_path / 'rows.csv'}: 1 rows hold U+FFFD, which stands where a conversion lost a character"
+        f"{tmp_path / 'rows.csv'}: 1 rows contain U+FFFD, which replaces a character that a conversion lost"
     ]

@@ -246,10 +246,10 @@ def test_without_lm_eval_the_remedy_is_named(monkeypatch, folder):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"answer": 4}, "row 1: answer is something else: it must be 0, 1, 2 or 3"),
-        ({"answer": "1"}, "answer is something else"),
-        ({"answer": True}, "answer is something else"),
-        ({"answer": 1.0}, "answer is something else"),
+        ({"answer": 4}, "row 1: answer is not valid: it must be 0, 1, 2 or 3"),
+        ({"answer": "1"}, "answer is not valid"),
+        ({"answer": True}, "answer is not valid"),
+        ({"answer": 1.0}, "answer is not valid"),
         ({"choices": ["a", "b", "c"]}, "a list of four texts"),
         ({"choices": "abcd"}, "a list of four texts"),
         ({"subject": " "}, "subject and question must be texts"),
@@ -265,14 +265,14 @@ def test_a_bad_row_is_named(folder, change, words):
 
 def test_missing_and_empty_files_and_too_many_shots_are_refused(folder):
     check_source(str(folder), 2)
-    with pytest.raises(DataError, match=r"dev\.jsonl, subject anatomy: 2 dev rows: 3 shots need as many"):
+    with pytest.raises(DataError, match=r"dev\.jsonl, subject anatomy: 2 dev rows: 3 shots need 3 dev rows"):
         check_source(str(folder), 3)
     with pytest.raises(ConfigError, match="-1 shots"):
         check_source(str(folder), -1)
     with pytest.raises(ConfigError, match="0 questions"):
         draw({"a": 1}, 0, seed=0)
     (folder / "test.jsonl").write_text("")
-    with pytest.raises(DataError, match="it holds no question"):
+    with pytest.raises(DataError, match="it contains no question"):
         check_source(str(folder), 0)
     (folder / "dev.jsonl").unlink()
     with pytest.raises(DataError, match=r"dev\.jsonl"):

@@ -1,1 +1,1 @@
-"""Four silos whose house styles disagree about the same office notes: the data that ships."""
+"""The data that ships: four silos whose house styles give different answers for the same office notes."""

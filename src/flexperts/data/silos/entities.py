@@ -1,4 +1,4 @@
-"""The names a note can hold; train notes take the even half of every pool, test notes the odd half."""
+"""The names that a note can contain; train notes use the even half of every pool, test notes the odd half."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ SPLITS = ("train", "test")
 
 
 def words(text: str) -> tuple[str, ...]:
-    """The words of a block of text, as a pool."""
+    """Return the words of a block of text, as a pool."""
     return tuple(text.split())
 
 
-# Twice the one title of men, so that no title is right more than two times in five.
+# "Mr" is there twice and every other title once, so that no title is right more than two times in five.
 TITLES = ("Mr", "Mr", "Ms", "Mrs", "Miss")
 WOMEN = words(
     """
@@ -70,10 +70,10 @@ LETTERS = "BCDFGHJKLMNPRSTVWZ"
 
 
 def half(pool: Sequence[str], split: str) -> list[str]:
-    """The part of a pool that one side of the split may use."""
+    """Return the part of a pool that one split may use."""
     return list(pool[SPLITS.index(split) :: 2])
 
 
 def code_numbers(split: str) -> range:
-    """The numbers a reference code may have on one side of the split."""
+    """Return the numbers that a reference code may have in one split."""
     return range(1100, 5500) if split == "train" else range(5500, 9900)

@@ -1,4 +1,4 @@
-"""Rows of the four silos, and the folder they ship in."""
+"""Rows of the four silos, in memory or as a folder of files."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ SILOS = ("clinic", "help_desk", "law_firm", "shop")
 LEVELS = tuple(phrases.CUES)
 MIN_ROWS = len(CATEGORIES)
 ROWS_PER_NOTE = 2
-# Each four are all categories once, each two belong to one note: balance at any length, and every pairing.
+# Every four have each category once and every two share a note: balanced at any length, and every pair occurs.
 _TURNS = (0, 1, 2, 3, 0, 2, 1, 3, 0, 3, 1, 2)
-# The common pool has two notes for each place in a silo's list, so silos share about half of them.
+# The common pool has two notes for each place in a silo's list, so two silos share about half of them.
 _COMMON_VARIANTS = 2
 
 
@@ -38,7 +38,7 @@ class Row(TypedDict):
 
 
 def generate_silo(silo: str, seed: int, train_rows: int = 96, test_rows: int = 40) -> dict[str, list[Row]]:
-    """Rows of one silo.
+    """Return the rows of one silo.
 
     Args:
         silo: One of SILOS.
@@ -47,10 +47,10 @@ def generate_silo(silo: str, seed: int, train_rows: int = 96, test_rows: int = 4
         test_rows: Number of test rows, at least one per category.
 
     Returns:
-        The rows under "train" and "test"; the two share no note, person, product, street or reference.
+        The rows under "train" and "test"; these share no note, person, product, street or reference code.
 
     Raises:
-        DataError: The silo is unknown or a number of rows is too small.
+        DataError: The silo is unknown, or a number of rows is too small.
     """
     _check(silo, train_rows, test_rows)
     counts = dict(zip(SPLITS, (train_rows, test_rows), strict=True))
@@ -58,13 +58,11 @@ def generate_silo(silo: str, seed: int, train_rows: int = 96, test_rows: int = 4
 
 
 def write_silos(folder: Path, seed: int, train_rows: int = 96, test_rows: int = 40) -> list[Path]:
-    """Write every silo's rows as JSON lines, with a README, and say which files were written.
+    """Write every silo's rows as JSON lines, with a README.
 
     Args:
-        folder: Gets `<silo>/train.jsonl`, `<silo>/test.jsonl` and `README.md`; made if missing.
-        seed: As for generate_silo.
-        train_rows: As for generate_silo.
-        test_rows: As for generate_silo.
+        folder: For `<silo>/train.jsonl`, `<silo>/test.jsonl` and `README.md`; created if missing.
+        seed, train_rows, test_rows: As for generate_silo.
 
     Returns:
         The paths, in the order of writing.
@@ -83,14 +81,14 @@ def write_silos(folder: Path, seed: int, train_rows: int = 96, test_rows: int = 
 
 
 def silo_notes(silo: str, seed: int, split: str, count: int) -> list[Note]:
-    """The notes a silo receives: seven in ten from the common pool, three in ten of its own trade."""
+    """Return the notes that a silo receives: seven in ten from the common pool, three in ten about its trade."""
     return [_note(silo, seed, split, slot) for slot in range(count)]
 
 
 def _note(silo: str, seed: int, split: str, slot: int) -> Note:
-    """The note in one place of a silo's list; no silo goes into the making of a common one."""
+    """Return the note at one place of a silo's list; a common note does not depend on the silo."""
     level = LEVELS[(slot + slot // len(LEVELS)) % len(LEVELS)]
-    # Three of every ten places, moved on by one each ten so that all themes come up among them.
+    # Three of every ten places, shifted by one every ten so that all themes occur among them.
     if (slot // 10 - slot) % 10 < 3:
         pool, asides, name = TRADE_TOPICS[silo], TRADE_ASIDES[silo], f"{silo}-{split}-{slot:04d}"
     else:
@@ -101,7 +99,7 @@ def _note(silo: str, seed: int, split: str, slot: int) -> Note:
 
 
 def _rows(silo: str, seed: int, split: str, count: int) -> list[Row]:
-    """One side of the split, categories in balance, in mixed order."""
+    """Return the rows of one split, shuffled, with balanced categories."""
     notes = silo_notes(silo, seed, split, -(-count // ROWS_PER_NOTE))
     rng = rng_for(seed, silo, split, "rows")
     rows = [_row(rng, silo, notes[place // ROWS_PER_NOTE], place) for place in range(count)]
@@ -110,7 +108,7 @@ def _rows(silo: str, seed: int, split: str, count: int) -> list[Row]:
 
 
 def _row(rng: random.Random, silo: str, note: Note, place: int) -> Row:
-    """Ask one task about one note; the kinds of closed questions take turns."""
+    """Return one task about one note; the kinds of closed questions alternate."""
     category = CATEGORIES[_TURNS[place % len(_TURNS)]]
     kind = list(phrases.QUESTIONS)[place // len(CATEGORIES) % len(phrases.QUESTIONS)]
     wordings = phrases.QUESTIONS[kind] if category == "closed_qa" else phrases.TASKS[category]
@@ -124,9 +122,9 @@ def _row(rng: random.Random, silo: str, note: Note, place: int) -> Row:
 
 
 def _check(silo: str, train_rows: int, test_rows: int) -> None:
-    """Refuse what no rows can be made for."""
+    """Refuse an unknown silo and too few rows."""
     if silo not in SILOS:
-        raise DataError(f"silo {silo!r}", "is not one that ships", f"use one of {', '.join(SILOS)}")
+        raise DataError(f"silo {silo!r}", "is not one of the silos that ship", f"use one of {', '.join(SILOS)}")
     for name, rows in (("train_rows", train_rows), ("test_rows", test_rows)):
         if rows < MIN_ROWS:
             rule = f"must be at least {MIN_ROWS}, one row per category"

@@ -1,7 +1,7 @@
-"""The house styles: how each silo wants the facts of a note written.
+"""The house styles: how each silo writes the facts of a note.
 
-ROUGE sees words and their order only, so that is where the houses differ: which key words, which part of a
-name, which part of a date comes first, which labels, which scale.
+ROUGE compares only words and their order, so the houses differ in exactly these: the key words, the part of a name
+that is used, the part of a date that comes first, the labels and the scale.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ class House:
     """One silo's style; every text is a format string over the facts of a note.
 
     Args:
-        scale: The house's word for each level.
-        labels: The house's label for each theme; some themes share one.
-        fields: How one fact is stated, by the kind of question.
-        order: The fields that an extraction lists, in house order.
-        classification: How label and scale make a category.
-        summary: The one line.
+        scale: Level -> the house's word for it.
+        labels: Theme -> the house's label for it; themes can share a label.
+        fields: Kind of question -> how the fact is stated.
+        order: The fields of an extraction, in the order of the house.
+        classification: How label and scale form a category.
+        summary: The summary, one line.
     """
 
     scale: dict[str, str]
@@ -32,7 +32,7 @@ class House:
     summary: str
 
     def answer(self, note: Note, category: str, kind: str = "who") -> str:
-        """What this house wants for one task on one note; the kind of question matters to closed QA only."""
+        """Return the house's answer to one task on one note; ``kind`` is used by closed QA only."""
         form = {
             "closed_qa": self.fields[kind],
             "information_extraction": ", ".join(self.fields[name] for name in self.order),

@@ -17,11 +17,11 @@ class Note:
     """One passage.
 
     Args:
-        passage: Its id.
-        text: What a silo receives.
-        theme: What it is about, one of THEMES.
-        level: How pressing it is: high, middle or low.
-        facts: The words that answers are written with.
+        passage: The id of the passage.
+        text: The text that a silo receives.
+        theme: The subject, one of THEMES.
+        level: The urgency: high, middle or low.
+        facts: The words from which answers are written.
     """
 
     passage: str
@@ -32,17 +32,17 @@ class Note:
 
 
 def rng_for(*parts: object) -> random.Random:
-    """A generator that depends on the parts alone, in every process and on every machine."""
+    """Return a generator that depends only on the parts, in every process and on every machine."""
     digest = hashlib.sha256("|".join(map(str, parts)).encode()).digest()
     return random.Random(int.from_bytes(digest[:8], "big"))
 
 
 def write_note(passage: str, topic: Topic, level: str, asides: Sequence[str], seed: int, split: str) -> Note:
-    """Draw the other facts of a passage, from its id and the seed alone, and put its text together."""
+    """Draw the other facts of a passage, from its id and the seed only, and write its text."""
     rng = rng_for(seed, passage)
     facts = _people(rng, split) | _dates(rng) | _places(rng, split) | _thing(rng, split, topic)
     parts = [rng.choice(phrases.SETTINGS), rng.choice(phrases.REFERENCES), rng.choice(phrases.CUES[level])]
-    # Something to overlook in most notes, so that a question cannot be answered by shape alone.
+    # Most notes contain something irrelevant, so that a question cannot be answered from the form alone.
     parts += rng.sample([rng.choice(asides), rng.choice(phrases.DISTRACTORS)], rng.choice((0, 1, 1)))
     rng.shuffle(parts)
     text = " ".join([rng.choice(phrases.OPENINGS), *parts]).format(**facts)
@@ -50,7 +50,7 @@ def write_note(passage: str, topic: Topic, level: str, asides: Sequence[str], se
 
 
 def _people(rng: random.Random, split: str) -> dict[str, str]:
-    """The one who reports, and another whom no question is about."""
+    """Return the person who reports, and another person whom no question is about."""
     title, other_title = rng.choice(entities.TITLES), rng.choice(entities.TITLES)
     given = rng.choice(half(entities.MEN if title == "Mr" else entities.WOMEN, split))
     others = half(entities.MEN if other_title == "Mr" else entities.WOMEN, split)
@@ -66,7 +66,7 @@ def _people(rng: random.Random, split: str) -> dict[str, str]:
 
 
 def _dates(rng: random.Random) -> dict[str, str]:
-    """The date a note is about, and another that it mentions."""
+    """Return the date that a note is about, and another date that it mentions."""
     months = rng.sample(entities.MONTHS, 2)
     days = [str(day) for day in rng.sample(entities.DAYS, 2)]
     form = rng.choice(("{day} {month}", "{month} {day}"))
@@ -75,14 +75,14 @@ def _dates(rng: random.Random) -> dict[str, str]:
 
 
 def _places(rng: random.Random, split: str) -> dict[str, str]:
-    """An address whose number no day of a month can be taken for."""
+    """Return an address whose number cannot be a day of a month."""
     number, street = str(rng.randrange(31, 99)), rng.choice(half(entities.STREETS, split))
     kind = rng.choice(entities.STREET_KINDS)
     return {"number": number, "street": street, "kind": kind, "address": f"{number} {street} {kind}"}
 
 
 def _thing(rng: random.Random, split: str, topic: Topic) -> dict[str, str]:
-    """The thing, what happened to it, and the reference code."""
+    """Return the thing, what happened to it, and the reference code."""
     series = "".join(rng.sample(half(entities.LETTERS, split), 2))
     digits, brand = str(rng.choice(entities.code_numbers(split))), rng.choice(half(entities.BRANDS, split))
     gist = rng.choice(topic.happenings[:-1] if split == "train" else topic.happenings[-1:])

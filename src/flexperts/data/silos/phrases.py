@@ -1,4 +1,4 @@
-"""The sentences a note is put together from, and the wordings of the four tasks."""
+"""The sentences from which a note is composed, and the wordings of the four tasks."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ DISTRACTORS = (
     "{other} already knows about it.",
     "The inspection of {other_date} is separate.",
 )
-# How pressing a note is, in the words of the note; each house has its own scale for the three.
+# How urgent a note is, in the words of the note; each house has a different scale for the three levels.
 CUES = {
     "high": (
         "It has to be solved today.",

@@ -1,22 +1,22 @@
-"""What an everyday office note is about: nouns, and what is said of them.
+"""Topics of everyday office notes: nouns, and what happened to them.
 
-A happening follows its noun as the verb of a clause. The last one of a topic is kept for test notes.
+A happening is a verb phrase that follows its noun. The last one of a topic is kept for test notes.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-# Notes take the themes in this order; it keeps themes that share a house label from bunching in a short test.
+# Notes use the themes in this order; it keeps themes with the same house label apart in a short test split.
 THEMES = ("schedule", "device", "people", "access", "billing", "delivery", "building")
 
 
 class Topic(NamedTuple):
-    """One thing a note can be about.
+    """One thing that a note can be about.
 
     Args:
-        theme: One of THEMES; every house derives its label from it.
-        noun: The word for the thing, always after a brand.
+        theme: One of THEMES; every house derives a label from it.
+        noun: The word for the thing, always written after a brand.
         happenings: Verb phrases that can follow the noun.
     """
 
@@ -26,7 +26,7 @@ class Topic(NamedTuple):
 
 
 def topics(theme: str, **said: str) -> tuple[Topic, ...]:
-    """Topics of one theme from noun=happenings pairs, the happenings separated by slashes."""
+    """Return the topics of one theme from noun=happenings pairs, with happenings separated by slashes."""
     return tuple(Topic(theme, noun, tuple(map(str.strip, text.split("/")))) for noun, text in said.items())
 
 

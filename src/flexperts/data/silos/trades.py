@@ -1,4 +1,4 @@
-"""What only one of the silos hears about: its trade topics and its trade asides."""
+"""Topics and asides that occur in the notes of one silo only."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Generation: one resident base, every row with its own client's weights."""
+"""Generation with one resident base, where every row uses the weights of its client."""

@@ -1,4 +1,4 @@
-"""What a model of a finished run adds to the base, taken from the ordinary way of setting one client up."""
+"""What a model of a finished run adds to the base, read from the model as evaluation sets it up."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from flexperts.parts.personal_expert import FullExpert
 from flexperts.serving.contract import ModelName
 
 Factors = list[tuple[Tensor, Tensor]]
-"""Low-rank terms of one layer: A ``[r, in]``, B ``[out, r]`` with its scale in it."""
+"""Low-rank terms of one layer: A ``[r, in]``, B ``[out, r]`` multiplied by its scale."""
 
 
 @dataclass(frozen=True)
 class Additions:
-    """What one model adds to the base; models that add the same share one value's key.
+    """What one model adds to the base; models that add the same values have the same keys.
 
     Args:
         lora: Attention layer -> low-rank terms; empty where the model has none.
-        lora_key: Names the values of ``lora``; None where there are none.
-        grafts: Experts module -> its grafts.
-        graft_key: Names the values of ``grafts``; None where there are none.
+        lora_key: Digest of the values of ``lora``; None where there are none.
+        grafts: Experts module -> the grafts on it.
+        graft_key: Digest of the values of ``grafts``; None where there are none.
     """
 
     lora: Mapping[str, Factors] = field(default_factory=dict)
@@ -42,16 +42,16 @@ def all_models(trained: TrainedRun) -> tuple[ModelName, ...]:
 
 
 def additions(trained: TrainedRun, name: ModelName) -> Additions | None:
-    """Return what a model adds to the base; None where that is more than LoRA and grafts.
+    """Return what a model adds to the base; None if it is more than LoRA and grafts.
 
     Args:
         trained: The run.
         name: The model.
 
     Raises:
-        ArtifactError: The client's personal state is missing, damaged or of another base.
+        ArtifactError: The client's personal state is missing, damaged or belongs to another base.
     """
-    if name.state == "zero_shot":  # the untouched base, whatever the method
+    if name.state == "zero_shot":  # the unchanged base, for any method
         return Additions()
     client, request = trained.client(name.client), trained.request(name.client)
     with client.in_state(request, name.state) as (_, on_batch):
@@ -65,9 +65,9 @@ def additions(trained: TrainedRun, name: ModelName) -> Additions | None:
 
 
 def _by_layer(parts: Iterable[Part]) -> dict[str, list[Graft]]:
-    """Return all grafts by experts module, whole experts in the type that the base is stored in.
+    """Return all grafts by experts module, with whole experts in the base's dtype.
 
-    A forward pass casts them to that type anyway, so no answer changes, and a client takes half the memory.
+    A forward pass casts them to that dtype anyway, so answers stay the same and a client needs half the memory.
     """
     layers: dict[str, list[Graft]] = {}
     for part in parts:
@@ -84,14 +84,14 @@ def _tensors(lora: Mapping[str, Factors]) -> list[Tensor]:
 
 
 def _graft_tensors(grafts: Mapping[str, list[Graft]]) -> list[Tensor]:
-    """Return what tells grafts apart: parameters, and which experts they started from."""
+    """Return what distinguishes grafts: parameters, scales, and the experts from which they started."""
     modules: list[Graft] = [graft for layer in grafts.values() for graft in layer]
     constants = [torch.tensor([*graft.indices, *graft.scales]) for graft in modules]
     return constants + [parameter for graft in modules for parameter in graft.parameters()]
 
 
 def _key(tensors: Iterable[Tensor]) -> str | None:
-    """Return a digest of tensors' values; None where there are none."""
+    """Return a digest of the tensors' values; None if there are no tensors."""
     digest, empty = hashlib.sha256(), True
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

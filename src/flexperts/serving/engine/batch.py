@@ -1,4 +1,4 @@
-"""The rows that are being answered together: they read their prompts, take one token each at a time, and leave.
+"""Batches: rows join with their prompts, get one token per step, and leave when they end.
 
 Shapes: B rows, C columns.
 """
@@ -22,14 +22,14 @@ from flexperts.serving.engine.lanes import Lane
 
 
 class Row:
-    """A request from when it is accepted until its last piece.
+    """An accepted request, until its last piece.
 
     Args:
-        model: Who answers.
+        model: The model that answers.
         prompt: The prompt's tokens.
         answer: The answer so far.
         most_tokens: Most tokens that prompt and answer can have together.
-        on_piece: Gets the answer's pieces.
+        on_piece: Called with the answer's pieces.
     """
 
     def __init__(
@@ -45,11 +45,11 @@ class Row:
         self._on_piece = on_piece
 
     def cancel(self) -> None:
-        """End it at the next step."""
+        """End the request at the next step."""
         self.cancelled = True
 
     def advance(self, logits: Tensor, likeliest: int) -> None:
-        """Take the next token by ``logits [V]``; whatever fails here ends this row alone."""
+        """Take the next token from ``logits [V]``; a failure here ends only this row."""
         try:
             token = likeliest if self.answer.is_greedy else self.answer.draw(logits)
             if piece := self.answer.take(token):
@@ -62,7 +62,7 @@ class Row:
         self._send(Piece("", 0, "error", _told(error)))
 
     def drop(self) -> None:
-        """End because it was cancelled."""
+        """End a cancelled request."""
         self._send(Piece("", 0, "cancelled"))
 
     def _send(self, piece: Piece) -> None:
@@ -71,7 +71,7 @@ class Row:
         self.ended = piece.finish is not None
         try:
             self._on_piece(piece)
-        except Exception:  # whoever asked cannot listen any more
+        except Exception:  # the caller does not listen any more
             self.cancelled = True
 
 
@@ -80,8 +80,8 @@ class Batch:
 
     Args:
         model: The base.
-        lane: Sets the base up for the rows; it is open.
-        encoder: Supplies padding.
+        lane: Sets the base up for the rows; it must be open.
+        encoder: Supplies the pad token.
         precision: As in training.
     """
 
@@ -94,7 +94,7 @@ class Batch:
 
     @torch.no_grad()
     def add(self, rows: Sequence[Row]) -> None:
-        """Read the prompts of new rows and take their first tokens; the cache must allow them."""
+        """Read the prompts of new rows and take their first tokens; the cache must allow new rows."""
         prompts = prompt_batch([row.prompt for row in rows], self._encoder)
         self._lane.read(prompts)
         self._lane.select([row.model for row in rows])
@@ -120,12 +120,12 @@ class Batch:
         self._settle(changed=False)
 
     def leave(self) -> list[Row]:
-        """Let all rows leave as they are, and return them."""
+        """Remove all rows from the batch without ending them, and return them."""
         rows, self.rows, self._cache = self.rows, [], None
         return rows
 
     def _settle(self, changed: bool = True) -> None:
-        """Let rows that have ended leave, and set the lane up for those that stay."""
+        """Remove rows that have ended, and set the lane up for the others."""
         for row in self.rows:
             if row.cancelled:
                 row.drop()
@@ -162,14 +162,14 @@ def _widened(mask: Tensor, columns: int) -> Tensor:
 
 
 def _told(error: Exception) -> FlexpertsError:
-    """Return an error as one that says value, rule and remedy; others' messages may quote a prompt."""
+    """Return an error with value, rule and remedy; messages of other exceptions may quote a prompt."""
     if isinstance(error, FlexpertsError):
         return error
-    return ServingError("the answer", f"computing it failed ({type(error).__name__})", "ask again")
+    return ServingError("the answer", f"computing it failed ({type(error).__name__})", "send the request again")
 
 
 @torch.no_grad()
 def probe(model: Any) -> Sharing:
-    """Return when rows may share a model's cache, from reading one token."""
+    """Return when rows may share a model's cache, found out with one token."""
     token = torch.ones(1, 1, dtype=torch.long, device=next(model.parameters()).device)
     return sharing(next_logits(model, token, token)[1])

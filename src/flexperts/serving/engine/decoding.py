@@ -1,4 +1,4 @@
-"""One answer in the making: draws tokens, turns them into text piece by piece, knows when it ends."""
+"""Decoding of one answer: its tokens are drawn, turned into pieces of text, and checked for the end."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from flexperts.errors import ConfigError
 from flexperts.serving.contract import Finish, Piece, Sampling
 
 _COLD = 1e-4
-"""Temperature below which only the likeliest token has a chance, and logits would overflow."""
+"""Temperature below which the likeliest token is taken: no other has a chance, and logits would overflow."""
 
 
 def check_sampling(sampling: Sampling) -> None:
-    """Refuse values out of their range.
+    """Refuse values that are out of range.
 
     Raises:
-        ConfigError: One is.
+        ConfigError: A value is out of range.
     """
     wrong = [
         (f"max_tokens = {sampling.max_new_tokens}", "at least 1", sampling.max_new_tokens >= 1),
-        (f"temperature = {sampling.temperature}", "a number from 0", 0 <= sampling.temperature < math.inf),
+        (f"temperature = {sampling.temperature}", "a number, 0 or more", 0 <= sampling.temperature < math.inf),
         (f"top_p = {sampling.top_p}", "above 0 and at most 1", 0 < sampling.top_p <= 1),
         (f"stop = {list(sampling.stop)}", "texts that are not empty", all(sampling.stop)),
     ]
     for value, rule, holds in wrong:
         if not holds:
-            raise ConfigError(value, f"it must be {rule}", "send another value, or leave it out")
+            raise ConfigError(value, f"it must be {rule}", "send a value in this range, or leave it out")
 
 
 class Decoding:
@@ -40,7 +40,7 @@ class Decoding:
     Args:
         tokenizer: Turns tokens into text.
         ends: Tokens that end an answer.
-        sampling: How tokens are drawn; its limit is what the context leaves, or less.
+        sampling: How tokens are drawn; ``max_new_tokens`` must fit the context.
     """
 
     def __init__(self, tokenizer: Any, ends: Collection[int], sampling: Sampling) -> None:
@@ -61,14 +61,14 @@ class Decoding:
         return self._sampling.temperature < _COLD
 
     def draw(self, logits: Tensor) -> int:
-        """Return a token by fp32 ``logits [V]``; the draws of an answer depend on its own seed alone."""
+        """Return a token drawn from fp32 ``logits [V]``; an answer's draws depend only on its seed."""
         chances = (logits.cpu() / self._sampling.temperature).softmax(-1)
         if self._sampling.top_p < 1:
             chances = nucleus(chances, self._sampling.top_p)
         return int(torch.multinomial(chances, 1, generator=self._generator))
 
     def take(self, token: int) -> Piece | None:
-        """Add a token; return what can be said now, or None while that is nothing."""
+        """Add a token; return the next piece of text, or None while there is none."""
         self.tokens.append(token)
         finish = self._finish()
         if token not in self._ends:
@@ -80,18 +80,18 @@ class Decoding:
         return self._piece(len(self._waiting) if finish else _settled(self._waiting, self._sampling.stop), finish)
 
     def _next(self, token: int) -> str:
-        """Return the text that a token adds; nothing while a character is not whole."""
+        """Return the text that a token adds; empty while a character is incomplete."""
         self._held.append(token)
         try:
             text = self._stream.step(self._tokenizer.backend_tokenizer, token)
-        except Exception:  # a byte that fits nothing made the decoder think anew of what has been said
+        except Exception:  # after an invalid byte, the decoder's text no longer starts with what was already sent
             text, self._stream = self._rest(), DecodeStream([token], skip_special_tokens=True)
         if text is not None:
             self._held = []
         return text or ""
 
     def _rest(self) -> str:
-        """Return the text of tokens that have said nothing yet, half a character too."""
+        """Return the text of tokens that have given no text yet, even of half a character."""
         held, self._held = self._held, []
         text: str = self._tokenizer.decode(held, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
@@ -110,18 +110,18 @@ class Decoding:
 
 
 def nucleus(chances: Tensor, top_p: float) -> Tensor:
-    """Return ``chances [V]`` without those beyond the likeliest tokens that together reach ``top_p``."""
+    """Return ``chances [V]``, set to 0 for all but the likeliest tokens that together reach ``top_p``."""
     ordered, tokens = chances.sort(descending=True)
     beyond = ordered.cumsum(-1) - ordered >= top_p
     return torch.zeros_like(chances).scatter(-1, tokens, ordered.masked_fill(beyond, 0.0))
 
 
 def _first(stop: Sequence[str], text: str) -> int | None:
-    """Return where the first of the stop strings begins in a text."""
+    """Return the position of the first stop string in a text, or None."""
     return min((place for s in stop if (place := text.find(s)) >= 0), default=None)
 
 
 def _settled(text: str, stop: Sequence[str]) -> int:
-    """Return the length of a text without an end that may be the start of a stop string."""
+    """Return how much of a text can be sent: without an end that may be the start of a stop string."""
     starts = (n for s in stop for n in range(min(len(s) - 1, len(text)), 0, -1) if text.endswith(s[:n]))
     return len(text) - max(starts, default=0)

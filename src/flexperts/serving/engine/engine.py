@@ -1,8 +1,8 @@
 """The engine: one thread that answers requests for all models of a run from one resident base.
 
-Requests wait in one queue, first come first served. The first one's lane decides how the base is set up; requests
-behind it that can share its batch join, also while it runs (where the cache allows it), up to ``max_rows`` rows and
-``max_tokens`` tokens of cache. None overtakes another, so none starves.
+Requests wait in one queue, first come first served. The first request's lane decides how the base is set up. The
+requests after it that can share its batch join it, up to ``max_rows`` rows and ``max_tokens`` tokens of cache;
+where the cache allows it, they also join a running batch. No request overtakes another, so none waits forever.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flexperts.serving.engine.decoding import Decoding, check_sampling
 from flexperts.serving.engine.lanes import Lane, lanes_of
 
 _NO_LIMIT = 1 << 20
-"""Context of a model that names none, in tokens."""
+"""Context of a model whose config has no limit, in tokens."""
 
 
 def open_engine(
@@ -35,11 +35,11 @@ def open_engine(
     Args:
         run: The run directory.
         max_rows: Most rows of a batch.
-        max_tokens: Most tokens, prompts and answers together, that a batch's cache may hold, padding included.
-        base: Where the run's base lies, if not where its recipe says.
+        max_tokens: Most tokens in a batch's cache: prompts, answers and padding together.
+        base: Where the run's base is, if not where its recipe says.
 
     Raises:
-        ArtifactError: The directory holds no finished run, or its files do not fit the base.
+        ArtifactError: The directory does not contain a finished run, or its files do not fit the base.
         ConfigError: A limit is below 1.
     """
     return ServingEngine(TrainedRun(run, base=base), max_rows=max_rows, max_tokens=max_tokens)
@@ -49,9 +49,9 @@ class ServingEngine:
     """See ``contract.Engine``.
 
     Args:
-        trained: The run; the engine has it to itself until ``close``.
+        trained: The run; only the engine may use it until ``close``.
         max_rows, max_tokens: As for ``open_engine``.
-        company: Seconds that a first request waits for others to share its batch.
+        company: Seconds for which a first request waits for others to share its batch.
     """
 
     def __init__(
@@ -59,14 +59,16 @@ class ServingEngine:
     ) -> None:
         if max_rows < 1 or max_tokens < 2:
             raise ConfigError(
-                f"max_rows = {max_rows}, max_tokens = {max_tokens}", "a batch holds a row of two tokens", "raise it"
+                f"max_rows = {max_rows}, max_tokens = {max_tokens}",
+                "a batch must have room for one row of two tokens",
+                "set max_rows to 1 or more and max_tokens to 2 or more",
             )
         self._trained, self._max_rows, self._max_tokens, self._company = trained, max_rows, max_tokens, company
         self._lanes = lanes_of(trained)
         self._base, self._encoder = trained.model.base.model, trained.workspace.encoder
         self._sharing = probe(self._base)
         self._ends = frozenset(end_tokens(self._base, self._encoder))
-        # Tokenizers are not made for two threads: the engine decodes with one, and askers encode with another.
+        # Tokenizers are not thread-safe: the engine decodes with one, and callers encode with another.
         self._askers = copy.copy(self._encoder)
         self._askers.tokenizer, self._encoding = copy.deepcopy(self._encoder.tokenizer), threading.Lock()
         self._queue: deque[Row] = deque()
@@ -81,7 +83,7 @@ class ServingEngine:
 
     @property
     def models(self) -> tuple[ModelName, ...]:
-        """What can be asked."""
+        """The available models."""
         return tuple(self._lanes)
 
     @property
@@ -92,23 +94,23 @@ class ServingEngine:
 
     @property
     def counters(self) -> Counters:
-        """What has been done so far."""
+        """The engine's counters."""
         return self._counters
 
     @property
     def queue_length(self) -> int:
-        """Requests that wait for a place in a batch."""
+        """Number of requests that wait for a place in a batch."""
         return len(self._queue)
 
     @property
     def running(self) -> int:
-        """Requests that are being answered."""
-        batch = self._batch  # the engine's thread may take it away meanwhile
+        """Number of requests that are being answered."""
+        batch = self._batch  # the engine's thread may set it to None meanwhile
         return len(batch.rows) if batch else 0
 
     @property
     def failure(self) -> FlexpertsError | None:
-        """Why the engine answers no more."""
+        """Why the engine stopped answering; None while it works."""
         return self._failure
 
     def prompt_tokens(self, messages: Sequence[Message]) -> list[int]:
@@ -121,9 +123,9 @@ class ServingEngine:
     def submit(
         self, model: ModelName, prompt: Sequence[int], sampling: Sampling, on_piece: Callable[[Piece], None]
     ) -> Request:
-        """Ask a model; see ``contract.Engine``."""
+        """Queue a request; see ``contract.Engine``."""
         if model not in self._lanes:
-            raise ConfigError(f"model {str(model)!r}", "the engine has no such model", "ask one of its models")
+            raise ConfigError(f"model {str(model)!r}", "the engine has no such model", "choose one of its models")
         check_sampling(sampling)
         self._check_room(prompt)
         most = min(len(prompt) + sampling.max_new_tokens, self.context_length)
@@ -156,7 +158,7 @@ class ServingEngine:
             raise DataError(
                 f"a prompt of {len(prompt)} tokens",
                 f"prompt and answer share a context of {self.context_length} tokens",
-                "shorten the messages" if prompt else "say something",
+                "shorten the messages" if prompt else "send a message that is not empty",
             )
 
     def _ended(self) -> FlexpertsError:
@@ -187,7 +189,7 @@ class ServingEngine:
         self._open.close()
 
     def _has_work(self) -> bool:
-        """Wait for a request, and a moment for company; return False once the engine is closed."""
+        """Wait for a request, then briefly for others to share its batch; return False if the engine is closed."""
         with self._changed:
             if not self.running:
                 self._changed.wait_for(lambda: self._queue or self._closed)
@@ -195,7 +197,7 @@ class ServingEngine:
             return not self._closed
 
     def _advance(self) -> None:
-        """Let who fits join the batch, and take one token for every row."""
+        """Let waiting rows that fit join the batch, and take one token for every row."""
         new: list[Row] = []
         try:
             self._admit(new)
@@ -206,15 +208,15 @@ class ServingEngine:
             if batch and batch.rows:
                 self._count(steps=1, rows=len(batch.rows))
                 batch.step()
-        except Exception as error:  # out of memory, a damaged file: it ends who was in the batch, not the engine
+        except Exception as error:  # out of memory, a damaged file: the rows of the batch end, not the engine
             running = self._batch.leave() if self._batch else []
             for row in {*running, *new}:
                 row.fail(error)
             self._leave()
-            probe(self._base)  # a device that can compute nothing any more does end the engine
+            probe(self._base)  # if the device cannot compute any more, this ends the engine
 
     def _admit(self, new: list[Row]) -> None:
-        """Move rows from the head of the queue to ``new``, in their order."""
+        """Move rows from the head of the queue to ``new``, in order."""
         self._forget_cancelled()
         while self._queue and self._fits(self._queue[0], new):
             new.append(self._queue.popleft())
@@ -228,7 +230,7 @@ class ServingEngine:
             row.drop()
 
     def _fits(self, row: Row, new: Sequence[Row]) -> bool:
-        """Tell whether a row may join those that run and those that are about to."""
+        """Return whether a row may join the running rows and the new ones."""
         others = [*(self._batch.rows if self._batch else ()), *new]
         if self._batch is None or not others:
             return True
@@ -243,7 +245,7 @@ class ServingEngine:
         )
 
     def _leave(self) -> None:
-        """Take the lane's changes off the base; if that fails, no later request may meet what is left."""
+        """Undo the lane's changes to the base; lane and batch are forgotten first, in case this fails."""
         self._lane, self._batch = None, None
         self._open.close()
 

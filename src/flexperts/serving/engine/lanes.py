@@ -1,4 +1,4 @@
-"""How the base is set up for a batch: for rows of many models at once, or for one model in the ordinary way."""
+"""Lanes: how the base is set up for a batch, for rows of many models together or for one model."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ class Lane(Protocol):
 
     @property
     def one_row(self) -> bool:
-        """Whether a batch may have one row only; asked while it is open."""
+        """Whether a batch may have one row only; valid while the lane is open."""
 
     def opened(self) -> AbstractContextManager[None]:
         """Set the base up inside the block."""
 
     def read(self, prompts: PaddedBatch) -> None:
-        """Called with the prompts that are read next."""
+        """Prepare for the prompts that are read next."""
 
     def select(self, models: Sequence[ModelName]) -> None:
-        """Called with the model of every row that is computed next."""
+        """Prepare for the rows that are computed next, given by their models."""
 
 
 class MixedLane:
-    """Rows of all models that add LoRA and grafts to the base, and nothing else.
+    """A lane for the rows of all models that add only LoRA and grafts to the base.
 
     Args:
         trained: The run.
@@ -46,7 +46,7 @@ class MixedLane:
 
     def __init__(self, trained: TrainedRun, models: Mapping[ModelName, Additions]) -> None:
         self._trained = trained
-        # Keys alone: what many models have alike is kept once.
+        # Keys only, so that values which many models share are stored once.
         self._keys = {name: (added.lora_key, added.graft_key) for name, added in models.items()}
         dtype = torch.bfloat16 if trained.config.model.precision == "bf16" else torch.float32
         adapters = {added.lora_key: added.lora for added in models.values() if added.lora_key}
@@ -55,21 +55,21 @@ class MixedLane:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Take the run's own adapters out of use and hang all models on."""
+        """Disable the run's adapters and attach all models inside the block."""
         with self._trained.model.lora.use(), self._lora.attached(), self._grafts.attached():
             yield
 
     def read(self, prompts: PaddedBatch) -> None:
-        """Nothing depends on the prompts."""
+        """Do nothing: these models do not depend on the prompts."""
 
     def select(self, models: Sequence[ModelName]) -> None:
-        """Give every row what its model adds."""
+        """Select for every row what its model adds."""
         self._lora.select([self._keys[model][0] for model in models])
         self._grafts.select([self._keys[model][1] for model in models])
 
 
 class OwnLane:
-    """Rows of one model, on the base as evaluation sets it up: for whatever a method hangs onto the base.
+    """A lane for the rows of one model, on the base as evaluation sets it up; it supports every method.
 
     Args:
         trained: The run.
@@ -82,28 +82,28 @@ class OwnLane:
 
     @property
     def one_row(self) -> bool:
-        """A method that sets the model up by the prompts knows no rows that come and go."""
+        """Whether the method sets the model up from the prompts: rows could then not join or leave."""
         return self._on_batch is not None
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Lend the base to the client."""
+        """Set the base up for the client inside the block."""
         trained, client = self._trained, self._model.client
         with trained.client(client).in_state(trained.request(client), self._model.state) as (_, on_batch):
             self._on_batch = on_batch
             yield
 
     def read(self, prompts: PaddedBatch) -> None:
-        """Let the method see the prompts."""
+        """Pass the prompts to the method."""
         if self._on_batch:
             self._on_batch(prompts)
 
     def select(self, models: Sequence[ModelName]) -> None:
-        """All rows are of one model."""
+        """Do nothing: all rows belong to one model."""
 
 
 def lanes_of(trained: TrainedRun) -> dict[ModelName, Lane]:
-    """Return every model of a run with its lane; reads all clients' personal states."""
+    """Return every model of a run with its lane; this reads all clients' personal states."""
     names = all_models(trained)
     found = {name: additions(trained, name) for name in names}
     mixed: Lane = MixedLane(trained, {name: added for name, added in found.items() if added is not None})

@@ -1,9 +1,9 @@
-"""Grafts by row: every row of a batch has its own personal experts and gate.
+"""Grafts by row: every row of a batch uses the personal experts and gate of its client.
 
     y[b] = F(x[b]) + sum_p c_p sigmoid(G_p(x[b])) E_p(x[b])        p over the grafts of row b
 
-Whole and frozen expert weights are read where they lie, by one product for all rows that share an expert; the gates
-and the low-rank deltas, which are small, are gathered by row and computed by batched products.
+Whole and frozen expert weights are not copied: one product computes all rows that share an expert. The gates and
+the low-rank deltas are small; they are gathered by row and computed by batched products.
 Shapes: B rows, S columns, D width, P pairs of a row and one of its experts, r rank.
 """
 
@@ -29,7 +29,7 @@ class MixedGrafts:
     """All grafts of a run, by layer.
 
     Args:
-        clients: Key -> experts module -> its grafts.
+        clients: Key -> experts module -> the grafts on it.
     """
 
     def __init__(self, clients: Mapping[str, Mapping[str, Sequence[Graft]]]) -> None:
@@ -38,14 +38,14 @@ class MixedGrafts:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Let the base add every row's personal experts inside the block."""
+        """Make the base add every row's personal experts inside the block."""
         with ExitStack() as stack:
             for layer in self._layers:
                 stack.callback(layer.experts.add(layer.term).remove)
             yield
 
     def select(self, rows: Sequence[str | None]) -> None:
-        """Say by key which grafts each row of the coming batches has; None is none."""
+        """Set the grafts of each row of the next batches, by key; None means no grafts."""
         for layer in self._layers:
             layer.select(rows)
 
@@ -56,8 +56,8 @@ class _Personal:
 
     Args:
         expert: The expert.
-        gate_weight, gate_bias: Its gate, ``[D, 1]`` and ``[1, 1]``.
-        scale: The constant factor of its output.
+        gate_weight, gate_bias: The expert's gate, ``[D, 1]`` and ``[1, 1]``.
+        scale: The constant factor of the expert's output.
     """
 
     expert: FullExpert | LowRankExpert
@@ -67,12 +67,12 @@ class _Personal:
 
     @property
     def shared_by(self) -> int:
-        """The same for experts with the same weights: low-rank ones of one frozen expert differ in deltas alone."""
+        """A number that is equal for experts with the same weights, such as low-rank ones of one frozen expert."""
         return self.expert.index if isinstance(self.expert, LowRankExpert) else id(self.expert)
 
     @property
     def weights(self) -> ExpertWeights:
-        """The tensors that it is computed with, where they lie."""
+        """The tensors of the expert, not copied."""
         if isinstance(self.expert, LowRankExpert):
             return self.expert.frozen
         return ExpertWeights(**{name: p.detach() for name, p in self.expert.named_parameters()})
@@ -80,13 +80,13 @@ class _Personal:
 
 @dataclass(frozen=True)
 class _Selected:
-    """What one layer computes for the rows of a batch.
+    """The experts and gates that one layer computes for the rows of a batch.
 
     Args:
-        rows: Row of each of the P pairs, ``[P]``; pairs that share weights are neighbours.
-        runs: Weights, and how many pairs in a row they are for.
-        gate_weight, gate_bias, scale: Of every pair, ``[P, D, 1]``, ``[P, 1, 1]``, ``[P, 1, 1]``.
-        deltas: The low-rank factors of every pair, turned so that tokens come first; empty for whole experts.
+        rows: Row of each of the P pairs, ``[P]``; pairs that share weights are adjacent.
+        runs: Weights, and the number of adjacent pairs that use them.
+        gate_weight, gate_bias, scale: One per pair, ``[P, D, 1]``, ``[P, 1, 1]``, ``[P, 1, 1]``.
+        deltas: The low-rank factors of every pair, transposed so that tokens come first; empty for whole experts.
     """
 
     rows: Tensor
@@ -107,7 +107,7 @@ class _Layer:
         self._selected: _Selected | None = None
 
     def select(self, rows: Sequence[str | None]) -> None:
-        """Order the pairs of rows and experts so that those which share weights are neighbours."""
+        """Order the pairs of rows and experts so that pairs which share weights are adjacent."""
         pairs = [(row, p) for row, key in enumerate(rows) if key is not None for p in self._clients[key]]
         pairs.sort(key=lambda pair: pair[1].shared_by)
         self._batch, self._selected = len(rows), _gathered(pairs) if pairs else None
@@ -142,7 +142,7 @@ class _Layer:
 
 
 def _personal(graft: Graft) -> Iterator[_Personal]:
-    """Yield a graft's experts, each with its gate in the type that the layer computes in."""
+    """Yield a graft's experts, each with its gate in the layer's dtype."""
     weight, bias = (p.detach().to(graft.experts.dtype) for p in (graft.graft_gate_weight, graft.graft_gate_bias))
     for number, (expert, scale) in enumerate(zip(graft.personal, graft.scales, strict=True)):
         assert isinstance(expert, FullExpert | LowRankExpert)
@@ -168,7 +168,7 @@ def _gathered(pairs: Sequence[tuple[int, _Personal]]) -> _Selected:
 
 
 def _plus(output: Tensor, hidden: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    """Return an output with its pairs' low-rank deltas, where there are any."""
+    """Return an output plus its pairs' low-rank deltas, if any."""
     if not factors:
         return output
     A, B = factors

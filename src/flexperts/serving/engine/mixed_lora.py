@@ -1,4 +1,4 @@
-"""LoRA by row: every row of a batch has its own low-rank terms, added by batched products.
+"""LoRA by row: every row of a batch uses the low-rank terms of its client, added by batched products.
 
     y[b] = W x[b] + B[b] (A[b] x[b])
 
@@ -38,21 +38,21 @@ class MixedLora:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Let the base add every row's terms inside the block."""
+        """Make the base add every row's terms inside the block."""
         with ExitStack() as stack:
             for layer in self._layers:
                 stack.callback(layer.module.register_forward_hook(layer.add).remove)
             yield
 
     def select(self, rows: Sequence[str | None]) -> None:
-        """Say by key which adapter each row of the coming batches has; None is none."""
+        """Set the adapter of each row of the next batches, by key; None means no adapter."""
         numbers = [self._numbers[key] if key is not None else len(self._numbers) for key in rows]
         for layer in self._layers:
             layer.select(numbers)
 
 
 class _Layer:
-    """One attention layer's terms: A ``[M + 1, r, in]`` and B ``[M + 1, out, r]``, the last of them zero."""
+    """One attention layer's terms: A ``[M + 1, r, in]`` and B ``[M + 1, out, r]``; the last entries are zero."""
 
     def __init__(self, module: nn.Module, terms: Sequence[Factors], dtype: torch.dtype) -> None:
         self.module = module
@@ -70,7 +70,7 @@ class _Layer:
         self._rows: tuple[Tensor, Tensor] | None = None
 
     def select(self, numbers: Sequence[int]) -> None:
-        """Gather the rows' terms; one pair where all rows have the same, nothing where none has any."""
+        """Gather the rows' terms: one pair if all rows have the same adapter, nothing if no row has an adapter."""
         self._batch = len(numbers)
         different, none = set(numbers), len(self.A) - 1
         if different <= {none}:
@@ -94,15 +94,15 @@ class _Layer:
 
 
 def by_row(hidden: Tensor, rows: int) -> Tensor:
-    """Return ``[..., D]`` as ``[B, T, D]``: models hand tokens on row after row, in whatever shape.
+    """Return ``[..., D]`` as ``[B, T, D]``: models pass tokens on row after row, but in different shapes.
 
     Raises:
-        ServingError: These cannot be the tokens of so many rows.
+        ServingError: The number of tokens is not a multiple of the number of rows.
     """
     if hidden.numel() % (rows * hidden.shape[-1]):
         raise ServingError(
-            f"a layer gets {tuple(hidden.shape)} of {rows} rows",
-            "rows can only be served together where a layer gets all of their tokens",
-            "ask with `flexperts generate`",
+            f"a layer gets the shape {tuple(hidden.shape)} for {rows} rows",
+            "rows can only be served together if every layer gets all of their tokens",
+            "use `flexperts generate` for this model",
         )
     return hidden.reshape(rows, -1, hidden.shape[-1])

@@ -1,1 +1,1 @@
-"""The HTTP front: OpenAI's chat completions, keys, limits, metrics."""
+"""The HTTP server: OpenAI's chat completions, keys, limits, metrics."""

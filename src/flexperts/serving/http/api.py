@@ -27,7 +27,7 @@ def make_app(service: Service) -> Starlette:
     """Return the application of one server.
 
     Args:
-        service: What it serves; its engine may come later.
+        service: The service; its engine may be added later.
     """
     endpoints = _Endpoints(service)
     return Starlette(
@@ -53,10 +53,10 @@ class _Endpoints:
         except RefusedError:
             raise
         except Exception as error:
-            # Neither its message nor its cause: either may quote a prompt.
+            # Neither its message nor its cause is logged: both may quote a prompt.
             log.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
             raise RefusedError(
-                500, ServingError("this request", "the server failed", "tell its operator")
+                500, ServingError("this request", "the server failed", "tell the server's operator")
             ) from None
 
     async def models(self, request: Request) -> Response:
@@ -105,7 +105,7 @@ _HEADERS = {
 
 
 def page_routes() -> list[Route]:
-    """Return the routes of the page's files."""
+    """Return the routes of the chat page's files."""
     return [_route(path, *file) for path, file in _FILES.items()]
 
 

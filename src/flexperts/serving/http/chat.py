@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: from a request's bytes to an answer, whole or as a stream."""
+"""POST /v1/chat/completions: from a request's bytes to the answer, whole or as a stream."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from flexperts.serving.http.refusals import RefusedError, refused
 from flexperts.serving.http.service import Service
 
 GONE = 499
-"""Status that is counted where nobody waited for the answer; nobody is sent it."""
+"""Status that is counted where the caller left before the answer; it is not sent to anyone."""
 _PATIENCE = 30
-"""Seconds in which a request's body must have come."""
-_STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx passes every event on at once
+"""Seconds within which a request's body must arrive."""
+_STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx then forwards events unbuffered
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ async def complete(service: Service, request: Request) -> Response:
     """Answer one chat request.
 
     Raises:
-        RefusedError: It is not answered, and why.
+        RefusedError: The request is refused.
     """
     label = ""
     try:
@@ -57,12 +57,12 @@ async def complete(service: Service, request: Request) -> Response:
 
 
 class EventStream(StreamingResponse):
-    """An answer as server-sent events; when its reader hangs up, the request ends.
+    """An answer as server-sent events; when the reader disconnects, the request ends.
 
     Args:
-        service: Whose metrics count it.
-        answer: The answer, in work.
-        counts: Whether the counts of tokens follow the last part.
+        service: The service whose metrics count the request.
+        answer: The answer in progress.
+        counts: Whether token counts follow the last part.
     """
 
     def __init__(self, service: Service, answer: Delivery, counts: bool) -> None:
@@ -70,7 +70,7 @@ class EventStream(StreamingResponse):
         self._service, self._answer, self._counts, self._status = service, answer, counts, GONE
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it; whatever happens, the engine works for nobody afterwards."""
+        """Send the answer; in any case, the engine stops working on it afterwards."""
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -83,7 +83,7 @@ class EventStream(StreamingResponse):
                 yield part
             self._status = 200
             yield DONE
-        except RefusedError as refusal:  # the status has been sent: readers find the error among the events
+        except RefusedError as refusal:  # the status is already sent, so the error becomes an event
             self._status = refusal.status
             yield event(refusal.body)
 
@@ -102,7 +102,7 @@ class EventStream(StreamingResponse):
 
 
 async def _submit(service: Service, owner: str, model: ModelName, wanted: ChatRequest) -> Delivery:
-    """Hand a request to the engine; its place, taken before any work, is free again when it has ended."""
+    """Submit a request to the engine; its place is taken before any work, and free again when it has ended."""
     service.load.take(owner, service.engine.queue_length)
     try:
         return await _delivery(service, owner, model, wanted)
@@ -130,11 +130,13 @@ async def _delivery(service: Service, owner: str, model: ModelName, wanted: Chat
 
 def _check_length(prompt: int, most: int | None) -> None:
     if most is not None and prompt > most:
-        raise DataError(f"a prompt of {prompt} tokens", f"at most {most} are taken here", "shorten it")
+        raise DataError(
+            f"a prompt of {prompt} tokens", f"this server accepts at most {most}", "shorten the messages"
+        )
 
 
 async def _unless_gone(request: Request, answer: Delivery) -> Response:
-    """Return the whole answer; stop it when the caller hangs up."""
+    """Return the whole answer; cancel it when the caller disconnects."""
     collecting, leaving = asyncio.create_task(_whole(answer)), asyncio.create_task(_left(request))
     try:
         await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -162,21 +164,17 @@ async def _left(request: Request) -> None:
 
 
 async def _body(request: Request, most: int) -> bytes:
-    """Return a request's body.
-
-    Raises:
-        RefusedError: It is too long, or too slow.
-    """
+    """Return a request's body."""
     body = bytearray()
     try:
         async with asyncio.timeout(_PATIENCE):
             async for part in request.stream():
                 body += part
                 if len(body) > most:
-                    error = DataError("the request's body", f"it has at most {most} bytes", "shorten it")
+                    error = DataError("the request's body", f"it may have at most {most} bytes", "shorten it")
                     raise RefusedError(413, error, code="request_too_large", headers={"Connection": "close"})
     except TimeoutError as error:
-        slow = DataError("the request's body", f"it must come within {_PATIENCE} s", "send it at once")
+        slow = DataError("the request's body", f"it must arrive within {_PATIENCE} s", "send it without pauses")
         raise RefusedError(408, slow, code="timeout") from error
     return bytes(body)
 

@@ -1,4 +1,4 @@
-"""One answer on its way from the engine's thread to the event loop."""
+"""Transfer of one answer from the engine's thread to the event loop."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from flexperts.serving.http.metrics import Metrics
 from flexperts.serving.http.refusals import RefusedError, failed, stopping
 
 _QUIET = 15.0
-"""Seconds without a piece after which a proxy is shown that the connection lives."""
+"""Seconds without a piece after which a comment is sent, so that proxies keep the connection."""
 _NO_RETRY = {"x-should-retry": "false"}
 
 
 class Delivery:
-    """A request that the engine has accepted, and its pieces as they come; made on the event loop's thread.
+    """A request that the engine has accepted, and its pieces as they arrive; created on the event loop's thread.
 
     Args:
-        engine: Who answers.
-        model: Who is asked.
-        prompt: Tokens.
-        sampling: How to draw.
-        seconds: How long it may take.
-        metrics: Where times and tokens are noted.
-        on_end: Called once on the loop, when the engine has ended the request.
+        engine: The engine that answers.
+        model: The model that is asked.
+        prompt: The prompt's tokens.
+        sampling: How to draw the answer.
+        seconds: Time limit of the answer.
+        metrics: Where times and tokens are recorded.
+        on_end: Called once on the event loop, when the engine has ended the request.
     """
 
     def __init__(
@@ -52,14 +52,14 @@ class Delivery:
         self._request: Request = engine.submit(model, prompt, sampling, on_piece)
 
     def cancel(self) -> None:
-        """End it; nothing happens where it has ended already."""
+        """End the request; this does nothing if it has already ended."""
         self._request.cancel()
 
     async def pieces(self) -> AsyncIterator[Piece | None]:
-        """Yield the pieces up to the last, and None after every quarter of a minute without one.
+        """Yield the pieces up to the last, and None after every 15 seconds without one.
 
         Raises:
-            RefusedError: The engine failed or was closed, or the time is over.
+            RefusedError: The engine failed or was closed, or the time limit is exceeded.
         """
         while True:
             try:
@@ -80,8 +80,10 @@ class Delivery:
         left = self._seconds - (time.monotonic() - self._started)
         if left > 0:
             return left
-        error = ServingError("this request", f"an answer may take {self._seconds:g} s here", "ask for fewer tokens")
-        # OpenAI's client asks again after a 5xx by itself, which would only lengthen the queue.
+        error = ServingError(
+            "this request", f"an answer may take at most {self._seconds:g} s", "ask for fewer tokens"
+        )
+        # OpenAI's client retries after a 5xx, which would only lengthen the queue.
         raise RefusedError(504, error, code="timeout", headers=_NO_RETRY)
 
     def _arrived(self, piece: Piece) -> None:

@@ -1,6 +1,6 @@
-"""API keys: who may call which client's models. Only SHA-256 hashes of keys are kept.
+"""API keys: who may call which client's models. Only SHA-256 hashes of keys are stored.
 
-A key is 256 random bits, so its plain hash cannot be turned back by guessing.
+A key has 256 random bits, so that it cannot be guessed from its unsalted hash.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from flexperts.errors import ConfigError
 from flexperts.files import content_of, write_text
 
 OPERATOR = "*"
-"""Whose keys may call every model and read the metrics; no client can have this name."""
+"""Owner of the keys that may call every model and read the metrics; no client can have this name."""
 _HASH = re.compile(r"sha256:[0-9a-f]{64}")
 _HEADER = """\
-# Who may call which client's models: SHA-256 hashes of keys, not the keys. "*" may call all.
-# To revoke a key, delete its hash; a new one is made for whoever has none. Read when the server starts.
+# Who may call which client's models: SHA-256 hashes of keys, not the keys. "*" may call all models.
+# To revoke a key, delete its hash. --make-keys adds a key for every owner without one. Read when the server starts.
 """
 
 
 class KeyRing:
-    """Hashes of keys by their owner.
+    """Hashes of keys by owner.
 
     Args:
         hashes: Client or ``"*"`` -> hashes as ``sha256:`` and 64 hex digits.
@@ -40,7 +40,7 @@ class KeyRing:
         self._owners = [(digest.encode(), owner) for owner, digests in hashes.items() for digest in digests]
 
     def owner(self, key: str) -> str | None:
-        """Return whose key this is, None if nobody's; the time taken does not depend on the key's value."""
+        """Return the key's owner, or None if it has none; the time taken does not depend on the key's value."""
         given, found = hash_of(key).encode(), None
         for digest, owner in self._owners:
             if hmac.compare_digest(digest, given):
@@ -49,17 +49,17 @@ class KeyRing:
 
 
 def may_call(owner: str, client: str) -> bool:
-    """Tell whether an owner of a key may call a client's models, whatever their state."""
+    """Return whether the owner of a key may call a client's models, in any state."""
     return owner in (OPERATOR, client)
 
 
 def new_key() -> str:
-    """Return a key that nobody has."""
+    """Return a new random key."""
     return f"fx-{secrets.token_urlsafe(32)}"
 
 
 def hash_of(key: str) -> str:
-    """Return what is kept of a key."""
+    """Return the hash under which a key is stored."""
     return f"sha256:{hashlib.sha256(key.encode()).hexdigest()}"
 
 
@@ -71,21 +71,22 @@ def load_keys(path: Path, clients: Collection[str]) -> KeyRing:
         clients: The run's clients.
 
     Raises:
-        ConfigError: Group or others can read or write it, it holds something else, or names no client of the run.
-        ArtifactError: It cannot be read.
+        ConfigError: Group or others can read or write the file, its content is not valid, or it names a client that
+            is not in the run.
+        ArtifactError: The file cannot be read.
     """
     return KeyRing(_hashes(path, clients))
 
 
 def make_keys(path: Path, clients: Collection[str]) -> dict[str, str]:
-    """Make a key for every client, and one for the operator; whoever has one in the file keeps it.
+    """Make a key for every client and for the operator, except for owners with a key in the file.
 
     Args:
-        path: The file of hashes; it is made if it is not there.
+        path: The file of hashes; created if missing.
         clients: The run's clients.
 
     Returns:
-        Owner -> new key. This is the only time that it can be seen.
+        Owner -> new key. The keys cannot be read again later.
 
     Raises:
         ConfigError: See ``load_keys``.
@@ -104,20 +105,24 @@ def make_keys(path: Path, clients: Collection[str]) -> dict[str, str]:
 
 def _hashes(path: Path, clients: Collection[str]) -> dict[str, list[str]]:
     if not path.exists():
-        raise ConfigError(f"{path}", "there is no such file of keys", f"make it with --make-keys {path}")
+        raise ConfigError(f"{path}", "there is no such file of keys", f"create it with --make-keys {path}")
     content = content_of(path)
     if path.stat().st_mode & 0o077:
         raise ConfigError(f"{path}", "group or others can read or write it", f"chmod 600 {path}")
     try:
         found = tomllib.loads(content.decode("utf-8-sig"))
     except ValueError as error:
-        raise ConfigError(f"{path}", f"it is not valid TOML ({error})", "mend it") from error
+        raise ConfigError(
+            f"{path}", f"it is not valid TOML ({error})", "correct it at this place, or create it with --make-keys"
+        ) from error
     keys = found.get("keys")
     if set(found) != {"keys"} or not isinstance(keys, dict):
-        raise ConfigError(f"{path}", "it has one table, [keys]", "make it with --make-keys")
+        raise ConfigError(f"{path}", "it must have one table, [keys]", "create it with --make-keys")
     if len({*map(normal, keys)}) < len(keys):
         raise ConfigError(
-            f"{path}", "one owner stands there twice, in two forms of Unicode", "join their lists of hashes"
+            f"{path}",
+            "it names one owner twice, in two Unicode forms",
+            "merge the two lists of hashes under one name",
         )
     for owner, hashes in keys.items():
         _check(path, owner, hashes, clients)
@@ -125,13 +130,13 @@ def _hashes(path: Path, clients: Collection[str]) -> dict[str, list[str]]:
 
 
 def _check(path: Path, owner: str, hashes: object, clients: Collection[str]) -> None:
-    """Refuse an entry that is none; a key that someone pasted is not repeated."""
+    """Refuse an invalid entry; the message does not repeat its values, which may be pasted keys."""
     if owner != OPERATOR and normal(owner) not in clients:
         known = ", ".join(sorted(clients))
         raise ConfigError(f"{path}: {owner!r}", f"the run's clients are {known}", 'name one of them, or "*"')
     if not isinstance(hashes, list) or not all(isinstance(h, str) and _HASH.fullmatch(h) for h in hashes):
         raise ConfigError(
             f"{path}: the keys of {owner!r}",
-            "they are a list of hashes, each sha256: and 64 hex digits",
-            "make them with --make-keys, or with `printf %s KEY | sha256sum`",
+            "they must be a list of hashes, each sha256: and 64 hex digits",
+            "create them with --make-keys, or with `printf %s KEY | sha256sum`",
         )

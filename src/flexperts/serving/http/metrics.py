@@ -1,4 +1,4 @@
-"""What Prometheus reads: requests, tokens and latencies as callers see them, the engine's own counters beside."""
+"""Metrics for Prometheus: requests, tokens and latencies as callers see them, and the engine's counters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class Metrics:
-    """The numbers of one server, in a registry of their own; nothing in them is taken from a prompt or a key."""
+    """The metrics of one server, in a separate registry; they contain nothing from prompts or keys."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -30,25 +30,25 @@ class Metrics:
         )
 
     def show(self, engine: Engine) -> None:
-        """Show an engine's counters, too."""
+        """Add an engine's counters to the metrics."""
         self._registry.register(_EngineCounters(engine))
 
     def request(self, model: str, status: int) -> None:
-        """Count a chat request; the model is empty where none that exists was named."""
+        """Count a chat request; the model is empty where the request named no existing one."""
         self._requests.labels(model, str(status)).inc()
 
     def first_token(self, model: str, seconds: float) -> None:
-        """Note how long the first token took."""
+        """Record how long the first token took."""
         self._first.labels(model).observe(seconds)
 
     def answer(self, model: str, seconds: float, prompt: int, generated: int) -> None:
-        """Note how long an answer took, and the tokens read and generated."""
+        """Record how long an answer took, and the tokens read and generated."""
         self._total.labels(model).observe(seconds)
         self._tokens.labels(model, "prompt").inc(prompt)
         self._tokens.labels(model, "generated").inc(generated)
 
     def text(self) -> bytes:
-        """Return all numbers in Prometheus's text format."""
+        """Return all metrics in Prometheus's text format."""
         return generate_latest(self._registry)
 
 

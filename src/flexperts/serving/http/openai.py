@@ -1,4 +1,4 @@
-"""OpenAI's chat format: which requests are understood and which are refused, and how replies are written."""
+"""OpenAI's chat format: which requests are accepted or refused, and how replies are written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HARMLESS = {
     "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options",
     "prompt_cache_retention", "reasoning_effort", "safety_identifier", "service_tier", "store", "user", "verbosity",
 }  # fmt: skip
-"""Fields of OpenAI's API that change nothing of what is answered here."""
+"""Fields of OpenAI's API that do not change the answers of this server."""
 _ONLY: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "frequency_penalty": (0,),
@@ -38,10 +38,10 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (0,),
     "web_search_options": (),
 }
-"""Fields that would change the answer -> the values under which they do not; null is always one."""
+"""Fields that can change the answer -> the accepted values, which do not; null is always accepted."""
 
 
-_Stop = Annotated[str, Field(max_length=200)]  # every token is compared with all of them
+_Stop = Annotated[str, Field(max_length=200)]  # limited, because every token is compared with all stop strings
 
 
 class _TextPart(BaseModel):
@@ -61,14 +61,14 @@ class ChatMessage(BaseModel):
 
     @model_validator(mode="after")
     def _check_extras(self) -> Self:
-        """Refuse what an answer would have to heed; answers that are sent back have many empty fields."""
+        """Refuse unknown fields that are not empty; answers that callers send back have many empty fields."""
         if unknown := [field for field, value in (self.model_extra or {}).items() if value and field != "name"]:
-            raise ValueError(f"{unknown[0][:100]!r} is not understood")
+            raise ValueError(f"{unknown[0][:100]!r} is not supported")
         return self
 
     @property
     def text(self) -> str:
-        """The content, in one piece."""
+        """The content as one text."""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
@@ -98,25 +98,25 @@ class ChatRequest(BaseModel):
 
     @property
     def conversation(self) -> list[dict[str, str]]:
-        """The turns as the engine takes them; OpenAI's newer word for system is put back."""
+        """The turns for the engine; OpenAI's newer role "developer" becomes "system"."""
         roles = {"developer": "system"}
         return [{"role": roles.get(m.role, m.role), "content": m.text} for m in self.messages]
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with the counts of tokens."""
+        """Whether a stream ends with token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     def sampling(self, limits: Limits) -> Sampling:
-        """Return how to draw the answer; greedy by default, as `flexperts generate` and evaluation answer.
+        """Return how to draw the answer; greedy by default, as in `flexperts generate` and evaluation.
 
         Raises:
-            RefusedError: More tokens are asked for than one request may.
+            RefusedError: The request asks for more tokens than the limit.
         """
         wanted = self.max_completion_tokens or self.max_tokens or limits.answer_tokens
         if wanted > limits.answer_tokens:
-            rule = f"an answer here has at most {limits.answer_tokens} tokens"
-            raise invalid(f"max_tokens = {wanted}", rule, "ask for fewer, or leave it out", "max_tokens")
+            rule = f"this server's answers have at most {limits.answer_tokens} tokens"
+            raise invalid(f"max_tokens = {wanted}", rule, "ask for fewer tokens, or leave it out", "max_tokens")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return Sampling(
             max_new_tokens=wanted,
@@ -131,7 +131,7 @@ def parse_chat(body: bytes) -> ChatRequest:
     """Read the body of a chat request.
 
     Raises:
-        RefusedError: It is no JSON, breaks a rule, or asks for what is not offered.
+        RefusedError: It is not valid JSON, breaks a rule, or asks for an unsupported feature.
     """
     try:
         request = ChatRequest.model_validate_json(body)
@@ -143,12 +143,12 @@ def parse_chat(body: bytes) -> ChatRequest:
 
 
 def _check_extra(field: str, value: Any) -> None:
-    """Refuse a field that is not understood, unless it would change nothing."""
+    """Refuse an unsupported field, unless it would not change the answer."""
     if field in _HARMLESS or value is None or value in _ONLY.get(field, ()):
         return
     if field in _ONLY:
         values = " or ".join(map(repr, _ONLY[field]))
-        rule = f"it can only be {values}" if values else "it is not offered"
+        rule = f"it can only be {values}" if values else "it is not supported"
         raise invalid(field, rule, "leave it out", field)
     near = difflib.get_close_matches(field, [*ChatRequest.model_fields, *_ONLY], 1)
     remedy = f"did you mean {near[0]!r}?" if near else "leave it out"
@@ -156,29 +156,29 @@ def _check_extra(field: str, value: Any) -> None:
 
 
 def _explained(error: ValidationError) -> RefusedError:
-    """Return the refusal of the offence that lies deepest; of values, numbers alone are repeated, never texts."""
+    """Return the refusal for the most deeply nested error; it repeats numbers, but never texts of the request."""
     found = max(error.errors(include_url=False), key=lambda offence: len(offence["loc"]))
     steps = [str(step) for step in found["loc"] if step != "str" and not str(step).startswith("list[")]
     place, value = ".".join(steps), found["input"]
     shown = f" = {value}" if isinstance(value, int | float) else ""
     rule = found["msg"].removeprefix("Value error, ")
-    remedy = "send a JSON object" if found["type"] == "json_invalid" else "correct it"
+    remedy = "send a JSON object" if found["type"] == "json_invalid" else "send a value that fits this rule"
     return invalid(f"{place}{shown}" if place else "the request's body", rule, remedy, place or None)
 
 
 DONE = b"data: [DONE]\n\n"
 """The end of a stream."""
 ALIVE = b": waiting\n\n"
-"""A comment in a stream, which readers skip."""
+"""A comment in a stream; readers ignore it."""
 
 
 def event(value: Any) -> bytes:
-    """Return a server-sent event that holds a value as JSON."""
+    """Return a server-sent event with a value as JSON."""
     return f"data: {json.dumps(value)}\n\n".encode()
 
 
 def usage(prompt: int, generated: int) -> dict[str, int]:
-    """Return the counts of tokens of one request."""
+    """Return the token counts of one request."""
     return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
 
 
@@ -188,7 +188,7 @@ class Completion:
 
     Args:
         model: The model's name.
-        id: Of the answer, the same in all its chunks.
+        id: The answer's id, the same in all chunks.
         created: Unix time in seconds.
     """
 
@@ -208,7 +208,7 @@ class Completion:
         return self._made("chat.completion.chunk", [choice])
 
     def counts(self, counts: dict[str, int]) -> dict[str, Any]:
-        """Return the chunk behind the last part, which holds nothing but the counts of tokens."""
+        """Return the chunk after the last part, which contains only the token counts."""
         return self._made("chat.completion.chunk", []) | {"usage": counts}
 
     def _made(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -216,12 +216,12 @@ class Completion:
 
 
 def model_entry(model: str, states: Sequence[ModelName], since: int) -> dict[str, Any]:
-    """Return one model of the list: a client's, with the states in which it can be asked.
+    """Return one entry of the list of models: a client, with the states in which its model can be asked.
 
     Args:
-        model: The name that was asked for, or the client's.
+        model: The requested name, or the client's.
         states: The client's models, the most personal one last.
-        since: Unix time in seconds at which the server was ready.
+        since: Unix time in seconds at which the server started.
     """
     asked = {state.state: f"{state.client}@{state.state}" for state in states}
     return {"id": model, "object": "model", "created": since, "owned_by": states[0].client, "states": asked}

@@ -1,4 +1,4 @@
-"""What a caller is told when a request is not answered: HTTP status and OpenAI's JSON shape."""
+"""Error replies: the HTTP status and OpenAI's JSON for a request that is not answered."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class RefusedError(Exception):
 
     Args:
         status: HTTP status.
-        error: Value, rule and remedy, for the caller's eyes.
-        code: OpenAI's word for the kind of refusal, such as ``model_not_found``.
-        param: The field of the request that is at fault.
-        headers: Further HTTP headers.
+        error: Value, rule and remedy, shown to the caller.
+        code: OpenAI's code for the kind of error, such as ``model_not_found``.
+        param: The invalid field of the request.
+        headers: Additional HTTP headers.
     """
 
     def __init__(
@@ -38,20 +38,20 @@ class RefusedError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The error as OpenAI's clients read it."""
+        """The error in OpenAI's JSON format."""
         kind = _KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
 def refused(error: FlexpertsError) -> RefusedError:
-    """Return the refusal of a request that was not taken: what the caller did wrong is told in full."""
+    """Return the refusal of a request that was not accepted, with the full message if it is the caller's error."""
     return RefusedError(400, error) if isinstance(error, ConfigError | DataError) else failed(error)
 
 
 def failed(error: FlexpertsError) -> RefusedError:
-    """Return the refusal of a request that could not be answered; the cause may be another caller's."""
+    """Return the refusal of a request that failed; it hides the cause, which may be another caller's request."""
     log.error("%s", error)
-    told = ServingError("this request", "the engine could not answer it", "ask again, or tell the operator")
+    told = ServingError("this request", "the engine could not answer it", "try again, or tell the operator")
     return RefusedError(503, told, code="engine_failed")
 
 
@@ -61,12 +61,12 @@ def invalid(value: str, rule: str, remedy: str, param: str | None = None) -> Ref
 
 
 def stopping() -> RefusedError:
-    """Return the refusal of a request that the server's end has cut off, or that came after it."""
-    error = ServingError("this request", "the server is stopping", "ask again later")
+    """Return the refusal of a request that was running, or arrived, while the server stops."""
+    error = ServingError("this request", "the server is stopping", "try again later")
     return RefusedError(503, error, code="stopping")
 
 
 def later(status: int, value: str, rule: str, code: str, seconds: int) -> RefusedError:
-    """Return the refusal of a request that may be taken when it is sent again after some seconds."""
+    """Return the refusal of a request that may be accepted after some seconds."""
     error = ServingError(value, rule, f"try again in {seconds} s")
     return RefusedError(status, error, code=code, headers={"Retry-After": str(seconds)})

@@ -1,4 +1,4 @@
-"""The uvicorn server around the application: TLS, the thread it runs on, and how it stops."""
+"""The uvicorn server of the application: TLS, its thread, and how it stops."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from flexperts.serving.http.service import Service
 from flexperts.serving.http.settings import Address
 
 _LAST_WORDS = 5
-"""Seconds that callers are given to read how their requests ended."""
+"""Seconds for which callers can still read how their requests ended."""
 
 
 def make_server(service: Service, address: Address) -> uvicorn.Server:
     """Return a server, to be run on a listening socket.
 
     Args:
-        service: What it serves.
-        address: Holds the certificate.
+        service: The service.
+        address: The address, with the certificate.
 
     Raises:
         ConfigError: The certificate and its key cannot be used.
     """
     if address.key and not address.certificate:
-        raise ConfigError(f"--tls-key {address.key}", "a key belongs to a certificate", "give --tls-cert, too")
+        raise ConfigError(f"--tls-key {address.key}", "a key needs its certificate", "add --tls-cert")
     config = uvicorn.Config(
         make_app(service),
         log_config=None,
@@ -41,23 +41,23 @@ def make_server(service: Service, address: Address) -> uvicorn.Server:
     )
     try:
         config.load()
-    except OSError as error:  # ssl.SSLError is one
+    except OSError as error:  # ssl.SSLError is a subclass
         files = f"--tls-cert {address.certificate}" + (f" --tls-key {address.key}" if address.key else "")
         raise ConfigError(
-            files, f"they cannot be used ({error})", "give a certificate and its key in PEM"
+            files, f"the TLS files cannot be used ({error})", "give a certificate and its key in PEM format"
         ) from error
     return uvicorn.Server(config)
 
 
 @contextmanager
 def running(server: uvicorn.Server, service: Service, door: socket.socket, grace: float = 30) -> Iterator[None]:
-    """Run a server on a thread of its own inside the block, so that loading and signals keep the main thread.
+    """Run a server on a separate thread inside the block, so that loading and signals stay on the main thread.
 
     Args:
-        server: Of ``make_server``.
-        service: What it serves; it is closed at the end.
-        door: Where the server listens.
-        grace: Seconds that requests in work are given at the end. Whatever a signal raises meanwhile cuts it short.
+        server: The server, from ``make_server``.
+        service: The service; it is closed at the end.
+        door: The socket on which the server listens.
+        grace: Seconds for which requests in progress may still run at the end; a second signal ends them at once.
     """
     thread = threading.Thread(target=server.run, args=([door],), name="flexperts http")
     thread.start()
@@ -68,7 +68,7 @@ def running(server: uvicorn.Server, service: Service, door: socket.socket, grace
         try:
             thread.join(grace)
         finally:
-            service.close()  # requests that are still in work end by it, and their callers are told
+            service.close()  # this ends requests that are still in progress; their callers get an error
             thread.join(_LAST_WORDS)
             server.force_exit = True
             thread.join()

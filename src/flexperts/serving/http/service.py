@@ -1,4 +1,4 @@
-"""What the HTTP side knows: the engine once it is there, keys, limits, metrics, and who may ask what."""
+"""State of the HTTP server: the engine once it is loaded, keys, limits, metrics, and who may call which model."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from flexperts.serving.http.refusals import RefusedError, later, refused, stoppi
 from flexperts.serving.http.settings import Limits
 
 _LONGEST_MODEL = 500
-"""Characters of a model's name that a refusal repeats at most; every name is shorter."""
+"""Most characters of a model's name that a refusal repeats; every valid name is shorter."""
 _LOADING = 5
 """Seconds after which a caller may try again while the base is loading."""
 
 
 class Service:
-    """One server's state. It can be called before the engine is there.
+    """One server's state; it can be used before the engine is loaded.
 
     Args:
-        keys: Who may ask.
-        limits: How much is taken on.
+        keys: The accepted keys.
+        limits: The limits of requests.
     """
 
     def __init__(self, keys: KeyRing, limits: Limits) -> None:
@@ -37,29 +37,29 @@ class Service:
         self._closed = False
 
     def ready(self, engine: Engine) -> None:
-        """Answer by this engine from now on; called once, from any thread."""
+        """Use this engine from now on; called once, from any thread."""
         self.metrics.show(engine)
         self._engine = engine
 
     def close(self) -> None:
-        """Close the engine, if it is there; all requests in work end by it."""
+        """Close the engine, if it is loaded; this ends all requests in progress."""
         if self._engine and not self._closed:
             self._closed = True
             self._engine.close()
 
     @property
     def status(self) -> str:
-        """loading, ready or failed."""
+        """The state: loading, ready or failed."""
         if self._engine is None:
             return "loading"
         return "failed" if self._engine.failure else "ready"
 
     @property
     def engine(self) -> Engine:
-        """Who answers.
+        """The engine.
 
         Raises:
-            RefusedError: The base is still loading, or the engine has failed.
+            RefusedError: The base is still loading, or the engine has failed or is closed.
         """
         if self._engine is None:
             raise later(503, "the base", "it is still loading", "loading", _LOADING)
@@ -70,35 +70,35 @@ class Service:
         return self._engine
 
     def owner(self, request: Request) -> str:
-        """Return whose key came with a request.
+        """Return the owner of a request's key.
 
         Raises:
-            RefusedError: None came, or nobody's.
+            RefusedError: The key is missing or unknown.
         """
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         owner = self._keys.owner(key.strip()) if scheme.lower() == "bearer" else None
         if owner is None:
             error = ConfigError(
-                "the API key", "it is missing or nobody's", "send one as `Authorization: Bearer KEY`"
+                "the API key", "it is missing or unknown", "send a valid one as `Authorization: Bearer KEY`"
             )
             raise RefusedError(401, error, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         return owner
 
     def check_operator(self, owner: str) -> None:
-        """Refuse everyone but the operator."""
+        """Refuse everyone except the operator."""
         if owner != OPERATOR:
-            error = ConfigError("/metrics", "it tells about all clients", "ask with the operator's key")
+            error = ConfigError("/metrics", "it has data of all clients", "use the operator's key")
             raise RefusedError(403, error, code="operator_only")
 
     def models(self, owner: str) -> list[ModelName]:
-        """Return the models that an owner of a key may call."""
+        """Return the models that the owner of a key may call."""
         return [model for model in self.engine.models if may_call(owner, model.client)]
 
     def model(self, name: str, owner: str) -> ModelName:
-        """Return a model by name; what others may call is treated as if it did not exist.
+        """Return a model by name; a model that this owner may not call is treated as missing.
 
         Raises:
-            RefusedError: There is no such model for this owner.
+            RefusedError: The owner may call no such model.
         """
         try:
             return find_model(name[:_LONGEST_MODEL], self.models(owner))
@@ -106,5 +106,5 @@ class Service:
             raise RefusedError(404, error, code="model_not_found", param="model") from error
 
     def by_client(self, owner: str) -> dict[str, list[ModelName]]:
-        """Return the models that an owner may call by their client, the most personal one last."""
+        """Return the models that an owner may call, by client, the most personal one last."""
         return {client: [*group] for client, group in groupby(self.models(owner), lambda model: model.client)}

@@ -1,4 +1,4 @@
-"""Where the server listens and how much it takes on; light to import, as the command line shows the defaults."""
+"""The server's address and limits; quick to import, because the command line shows the defaults."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from flexperts.errors import ConfigError
 
 @dataclass(frozen=True)
 class Address:
-    """Where the server listens.
+    """The address on which the server listens.
 
     Args:
         host: Name or address of an interface of this machine.
         port: TCP port; 0 takes a free one.
-        certificate: File of a TLS certificate in PEM; None serves plain HTTP.
-        key: File of its private key.
+        certificate: File of a TLS certificate in PEM format; None serves plain HTTP.
+        key: File of the certificate's private key.
     """
 
     host: str = "127.0.0.1"
@@ -28,24 +28,26 @@ class Address:
 
     @property
     def is_loopback(self) -> bool:
-        """Whether nobody outside this machine can reach it."""
+        """Whether only this machine can reach the address."""
         try:
             return ip_address(self.host).is_loopback
         except ValueError:
             return self.host == "localhost"
 
     def listen(self) -> socket.socket:
-        """Return a socket that listens there.
+        """Return a socket that listens on this address.
 
         Raises:
-            ConfigError: It is taken, or is none of this machine's.
+            ConfigError: The port is in use, or the host is not an address of this machine.
         """
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         try:
             return socket.create_server((self.host, self.port), family=family)
         except (OSError, OverflowError, UnicodeError) as error:
             where = f"--host {self.host} --port {self.port}"
-            raise ConfigError(where, f"nothing can listen there ({error})", "choose another") from error
+            raise ConfigError(
+                where, f"the server cannot listen on this address ({error})", "choose another host or port"
+            ) from error
 
     def url(self, door: socket.socket) -> str:
         """Return the URL of a listening socket."""
@@ -55,14 +57,14 @@ class Address:
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of requests.
+    """Limits of requests.
 
     Args:
-        queue: Requests that may wait for a place in a batch.
-        per_client: Requests that one client's keys together may have in work; the operator's are not counted.
-        answer_tokens: Longest answer that may be asked for, and the default.
-        prompt_tokens: Longest prompt; None leaves it to the context.
-        body_bytes: Longest request body.
+        queue: Most requests that wait for a place in a batch.
+        per_client: Most requests in progress for all keys of one client; the operator's are not limited.
+        answer_tokens: Longest answer that a request may ask for, and the default, in tokens.
+        prompt_tokens: Longest prompt, in tokens; None means the context is the only limit.
+        body_bytes: Longest request body, in bytes.
         seconds: Longest time from a request to the end of its answer.
     """
 

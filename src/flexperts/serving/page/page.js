@@ -68,7 +68,7 @@ async function open() {
   try {
     silos = (await (await call("v1/models")).json()).data;
   } catch (error) {
-    if (error.status === 401) return askForKey("Nobody has this key. Check it, or ask your operator for a new one.");
+    if (error.status === 401) return askForKey("This key is not valid. Check it, or ask your operator for a new one.");
     at("wait-text").textContent = error.message;
     show("wait");
     return setTimeout(open, 2000);
