@@ -28,9 +28,6 @@ def write_sealed(path: Path, kind: str, tensors: Mapping[str, Tensor], meta: Any
         kind: Name and version of the format.
         tensors: The tensors; they must not share memory.
         meta: Plain JSON values.
-
-    Raises:
-        ArtifactError: It cannot be written; an older file is left unchanged.
     """
     held = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
     text = json.dumps(meta)
@@ -40,11 +37,7 @@ def write_sealed(path: Path, kind: str, tensors: Mapping[str, Tensor], meta: Any
 
 
 def read_sealed(path: Path, kind: str) -> tuple[dict[str, Tensor], Any]:
-    """Return the tensors and the JSON value of a file that ``write_sealed`` wrote.
-
-    Raises:
-        ArtifactError: The file is missing, damaged, or of another kind.
-    """
+    """Return the tensors and the JSON value of a file that ``write_sealed`` wrote."""
     seal, tensors = _read(path, kind, with_tensors=True)
     try:
         text, digest = str(seal["meta"]), seal["sha256"]
@@ -57,11 +50,7 @@ def read_sealed(path: Path, kind: str) -> tuple[dict[str, Tensor], Any]:
 
 
 def read_meta(path: Path, kind: str) -> Any:
-    """Return the JSON value of a sealed file; tensors are not read, so the checksum is not checked.
-
-    Raises:
-        ArtifactError: The file is missing, damaged, or of another kind.
-    """
+    """Return the JSON value of a sealed file; tensors are not read, so the checksum is not checked."""
     seal, _ = _read(path, kind, with_tensors=False)
     try:
         return json.loads(seal["meta"])

@@ -30,9 +30,6 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically: a reader sees the old file or the new one, never a part.
 
     The content is on disk when this returns. The next write replaces the temporary file of a killed process.
-
-    Raises:
-        ArtifactError: It cannot be written; an older file is left unchanged.
     """
     temporary = path.with_name(f".{path.name}.part")
     try:
@@ -86,29 +83,17 @@ def _finite(value: Any) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """Return a JSON file's value.
-
-    Raises:
-        ArtifactError: It is missing or damaged.
-    """
+    """Return a JSON file's value."""
     return parsed_json(path, content_of(path))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the values of a JSON-lines file.
-
-    Raises:
-        ArtifactError: It is missing or damaged.
-    """
+    """Return the values of a JSON-lines file."""
     return [mapping(path, parsed_json(path, line)) for line in content_of(path).splitlines()]
 
 
 def content_of(path: Path) -> bytes:
-    """Return a file's bytes.
-
-    Raises:
-        ArtifactError: It is missing or cannot be read.
-    """
+    """Return a file's bytes."""
     try:
         return path.read_bytes()
     except (OSError, ValueError) as error:
@@ -116,11 +101,7 @@ def content_of(path: Path) -> bytes:
 
 
 def text_of(path: Path) -> str:
-    """Return a file's text.
-
-    Raises:
-        ArtifactError: It is missing, cannot be read, or is not UTF-8.
-    """
+    """Return a file's text."""
     try:
         return content_of(path).decode()
     except UnicodeDecodeError as error:
@@ -128,11 +109,7 @@ def text_of(path: Path) -> str:
 
 
 def parsed_json(path: Path, text: bytes) -> Any:
-    """Return the value of JSON text from a file.
-
-    Raises:
-        ArtifactError: It is not valid JSON.
-    """
+    """Return the value of JSON text from a file."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -140,11 +117,7 @@ def parsed_json(path: Path, text: bytes) -> Any:
 
 
 def mapping(path: Path, value: Any) -> dict[str, Any]:
-    """Return a value from a file as a mapping.
-
-    Raises:
-        ArtifactError: The value is not a JSON object.
-    """
+    """Return a value from a file as a mapping."""
     if not isinstance(value, dict):
         raise damaged(path, "it does not hold a JSON object")
     return value
@@ -186,9 +159,6 @@ def sole_writer(
         folder: The folder.
         patience: Seconds to wait for another process to end.
         waiting: Receives a line that names this other process.
-
-    Raises:
-        ArtifactError: Another process holds it, or it cannot be locked.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
@@ -215,9 +185,6 @@ def holding(
         what: The locked file or folder, for messages.
         patience: Seconds to wait for another process to end.
         waiting: Receives a line that names this other process.
-
-    Raises:
-        ArtifactError: Another process holds the lock, or the file system allows no lock there.
     """
     lock = FileLock(path)
     try:

@@ -45,11 +45,7 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def load_silo(path: Path | str) -> SiloConfig:
-    """Read a silo's file; paths in it are relative to its folder.
-
-    Raises:
-        ConfigError: The file is missing, is not valid TOML, or breaks a rule.
-    """
+    """Read a silo's file; paths in it are relative to its folder."""
     path = Path(path)
     tree = _tree(_text(path, "silo file", "see the example in docs/deploy.md"), str(path))
     try:
@@ -65,10 +61,6 @@ def recorded_recipe(run: Path, overrides: Iterable[str] = ()) -> RunConfig:
     Args:
         run: The directory.
         overrides: Settings that replace the recipe's.
-
-    Raises:
-        ArtifactError: The file is missing, damaged, or of another version.
-        ConfigError: An override breaks a rule.
     """
     path = run / "config.toml"
     text = text_of(path)
@@ -217,9 +209,6 @@ def located(source: str, folder: Path) -> str:
 
     A symbolic link keeps its name, because the name says what the file holds: the hub's cache links
     ``train.jsonl`` to a file named by a hash.
-
-    Raises:
-        ConfigError: It is not a valid path.
     """
     if source.startswith("hub:"):
         return source

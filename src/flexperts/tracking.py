@@ -38,9 +38,6 @@ class Tracking(Observer):
         config: The run.
         out: The run directory; a tracker that writes files uses the sub-folder with its name.
         name: Name of the run in trackers; by default the directory's name.
-
-    Raises:
-        ConfigError: A tracker is unknown, or its package is not installed.
     """
 
     def __init__(self, names: Sequence[str], config: RunConfig, out: Path, *, name: str | None = None) -> None:
@@ -59,11 +56,7 @@ class Tracking(Observer):
         self.close()
 
     def split(self, method: str, table: Sequence[Mapping[str, Any]]) -> None:
-        """Start a run for the method in every tracker, with the recipe as hyperparameters.
-
-        Raises:
-            ConfigError: A tracker cannot start.
-        """
+        """Start a run for the method in every tracker, with the recipe as hyperparameters."""
         self.close()
         config, run = self._config, method
         # run_federation starts the reference after it has written the method's summary.
@@ -103,11 +96,7 @@ def tracker_names() -> list[str]:
 
 
 def tracker_classes(names: Sequence[str]) -> dict[str, Any]:
-    """Return the trackers' classes by name.
-
-    Raises:
-        ConfigError: A tracker is unknown, or its package is not installed.
-    """
+    """Return the trackers' classes by name."""
     return {name: _tracker_class(name) for name in names}
 
 

@@ -18,11 +18,7 @@ _SMALL = 1_000_000_000
 
 
 def check_memory(config: RunConfig) -> None:
-    """Show the memory that a run of a large base needs, and refuse the run if it is not free.
-
-    Raises:
-        ModelError: The memory is not free; the message lists the settings that lower the need.
-    """
+    """Show the memory that a run of a large base needs, and refuse the run if it is not free."""
     from flexperts.cli.console import console as terminal
     from flexperts.errors import FlexpertsError
     from flexperts.smol_moe.build import resolve_base

@@ -58,11 +58,7 @@ def longer_references(tokens: Iterable[int], limit: int) -> list[int]:
 
 
 def check_limit(workspace: Workspace, config: RunConfig, observer: Observer) -> None:
-    """Report the limit if the recipe sets none, and the clients with longer scored references.
-
-    Raises:
-        ConfigError: A scored prompt and the longest answer together exceed what the base reads.
-    """
+    """Report the limit if the recipe sets none, and the clients with longer scored references."""
     limit, found = answer_limit(workspace, config), []
     if config.evaluation.max_new_tokens is None:
         longest = workspace.longest_response

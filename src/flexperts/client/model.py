@@ -30,10 +30,6 @@ class ClientModel:
         base: The resident base; it has LoRA adapters until ``close``.
         config: The run.
         method: Decides which parts are attached to the base, and which parameters are shared or personal.
-
-    Raises:
-        ModelError: The method needs experts and the base has none that can be reached.
-        ConfigError: No attention layer fits ``lora.projections``.
     """
 
     def __init__(self, base: LoadedBase, config: RunConfig, method: Method) -> None:
@@ -83,9 +79,6 @@ class ClientModel:
         Args:
             site: The client's place.
             personal: Its stored personal tensors; empty before its first round.
-
-        Raises:
-            GraftError: The personal tensors do not fit, or the model is lent already.
         """
         if self.lent is not None:
             raise GraftError("the resident model", "another client uses it", "wait until that client is done")
@@ -116,11 +109,7 @@ class ClientModel:
 
 @torch.no_grad()
 def load_personal_tensors(source: Mapping[str, Tensor], target: Mapping[str, Parameter]) -> None:
-    """Copy stored personal tensors into a split's personal group; an empty source leaves the initial values.
-
-    Raises:
-        GraftError: Names or shapes differ.
-    """
+    """Copy stored personal tensors into a split's personal group; an empty source leaves the initial values."""
     if not source:
         return
     ours = {n: tuple(p.shape) for n, p in target.items()}

@@ -49,9 +49,6 @@ def routing_lines(
         states: Which of zero_shot, global, personalized.
         batches: The prompts to route; ``on_batch`` of a state receives each batch.
         known: A cache of the untouched base's routing of these batches: T N values per layer.
-
-    Raises:
-        ModelError: The base is dense, or its experts cannot be reached.
     """
     base = _untouched(turn, method, batches, known)
     lines = []
@@ -66,9 +63,6 @@ def write_routing(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     """Add a round's lines to a client's file.
 
     Older lines of that round or of later rounds are removed: a resumed run writes them again.
-
-    Raises:
-        ArtifactError: The file is damaged or cannot be written.
     """
     first = min(line["round"] for line in lines)
     old = read_lines(path) if path.exists() else []

@@ -31,19 +31,11 @@ class Settled:
     shared: str
 
     def save(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replace the file's tensors.
-
-        Raises:
-            ArtifactError: The file cannot be written.
-        """
+        """Replace the file's tensors."""
         write_sealed(self.path, _FORMAT, tensors, self._of())
 
     def load(self, device: torch.device) -> dict[str, Tensor]:
-        """Return the tensors kept for this model; empty if there are none, or they are for another model.
-
-        Raises:
-            ArtifactError: The file is damaged.
-        """
+        """Return the tensors kept for this model; empty if there are none, or they are for another model."""
         if not self.path.exists():
             return {}
         tensors, of = read_sealed(self.path, _FORMAT)

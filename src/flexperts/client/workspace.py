@@ -126,10 +126,6 @@ class Workspace:
         Args:
             config: The run; settings that decide neither rows nor base may differ from the workspace's.
             needs_experts: Whether a method of the run works on experts.
-
-        Raises:
-            FlexpertsError: A row does not fit, the base cannot be grafted, has too few experts or projections, or
-                its loss is not finite.
         """
         attention_linears(self.base.model, config.lora.projections)
         self._check_loss(config)

@@ -23,10 +23,6 @@ def write_adapter(folder: Path, config_json: str, tensors: Mapping[str, Tensor])
         folder: Where the adapter goes.
         config_json: PEFT's configuration of a client's adapter.
         tensors: The adapter's factors by PEFT's names.
-
-    Raises:
-        FederationError: The configuration, which a client sent, is none.
-        ArtifactError: The folder cannot be written.
     """
     if not tensors:
         return

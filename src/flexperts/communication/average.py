@@ -19,10 +19,6 @@ def weighted_mean(updates: Iterable[Update]) -> Vector:
 
     The result depends on the order of the sum in its last bits, so updates must come sorted by client; the caller's
     grid yields them so. Source: McMahan et al., 2017 (FedAvg).
-
-    Raises:
-        FederationError: There is no update, clients are not sorted, one has no row or does not fit, or the mean is
-            not finite. Whose fault that is shows where updates arrive, before they get here.
     """
     total: Vector | None = None
     rows, last = 0, ""
@@ -69,9 +65,6 @@ def holders_mean(current: Mapping[str, Tensor], updates: Iterable[Update]) -> di
     Args:
         current: The tensors before the round.
         updates: Sorted by client; each may hold any subset of ``current``'s names.
-
-    Raises:
-        FederationError: As ``weighted_mean``, or a client sent a name that does not exist.
     """
     sums: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
@@ -85,11 +78,7 @@ def holders_mean(current: Mapping[str, Tensor], updates: Iterable[Update]) -> di
 
 
 def checked(updates: Iterable[Update]) -> Iterator[Update]:
-    """Yield updates one by one, for rules that combine them in another way than by a mean.
-
-    Raises:
-        FederationError: There is no update, clients are not sorted, or a vector is not finite.
-    """
+    """Yield updates one by one, for rules that combine them in another way than by a mean."""
     last = ""
     for update in updates:
         _check_turn(update, last)
@@ -108,11 +97,7 @@ def _check_turn(update: Update, last: str) -> None:
 
 
 def check_finite(update: Update) -> None:
-    """Refuse an update that nothing may be made of.
-
-    Raises:
-        FederationError: It stands for no row, or a value is not finite.
-    """
+    """Refuse an update that nothing may be made of."""
     if update.rows < 1 or not np.isfinite(update.vector).all():
         raise FederationError(
             f"{update.client}: {update.rows} rows, {(~np.isfinite(update.vector)).sum()} values not finite",

@@ -66,11 +66,7 @@ def packed_bytes(size: int, settings: CompressionConfig) -> int:
 
 
 def unpack(packed: Packed, size: int, sender: str) -> Vector:
-    """Rebuild an update of ``size`` values.
-
-    Raises:
-        FederationError: The packing is unknown, or its arrays do not make an update of this size.
-    """
+    """Rebuild an update of ``size`` values."""
     kind = packed.about.get("packing")
     if kind not in _UNPACKERS:
         raise _unfit(sender, f"packing {kind!r}", f"packings are {', '.join(_UNPACKERS)}")

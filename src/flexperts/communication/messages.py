@@ -71,10 +71,6 @@ def encode(split: ParameterSplit, tensors: Mapping[str, Tensor] | None = None) -
         split: Who owns what.
         tensors: What is sent: shared parameters or parts of them under their own names, and values computed from
             training under names that start with ``derived.``; None sends the whole shared group.
-
-    Raises:
-        PrivacyError: The first argument is no split, a name is neither, or a tensor shares memory with a personal
-            or frozen parameter.
     """
     if not isinstance(split, ParameterSplit):
         raise PrivacyError(
@@ -130,9 +126,6 @@ def payload_of(content: RecordDict, sender: str, sent: Payload | None = None) ->
         content: A request's or a reply's content.
         sender: Who sent it, for errors.
         sent: What the sender had been sent, of which a packed reply holds the difference.
-
-    Raises:
-        FederationError: The message holds another array than the payload, or one that does not fit its manifest.
     """
     arrays = {f"{r}/{a}": array for r, record in content.array_records.items() for a, array in record.items()}
     if not arrays:

@@ -52,11 +52,7 @@ def one_label(text: str) -> str:
 
 
 def client_name(text: str) -> str:
-    """Return a client's name in NFC if it can be one.
-
-    Raises:
-        DataError: It cannot: it is no file's name, or mixes writings that hold look-alikes.
-    """
+    """Return a client's name in NFC if it can be one."""
     name = normal(text)
     if (size := len(name.encode(errors="replace"))) > _LONGEST:  # file systems count bytes
         raise DataError(
@@ -73,11 +69,7 @@ def client_name(text: str) -> str:
 
 
 def client_names(texts: Iterable[str]) -> dict[str, str]:
-    """Return the name of each text that a client is called by.
-
-    Raises:
-        DataError: A text is no name, or two read alike.
-    """
+    """Return the name of each text that a client is called by."""
     names: dict[str, str] = {}
     readings: dict[str, str] = {}
     for text in texts:

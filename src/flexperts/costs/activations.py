@@ -147,11 +147,7 @@ class Activations:
 
 
 def row_lengths(config: RunConfig, clients: Mapping[str, ClientRows]) -> Lengths:
-    """Return the longest row and the longest response of a run's clients.
-
-    Raises:
-        FlexpertsError: Rows cannot be read or encoded.
-    """
+    """Return the longest row and the longest response of a run's clients."""
     encoder = encoder_of(config, *load_tokenizer(config.model))
     encoded = [encoder.encode_all((*c.train, *c.test, *c.validation)) for c in clients.values()]
     examples = [example for client in encoded for example in client]

@@ -21,11 +21,7 @@ from flexperts.parts.router_deltas import RouterDeltas
 
 
 def base_flops(model: nn.Module, top_k: int) -> float:
-    """Return a base's FLOPs per token; ``top_k`` is K.
-
-    Raises:
-        ModelError: The model has no experts modules that can be read.
-    """
+    """Return a base's FLOPs per token; ``top_k`` is K."""
     experts = find_experts(model)
     routed = {id(p) for e in experts for p in e.stored}
     values = float(sum(top_k * _expert(e) for e in experts))

@@ -48,9 +48,6 @@ def describe(name: str) -> Description:
     Args:
         name: A shipped config (any case, with or without the hub's organisation), the path of a config.json or of
             its folder, or a hub id, which needs the network.
-
-    Raises:
-        ModelError: There is no such config, or no class of transformers for it.
     """
     path = Path(name)
     if path.is_dir() or path.suffix == ".json":
@@ -78,9 +75,6 @@ def meta_base(description: Description, dtype: str) -> LoadedBase:
     Args:
         description: The model.
         dtype: Storage type of the weights, as in a recipe.
-
-    Raises:
-        ModelError: transformers has no causal language model for it.
     """
     try:
         model = skeleton(description.config, dtype)
@@ -94,11 +88,7 @@ def meta_base(description: Description, dtype: str) -> LoadedBase:
 
 
 def experts_per_token(config: Any) -> int:
-    """Return K, the experts that the router picks for a token.
-
-    Raises:
-        ModelError: The config does not tell.
-    """
+    """Return K, the experts that the router picks for a token."""
     text = config.get_text_config()
     for place in (text, getattr(text, "ffn_config", None)):
         for name in ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k_experts"):

@@ -57,9 +57,6 @@ def plan(
         settings: Overrides of a recipe's defaults, such as ``"lora.rank=16"``.
         clients: How many take part.
         bandwidth: Mbit/s of each client's link, in either direction.
-
-    Raises:
-        FlexpertsError: The model cannot be planned, or a named method or setting breaks a rule.
     """
     if clients < 1 or bandwidth <= 0:
         wrong = f"clients = {clients}" if clients < 1 else f"bandwidth = {bandwidth}"
@@ -86,11 +83,7 @@ def plan(
 def model_facts(
     description: Description, base: LoadedBase, quantization: Literal["none"] | Scheme = "none"
 ) -> ModelFacts:
-    """Count a base without adapters, its experts as they would be stored.
-
-    Raises:
-        ModelError: It has no experts modules that can be read.
-    """
+    """Count a base without adapters, its experts as they would be stored."""
     experts, top_k = find_experts(base.model), experts_per_token(description.config)
     values = sum(p.numel() for p in base.model.parameters())
     idle = sum(_values(e.stored) * (1 - top_k / e.num_experts) for e in experts)
@@ -124,9 +117,6 @@ def plan_method(
         clients: Names of the clients.
         bandwidth: Mbit/s.
         name: The row's name; the method's by default.
-
-    Raises:
-        FlexpertsError: The method refuses settings, clients or model.
     """
     method = make_method(config.method)
     method.check(config)

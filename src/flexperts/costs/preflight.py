@@ -89,9 +89,6 @@ class Estimator:
         base: The recipe's name of it.
         clients: Names of the clients.
         lengths: The longest row; without it, ``training.max_length``, half of it response.
-
-    Raises:
-        ModelError: The base cannot be planned.
     """
 
     def __init__(self, base: str, clients: Sequence[str], lengths: Lengths | None = None) -> None:
@@ -99,11 +96,7 @@ class Estimator:
         self.clients, self.lengths = list(clients), lengths
 
     def estimate(self, config: RunConfig) -> Preflight:
-        """Return a run's memory.
-
-        Raises:
-            FlexpertsError: The method refuses the run, or the model's layout cannot be read.
-        """
+        """Return a run's memory."""
         model = meta_base(self.description, config.model.dtype)
         facts = model_facts(self.description, model)
         device = computing_device(config.model.device)
@@ -135,9 +128,6 @@ def check_fits(made: Preflight, savings: dict[str, int]) -> None:
     Args:
         made: The run's memory.
         savings: What would lower it, as ``Estimator.savings`` tells.
-
-    Raises:
-        ModelError: It needs more than is free.
     """
     if made.peak.total <= made.free:
         return

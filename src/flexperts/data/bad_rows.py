@@ -37,9 +37,6 @@ def settle_bad_rows(
         total: Number of all rows of the source.
         on_bad_row: The setting ``data.on_bad_row``; None where no row may be left out.
         say: Called with the line.
-
-    Raises:
-        DataError: There are bad rows and they may not be left out, or no row would remain.
     """
     if not bad:
         return

@@ -31,10 +31,6 @@ class ChatTemplate:
         settings: Variables of the template, such as ``enable_thinking``.
         date: The date (ISO) that a template gets when it asks for today's date; None is today.
         vocabulary: Rows of the base's embedding; None where unknown.
-
-    Raises:
-        ConfigError: The template fails, loses the question or the answer, or the conversation does not begin with
-            the prompt; or no token ends a turn.
     """
 
     def __init__(
@@ -72,21 +68,11 @@ class ChatTemplate:
         self.tokens.checked([self.end_token])
 
     def prompt(self, messages: Messages) -> list[int]:
-        """Return a conversation's tokens, up to where the next answer starts.
-
-        Raises:
-            ConfigError: The template refuses the conversation.
-            DataError: The template loses a turn of the system or the user, or a text cannot be encoded.
-        """
+        """Return a conversation's tokens, up to where the next answer starts."""
         return self.tokens.encode(self._asked(self.tokens.mark(list(messages))))
 
     def turn(self, messages: Messages, answer: str) -> tuple[list[int], list[int]]:
-        """Return the tokens of a conversation's prompt, and the tokens of the answer up to the one that ends it.
-
-        Raises:
-            ConfigError: The template refuses the conversation.
-            DataError: The template loses or changes the question or the answer, or a text cannot be encoded.
-        """
+        """Return the tokens of a conversation's prompt, and the tokens of the answer up to the one that ends it."""
         marked = self.tokens.mark([*messages, {"role": "assistant", "content": answer}])
         asked, whole = self._asked(marked[:-1]), self._render(marked)
         rest = whole.removeprefix(asked)

@@ -30,10 +30,6 @@ def load_clients(config: DataConfig, seed: int, say: Say = unsaid) -> Clients:
         config: The recipe's data section.
         seed: Seed of a partition, and of the train/test split where there is no test file.
         say: Called with one line per surprising finding, with client and file.
-
-    Raises:
-        DataError: A file is missing or breaks a rule, a split is empty, a test passage is also a train passage, a
-            pooled data set cannot be divided as the recipe says, or the rows are at the silos.
     """
     if config.at_silos:
         raise DataError(
@@ -133,11 +129,7 @@ def _files(name: str, files: ClientFiles, config: DataConfig, seed: int, say: Sa
 def read_client_file(
     name: str, source: str, config: DataConfig, split: Literal["train", "test"], say: Say = unsaid
 ) -> list[Row]:
-    """Read one of a client's files; notices and errors name the client.
-
-    Raises:
-        DataError: As for ``read_source``.
-    """
+    """Read one of a client's files; notices and errors name the client."""
     how: dict[str, Any] = {"split": split, "on_bad_row": config.on_bad_row}
     try:
         return read_source(source, config.columns, **how, say=lambda text: say(f"{name}: {text}"))

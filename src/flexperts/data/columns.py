@@ -40,9 +40,6 @@ def fields_of(source: str, columns: Sequence[str], mapped: Mapping[str, str]) ->
         source: The source, for messages.
         columns: The source's columns.
         mapped: Field -> column in the recipe; an empty name leaves an optional field empty.
-
-    Raises:
-        DataError: A column is missing, or several columns fit one field.
     """
     found = {field: column for field, column in mapped.items() if column}
     for field in FIELDS:

@@ -42,9 +42,6 @@ def read_delimited(
         wanted: Columns that may be needed; they decide where the header contains several possible delimiters.
         say: Called with a line about what is skipped, and about cells that may have swallowed rows.
         delimiter: The delimiter, where the file's extension determines it.
-
-    Raises:
-        DataError: The delimiter is ambiguous, a column name is repeated, or quotes leave the rows' ends unclear.
     """
     start = 0
     if named := _NAMED_DELIMITER.match(text):

@@ -22,9 +22,6 @@ def client_folders(folder: Path, say: Say) -> dict[str, ClientFiles]:
     Args:
         folder: The folder.
         say: Called with one line per reason why something is not read.
-
-    Raises:
-        DataError: The folder cannot be read or has no client, or a subfolder has two files for one split.
     """
     clients: dict[str, ClientFiles] = {}
     idle: dict[str, list[str]] = defaultdict(list)

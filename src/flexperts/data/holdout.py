@@ -52,9 +52,6 @@ def split_rows(
         side: What the rows are held out for; they are returned as ``test``.
         whole: All rows of the client, if ``rows`` are only some of them.
         say: Called with one line per surprising finding.
-
-    Raises:
-        DataError: One split would be empty.
     """
     texts = identities(rows, whole or rows, where, say)
     keys = [passage_key(text) for text in texts]
@@ -82,9 +79,6 @@ def check_disjoint(rows: ClientRows, where: str, *, say: Say = unsaid) -> Client
         rows: A client's rows.
         where: The client, for messages.
         say: Called with one line per surprising finding.
-
-    Raises:
-        DataError: Train and test share a passage; the message names rows and quotes no passage.
     """
     both = (*rows.train, *rows.test)
     keys = [passage_key(text) for text in identities(both, both, where, say)]

@@ -23,22 +23,14 @@ class _Repeating(dict[str, Any]):
 
 
 def read_json_lines(path: Path, text: str) -> DataTable:
-    """Return the columns and records of a file with one object per line; any other line is a bad record.
-
-    Raises:
-        DataError: The file contains one JSON list.
-    """
+    """Return the columns and records of a file with one object per line; any other line is a bad record."""
     if text.lstrip().startswith("["):
         raise DataError(f"{path}: it contains one list", _LINE, "rename the file to .json, for a list of objects")
     return _table(path, list(_from_lines(text)))
 
 
 def read_json(path: Path, text: str) -> DataTable:
-    """Return the columns and records of a file that contains one list of objects.
-
-    Raises:
-        DataError: The file contains something else, or is not valid JSON.
-    """
+    """Return the columns and records of a file that contains one list of objects."""
     try:
         found = _parsed(text)
     except (ValueError, RecursionError) as error:

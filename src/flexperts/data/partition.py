@@ -39,10 +39,6 @@ def load_partition(config: DataConfig, seed: int, say: Say = unsaid) -> dict[str
         config: A data section with a partition.
         seed: The run's seed.
         say: Called with one line per surprising finding.
-
-    Raises:
-        DataError: A file breaks a rule, a row has no label, the rows cannot be divided so that every client gets
-            ``min_rows`` of them, or a client would have no test rows.
     """
     settings = config.partition
     assert settings is not None
@@ -130,10 +126,6 @@ def assign(labels: Sequence[str], settings: PartitionConfig, seed: int, *, say: 
 
     Returns:
         Client name -> row numbers from 0, shuffled.
-
-    Raises:
-        DataError: The rows cannot be divided in this way, a client would get fewer than ``min_rows``, or an id is
-            not a valid client name.
     """
     kinds = sorted(set(labels))
     numbers = {kind: number for number, kind in enumerate(kinds)}

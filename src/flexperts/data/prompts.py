@@ -62,9 +62,6 @@ class PromptEncoder:
         date: The date (ISO) that a chat template gets when it asks for today's date; None is today.
         vocabulary: Rows of the base's embedding; None where unknown.
         positions: Longest input of the base, in tokens; None where unknown.
-
-    Raises:
-        ConfigError: The template cannot be used with this tokenizer, or ``max_length`` is more than ``positions``.
     """
 
     def __init__(
@@ -114,11 +111,7 @@ class PromptEncoder:
         return self.chat.notices if self.chat else []
 
     def prompt(self, instruction: str, context: str = "") -> list[int]:
-        """Return the prompt's tokens, up to where the response starts.
-
-        Raises:
-            FlexpertsError: The template or the tokenizer cannot represent it.
-        """
+        """Return the prompt's tokens, up to where the response starts."""
         if self.chat:
             return self.chat.prompt(_asking(instruction, context))
         return [*self.tokens.beginning, *self.tokens.encode(self._alpaca(instruction, context))]
@@ -130,10 +123,6 @@ class PromptEncoder:
 
         Args:
             messages: Turns with ``role`` (system, user, assistant) and ``content``; the last one is the user's.
-
-        Raises:
-            ConfigError: A role is unknown, the last turn is not the user's, or the chat template refuses the order.
-            DataError: The template or the tokenizer cannot represent a turn's text.
         """
         roles = [message["role"] for message in messages]
         if roles[-1:] != ["user"] or not {*roles} <= {"system", "user", "assistant"}:
@@ -148,12 +137,7 @@ class PromptEncoder:
         return self.prompt(messages[-1]["content"], "\n\n".join(before))
 
     def encode(self, row: Row) -> Example:
-        """Return the row's tokens; a context that is too long is cut at its end, between characters.
-
-        Raises:
-            DataError: The row exceeds ``max_length`` even without context, or the template or the tokenizer cannot
-                represent it.
-        """
+        """Return the row's tokens; a context that is too long is cut at its end, between characters."""
         try:
             prompt, response = self._turn(row, row.context)
             cut = len(prompt) + len(response) > self.max_length
@@ -216,9 +200,6 @@ def encoder_of(config: RunConfig, tokenizer: Any, described: Any) -> PromptEncod
         config: The run's configuration.
         tokenizer: The base's tokenizer.
         described: transformers' configuration of the base.
-
-    Raises:
-        ConfigError: See ``PromptEncoder``.
     """
     text, model = described.get_text_config(), config.model
     return PromptEncoder(

@@ -75,9 +75,6 @@ def read_rows(
         on_bad_row: Whether rows that cannot be used are left out.
         passage: Column that identifies the passage; where it is missing, the context (or instruction) is used.
         say: Called with one line per surprising finding.
-
-    Raises:
-        DataError: A column is missing, rows are bad and must not be left out, or no row is left.
     """
     return read_labelled(table, columns, None, on_bad_row=on_bad_row, passage=passage, say=say)[0]
 
@@ -91,11 +88,7 @@ def read_labelled(
     passage: str | None = None,
     say: Say = unsaid,
 ) -> tuple[list[Row], list[str]]:
-    """Turn a table into rows and their labels; see ``read_rows``. Without ``label`` the labels are empty.
-
-    Raises:
-        DataError: As for ``read_rows``; a row without a label is a bad row.
-    """
+    """Turn a table into rows and their labels; see ``read_rows``. Without ``label`` the labels are empty."""
     fields = fields_of(table.source, table.columns, columns) if table.columns else {name: name for name in REQUIRED}
     by = _label_column(table, fields, label) if label and table.columns else None
     identity = passage or PASSAGE

@@ -49,9 +49,6 @@ def read_source(
         source: The file or data set.
         columns, passage, on_bad_row, say: As for ``read_rows``.
         split: The data set's split, where the name does not include one.
-
-    Raises:
-        DataError: The source is missing, of an unknown kind, damaged, or breaks the rules for rows.
     """
     table = open_table(source, possible_columns(columns), split, say)
     return read_rows(table, columns, on_bad_row=on_bad_row, passage=passage, say=say)
@@ -65,9 +62,6 @@ def open_table(source: str, wanted: Collection[str], split: str = "train", say: 
         wanted: Columns that may be needed.
         split: The data set's split, where the name does not include one.
         say: Called with one line per surprising finding.
-
-    Raises:
-        DataError: The source is missing, of an unknown kind, or damaged.
     """
     if source.startswith(HUB):
         return _hub(source.removeprefix(HUB), split)

@@ -26,11 +26,7 @@ _SAVE = "save it as UTF-8 (spreadsheets call it CSV UTF-8)"
 
 
 def text_of(path: Path) -> str:
-    """Read a text file: UTF-8, or UTF-16 or UTF-32 with a byte order mark; gzip is recognized by its first bytes.
-
-    Raises:
-        DataError: The file cannot be read, is not text, or its encoding is not certain.
-    """
+    """Read a text file: UTF-8, or UTF-16 or UTF-32 with a byte order mark; gzip by its first bytes."""
     content = _unpacked(path)
     for start, kind in _OTHERS.items():
         if content.startswith(start):

@@ -65,12 +65,7 @@ class TokenEncoder:
         return [*(self.beginning if beginning else ()), *self.encode(self.mark(text))]
 
     def encode(self, marked: str) -> list[int]:
-        """Return the tokens of a text; marked control tokens in it become plain characters.
-
-        Raises:
-            DataError: The tokenizer turns plain characters into a control token, or returns a token for which the
-                base has no embedding.
-        """
+        """Return the tokens of a text; marked control tokens in it become plain characters."""
         plain = not _MARKS.search(marked)
         try:
             ids = self._ids(marked) if plain else encode_marked_chat(self.tokenizer, marked)
@@ -108,11 +103,7 @@ class TokenEncoder:
         return whole[: starts[0]] if starts else []
 
     def checked(self, ids: list[int]) -> list[int]:
-        """Return ``ids`` if the base has an embedding for each.
-
-        Raises:
-            DataError: The base has no embedding for one of them.
-        """
+        """Return ``ids`` if the base has an embedding for each."""
         if self.vocabulary is not None and ids and (largest := max(ids)) >= self.vocabulary:
             token = self.tokenizer.convert_ids_to_tokens(largest)
             name = repr(token) if largest in self.tokenizer.added_tokens_decoder else "a token"
@@ -139,11 +130,7 @@ class TokenEncoder:
 
 
 def set_pad_token(tokenizer: Any, vocabulary: int | None = None) -> None:
-    """Set a pad token that has an embedding and is not EOS: masking the padding would also mask EOS.
-
-    Raises:
-        ConfigError: No special token can be used for padding.
-    """
+    """Set a pad token that has an embedding and is not EOS: masking the padding would also mask EOS."""
 
     def can_pad(token: str | None) -> bool:
         number = None if token is None else tokenizer.convert_tokens_to_ids(token)

@@ -17,11 +17,7 @@ _MOST_TOLD = 4
 
 
 def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
-    """Return the clients' entries of a ``partition.json``.
-
-    Raises:
-        ArtifactError: The file is missing or damaged.
-    """
+    """Return the clients' entries of a ``partition.json``."""
     found = mapping(path, read_json(path))
     entries = mapping(path, found.get("clients"))
     if found.get("sha256") != manifest_hash(entries):
@@ -36,9 +32,6 @@ def check_unchanged(before: Entries, clients: Clients, rule: str) -> None:
         before: The earlier manifest's entries.
         clients: The present rows.
         rule: What keeps the earlier rows, for the message.
-
-    Raises:
-        DataError: The rows differ; the message names silo, split and counts.
     """
     now = partition_manifest(clients)["clients"]
     changes = [
@@ -65,10 +58,6 @@ def check_same_rows(manifest: Path, clients: Clients) -> None:
     Args:
         manifest: The run's ``partition.json``.
         clients: The present rows.
-
-    Raises:
-        ArtifactError: The file is missing or damaged.
-        DataError: The rows differ.
     """
     rule = f"the run in {manifest.parent} started with other rows; a run keeps its rows and their split"
     check_unchanged(read_manifest(manifest), clients, rule)

@@ -39,10 +39,6 @@ class HomeModel:
     Args:
         silo: The silo's settings.
         run: The run's id.
-
-    Raises:
-        FederationError: The id is not valid.
-        ArtifactError: The run has not been evaluated here, or its files are damaged.
     """
 
     def __init__(self, silo: SiloConfig, run: str) -> None:
@@ -64,11 +60,7 @@ class HomeModel:
     def generate(
         self, instruction: str, context: str = "", state: str | None = None, *, max_new_tokens: int | None = None
     ) -> Answer:
-        """Return the greedy answer to one instruction, by the most personal model unless a state is named.
-
-        Raises:
-            FlexpertsError: See ``answer_one``, or the method has no such state.
-        """
+        """Return the greedy answer to one instruction, by the most personal model unless a state is named."""
         chosen = state_named(self.method, state)
         return answer_one(self.client, self.request, chosen, instruction, context, max_new_tokens)
 

@@ -41,9 +41,6 @@ def keep_recipe(folder: Path, recipe: str) -> None:
     """Write a run's recipe, as received from the server, to the run's folder, or check that it is the same.
 
     The number of rounds may differ: the server can change it during a run.
-
-    Raises:
-        ArtifactError: The recipe is another one: states of two runs must not mix.
     """
     kept = RunDirectory.open(folder).config_toml if (folder / "config.toml").exists() else None
     if kept is None or rounds_before(kept, recipe):
@@ -54,11 +51,7 @@ def keep_recipe(folder: Path, recipe: str) -> None:
 
 
 def with_kept_choices(config: RunConfig, folder: Path) -> RunConfig:
-    """Return a run with this silo's earlier choices for settings that the recipe leaves open.
-
-    Raises:
-        ArtifactError: The file of choices is damaged.
-    """
+    """Return a run with this silo's earlier choices for settings that the recipe leaves open."""
     if not (note := folder / _CHOICES).exists():
         return config
     noted = mapping(note, read_json(note))
@@ -75,10 +68,6 @@ def keep_rows(folder: Path, clients: Clients) -> bool:
 
     Returns:
         Whether the run began with an earlier version, which wrote no such file: its first rows are not known.
-
-    Raises:
-        ArtifactError: The file is damaged.
-        DataError: The rows are others: rows that were trained on could be tested on.
     """
     note = RunDirectory(folder).partition
     if note.exists():
@@ -94,9 +83,6 @@ def kept_runs(state: Path, client: str) -> Iterator[KeptRun]:
     Args:
         state: The state folder.
         client: The silo's name.
-
-    Raises:
-        ArtifactError: A file is damaged.
     """
     for run in run_ids(state):
         folder = run_folder(state, run)

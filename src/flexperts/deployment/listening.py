@@ -28,12 +28,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def listening(state: Path) -> Iterator[Listener]:
-    """Yield the socket of a state folder, for this process alone; it is removed after the block.
-
-    Raises:
-        ArtifactError: The folder is not private, or another worker serves it.
-        ConfigError: The socket's path would be too long.
-    """
+    """Yield the socket of a state folder, for this process alone; it is removed after the block."""
     make_private(state)
     with _alone(state):
         socket_of(state).unlink(missing_ok=True)  # left by a killed worker; we hold the lock

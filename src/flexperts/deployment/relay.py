@@ -54,11 +54,7 @@ def _relayed(kind: str, content: RecordDict, context: Context, name: str, socket
 
 
 def _exchange(path: Path, request: bytes) -> bytes:
-    """Send one request and wait for its reply; a socket of another user is refused, as that user could read it.
-
-    Raises:
-        OSError, EOFError: There is no answer, or the socket belongs to another user.
-    """
+    """Send one request and wait for its reply; a socket of another user is refused, as that user could read it."""
     found = path.stat()
     if found.st_uid != os.getuid() or not stat.S_ISSOCK(found.st_mode):
         raise PermissionError(f"{path} is not a socket of this user")

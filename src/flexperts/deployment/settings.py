@@ -22,9 +22,6 @@ def at_silos(config: RunConfig) -> RunConfig:
     """Return the recipe for silos: without paths, device and reference method.
 
     Silos have their own rows and device. A reference method would be a second run; callers tell users so.
-
-    Raises:
-        ConfigError: A setting of the recipe needs all clients' rows in one process.
     """
     _refuse_what_needs_all_rows(config)
     parts = {
@@ -85,11 +82,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def run_folder(name: str) -> Path:
-    """Return the folder of a run; its name is received from outside, so it must not be a path.
-
-    Raises:
-        ConfigError: The name could be a path.
-    """
+    """Return the folder of a run; its name is received from outside, so it must not be a path."""
     if not _NAME.fullmatch(name):
         raise ConfigError(
             f"--out {name!r}",

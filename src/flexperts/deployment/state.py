@@ -32,9 +32,6 @@ def run_folder(state: Path, run: str) -> Path:
     Args:
         state: The state folder.
         run: The run's id; it is received from outside, so it must not be a path.
-
-    Raises:
-        FederationError: The id is not valid.
     """
     if not _RUN.fullmatch(run):
         raise FederationError(f"run {run[:80]!r}", "a run's id is 32 digits 0-9a-f", _LISTED)
@@ -47,12 +44,7 @@ def run_ids(state: Path) -> list[str]:
 
 
 def make_private(state: Path) -> None:
-    """Create a state folder that only this user can enter, or check an existing one.
-
-    Raises:
-        ArtifactError: It is not private, or cannot be created.
-        ConfigError: The socket's path would be too long.
-    """
+    """Create a state folder that only this user can enter, or check an existing one."""
     try:
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -61,12 +53,7 @@ def make_private(state: Path) -> None:
 
 
 def check_private(state: Path) -> None:
-    """Refuse a state folder that others can enter, or that cannot hold a socket; the folder need not exist.
-
-    Raises:
-        ArtifactError: It is not a folder of this user, or group or others can enter it.
-        ConfigError: The socket's path would be too long.
-    """
+    """Refuse a state folder that others can enter, or that cannot hold a socket; the folder need not exist."""
     length = len(os.fsencode(socket_of(state)))
     if length > _LONGEST_SOCKET:
         raise ConfigError(
@@ -84,12 +71,7 @@ def check_private(state: Path) -> None:
 
 
 def forget(state: Path, run: str) -> None:
-    """Delete one run's private state.
-
-    Raises:
-        FederationError: The id is not valid.
-        ArtifactError: There is no such run, or it cannot be deleted.
-    """
+    """Delete one run's private state."""
     folder = run_folder(state, run)
     if not folder.is_dir():
         raise ArtifactError(f"run {run}", f"{state} has no such run", _LISTED)

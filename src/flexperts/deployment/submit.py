@@ -23,11 +23,7 @@ _QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 
 
 def connection_of(engine: str) -> str:
-    """Return the name of the Flower connection in an engine, ``superlink://NAME``.
-
-    Raises:
-        ConfigError: There is no name in it, or Flower's config.toml does not have that connection.
-    """
+    """Return the name of the Flower connection in an engine, ``superlink://NAME``."""
     name = engine.removeprefix(SCHEME)
     if not engine.startswith(SCHEME) or not name:
         raise ConfigError(
@@ -63,9 +59,6 @@ def submit(recipe: str, out: str, connection: str, *, resume: bool = False) -> i
         out: The run's name.
         connection: Name of the connection in Flower's config.toml.
         resume: Continue the run of that name.
-
-    Raises:
-        FederationError: The SuperLink cannot be reached or refuses.
     """
     with tempfile.TemporaryDirectory() as folder:
         settings = Path(folder) / "run.toml"

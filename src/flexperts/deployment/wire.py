@@ -29,11 +29,7 @@ Tensors = dict[str, NDArray[Any]]
 
 
 def pack(fields: Mapping[str, str], content: RecordDict | None = None) -> bytes:
-    """Return texts and records as bytes.
-
-    Raises:
-        FederationError: An array has a type that safetensors does not know, or is not an array.
-    """
+    """Return texts and records as bytes."""
     tensors: Tensors = {}
     try:
         table = [[name, *_record(record, tensors)] for name, record in (content or RecordDict()).items()]
@@ -43,11 +39,7 @@ def pack(fields: Mapping[str, str], content: RecordDict | None = None) -> bytes:
 
 
 def unpack(message: bytes) -> tuple[Fields, RecordDict]:
-    """Return the texts and records that ``pack`` was given.
-
-    Raises:
-        FederationError: The bytes are not such a message.
-    """
+    """Return the texts and records that ``pack`` was given."""
     try:
         tensors = load(message)
         header = json.loads(message[_LENGTH : _LENGTH + int.from_bytes(message[:_LENGTH], "little")])

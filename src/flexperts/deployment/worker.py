@@ -47,9 +47,6 @@ class Worker:
     Args:
         silo: The silo's settings.
         observer: Receives progress.
-
-    Raises:
-        ModelError: The base cannot be loaded.
     """
 
     def __init__(self, silo: SiloConfig, observer: Observer | None = None) -> None:

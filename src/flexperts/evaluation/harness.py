@@ -76,9 +76,6 @@ def hub_tasks(group: str, folder: str) -> dict[str, Any]:
     Args:
         group: The group's name.
         folder: The group's folder in lm-eval's folder of tasks; searching all of them takes seconds.
-
-    Raises:
-        Exception: The data are not cached and cannot be loaded; the libraries raise a dozen kinds.
     """
     path = Path(task_folder.__file__).parent / folder
     with quiet():
@@ -97,9 +94,6 @@ def correct_answers(
         samples: Task -> indices of the questions that are asked.
         shots: Solved examples before each question.
         how: Batches and precision.
-
-    Raises:
-        ModelError: A likelihood is not a number, so that no answer is the most likely.
     """
     asked = {name: task for name, task in tasks.items() if samples.get(name)}
     for task in asked.values():

@@ -88,10 +88,6 @@ def mmlu(
         seed: Seed of the draw: the same seed and files give the same questions.
         on_rows: Called with the number of questions after each batch.
         on_batch: Called with the prompts of every batch before it is computed.
-
-    Raises:
-        ConfigError: lm-eval is not installed, or a number is out of range.
-        DataError: The files break a rule, or the hub cannot be reached.
     """
     harness = _harness()
     tasks = _tasks(harness, source, shots)
@@ -101,12 +97,7 @@ def mmlu(
 
 
 def check_source(source: str, shots: int) -> None:
-    """Check before a run what ``mmlu`` would only find after it; the hub is not contacted.
-
-    Raises:
-        ConfigError: lm-eval is not installed, or ``shots`` is negative.
-        DataError: The files break a rule.
-    """
+    """Check before a run what ``mmlu`` would only find after it; the hub is not contacted."""
     harness = _harness()
     if source != HUB:
         _tasks(harness, source, shots)
@@ -117,9 +108,6 @@ def draw(sizes: Mapping[str, int], questions: int | None, seed: int) -> dict[str
 
     Subjects take turns in a random order; each gives one random question per turn, until enough are drawn. Subjects
     with questions left thus differ by at most one. With the same seed, a larger draw contains every smaller one.
-
-    Raises:
-        ConfigError: ``questions`` is below 1.
     """
     if questions is not None and questions < 1:
         raise ConfigError(f"{questions} questions", "at least 1 must be asked", "ask 1 or more, or all")

@@ -132,11 +132,7 @@ class Facts:
 
 
 def write_card(folder: Path, facts: Facts, difference: Difference | None) -> None:
-    """Write README.md.
-
-    Raises:
-        ArtifactError: It cannot be written.
-    """
+    """Write README.md."""
     from flexperts import __version__
 
     run, method = facts.run, facts.run.model.method

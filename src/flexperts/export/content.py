@@ -95,9 +95,6 @@ class Exported(Client):
             request: The finished global model.
             state: global or personalized.
             tokens: Token ids ``[B, S]`` for ``Content.logits``.
-
-        Raises:
-            ConfigError: It has something that no folder of weights can hold.
         """
         with self.in_use(request) as turn, self.method.in_state(turn, state) as on_batch:
             parts = [part for part in turn.parts.values() if part.enabled]

@@ -65,10 +65,6 @@ def export_run(
         dtype: Type of the stored weights; None takes the base's.
         base: Where the run's base lies, if not where its recipe says.
         check: Load the folder in a fresh process and compare its logits with the run's.
-
-    Raises:
-        ConfigError: A value is unknown, or the form cannot hold the client's model in that state.
-        ArtifactError: The run has not finished or is of another base, ``out`` exists, or the check fails.
     """
     _known("--form", form, FORMS)
     _known("--dtype", dtype, (*DTYPES, None))
@@ -156,11 +152,7 @@ def _states(run: TrainedRun, form: str, name: str | None) -> Sequence[State]:
 
 
 def _any_client(run: TrainedRun, is_global: bool) -> str:
-    """Return a client for a state that is the same for all.
-
-    Raises:
-        ConfigError: It is not.
-    """
+    """Return a client for a state that is the same for all."""
     if is_global and run.model.method.one_global:
         return run.participants[0]
     raise ConfigError(

@@ -58,10 +58,6 @@ def write_model(folder: Path, base: LoadedBase, content: Content, tokenizer: Any
         base: The base without adapters, in the type that is to be stored.
         content: What its model has beyond the base.
         tokenizer: The tokenizer with the chat template that was trained with; by default the base's own.
-
-    Raises:
-        ArtifactError: The base's class does not come with transformers, so that no code can build on it, or the
-            folder cannot be written.
     """
     content.merge(base.model)
     grafted = bool(content.grafts)

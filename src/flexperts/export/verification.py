@@ -78,9 +78,6 @@ def verify(
         reference: The run's logits on them ``[B, S, V]``.
         dtype: The coarsest type that it is stored or computed in.
         without: A package that the code must do without.
-
-    Raises:
-        ArtifactError: It does not load, or its logits are off by more than rounding.
     """
     with tempfile.TemporaryDirectory() as folder:
         ids, out = Path(folder) / "tokens.safetensors", Path(folder) / "logits.safetensors"

@@ -31,12 +31,7 @@ def is_wanted(config: RunConfig) -> bool:
 
 
 def check_beyond(config: RunConfig) -> None:
-    """Refuse sources that cannot be read, before a run that needs them at its end.
-
-    Raises:
-        DataError: The general tasks or the questions cannot be read.
-        ConfigError: lm-eval is not installed.
-    """
+    """Refuse sources that cannot be read, before a run that needs them at its end."""
     if config.knowledge.general:
         _general_rows(config, current_observer().notice)
     if config.knowledge.mmlu:
@@ -52,9 +47,6 @@ def look_beyond(run: TrainedRun, observer: Observer | None = None) -> dict[str, 
     Args:
         run: The finished run.
         observer: Receives progress.
-
-    Raises:
-        DataError, ConfigError: See ``check_beyond``.
     """
     knowledge = run.config.knowledge
     found: dict[str, Measured] = {}

@@ -40,10 +40,6 @@ def rows_elsewhere(run: TrainedRun, given: Sequence[str]) -> dict[str, Elsewhere
         run: The finished run.
         given: Each is ``NAME=SOURCE``, one client's rows (a file or ``hub:org/name``), or a folder: the place of
             the recipe's files now, or a folder with a sub-folder per client.
-
-    Raises:
-        ConfigError: A client is not in the run, or is given twice.
-        DataError: Rows are missing or break a rule, or a client was trained on them.
     """
     found: dict[str, Elsewhere] = {}
     for one in given:
@@ -121,11 +117,7 @@ def _moved(data: DataConfig, folder: Path) -> DataConfig:
 
 
 def _under(folder: Path, source: str) -> str:
-    """Return the new path of a recipe's file under a folder: the longest end of its old path that exists there.
-
-    Raises:
-        FileNotFoundError: No end of its path exists there.
-    """
+    """Return the new path of a recipe's file under a folder: the longest end of its old path that exists there."""
     if source.startswith(HUB):
         return source
     parts = Path(source).parts[1:]

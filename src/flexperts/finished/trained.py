@@ -195,11 +195,7 @@ def recipe_of(run: RunDirectory, base: str | None = None) -> RunConfig:
 
 
 def state_named(method: Method, name: str | None) -> State:
-    """Return a method's state by name, the most personal one by default.
-
-    Raises:
-        ConfigError: The method has no such state.
-    """
+    """Return a method's state by name, the most personal one by default."""
     if name is None:
         return method.states[-1]
     for state in method.states:
@@ -218,13 +214,7 @@ def answer_one(
     context: str = "",
     max_new_tokens: int | None = None,
 ) -> Answer:
-    """Return the greedy answer of a client's model in a state to one instruction.
-
-    Raises:
-        ConfigError: ``max_new_tokens`` is below 1.
-        DataError: The prompt leaves no room for an answer, or cannot be encoded.
-        ModelError: The model's logits are not finite.
-    """
+    """Return the greedy answer of a client's model in a state to one instruction."""
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens = {max_new_tokens}", "it must be at least 1", "raise it to 1 or more")
     encoder = client.workspace.encoder

@@ -244,12 +244,7 @@ def _embeddings(server: Server, layer: str) -> tuple[Tensor, Tensor]:
 
 
 def check_places(experts: int, clients: int, clients_per_expert: int, least: int, most: int) -> None:
-    """Refuse numbers for which there is no assignment.
-
-    Raises:
-        ConfigError: No assignment gives every expert ``clients_per_expert`` clients and every client ``least`` to
-            ``most`` experts.
-    """
+    """Refuse numbers for which there is no assignment."""
     places = experts * clients_per_expert
     fewest, greatest = clients * least, clients * min(most, experts)
     if clients_per_expert > clients or not fewest <= places <= greatest:

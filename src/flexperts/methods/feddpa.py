@@ -161,11 +161,7 @@ class FedDPAF(FedDPA):
         return site.config.federation.rounds
 
     def agree(self, reports: Mapping[str, Any]) -> Any:
-        """Return the number of rounds in the clients' recipes.
-
-        Raises:
-            FederationError: The clients' numbers differ.
-        """
+        """Return the number of rounds in the clients' recipes."""
         rounds = set(reports.values())
         if len(rounds) != 1:
             raise FederationError(

@@ -50,11 +50,7 @@ class FedPer(Method):
         """m, last blocks whose LoRA is personal; without it, a quarter of the blocks, at least 1."""
 
     def shared(self, names: Collection[str]) -> set[str]:
-        """Return the names of the lower blocks' LoRA.
-
-        Raises:
-            ConfigError: No block would be left to share, or a name has no block number.
-        """
+        """Return the names of the lower blocks' LoRA."""
         blocks = {name: _block(name) for name in names if name.startswith(SHARED_PREFIX)}
         present = sorted(set(blocks.values()))
         count = self.options.personal_layers or max(1, len(present) // 4)

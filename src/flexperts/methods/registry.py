@@ -100,11 +100,7 @@ def method_names() -> list[str]:
 
 
 def method_class(name: str) -> type[Method]:
-    """Return the class registered under ``name``, imported on first use.
-
-    Raises:
-        ConfigError: There is no such method (the error names the closest one), or its class cannot be imported.
-    """
+    """Return the class registered under ``name``, imported on first use."""
     _find_installed()
     if name not in _METHODS:
         close = difflib.get_close_matches(name, _METHODS, n=1)
@@ -139,11 +135,7 @@ def _checked(name: str, path: str, found: Any) -> type[Method]:
 
 
 def make_method(config: MethodConfig) -> Method:
-    """Return the method that a recipe names, with its options.
-
-    Raises:
-        ConfigError: No such method, or an option breaks a rule.
-    """
+    """Return the method that a recipe names, with its options."""
     method = method_class(config.name)
     try:
         return method(method.Options.model_validate(config.options))

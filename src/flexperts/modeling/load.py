@@ -46,11 +46,7 @@ class LoadedBase:
 
 
 def load_tokenizer(config: ModelConfig) -> tuple[Any, Any]:
-    """Load the tokenizer of the base that a recipe names, and transformers' configuration of the base.
-
-    Raises:
-        ModelError: They cannot be loaded.
-    """
+    """Load the tokenizer of the base that a recipe names, and transformers' configuration of the base."""
     source, trusted = resolve_base(config.base), config.trust_remote_code
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
@@ -67,11 +63,6 @@ def load_base(config: ModelConfig, tokenizer: Any = None) -> LoadedBase:
     Args:
         config: Which base, and how it is stored.
         tokenizer: Its tokenizer, where that is in memory already.
-
-    Raises:
-        ModelError: Nothing can be loaded under that name, it holds no safetensors, or not exactly the model's
-            weights, or one that is no finite number, its own code would have to run and ``trust_remote_code`` is
-            off, the device does not exist, or experts that are to be quantized cannot.
     """
     device = computing_device(config.device)
     source = resolve_base(config.base)

@@ -37,9 +37,6 @@ class LoraAdapters:
         seed: Seed of A; the two adapters start alike, B at zero.
         personal: Whether there is a second adapter.
         checkpointing: Recompute activations in the backward pass.
-
-    Raises:
-        ConfigError: No attention layer fits ``projections``.
     """
 
     def __init__(
@@ -139,9 +136,6 @@ class LoraAdapters:
         """Return the text of PEFT's adapter_config.json for the shared adapter, the same on every client.
 
         PEFT writes sets in random order and the base as a local path: neither may differ or be told.
-
-        Raises:
-            ArtifactError: There is no room for PEFT's file.
         """
         with tempfile.TemporaryDirectory() as folder:
             try:

@@ -30,11 +30,7 @@ _Place = Callable[[LayerExperts], str]
 
 
 def computing_device(name: str) -> torch.device:
-    """Return the device that a recipe's ``model.device`` names.
-
-    Raises:
-        ModelError: torch cannot use it.
-    """
+    """Return the device that a recipe's ``model.device`` names."""
     wanted = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
         return torch.empty(0, device=wanted).device
@@ -52,9 +48,6 @@ def placement(config: ModelConfig, base: Any, device: torch.device) -> dict[str,
         config: The recipe's.
         base: The base's transformers configuration.
         device: The computing device.
-
-    Raises:
-        ModelError: The map names no module of the base, or experts that cannot be read one by one from elsewhere.
     """
     if config.device_map is None:
         return {"device_map": {"": str(device)}}

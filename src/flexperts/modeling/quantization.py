@@ -85,9 +85,6 @@ def check_quantizer(config: Any, base: str) -> None:
     Args:
         config: The base's configuration.
         base: What the user calls it.
-
-    Raises:
-        ModelError: It is so.
     """
     if find_spec("bitsandbytes") is None:
         raise ModelError(
@@ -100,11 +97,7 @@ def check_quantizer(config: Any, base: str) -> None:
 
 
 def check_quantized(model: nn.Module, base: str) -> None:
-    """Refuse a base whose experts have stayed in full precision though they were to be quantized.
-
-    Raises:
-        ModelError: Some have; it says how many bytes.
-    """
+    """Refuse a base whose experts have stayed in full precision though they were to be quantized."""
     experts = [name for name, part in _parts(model) if part == EXPERTS]
     weights = [model.get_parameter(name) for name in experts if "bias" not in name.rpartition(".")[2]]
     if full := sum(stored_bytes(w) for w in weights if not isinstance(w, QuantizedTensor)):

@@ -26,9 +26,6 @@ def skeleton(config: Any, dtype: str, *, trust_remote_code: bool = False) -> Any
         config: transformers' configuration.
         dtype: Storage type of the weights, as in a recipe.
         trust_remote_code: Whether code that comes with the base may run.
-
-    Raises:
-        ValueError: transformers has no language model for it; other errors of its code pass through.
     """
     with torch.device("meta"):
         return auto_class(config).from_config(

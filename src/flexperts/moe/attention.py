@@ -25,9 +25,6 @@ def attention_linears(model: nn.Module, projections: Sequence[str] = ()) -> list
     Args:
         model: Any causal language model of transformers.
         projections: Keep only layers with these last names, such as ``("q_proj", "v_proj")``; empty keeps all.
-
-    Raises:
-        ConfigError: Nothing matches, or one of ``projections`` matches nothing.
     """
     names = [
         f"{parent}.{child}"

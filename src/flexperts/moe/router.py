@@ -42,9 +42,6 @@ def find_router(model: nn.Module, experts: LayerExperts) -> Router:
     Args:
         model: The model that holds ``experts``.
         experts: The experts of one layer; they and whatever is named shared are not searched.
-
-    Raises:
-        ModelError: No such matrix is there, or several are.
     """
     rows = experts.num_experts + experts.num_identities
     around = _around(experts.block, model.get_submodule(experts.block), experts.module, depth=2)

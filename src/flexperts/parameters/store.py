@@ -41,11 +41,7 @@ class PersonalMeta:
 
 
 def save_personal(path: Path, tensors: Mapping[str, Tensor], meta: PersonalMeta) -> None:
-    """Write a personal state whole or not at all.
-
-    Raises:
-        ArtifactError: It cannot be written; the old state, if there was one, still stands.
-    """
+    """Write a personal state whole or not at all."""
     write_sealed(path, _FORMAT, tensors, asdict(meta))
 
 
@@ -86,11 +82,7 @@ class PersonalStore:
         self.older = path.parent / "before" / path.name
 
     def load(self, up_to: int) -> tuple[dict[str, Tensor], PersonalMeta] | None:
-        """Return the newest state of a round not later than ``up_to``, or None before a client has any.
-
-        Raises:
-            ArtifactError: A file is damaged or foreign, or all states are of later rounds.
-        """
+        """Return the newest state of a round not later than ``up_to``, or None before a client has any."""
         newest: int | None = None
         for path in (self.path, self.older):
             if path.exists():
@@ -107,11 +99,7 @@ class PersonalStore:
         return None
 
     def save(self, tensors: Mapping[str, Tensor], meta: PersonalMeta) -> None:
-        """Write the state of a round; a state of an earlier round becomes the one before.
-
-        Raises:
-            ArtifactError: It cannot be written; the states that were there are still there.
-        """
+        """Write the state of a round; a state of an earlier round becomes the one before."""
         if self.path.exists() and _meta(self.path, read_meta(self.path, _FORMAT)).round < meta.round:
             try:
                 self.older.parent.mkdir(exist_ok=True)

@@ -48,11 +48,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Read what ``to_json`` wrote.
-
-        Raises:
-            FederationError: It is no such text; it may come from another machine.
-        """
+        """Read what ``to_json`` wrote."""
         try:
             pairs = _PAIRS.validate_json(text, strict=True)
         except ValueError as error:
@@ -72,11 +68,7 @@ class Manifest:
         return sum(prod(shape) for shape in self.shapes)
 
     def unflatten(self, vector: Vector) -> dict[str, Tensor]:
-        """Cut a vector into named fp32 tensors that share its memory, or a copy of what cannot be written to.
-
-        Raises:
-            FederationError: The vector's length is not the manifest's.
-        """
+        """Cut a vector into named fp32 tensors that share its memory, or a copy of what cannot be written to."""
         if vector.shape != (self.size,) or vector.dtype != np.float32:
             raise FederationError(
                 f"vector {vector.dtype}{list(vector.shape)}",
@@ -147,11 +139,7 @@ class Payload:
         return self.manifest.unflatten(self.vector)
 
     def check(self, expected: Manifest, sender: str) -> Self:
-        """Return this payload if it holds just what is expected.
-
-        Raises:
-            FederationError: Names or shapes differ.
-        """
+        """Return this payload if it holds just what is expected."""
         if self.manifest != expected:
             raise FederationError(
                 f"{sender} sent {_difference(self.manifest, expected)}",

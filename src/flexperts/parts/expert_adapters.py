@@ -33,9 +33,6 @@ class AdaptedLayer(nn.ModuleDict):
         rank: LoRA rank, or ``"full"`` for trainable copies.
         alpha: LoRA scaling numerator; not used by ``"full"``.
         generator: Stream for LoRA's A, or one for each expert.
-
-    Raises:
-        GraftError: ``indices`` are not different experts of the module, or its layout cannot be adapted in place.
     """
 
     def __init__(
@@ -95,10 +92,6 @@ class ExpertAdapters(Part):
         gradient_for: While the experts module trains, only the adapted experts that this returns pass gradient, to
             their parameters and to the hidden states; frozen experts are not affected. It receives the weights that
             are used (after ``restrict``), and must return the same when checkpointing calls it again.
-
-    Raises:
-        GraftError: ``choice`` names a module or an expert that the base does not have, or a module whose layout
-            cannot be adapted in place.
     """
 
     def __init__(
@@ -135,11 +128,7 @@ class ExpertAdapters(Part):
         return iter(self.layers.values())  # type: ignore[arg-type]
 
     def hooks(self) -> Iterator[Removable]:
-        """Replace each experts module's forward; other hooks on the module still work.
-
-        Raises:
-            GraftError: One of the modules has other adapters already.
-        """
+        """Replace each experts module's forward; other hooks on the module still work."""
         for layer in self:
             if isinstance(vars(layer.experts.module).get("forward"), _Forward):
                 raise GraftError(

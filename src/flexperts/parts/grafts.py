@@ -40,9 +40,6 @@ class Graft(nn.Module):
         generator: Stream for LoRA's A.
         scales: k constant factors on the personal experts' outputs; None means 1 for each.
         silent: Start the personal experts with outputs of zero; for ``"full"`` only.
-
-    Raises:
-        GraftError: ``indices`` or ``scales`` do not fit the layer, or low-rank experts are to start silent.
     """
 
     def __init__(

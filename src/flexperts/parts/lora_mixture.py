@@ -89,9 +89,6 @@ class LoraMixture(Part):
         alpha: Scaling numerator: s = alpha / rank.
         seed: The run's seed; with site and expert number it determines every A, the same on all clients.
         top_k: Experts per token, without the shared one.
-
-    Raises:
-        GraftError: A module is not in the model or is not a Linear, or an expert is not in the pool.
     """
 
     def __init__(
@@ -121,11 +118,7 @@ class LoraMixture(Part):
         return {name: self.site(name).held for name in self._modules_by_site}
 
     def activate(self, experts: Mapping[str, Sequence[int]]) -> None:
-        """Use only some of the held experts until the next call; modules that are not named do not change.
-
-        Raises:
-            GraftError: An expert is not held.
-        """
+        """Use only some of the held experts until the next call; modules that are not named do not change."""
         for name, active in experts.items():
             site = self.site(name)
             if not active or len(set(active)) != len(active) or not set(active) <= set(site.held):
@@ -145,9 +138,6 @@ class LoraMixture(Part):
 
         It has Switch's form over the experts in use, as a mean over sites: E * sum_e f_e P_e, where f_e is the
         share of tokens whose best expert is e and P_e the mean of softmax's value for e; 1 is even. Padding counts.
-
-        Raises:
-            GraftError: There was no forward pass in training mode since the last call.
         """
         if not self._balance:
             raise GraftError(

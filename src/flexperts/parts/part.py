@@ -39,11 +39,7 @@ class Part(nn.Module, ABC):
         """Attach the part to the base and yield the handle of each hook; a hook must respect ``enabled``."""
 
     def attach(self) -> Self:
-        """Attach the part: the base computes with it from now on.
-
-        Raises:
-            GraftError: It is attached already.
-        """
+        """Attach the part: the base computes with it from now on."""
         if self._handles:
             raise GraftError(type(self).__name__, "it is attached already", "detach it first")
         self._handles = list(self.hooks())
@@ -81,11 +77,7 @@ def uniform_matrix(rows: int, fan_in: int, generator: Generator) -> nn.Parameter
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module:
-    """Return the module with a qualified name.
-
-    Raises:
-        GraftError: The model has no such module.
-    """
+    """Return the module with a qualified name."""
     try:
         return model.get_submodule(name)
     except AttributeError as error:

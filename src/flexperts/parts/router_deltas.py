@@ -28,9 +28,6 @@ class RouterDeltas(Part):
     Args:
         model: The base.
         experts: Its experts modules; each one's router gets a delta.
-
-    Raises:
-        ModelError: A layer's router is not found.
     """
 
     def __init__(self, model: nn.Module, experts: Sequence[LayerExperts]) -> None:

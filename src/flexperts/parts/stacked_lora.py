@@ -23,9 +23,6 @@ class StackedLora(Part):
         factors: Module name -> (A ``[R, in]``, B ``[out, R]``); the module maps ``[..., in]`` to ``[..., out]``.
             Empty: no module gets a delta.
         scale: Factor of B A.
-
-    Raises:
-        GraftError: A module is not in the model, or two factors do not share their rank.
     """
 
     def __init__(self, model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], scale: float = 1.0) -> None:
@@ -37,11 +34,7 @@ class StackedLora(Part):
             self.layers[key(name)].to(next(module.parameters()).device)
 
     def load(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Replace the factors of the named modules by factors of any rank; other modules do not change.
-
-        Raises:
-            GraftError: A module has no delta here, or the factors do not fit it.
-        """
+        """Replace the factors of the named modules by factors of any rank; other modules do not change."""
         for name, (A, B) in factors.items():
             if name not in self._sites:
                 raise GraftError(

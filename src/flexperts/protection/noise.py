@@ -59,9 +59,6 @@ class Noise(Protection):
         exactly (Balle and Wang, 2018). Central: with or without one client's updates, which change their sum by
         ``clip``. Local: any update of a client against any other, up to 2 ``clip`` apart. A drawn share of
         clients is not counted as amplification: as many are drawn every round, by a seed that is known.
-
-        Raises:
-            ConfigError: dp-accounting is not installed.
         """
         privacy = self.config.privacy
         _check_accountant()

@@ -33,11 +33,7 @@ _GROUP = "flexperts.protections"
 
 
 def protections(config: RunConfig) -> list[Protection]:
-    """Return the defences of a run, in their order.
-
-    Raises:
-        ConfigError: The recipe names one that is not installed, or its options break a rule.
-    """
+    """Return the defences of a run, in their order."""
     found: list[Protection] = []
     if config.privacy.noise != "none":
         found.append((LocalNoise if config.privacy.noise == "local" else CentralNoise)(config))
@@ -50,11 +46,7 @@ def protections(config: RunConfig) -> list[Protection]:
 
 
 def check_protections(method: Method, config: RunConfig) -> None:
-    """Refuse defences that a method, each other or this installation do not allow.
-
-    Raises:
-        ConfigError: What is wrong, and how to correct it.
-    """
+    """Refuse defences that a method, each other or this installation do not allow."""
     active = protections(config)
     for protection in active:
         if not method.additive:
@@ -71,11 +63,7 @@ def check_protections(method: Method, config: RunConfig) -> None:
 
 
 def check_enough(config: RunConfig, clients: int) -> None:
-    """Refuse a defence that can do nothing with so many clients.
-
-    Raises:
-        ConfigError: Fewer would take part in a round than it needs.
-    """
+    """Refuse a defence that can do nothing with so many clients."""
     drawn = config.federation.drawn(clients)
     for protection in protections(config):
         if drawn < protection.fewest:
@@ -112,9 +100,6 @@ def protect(
         trained: What the method sends.
         memory: The client's memory, in which a defence keeps what it needs in the next round.
         client: Who it is, for errors.
-
-    Raises:
-        FederationError: The method sends other tensors than it received.
     """
     active = [p for p in protections(config) if type(p).outgoing is not Protection.outgoing]
     if not (trained.size and active):
@@ -139,9 +124,6 @@ def reduced(config: RunConfig, sent: Payload, updates: Iterable[Update]) -> Iter
         config: The run.
         sent: The shared weights that the clients were sent.
         updates: Replies of the same manifest, sorted by client.
-
-    Raises:
-        FederationError: There are too few updates for a defence, or one is not finite.
     """
     active = protections(config)
     if not any(protection.counts_once or protection.combines for protection in active):

@@ -82,11 +82,7 @@ def _safe_svg(plot: Plot) -> Markup:
 
 
 def write_reports(comparison: Comparison, out: Path) -> None:
-    """Write comparison.json, report.html (opens from disk) and report.md.
-
-    Raises:
-        ArtifactError: The directory cannot be written.
-    """
+    """Write comparison.json, report.html (opens from disk) and report.md."""
     write_json(out / "comparison.json", comparison, indent=None)
     write_text(out / "report.html", html_report(comparison))
     write_text(out / "report.md", markdown_report(comparison))

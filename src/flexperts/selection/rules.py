@@ -70,11 +70,7 @@ def greedy(layer: LayerScores, k: int, _generator: Generator) -> tuple[int, ...]
 
 
 def exhaustive(layer: LayerScores, k: int, _generator: Generator) -> tuple[int, ...]:
-    """Pick the subset with the smallest err(S) of all, sorted by the experts' single errors.
-
-    Raises:
-        GraftError: There are more than 20,000 subsets.
-    """
+    """Pick the subset with the smallest err(S) of all, sorted by the experts' single errors."""
     N = len(layer.cross)
     if (count := math.comb(N, k)) > _SUBSETS:
         value = f"graft.selection = 'exhaustive' with graft.experts = {k}"
@@ -105,11 +101,6 @@ def select(rule: str, layer: LayerScores, k: int, generator: Generator) -> tuple
         layer: The layer's sums.
         k: Number of experts.
         generator: Stream of the random rule.
-
-    Raises:
-        ConfigError: There is no such rule.
-        GraftError: k is not from 1 to N, the rule has too many subsets to try, or it compares subsets of several
-            experts although these were not scored in pairs.
     """
     if rule not in RULES:
         close = difflib.get_close_matches(rule, RULES, n=1)
@@ -123,20 +114,13 @@ def coefficients(layer: LayerScores, indices: Sequence[int]) -> tuple[float, ...
     """Return the c with which the chosen experts reproduce F best, in the order of ``indices``.
 
     Experts with collinear outputs share their coefficient; an expert whose output is always zero gets 0.
-
-    Raises:
-        GraftError: ``indices`` are not different experts of the layer, or several that were not scored in pairs.
     """
     _check(layer, indices)
     return tuple(_solve(layer, torch.tensor([list(indices)]))[0].tolist())
 
 
 def subset_error(layer: LayerScores, indices: Sequence[int]) -> float:
-    """Return err(S), in the units of ``layer.energy``.
-
-    Raises:
-        GraftError: ``indices`` are not different experts of the layer, or several that were not scored in pairs.
-    """
+    """Return err(S), in the units of ``layer.energy``."""
     _check(layer, indices)
     return _errors(layer, [indices]).item()
 
@@ -147,9 +131,6 @@ def pick_layers(layers: Sequence[Layer], wanted: Sequence[int]) -> list[Layer]:
     Args:
         layers: One item per MoE layer, in the model's order.
         wanted: Positions in ``layers`` from 0, negative from the end; empty means all.
-
-    Raises:
-        GraftError: There is no layer at a position.
     """
     count = len(layers)
     for position in wanted:

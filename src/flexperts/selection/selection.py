@@ -72,20 +72,12 @@ class LayerScores:
         return self.errors / max(self.energy, 1e-30)
 
     def best(self, k: int) -> tuple[int, ...]:
-        """Return the k experts with the smallest error, best first.
-
-        Raises:
-            GraftError: k is not from 1 to N.
-        """
+        """Return the k experts with the smallest error, best first."""
         self.check_count(k)
         return tuple(int(i) for i in self.errors.argsort(stable=True)[:k])
 
     def check_count(self, k: int) -> None:
-        """Refuse to choose k of the N experts if that is not possible.
-
-        Raises:
-            GraftError: k is not from 1 to N.
-        """
+        """Refuse to choose k of the N experts if that is not possible."""
         if not 1 <= k <= len(self.cross):
             rule = f"{self.name} has {len(self.cross)} experts"
             raise GraftError(f"graft.experts = {k}", rule, f"use a number from 1 to {len(self.cross)}")

@@ -38,11 +38,7 @@ class Admission:
         self._start: tuple[Vector | None, float] = None, 0.0
 
     def update(self, client: str, content: RecordDict) -> Update:
-        """Return the update in a reply to a training request of the coming round.
-
-        Raises:
-            FederationError: The reply cannot be used.
-        """
+        """Return the update in a reply to a training request of the coming round."""
         try:
             info = info_of(content)
             _check_heading(client, info, self.server.round + 1)
@@ -54,11 +50,7 @@ class Admission:
             raise _unreadable(client, error) from error
 
     def scores(self, client: str, content: RecordDict) -> dict[str, float | int | None]:
-        """Return the scores in a reply to an evaluation request of the finished round; None where not finite.
-
-        Raises:
-            FederationError: The reply cannot be used.
-        """
+        """Return the scores in a reply to an evaluation request of the finished round; None where not finite."""
         try:
             _check_heading(client, info_of(content), self.server.round)
             metrics = metrics_of(content)

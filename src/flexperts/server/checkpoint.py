@@ -33,11 +33,7 @@ class _Rest(BaseModel):
 
 
 def save_server(path: Path, server: Server) -> None:
-    """Write the server's whole state, atomically.
-
-    Raises:
-        ArtifactError: It cannot be written; an older file is left unchanged.
-    """
+    """Write the server's whole state, atomically."""
     tensors = {f"{_SHARED}{n}": t for n, t in server.shared.tensors().items()}
     tensors |= {f"{_MEMORY}{n}": t for n, t in server.memory.items()}
     rest = {name: getattr(server, name) for name in _Rest.model_fields}
@@ -50,9 +46,6 @@ def load_server(path: Path, clients: Collection[str] | None = None) -> Server:
     Args:
         path: The checkpoint.
         clients: Client names that the state must have; None accepts any.
-
-    Raises:
-        ArtifactError: The file is missing, damaged or of another format, or has other clients.
     """
     tensors, value = read_sealed(path, _FORMAT)
     try:
@@ -70,11 +63,7 @@ def load_server(path: Path, clients: Collection[str] | None = None) -> Server:
 
 
 def saved_round(path: Path) -> int:
-    """Return the number of finished rounds in a checkpoint; 0 if there is no file. Tensors are not read.
-
-    Raises:
-        ArtifactError: The file is damaged or of another format.
-    """
+    """Return the number of finished rounds in a checkpoint; 0 if there is no file. Tensors are not read."""
     if not path.exists():
         return 0
     try:

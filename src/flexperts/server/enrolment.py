@@ -34,9 +34,6 @@ def gather(grid: Grid, members: Membership, settings: FederationConfig, base: st
 
     Returns:
         The fingerprint of the run's base.
-
-    Raises:
-        FederationError: Too few clients have joined within the deadline.
     """
     end = time.monotonic() + settings.deadline
     while True:
@@ -55,11 +52,7 @@ def gather(grid: Grid, members: Membership, settings: FederationConfig, base: st
 
 
 def require(members: Membership, settings: FederationConfig) -> None:
-    """Refuse to continue with fewer clients than the recipe asks for.
-
-    Raises:
-        FederationError: Too few clients are online; it names those that joined and those that were turned away.
-    """
+    """Refuse to continue with fewer clients than the recipe asks for."""
     if len(members.online) >= settings.min_clients:
         return
     refused = "".join(f"; refused: {who} ({reason})" for who, reason in members.refused)
@@ -78,11 +71,7 @@ def most_common(bases: Mapping[str, str]) -> str:
 
 
 def found(method: Method, members: Membership, server: Server) -> None:
-    """Make the online clients the clients of a new run, and make the method's agreement from their reports.
-
-    Raises:
-        ConfigError: The method cannot run with these clients.
-    """
+    """Make the online clients the clients of a new run, and make the method's agreement from their reports."""
     server.agreement, server.reports = _fitting(method, members)
     server.clients = {name: members.told[name].rows for name in server.reports}
     method.check_clients(server.clients)
@@ -106,12 +95,7 @@ def _fitting(method: Method, members: Membership) -> tuple[Any, dict[str, Any]]:
 
 
 def enrol(method: Method, server: Server, one: Introduction) -> None:
-    """Add a client to a run that has begun; a client that returns may have other rows or another report.
-
-    Raises:
-        FlexpertsError: The client has another base, its name looks like another client's, or the method's
-            agreement would be another one with it.
-    """
+    """Add a client to a run that has begun; a client that returns may have other rows or another report."""
     if server.base and one.base != server.base:
         raise other_base(one, server.base)
     if server.clients.get(one.client) == one.rows and server.reports.get(one.client, ...) == one.report:
@@ -138,9 +122,6 @@ def change_clients(
         clients: Client -> train rows, from now on.
         reports: Client -> its report, from now on.
         remedy: What the error tells the user to do.
-
-    Raises:
-        FlexpertsError: The method cannot run with these clients, or its agreement would be another one.
     """
     same = clients.keys() == server.clients.keys()
     if same and reports == server.reports:
@@ -160,11 +141,7 @@ def change_clients(
 
 
 def agreed(method: Method, reports: Mapping[str, Any]) -> Any:
-    """Return the method's agreement on reports, which may come from other machines.
-
-    Raises:
-        FlexpertsError: The reports do not fit together, or cannot be read.
-    """
+    """Return the method's agreement on reports, which may come from other machines."""
     try:
         return method.agree(reports)
     except FlexpertsError:

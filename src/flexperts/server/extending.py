@@ -20,11 +20,6 @@ def is_extended(run: RunDirectory, config: RunConfig) -> bool:
     Args:
         run: A run, finished or not.
         config: The recipe.
-
-    Raises:
-        ConfigError: The method cannot change its number of rounds.
-        ArtifactError: The number is too small, the checkpoint is missing or damaged, or clients have joined the
-            finished run.
     """
     before = rounds_before(run.config_toml, config.to_toml())
     if before is None:
@@ -51,11 +46,7 @@ def is_extended(run: RunDirectory, config: RunConfig) -> bool:
 
 
 def finished_rounds(run: RunDirectory) -> int:
-    """Return how many rounds of a run are finished.
-
-    Raises:
-        ArtifactError: The checkpoint is damaged, or it is missing although rounds have finished.
-    """
+    """Return how many rounds of a run are finished."""
     if not run.checkpoint.exists() and not run.has_rounds():
         return 0
     return load_server(run.checkpoint).round

@@ -21,10 +21,6 @@ def forget(run: RunDirectory, client: str) -> None:
     Args:
         run: The run; it must be stopped and unfinished.
         client: The client that has left.
-
-    Raises:
-        ArtifactError: The run has no such client, has no other client, has finished, or is running.
-        FlexpertsError: The method cannot continue without the client, or its agreement would be another one.
     """
     with sole_writer(run.path):
         _forget(run, client)

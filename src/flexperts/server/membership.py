@@ -38,11 +38,7 @@ class Introduction:
 
     @classmethod
     def read(cls, reply: Message) -> Introduction:
-        """Read an answer to ``query.join``.
-
-        Raises:
-            FederationError: The answer is an error, or not an introduction.
-        """
+        """Read an answer to ``query.join``."""
         if (error := error_of(reply)) is not None:
             raise FederationError("it cannot join", error, "see that silo's log")
         try:

@@ -69,10 +69,6 @@ def serve(
         run: Its directory.
         observer: Receives progress.
         amend: Adds to the summary what only the caller knows, before it is written.
-
-    Raises:
-        ConfigError: The method cannot run with these settings or clients.
-        FederationError: Too few clients have joined or sent usable updates, or none has initial weights or scores.
     """
     started, observer = time.monotonic(), Once(observer)
     method, members = make_method(config.method), Membership(observer, run.run_id)
@@ -139,9 +135,6 @@ def ask_initial(grid: Grid, members: Membership, server: Server, deadline: float
     """Return the initial shared weights of the first client, by name, that sends usable ones.
 
     One client is enough: all draw the same weights from the run's seed.
-
-    Raises:
-        FederationError: No client sent usable weights.
     """
     faults = []
     for name in members.online:

@@ -87,11 +87,7 @@ class FlexpertsStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Stream the usable replies through the method's rule into the server's next state.
-
-        Raises:
-            FederationError: Fewer replies than the quorum were usable; the checkpoint stays at the round before.
-        """
+        """Stream the usable replies through the method's rule into the server's next state."""
         log = self.rounds[-1]
         updates = self._updates(replies, log)
         first = list(islice(updates, 1))  # without any update, the quorum's error is raised below
@@ -112,11 +108,7 @@ class FlexpertsStrategy(Strategy):
         return sendable(grid, self._evaluate_requests() if self._evaluates() else iter(()))
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Collect the clients' scores, and write the round and the checkpoint.
-
-        Raises:
-            FederationError: No client has scores after the last evaluation.
-        """
+        """Collect the clients' scores, and write the round and the checkpoint."""
         log = self.rounds[-1]
         for client, reply in self._by_client(replies):
             self._score(client, reply, log)

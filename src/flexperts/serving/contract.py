@@ -44,9 +44,6 @@ def find_model(text: str, models: Sequence[ModelName]) -> ModelName:
     Args:
         text: ``client`` or ``client@state``.
         models: The available models, each client's most personal state last.
-
-    Raises:
-        ConfigError: There is no such model; the message suggests the most similar name.
     """
     text = normal(text)
     texts = {model.client: model for model in models}
@@ -154,12 +151,7 @@ class Engine(Protocol):
         """Why the engine stopped answering; None while it works."""
 
     def prompt_tokens(self, messages: Sequence[Message]) -> list[int]:
-        """Return a conversation's tokens, up to where the answer starts.
-
-        Raises:
-            ConfigError: The template does not accept a role or the order of the turns.
-            DataError: The prompt leaves no room for an answer in the context.
-        """
+        """Return a conversation's tokens, up to where the answer starts."""
 
     def submit(
         self, model: ModelName, prompt: Sequence[int], sampling: Sampling, on_piece: Callable[[Piece], None]
@@ -172,11 +164,6 @@ class Engine(Protocol):
             sampling: How to draw the answer.
             on_piece: Called with each piece of the answer, on the engine's thread, so it must be quick. The last
                 piece has a finish and always arrives.
-
-        Raises:
-            ConfigError: There is no such model, or a value of ``sampling`` is out of range.
-            DataError: The prompt is empty, or does not fit the context.
-            ServingError: The engine is closed or has failed.
         """
 
     def close(self) -> None:

@@ -56,11 +56,7 @@ def to_stderr(line: str) -> None:
 
 
 def base_spec(name: str) -> BaseSpec:
-    """Look up a shipped base.
-
-    Raises:
-        ModelError: There is none of this name.
-    """
+    """Look up a shipped base."""
     if name in BASES:
         return BASES[name]
     near = difflib.get_close_matches(name, BASES, n=1)
@@ -161,9 +157,6 @@ def write_base(folder: Path, name: str = "smol-moe", source: str | None = None, 
         name: A key of `BASES`.
         source: As in `build_base`.
         report: Called with progress lines.
-
-    Raises:
-        ModelError: As in `build_base`.
     """
     spec = base_spec(name)
     found = find_dense(source, report)
@@ -217,10 +210,6 @@ def write_partition(
 
     Returns:
         The file written.
-
-    Raises:
-        ArtifactError: It cannot be written.
-        ModelError: As in `build_base`.
     """
     spec = base_spec(name)
     found = find_dense(source, report)
@@ -250,9 +239,6 @@ def resolve_base(name_or_path: str, report: Report = to_stderr) -> str:
 
     Returns:
         The built folder, the folder itself, or the hub id unchanged.
-
-    Raises:
-        ModelError: It is none of these.
     """
     if name_or_path in BASES:
         return str(build_base(name_or_path, report=report))

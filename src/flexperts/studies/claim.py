@@ -18,11 +18,7 @@ from flexperts.studies.finished import CLAIM, RUNS, finished_marks, folder_name,
 
 @contextmanager
 def alone_in(out: Path) -> Iterator[None]:
-    """Keep other processes that share a comparison's directory waiting, while a file of all of them is written.
-
-    Raises:
-        ArtifactError: The directory cannot be written.
-    """
+    """Keep other processes that share a comparison's directory waiting, while a file of all of them is written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out / f"{CLAIM}.lock")
@@ -41,10 +37,6 @@ def claimed(plan: Plan, out: Path) -> dict[str, Any]:
     Args:
         plan: What is to be run there.
         out: The directory; it need not exist.
-
-    Raises:
-        ArtifactError: It holds another recipe's comparison, or runs of an entry that had other settings.
-        ConfigError: The reference is none of its entries.
     """
     path, compare = out / CLAIM, plan.base.compare
     claim: dict[str, Any] = {"recipe": plan.base.to_toml()}

@@ -43,9 +43,6 @@ def collect(
         reference: The entry that the others are compared with.
         confidence, resamples: Of the bootstrap.
         samples: Scored rows of each client that are shown, with their passages and answers.
-
-    Raises:
-        ArtifactError: No entry has finished, or the reference has not.
     """
     by_name = {entry.name: entry for entry in finished}
     if reference not in by_name:
@@ -93,9 +90,6 @@ def collect_comparison(path: Path, *, samples: int = 0) -> dict[str, Any]:
     Args:
         path: The directory.
         samples: As for ``collect``; of a ``comparison.json`` alone, no more than it holds.
-
-    Raises:
-        ArtifactError: There is neither, or the reference has not finished.
     """
     if not ((path / RUNS).exists() and (path / CLAIM).exists()):
         return _read(path / "comparison.json", samples)

@@ -28,9 +28,6 @@ def contrasts(
     Pairs are formed over the seeds that both have finished; an entry that has none in common is left out, and so is
     a score of which a row is not finite. The p-values of one score are adjusted over all its tests
     (Benjamini-Hochberg).
-
-    Raises:
-        ArtifactError: The runs were scored on different rows.
     """
     others = [f for f in finished if f is not reference and f.runs.keys() & reference.runs.keys()]
     found: dict[str, dict[str, Any]] = {entry.name: {} for entry in others}

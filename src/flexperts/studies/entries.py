@@ -57,11 +57,7 @@ class Plan:
         return config.model_copy(update={"method": config.method.model_copy(update={"reference": None})})
 
     def check(self) -> None:
-        """Refuse settings that are wrong for any entry, before the first one runs.
-
-        Raises:
-            ConfigError: A setting breaks a rule.
-        """
+        """Refuse settings that are wrong for any entry, before the first one runs."""
         for entry in self.entries:
             config = self.config(entry, self.seeds[0])
             method = make_method(config.method)
@@ -86,9 +82,6 @@ def plan_comparison(
             methods that are not named beside it.
         seeds: How many; they are 0, 1, ...
         reference: The entry that others are compared with.
-
-    Raises:
-        ConfigError: A name or a setting is unknown or breaks a rule.
     """
     config = load_recipe(recipe, settings)
     compare, method = config.compare, config.method

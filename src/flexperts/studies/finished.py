@@ -86,11 +86,7 @@ class Finished:
 
 
 def read_claim(out: Path) -> dict[str, Any]:
-    """Return what a directory's comparison is: recipe, entries, reference, bootstrap.
-
-    Raises:
-        ArtifactError: The file is missing or damaged.
-    """
+    """Return what a directory's comparison is: recipe, entries, reference, bootstrap."""
     path = out / CLAIM
     claim = read_json(path)
     wanted = {"recipe", "entries", "reference", "confidence", "resamples"}

@@ -94,10 +94,6 @@ def run_comparison(
         track: Trackers that log every run, as accelerate calls them.
         observer: Receives the progress of runs in this process (``workers`` = 1).
         on_done: Called after each job, with its error if it failed.
-
-    Raises:
-        ArtifactError: The directory holds another recipe's comparison.
-        ConfigError: The reference is none of its entries, or a tracker cannot be had.
     """
     tracker_classes(track)
     claimed(plan, out)  # a refusal comes before anything is written

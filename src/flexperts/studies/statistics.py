@@ -27,9 +27,6 @@ class Paired:
     Args:
         differences: Client -> ``[R]`` score of method a minus score of method b, row by row.
         weights: Client -> ``[R]`` positive weight of each row: 1 for ROUGE-L, response tokens for NLL.
-
-    Raises:
-        DataError: The two disagree in clients or rows, a client has no row, or a number is not finite.
     """
 
     differences: Mapping[str, Floats]
@@ -90,9 +87,6 @@ def paired_bootstrap(
         resamples: B, which also bounds p from below by 2 / (B + 1).
         confidence: Probability that the interval is meant to cover, in (0, 1).
         generator: Source of the draws; the order of clients does not matter.
-
-    Raises:
-        DataError: There is no seed, the seeds have different clients, or, with the same rows, different counts.
     """
     _check_seeds(seeds, same_rows=same_rows)
     clients = sorted(seeds[0].differences)

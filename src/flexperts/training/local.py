@@ -149,9 +149,6 @@ def train_local(
 
     Every round has a new optimizer, as in the paper's code base: its old moments belong to weights that
     the average has replaced. ``on_step`` receives each step's loss, without the penalty.
-
-    Raises:
-        FederationError: The loss is not finite, or a trained weight after the last step.
     """
     hooks = hooks or StepHooks()
     optimizer, schedule = _optimizer(split, settings)

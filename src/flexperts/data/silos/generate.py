@@ -48,9 +48,6 @@ def generate_silo(silo: str, seed: int, train_rows: int = 96, test_rows: int = 4
 
     Returns:
         The rows under "train" and "test"; these share no note, person, product, street or reference code.
-
-    Raises:
-        DataError: The silo is unknown, or a number of rows is too small.
     """
     _check(silo, train_rows, test_rows)
     counts = dict(zip(SPLITS, (train_rows, test_rows), strict=True))
@@ -66,10 +63,6 @@ def write_silos(folder: Path, seed: int, train_rows: int = 96, test_rows: int = 
 
     Returns:
         The paths, in the order of writing.
-
-    Raises:
-        DataError: A number of rows is too small.
-        ArtifactError: The folder cannot be written.
     """
     texts = {"README.md": _README.format(seed=seed, train_rows=train_rows, test_rows=test_rows)}
     for silo in SILOS:

@@ -82,11 +82,7 @@ def stacked(weighted: Sequence[tuple[float, Factors]]) -> Factors:
 
 
 def by_rows(updates: Iterable[Update]) -> list[tuple[float, Factors]]:
-    """Return every client's weight p_i = n_i / n and its factors, of any rank.
-
-    Raises:
-        FederationError: An update is refused by ``checked``.
-    """
+    """Return every client's weight p_i = n_i / n and its factors, of any rank."""
     arrived = [(update.rows, factors(update.tensors())) for update in checked(updates)]
     total = sum(rows for rows, _ in arrived)
     return [(rows / total, each) for rows, each in arrived]

@@ -160,11 +160,7 @@ class Turn:
             )
 
     def load(self, tensors: Mapping[str, Tensor], into: Mapping[str, Parameter] | None = None) -> None:
-        """Copy named tensors into parameters of the same names and shapes, by default into the shared group.
-
-        Raises:
-            FederationError: Names or shapes differ.
-        """
+        """Copy named tensors into parameters of the same names and shapes, by default into the shared group."""
         copy_tensors(tensors, self.split.shared if into is None else into)
 
 
@@ -181,11 +177,7 @@ def _only(everything: Mapping[str, Parameter], training: Mapping[str, Parameter]
 
 @torch.no_grad()
 def copy_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
-    """Copy tensors into others of the same names and shapes, in place.
-
-    Raises:
-        FederationError: Names or shapes differ.
-    """
+    """Copy tensors into others of the same names and shapes, in place."""
     ours, theirs = ({n: tuple(t.shape) for n, t in side.items()} for side in (target, source))
     if ours != theirs:
         odd = min(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n))

@@ -47,9 +47,6 @@ def additions(trained: TrainedRun, name: ModelName) -> Additions | None:
     Args:
         trained: The run.
         name: The model.
-
-    Raises:
-        ArtifactError: The client's personal state is missing, damaged or belongs to another base.
     """
     if name.state == "zero_shot":  # the unchanged base, for any method
         return Additions()

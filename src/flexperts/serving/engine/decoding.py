@@ -18,11 +18,7 @@ _COLD = 1e-4
 
 
 def check_sampling(sampling: Sampling) -> None:
-    """Refuse values that are out of range.
-
-    Raises:
-        ConfigError: A value is out of range.
-    """
+    """Refuse values that are out of range."""
     wrong = [
         (f"max_tokens = {sampling.max_new_tokens}", "at least 1", sampling.max_new_tokens >= 1),
         (f"temperature = {sampling.temperature}", "a number, 0 or more", 0 <= sampling.temperature < math.inf),

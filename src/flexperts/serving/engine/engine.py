@@ -37,10 +37,6 @@ def open_engine(
         max_rows: Most rows of a batch.
         max_tokens: Most tokens in a batch's cache: prompts, answers and padding together.
         base: Where the run's base is, if not where its recipe says.
-
-    Raises:
-        ArtifactError: The directory does not contain a finished run, or its files do not fit the base.
-        ConfigError: A limit is below 1.
     """
     return ServingEngine(TrainedRun(run, base=base), max_rows=max_rows, max_tokens=max_tokens)
 

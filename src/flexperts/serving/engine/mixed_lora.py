@@ -94,11 +94,7 @@ class _Layer:
 
 
 def by_row(hidden: Tensor, rows: int) -> Tensor:
-    """Return ``[..., D]`` as ``[B, T, D]``: models pass tokens on row after row, but in different shapes.
-
-    Raises:
-        ServingError: The number of tokens is not a multiple of the number of rows.
-    """
+    """Return ``[..., D]`` as ``[B, T, D]``: models pass tokens on row after row, but in different shapes."""
     if hidden.numel() % (rows * hidden.shape[-1]):
         raise ServingError(
             f"a layer gets the shape {tuple(hidden.shape)} for {rows} rows",

@@ -69,11 +69,6 @@ def load_keys(path: Path, clients: Collection[str]) -> KeyRing:
     Args:
         path: The TOML file, which only its owner may read and write.
         clients: The run's clients.
-
-    Raises:
-        ConfigError: Group or others can read or write the file, its content is not valid, or it names a client that
-            is not in the run.
-        ArtifactError: The file cannot be read.
     """
     return KeyRing(_hashes(path, clients))
 
@@ -87,10 +82,6 @@ def make_keys(path: Path, clients: Collection[str]) -> dict[str, str]:
 
     Returns:
         Owner -> new key. The keys cannot be read again later.
-
-    Raises:
-        ConfigError: See ``load_keys``.
-        ArtifactError: The file cannot be read or written.
     """
     hashes = _hashes(path, clients) if path.exists() else {}
     new = {owner: new_key() for owner in (OPERATOR, *sorted(clients)) if not hashes.get(owner)}

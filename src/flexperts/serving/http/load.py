@@ -25,9 +25,6 @@ class Load:
         Args:
             owner: Owner of the caller's key.
             queued: Number of requests that already wait.
-
-        Raises:
-            RefusedError: There is no free place.
         """
         if queued >= self._limits.queue:
             raise later(429, f"{queued} waiting requests", "the queue is full", "queue_full", _RETRY_AFTER)

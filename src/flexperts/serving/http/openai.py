@@ -108,11 +108,7 @@ class ChatRequest(BaseModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def sampling(self, limits: Limits) -> Sampling:
-        """Return how to draw the answer; greedy by default, as in `flexperts generate` and evaluation.
-
-        Raises:
-            RefusedError: The request asks for more tokens than the limit.
-        """
+        """Return how to draw the answer; greedy by default, as in `flexperts generate` and evaluation."""
         wanted = self.max_completion_tokens or self.max_tokens or limits.answer_tokens
         if wanted > limits.answer_tokens:
             rule = f"this server's answers have at most {limits.answer_tokens} tokens"
@@ -128,11 +124,7 @@ class ChatRequest(BaseModel):
 
 
 def parse_chat(body: bytes) -> ChatRequest:
-    """Read the body of a chat request.
-
-    Raises:
-        RefusedError: It is not valid JSON, breaks a rule, or asks for an unsupported feature.
-    """
+    """Read the body of a chat request."""
     try:
         request = ChatRequest.model_validate_json(body)
     except ValidationError as error:

@@ -24,9 +24,6 @@ def make_server(service: Service, address: Address) -> uvicorn.Server:
     Args:
         service: The service.
         address: The address, with the certificate.
-
-    Raises:
-        ConfigError: The certificate and its key cannot be used.
     """
     if address.key and not address.certificate:
         raise ConfigError(f"--tls-key {address.key}", "a key needs its certificate", "add --tls-cert")

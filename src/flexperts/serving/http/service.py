@@ -56,11 +56,7 @@ class Service:
 
     @property
     def engine(self) -> Engine:
-        """The engine.
-
-        Raises:
-            RefusedError: The base is still loading, or the engine has failed or is closed.
-        """
+        """The engine."""
         if self._engine is None:
             raise later(503, "the base", "it is still loading", "loading", _LOADING)
         if self._engine.failure:
@@ -70,11 +66,7 @@ class Service:
         return self._engine
 
     def owner(self, request: Request) -> str:
-        """Return the owner of a request's key.
-
-        Raises:
-            RefusedError: The key is missing or unknown.
-        """
+        """Return the owner of a request's key."""
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         owner = self._keys.owner(key.strip()) if scheme.lower() == "bearer" else None
         if owner is None:
@@ -95,11 +87,7 @@ class Service:
         return [model for model in self.engine.models if may_call(owner, model.client)]
 
     def model(self, name: str, owner: str) -> ModelName:
-        """Return a model by name; a model that this owner may not call is treated as missing.
-
-        Raises:
-            RefusedError: The owner may call no such model.
-        """
+        """Return a model by name; a model that this owner may not call is treated as missing."""
         try:
             return find_model(name[:_LONGEST_MODEL], self.models(owner))
         except ConfigError as error:

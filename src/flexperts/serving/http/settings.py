@@ -35,11 +35,7 @@ class Address:
             return self.host == "localhost"
 
     def listen(self) -> socket.socket:
-        """Return a socket that listens on this address.
-
-        Raises:
-            ConfigError: The port is in use, or the host is not an address of this machine.
-        """
+        """Return a socket that listens on this address."""
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         try:
             return socket.create_server((self.host, self.port), family=family)
