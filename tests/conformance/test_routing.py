@@ -20,8 +20,7 @@ from flexperts.modeling.recording import record
 from flexperts.modeling.routing import LayerRouting, record_routing, summarize_routing
 from flexperts.moe.experts import find_experts
 from flexperts.moe.router import find_router
-from flexperts.parts.grafts import Grafts
-from flexperts.parts.openings import OpeningRecorder
+from flexperts.parts.grafts import Grafts, OpeningRecorder
 from flexperts.parts.router_deltas import RouterDeltas
 from flexperts.testing import tiny_model
 

@@ -22,8 +22,7 @@ from flexperts.methods.kit.turn import Turn
 from flexperts.modeling.recording import record
 from flexperts.modeling.routing import LayerRouting, routing_recorders, summarize_routing
 from flexperts.moe.experts import find_experts
-from flexperts.parts.grafts import Grafts
-from flexperts.parts.openings import OpeningRecorder
+from flexperts.parts.grafts import Grafts, OpeningRecorder
 
 Layers = dict[str, dict[str, Any]]
 

@@ -9,11 +9,12 @@ Source: FLEx (arXiv 2506.00965).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from flexperts.errors import GraftError
 from flexperts.moe.layout import LayerExperts
@@ -185,3 +186,33 @@ def _checked_scales(
             "select again on this base",
         )
     return tuple(float(scale) for scale in scales)
+
+
+class OpeningRecorder:
+    """Recorder of every layer's gate, for ``modeling.recording.record``.
+
+    Args:
+        grafts: The grafts, attached; nothing is recorded while they are disabled.
+    """
+
+    def __init__(self, grafts: Grafts) -> None:
+        self.grafts = grafts
+        self._seen: dict[str, list[Tensor]] = {}
+
+    def hooks(self, mask: Tensor) -> Iterator[RemovableHandle]:
+        """Watch every graft for one pass; ``mask [B * S]`` is true on tokens."""
+        for graft in self.grafts:
+            yield graft.register_forward_pre_hook(self._hook(mask))
+
+    def result(self) -> dict[str, tuple[list[float], list[float]]]:
+        """Return (mean, standard deviation over tokens) of each personal expert's opening, by experts module."""
+        seen = {name: torch.cat(openings).double() for name, openings in self._seen.items()}
+        return {n: (t.mean(0).tolist(), t.std(0, correction=0).tolist()) for n, t in seen.items()}
+
+    def _hook(self, mask: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def opened(graft: nn.Module, args: tuple[Tensor, ...]) -> None:
+            assert isinstance(graft, Graft)
+            opening = graft.opening(args[0]).flatten(0, -2)[mask]
+            self._seen.setdefault(graft.experts.name, []).append(opening.cpu())
+
+        return opened

@@ -7,11 +7,10 @@ from statistics import fmean, median
 from typing import Any
 
 from flexperts.config.changes import flat
-from flexperts.reports.answer_table import answer_table
 from flexperts.reports.cells import MISSING, Cell, Column, Table, finite, number, significant, size, words
 from flexperts.reports.notes import counts
 from flexperts.reports.reading import Comparison, Entry, layer_names, measure, ordered, routing_of
-from flexperts.reports.score_tables import WHO, ability_table, client_table, main_table, own_state
+from flexperts.reports.score_tables import WHO, ability_table, answer_table, client_table, main_table, own_state
 
 
 def tables(comparison: Comparison) -> dict[str, Table]:
