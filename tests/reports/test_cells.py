@@ -19,11 +19,14 @@ from flexperts.reports.cells import (
     number,
     p_value,
     percent,
-    signed,
     size,
     spread,
     words,
 )
+
+
+def signed(value: Any, digits: int) -> Cell:
+    return spread({"mean": value}, digits, sign=True)
 
 
 def plain(cell: Cell) -> str:
