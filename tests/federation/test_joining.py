@@ -344,7 +344,7 @@ def test_an_unfinished_run_and_another_base_are_refused(finished: Path, tmp_path
     other = save_tiny_base(tmp_path / "other", seed=1, max_position_embeddings=1024)
     recipe = finished / "config.toml"
     recipe.write_text(re.sub('base = ".*"', f'base = "{other}"', recipe.read_text()))
-    with pytest.raises(ArtifactError, match="the run's base is"):
+    with pytest.raises(ArtifactError, match="the run's own base is needed"):
         comes(finished)
     assert not (finished / "joined").exists()
 

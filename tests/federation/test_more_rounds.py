@@ -213,7 +213,7 @@ RECIPES: Mapping[str, tuple[str, ...]] = {
 @pytest.mark.parametrize(
     ("recipe_is", "finished", "said"),
     [
-        ("same", False, "go on with it: flexperts run r --resume"),
+        ("same", False, "resume it: flexperts run r --resume"),
         ("same", True, "more rounds: flexperts run r --resume --set federation.rounds=N"),
         ("rounds", True, "give it these rounds: flexperts run r --resume"),
         ("rounds", False, "give it these rounds: flexperts run r --resume"),
@@ -236,7 +236,7 @@ def test_a_run_whose_reference_is_not_done_has_not_finished(recipe: Recipe, tmp_
     text = recipe("method.reference=fedavg").to_toml()
     run = RunDirectory.create(tmp_path / "run", text)
     run.write_summary({})
-    with pytest.raises(ArtifactError, match="that has not finished; go on with it: --resume"):
+    with pytest.raises(ArtifactError, match="that has not finished; resume it: --resume"):
         RunDirectory.check_free(run.path, text)
     RunDirectory.create(run.reference, text).write_summary({})
     with pytest.raises(ArtifactError, match="that has finished"):

@@ -16,7 +16,7 @@ def rounds_before(before: str, now: str) -> int | None:
     """Return how many rounds a recipe had, if another differs from it in nothing else; None if it does not so.
 
     Args:
-        before: A recipe's TOML, as it lies on disk.
+        before: A recipe's TOML, as it is on disk.
         now: Another's.
     """
     try:
@@ -29,30 +29,30 @@ def rounds_before(before: str, now: str) -> int | None:
 
 
 def way_on(kept: str, recipe: str, again: str, *, finished: bool) -> tuple[str, str]:
-    """Return rule and remedy for who would start a run where there is one.
+    """Return rule and remedy for a new run in a directory that already holds one.
 
     Args:
-        kept: The recipe of the run that is there; empty where it is not known.
-        recipe: What is to be run.
-        again: How going on with the run that is there is asked for.
-        finished: Whether it has finished.
+        kept: The recipe of the run in the directory; empty if it is not known.
+        recipe: The recipe of the new run.
+        again: The option or command that resumes the run in the directory.
+        finished: Whether that run has finished.
     """
     rule, other = "it already holds a run", "choose another --out"
     if rounds_before(kept, recipe):
-        return f"{rule}, of this recipe but for federation.rounds", f"give it these rounds: {again}; or {other}"
+        return f"{rule}, of this recipe except federation.rounds", f"give it these rounds: {again}; or {other}"
     if not kept or kept != recipe:
         return rule, f"{other}, or delete it"
     if finished:
         more = f"{again} --set federation.rounds=N"
         return f"{rule}, of this recipe, that has finished", f"{other}, or give it more rounds: {more}"
-    return f"{rule}, of this recipe, that has not finished", f"go on with it: {again}"
+    return f"{rule}, of this recipe, that has not finished", f"resume it: {again}"
 
 
 def recipe_changes(before: str, now: str) -> str:
     """Return the keys in which two recipes differ, with both values, for a message.
 
     Args:
-        before: A recipe's TOML, as it lies on disk.
+        before: A recipe's TOML, as it is on disk.
         now: Another's.
     """
     try:
