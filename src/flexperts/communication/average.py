@@ -57,10 +57,10 @@ def _as_tensor(vector: Vector) -> Tensor:
 
 
 def holders_mean(current: Mapping[str, Tensor], updates: Iterable[Update]) -> dict[str, Tensor]:
-    """Return every tensor's mean over the clients that sent it, weighted by rows; what nobody sent stays as it was.
+    """Return every tensor's mean over the clients that sent it, by rows; one that no client sent is unchanged.
 
-    The rule of all methods whose clients hold different parts: held by nobody -> unchanged, by one -> copied, by
-    several -> averaged.
+    The rule for methods whose clients hold different parts: sent by none: unchanged; by one: copied; by several:
+    averaged.
 
     Args:
         current: The tensors before the round.

@@ -1,8 +1,8 @@
-"""What crosses the wire: one payload of declared tensors, small records, and nothing else.
+"""The messages between client and server: one payload of declared tensors, small records, and nothing else.
 
-A payload is built from a ``ParameterSplit``'s shared group and from what a method declares that it derives;
-personal and frozen parameters have no way in. A reply may hold its update packed (``compression.py``) in place of
-the fp32 vector and its manifest; whoever sent what it changes has that manifest, and rebuilds the vector. Requests:
+A payload is built from a ``ParameterSplit``'s shared group and from tensors that a method declares as derived;
+personal and frozen parameters cannot enter it. A reply may hold its update packed (``compression.py``) in place of
+the fp32 vector and its manifest: the server knows the manifest from its request, and rebuilds the vector. Requests:
 ``query.join`` (who are you), ``query.initial`` (your initial shared weights), ``train``, ``evaluate``.
 """
 
@@ -27,12 +27,12 @@ from flexperts.parameters.vector import Manifest, Payload, Vector
 
 SHARED = "shared"
 DERIVED = "derived."
-"""Start of the names of what is computed from training and sent beside shared parameters."""
+"""Start of the names of tensors that are computed from training and sent with the shared parameters."""
 _INFO, _METRICS, _MANIFEST, _PACKING = "info", "metrics", "manifest", "packing"
 _LONGEST_MANIFEST = 2**26
-"""Bytes that a manifest may have unpacked; one of a million tensors has as many."""
+"""Most bytes of an unpacked manifest: that of a million tensors."""
 _LARGEST = 2**48
-"""Above every side that a tensor has."""
+"""Above every side of a tensor."""
 
 Info = Mapping[str, Any]
 Metrics = Mapping[str, Any]
@@ -44,9 +44,9 @@ class Update:
 
     Args:
         client: Name of the client.
-        payload: What it sends: its shared weights after local training, and what the method derives.
-        rows: Its train rows: the weight in the average.
-        metrics: What it reports of its training.
+        payload: Its shared weights after local training, and the method's derived tensors.
+        rows: Number of its train rows: the weight in the average.
+        metrics: Measures of its training.
     """
 
     client: str

@@ -37,8 +37,8 @@ def encoded_objects(content: RecordDict) -> Iterator[bytes]:
 def encoded_bytes(content: RecordDict) -> int:
     """Return the size of a message's encoded content, in bytes, without encoding its values.
 
-    Flower names every object by a hash of all it holds, which takes ten times as long as averaging the values. The
-    size does not hang on the hashes unless two objects are equal: those are moved once.
+    Flower names every object by a hash of its content, which takes ten times as long as averaging the values. The
+    size does not depend on the hashes unless two objects are equal: equal ones are sent once.
     """
     arrays = [array for record in content.array_records.values() for array in record.values()]
     if _may_repeat(arrays):

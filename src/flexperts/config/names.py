@@ -1,8 +1,8 @@
-"""Names of clients: one rule wherever one comes in, as a folder, a key, an id, from a silo's file or over the wire.
+"""Names of clients: one rule for all sources: folders, keys, ids, a silo's file, messages.
 
-A name is part of files' names and tells people whose model answers. So it is in NFC, its letters are of scripts
-that are written together ("highly restrictive" in UTS 39), and no two of a run read alike: they differ by more than
-case and letters that look like those of a-z (by the confusables of UTS 39).
+A name is part of file names and tells people whose model answers. So it is in NFC, its letters are from scripts
+that are written together ("highly restrictive" in UTS 39), and no two names of a run look alike: they differ by
+more than case and letters that look like a-z (by the confusables of UTS 39).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import regex
 from flexperts.errors import DataError, shown
 
 _LONGEST = 200
-"""Bytes of a client's name: with what is put around it, it is a file's name, which most systems end at 255."""
+"""Most bytes of a client's name: with prefix and ending it is a file name, and most systems allow 255."""
 _SCRIPTS = (
     "Latin+Han+Hiragana+Katakana", "Latin+Han+Bopomofo", "Latin+Han+Hangul", "Adlam", "Arabic", "Armenian",
     "Balinese", "Bengali", "Canadian_Aboriginal", "Cham", "Cherokee", "Cyrillic", "Devanagari", "Ethiopic",
@@ -25,7 +25,7 @@ _SCRIPTS = (
     "Sinhala", "Sundanese", "Syriac", "Tai_Le", "Tamil", "Telugu", "Thaana", "Thai", "Tibetan", "Tifinagh",
     "Vai", "Yi",
 )  # fmt: skip
-"""Scripts, and those that are written together."""
+"""Scripts; those joined by + are written together."""
 
 
 def _of_any(scripts: str) -> str:
@@ -38,21 +38,21 @@ _INVISIBLE = regex.compile(r"\p{Default_Ignorable_Code_Point}")
 _NO_FIRST = regex.compile(r"[.\p{M}]")
 _NOWHERE = regex.compile(r"[^\p{L}\p{M}\p{Nd}_.-]|\p{Default_Ignorable_Code_Point}")
 _COMPOSED = "ำຳໜໝև"
-"""Letters of Thai, Lao and Armenian that Unicode has as variants, though nobody writes them otherwise."""
+"""Letters of Thai, Lao and Armenian that Unicode lists as variants, but that have no other spelling in use."""
 
 
 def normal(name: str) -> str:
-    """Return a name in NFC, in which it is kept and looked up however it was typed."""
+    """Return a name in NFC, the form in which it is stored and looked up."""
     return unicodedata.normalize("NFC", name)
 
 
 def one_label(text: str) -> str:
-    """Return a category or an id as it is compared: what differs in blanks or in Unicode's form alone is one."""
+    """Return a category or id for comparison: differences in white space and Unicode form do not count."""
     return " ".join(normal(_INVISIBLE.sub("", text)).split())
 
 
 def client_name(text: str) -> str:
-    """Return a client's name in NFC if it can be one."""
+    """Return a client's name in NFC, or refuse it."""
     name = normal(text)
     if (size := len(name.encode(errors="replace"))) > _LONGEST:  # file systems count bytes
         raise DataError(
@@ -69,7 +69,7 @@ def client_name(text: str) -> str:
 
 
 def client_names(texts: Iterable[str]) -> dict[str, str]:
-    """Return the name of each text that a client is called by."""
+    """Return the client name for each text; refuse two that look alike."""
     names: dict[str, str] = {}
     readings: dict[str, str] = {}
     for text in texts:
@@ -83,41 +83,41 @@ def client_names(texts: Iterable[str]) -> dict[str, str]:
 
 
 def readings_of(names: Iterable[str]) -> dict[str, str]:
-    """Return what names look like, and which is whose."""
+    """Return, for every look of the names, the name."""
     return {look: name for name in names for look in looks(name)}
 
 
 def alike(name: str, readings: Mapping[str, str]) -> str | None:
-    """Return who reads like a name, of all by what they look like; None if nobody does."""
+    """Return the known name that looks like this one, or None."""
     return next((readings[look] for look in looks(name) if look in readings), None)
 
 
 @lru_cache(1 << 14)
 def looks(name: str) -> tuple[str, str]:
-    """Return what a name looks like to people: without case, and in letters a-z as far as there are such."""
+    """Return how a name looks to people: without case, and with look-alikes of a-z replaced by these."""
     letters = unicodedata.normalize("NFD", name).translate(_latin())
     return name.casefold(), unicodedata.normalize("NFC", letters).casefold()
 
 
 def file_safe(text: str) -> str:
-    """Return an id as a client's name, as far as that goes by '-' for every character that no name has."""
+    """Return an id as a client's name: every character that a name cannot have becomes '-'."""
     safe = "".join("-" if _is_nowhere(c) else c for c in normal(text))
     return f"-{safe[1:]}" if _NO_FIRST.match(safe) else safe
 
 
 def _strange(name: str) -> str | None:
-    """Return the first character that stands where no name has it."""
+    """Return the first character that a name cannot have at its place."""
     return name[0] if _NO_FIRST.match(name) else next(filter(_is_nowhere, name), None)
 
 
 def _is_nowhere(character: str) -> bool:
-    """Tell whether no name has a character: it is no letter or digit, is not seen, or is a variant of another."""
+    """Return whether no name can have a character: no letter or digit, invisible, or a variant of another."""
     variant = unicodedata.decomposition(character).startswith("<") and character not in _COMPOSED
     return variant or _NOWHERE.match(character) is not None
 
 
 def _foreign(name: str) -> str | None:
-    """Return the first letter or digit that is not written together with those before it."""
+    """Return the first letter or digit whose script is not written together with those before it."""
     zeros = {ord(c) - unicodedata.decimal(c): c for c in reversed(name) if c.isdecimal()}
     if len(zeros) > 1:
         return max(zeros.values(), key=name.index)
@@ -132,7 +132,7 @@ def _told(character: str) -> str:
 
 @lru_cache(1)
 def _latin() -> dict[int, str]:
-    """Return letters and digits that look like one of a-z, A-Z, 0-9, and which."""
+    """Return the letters and digits that look like one of a-z, A-Z, 0-9, with that one."""
     from confusable_homoglyphs.confusables import confusables_data  # here, as it reads a large file
 
     found = ((letter, alikes[0]["c"]) for letter, alikes in confusables_data.items())

@@ -28,7 +28,7 @@ from flexperts.protection.protection import Protection
 from flexperts.protection.robust import RobustRule
 
 EVERYONE = "all"
-"""Client of the update that stands for all."""
+"""Client name of the one update that replaces all."""
 _GROUP = "flexperts.protections"
 
 
@@ -118,7 +118,7 @@ def told(config: RunConfig, names: Iterable[str]) -> list[str]:
 
 
 def reduced(config: RunConfig, sent: Payload, updates: Iterable[Update]) -> Iterable[Update]:
-    """Return the updates that a method is to average: the clients' own, or one that stands for all.
+    """Return the updates that a method is to average: the clients' own, or one that replaces all.
 
     Args:
         config: The run.

@@ -23,7 +23,7 @@ class Protection:
     Args:
         config: The run.
         name: What the recipe's ``[protections.NAME]`` says.
-        options: What stands under it; the defences that ship have sections of their own.
+        options: Its settings; the defences that ship have their own sections of the recipe.
     """
 
     class Options(Section):
