@@ -314,7 +314,7 @@ GOOD = [{"instruction": f"q{i}", "response": "a"} for i in range(5)]
         (["method.reference=flx"], ["method 'flx'", "did you mean 'flex'?"]),
         (["model.base=smol-mo"], ["base 'smol-mo'", "did you mean 'smol-moe'?"]),
         (["model.device=cuda:7"], ["torch cannot use it"]),
-        (["lora.projections=['q']"], ["['q'] is no attention projection", "q_proj"]),
+        (["lora.projections=['q']"], ["has no attention projection ['q']", "q_proj"]),
         (["model.base={dense}"], ["LlamaForCausalLM has no experts modules"]),
         (["model.base={plain}", "model.template=chat"], ["the tokenizer has no chat template"]),
     ],

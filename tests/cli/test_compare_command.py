@@ -184,7 +184,7 @@ def test_a_failing_entry_ends_with_1_and_the_others_stand(
     ("options", "said"),
     [
         (["--methods", "flex,fedavgg"], ["entry 'fedavgg'", "did you mean 'fedavg'?"]),
-        (["--methods", "flex,flex"], ["every name stands once"]),
+        (["--methods", "flex,flex"], ["names must be unique"]),
         (["--methods", "flex", "--reference", "fedavg"], ["reference 'fedavg'"]),
         (["--seeds", "0"], ["seeds = 0"]),
         (["--set", "compare.variants.k2=['graft.expert=2']"], ["did you mean 'graft.experts'?"]),
@@ -244,8 +244,8 @@ def test_report_on_a_run(finished: tuple[Path, str], tmp_path: Path) -> None:
     [
         ({}, ["it holds no run"]),
         ({"comparison.json": "{"}, ["comparison.json: it is damaged"]),
-        ({"comparison.json": "[]"}, ["comparison.json: it holds no comparison"]),
-        ({"comparison.json": '{"kind": "run"}'}, ["it holds no comparison"]),
+        ({"comparison.json": "[]"}, ["comparison.json: it contains no comparison"]),
+        ({"comparison.json": '{"kind": "run"}'}, ["it contains no comparison"]),
         ({"config.toml": "seed = 0"}, ["the run has not finished"]),
     ],
     ids=["empty", "damaged", "list", "other", "unfinished"],

@@ -159,7 +159,7 @@ def test_a_common_graft_is_part_of_the_global_model(run: Run, tmp_path: Path) ->
     path = run("flex", "graft.sharing=shared")
     exact(export_run(path, tmp_path / "out", state="global"))
     assert (tmp_path / "out" / "grafts.py").exists()
-    with pytest.raises(ConfigError, match="no stock architecture"):
+    with pytest.raises(ConfigError, match="no standard architecture"):
         export_run(path, tmp_path / "merged", form="merged")
 
 
@@ -212,7 +212,7 @@ def test_the_card_says_what_it_is_and_holds_no_row(run: Run, tmp_path: Path) -> 
     scores = RunDirectory(run()).summary()["clients"]["clinic"]
     assert f"({scores['nll']['personalized']:.2f})" in card
     assert "`flex`" in card
-    assert "Share it as you would share the rows" in card
+    assert "Share the model only with people who may see the rows" in card
     assert "16 train rows in all, of which 4 are clinic's" in card
     assert str(run().parent) not in card
     for line in (run() / "predictions" / "clinic.jsonl").read_text().splitlines():
@@ -235,14 +235,14 @@ def test_the_mailable_folder_says_in_json_what_it_belongs_to(run: Run, tmp_path:
         ("flex", {"client": "nobody"}, ConfigError, "the run's clients are clinic"),
         ("flex", {"form": "gguf", "client": "clinic"}, ConfigError, "transformers, merged, adapter, personal"),
         ("flex", {"state": "best", "client": "clinic"}, ConfigError, "flex has the states"),
-        ("flex", {"state": "zero_shot", "client": "clinic"}, ConfigError, "take the base itself"),
+        ("flex", {"state": "zero_shot", "client": "clinic"}, ConfigError, "use the base itself"),
         ("flex", {"dtype": "int3", "client": "clinic"}, ConfigError, "bfloat16, float32"),
-        ("flex", {"dtype": "bfloat16", "form": "adapter"}, ConfigError, "leave it out"),
+        ("flex", {"dtype": "bfloat16", "form": "adapter"}, ConfigError, "leave --dtype out"),
         ("flex", {}, ConfigError, "no --client"),
         ("flex", {"client": "clinic", "form": "adapter", "state": "personalized"}, ConfigError, "more than LoRA"),
-        ("ditto", {"client": "clinic", "form": "personal"}, ConfigError, "take --form adapter"),
-        ("moe_fedavg", {"client": "clinic", "form": "personal"}, ConfigError, "take --form transformers"),
-        ("moe_fedavg", {"client": "clinic", "form": "adapter"}, ConfigError, "take --form transformers"),
+        ("ditto", {"client": "clinic", "form": "personal"}, ConfigError, "use --form adapter"),
+        ("moe_fedavg", {"client": "clinic", "form": "personal"}, ConfigError, "use --form transformers"),
+        ("moe_fedavg", {"client": "clinic", "form": "adapter"}, ConfigError, "use --form transformers"),
         (
             "feddpa_f",
             {"client": "clinic"},
@@ -262,7 +262,7 @@ def test_what_cannot_be_exported_is_refused_by_name(
 
 
 def test_a_folder_that_exists_is_left_alone(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="it exists"):
+    with pytest.raises(ArtifactError, match="it already exists"):
         export_run(run(), tmp_path, client="clinic")
 
 
@@ -294,7 +294,7 @@ def test_an_export_that_fails_its_check_is_never_there(
     [
         ("raise OSError('no such model')", "a fresh process cannot load it (OSError: no such model)"),
         ("import flexperts", "a fresh process cannot load it"),
-        (OTHER_MODEL, "it computes something else than the run"),
+        (OTHER_MODEL, "its logits differ from the run's by more than rounding"),
     ],
 )
 def test_what_does_not_load_or_computes_something_else_fails_the_check(loading: str, said: str) -> None:

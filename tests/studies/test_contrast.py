@@ -121,7 +121,7 @@ def test_other_rows_are_refused(compared: Path, tmp_path: Path, field: str) -> N
         lambda line: line.update({field: line[field] + "!"}),
     )
     with pytest.raises(
-        ArtifactError, match=r"local/seed-1 and .*flex/seed-1: compared runs are scored on the same rows"
+        ArtifactError, match=r"local/seed-1 and .*flex/seed-1: compared runs must be scored on the same rows"
     ):
         collect_comparison(out)
 
@@ -162,7 +162,7 @@ def test_an_entry_that_has_not_finished_is_left_out(compared: Path, tmp_path: Pa
 
 
 def test_an_unfinished_reference_is_refused(compared: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="flex of copy: the reference has not finished"):
+    with pytest.raises(ArtifactError, match="flex of copy: the reference has no finished run"):
         collect_comparison(without(compared, tmp_path, "flex/seed-0", "flex/seed-1"))
 
 

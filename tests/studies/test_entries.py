@@ -45,7 +45,7 @@ def planned(tmp_path: Path) -> Planned:
         (("fedprox", "fedavgg"), {}, ["entry 'fedavgg'", "did you mean 'fedavg'?"]),
         (("stron",), {}, ["entry 'stron'", "did you mean 'strong'?"]),
         (("qqqqq",), {}, ["define it under [compare.variants]"]),
-        (("fedavg", "strong", "fedavg"), {}, ["every name stands once"]),
+        (("fedavg", "strong", "fedavg"), {}, ["names must be unique"]),
         (("fedavg",), {"seeds": 0}, ["seeds = 0", "at least one"]),
         (("fedavg",), {"settings": ("compare.seeds=0",)}, ["compare.seeds = 0"]),
         (("strong",), {"settings": ("method.name=fedavg", "method.options={}")}, ["mu"]),

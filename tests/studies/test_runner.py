@@ -137,7 +137,7 @@ def test_a_directory_keeps_its_reference(plan: Planned, tmp_path: Path, ran: Run
     assert reference("flex") == "local"
     assert reference("fedprox", reference="flex") == "flex"
     assert reference("local") == "flex"
-    with pytest.raises(ConfigError, match="reference 'ditto': it is one of local, fedavg, flex, fedprox"):
+    with pytest.raises(ConfigError, match="reference 'ditto': it must be one of local, fedavg, flex, fedprox"):
         reference("local", reference="ditto")
 
 
@@ -159,7 +159,7 @@ def test_a_run_that_another_process_has_in_hand_is_waited_for_at_the_end(
 
     class Told(Observer):
         def stage(self, text: str) -> None:
-            if "another process runs: fedavg, seed 0" in text:
+            if "runs of another process: fedavg, seed 0" in text:
                 seen.append("waiting")
                 if outcome == "finished":
                     (busy.folder / DONE).touch()
@@ -183,7 +183,7 @@ def test_a_broken_first_entry_does_not_break_the_next(plan: Planned, tmp_path: P
 
 
 def test_a_reference_that_has_not_run_is_refused(plan: Planned, tmp_path: Path, ran: Runs) -> None:
-    with pytest.raises(ConfigError, match="reference 'local': it is one of fedavg"):
+    with pytest.raises(ConfigError, match="reference 'local': it must be one of fedavg"):
         run_comparison(plan(entries=["fedavg"], reference="local"), tmp_path / "out")
     assert ran == []
     (tmp_path / "out").mkdir(exist_ok=True)

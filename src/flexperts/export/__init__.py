@@ -1,1 +1,1 @@
-"""A run's models as folders that other tools read: transformers, PEFT."""
+"""Export of a run's models as folders for other tools: transformers, PEFT."""

@@ -1,4 +1,4 @@
-"""The model card of an export: what it is, from what, how good, for whom, and how it is loaded."""
+"""The model card of an export: contents, origin, scores, limits, and how to load it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ tags: [flexperts, federated-learning, mixture-of-experts]
 
 - Base: `{base}`, fingerprint `{fingerprint}`.
 - Method: `{method}`: {summary}. {rounds} rounds, seed {seed}.
-- Data: {data}. Of their content this card says nothing.
+- Data: {data}. This card contains none of their content.
 - Made by flexperts {version}. {checked}
 
 ## Scores
@@ -65,8 +65,8 @@ tags: [flexperts, federated-learning, mixture-of-experts]
 {note}
 
 ## Use and limits
-For the tasks of {whom}, with prompts like those of training. {prompts} It is
-scored on few rows of one kind: it may get wrong what the base gets wrong, and with other tasks it can be worse.
+For the tasks of {whom}, with prompts like those of training. {prompts} It was
+scored on few rows of one kind. It may make the base's mistakes, and on other tasks it may be worse than the base.
 
 ## Privacy
 {privacy}
@@ -78,17 +78,17 @@ scored on few rows of one kind: it may get wrong what the base gets wrong, and w
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of an export.
+    """Facts about an export.
 
     Args:
         run: The run.
         name: The folder's name.
         form: One of the forms.
         owner: The client whose model was read.
-        state: In which state.
-        dtype: Type of the stored weights.
+        state: The model's state.
+        dtype: Storage type of the weights.
         content: What the model has beyond the base.
-        has_template: Whether the folder has the chat template that was trained with.
+        has_template: Whether the folder has the chat template used in training.
     """
 
     run: TrainedRun
@@ -102,11 +102,11 @@ class Facts:
 
     @property
     def client(self) -> str | None:
-        """Whose model it is; None where all clients have it."""
+        """The client to which the model belongs; None if all clients have the same."""
         return None if self.state == "global" and self.run.model.method.one_global else self.owner
 
     def as_json(self) -> dict[str, Any]:
-        """Return what the mailable form says of itself."""
+        """Return the facts that the personal form stores."""
         base = self.run.workspace.base
         return {
             "client": self.owner,
@@ -122,7 +122,7 @@ class Facts:
         }
 
     def loading(self, folder: str, base: str) -> str:
-        """Return the Python code that binds ``model`` to the exported model."""
+        """Return Python code that loads the exported model as ``model``."""
         names = {"folder": json.dumps(folder), "auto": auto_class(self.run.workspace.base.model.config).__name__}
         if self.form in ("transformers", "merged"):
             trust = ", trust_remote_code=True" if self.content.grafts else ""
@@ -132,7 +132,7 @@ class Facts:
 
 
 def write_card(folder: Path, facts: Facts, difference: Difference | None) -> None:
-    """Write README.md."""
+    """Write the card as README.md."""
     from flexperts import __version__
 
     run, method = facts.run, facts.run.model.method
@@ -179,7 +179,7 @@ def _what(facts: Facts) -> str:
         "transformers": f"The whole model, stored as {facts.dtype}; LoRA is merged into the base's weights",
         "merged": f"The whole model, stored as {facts.dtype}; LoRA is merged into the base's weights",
         "adapter": "A PEFT adapter folder, without the base",
-        "personal": f"All that this model has beyond the base: a PEFT adapter folder, and grafts as {facts.dtype}",
+        "personal": f"What this model adds to the base: a PEFT adapter folder, and grafts as {facts.dtype}",
     }
     return f"{forms[facts.form]}. What was trained: {parts}. State: {facts.state}."
 
@@ -194,7 +194,7 @@ def _data(facts: Facts) -> str:
 
 
 def _scores(facts: Facts) -> Iterator[str]:
-    """Yield the lines of a table over clients: the one whose model it is, or all."""
+    """Yield the lines of a score table: of the model's client, or of all clients."""
     took_part = facts.run.summary["clients"]
     scored = took_part | facts.run.joined
     names = [facts.client] if facts.client else sorted(took_part)
@@ -211,10 +211,10 @@ def _scores(facts: Facts) -> Iterator[str]:
 def _note(facts: Facts) -> str:
     if facts.form in ("transformers", "merged"):
         if not facts.content.grafts:
-            return "The architecture is stock: whatever serves the base serves this folder."
+            return "The architecture is the base's: software that serves the base also serves this folder."
         return (
-            "The code that runs is `modeling_grafted.py` and `grafts.py` in this folder, some hundred lines: read "
-            "them before you trust them. Software that knows only stock architectures refuses this folder."
+            "Loading runs the code in `modeling_grafted.py` and `grafts.py` in this folder, about a hundred lines: "
+            "read it before you trust it. Software that supports only standard architectures refuses this folder."
         )
     base = _base_name(facts.run)
     where = f" (`flexperts base build {base}` prints its folder)" if base in BASES else ""
@@ -223,13 +223,13 @@ def _note(facts: Facts) -> str:
 
 
 def _prompts(facts: Facts) -> str:
-    """Return how prompts are written as in training."""
+    """Return how to write prompts as in training."""
     if facts.run.workspace.encoder.chat:
-        how = "a passage stands in the question's turn, behind it and an empty line"
+        how = "a passage follows the question in the same turn, after an empty line"
     elif not facts.has_template:
-        return "They are the alpaca template's, which this tokenizer's chat templates cannot write; use flexperts."
+        return "They follow the alpaca template, which no chat template of this tokenizer can write; use flexperts."
     else:
-        how = "a passage stands in a system turn before the question"
+        how = "a passage is in a system turn before the question"
     if facts.form in ("transformers", "merged"):
         return f"The tokenizer's chat template writes them: {how}."
     return f"`chat_template.jinja` writes them: set it as the tokenizer's `chat_template`; {how}."
@@ -238,12 +238,12 @@ def _prompts(facts: Facts) -> str:
 def _privacy(facts: Facts) -> str:
     if facts.state == "personalized":
         return (
-            f"Parts of this model were trained on `{facts.owner}`'s rows alone and may repeat what stands in them. "
-            "Share it as you would share the rows."
+            f"Parts of this model were trained only on the rows of `{facts.owner}` and may repeat their content. "
+            "Share the model only with people who may see the rows."
         )
     return (
-        "It was trained on all silos' rows and may repeat some of what stands in them; only differential privacy, "
-        "where the run used it, bounds that."
+        "It was trained on the rows of all silos and may repeat some of their content; only differential privacy, "
+        "if the run used it, limits that."
     )
 
 
@@ -252,11 +252,13 @@ def _terms(run: TrainedRun) -> str:
     base = (
         f"The base's licence is {known}, as its card says" if known else "See the base's own card for its licence"
     )
-    return f"{base}; this folder is a derivative of the base. Whose rows it was trained on decides what else holds."
+    return (
+        f"{base}; this folder is a derivative of the base. The owners of the training rows may set further terms."
+    )
 
 
 def _license(base: Path) -> str | None:
-    """Return the licence that the card of a local base names."""
+    """Return the licence that a local base's card names."""
     card = base / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     found = re.search(r"\A---\n(?:.*\n)*?license: *(\S+)", text)
@@ -264,5 +266,5 @@ def _license(base: Path) -> str | None:
 
 
 def _base_name(run: TrainedRun) -> str:
-    """Return the base's name as the recipe has it; of a local folder, its last part alone."""
+    """Return the base's name in the recipe; of a local folder, only the last part."""
     return str(placeless(run.config.model.base))

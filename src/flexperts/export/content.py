@@ -1,7 +1,7 @@
-"""What a client's model has beyond the base, read while it computes in a state, and merged into the base.
+"""What a client's model in one state has beyond the base, and how it is merged into the base.
 
-Everything is read from adapters and parts, nothing from the method's name: what cannot stand in a folder of weights
-is refused by its kind.
+Everything is read from adapters and parts, not from the method's name. A part that a folder of weights cannot
+contain is refused by its type.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from flexperts.parts.stacked_lora import StackedLora
 Factors = dict[str, tuple[Tensor, Tensor]]
 """Attention layer -> LoRA's (A ``[r, in]``, B ``[out, r]``)."""
 _WEIGHTS = (Grafts, ExpertAdapters, RouterDeltas, StackedLora)
-"""The parts whose every effect is a weight of the base, or a graft."""
+"""The parts that only change weights of the base or add grafts."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Content:
     """What a model has beyond the base.
 
     Args:
-        lora: The adapters in use as one, fp32 copies.
+        lora: All adapters in use combined into one, fp32 copies.
         scale: Factor of B A.
-        grafts: Personal experts beside the routed ones, by the part's name.
+        grafts: Grafts by the part's name.
         experts: Experts adapted in place.
-        routers: Experts modules with the delta on the router beside each.
-        logits: Logits of the reference tokens, by this very model.
+        routers: Experts modules, each with the delta of its router.
+        logits: This model's logits on the reference tokens.
     """
 
     lora: Factors
@@ -57,11 +57,11 @@ class Content:
 
     @property
     def is_lora_alone(self) -> bool:
-        """Whether an adapter folder can hold it."""
+        """Whether LoRA is all it has, so that an adapter folder is enough."""
         return not (self.grafts or self.experts or self.routers)
 
     def adapter(self) -> dict[str, Tensor]:
-        """Return LoRA's factors under the names of PEFT's files."""
+        """Return LoRA's factors under their names in PEFT's files."""
         start = f"{SHARED_PREFIX}model."
         return {
             f"{start}{site}.lora_{side}.weight": factor
@@ -71,7 +71,7 @@ class Content:
 
     @torch.no_grad()
     def merge(self, base: Any) -> None:
-        """Write LoRA, adapted experts and router deltas into the weights of the plain base, each rounded once."""
+        """Add LoRA, adapted experts and router deltas to the weights of the base, each rounded once."""
         for site, (A, B) in self.lora.items():
             weight = base.get_submodule(site).weight
             weight.copy_(weight.float() + self.scale * (B @ A).to(weight.device))
@@ -86,10 +86,10 @@ class Content:
 
 
 class Exported(Client):
-    """A client whose model is read."""
+    """A client whose model is exported."""
 
     def content(self, request: Request, state: State, tokens: Tensor) -> Content:
-        """Return what its model has beyond the base in a state.
+        """Return what the client's model has beyond the base in a state.
 
         Args:
             request: The finished global model.
@@ -109,13 +109,15 @@ class Exported(Client):
         others = [s for s in self.method.states if s not in ("zero_shot", state)]
         other = f"export --state {others[0]}, or " if others else ""
         return ConfigError(
-            f"{self.method.name} in state {state}", reason, f"{other}use the run itself: `flexperts generate`"
+            f"{self.method.name} in state {state}",
+            reason,
+            f"{other}use the model in the run with `flexperts generate`",
         )
 
 
 @torch.no_grad()
 def logits_of(model: Any, tokens: Tensor) -> Tensor:
-    """Return a model's logits ``[B, S, V]`` as fp32 on the CPU."""
+    """Return a model's logits ``[B, S, V]`` in fp32 on the CPU."""
     device = next(model.parameters()).device
     logits: Tensor = model(input_ids=tokens.to(device), use_cache=False).logits
     return logits.float().cpu()
@@ -123,7 +125,7 @@ def logits_of(model: Any, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def whole_expert(expert: Any) -> Mapping[str, Tensor]:
-    """Return a personal expert's tensors in the base's layout, fp32; a low-rank one's delta is added up."""
+    """Return a personal expert's tensors in the base's layout; low-rank deltas are added to the weights in fp32."""
     if not isinstance(expert, LowRankExpert):
         return dict(expert.named_parameters())
     tensors = {name: tensor.float() for name, tensor in expert.frozen.items()}
@@ -137,21 +139,21 @@ def whole_expert(expert: Any) -> Mapping[str, Tensor]:
 
 
 def graft_tensors(graft: Graft) -> dict[str, Tensor]:
-    """Return a layer's grafts as the exported code names them, its personal experts stacked ``[k, ...]``."""
+    """Return a layer's grafts by their names in the exported code, with personal experts stacked ``[k, ...]``."""
     each = [whole_expert(expert) for expert in graft.personal]
     stacked = {name: torch.stack([tensors[name] for tensors in each]) for name in each[0]}
     return stacked | {"gate_weight": graft.graft_gate_weight.detach(), "gate_bias": graft.graft_gate_bias.detach()}
 
 
 def unfit(part: Part) -> str:
-    """Return why a part cannot stand in a folder of weights; empty where it can."""
+    """Return why a folder of weights cannot contain a part, or an empty text if it can."""
     if not isinstance(part, _WEIGHTS):
-        return f"{type(part).__name__} has no form in a transformers model"
+        return f"a transformers model cannot contain {type(part).__name__}"
     if isinstance(part, ExpertAdapters) and part.restrict:
-        return "experts that the router chooses are left out"
+        return "the model leaves out experts that the router chooses, which a transformers model cannot do"
     layers = part if isinstance(part, Grafts | ExpertAdapters) else ()
     odd = [layer.experts for layer in layers if not isinstance(layer.experts, FusedExperts)]
-    return f"{type(odd[0].module).__name__} has a layout of its own" if odd else ""
+    return f"{type(odd[0].module).__name__} does not store its experts as fused tensors" if odd else ""
 
 
 def _read(turn: Turn, lora: Factors, logits: Tensor) -> Content:
@@ -168,9 +170,9 @@ def _read(turn: Turn, lora: Factors, logits: Tensor) -> Content:
 
 
 def _lora(lora: LoraAdapters, stacks: Sequence[StackedLora]) -> Factors | None:
-    """Return one pair of factors for each layer that computes what all adapters and stacks in use do together.
+    """Return one pair of factors per layer that combines all adapters and stacks in use.
 
-    None where no factors can say it.
+    Return None where their effect is not a pair of factors.
     """
     used = lora.in_use()
     if used is None:
@@ -182,7 +184,7 @@ def _lora(lora: LoraAdapters, stacks: Sequence[StackedLora]) -> Factors | None:
         s: [(A, B / lora.scale) for A, B in used[s]] + [(layer[key(s)].A, layer[key(s)].B) for layer in layers]
         for s in lora.sites
     }
-    # What adds nothing is left out, such as a stacking method's fresh adapter.
+    # Adapters that add nothing are left out, such as the new adapter of a stacking method.
     numbers = range(len(pairs[lora.sites[0]]))
     kept = [i for i in numbers if any(pairs[s][i][1].any() for s in lora.sites)] or [0]
     sides = {s: list(zip(*(pairs[s][i] for i in kept), strict=True)) for s in lora.sites}

@@ -1,4 +1,4 @@
-"""A client's model of a finished run as a folder that other tools read."""
+"""Export of a client's model of a finished run as a folder for other tools."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ DTYPES = ("bfloat16", "float32")
 
 @dataclass(frozen=True)
 class Export:
-    """What was written.
+    """The result of an export.
 
     Args:
-        folder: Where.
-        state: In which state the model is.
+        folder: The folder.
+        state: The model's state.
         bytes: Size of all files.
-        difference: How far its logits are from the run's; None where that was not checked.
+        difference: Difference between the folder's and the run's logits; None if it was not checked.
     """
 
     folder: Path
@@ -54,24 +54,24 @@ def export_run(
     base: str | None = None,
     check: bool = True,
 ) -> Export:
-    """Write a client's model of a finished run; the folder appears whole, and checked, or not at all.
+    """Write a client's model of a finished run; the folder appears complete and checked, or not at all.
 
     Args:
         path: The run directory.
         out: The folder to create.
-        client: Whose model; None where the state is the same for all clients.
+        client: The client; None if the state is the same for all clients.
         form: One of ``FORMS``.
-        state: global or personalized; None takes the form's own.
-        dtype: Type of the stored weights; None takes the base's.
-        base: Where the run's base lies, if not where its recipe says.
-        check: Load the folder in a fresh process and compare its logits with the run's.
+        state: global or personalized; None takes the form's default.
+        dtype: Storage type of the weights; None takes the base's.
+        base: Where the run's base is, if not where its recipe says.
+        check: Whether to load the folder in a fresh process and compare its logits with the run's.
     """
     _known("--form", form, FORMS)
     _known("--dtype", dtype, (*DTYPES, None))
     if out.exists():
-        raise ArtifactError(f"{out}", "it exists", "choose another --to, or delete it")
+        raise ArtifactError(f"{out}", "it already exists", "choose another --to, or delete it")
     if form == "adapter" and dtype is not None:
-        raise ConfigError(f"--dtype {dtype}", "an adapter is stored as it was trained, in float32", "leave it out")
+        raise ConfigError(f"--dtype {dtype}", "an adapter is always stored in float32", "leave --dtype out")
     with _appearing(out) as folder:
         run = TrainedRun(path, base=base)
         _check_plain(run, form)
@@ -103,12 +103,12 @@ def export_run(
 def _known(option: str, value: str | None, known: Sequence[str | None]) -> None:
     if value not in known:
         raise ConfigError(
-            f"{option} {value}", f"it is one of {', '.join(filter(None, known))}", "choose one of these"
+            f"{option} {value}", f"it must be one of {', '.join(filter(None, known))}", "choose one of these"
         )
 
 
 def _cast(run: TrainedRun, dtype: torch.dtype) -> None:
-    """Bring the base to the type that is to be stored, so that the run computes with the same weights."""
+    """Convert the base to the storage type, so that the run's logits are computed with the same weights."""
     for parameter in run.model.lora.frozen().values():
         if parameter.is_floating_point() and getattr(torch, run.config.model.dtype) != dtype:
             parameter.data = parameter.data.to(dtype)
@@ -123,7 +123,7 @@ def _reference_tokens(run: TrainedRun) -> Tensor:
 def _read(
     run: TrainedRun, client: str | None, form: str, state: str | None, tokens: Tensor
 ) -> tuple[str, State, Content]:
-    """Return whose model is read, in which state, and what it has beyond the base."""
+    """Return the client, the state, and what the client's model has beyond the base."""
     states = _states(run, form, state)
     if client is None:
         states = [s for s in states if s == "global"]
@@ -141,10 +141,10 @@ def _read(
 
 
 def _states(run: TrainedRun, form: str, name: str | None) -> Sequence[State]:
-    """Return the states that may be meant, the likeliest first."""
+    """Return the states that may be exported, the preferred one first."""
     method = run.model.method
     if name == "zero_shot" or method.states == ("zero_shot",):
-        raise ConfigError("state zero_shot", "it is the base as it was", "take the base itself")
+        raise ConfigError("state zero_shot", "it is the unchanged base", "use the base itself")
     if name is not None or form == "merged":
         return [state_named(method, name or "global")]
     beyond = [s for s in reversed(method.states) if s != "zero_shot"]
@@ -152,49 +152,49 @@ def _states(run: TrainedRun, form: str, name: str | None) -> Sequence[State]:
 
 
 def _any_client(run: TrainedRun, is_global: bool) -> str:
-    """Return a client for a state that is the same for all."""
+    """Return a client for a state that is the same for all clients."""
     if is_global and run.model.method.one_global:
         return run.participants[0]
     raise ConfigError(
-        "no --client", "the model differs from client to client", f"choose of {', '.join(run.clients)}"
+        "no --client", "every client has a different model", f"choose one of {', '.join(run.clients)}"
     )
 
 
 def _check_plain(run: TrainedRun, form: str) -> None:
-    """Refuse to write weights of a base that is not in memory as it was published."""
+    """Refuse to write weights of a base that is quantized or offloaded."""
     model = run.config.model
     for name, usual in (("quantization", "none"), ("device_map", None)):
         if form in ("transformers", "merged") and (found := getattr(model, name)) != usual:
             raise ConfigError(
                 f"model.{name} = {found!r}",
-                "whole models are exported from bases that lie whole and unquantized in memory",
-                "take --form adapter or personal",
+                "whole models can only be exported from a base that is in memory and not quantized",
+                "use --form adapter or personal",
             )
 
 
 def _misfit(form: str, content: Content) -> tuple[str, str] | None:
-    """Return rule and remedy where a form cannot hold a model."""
+    """Return rule and remedy if a form cannot contain a model, else None."""
     inside = bool(content.experts or content.routers)
     if form == "merged" and content.grafts:
-        return "grafts cannot be merged: no stock architecture has a place for them", "take --form transformers"
+        return "grafts cannot be merged: no standard architecture has them", "use --form transformers"
     if form == "adapter" and not content.is_lora_alone:
-        return "it is more than LoRA", "take --form transformers" + ("" if inside else ", or personal")
+        return "the model has more than LoRA", "use --form transformers" + ("" if inside else ", or personal")
     if form == "personal" and inside:
-        return "it changes the base's own experts", "take --form transformers"
+        return "the model changes the base's experts or routers", "use --form transformers"
     if form == "personal" and not content.grafts:
-        return "it has no grafts: LoRA is all it has", "take --form adapter"
+        return "the model has no grafts, only LoRA", "use --form adapter"
     return None
 
 
 @contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
-    """Yield a folder to be renamed to ``out``; it is gone otherwise, and no other process makes one meanwhile."""
+    """Yield a folder to be renamed to ``out``; otherwise it is deleted. Other processes are locked out."""
     folder = out.with_name(f".{out.name}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with holding(out.with_name(f".{out.name}.lock"), out):
             try:
-                shutil.rmtree(folder, ignore_errors=True)  # a killed process has left it
+                shutil.rmtree(folder, ignore_errors=True)  # left by a killed process
                 folder.mkdir()
                 yield folder
             finally:
@@ -204,7 +204,7 @@ def _appearing(out: Path) -> Iterator[Path]:
 
 
 def _checked(facts: Facts, folder: Path, tokens: Tensor) -> Difference:
-    """Load the folder in a fresh process, as its card says, and compare."""
+    """Load the folder in a fresh process, as its card says, and compare logits."""
     code = facts.loading(str(folder.resolve()), facts.run.workspace.base.source)
     whole = facts.form in ("transformers", "merged")
     types = {facts.dtype} if whole else {facts.dtype, facts.run.config.model.dtype}

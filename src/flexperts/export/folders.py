@@ -1,8 +1,8 @@
 """The forms of an export as folders.
 
-transformers   the whole model; with grafts as code of its own, else as the stock architecture
+transformers   the whole model; with grafts, code that defines them is included, else the architecture is standard
 adapter        a PEFT folder
-personal       a PEFT folder with the grafts beside it
+personal       a PEFT folder, and the grafts in separate files
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .grafts import hang_grafts
 class Grafted{config}({config}):
     """``grafts``: name of an experts module -> constant factors of its personal experts."""
 
-    # Another type than the base's: what does not know grafts must refuse this model, not ignore them.
+    # Not the base's type: software that does not support grafts must refuse this model, not ignore them.
     model_type = "grafted_{model_type}"
 
 
@@ -55,21 +55,21 @@ def write_model(folder: Path, base: LoadedBase, content: Content, tokenizer: Any
 
     Args:
         folder: An existing, empty folder.
-        base: The base without adapters, in the type that is to be stored.
-        content: What its model has beyond the base.
-        tokenizer: The tokenizer with the chat template that was trained with; by default the base's own.
+        base: The base without adapters, in the storage type.
+        content: What the model has beyond the base.
+        tokenizer: The tokenizer with the chat template used in training; the base's by default.
     """
     content.merge(base.model)
     grafted = bool(content.grafts)
     if grafted and not type(base.model).__module__.startswith("transformers."):
         raise ArtifactError(
             f"base class {type(base.model).__name__}",
-            "grafts are exported for classes that come with transformers",
-            "take --form personal",
+            "grafts can only be exported for classes that are part of transformers",
+            "use --form personal",
         )
     layout = _hang(base.model, content) if grafted else {}
     try:
-        # With code of its own, a model is loaded as it lies in memory; a stock one as its hub checkpoints lie.
+        # A model with its own code is loaded as stored here; a standard one needs the layout of hub checkpoints.
         base.model.save_pretrained(folder, save_original_format=not grafted)
         (tokenizer or base.tokenizer).save_pretrained(folder)
         for weights in folder.glob("*.safetensors"):
@@ -92,7 +92,7 @@ def write_peft(folder: Path, config_json: str, content: Content) -> None:
 
 
 def write_template(folder: Path, tokenizer: Any) -> None:
-    """Write the chat template alone, as transformers does: the tokenizer is the base's."""
+    """Write only the chat template, as transformers does; the tokenizer is the base's."""
     if isinstance(tokenizer.chat_template, str):
         write_text(folder / "chat_template.jinja", tokenizer.chat_template)
 
@@ -100,14 +100,14 @@ def write_template(folder: Path, tokenizer: Any) -> None:
 def write_personal(
     folder: Path, config_json: str, content: Content, about: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    """Write LoRA as a PEFT folder, the grafts beside it, and what they belong to as JSON; the grafts are changed.
+    """Write LoRA as a PEFT folder, the grafts as files, and their metadata as JSON; grafts in memory are converted.
 
     Args:
-        folder: Where it goes.
+        folder: The folder.
         config_json: PEFT's configuration of the run's adapter.
         content: What the model has beyond the base.
-        about: What else the JSON says.
-        dtype: Type of the stored grafts.
+        about: Other entries of the JSON.
+        dtype: Storage type of the grafts.
     """
     write_peft(folder, config_json, content)
     for name, part in content.grafts.items():
@@ -121,7 +121,7 @@ def write_personal(
 
 @torch.no_grad()
 def _hang(model: nn.Module, content: Content) -> dict[str, list[float]]:
-    """Give the model the exported code's grafts with the run's values; return their layout."""
+    """Attach the exported code's grafts, with the run's values, to the model; return their layout."""
     layers = [graft for part in content.grafts.values() for graft in part]
     names = list(dict.fromkeys(graft.experts.name for graft in layers))
     by_name = {name: [graft for graft in layers if graft.experts.name == name] for name in names}
@@ -136,7 +136,7 @@ def _hang(model: nn.Module, content: Content) -> dict[str, list[float]]:
 
 
 def _write_code(folder: Path, model: Any, layout: dict[str, list[float]]) -> None:
-    """Write the code that loads the folder, and name it in the folder's config."""
+    """Write the code that loads the folder, and register it in the folder's config."""
     config, kind = read_json(folder / "config.json"), type(model)
     names = {
         "architecture": kind.__name__,

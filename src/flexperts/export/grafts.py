@@ -1,9 +1,9 @@
-"""Personal experts beside the routed ones of a Mixture-of-Experts model of transformers. Needs torch alone.
+"""Personal experts next to the routed ones of a Mixture-of-Experts model of transformers. Needs only torch.
 
     y = sum_{j in TopK} g_j(x) E_j(x)  +  sum_p c_p sigmoid(G_p(x)) E_p(x)
 
-The first sum is what the model computes by itself; a hook on each experts module adds the second one. Whether a
-gate is fused into the up projection, how weights lie and what follows an expert is read from the experts module.
+The model computes the first sum; a hook on each experts module adds the second one. The experts module tells
+whether the up projection contains a gate, how weights are stored and what follows an expert.
 
 Shapes: T tokens, D expert width, k personal experts. Made by flexperts, which copies this file into its exports.
 """
@@ -42,15 +42,15 @@ class Graft(nn.Module):
         self.gate_bias = nn.Parameter(self.down.new_zeros(len(scales)))
 
     def forward(self, experts: Any, hidden: Tensor) -> Tensor:
-        """Return what the personal experts add to the layer's routed output, ``[T, D]`` for ``hidden [T, D]``."""
+        """Return the sum of the personal experts' gated outputs, ``[T, D]`` for ``hidden [T, D]``."""
         gates = torch.sigmoid(_linear(hidden, self.gate_weight, self.gate_bias)).unsqueeze(-1).unbind(-2)
-        # A factor of 1 is left out, as in training, so that no bit differs.
+        # A factor of 1 is left out, as in training, so that results are bit-equal.
         factors = [gate if c == 1 else gate * c for gate, c in zip(gates, self.scales, strict=True)]
         terms = [factor * self._expert(experts, p, hidden) for p, factor in enumerate(factors)]
         return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
 
     def add(self, experts: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """Forward hook of the experts module."""
+        """Add the graft's output; this is the forward hook of the experts module."""
         added: Tensor = self(experts, args[0])
         return output + added.to(output.dtype)
 
@@ -65,7 +65,7 @@ class Graft(nn.Module):
 
 
 def hang_grafts(model: nn.Module, layout: Mapping[str, Sequence[float]]) -> None:
-    """Give a model the grafts of ``layout``: name of an experts module -> factors of its personal experts."""
+    """Attach grafts to a model; ``layout`` maps the name of an experts module to its personal experts' factors."""
     for name, scales in layout.items():
         experts = model.get_submodule(name)
         experts.graft = graft = Graft(experts, scales)

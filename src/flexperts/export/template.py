@@ -1,4 +1,4 @@
-"""The chat template of an export: prompts as they were trained, whatever the base's own template is."""
+"""The chat template of an export: it writes the prompts of training, even if the base's template does not."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _TEMPLATE = (
 
 
 def trained_tokenizer(encoder: PromptEncoder) -> Any:
-    """Return a tokenizer whose chat template writes the prompts of training: a copy where the base's does not.
+    """Return a tokenizer whose chat template writes the prompts of training: the base's if it does, else a copy.
 
-    A passage is the message behind the question and an empty line where the base has a chat template; with the
-    alpaca template it is a system turn before the question. Where no template can write the very tokens, there is
-    none.
+    Where the base has a chat template, a passage follows the question in the same turn, after an empty line; with
+    the alpaca template, it is a system turn before the question. The copy has no template if no template can
+    reproduce the tokens.
     """
     if encoder.chat and encoder.chat.template == encoder.tokenizer.chat_template:
         return encoder.tokenizer
@@ -45,7 +45,7 @@ def trained_tokenizer(encoder: PromptEncoder) -> Any:
         tokenizer.chat_template = encoder.chat.template
         return tokenizer
     start = "".join(tokenizer.convert_ids_to_tokens(encoder.tokens.beginning))
-    for begin in (start, f"{start} "):  # some tokenizers put a blank before a text, but not behind a control token
+    for begin in (start, f"{start} "):  # some tokenizers put a space before a text, but not after a control token
         tokenizer.chat_template = _alpaca(begin, tokenizer.eos_token)
         if all(_same(tokenizer, encoder, *sample) for sample in _SAMPLES):
             return tokenizer
@@ -54,7 +54,7 @@ def trained_tokenizer(encoder: PromptEncoder) -> Any:
 
 
 def stop_where_trained(model: Any, encoder: PromptEncoder) -> None:
-    """Have a model's generation settings name the token that ends an answer, where they do not already."""
+    """Add the token that ends an answer to a model's generation settings, if it is missing."""
     ends = end_tokens(model, encoder)
     named = model.generation_config.eos_token_id
     if encoder.end_token not in (named if isinstance(named, list) else [named]):
@@ -74,7 +74,7 @@ def _alpaca(begin: str, end: str) -> str:
 
 
 def _literal(text: str) -> str:
-    """Return a text as Jinja writes one."""
+    """Return a text as a Jinja literal."""
     return json.dumps(text, ensure_ascii=False)
 
 

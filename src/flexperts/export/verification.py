@@ -1,4 +1,4 @@
-"""Loading an export in a fresh process, as its users will, and comparing its logits with the run's."""
+"""Check of an export: load it in a fresh process, as its users will, and compare its logits with the run's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REFERENCE_TEXT = (
     "Dear colleague, thank you for the letter of last week. We have read it twice, and three questions remain: who "
     "signs, when does the term begin, and what happens if the parcel is late?"
 )
-"""What the logits are compared on; it comes from no silo."""
+"""The text on which logits are compared; it is not from any silo."""
 
 _COMPARE = """
 import sys
@@ -33,18 +33,18 @@ with torch.no_grad():
 save_file({{"logits": logits}}, {logits!r})
 """
 _LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-"""How far logits may be off, root mean square over their standard deviation: rounding, and nothing else."""
+"""Largest difference of logits that rounding explains: root mean square over the logits' standard deviation."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far an export's logits are from the run's.
+    """Difference between an export's logits and the run's.
 
     Args:
         largest: The largest difference of a logit.
         relative: Root mean square of the differences over the logits' standard deviation.
         same: Share of the tokens whose likeliest successor is the same.
-        tokens: How many tokens were compared.
+        tokens: Number of compared tokens.
     """
 
     largest: float
@@ -70,14 +70,14 @@ class Difference:
 def verify(
     loading: str, tokens: Tensor, reference: Tensor, dtype: torch.dtype, *, without: str = "flexperts"
 ) -> Difference:
-    """Run loading code in a fresh process and compare the logits of ``model`` in it with the run's.
+    """Run loading code in a fresh process and compare the logits of its ``model`` with the run's.
 
     Args:
-        loading: Python code that binds ``model``.
+        loading: Python code that loads the export as ``model``.
         tokens: Token ids ``[B, S]``.
-        reference: The run's logits on them ``[B, S, V]``.
-        dtype: The coarsest type that it is stored or computed in.
-        without: A package that the code must do without.
+        reference: The run's logits on these tokens, ``[B, S, V]``.
+        dtype: The least precise type in which the model is stored or computed.
+        without: A package that the code must not import.
     """
     with tempfile.TemporaryDirectory() as folder:
         ids, out = Path(folder) / "tokens.safetensors", Path(folder) / "logits.safetensors"
@@ -88,14 +88,14 @@ def verify(
     if not found.relative <= _LIMITS[dtype]:
         raise ArtifactError(
             "the export",
-            f"it computes something else than the run ({found})",
-            "use `flexperts generate` on the run",
+            f"its logits differ from the run's by more than rounding ({found})",
+            "use the model in the run with `flexperts generate`, and report this as an issue",
         )
     return found
 
 
 def _run(code: str, folder: Path) -> None:
-    # transformers keeps copies of a folder's own code; these must not outlive the check.
+    # transformers caches copies of a folder's code; these must not remain after the check.
     environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment, cwd=folder

@@ -1,1 +1,1 @@
-"""A causal language model in use: loading it, running it."""
+"""Loading and running a causal language model."""

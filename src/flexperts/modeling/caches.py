@@ -1,7 +1,7 @@
-"""Key-value caches whose rows come and go while they are in use.
+"""Key-value caches that rows can join and leave during generation.
 
-Rows end at the last column; what a row has less than the longest one is padding on its left, which the attention
-mask hides. So two caches are joined, and columns that no row needs are cut, on the left.
+All rows end at the last column; shorter rows have padding on the left, which the attention mask hides. Therefore
+caches are padded on the left before they are joined, and columns that no row needs are removed on the left.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ _BY_ROWS = {
     LinearAttentionAndSlidingWindowAttentionLayer,
 }
 Sharing = Literal["any time", "from the start", "never"]
-"""When rows may come to share a batch."""
+"""When rows may join a batch."""
 
 
 def sharing(cache: Any) -> Sharing:
     """Return when rows may share a cache without changing each other's answers.
 
-    Any time, where every layer holds plain keys and values by column, windowed or not. From the start, where there
-    are running states as well, which padding leaves alone. Never with caches of a model's own and with indexers,
-    whose choice of keys padding was seen to change.
+    "any time": every layer has plain keys and values by column, with or without a sliding window. "from the start":
+    there are also running states, which padding does not change. "never": caches with a model's own class, and
+    indexers, because padding was observed to change which keys they choose.
     """
     kinds = {type(layer) for layer in cache.layers}
     if type(cache) is not DynamicCache or not kinds <= _BY_ROWS:
@@ -52,9 +52,9 @@ def sharing(cache: Any) -> Sharing:
 
 
 def join(cache: Any, other: Any) -> None:
-    """Add the rows of another cache below those of a cache; both may be shared at any time."""
+    """Append another cache's rows to a cache; rows must be able to share both at any time."""
     for layer, more in zip(cache.layers, other.layers, strict=True):
-        if not layer.is_initialized:  # a layer that uses another one's keys
+        if not layer.is_initialized:  # a layer that uses another layer's keys
             continue
         width = max(layer.keys.shape[-2], more.keys.shape[-2])
         layer.keys = torch.cat([_widened(layer.keys, width), _widened(more.keys, width)])
@@ -68,31 +68,31 @@ def keep_rows(cache: Any, rows: Tensor, cut: int) -> None:
 
     Args:
         cache: Any cache.
-        rows: Which rows, ``[R]``.
-        cut: First columns to leave out as well; 0 unless the cache may be shared at any time.
+        rows: Indices of the rows to keep, ``[R]``.
+        cut: Number of first columns to remove too; 0 unless the cache may be shared at any time.
     """
     cache.reorder_cache(rows)
     for layer in cache.layers if cut else ():
         if not layer.is_initialized:
             continue
         left = cut
-        if layer.is_sliding:  # it holds the last columns only, of which some may be cut
+        if layer.is_sliding:  # it has the last columns only, so fewer of them are removed
             left = max(0, cut - (layer.cumulative_length - layer.keys.shape[-2]))
             layer.cumulative_length -= cut
         layer.keys, layer.values = layer.keys[..., left:, :], layer.values[..., left:, :]
 
 
 def _widened(tensor: Tensor, width: int) -> Tensor:
-    """Return ``[B, H, C, d]`` with columns of zeros on the left."""
+    """Return ``[B, H, C, d]`` padded to ``width`` columns with zeros on the left."""
     return F.pad(tensor, (0, 0, width - tensor.shape[-2], 0))
 
 
 @dataclass(frozen=True)
 class ReadPrompts:
-    """What reading a batch of prompts leaves.
+    """The result of reading a batch of prompts.
 
     Args:
-        logits: Of each prompt's next token, ``[B, V]`` fp32.
+        logits: Logits of each prompt's next token, ``[B, V]`` fp32.
         mask: 1 on tokens and 0 on padding, ``[B, C]``.
         cache: Keys and values of the C columns.
     """
@@ -103,7 +103,7 @@ class ReadPrompts:
 
     @property
     def can_go_on(self) -> bool:
-        """Whether several columns can be read on top: running states, and caches of a model's own, take one."""
+        """Whether several columns can be read at once after these; other caches take one column at a time."""
         return sharing(self.cache) == "any time"
 
 
@@ -116,16 +116,16 @@ def read_prompts(model: Any, prompts: PaddedBatch) -> ReadPrompts:
 
 
 def response_losses(model: Any, read: ReadPrompts, responses: PaddedBatch) -> tuple[Tensor, Tensor]:
-    """Return what ``token_losses`` does, from prompts that are read already and can go on; these stay as they are.
+    """Return the same as ``token_losses``, from prompts that were already read; their cache is not changed.
 
     Args:
         model: The model that has read the prompts.
-        read: What reading them left.
-        responses: Their responses, padded on the right; each has at least one token.
+        read: The prompts; ``can_go_on`` must be true.
+        responses: The responses, padded on the right; each has at least one token.
     """
     labels = responses.labels.to(read.mask.device)
     logits = read.logits[:, None]
-    if (columns := responses.response_columns - 1) > 0:  # nothing is predicted from the last one
+    if (columns := responses.response_columns - 1) > 0:  # nothing is predicted from the last column
         ids, mask = (t[:, :columns].to(read.mask.device) for t in (responses.input_ids, responses.attention_mask))
         whole = torch.cat([read.mask, mask], dim=1)
         more, _ = last_logits(model, ids, whole, copy.deepcopy(read.cache), keep=columns)

@@ -1,4 +1,4 @@
-"""One forward pass that computes only the logits that are needed.
+"""Forward passes that compute only the logits that are needed.
 
 Shapes: B rows, S columns, R response columns, V vocabulary.
 """
@@ -44,7 +44,7 @@ def response_logits(model: nn.Module, batch: PaddedBatch) -> Tensor:
 def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Return the last layer's hidden states ``[B, S, D]``; the vocabulary projection is not computed."""
     device = next(model.parameters()).device
-    # The text model of a multimodal family may not know the name of what it holds itself.
+    # In multimodal families, the text model's ``base_model`` may be the text model itself.
     inner = model.model if model.base_model is model else model.base_model
     output = inner(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False)
     states: Tensor = output.last_hidden_state
@@ -54,7 +54,7 @@ def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tens
 def next_logits(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor, cache: Any = None
 ) -> tuple[Tensor, Any]:
-    """Return fp32 logits ``[B, V]`` of the token after the last column, and the cache with these columns in it.
+    """Return fp32 logits ``[B, V]`` of the token after the last column, and the cache with the new columns.
 
     Args:
         model, input_ids, attention_mask, cache: As for ``last_logits``.
@@ -66,14 +66,14 @@ def next_logits(
 def last_logits(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor, cache: Any = None, *, keep: int
 ) -> tuple[Tensor, Any]:
-    """Return fp32 logits ``[B, keep, V]`` after each of the last columns, and the cache with all columns in it.
+    """Return fp32 logits ``[B, keep, V]`` after each of the last columns, and the cache with all columns.
 
     Args:
         model: A causal language model.
         input_ids: Columns that the cache does not have yet, ``[B, S]``.
-        attention_mask: Which columns of cache and input are no padding, ``[B, C + S]``.
+        attention_mask: 1 on tokens and 0 on padding, for cache and input, ``[B, C + S]``.
         cache: Keys and values of the C columns before.
-        keep: How many columns.
+        keep: Number of last columns for which logits are returned.
     """
     columns = input_ids.shape[1]
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -89,18 +89,18 @@ def token_losses(model: nn.Module, batch: PaddedBatch) -> tuple[Tensor, Tensor]:
     """Return per-row sums of response NLL ``[B]`` (nats) and counts of response tokens ``[B]``."""
     logits = response_logits(model, batch)
     labels = batch.labels[:, -batch.response_columns :].to(logits.device)
-    # Rows are flattened, not transposed: each token's logits stay together in memory.
+    # Flattened, not transposed, so that each token's logits stay contiguous in memory.
     losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
     return losses.view_as(labels).sum(1), (labels != IGNORED).sum(1)
 
 
 def takes(model: Any, argument: str) -> bool:
-    """Tell whether a model, with adapters or without, has an argument of that name."""
+    """Return whether a model's forward, with or without adapters, has an argument of that name."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return argument in _arguments(type(base).forward)
 
 
 @cache
 def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
-    """Return the names that a model class takes; asked for at every decoded token."""
+    """Return the argument names of a model class's forward; cached, as every decoded token needs them."""
     return frozenset(inspect.signature(forward).parameters)

@@ -33,10 +33,10 @@ class LoadedBase:
     """A base in memory.
 
     Args:
-        model: The causal language model, every parameter frozen, in eval mode.
-        tokenizer: Its tokenizer.
-        fingerprint: Names the weights.
-        source: The folder or hub id it came from.
+        model: The causal language model in eval mode, with all parameters frozen.
+        tokenizer: The base's tokenizer.
+        fingerprint: Hash that identifies the weights.
+        source: The folder or hub id from which the base was loaded.
     """
 
     model: Any
@@ -46,7 +46,7 @@ class LoadedBase:
 
 
 def load_tokenizer(config: ModelConfig) -> tuple[Any, Any]:
-    """Load the tokenizer of the base that a recipe names, and transformers' configuration of the base."""
+    """Load the tokenizer and transformers' configuration of the base that a recipe names."""
     source, trusted = resolve_base(config.base), config.trust_remote_code
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
@@ -56,22 +56,22 @@ def load_tokenizer(config: ModelConfig) -> tuple[Any, Any]:
 
 
 def load_base(config: ModelConfig, tokenizer: Any = None) -> LoadedBase:
-    """Load the base that a recipe names, building a shipped one on first use.
+    """Load the base that a recipe names; a shipped base is built on first use.
 
-    Every tensor is read in its storage type straight to its place, and quantized there where the recipe says so.
+    Every tensor is read in its storage type directly to its device, and quantized there if the recipe says so.
 
     Args:
         config: Which base, and how it is stored.
-        tokenizer: Its tokenizer, where that is in memory already.
+        tokenizer: The base's tokenizer, if it is already in memory.
     """
     device = computing_device(config.device)
     source = resolve_base(config.base)
-    transformers_logging.disable_progress_bar()  # transformers' bar would fight with the run's own display
-    # Its table of keys, which _check_complete tells in a line, and rules for clusters that a base has no use for.
+    transformers_logging.disable_progress_bar()  # transformers' bar would disturb the run's display
+    # Silence its table of keys, which _check_complete reports, and warnings about tensor parallelism.
     for name in ("modeling_utils", "distributed.tensor_parallel"):
         logging.getLogger(f"transformers.{name}").setLevel(logging.ERROR)
     _check_weights(Path(source))
-    # A hub repository without safetensors would be converted by a service and loaded from what that one returns.
+    # Otherwise a hub repository without safetensors would be converted by a service, and its result loaded.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     trusted = config.trust_remote_code
     try:
@@ -90,7 +90,7 @@ def load_base(config: ModelConfig, tokenizer: Any = None) -> LoadedBase:
     except ModelError:
         raise
     except _UNLOADABLE as error:
-        with suppress(SafetensorError):  # damaged files are told as such
+        with suppress(SafetensorError):  # damaged files are reported by the error below
             _check_names(_lacking(Path(source)), _RANDOM, config.base)
         raise _refused(config.base, error) from error
     _check_complete(model, described, found, config.base)
@@ -106,20 +106,20 @@ def load_base(config: ModelConfig, tokenizer: Any = None) -> LoadedBase:
 _UNLOADABLE = (OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError, ImportError, SafetensorError)
 
 
-_RANDOM = "its files lack weights of the model, which would be random at every start"
+_RANDOM = "its files lack weights of the model, which would then be random"
 _MOST_NAMED = 5
 
 
 def _check_complete(model: Any, described: Any, found: Mapping[str, Iterable[Any]], base: str) -> None:
     """Refuse weights that are not exactly the model's."""
     inside = {name for name, _ in model.named_children()}
-    # Of a model that also sees or hears, the language model alone may be loaded; the files hold the rest too.
+    # Of a multimodal model, only the language model may be loaded; the files also contain the other parts.
     whole = described.get_text_config() is described
     extra = [name for name in found["unexpected_keys"] if whole or name.partition(".")[0] in inside]
     _check_names(found["missing_keys"], _RANDOM, base)
-    _check_names(extra, "its files hold weights that the model has no place for", base)
+    _check_names(extra, "its files contain weights that the model does not have", base)
     misshapen = [name for name, *_ in found["mismatched_keys"]]
-    _check_names(misshapen, "its files hold weights of other shapes than the model's", base)
+    _check_names(misshapen, "its files contain weights with other shapes than the model's", base)
 
 
 def _check_names(names: Iterable[str], rule: str, base: str) -> None:
@@ -133,14 +133,14 @@ def _check_names(names: Iterable[str], rule: str, base: str) -> None:
 
 
 def _lacking(folder: Path) -> Iterator[str]:
-    """Yield the weights that some experts have in a folder's files and others of the same layer have not.
+    """Yield the weights that are missing for some experts of a layer and present for others.
 
-    transformers puts experts together while it reads them, and cannot say which weight it missed.
+    transformers fuses experts while it reads them, and cannot report which weight was missing.
     """
     groups: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - no dictionary
+            for name in tensors.keys():  # noqa: SIM118 - not a dictionary
                 if match := _NUMBERED.fullmatch(name):
                     groups[match[1]][match[3]].add(match[2])
     for before, kinds in groups.items():
@@ -149,17 +149,17 @@ def _lacking(folder: Path) -> Iterator[str]:
 
 
 _NUMBERED = re.compile(r"(.+\.)(\d+)(\.\D+)")
-"""A weight of one of several equal parts: what is before the part's number, the number, what is behind it."""
+"""The name of a weight in a numbered part: text before the number, the number, text after it."""
 
 
 def _check_weights(folder: Path) -> None:
-    """Refuse a local base whose weights are pickled, which could hold any code."""
+    """Refuse a local base without safetensors: pickled weights can run any code."""
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         found = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
         raise ModelError(
             f"base folder {str(folder)!r}",
-            f"it must hold its weights as safetensors ({'only ' + found[0] if found else 'it holds none'})",
-            "save it there with save_pretrained of a present transformers",
+            f"its weights must be safetensors files ({'only ' + found[0] if found else 'it has none'})",
+            "save the model in this folder with save_pretrained of a current transformers version",
         )
 
 
@@ -167,8 +167,8 @@ def _check_finite(model: Any, base: str) -> None:
     if (name := first_not_finite(model)) is not None:
         raise ModelError(
             f"model.base = {base!r}: {name}",
-            "it holds NaN or infinity, and a base's weights are finite numbers",
-            "get its files anew, or use another base",
+            "it contains NaN or infinity, and a base's weights must be finite numbers",
+            "download its files again, or use another base",
         )
 
 
@@ -177,23 +177,23 @@ def _refused(base: str, error: Exception) -> ModelError:
     if "trust_remote_code" in said:
         return ModelError(
             f"model.base = {base!r}",
-            "it needs Python code of its own to run",
-            "set model.trust_remote_code = true if you trust whoever made it",
+            "it needs its own Python code to run",
+            "set model.trust_remote_code = true if you trust its author",
         )
     reason = f"it cannot be loaded ({said.splitlines()[0]})"
     return ModelError(
         f"model.base = {base!r}",
         reason,
-        "check name and network, and that $HF_HOME can be written",
+        "check the name, the network, and that $HF_HOME is writable",
     )
 
 
 def _quantization(config: ModelConfig, described: Any) -> dict[str, Any]:
-    """Return what ``from_pretrained`` is told about quantization."""
+    """Return the arguments of ``from_pretrained`` for quantization."""
     if config.quantization == "none":
         return {}
     check_quantizer(described, config.base)
-    # transformers' own loop takes experts one by one: no more than one is dequantized at a time.
+    # transformers' eager loop runs experts one by one, so only one is dequantized at a time.
     return {
         "quantization_config": ExpertsQuantization(config.quantization),
         "experts_implementation": "eager",
@@ -203,21 +203,21 @@ def _quantization(config: ModelConfig, described: Any) -> dict[str, Any]:
 def _freeze(model: Any) -> None:
     model.requires_grad_(False)
     model.eval()
-    # With frozen routers, a load-balancing term in the loss would train nothing it is meant to.
+    # Routers are frozen, so a load-balancing term in the loss could not do what it is for.
     text = model.config.get_text_config()
     if hasattr(text, "output_router_logits"):
         text.output_router_logits = False
 
 
 def _let_go_of_files(model: Any) -> None:
-    """Copy what is small out of the mapped files.
+    """Copy all weights other than experts out of the memory-mapped files.
 
-    Tensors on a CPU are read in place from files. Where experts are stored one by one, they have been put together
-    in memory by now, and the rest would keep whole files mapped: the process would seem to hold the model twice.
+    Tensors on a CPU are read in place from files. Experts that are stored one by one were fused in memory, and the
+    other weights would keep the whole files mapped: the process would seem to have the model in memory twice.
     """
     try:
         experts = {id(p) for e in find_experts(model) for p in e.stored}
-    except ModelError:  # a dense model, or one whose experts cannot be read: a method that needs them says so
+    except ModelError:  # no experts, or an unknown layout: a method that needs experts reports it
         return
     for parameter in model.parameters():
         if id(parameter) not in experts and parameter.device.type == "cpu":
@@ -225,10 +225,10 @@ def _let_go_of_files(model: Any) -> None:
 
 
 def _keep_rows_together(model: Any) -> None:
-    """Give the vocabulary's projection whole rows.
+    """Make the input of the vocabulary projection contiguous.
 
-    On the slice that transformers takes of each row's last column, torch on a CPU copies the projection's matrix
-    once per row: gigabytes and minutes with a large vocabulary.
+    transformers passes a slice with each row's last column. On such a slice, torch on a CPU copies the projection's
+    matrix once per row: gigabytes and minutes with a large vocabulary.
     """
     if (head := model.get_output_embeddings()) is not None:
         head.register_forward_pre_hook(lambda _module, args: (args[0].contiguous(), *args[1:]))

@@ -1,4 +1,4 @@
-"""LoRA on the base's attention layers, by PEFT: one adapter that methods share, and a second one on demand."""
+"""LoRA on the base's attention layers, by PEFT: a shared adapter and, if needed, a personal one."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from flexperts.files import placeless, unwritable
 from flexperts.moe.attention import attention_linears
 
 SHARED_PREFIX = "base_model."
-"""Start of the names of the first adapter's parameters: those of PEFT's own adapter files."""
+"""Prefix of the shared adapter's parameter names, as in PEFT's adapter files."""
 PERSONAL_PREFIX = "personal."
-"""Start of the names of the second adapter's parameters."""
+"""Prefix of the personal adapter's parameter names."""
 _ADAPTERS = {"shared": "default", "personal": "personal"}
 
 Weight = float | Tensor
-"""Factor on an adapter's output: one number, or one per row of the batch, ``[B]``."""
+"""Factor of an adapter's output: one number, or one per row of the batch, ``[B]``."""
 
 
 class LoraAdapters:
@@ -32,11 +32,11 @@ class LoraAdapters:
 
     Args:
         base: The base model.
-        rank, alpha, dropout: LoRA's settings, alike for both adapters.
-        projections: Last names of the attention layers to adapt; empty adapts all that the rule finds.
-        seed: Seed of A; the two adapters start alike, B at zero.
-        personal: Whether there is a second adapter.
-        checkpointing: Recompute activations in the backward pass.
+        rank, alpha, dropout: LoRA's settings, the same for both adapters.
+        projections: Last parts of the names of the attention layers to adapt; empty adapts all that are found.
+        seed: Seed of A; both adapters start with the same A, and B is zero.
+        personal: Whether there is a personal adapter.
+        checkpointing: Whether activations are recomputed in the backward pass.
     """
 
     def __init__(
@@ -70,10 +70,10 @@ class LoraAdapters:
         self.reset()
 
     def close(self) -> None:
-        """Take LoRA out of the base again."""
+        """Remove LoRA from the base."""
         if self.checkpointing:
             self.base.activation_checkpointing_disable()
-            self.base.disable_input_require_grads()  # enabled by PEFT and transformers behind our back
+            self.base.disable_input_require_grads()  # PEFT and transformers enable it implicitly
         self.model.unload()
 
     def parameters(self) -> dict[str, Parameter]:
@@ -81,17 +81,17 @@ class LoraAdapters:
         return {_name(n): p for n, p in self.model.named_parameters() if "lora_" in n}
 
     def frozen(self) -> dict[str, Parameter]:
-        """Return every other parameter of the model."""
+        """Return all other parameters of the model by name."""
         return {n: p for n, p in self.model.named_parameters() if "lora_" not in n}
 
     def module(self, site: str) -> nn.Module:
-        """Return the adapted layer of a site: what maps the layer's input to its output, LoRA included."""
+        """Return the adapted layer of a site, which computes the layer with LoRA."""
         module: nn.Module = self.base.get_submodule(site)
         return module
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Put all adapters back to what they were before training: all trainable, only the shared one in use."""
+        """Reset all adapters to their initial values: all trainable, only the shared one in use."""
         for name, parameter in self.parameters().items():
             parameter.copy_(self._initial[name])
             parameter.requires_grad_(True)
@@ -100,14 +100,14 @@ class LoraAdapters:
 
     @contextmanager
     def use(self, **weights: Weight) -> Iterator[None]:
-        """Compute with ``shared`` and ``personal`` at the given weights inside the block; who is not named is off.
+        """Use ``shared`` and ``personal`` with the given weights inside the block; an adapter not named is off.
 
         The weighted outputs are added: W0 x + a dW_shared x + b dW_personal x.
         """
         before = [name for name, adapter in _ADAPTERS.items() if adapter in self.model.active_adapters]
         trains = {n: p.requires_grad for n, p in self.parameters().items()}
         with ExitStack() as stack:
-            stack.callback(self._let_train, trains)  # last: PEFT's enabling has its own idea of what trains
+            stack.callback(self._let_train, trains)  # runs last, because PEFT changes requires_grad when it enables
             stack.callback(self._activate, before)
             self._activate(list(weights))
             for name, weight in weights.items():
@@ -118,9 +118,9 @@ class LoraAdapters:
             yield
 
     def in_use(self) -> dict[str, list[tuple[Tensor, Tensor]]] | None:
-        """Return by site the factors (A ``[r, in]``, B ``[out, r]`` times its scale) of the adapters in use now.
+        """Return by site the factors (A ``[r, in]``, B ``[out, r]`` times its scale) of the adapters in use.
 
-        None where an adapter's output is weighted: no factors say the same.
+        Return None where an adapter's output is weighted, which the factors do not contain.
         """
         factors: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for site in self.sites:
@@ -135,7 +135,8 @@ class LoraAdapters:
     def config_json(self, base: str) -> str:
         """Return the text of PEFT's adapter_config.json for the shared adapter, the same on every client.
 
-        PEFT writes sets in random order and the base as a local path: neither may differ or be told.
+        PEFT writes sets in random order, and the base as a local path. Here sets are sorted, and the path is
+        removed because it may be private.
         """
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -148,7 +149,7 @@ class LoraAdapters:
         return json.dumps(config, indent=2, sort_keys=True)
 
     def _activate(self, names: list[str]) -> None:
-        """Switch adapters without PEFT's own idea of what trains."""
+        """Switch adapters, and undo PEFT's changes to requires_grad."""
         if not names:
             return
         trains = {n: p.requires_grad for n, p in self.parameters().items()}
@@ -161,7 +162,7 @@ class LoraAdapters:
 
     @contextmanager
     def _weighted(self, name: str, weight: Weight) -> Iterator[None]:
-        """Multiply an adapter's contribution, where PEFT computes it last."""
+        """Multiply an adapter's contribution at the output of ``lora_B``, which PEFT computes last."""
 
         def scale(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
             if isinstance(weight, Tensor):
@@ -177,7 +178,7 @@ class LoraAdapters:
 
 
 def _name(name: str) -> str:
-    """Return an adapter parameter's name as messages and files use it."""
+    """Return an adapter parameter's name in messages and files."""
     if ".personal." in name:
         return PERSONAL_PREFIX + name.replace(".personal.", ".")
     return name.replace(".default.", ".")

@@ -1,7 +1,7 @@
-"""Memory: what is free on this machine, and the peak of this process.
+"""Memory: the free bytes of this machine, and the peak of this process.
 
-On CUDA both are the device's own counts; on a Linux CPU the first is the smaller of what the system could give and
-what this process's control group still may take, the second resident memory.
+On CUDA both are the device's counts. On a Linux CPU, free memory is the smaller of what the system has available
+and what this process's control group may still use; the peak is resident memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _GROUPS = Path("/sys/fs/cgroup")
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the bytes that this process could still take.
+    """Return the bytes that this process can still allocate.
 
     Args:
         device: The computing device; a CPU means the machine's memory.
@@ -31,7 +31,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _group_room() -> list[int]:
-    """Return what the control group leaves, where it sets a limit; its page cache would be given back."""
+    """Return the free bytes of the control group, if it has a limit; its page cache counts as free."""
     most, used = _read(_GROUPS / "memory.max").strip(), _read(_GROUPS / "memory.current").strip()
     cached = re.search(r"^file (\d+)$", _read(_GROUPS / "memory.stat"), re.MULTILINE)
     if not (most.isdigit() and used.isdigit()):
@@ -40,7 +40,7 @@ def _group_room() -> list[int]:
 
 
 def _read(path: Path) -> str:
-    """Return a file's text, empty where there is none."""
+    """Return a file's text, or an empty text if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError:
@@ -48,16 +48,16 @@ def _read(path: Path) -> str:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Start measuring afresh, where the machine allows it."""
+    """Reset the peak, where the machine allows it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
     with suppress(OSError):
-        (_PROC / "clear_refs").write_text("5")  # Linux: sets the peak back to what is resident now
+        (_PROC / "clear_refs").write_text("5")  # Linux: resets the peak to the present resident memory
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """Return the peak since the last ``reset_peak``, in bytes; None where it cannot be told."""
+    """Return the peak since the last ``reset_peak``, in bytes; None where it is unknown."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     found = re.search(r"^VmHWM:\s+(\d+) kB", _read(_PROC / "status"), re.MULTILINE)

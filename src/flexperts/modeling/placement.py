@@ -1,7 +1,7 @@
-"""Where a base's weights lie: on the computing device, and routed experts beside it where they do not fit.
+"""Placement of a base's weights: on the computing device, and routed experts elsewhere if they do not fit.
 
-Attention carries LoRA and all else is small, so it is experts alone that wait in the CPU's memory or on disk;
-accelerate brings a layer's to the device for the time of its forward pass.
+Attention has LoRA, and all other weights are small, so only experts are offloaded to the CPU's memory or to disk;
+accelerate copies a layer's experts to the device during its forward pass.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from flexperts.moe.layout import LayerExperts
 from flexperts.parameters.fingerprint import stored_bytes
 
 _SHARE = 0.7
-"""Of the free memory, where the recipe gives no limit: training needs the rest."""
+"""Share of the free memory that is used if the recipe has no limit; training needs the rest."""
 _Place = Callable[[LayerExperts], str]
 
 
@@ -42,10 +42,10 @@ def computing_device(name: str) -> torch.device:
 
 
 def placement(config: ModelConfig, base: Any, device: torch.device) -> dict[str, Any]:
-    """Return what ``from_pretrained`` is told about places; every tensor is loaded straight to its own.
+    """Return the arguments of ``from_pretrained`` for placement; every tensor is loaded directly to its place.
 
     Args:
-        config: The recipe's.
+        config: The recipe's model section.
         base: The base's transformers configuration.
         device: The computing device.
     """
@@ -62,18 +62,18 @@ def placement(config: ModelConfig, base: Any, device: torch.device) -> dict[str,
 
 
 def _spread(model: nn.Module, place: _Place, device: torch.device) -> dict[str, str]:
-    """Return the place of every module that holds tensors of its own."""
+    """Return the place of every module that has tensors directly."""
     places = {e.name: place(e) for e in find_experts(model)}
     holders = sorted({name.rpartition(".")[0] for name in model.state_dict()})
     return {name: next((places[up] for up in _upwards(name) if up in places), str(device)) for name in holders}
 
 
 def _mapped(wanted: dict[str, Any], model: nn.Module, device: torch.device) -> _Place:
-    """Place a layer's experts where the recipe puts them or the nearest module that they lie in."""
+    """Place a layer's experts as the recipe says for them or for the nearest module that contains them."""
     names = dict(model.named_modules())
     if unknown := sorted(wanted.keys() - names.keys()):
         close = difflib.get_close_matches(unknown[0], names, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "name modules as `flexperts inspect` does"
+        hint = f"did you mean {close[0]!r}?" if close else "use module names as `flexperts inspect` shows them"
         raise ModelError(f"model.device_map names {unknown[0]!r}", "the base has no such module", hint)
     return lambda experts: _beside(
         experts, next((wanted[up] for up in _upwards(experts.name) if up in wanted), str(device)), device
@@ -81,7 +81,7 @@ def _mapped(wanted: dict[str, Any], model: nn.Module, device: torch.device) -> _
 
 
 def _automatic(config: ModelConfig, model: nn.Module, device: torch.device) -> _Place:
-    """Fill the device with what must lie there, then with experts layer by layer; then the CPU; then the disk."""
+    """Fill the device with all other weights, then with experts layer by layer; then the CPU, then the disk."""
     stored = {e.name: sum(map(stored_bytes, e.stored)) for e in find_experts(model)}
     fixed = sum(map(stored_bytes, model.parameters())) - sum(stored.values())
     left = {str(device): _limit(config, "device", device) - fixed}
@@ -102,8 +102,8 @@ def _beside(experts: LayerExperts, place: str, device: torch.device) -> str:
     if place != str(device) and not isinstance(experts, FusedExperts):
         raise ModelError(
             f"model.device_map puts {experts.name} on {place}",
-            "its experts are not fused, and could not be read one by one from there",
-            "leave them on the device",
+            "only fused experts can be read one by one from there, and these are not fused",
+            "leave these experts on the computing device",
         )
     return place
 
@@ -115,12 +115,12 @@ def _limit(config: ModelConfig, place: Any, device: torch.device) -> int:
         return int(given) if given.isdigit() else int(convert_file_size_to_int(given))
     except ValueError as error:
         raise ModelError(
-            f"model.max_memory.{place} = {given!r}", "it must be a size", "write it as '8GiB'"
+            f"model.max_memory.{place} = {given!r}", "it must be a size", "write it in a form such as '8GiB'"
         ) from error
 
 
 def _upwards(name: str) -> Iterator[str]:
-    """Yield a module's name and those of all that it lies in, up to the model, ``""``."""
+    """Yield the names of a module and of the modules that contain it, up to the model, ``""``."""
     while name:
         yield name
         name = name.rpartition(".")[0]

@@ -1,7 +1,7 @@
-"""Loading a base with its routed experts in 8 or 4 bits, and telling in bytes what that came to.
+"""Loading of a base with its routed experts in 8 or 4 bits, and the resulting sizes in bytes.
 
-transformers' own quantizers replace ``nn.Linear`` layers and leave fused experts, most of a MoE's weights, as they
-are. This one quantizes what ``find_experts`` finds, tensor by tensor while it is loaded, and nothing else.
+transformers' quantizers replace ``nn.Linear`` layers and do not change fused experts, which are most of a MoE's
+weights. This quantizer quantizes only what ``find_experts`` finds, tensor by tensor during loading.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _METHOD = "flexperts"
 
 @register_quantization_config(_METHOD)
 class ExpertsQuantization(QuantizationConfigMixin):  # type: ignore[misc]
-    """What transformers is asked for.
+    """The quantization setting for transformers.
 
     Args:
         scheme: int8 or nf4.
@@ -39,7 +39,7 @@ class ExpertsQuantization(QuantizationConfigMixin):  # type: ignore[misc]
 
 @register_quantizer(_METHOD)
 class ExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Quantizes the routed experts of a model while transformers loads it."""
+    """Quantizer of a model's routed experts while transformers loads it."""
 
     requires_calibration = False
     is_trainable = True
@@ -48,43 +48,43 @@ class ExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         self.names = quantizable(model)
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
-        """Tell whether a parameter is one of the experts'."""
+        """Return whether a parameter belongs to the experts."""
         return param_name in self.names
 
     def get_quantize_ops(self) -> ConversionOps:
-        """Return what quantizes one parameter."""
+        """Return the operation that quantizes one parameter."""
         return _Quantize(self.quantization_config.scheme)
 
     def is_serializable(self) -> bool:
-        """Quantized bases are made at every start, not saved."""
+        """Return False: quantized bases are not saved but made at every start."""
         return False
 
 
 class _Quantize(ConversionOps):  # type: ignore[misc]
-    """Quantizes what has been loaded."""
+    """The operation that quantizes a loaded parameter."""
 
     def __init__(self, scheme: Scheme) -> None:
         self.scheme = scheme
 
     def convert(self, input_dict: dict[str, Any], full_layer_name: str, **_: Any) -> dict[str, Tensor]:
-        """Return the loaded parameter, quantized, by its name in the model."""
+        """Return the quantized parameter under its name in the model."""
         (loaded,) = input_dict.values()
         weight = loaded[0] if isinstance(loaded, list) else loaded
         return {full_layer_name: QuantizedTensor.quantize(weight, self.scheme)}
 
 
 def quantizable(model: nn.Module) -> set[str]:
-    """Return the names of the expert weights that can be quantized: fused, in whole blocks."""
+    """Return the names of the expert weights that can be quantized: fused tensors in whole blocks."""
     fits = {id(p) for e in find_experts(model) for p in e.stored if p.dim() == 3 and not p[0].numel() % BLOCK}
     return {name for name, parameter in model.named_parameters() if id(parameter) in fits}
 
 
 def check_quantizer(config: Any, base: str) -> None:
-    """Refuse to quantize where bitsandbytes is missing, or what is quantized already.
+    """Refuse to quantize without bitsandbytes, or a base that is already quantized.
 
     Args:
         config: The base's configuration.
-        base: What the user calls it.
+        base: The base's name in the recipe.
     """
     if find_spec("bitsandbytes") is None:
         raise ModelError(
@@ -92,19 +92,19 @@ def check_quantizer(config: Any, base: str) -> None:
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(
-            f"model.base = {base!r}", "its checkpoint is quantized already", "set model.quantization = 'none'"
+            f"model.base = {base!r}", "its checkpoint is already quantized", "set model.quantization = 'none'"
         )
 
 
 def check_quantized(model: nn.Module, base: str) -> None:
-    """Refuse a base whose experts have stayed in full precision though they were to be quantized."""
+    """Refuse a base with experts that stayed in full precision although the recipe quantizes them."""
     experts = [name for name, part in _parts(model) if part == EXPERTS]
     weights = [model.get_parameter(name) for name in experts if "bias" not in name.rpartition(".")[2]]
     if full := sum(stored_bytes(w) for w in weights if not isinstance(w, QuantizedTensor)):
         raise ModelError(
             f"model.quantization on {base!r}",
             f"{full:,} of {sum(map(stored_bytes, weights)):,} bytes of expert weights stay in full precision: "
-            f"they are not fused, or no multiple of {BLOCK} values",
+            f"they are not fused, or their size is not a multiple of {BLOCK} values",
             "set model.quantization = 'none'",
         )
 
@@ -120,8 +120,8 @@ class Storage:
     Args:
         part: One of ``PARTS``.
         types: The storage types, such as ``nf4``.
-        before: Bytes in the type that it stands for.
-        after: Bytes as it is stored.
+        before: Bytes in the dtype before quantization.
+        after: Bytes as stored.
     """
 
     part: str
@@ -131,7 +131,7 @@ class Storage:
 
 
 def storage(model: nn.Module) -> list[Storage]:
-    """Return how a model is stored, part by part in the order of ``PARTS``; what it does not have is left out."""
+    """Return how a model is stored, by part in the order of ``PARTS``; parts that it does not have are left out."""
     held: dict[str, list[nn.Parameter]] = {part: [] for part in PARTS}
     for name, part in _parts(model):
         held[part].append(model.get_parameter(name))
@@ -148,7 +148,7 @@ def storage(model: nn.Module) -> list[Storage]:
 
 
 def storage_line(model: nn.Module) -> str:
-    """Return in a line what was quantized and what was not, in bytes."""
+    """Return a line with the storage type and megabytes of each part."""
     return "stored: " + "; ".join(
         f"{row.part} {', '.join(row.types)} {row.after / 1e6:,.1f} MB"
         + (f" (of {row.before / 1e6:,.1f})" if row.after != row.before else "")
@@ -163,7 +163,7 @@ def _type(parameter: Tensor) -> str:
 
 
 def planned_bytes(model: nn.Module, scheme: Literal["none"] | Scheme) -> int:
-    """Return the bytes of a model on the meta device once its experts are quantized; ``none`` leaves them."""
+    """Return the bytes that a model on the meta device will take with this quantization of its experts."""
     if scheme == "none":
         return sum(map(stored_bytes, model.parameters()))
     names = quantizable(model)
@@ -177,7 +177,7 @@ def _parts(model: Any) -> Iterator[tuple[str, str]]:
     """Yield (name, part) of every parameter."""
     try:
         experts = {id(p) for e in find_experts(model) for p in e.stored}
-    except ModelError:  # dense: methods that need no experts run on it
+    except ModelError:  # a dense model, which methods without experts can use
         experts = set()
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
     embedded = {id(p) for module in embeddings if module is not None for p in module.parameters()}

@@ -1,4 +1,4 @@
-"""Watching modules at work: one forward pass per batch, with hooks for that pass alone.
+"""Recording of what modules compute: one forward pass per batch, with hooks for this pass only.
 
 Shapes: B rows, S columns.
 """
@@ -19,10 +19,10 @@ from flexperts.modeling.forward import Precision, autocast, hidden_states
 
 
 class Recorder(Protocol):
-    """What notes something of every forward pass."""
+    """Records something of every forward pass."""
 
     def hooks(self, mask: Tensor) -> Iterator[RemovableHandle]:
-        """Hang hooks for one pass and yield their handles; ``mask [B * S]`` is true on tokens, false on padding."""
+        """Register hooks for one pass and yield their handles; ``mask [B * S]`` is false on padding."""
 
 
 @torch.no_grad()
@@ -33,14 +33,14 @@ def record(
     precision: Precision,
     on_batch: Callable[[PaddedBatch], None] | None = None,
 ) -> None:
-    """Run every batch once, all recorders watching; no hook of theirs is left behind, not even after an error.
+    """Run every batch once with all recorders; their hooks are always removed, also after an error.
 
     Args:
-        model: The base in eval mode (where PEFT has wrapped it, what is inside), with whatever is hung onto it.
-        recorders: What watches.
-        batches: What is run.
+        model: The base in eval mode (if PEFT has wrapped it, the inner model), with anything attached to it.
+        recorders: The recorders.
+        batches: The batches to run.
         precision: As in training.
-        on_batch: Gets every batch before it is run; what it runs itself is not recorded.
+        on_batch: Called with every batch before it is run; forward passes in it are not recorded.
     """
     device = next(model.parameters()).device
     for batch in batches:
@@ -62,7 +62,7 @@ class _Mean:
     tokens: int = 0
 
     def hook(self, mask: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        """Return what adds a layer's input ``[B, S, in]``, or ``[B, 1, S, in]``, where ``mask [B, S]`` is set."""
+        """Return a hook that adds a layer's input, ``[B, S, in]`` or ``[B, 1, S, in]``, where ``mask [B, S]``."""
 
         def add(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             self.total = self.total + args[0].flatten(0, -2)[mask.flatten()].double().sum(0)
@@ -75,12 +75,12 @@ class _Mean:
 def mean_inputs(
     model: Any, layers: Mapping[str, nn.Module], batches: Iterable[PaddedBatch], precision: Precision
 ) -> dict[str, Tensor]:
-    """Return the mean input ``[in]`` of every layer over the batches' tokens, in fp32, padding left out.
+    """Return the mean input ``[in]`` of every layer over the batches' tokens, without padding, in fp32.
 
     Args:
-        model: The base, in eval mode, with whatever is hung onto it.
+        model: The base in eval mode, with anything attached to it.
         layers: Modules of ``model`` by name; each is called once in a forward pass.
-        batches: At least one.
+        batches: The batches, at least one.
         precision: As in training.
     """
     device = next(model.parameters()).device

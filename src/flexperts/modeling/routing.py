@@ -1,7 +1,6 @@
-"""Where tokens are routed: what each layer's router does with them in one model state, and how far that is from the
-untouched base. Padding never counts.
+"""Routing of tokens in each layer in one model state, and how much it differs from the unchanged base.
 
-Where routers are frozen, attention alone moves a token's routing: its hidden state arrives changed.
+Padding never counts. With frozen routers, only attention changes a token's routing, through its hidden state.
 Shapes: T tokens, K experts per token, N experts, D' width of the router's input. Entropies and divergences in nats.
 """
 
@@ -31,16 +30,16 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class LayerRouting:
-    """What one layer's router did with tokens; all tensors lie on the CPU.
+    """One layer's routing of tokens; all tensors are on the CPU.
 
-    The full distribution is one rule for every family: the softmax over all N of the router's logits W x (+ b), in
-    fp32 from its own input. Softmax routers choose its K greatest (in bf16, near ties aside). For routers that
-    score by sigmoid it stands in, with the order of their scores; correction biases, groups and temperatures, by
-    which some families choose, are not in it.
+    The full distribution has the same definition in every family: the softmax over all N logits W x (+ b) of the
+    router, in fp32 from its input. Softmax routers choose its K largest values (except for near ties in bf16).
+    Routers that score by sigmoid order experts in the same way. Correction biases, groups and temperatures, which
+    some families also use to choose, are not included.
 
     Args:
-        index: ``[T, K]``, the experts that were chosen.
-        weight: ``[T, K]`` fp32, the weights that the experts got.
+        index: ``[T, K]``, the chosen experts.
+        weight: ``[T, K]`` fp32, the weights of the chosen experts.
         experts: ``N``.
         probabilities: ``[T, N]`` fp32, the full distribution; None where the router's matrix cannot be found.
     """
@@ -53,14 +52,13 @@ class LayerRouting:
 
 @dataclass
 class RoutingRecorder:
-    """Notes one layer's routing.
+    """Recorder of one layer's routing.
 
-    It reads what the router hands to the experts module: a part that computes with fewer experts than were chosen
-    (``restrict``) does so behind it.
+    It reads what the router passes to the experts module, before a part reduces the experts (``restrict``).
 
     Args:
         experts: The layer's experts module.
-        router: Its router, or None where there is no finding it.
+        router: The layer's router, or None where it cannot be found.
     """
 
     experts: LayerExperts
@@ -70,7 +68,7 @@ class RoutingRecorder:
     _probabilities: list[Tensor] = field(default_factory=list)
 
     def hooks(self, mask: Tensor) -> Iterator[RemovableHandle]:
-        """Watch router and experts module for one pass."""
+        """Register hooks on router and experts module for one pass."""
 
         def chosen(_hidden: Tensor, index: Tensor, weight: Tensor, _output: Tensor) -> None:
             self._index.append(_kept(index, mask).cpu())
@@ -81,8 +79,8 @@ class RoutingRecorder:
             yield self.router.module.register_forward_pre_hook(self._scored(self.router, mask))
 
     def result(self) -> LayerRouting:
-        """Return what was noted, in the order of the batches' rows."""
-        # A router whose matrix is read by others, and that is never called itself, has told nothing.
+        """Return the recorded routing, in the order of the batches' rows."""
+        # A router may never be called, if other modules use its matrix: then there are no probabilities.
         full = torch.cat(self._probabilities) if self._probabilities else None
         return LayerRouting(torch.cat(self._index), torch.cat(self._weight), self.experts.num_experts, full)
 
@@ -108,7 +106,7 @@ def record_routing(
     precision: Precision,
     on_batch: Callable[[PaddedBatch], None] | None = None,
 ) -> dict[str, LayerRouting]:
-    """Return what every layer's router does with the batches' tokens, by experts module.
+    """Return every layer's routing of the batches' tokens, by experts module.
 
     Args:
         model, batches, precision, on_batch: As for ``record``; at least one batch.
@@ -122,17 +120,20 @@ def record_routing(
 def summarize_routing(now: LayerRouting, base: LayerRouting | None = None) -> dict[str, Any]:
     """Return a layer's routing in numbers, as plain JSON values with six significant digits.
 
-    A slot with weight exactly 0, or with an index that is no expert's, selects nothing: a few families skip so.
-    "tokens" T; "utilisation" [N], share of all selections; "mean_weight" [N], mean router weight over all tokens;
-    "entropy", mean over tokens of the full distribution's, or of the K weights' scaled to sum 1 where "full" is
-    false; "load_entropy", the utilisation's over log N, 1 is even; "dead", the experts that no token selects;
-    "co_selection" [N][N], share of tokens that select both, on the diagonal that select the one (four digits).
-    Against the base: "agreement", mean share of a token's experts that are the same; "divergence", mean
-    Jensen-Shannon divergence of the full distributions, None where one is missing; "utilisation_divergence".
+    A slot with weight exactly 0, or with an index beyond the experts, selects nothing; a few families skip experts
+    in this way. "tokens": T. "utilisation" [N]: share of all selections. "mean_weight" [N]: mean router weight over
+    all tokens. "entropy": mean over tokens of the full distribution's entropy, or, where "full" is false, that of
+    the K weights scaled to sum 1. "load_entropy": the utilisation's entropy over log N; 1 is even. "dead": the
+    experts that no token selects. "co_selection" [N][N]: share of tokens that select both experts, on the diagonal
+    the one expert (four digits).
+    Against the base: "agreement", the mean share of a token's experts that are the same; "divergence", the mean
+    Jensen-Shannon divergence of the full distributions, None where one is missing; "utilisation_divergence", the
+    Jensen-Shannon divergence of the utilisations.
 
     Args:
-        now: The state that is described.
-        base: The untouched base on the same tokens in the same order; without it, its three numbers are left out.
+        now: The routing to describe.
+        base: The routing of the unchanged base on the same tokens in the same order; without it, the numbers
+            against the base are left out.
     """
     selected, load = _selected(now), _utilisation(now)
     together = selected.T @ selected / len(selected)
@@ -152,7 +153,7 @@ def summarize_routing(now: LayerRouting, base: LayerRouting | None = None) -> di
 def _against(now: LayerRouting, base: LayerRouting) -> dict[str, Any]:
     ours, theirs = _selected(now), _selected(base)
     most = np.maximum(ours.sum(1), theirs.sum(1))
-    # Two tokens that are both sent to nobody agree.
+    # A token that selects no expert in either state agrees.
     same = np.divide((ours * theirs).sum(1), most, out=np.ones_like(most), where=most > 0)
     full = now.probabilities is not None and base.probabilities is not None
     return {
@@ -163,7 +164,7 @@ def _against(now: LayerRouting, base: LayerRouting) -> dict[str, Any]:
 
 
 def _jensen_shannon(p: Floats, q: Floats) -> Floats:
-    """Return the divergence along the last axis; SciPy's own is NaN where p and q differ by rounding only."""
+    """Return the divergence along the last axis; SciPy's is NaN where p and q differ only by rounding."""
     middle = (p + q) / 2
     total: Floats = (kl_div(p, middle) + kl_div(q, middle)).sum(-1) / 2
     return total.clip(0)
@@ -178,7 +179,7 @@ def _selected(routing: LayerRouting) -> Floats:
 
 
 def _used(routing: LayerRouting) -> NDArray[np.bool_]:
-    """Return ``[T, K]``, which slots select an expert."""
+    """Return ``[T, K]``, true for slots that select an expert."""
     used: NDArray[np.bool_] = ((routing.index < routing.experts) & (routing.weight != 0)).numpy()
     return used
 
@@ -204,14 +205,14 @@ def _distribution(routing: LayerRouting) -> Floats:
 
 
 def _digits(value: Any, digits: int = 6) -> Any:
-    """Return a number, or nested lists of them, with so many significant digits."""
+    """Return a number, or nested lists of numbers, rounded to significant digits."""
     if isinstance(value, np.ndarray) and value.ndim:
         return [_digits(inner, digits) for inner in value]
     return float(f"{value:.{digits}g}")
 
 
 def _kept(values: Tensor, mask: Tensor) -> Tensor:
-    """Return the tokens' rows of ``values``, ``[B * S, ...]`` or ``[B, S, ...]``."""
+    """Return the rows of ``values`` (``[B * S, ...]`` or ``[B, S, ...]``) that are tokens, not padding."""
     return values.reshape(-1, values.shape[-1])[mask]
 
 

@@ -1,4 +1,4 @@
-"""A model by its configuration alone: which class of transformers it is, and its shapes without weights."""
+"""A model from its configuration only: its class in transformers, and its shapes without weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 def auto_class(config: Any) -> Any:
     """Return transformers' auto class for a configuration.
 
-    Models that see and have a language model inside are often known to another one than language models.
+    Multimodal models with a language model inside are often registered with another auto class.
     """
     kind = type(config)
     if kind not in AutoModelForCausalLM._model_mapping and kind in AutoModelForImageTextToText._model_mapping:
@@ -20,12 +20,12 @@ def auto_class(config: Any) -> Any:
 
 
 def skeleton(config: Any, dtype: str, *, trust_remote_code: bool = False) -> Any:
-    """Return the model with every shape and no value.
+    """Return the model on the meta device: with all shapes and no values.
 
     Args:
         config: transformers' configuration.
         dtype: Storage type of the weights, as in a recipe.
-        trust_remote_code: Whether code that comes with the base may run.
+        trust_remote_code: Whether code from the base's files may run.
     """
     with torch.device("meta"):
         return auto_class(config).from_config(

@@ -1,1 +1,1 @@
-"""What is inside a MoE model: experts modules, attention projections, routing."""
+"""The parts of a MoE model: experts modules, attention projections, routers."""

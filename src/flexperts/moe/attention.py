@@ -1,7 +1,7 @@
-"""Which Linear layers LoRA may adapt: exact attention projections, found by rule.
+"""The Linear layers that LoRA may adapt: attention projections, found by rule.
 
-``target_modules="all-linear"`` is not used: on many MoE families PEFT rewrites it through a name map that reaches
-every routed expert and the router. Full module names of exact ``nn.Linear`` layers cannot be misread.
+``target_modules="all-linear"`` is not used: on many MoE families PEFT rewrites it through a name map that includes
+every routed expert and the router. Full module names of exact ``nn.Linear`` layers are unambiguous.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import nn
 
 from flexperts.errors import ConfigError
 
-# Multi-head latent and compressed convolutional attention; as abbreviations they count in capitals only.
+# MLA and CCA are multi-head latent and compressed convolutional attention; they match in capitals only.
 _MIXERS = re.compile(r"Attention|Mamba|DeltaNet|ShortConv|LinearAttn|(?-i:MLA|CCA)", re.IGNORECASE)
-# Read as bare weights by their model, or renamed by PEFT's v4-to-v5 map: LoRA on them fails or stays dead.
+# Their model uses only the weights, or PEFT's v4-to-v5 map renames them: LoRA on them fails or has no effect.
 _EXCLUDED = frozenset({"gate_proj", "out_proj", "dt_proj", "o_a_proj"})
 
 
@@ -37,8 +37,10 @@ def attention_linears(model: nn.Module, projections: Sequence[str] = ()) -> list
     if missing or not names:
         raise ConfigError(
             f"lora.projections = {list(projections)}",
-            f"{missing or 'nothing'} is no attention projection of {type(model).__name__}",
-            f"choose from {present}" if present else "use a model with attention Linear layers",
+            f"{type(model).__name__} has no attention projection {missing}"
+            if missing
+            else f"{type(model).__name__} has no attention projections",
+            f"choose from {present}" if present else "use a model whose attention has Linear layers",
         )
     return [name for name in names if not projections or name.rsplit(".", 1)[-1] in projections]
 
@@ -49,19 +51,19 @@ def attention_modules(model: nn.Module) -> list[str]:
 
 
 def _mixers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield what is called like a sequence mixer; decoder layers named after theirs are among it."""
+    """Yield modules whose class is named like a sequence mixer; some decoder layers have such names too."""
     for name, module in language_modules(model):
         if _MIXERS.search(type(module).__name__):
             yield name, module
 
 
 def language_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules of the language model, by the names that they have in ``model``.
+    """Yield the modules of the language model, with their names in ``model``.
 
-    Towers for images or sound may hold attention and experts of their own; these stay as they are.
+    Towers for images or sound are left out, though they may have attention and experts too.
 
     Args:
-        model: A model of transformers, which knows its decoder, or any other module, which is taken whole.
+        model: A model of transformers, of which the decoder is used, or any other module, which is used as a whole.
     """
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
     prefix = next(name for name, module in model.named_modules() if module is decoder)

@@ -2,10 +2,11 @@
 
     F(x) = sum_j E_j(g_j(x) x)        g_j(x) = 0 outside of the top K
 
-The experts module takes x ``[N * T, D]``, scaled, one expert after the other; the block above it adds a shared
-expert and returns (output, router logits). A term is hung beside the block, on x itself: a personal expert adds
-sigmoid(G(x)) E_p(x), as in every other layout, not E_p(sigmoid(G(x)) x). An expert is not linear: a gate on its
-input would not scale what it adds; on its output, gates and the selection's constants mean the same everywhere.
+The experts module takes the scaled x ``[N * T, D]``, ordered by expert. The block above it adds a shared expert and
+returns (output, router logits). A term is added to the block's output and computed from the unscaled x: a personal
+expert adds sigmoid(G(x)) E_p(x), as in every other layout, not E_p(sigmoid(G(x)) x). An expert is not linear: a
+gate on its input would not scale its output. On the output, gates and the selection's constants mean the same in
+every layout.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class BatchedExperts(LayerExperts):
     """Experts in fused tensors ``[N, in, out]`` behind a block that scales their input.
 
     Args:
-        parent: The block: it holds the experts module, the ``router`` and a shared expert.
+        parent: The block that contains the experts module, the ``router`` and a shared expert.
     """
 
     parent: nn.Module
@@ -36,7 +37,7 @@ class BatchedExperts(LayerExperts):
 
     @classmethod
     def recognise(cls, name: str, module: nn.Module, parent: nn.Module) -> Self | None:
-        """Recognise fused tensors in a module that is called with x alone, beside a router that knows its K."""
+        """Recognise fused tensors in a module that is called with x only, next to a router with ``top_k``."""
         count = getattr(module, "num_experts", None)
         if not isinstance(count, int) or not holds_fused(module, count) or num_arguments(module) != 1:
             return None
@@ -53,7 +54,7 @@ class BatchedExperts(LayerExperts):
         return ExpertWeights(*parts)  # type: ignore[arg-type]
 
     def add(self, term: Term) -> RemovableHandle:
-        """Hang ``term`` beside the block, on its unscaled input."""
+        """Add ``term``, computed from the unscaled input, to the block's output."""
 
         def added(_block: nn.Module, args: tuple[Tensor, ...], output: tuple[Any, ...]) -> tuple[Any, ...] | None:
             extra = term(args[0].reshape(-1, args[0].shape[-1]))
@@ -62,7 +63,7 @@ class BatchedExperts(LayerExperts):
         return self.parent.register_forward_hook(added)
 
     def watch(self, note: Note) -> Iterator[RemovableHandle]:
-        """Note x and routing at the router, and the routed output, without the shared expert, at the experts."""
+        """Record x and routing at the router, and at the experts the routed output without the shared expert."""
         routing: list[Tensor] = []
 
         def routed(router: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Finding a model's routed experts, by structure, never by model name."""
+"""Search for a model's routed experts, by structure, never by model name."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ LAYOUTS: tuple[type[LayerExperts], ...] = (
     BatchedExperts,
     ParallelExperts,
 )
-"""No module fits two of them."""
+"""All layouts; no module fits two of them."""
 
 
 def find_experts(model: nn.Module) -> list[LayerExperts]:
-    """Return the routed experts of the language model's layers in the order in which the model holds them.
+    """Return the routed experts of the language model's layers, in the model's order.
 
-    Experts that attention is made of, or that a tower for images or sound holds, are left alone.
+    Experts inside attention, or in a tower for images or sound, are ignored.
 
     Raises:
-        ModelError: The model is dense, or some of its experts modules have a layout that cannot be grafted.
+        ModelError: The model is dense, or an experts module has an unknown layout.
     """
     found = [experts for name, module in language_modules(model) if (experts := _recognised(model, name, module))]
     inside = tuple(f"{name}." for name in [*(e.name for e in found), *attention_modules(model)])
@@ -40,9 +40,9 @@ def find_experts(model: nn.Module) -> list[LayerExperts]:
     ]
     if refused:
         raise ModelError(
-            f"{type(model).__name__} holds {', '.join(refused[:4])}",
-            "an experts module must store and take its experts in a layout that is known",
-            "use a model type that docs/models.md lists",
+            f"{type(model).__name__} has {', '.join(refused[:4])}",
+            "the layout of an experts module must be one that flexperts knows",
+            "use one of the model types in docs/models.md",
         )
     if not found:
         raise ModelError(
@@ -54,13 +54,13 @@ def find_experts(model: nn.Module) -> list[LayerExperts]:
 
 
 def _recognised(model: nn.Module, name: str, module: nn.Module) -> LayerExperts | None:
-    """Return the experts that a module holds in one of the layouts, or None."""
+    """Return a module's experts in the layout that fits, or None."""
     parent = model.get_submodule(name.rpartition(".")[0])
     return next((experts for layout in LAYOUTS if (experts := layout.recognise(name, module, parent))), None)
 
 
 def _looks_like_experts(module: nn.Module) -> bool:
-    """Tell whether a module is meant to hold routed experts, so that a miss is refused and not ignored."""
+    """Return whether a module seems to contain routed experts; an unknown layout is then refused, not ignored."""
     holds = any(True for _ in module.parameters())
     kind = type(module).__name__
     return holds and kind.endswith("Experts") and "Shared" not in kind

@@ -1,6 +1,6 @@
-"""Flat experts: three matrices ``[N * I, D]`` in a module below the experts module, gate and up apart.
+"""Flat experts: three matrices ``[N * I, D]`` in a module below the experts module, with separate gate and up.
 
-The call is that of fused experts, but with hidden states ``[B, S, D]``.
+The module is called like fused experts, but with hidden states ``[B, S, D]``.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _NAMES = {"w1", "v1", "w2"}
 
 @dataclass(frozen=True)
 class FlatExperts(LayerExperts):
-    """Experts that are slices of rows."""
+    """Experts stored as slices of rows."""
 
     @classmethod
     def recognise(cls, name: str, module: nn.Module, parent: nn.Module) -> Self | None:
-        """Recognise the three matrices one level below a module that is called with index and weights."""
+        """Recognise the three matrices one level below a module that is called with (x, index, weights)."""
         count, below = getattr(module, "num_experts", None), getattr(module, "mlp", None)
         if not isinstance(count, int) or not isinstance(below, nn.Module) or num_arguments(module) != 3:
             return None
@@ -33,12 +33,12 @@ class FlatExperts(LayerExperts):
         return cls(name, module) if fits else None
 
     def expert(self, index: int) -> ExpertWeights:
-        """Return expert ``index``: its down projection as a view, gate and up side by side as a copy."""
+        """Return expert ``index``: the down projection as a view, gate and up joined in a copy."""
         gate, up, down = (self._slice(name, index) for name in ("w1", "v1", "w2"))
         return ExpertWeights(torch.cat([gate, up]), down.T)
 
     def _slice(self, name: str, index: int) -> Tensor:
-        """Return ``[I, D]``."""
+        """Return one expert's rows of a matrix, ``[I, D]``."""
         below = cast(nn.Module, self.module.mlp)
         stored = cast(Tensor, read(below, name))
         rows = len(stored) // self.num_experts

@@ -1,4 +1,4 @@
-"""Fused experts: a layer's experts in tensors ``[N, ...]``, called with (x, index, weights). Nearly every family.
+"""Fused experts, as in nearly every family: tensors ``[N, ...]`` in a module called with (x, index, weights).
 
 Source: transformers ``integrations/moe.py`` (``use_experts_implementation``), whose contract is
 ``forward(hidden_states [T, D], top_k_index [T, K], top_k_weights [T, K]) -> [T, D]``.
@@ -16,12 +16,12 @@ from flexperts.moe.layout import ExpertWeights, LayerExperts, num_arguments, own
 from flexperts.moe.stored import lies_whole, read_part
 
 _TOGETHER = 2**20
-"""Values of all experts' up projections that stay in a cache; with more, one expert after the other is faster."""
+"""Most values of all experts' up projections that fit a cache; with more, computing expert by expert is faster."""
 
 
 @dataclass(frozen=True)
 class FusedExperts(LayerExperts):
-    """The contract of transformers; what varies within it is told by the flags that transformers sets."""
+    """Experts that follow the contract of transformers; flags that transformers sets describe the variants."""
 
     @classmethod
     def recognise(cls, name: str, module: nn.Module, parent: nn.Module) -> Self | None:
@@ -32,7 +32,7 @@ class FusedExperts(LayerExperts):
 
     @property
     def has_gate(self) -> bool:
-        """Whether the up projection holds gate and up (U = 2 I)."""
+        """Whether the up projection contains gate and up (U = 2 I)."""
         return hasattr(self.module, "gate_up_proj")
 
     @property
@@ -41,7 +41,7 @@ class FusedExperts(LayerExperts):
         return bool(getattr(self.module, "is_transposed", False))
 
     def expert(self, index: int) -> ExpertWeights:
-        """Return expert ``index`` as detached views into the fused tensors: in memory nothing is copied."""
+        """Return expert ``index`` as detached views into the fused tensors; in memory nothing is copied."""
         return self._weights(index)
 
     def _weights(self, index: int | slice) -> ExpertWeights:
@@ -51,14 +51,14 @@ class FusedExperts(LayerExperts):
         return ExpertWeights(*parts)  # type: ignore[arg-type]
 
     def run_all(self, hidden: Tensor) -> Iterator[Tensor]:
-        """Yield all experts' outputs: together where they are small, and one by one elsewhere."""
+        """Yield all experts' outputs: together if they are small, else one by one."""
         values = len(hidden) * self.num_experts * (self.expert(0).up.numel() // self.width)
         if values > _TOGETHER or not lies_whole(self.module):
             yield from super().run_all(hidden)
             return
         every = self._weights(slice(self.num_experts))
         up, down = (w if self.is_transposed else w.mT for w in (every.up, every.down))
-        # Computed as [N, U, T], so that each half that the activation takes is one piece of memory.
+        # Computed as [N, U, T], so that each half for the activation is contiguous.
         projected = (up.mT @ hidden.T).mT
         if every.up_bias is not None:
             projected = projected + every.up_bias.unsqueeze(1)
@@ -68,13 +68,13 @@ class FusedExperts(LayerExperts):
         yield self.finish(outputs)
 
     def activate(self, projected: Tensor) -> Tensor:
-        """Turn the up projection ``[T, U]`` into the intermediate ``[T, I]`` with the module's own rule."""
+        """Return the intermediate ``[T, I]`` of an up projection ``[T, U]``, by the module's rule."""
         if self.has_gate and hasattr(self.module, "_apply_gate"):
             return cast(Tensor, self.module._apply_gate(projected))  # type: ignore[operator]
         return super().activate(projected)
 
     def finish(self, output: Tensor) -> Tensor:
-        """Apply the norm that a few families put after each expert, to ``[T, D]``."""
+        """Return ``output [T, D]`` after the norm that a few families apply to each expert."""
         if getattr(self.module, "has_post_expert_norm", False):
             return cast(Tensor, self.module.post_expert_norm(output))  # type: ignore[operator]
         return output
@@ -82,11 +82,11 @@ class FusedExperts(LayerExperts):
 
 @dataclass(frozen=True)
 class FusedExpertsWithIdentities(FusedExperts):
-    """The same contract, where the router may also choose numbers from N on: these hand x on unchanged."""
+    """The same contract, where the router may also choose numbers from N on; these return x unchanged."""
 
     @classmethod
     def recognise(cls, name: str, module: nn.Module, parent: nn.Module) -> Self | None:
-        """Recognise the contract by tensors, signature and its two counts; the up projection may have idle rows."""
+        """Recognise the contract by tensors, signature and two counts; the tensors may have unused rows."""
         routed, identities = (getattr(module, n, None) for n in ("num_routed_experts", "zero_expert_num"))
         if not isinstance(routed, int) or not isinstance(identities, int):
             return None
@@ -100,12 +100,12 @@ class FusedExpertsWithIdentities(FusedExperts):
 
     @property
     def num_identities(self) -> int:
-        """How many further choices the router has, numbered from N, that hand x on unchanged."""
+        """Number of the router's additional choices, from N on, that return x unchanged."""
         return cast(int, self.module.zero_expert_num)
 
 
 def holds_fused(module: nn.Module, count: int, idle: int = 0) -> bool:
-    """Tell whether a module's own tensors are those of ``count`` fused experts, some with ``idle`` rows more."""
+    """Return whether a module's tensors are those of ``count`` fused experts; some may have ``idle`` more rows."""
     own = own_parameters(module)
     if "down_proj" not in own or not ({"gate_up_proj", "up_proj"} & own.keys()):
         return False

@@ -1,8 +1,8 @@
-"""The routed experts of one layer, however its model stores and calls them.
+"""The routed experts of one layer, independent of how its model stores and calls them.
 
-The rest of the package knows a layer's experts as ``LayerExperts`` alone: how many there are, how one is read, how
-a term is hung beside them, how a call is watched. Each layout is one file: ``fused`` (nearly every family),
-``flat``, ``batched``, ``parallel``. ``experts.find_experts`` tells them apart by structure.
+The rest of the package uses a layer's experts only as ``LayerExperts``: how many there are, how one is read, how a
+term is added to their output, how a call is recorded. Each layout is one file: ``fused`` (nearly every family),
+``flat``, ``batched``, ``parallel``. ``experts.find_experts`` recognizes them by structure.
 
 Shapes: T tokens, D expert input and output width, I intermediate width, U = 2 I (gated) or I, N experts, K experts
 per token.
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 Term = Callable[[Tensor], Tensor | None]
-"""Hidden states x ``[..., D]`` -> what is added to the layer's output ``[..., D]``, or None for nothing."""
+"""Hidden states x ``[..., D]`` -> the term added to the layer's output ``[..., D]``, or None for no term."""
 Note = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 """(x ``[T, D]``, index ``[T, K]``, weights ``[T, K]``, routed output F(x) ``[T, D]``) of one call."""
 
@@ -52,11 +52,11 @@ class ExpertWeights:
 
 @dataclass(frozen=True)
 class LayerExperts(ABC):
-    """A layer's routed experts. What stands here fits a module that is called as ``module(x, index, weights)``.
+    """A layer's routed experts. The defaults here fit a module that is called as ``module(x, index, weights)``.
 
     Args:
         name: Qualified name in the model, such as ``model.layers.4.mlp.experts``.
-        module: The module of that name.
+        module: The module with this name.
     """
 
     name: str
@@ -68,11 +68,11 @@ class LayerExperts(ABC):
     @classmethod
     @abstractmethod
     def recognise(cls, name: str, module: nn.Module, parent: nn.Module) -> Self | None:
-        """Return the experts that ``module`` holds in this layout, or None where it does not."""
+        """Return the experts of ``module`` if they have this layout, else None."""
 
     @abstractmethod
     def expert(self, index: int) -> ExpertWeights:
-        """Return expert ``index``, detached: views of the stored tensors where the layout allows it."""
+        """Return expert ``index``, detached; as views of the stored tensors where the layout allows it."""
 
     @property
     def num_experts(self) -> int:
@@ -81,22 +81,22 @@ class LayerExperts(ABC):
 
     @property
     def num_identities(self) -> int:
-        """How many further choices the router has, numbered from N, that hand x on unchanged."""
+        """Number of the router's additional choices, from N on, that return x unchanged."""
         return 0
 
     @property
     def block(self) -> str:
-        """Name of the module that holds both the experts and their router."""
+        """Name of the module that contains both the experts and their router."""
         return self.name.rpartition(".")[0]
 
     @property
     def stored(self) -> list[nn.Parameter]:
-        """The model's parameters that hold this layer's routed experts."""
+        """The model's parameters that store this layer's routed experts."""
         return list(self.module.parameters())
 
     @property
     def has_gate(self) -> bool:
-        """Whether the up projection holds gate and up (U = 2 I)."""
+        """Whether the up projection contains gate and up (U = 2 I)."""
         return True
 
     @property
@@ -116,7 +116,7 @@ class LayerExperts(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the frozen weights lie."""
+        """Device of the frozen weights."""
         return self.expert(0).up.device
 
     def project(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -124,14 +124,14 @@ class LayerExperts(ABC):
         return F.linear(hidden, weight.T if self.is_transposed else weight, bias)
 
     def activate(self, projected: Tensor) -> Tensor:
-        """Turn the up projection ``[T, U]`` into the intermediate ``[T, I]`` with the model's own rule."""
+        """Return the intermediate ``[T, I]`` of an up projection ``[T, U]``, by the model's rule."""
         if not self.has_gate:
             return self._activation(projected)
         gate, up = projected.chunk(2, dim=-1)
         return self._activation(gate) * up
 
     def finish(self, output: Tensor) -> Tensor:
-        """Apply what a few families do to each expert's output ``[T, D]``."""
+        """Return ``output [T, D]`` after a final step that a few families apply to each expert."""
         return output
 
     def run(self, hidden: Tensor, weights: ExpertWeights) -> Tensor:
@@ -140,11 +140,11 @@ class LayerExperts(ABC):
         return self.finish(self.project(intermediate, weights.down, weights.down_bias))
 
     def run_all(self, hidden: Tensor) -> Iterator[Tensor]:
-        """Yield all experts' unweighted outputs for ``hidden [T, D]``, in order, some at a time: ``[n, T, D]``."""
+        """Yield all experts' unweighted outputs for ``hidden [T, D]``, in order, in groups ``[n, T, D]``."""
         return (self.run(hidden, self.expert(i))[None] for i in range(self.num_experts))
 
     def add(self, term: Term) -> RemovableHandle:
-        """Hang ``term`` beside the experts: its value is added to what they give, in the dtype of that."""
+        """Add ``term`` to the experts' output, in the output's dtype; return the hook's handle."""
 
         def added(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             extra = term(args[0])
@@ -153,7 +153,7 @@ class LayerExperts(ABC):
         return self.module.register_forward_hook(added)
 
     def watch(self, note: Note) -> Iterator[RemovableHandle]:
-        """Call ``note`` at every call of the experts, and yield the handles of the hooks that do it."""
+        """Call ``note`` at every call of the experts; yield the hooks' handles."""
 
         def seen(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             note(*(t.reshape(-1, t.shape[-1]) for t in (*args, output)))
@@ -165,10 +165,10 @@ class LayerExperts(ABC):
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that ``module`` itself holds, by name."""
+    """Return the parameters of ``module`` without those of its children, by name."""
     return dict(module.named_parameters(recurse=False))
 
 
 def num_arguments(module: nn.Module) -> int:
-    """Return how many arguments the forward of ``module``'s class takes beside self."""
+    """Return the number of arguments of the forward of ``module``'s class, without self."""
     return len(inspect.signature(type(module).forward).parameters) - 1

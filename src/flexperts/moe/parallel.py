@@ -1,7 +1,7 @@
-"""Parallel experts: a block sorts its tokens by expert and hands them to two modules with weights ``[N, out, in]``.
+"""Parallel experts: a block sorts tokens by expert and passes them to two modules with weights ``[N, out, in]``.
 
-There is no experts module: the block itself, which adds a bias of its own behind the experts, stands for it.
-Attention may be made of such modules too; they are no experts of the layer's MLP.
+There is no experts module; the block takes its place. It also adds a bias after the experts. Attention can have
+such modules too; they do not count as experts of the layer's MLP.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class ParallelExperts(LayerExperts):
 
     @classmethod
     def recognise(cls, name: str, module: nn.Module, parent: nn.Module) -> Self | None:
-        """Recognise a block with both modules, a router and an activation between them, which attention lacks."""
+        """Recognise a block with both modules, a router and an activation; attention has no activation."""
         up, down = (getattr(module, n, None) for n in _MODULES)
         if not isinstance(up, nn.Module) or not isinstance(down, nn.Module):
             return None
@@ -45,12 +45,12 @@ class ParallelExperts(LayerExperts):
 
     @property
     def block(self) -> str:
-        """The module itself."""
+        """Name of the module itself."""
         return self.name
 
     @property
     def stored(self) -> list[nn.Parameter]:
-        """Both modules' weights; the block's bias is no expert's."""
+        """Both modules' weights; the block's bias belongs to no expert."""
         return [getattr(self.module, name).weight for name in _MODULES]
 
     def expert(self, index: int) -> ExpertWeights:
@@ -59,7 +59,7 @@ class ParallelExperts(LayerExperts):
         return ExpertWeights(*parts)  # type: ignore[arg-type]
 
     def watch(self, note: Note) -> Iterator[RemovableHandle]:
-        """Note routing at the router, brought back into the tokens' order, x and the routed output at the block."""
+        """Record routing at the router, in the tokens' order, and x and the routed output at the block."""
         routing: list[Tensor] = []
 
         def routed(_router: nn.Module, args: tuple[Tensor, ...], output: tuple[Any, ...]) -> None:
@@ -81,5 +81,5 @@ class ParallelExperts(LayerExperts):
 
 
 def _unsorted(values: Tensor, order: Tensor) -> Tensor:
-    """Return ``values`` of sorted slots in the order that the slots had before."""
+    """Return ``values`` of sorted slots in the slots' original order."""
     return torch.empty_like(values).index_copy(0, order, values)

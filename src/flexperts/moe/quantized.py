@@ -1,9 +1,9 @@
-"""A frozen weight in 8 or 4 bits: a tensor that looks like the one it was made of and holds its codes.
+"""A frozen weight in 8 or 4 bits: a tensor with the shape and dtype of the original weight that stores its codes.
 
-Shape, type and name stay those of the full weight, so experts are found and read as ever. One expert,
-``weight[i]``, is a view of its own codes. Whatever computes with it gets the values for that one operation;
-autograd keeps the codes.
-Quantizing and dequantizing are bitsandbytes' own operations, in blocks of 64 values that share one fp32 scale.
+Shape, dtype and name are those of the full weight, so experts are found and read as usual. One expert,
+``weight[i]``, is a view of its codes. An operation that needs values gets them for that operation only; autograd
+keeps the codes. Quantizing and dequantizing are bitsandbytes' operations, in blocks of 64 values with one fp32
+scale.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from torch.utils._pytree import tree_map_only
 
 Scheme = Literal["int8", "nf4"]
 BLOCK = 64
-"""Values that share one scale."""
+"""Number of values that share one scale."""
 PACKED: dict[Scheme, int] = {"int8": 1, "nf4": 2}
-"""Values in one byte of codes."""
+"""Number of values in one byte of codes."""
 
 _aten = torch.ops.aten
 
 
 class QuantizedTensor(Tensor):
-    """A weight ``[..., R, C]`` as codes.
+    """A weight ``[..., R, C]`` stored as codes.
 
     Args:
         codes: uint8 ``[..., R * C / values per byte]``.
         scales: fp32 ``[..., R * C / 64]``.
-        shape: Of the last two dimensions, as quantized: (R, C).
-        dtype: Type that it stands for.
-        scheme: How it is quantized.
+        shape: The last two dimensions, as quantized: (R, C).
+        dtype: The dtype of the original weight.
+        scheme: How the weight is quantized.
         transposed: Whether the tensor is ``[..., C, R]`` instead.
     """
 
@@ -45,7 +45,7 @@ class QuantizedTensor(Tensor):
     def __new__(
         cls, codes: Tensor, scales: Tensor, shape: Any, dtype: Any, scheme: Scheme, transposed: bool = False
     ) -> Self:
-        """Make the outside: a tensor without storage."""
+        """Return the wrapper: a tensor without storage."""
         whole = torch.empty(*codes.shape[:-1], *shape, device="meta")
         seen = whole.transpose(-2, -1) if transposed else whole
         return torch.Tensor._make_wrapper_subclass(
@@ -73,7 +73,7 @@ class QuantizedTensor(Tensor):
         """Return the values as an ordinary tensor."""
         ops, codes, scales = _operations(), self.codes.flatten(), self.scales.flatten()
         if self.scheme == "nf4":
-            # A row for each block: with shorter rows the operation on a CPU takes the wrong scales.
+            # One row per block: with shorter rows the CPU operation uses the wrong scales.
             values = ops.dequantize_4bit(codes, scales, BLOCK, "nf4", (len(scales), BLOCK), self.dtype)
         else:
             values = ops.dequantize_blockwise(codes, scales, _levels(self.device), BLOCK, self.dtype)
@@ -90,22 +90,22 @@ class QuantizedTensor(Tensor):
         return f"QuantizedTensor({tuple(self.shape)}, {self.scheme}, {self.dtype})"
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
-        """Tell torch which tensors are inside."""
+        """Return the names of the inner tensors and the other attributes, for torch."""
         return ["codes", "scales"], (self.matrix, self.dtype, self.scheme, self.transposed)
 
     @classmethod
     def __tensor_unflatten__(cls, inner: dict[str, Tensor], about: tuple[Any, ...], *_: Any) -> Self:
-        """Put the inside back together."""
+        """Rebuild the tensor from its inner tensors, for torch."""
         return cls(inner["codes"], inner["scales"], *about)
 
-    # What torch does above autograd is left to it; below, a few operations keep the codes.
+    # torch handles everything above autograd; below it, a few operations keep the codes.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run an operation: on the codes where it only looks at them from elsewhere, else on the values."""
+        """Run an operation on the codes if it only moves or views them, else on the values."""
         kwargs = kwargs or {}
         if isinstance(args[0], cls) and (kept := args[0]._kept(func, args[1:], kwargs)) is not None:
             return kept
@@ -113,7 +113,7 @@ class QuantizedTensor(Tensor):
         return func(*values[0], **values[1])
 
     def _kept(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> QuantizedTensor | None:
-        """Return the result of an operation that keeps codes, or None where ``func`` is no such one."""
+        """Return the result of an operation that keeps the codes, or None if ``func`` needs values."""
         if func in (_aten.detach.default, _aten.alias.default):
             return self._on_parts(lambda part: func(part))
         if func is _aten.clone.default:
@@ -135,13 +135,15 @@ class QuantizedTensor(Tensor):
 
 
 def quantized_bytes(shape: tuple[int, ...] | torch.Size, scheme: Scheme) -> int:
-    """Return the bytes that a weight of a shape takes when quantized."""
+    """Return the bytes of a quantized weight of a shape."""
     return prod(shape) // PACKED[scheme] + 4 * (prod(shape) // BLOCK)
 
 
 @cache
 def _operations() -> Any:
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it misses a kernel that is not used here
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # on a CPU it warns of a missing kernel, not used here
     import bitsandbytes  # noqa: F401 - registers its operations with torch
 
     return torch.ops.bitsandbytes
@@ -149,7 +151,7 @@ def _operations() -> Any:
 
 @cache
 def _levels(device: torch.device) -> Tensor:
-    """Return the 255 evenly spaced levels of int8, and 0 once more."""
+    """Return the 255 evenly spaced levels of int8, with 0 twice."""
     from bitsandbytes.functional import create_linear_map
 
     levels: Tensor = create_linear_map(signed=True, total_bits=8).to(device)

@@ -1,6 +1,6 @@
-"""Where a layer's router keeps its matrix: found by shape beside the experts, never by name of model or module.
+"""Search for a layer's router matrix: by shape near the experts, never by name of model or module.
 
-Shapes: N experts (more rows where the router has other choices too), D' width of the router's input (not always the
+Shapes: N experts (more rows if the router has other choices too), D' width of the router's input (not always the
 experts' D).
 """
 
@@ -20,9 +20,9 @@ class Router:
     """A located router.
 
     Args:
-        name: Qualified name of the module that holds the matrix, such as ``model.layers.4.mlp.gate``.
-        module: That module.
-        parameter: The matrix's name in it.
+        name: Qualified name of the module with the matrix, such as ``model.layers.4.mlp.gate``.
+        module: The module with this name.
+        parameter: The matrix's name in the module.
     """
 
     name: str
@@ -37,11 +37,11 @@ class Router:
 
 
 def find_router(model: nn.Module, experts: LayerExperts) -> Router:
-    """Return a layer's router: the one matrix with a row per choice in the experts' block or two levels below.
+    """Return a layer's router: the only matrix with a row per choice in the experts' block or two levels below it.
 
     Args:
-        model: The model that holds ``experts``.
-        experts: The experts of one layer; they and whatever is named shared are not searched.
+        model: The model that contains ``experts``.
+        experts: The experts of one layer; they and modules named "shared" are not searched.
     """
     rows = experts.num_experts + experts.num_identities
     around = _around(experts.block, model.get_submodule(experts.block), experts.module, depth=2)
@@ -49,14 +49,14 @@ def find_router(model: nn.Module, experts: LayerExperts) -> Router:
     if len(found) == 1:
         return found[0]
     raise ModelError(
-        f"{experts.block or type(model).__name__} holds {', '.join(r.name for r in found) or 'no router matrix'}",
-        f"one matrix named weight must have {rows} rows, one for each expert",
-        "use a method that leaves the router alone, or another base",
+        f"{experts.block or type(model).__name__} has {', '.join(r.name for r in found) or 'no router matrix'}",
+        f"exactly one matrix named weight must have {rows} rows, one per expert",
+        "use a method that does not train the router, or another base",
     )
 
 
 def _around(name: str, module: nn.Module, experts: nn.Module, depth: int) -> Iterator[tuple[str, nn.Module]]:
-    """Yield a module and what lies up to ``depth`` levels below it, without the experts and the shared ones."""
+    """Yield a module and those up to ``depth`` levels below it, without the experts and shared modules."""
     yield name, module
     for child, inner in module.named_children() if depth else ():
         if inner is not experts and "shared" not in child:

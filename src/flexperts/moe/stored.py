@@ -1,4 +1,4 @@
-"""Reading frozen weights wherever they lie: in memory, as codes, or offloaded between forward passes."""
+"""Reading of frozen weights: in memory, quantized, or offloaded between forward passes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from flexperts.moe.quantized import QuantizedTensor
 
 
 def read(module: nn.Module, name: str) -> Tensor | None:
-    """Return a parameter of ``module`` detached, or None where it has none of that name.
+    """Return a parameter of ``module``, detached, or None if there is none with this name.
 
-    What accelerate has offloaded is read where it lies, in a file or in the CPU's memory: of a file's tensor only
-    what is used is loaded. The module itself stays as it is.
+    A parameter that accelerate has offloaded is read from its file or from the CPU's memory; of a tensor in a file,
+    only the used part is loaded. The module is not changed.
     """
     parameter = getattr(module, name, None)
     if parameter is None:
@@ -27,7 +27,7 @@ def read(module: nn.Module, name: str) -> Tensor | None:
 
 
 def read_part(module: nn.Module, name: str, index: int | slice) -> Tensor | None:
-    """Return ``parameter[index]`` where the module computes: a view in memory, or a copy of that part alone."""
+    """Return ``parameter[index]`` on the module's computing device: a view in memory, or a copy of this part."""
     whole = read(module, name)
     if whole is None:
         return None
@@ -36,12 +36,12 @@ def read_part(module: nn.Module, name: str, index: int | slice) -> Tensor | None
 
 
 def lies_whole(module: nn.Module) -> bool:
-    """Tell whether a module's weights can all be read at once without a copy: neither codes nor offloaded."""
+    """Return whether all weights of a module can be read without a copy: not quantized and not offloaded."""
     return not has_offloaded_params(module) and not any(isinstance(p, QuantizedTensor) for p in module.parameters())
 
 
 def computing_device(module: nn.Module) -> torch.device:
-    """Return where a module that holds parameters computes."""
+    """Return the device on which a module with parameters computes."""
     if has_offloaded_params(module):
         hook: Any = module._hf_hook
         return torch.device(hook.execution_device)

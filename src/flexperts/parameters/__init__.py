@@ -1,1 +1,1 @@
-"""Who owns which parameter: shared, personal or frozen; and personal state at rest."""
+"""Parameter groups (shared, personal, frozen) and stored personal state."""

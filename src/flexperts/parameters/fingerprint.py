@@ -1,4 +1,4 @@
-"""Naming a base model by its weights, fast for 30 billion of them, and the tensors a weight is stored in."""
+"""The fingerprint of a base model's weights, fast for 30 billion of them, and the tensors that store a weight."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _SAMPLES = 1024
 def fingerprint(model: nn.Module) -> str:
     """Return a SHA-256 over every parameter's name, shape, type and up to 1,024 evenly spaced values.
 
-    Two checkpoints of one architecture differ in nearly all values, so a sample tells them apart; hashing all bytes
-    of a large base would take minutes at every start. This names a base; it is not a proof against tampering.
-    A quantized weight is named by its codes and scales, so a quantized base has a name of its own; an offloaded
-    weight is read where it lies, so where a base lies does not change its name.
+    Two checkpoints of one architecture differ in nearly all values, so a sample distinguishes them; hashing all
+    bytes of a large base would take minutes at every start. The fingerprint identifies a base; it does not protect
+    against tampering. A quantized weight is hashed by its codes and scales, so a quantized base has another
+    fingerprint. Offloading does not change the fingerprint.
     """
     digest = hashlib.sha256()
-    tied = getattr(model, "all_tied_weights_keys", None) or {}  # once offloaded, no longer the same tensor
+    tied = getattr(model, "all_tied_weights_keys", None) or {}  # after offloading they are not the same tensor
     for name, parameter in sorted(model.named_parameters()):
         if name in tied:
             continue
@@ -36,19 +36,19 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def stored_tensors(model: nn.Module, name: str, parameter: Any) -> list[Tensor]:
-    """Return the tensors that hold a parameter's values."""
+    """Return the tensors that store a parameter's values, also if it is offloaded."""
     path, _, own = name.rpartition(".")
     module: Any = model.get_submodule(path)
     return [module._hf_hook.weights_map[own]] if has_offloaded_params(module) else inner_tensors(parameter)
 
 
 def inner_tensors(tensor: Any) -> list[Tensor]:
-    """Return the tensors that hold a parameter's values, such as a quantized weight's codes and scales."""
+    """Return the tensors that store a parameter's values, such as a quantized weight's codes and scales."""
     if is_traceable_wrapper_subclass(tensor):
         return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
     return [tensor]
 
 
 def stored_bytes(tensor: Any) -> int:
-    """Return the bytes that a tensor's values take where it is stored."""
+    """Return the bytes in which a tensor's values are stored."""
     return sum(inner.numel() * inner.element_size() for inner in inner_tensors(tensor))

@@ -1,4 +1,4 @@
-"""Finding numbers in a model's weights that are none: one NaN shows only when a token is routed to its expert."""
+"""Search for NaN and infinity in a model's weights: a NaN shows only when a token is routed to its expert."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from flexperts.parameters.fingerprint import stored_tensors
 
 _NARROWEST = 2
-"""Bytes of the floating types that are looked at; smaller ones are codes, and torch has no order of them."""
+"""Smallest floating type that is checked, in bytes; smaller types are codes, for which torch has no min and max."""
 
 
 def first_not_finite(model: nn.Module) -> str | None:
-    """Return the name of the first parameter that is not finite, or buffer that is not a number, with its expert.
+    """Return the name, with its expert, of the first parameter with NaN or infinity or buffer with NaN, else None.
 
-    Every value is read once (``benchmarks/small_costs.py``); None where all are numbers. Buffers may hold infinity.
+    Every value is read once (``benchmarks/small_costs.py``). Buffers may contain infinity.
     """
     for name, tensor, may_be_infinite in _tensors(model):
         if not tensor.is_floating_point() or tensor.element_size() < _NARROWEST or not tensor.numel():
             continue
-        ends = torch.stack(torch.aminmax(tensor.detach()))  # not-a-number is passed on
+        ends = torch.stack(torch.aminmax(tensor.detach()))  # NaN if any value is NaN
         if bool(ends.isnan().any()) or not (may_be_infinite or ends.isfinite().all()):
             return f"{name}{_place(tensor)}"
     return None
@@ -35,7 +35,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
 
 
 def _place(tensor: Any) -> str:
-    """Return the expert's number, where one tensor holds all experts of a layer."""
+    """Return the expert's number in brackets, if one tensor stores all experts of a layer."""
     if tensor.dim() < 3:
         return ""
     broken = (bool(expert.isfinite().all()) for expert in tensor)

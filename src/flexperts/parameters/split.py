@@ -1,4 +1,4 @@
-"""Who owns which parameter: every one is exactly one of shared, personal, frozen."""
+"""The split of parameters: each is exactly one of shared, personal, frozen."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class ParameterSplit:
 
     Args:
         shared: Trained, sent to the server and averaged.
-        personal: Trained, kept on the client for good.
-        frozen: Not trained, not sent: the same on every client.
+        personal: Trained, and always kept on the client.
+        frozen: Not trained and not sent: the same on every client.
     """
 
     shared: Parameters
@@ -35,7 +35,7 @@ class ParameterSplit:
         return {**self.shared, **self.personal}
 
     def describe(self) -> list[dict[str, str | int]]:
-        """Return one row per group for the table shown before round 1: parameters and bytes, where they go."""
+        """Return one row per group for the table shown before round 1: parameters, bytes, and where they go."""
         return [
             _row("shared", self.shared, "yes", "to the server, every round"),
             _row("personal", self.personal, "yes", "never leaves the client"),
@@ -44,7 +44,7 @@ class ParameterSplit:
 
 
 def split_parameters(parameters: Parameters, shared: Iterable[str], personal: Iterable[str]) -> ParameterSplit:
-    """Divide named parameters by claims; what nobody claims is frozen.
+    """Divide named parameters by claims; parameters without a claim are frozen.
 
     Args:
         parameters: Every parameter of the model and of its grafts, by unique name.
@@ -52,8 +52,8 @@ def split_parameters(parameters: Parameters, shared: Iterable[str], personal: It
         personal: Names claimed as personal.
 
     Raises:
-        SplitError: A claim names nothing, two claims overlap (by name or by storage), a claimed parameter does not
-            train, or an unclaimed one does.
+        SplitError: A claim names an unknown parameter, two claims overlap (by name or by storage), a claimed
+            parameter is not trainable, or an unclaimed one is.
     """
     claims = {"shared": set(shared), "personal": set(personal)}
     claimed = claims["shared"] | claims["personal"]
@@ -80,7 +80,7 @@ def aliases(split: ParameterSplit) -> list[str]:
 
 
 def kept_storages(split: ParameterSplit) -> set[int]:
-    """Return the addresses of all memory that personal and frozen parameters own."""
+    """Return the addresses of all memory that belongs to personal and frozen parameters."""
     # Empty tensors have no memory to share: their address is 0.
     groups = (split.personal, split.frozen)
     return {storage(t) for group in groups for p in group.values() for t in inner_tensors(p)} - {0}
@@ -97,7 +97,7 @@ def _refuse(names: Iterable[str], why: str) -> None:
         raise SplitError(
             shown,
             f"{why}; every parameter is exactly one of shared, personal, frozen",
-            "let the method claim each trainable parameter once and freeze the rest",
+            "make the method claim each trainable parameter once, and freeze all others",
         )
 
 

@@ -1,4 +1,4 @@
-"""Personal state at rest: one safetensors file per client, written whole or not at all."""
+"""Stored personal state: one safetensors file per client, written completely or not at all."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _FORMAT = "flexperts-personal-2"
 
 @dataclass(frozen=True)
 class PersonalMeta:
-    """What a personal state belongs to.
+    """Metadata of a personal state.
 
     Args:
-        client: Name of the client whose state this is.
+        client: Name of the state's client.
         base: Fingerprint of the base model.
-        round: Last round that the state was trained in; 0 before any.
-        shared: Hash of the shared weights the state was trained with.
+        round: Last round in which the state was trained; 0 before any.
+        shared: Hash of the shared weights with which the state was trained.
         choice: Grafted experts by experts module.
         selection: Relative reconstruction loss of every expert, by experts module.
-        scales: Factors on the chosen experts' outputs, by experts module; empty means 1.
+        scales: Factors of the chosen experts' outputs, by experts module; empty means 1.
     """
 
     client: str
@@ -41,7 +41,7 @@ class PersonalMeta:
 
 
 def save_personal(path: Path, tensors: Mapping[str, Tensor], meta: PersonalMeta) -> None:
-    """Write a personal state whole or not at all."""
+    """Write a personal state completely or not at all."""
     write_sealed(path, _FORMAT, tensors, asdict(meta))
 
 
@@ -50,10 +50,10 @@ def load_personal(path: Path, *, base: str | None = None) -> tuple[dict[str, Ten
 
     Args:
         path: The client's file.
-        base: Fingerprint that the state must belong to; None takes any.
+        base: Fingerprint of the base to which the state must belong; None accepts any.
 
     Raises:
-        ArtifactError: The file is missing, damaged, not a personal state, or of another base.
+        ArtifactError: The file is missing, damaged, not a personal state, or belongs to another base.
     """
     tensors, value = read_sealed(path, _FORMAT)
     meta = _meta(path, value)
@@ -61,20 +61,20 @@ def load_personal(path: Path, *, base: str | None = None) -> tuple[dict[str, Ten
         raise ArtifactError(
             f"{path} belongs to base {meta.base[:12]}",
             f"this run's base is {base[:12]}",
-            "use the base that the state was trained on, or start a new run",
+            "use the base on which the state was trained, or start a new run",
         )
     return tensors, meta
 
 
 class PersonalStore:
-    """A client's personal state from round to round: the newest, and the one before it.
+    """A client's newest personal state, and the one before it.
 
-    Two generations, because a run that breaks off within a round is taken up again at the round's start, and some
-    clients have trained in it already.
+    Two states are kept because an interrupted run resumes at the start of the round, in which some clients may
+    already have trained.
 
     Args:
-        path: Where the newest state lies.
-        base: Fingerprint that states must belong to.
+        path: File of the newest state.
+        base: Fingerprint of the base to which states must belong.
     """
 
     def __init__(self, path: Path, base: str) -> None:
@@ -82,7 +82,7 @@ class PersonalStore:
         self.older = path.parent / "before" / path.name
 
     def load(self, up_to: int) -> tuple[dict[str, Tensor], PersonalMeta] | None:
-        """Return the newest state of a round not later than ``up_to``, or None before a client has any."""
+        """Return the newest state of a round not later than ``up_to``, or None if the client has no state yet."""
         newest: int | None = None
         for path in (self.path, self.older):
             if path.exists():
@@ -94,7 +94,7 @@ class PersonalStore:
             raise ArtifactError(
                 f"{self.path} is of round {newest}",
                 f"the server asks for round {up_to} or before",
-                "resume with the server's own run directory, or start a new run",
+                "resume with the run directory that the server used before, or start a new run",
             )
         return None
 
@@ -118,4 +118,4 @@ def _meta(path: Path, value: Any) -> PersonalMeta:
     try:
         return _META.validate_python(value)
     except ValidationError as error:
-        raise damaged(path, f"its metadata is not that of a client: {error.errors()[0]['loc']}") from error
+        raise damaged(path, f"its metadata is not valid for a client: {error.errors()[0]['loc']}") from error

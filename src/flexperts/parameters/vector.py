@@ -1,6 +1,7 @@
-"""Shared parameters as one flat fp32 vector plus a manifest that says what lies where.
+"""Shared parameters as one flat fp32 vector, and a manifest of the tensors in it.
 
-One vector and not many tensors: Flower moves every array as an object of its own, at tens of milliseconds each.
+One vector instead of many tensors, because Flower sends every array as a separate object, at tens of milliseconds
+each.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ _ONE = "use one flexperts version and one recipe on every silo"
 
 @dataclass(frozen=True)
 class Manifest:
-    """Names and shapes of the tensors in a flat vector, in its order.
+    """Names and shapes of the tensors in a flat vector, in order.
 
     Args:
         names: Tensor names, sorted.
-        shapes: Their shapes.
+        shapes: The tensors' shapes.
     """
 
     names: tuple[str, ...]
@@ -52,10 +53,10 @@ class Manifest:
         try:
             pairs = _PAIRS.validate_json(text, strict=True)
         except ValueError as error:
-            raise FederationError(f"manifest {text[:80]!r}", "it lists names with their shapes", _ONE) from error
+            raise FederationError(f"manifest {text[:80]!r}", "it must list names with shapes", _ONE) from error
         names = tuple(name for name, _ in pairs)
         if names != tuple(sorted(set(names))):
-            raise FederationError(f"manifest {text[:80]!r}", "its names differ and are sorted", _ONE)
+            raise FederationError(f"manifest {text[:80]!r}", "its names must be unique and sorted", _ONE)
         return cls(names, tuple(shape for _, shape in pairs))
 
     def to_json(self) -> str:
@@ -64,15 +65,15 @@ class Manifest:
 
     @property
     def size(self) -> int:
-        """Elements of the whole vector."""
+        """Number of elements of the whole vector."""
         return sum(prod(shape) for shape in self.shapes)
 
     def unflatten(self, vector: Vector) -> dict[str, Tensor]:
-        """Cut a vector into named fp32 tensors that share its memory, or a copy of what cannot be written to."""
+        """Split a vector into named fp32 tensors that share its memory, or that of a copy if it is read-only."""
         if vector.shape != (self.size,) or vector.dtype != np.float32:
             raise FederationError(
                 f"vector {vector.dtype}{list(vector.shape)}",
-                f"the manifest asks for float32[{self.size}]",
+                f"the manifest requires float32[{self.size}]",
                 _ONE,
             )
         if is_sizes_only(vector):
@@ -83,7 +84,7 @@ class Manifest:
 
 
 def flatten(tensors: Mapping[str, Tensor]) -> Vector:
-    """Join tensors, in sorted order of names, into one new fp32 vector; tensors without values make one without."""
+    """Join tensors, in sorted order of names, into one new fp32 vector; for meta tensors, one without values."""
     if not tensors:
         return np.zeros(0, dtype=np.float32)
     if any(tensor.is_meta for tensor in tensors.values()):
@@ -93,23 +94,23 @@ def flatten(tensors: Mapping[str, Tensor]) -> Vector:
 
 
 def sizes_only(size: int) -> Vector:
-    """Return a vector with a length and no memory: what plans move in place of weights, however many they are."""
+    """Return a vector with a length and no memory; plans use it instead of weights."""
     return as_strided(np.zeros(1, dtype=np.float32), (size,), (0,))
 
 
 def is_sizes_only(vector: Vector) -> bool:
-    """Tell whether a vector has a length only; its tensors are then on the meta device."""
+    """Return whether a vector has only a length; its tensors are then on the meta device."""
     return vector.size > 0 and vector.strides == (0,)
 
 
 def vector_hash(vector: Vector) -> str:
-    """Return the SHA-256 of the vector's bytes, by which states name the weights they belong to."""
+    """Return the SHA-256 of the vector's bytes, which states record for the weights to which they belong."""
     return hashlib.sha256(np.ascontiguousarray(vector).tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Payload:
-    """What one message carries.
+    """The tensors of one message.
 
     Args:
         manifest: Names and shapes.
@@ -126,7 +127,7 @@ class Payload:
 
     @classmethod
     def empty(cls) -> Self:
-        """Return the payload of a message that carries no weights."""
+        """Return the payload of a message without weights."""
         return cls(Manifest((), ()), np.zeros(0, dtype=np.float32))
 
     @property
@@ -139,11 +140,11 @@ class Payload:
         return self.manifest.unflatten(self.vector)
 
     def check(self, expected: Manifest, sender: str) -> Self:
-        """Return this payload if it holds just what is expected."""
+        """Return this payload if it contains exactly the expected tensors."""
         if self.manifest != expected:
             raise FederationError(
                 f"{sender} sent {_difference(self.manifest, expected)}",
-                "a message holds the tensors that the method declares",
+                "a message must contain exactly the tensors that the method declares",
                 "use one flexperts version and one recipe on every silo",
             )
         return self

@@ -1,1 +1,1 @@
-"""Comparisons: many runs of one recipe beside each other, and what they come to."""
+"""Comparisons: many runs of one recipe, and their results side by side."""

@@ -1,4 +1,4 @@
-"""What a comparison's directory is for: one recipe, its entries and its reference; other uses are refused."""
+"""A comparison's directory belongs to one recipe, its entries and its reference; other uses are refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flexperts.studies.finished import CLAIM, RUNS, finished_marks, folder_name,
 
 @contextmanager
 def alone_in(out: Path) -> Iterator[None]:
-    """Keep other processes that share a comparison's directory waiting, while a file of all of them is written."""
+    """Lock a comparison's directory inside the block; other processes that share it wait."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out / f"{CLAIM}.lock")
@@ -32,10 +32,10 @@ def alone_in(out: Path) -> Iterator[None]:
 
 
 def claimed(plan: Plan, out: Path) -> dict[str, Any]:
-    """Return what a directory is for, with what it holds already.
+    """Return the description of a comparison's directory, with the entries that it already has.
 
     Args:
-        plan: What is to be run there.
+        plan: The comparison to run.
         out: The directory; it need not exist.
     """
     path, compare = out / CLAIM, plan.base.compare
@@ -48,7 +48,9 @@ def claimed(plan: Plan, out: Path) -> dict[str, Any]:
     known = [name for name in (before.get("reference"), compare.reference) if name in there]
     reference = plan.reference or [*known, *planned][0]
     if reference not in there:
-        raise ConfigError(f"reference {reference!r}", f"it is one of {', '.join(there)}", "add it to the entries")
+        raise ConfigError(
+            f"reference {reference!r}", f"it must be one of {', '.join(there)}", "add it to the entries"
+        )
     bootstrap = {"confidence": compare.confidence, "resamples": compare.resamples}
     return claim | {"entries": entries, "reference": reference, **bootstrap}
 
@@ -57,12 +59,12 @@ def _check_same_recipe(before: dict[str, Any], claim: dict[str, Any], out: Path)
     if before["recipe"] == claim["recipe"]:
         return
     changes = recipe_changes(before["recipe"], claim["recipe"])
-    rule = f"it holds a comparison of another recipe ({changes})"
-    raise ArtifactError(f"{out}", rule, "give the recipe and --set of the first start")
+    rule = f"it contains a comparison of another recipe ({changes})"
+    raise ArtifactError(f"{out}", rule, "use the recipe and --set of the first start, or another --out")
 
 
 def _entries(plan: Plan, before: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Return all entries of the directory, or refuse some that would take another's finished runs for their own."""
+    """Return all entries of the directory; refuse an entry that would use another entry's finished runs."""
     new = {entry.name: list(entry.settings) for entry in plan.entries}
     entries = before | new
     places: dict[str, str] = {}
@@ -72,5 +74,7 @@ def _entries(plan: Plan, before: dict[str, Any], out: Path) -> dict[str, Any]:
             changed = f"{out}: entry {name!r} with {entries[name]}"
             raise ArtifactError(changed, f"it was run with {before[name]}", "give the variant another name")
         if (other := places.setdefault(folder_name(name), name)) != name:
-            raise ArtifactError(f"entries {other!r} and {name!r}", "their folders have one name", "rename one")
+            raise ArtifactError(
+                f"entries {other!r} and {name!r}", "their folders would have the same name", "rename one of them"
+            )
     return entries

@@ -1,7 +1,7 @@
 """From run directories to one comparison: the value that tables, pages and tests read.
 
-Its form is plain JSON; every score is labelled by model state (zero_shot, global, personalized) and by what it was
-scored on: ``own`` rows, ``others`` (the other clients' rows), ``general`` tasks, ``mmlu``.
+It is plain JSON. Every score is labelled by model state (zero_shot, global, personalized) and by the rows on which
+it was measured: ``own`` rows, ``others`` (the other clients' rows), ``general`` tasks, ``mmlu``.
 """
 
 from __future__ import annotations
@@ -34,19 +34,21 @@ def collect(
     resamples: int = 10_000,
     samples: int = 0,
 ) -> dict[str, Any]:
-    """Return the comparison of finished runs; it holds no row's text unless ``samples`` asks for some.
+    """Return the comparison of finished runs; it contains no row's text unless ``samples`` is above 0.
 
     Args:
-        title: What it is called: its directory.
+        title: The comparison's title: the name of its directory.
         recipe: The recipe's text, without any entry's settings.
         finished: Entries with at least one finished run each, in the order of the table.
-        reference: The entry that the others are compared with.
-        confidence, resamples: Of the bootstrap.
-        samples: Scored rows of each client that are shown, with their passages and answers.
+        reference: The entry with which the others are compared.
+        confidence, resamples: Settings of the bootstrap.
+        samples: Number of scored rows per client to show, with their passages and answers.
     """
     by_name = {entry.name: entry for entry in finished}
     if reference not in by_name:
-        raise ArtifactError(f"{reference} of {title}", "the reference has not finished", "run it first")
+        raise ArtifactError(
+            f"{reference} of {title}", "the reference has no finished run", "run the comparison until it has"
+        )
     first = by_name[reference]
     against = contrasts(finished, first, confidence, resamples)
     return {
@@ -70,7 +72,7 @@ def collect(
 
 
 def _together(found: Sequence[Any]) -> Any:
-    """Return what equally nested values have in common; where some differ, a list of what there is."""
+    """Return equally nested values as one; where values differ, a list of the different ones."""
     if isinstance(found[0], Mapping):
         return {key: _together([each.get(key) for each in found]) for key in found[0]}
     distinct = list(dict.fromkeys(found))
@@ -78,18 +80,18 @@ def _together(found: Sequence[Any]) -> Any:
 
 
 def _setting(setting: str) -> str:
-    """Return a KEY=VALUE of an entry as others may see it."""
+    """Return a KEY=VALUE of an entry without local paths."""
     key, _, value = setting.partition("=")
     bare = value.strip(" \"'")
     return setting if placeless(bare) == bare else f"{key}={placeless(bare)}"
 
 
 def collect_comparison(path: Path, *, samples: int = 0) -> dict[str, Any]:
-    """Return what a comparison's directory holds, from its runs; without them, from its ``comparison.json``.
+    """Return the comparison in a directory, from its runs or, without runs, from its ``comparison.json``.
 
     Args:
         path: The directory.
-        samples: As for ``collect``; of a ``comparison.json`` alone, no more than it holds.
+        samples: As for ``collect``; from a ``comparison.json``, at most the rows in it.
     """
     if not ((path / RUNS).exists() and (path / CLAIM).exists()):
         return _read(path / "comparison.json", samples)
@@ -103,13 +105,13 @@ def collect_comparison(path: Path, *, samples: int = 0) -> dict[str, Any]:
 def _read(path: Path, samples: int) -> dict[str, Any]:
     found = read_json(path)
     if not isinstance(found, dict) or found.get("kind") != "comparison" or not found.get("entries"):
-        raise ArtifactError(f"{path}", "it holds no comparison", "give the --out of a `flexperts compare`")
+        raise ArtifactError(f"{path}", "it contains no comparison", "give the --out of a `flexperts compare`")
     shown = {client: rows[:samples] for client, rows in (found.get("examples") or {}).items() if samples}
     return found | {"examples": shown}
 
 
 def collect_run(path: Path, *, samples: int = 0) -> dict[str, Any]:
-    """Return a single run, with its reference method's if it has one, in the form of a comparison.
+    """Return a single run, and its reference method's run if it has one, as a comparison.
 
     Args:
         path: The run directory.
@@ -152,7 +154,7 @@ def _entry(entry: Finished) -> dict[str, Any]:
 
 
 def _not_finite(summaries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
-    """Return client -> state -> why it has no score in some seed."""
+    """Return client -> state -> why the state has no score in a seed."""
     found: dict[str, dict[str, str]] = {}
     for summary in summaries:
         for client, states in (summary.get("not_finite") or {}).items():
@@ -161,9 +163,9 @@ def _not_finite(summaries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, s
 
 
 def answer_counts(entry: Finished) -> dict[str, Any] | None:
-    """Return the limits in tokens, and for each client the counts over all seeds; None of runs that did not count.
+    """Return the token limits, and each client's counts over all seeds; None if the runs have no counts.
 
-    A client has ``rows`` (scored, over all seeds), ``longer_references`` and ``cut`` by state.
+    A client has ``rows`` (scored rows over all seeds), ``longer_references``, and ``cut`` by state.
     """
     seeds = [{client: summary["clients"][client] for client in entry.clients} for summary in entry.summaries]
     told = [client.get("answers") for seed in seeds for client in seed.values()]
@@ -196,8 +198,8 @@ def _scores(entry: Finished, state: str) -> dict[str, Any]:
 def _others(entry: Finished, state: str) -> list[dict[str, Any]]:
     """Return, by seed, scores on other clients' rows, by the client whose model is scored.
 
-    Of a model that is one for all clients nothing is noted there: what it scores is what the other clients noted of
-    the same rows.
+    For a model that all clients share, runs do not record such scores; they are computed from the other clients'
+    scores on the same rows.
     """
     noted = [dict(beyond.get("others", {}).get(state, {})) for beyond in entry.beyond]
     if state == "personalized" or all(noted):
@@ -215,13 +217,13 @@ def _of_the_others(clients: Mapping[str, Sequence[Any]], state: str, count: int)
 
 
 def _scored(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Return a client's scores over some of its rows, as a run takes them."""
+    """Return a client's scores over some of its rows, computed as in a run."""
     nlls, points = (tuple(math.nan if row[key] is None else row[key] for row in rows) for key in ("nll", "rouge_l"))
     return Scores(nlls, tuple(row["tokens"] for row in rows), points).metrics()
 
 
 def _kinds(kinds: Sequence[str], seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Return statistics of each kind of score over seeds and clients; None where nothing was measured."""
+    """Return statistics of each kind of score over seeds and clients; None if a seed was not measured."""
     if not all(seeds):
         return None
     return {kind: statistic([{c: scores[kind] for c, scores in seed.items()} for seed in seeds]) for kind in kinds}
@@ -230,7 +232,7 @@ def _kinds(kinds: Sequence[str], seeds: Sequence[Mapping[str, Any]]) -> dict[str
 def statistic(seeds: Sequence[Mapping[str, float | None]]) -> dict[str, Any]:
     """Return mean and standard deviation over seeds (n - 1; None for one seed) of the mean over clients.
 
-    Where one score is missing because it is not finite, so is every mean that it would be in.
+    A score that is not finite is missing, and so is every mean that would include it.
     """
     means = [mean_of(seed.values()) for seed in seeds]
     by_client = {client: [seed[client] for seed in seeds] for client in seeds[0]}
@@ -245,7 +247,7 @@ def _spread(values: Sequence[float | None]) -> dict[str, float | None]:
 
 
 def _mean_of(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return means over seeds of nested numbers; what a seed has nothing of counts as 0 there."""
+    """Return means over seeds of nested numbers; a number that a seed does not have counts as 0."""
     keys = dict.fromkeys(key for seed in seeds for key in seed)
     return {key: _mean([seed.get(key) for seed in seeds]) for key in keys}
 
@@ -257,7 +259,7 @@ def _mean(values: Sequence[Any]) -> Any:
 
 
 def curves(entry: Finished) -> dict[str, Any]:
-    """Return, by state, each score over the rounds that were evaluated; under ``training`` the training loss."""
+    """Return, by state, each score over the evaluated rounds; the training loss is under ``training``."""
     rounds = [run.rounds() for run in entry.runs.values()]
     wanted = {"training": {"nll": ("clients", "loss")}}
     wanted |= {state: {score: ("scores", f"{score}.{state}") for score in SCORES} for state in entry.states}
@@ -269,7 +271,7 @@ def curves(entry: Finished) -> dict[str, Any]:
 
 
 def _curve(seeds: Sequence[Sequence[Mapping[str, Any]]], part: str, key: str) -> dict[str, Any] | None:
-    """Return one number over rounds; None where no round has it in every seed."""
+    """Return one number over rounds; None if no round has it in every seed."""
     points: dict[int, list[float]] = {}
     for logs in zip(*seeds, strict=False):
         values = [value for log in logs if (value := _over_clients(log[part], key)) is not None]
@@ -290,7 +292,7 @@ _OVER_ROUNDS = ("entropy", "divergence", "agreement", "opening")
 
 
 def routing_and_selection(entry: Finished) -> dict[str, Any]:
-    """Return an entry's ``routing``, ``routing_rounds`` and ``selection``; None where its runs did not note it."""
+    """Return an entry's ``routing``, ``routing_rounds`` and ``selection``; None where they were not recorded."""
     clients = entry.clients
     lines = [run.of_client("routing", client) or [] for run in entry.runs.values() for client in clients]
     first = next(iter(entry.runs.values()))
@@ -303,7 +305,7 @@ def routing_and_selection(entry: Finished) -> dict[str, Any]:
 
 
 def _last(run: RunDirectory, clients: Sequence[str]) -> dict[str, Any]:
-    """Return state -> client -> layer -> numbers, of one run's last round; co-selection stays in its files."""
+    """Return state -> client -> layer -> numbers of a run's last round, without co-selection."""
     routing: dict[str, Any] = {}
     for client in clients:
         lines = run.of_client("routing", client)
@@ -317,7 +319,7 @@ def _last(run: RunDirectory, clients: Sequence[str]) -> dict[str, Any]:
 
 
 def _over_rounds(clients: Sequence[Sequence[Mapping[str, Any]]], own_state: str) -> dict[str, Any]:
-    """Return means over seeds, clients, layers, by round; round 0 is the untouched base."""
+    """Return means over seeds, clients and layers, by round; round 0 is the unchanged base."""
     layers: dict[int, list[Mapping[str, Any]]] = {}
     for lines in clients:
         for line in lines:
@@ -345,11 +347,11 @@ _ENTRIES, _LONGEST = 4, 1500
 def examples(reference: Finished, finished: Sequence[Finished], count: int) -> dict[str, list[dict[str, Any]]]:
     """Return the first rows of every client with the answers of the base, the reference and the next entries.
 
-    All are of the first seed that these entries have in common. Long texts are cut.
+    All answers are from the first seed that these entries have in common. Long texts are cut.
 
     Args:
         reference, finished: As for ``collect``.
-        count: Rows of each client; with 0, no row's text is read.
+        count: Number of rows per client; with 0, no row's text is read.
     """
     if not count:
         return {}
@@ -364,7 +366,7 @@ def examples(reference: Finished, finished: Sequence[Finished], count: int) -> d
 def _examples(shown: Sequence[Finished], seed: int, client: str, count: int) -> list[dict[str, Any]]:
     kept = {entry.name: entry.predictions[seed][client] for entry in shown}
     if any(some is None for some in kept.values()):
-        return []  # a deployed run's answers are at its silos
+        return []  # the answers of a deployed run stay at the silos
     lines = {name: some[:count] for name, some in kept.items()}
     rows = lines[shown[0].name]
     return [
@@ -375,7 +377,7 @@ def _examples(shown: Sequence[Finished], seed: int, client: str, count: int) -> 
 
 
 def _answers(shown: Sequence[Finished], lines: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """Return the answers to one row, by entry and state; the untouched base's is one for all."""
+    """Return the answers to one row, by entry and state; the unchanged base has one answer for all entries."""
     return {_label(e.name, state): _cut(lines[e.name][state]) for e in shown for state in e.states}
 
 

@@ -17,16 +17,16 @@ from flexperts.studies.statistics import Paired, adjust, paired_bootstrap
 Rows = Sequence[Mapping[str, Any]]
 Predictions = Mapping[str, Rows]
 _WEIGHTS = {"rouge_l": None, "nll": "tokens"}
-"""Score -> what weights its rows; None weights all alike."""
+"""Score -> the weight of its rows; None means equal weights."""
 
 
 def contrasts(
     finished: Sequence[Finished], reference: Finished, confidence: float, resamples: int
 ) -> dict[str, dict[str, Any]]:
-    """Return, by entry and score, its own state minus the reference's, on the clients' own rows.
+    """Return, by entry and score, the entry's last state minus the reference's, on the clients' own rows.
 
-    Pairs are formed over the seeds that both have finished; an entry that has none in common is left out, and so is
-    a score of which a row is not finite. The p-values of one score are adjusted over all its tests
+    Pairs are formed over the seeds that both have finished. An entry without a common seed is left out, and so is a
+    score that is not finite on some row. The p-values of one score are adjusted over all its tests
     (Benjamini-Hochberg).
     """
     others = [f for f in finished if f is not reference and f.runs.keys() & reference.runs.keys()]
@@ -65,8 +65,8 @@ def _check_same(run: RunDirectory, reference: RunDirectory, ours: Predictions, t
     if _identity(ours) != _identity(theirs):
         raise ArtifactError(
             f"{run.path} and {reference.path}",
-            "compared runs are scored on the same rows",
-            "run them on one recipe",
+            "compared runs must be scored on the same rows",
+            "run both with the same data settings",
         )
 
 
@@ -85,7 +85,7 @@ def _column(rows: Rows, state: str, kind: str) -> Any:
 
 
 def _identity(predictions: Predictions) -> tuple[tuple[str, ...], ...]:
-    """Return the rows that a run was scored on, as texts."""
+    """Return the texts of the rows on which a run was scored."""
     lines = (line for rows in predictions.values() for line in rows)
     return tuple((line["instruction"], line["context"], line["response"]) for line in lines)
 
@@ -95,14 +95,14 @@ _ByClient = Mapping[str, Mapping[str, Any]]
 
 
 def abilities(entry: Finished, confidence: float, resamples: int) -> dict[str, dict[str, Any]]:
-    """Return, by trained state and score, the state's score minus the untouched base's, on general tasks.
+    """Return, by trained state and score, the state's score minus the unchanged base's, on general tasks.
 
     Every client's model answers the same rows, so a row's difference is the mean over clients, and rows are drawn
     for all clients and seeds together.
 
     Returns:
-        State -> score -> difference, interval and p-value; empty where runs did not score general tasks by row,
-        without the scores of which a row is not finite.
+        State -> score -> difference, interval and p-value; empty if the runs did not score general tasks by row.
+        Scores that are not finite on some row are left out.
     """
     seeds = [beyond.get("general", {}) for beyond in entry.beyond]
     states = [state for state in entry.states if state != _BASE and all(_has_rows(seed, state) for seed in seeds)]
@@ -119,7 +119,7 @@ def _has_rows(seed: Mapping[str, _ByClient], state: str) -> bool:
 
 
 def _is_whole(seeds: Any, states: tuple[str, ...], kind: str) -> bool:
-    """Tell whether every row has a finite score in all seeds."""
+    """Return whether every row has a finite score in all seeds."""
     rows = (row for seed in seeds for state in states for found in seed[state].values() for row in found["by_row"])
     return all(row[kind] is not None for row in rows)
 
@@ -144,5 +144,5 @@ def _ability_pairs(trained: _ByClient, base: _ByClient, kind: str) -> Paired:
 
 
 def _over_clients(clients: _ByClient, key: str) -> Any:
-    """Return every row's number ``[R]``, its mean over clients."""
+    """Return every row's mean over clients, ``[R]``."""
     return np.mean([[row[key] for row in found["by_row"]] for found in clients.values()], axis=0)

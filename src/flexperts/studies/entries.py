@@ -1,4 +1,4 @@
-"""What a comparison runs: entries (a method, or a variant of the recipe) and their seeds."""
+"""The runs of a comparison: entries (a method, or a variant of the recipe) and seeds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Entry:
 
     Args:
         name: A method's name, or a variant's.
-        settings: KEY=VALUE on top of the recipe.
+        settings: KEY=VALUE overrides of the recipe.
     """
 
     name: str
@@ -33,11 +33,11 @@ class Plan:
 
     Args:
         recipe: The recipe's file.
-        settings: KEY=VALUE on top of it, for every run.
-        entries: What is compared, in the order of the table.
-        seeds: Seeds that every entry runs with.
-        reference: Name of the entry that the others are compared with; None = the one that the directory has, else
-            the recipe's, else the first.
+        settings: KEY=VALUE overrides of the recipe, for every run.
+        entries: The entries, in the order of the table.
+        seeds: The seeds; every entry runs with each.
+        reference: Name of the entry with which the others are compared; None means the directory's reference, else
+            the recipe's, else the first entry.
     """
 
     recipe: Path
@@ -52,12 +52,12 @@ class Plan:
         return load_recipe(self.recipe, self.settings)
 
     def config(self, entry: Entry, seed: int) -> RunConfig:
-        """Return one run, whole."""
+        """Return the whole configuration of one run."""
         config = load_recipe(self.recipe, (*self.settings, *entry.settings, f"seed={seed}"))
         return config.model_copy(update={"method": config.method.model_copy(update={"reference": None})})
 
     def check(self) -> None:
-        """Refuse settings that are wrong for any entry, before the first one runs."""
+        """Refuse settings that are invalid for any entry, before the first run."""
         for entry in self.entries:
             config = self.config(entry, self.seeds[0])
             method = make_method(config.method)
@@ -73,27 +73,27 @@ def plan_comparison(
     seeds: int | None = None,
     reference: str | None = None,
 ) -> Plan:
-    """Return what a recipe's ``[compare]`` section asks for; arguments go before it.
+    """Return the comparison of a recipe's ``[compare]`` section; the arguments override it.
 
     Args:
         recipe: The recipe's file.
-        settings: KEY=VALUE on top of it.
-        entries: Names of methods, and of variants that ``[compare.variants]`` defines; "all" stands for all
-            methods that are not named beside it.
-        seeds: How many; they are 0, 1, ...
-        reference: The entry that others are compared with.
+        settings: KEY=VALUE overrides of the recipe.
+        entries: Names of methods, and of variants in ``[compare.variants]``; "all" means all methods that are not
+            named as well.
+        seeds: Number of seeds; they are 0, 1, ...
+        reference: The entry with which the others are compared.
     """
     config = load_recipe(recipe, settings)
     compare, method = config.compare, config.method
     names = _expanded(entries or compare.entries or [n for n in (method.name, method.reference) if n])
     if len(set(names)) != len(names):
-        raise ConfigError(f"entries {', '.join(names)}", "every name stands once", "drop the repetition")
+        raise ConfigError(f"entries {', '.join(names)}", "names must be unique", "remove the repeated name")
     found = tuple(Entry(name, _settings(name, config)) for name in names)
     if compare.reference is not None:
-        _settings(compare.reference, config)  # a misspelt name must not be passed over
+        _settings(compare.reference, config)  # raises if the name is misspelt
     count = compare.seeds if seeds is None else seeds
     if count < 1:
-        raise ConfigError(f"seeds = {count}", "a comparison needs at least one", "take 3 or more")
+        raise ConfigError(f"seeds = {count}", "a comparison needs at least one seed", "use 3 or more")
     plan = Plan(recipe, tuple(settings), found, tuple(range(count)), reference)
     plan.check()
     return plan
@@ -105,7 +105,7 @@ def _expanded(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _settings(name: str, config: RunConfig) -> tuple[str, ...]:
-    """Return an entry's settings on top of the recipe; options belong to the method that they were given for."""
+    """Return an entry's overrides; the recipe's method options are dropped if the method differs."""
     variants = config.compare.variants
     if name in method_names():
         return (f"method.name={name}", *_no_options(name, config), *variants.get(name, ()))

@@ -1,7 +1,7 @@
-"""One entry of a comparison, as its finished runs left it on disk.
+"""One entry of a comparison, read from its finished runs on disk.
 
 A comparison's directory: compare.json (what is compared), runs/ENTRY/seed-N/ (ordinary run directories; a file
-``done`` marks the finished ones), comparison.json (what they come to), report.html, report.md.
+``done`` marks the finished ones), comparison.json (the results), report.html, report.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flexperts.methods.registry import method_class
 from flexperts.recipe import recorded_recipe
 
 ASCII_WORDS = "rouge-score"
-"""What runs of before had for words: rouge-score's default, English letters and digits alone."""
+"""Tokenizer of older runs: rouge-score's default, with English letters and digits only."""
 CLAIM, RUNS, SEED, DONE = "compare.json", "runs", "seed-", "done"
 
 
@@ -28,8 +28,8 @@ class Finished:
     """One entry's finished runs.
 
     Args:
-        name: The entry.
-        settings: What it changes of the recipe.
+        name: The entry's name.
+        settings: The entry's overrides of the recipe.
         runs: Seed -> run directory.
     """
 
@@ -39,7 +39,7 @@ class Finished:
 
     @classmethod
     def read(cls, out: Path, name: str, settings: Sequence[str]) -> Finished:
-        """Return what a comparison's directory holds of an entry, which may be nothing."""
+        """Return an entry's finished runs in a comparison's directory; there may be none."""
         marks = finished_marks(out, name)
         runs = {int(m.parent.name.removeprefix(SEED)): RunDirectory.open(m.parent) for m in marks}
         return cls(name, tuple(settings), dict(sorted(runs.items())))
@@ -51,17 +51,17 @@ class Finished:
 
     @cached_property
     def beyond(self) -> list[dict[str, Any]]:
-        """What the runs measured beyond their clients' own rows, by seed."""
+        """The runs' scores beyond the clients' own rows, by seed."""
         return [read_json(run.beyond) if run.beyond.exists() else {} for run in self.runs.values()]
 
     @cached_property
     def predictions(self) -> dict[int, dict[str, list[dict[str, Any]]]]:
-        """Seed -> client -> its scored rows, with answers and scores."""
+        """Seed -> client -> the client's scored rows, with answers and scores."""
         return {s: {c: run.of_client("predictions", c) for c in self.clients} for s, run in self.runs.items()}
 
     @cached_property
     def others_rows(self) -> int:
-        """Rows of each other client that models were scored on."""
+        """Number of rows of each other client on which models were scored."""
         return recorded_recipe(next(iter(self.runs.values())).path).evaluation.others_rows
 
     @property
@@ -71,12 +71,12 @@ class Finished:
 
     @property
     def states(self) -> tuple[str, ...]:
-        """The model states that the method has."""
+        """The method's model states."""
         return tuple(method_class(self.method).states)
 
     @property
     def rouge_tokenizer(self) -> str:
-        """What ROUGE-L counted as words, in all runs; several names with commas where they differ."""
+        """The tokenizer of ROUGE-L in all runs; if they differ, several names separated by commas."""
         return ", ".join(sorted({s.get("rouge_tokenizer", ASCII_WORDS) for s in self.summaries}))
 
     @property
@@ -86,12 +86,12 @@ class Finished:
 
 
 def read_claim(out: Path) -> dict[str, Any]:
-    """Return what a directory's comparison is: recipe, entries, reference, bootstrap."""
+    """Return the description of a directory's comparison: recipe, entries, reference, bootstrap."""
     path = out / CLAIM
     claim = read_json(path)
     wanted = {"recipe", "entries", "reference", "confidence", "resamples"}
     if not isinstance(claim, dict) or not wanted <= claim.keys():
-        raise ArtifactError(f"{path}", f"it holds {', '.join(sorted(wanted))}", "restore it from a copy")
+        raise ArtifactError(f"{path}", f"it must contain {', '.join(sorted(wanted))}", "restore it from a copy")
     return claim
 
 
@@ -101,5 +101,5 @@ def finished_marks(out: Path, name: str) -> list[Path]:
 
 
 def folder_name(entry: str) -> str:
-    """Return an entry's name as a folder's."""
+    """Return an entry's name as a folder name."""
     return "".join(c if c.isalnum() or c in "-_.=+" else "_" for c in entry)

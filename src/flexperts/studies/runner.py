@@ -1,4 +1,4 @@
-"""Running a comparison: every entry with every seed, in any number of processes, taken up where it broke off."""
+"""Runs of a comparison: every entry with every seed, in any number of processes; an interrupted one resumes."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from flexperts.studies.finished import CLAIM, DONE, RUNS, SEED, folder_name
 from flexperts.tracking import Tracking, tracker_classes
 
 HEAVY = ("personal", "shared", "checkpoint.safetensors")
-"""Weights of a finished run, which a comparison does not read."""
+"""Files of a finished run with weights, which a comparison does not read."""
 
 _BUSY = "another process runs it"
-"""What is returned of a job that another process has in hand."""
+"""Returned for a job that another process is running."""
 _NOTES = "notes.txt"
 _AT_ONCE, _FOREVER = 0.0, -1.0
-"""Timeouts of a lock: not waited for, or without end; a process that dies lets go of its locks."""
+"""Timeouts of a lock: do not wait, or wait without limit. The locks of a process that dies are released."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Job:
     """One run of a comparison.
 
     Args:
-        entry: What is run.
-        seed: With which seed.
-        folder: Where.
+        entry: The entry to run.
+        seed: The run's seed.
+        folder: The run directory.
     """
 
     entry: Entry
@@ -54,21 +54,21 @@ class Job:
     folder: Path
 
     def __str__(self) -> str:
-        """Return its entry and seed."""
+        """Return the entry's name and the seed."""
         return f"{self.entry.name}, seed {self.seed}"
 
     @property
     def done(self) -> bool:
-        """Whether it has finished, with what lies beyond its rounds."""
+        """Whether the run has finished, including the evaluation after the last round."""
         return (self.folder / DONE).exists()
 
 
 OnDone = Callable[[Job, str | None], None]
-"""Is told of each job, and of its error if it failed."""
+"""Called with each job, and its error if it failed."""
 
 
 def jobs(plan: Plan, out: Path) -> list[Job]:
-    """Return all runs, seed by seed, so that what is finished early can be compared early."""
+    """Return all runs, seed by seed, so that all entries can be compared after the first seed."""
     return [Job(e, s, out / RUNS / folder_name(e.name) / f"{SEED}{s}") for s in plan.seeds for e in plan.entries]
 
 
@@ -82,24 +82,25 @@ def run_comparison(
     observer: Observer | None = None,
     on_done: OnDone = lambda job, error: None,
 ) -> list[Job]:
-    """Run what is not finished, and return the jobs that failed; ``error.txt`` in a job's folder says where.
+    """Run all jobs that are not finished; return those that failed, with a traceback in their ``error.txt``.
 
-    Several calls may share a directory: what another process runs is passed over and waited for at the end.
+    Several processes may share a directory: a job that another process is running is skipped, and awaited at the
+    end.
 
     Args:
         plan: The comparison.
-        out: Its directory; one that holds a part of the comparison is continued, and may gain entries and seeds.
-        workers: Processes; each holds a base in memory.
-        keep_weights: Keep every run's weights.
-        track: Trackers that log every run, as accelerate calls them.
+        out: The comparison's directory; an interrupted comparison resumes, and entries and seeds may be added.
+        workers: Number of processes; each has a base in memory.
+        keep_weights: Whether to keep every run's weights.
+        track: Trackers that log every run, by accelerate's names.
         observer: Receives the progress of runs in this process (``workers`` = 1).
         on_done: Called after each job, with its error if it failed.
     """
     tracker_classes(track)
-    claimed(plan, out)  # a refusal comes before anything is written
+    claimed(plan, out)  # refuse before anything is written
     with alone_in(out):
         write_json(out / CLAIM, claimed(plan, out))
-    observer = Once(observer or Observer())  # runs of one recipe have much in common
+    observer = Once(observer or Observer())  # runs of one recipe repeat many notices
     manner = _Manner(plan, keep_weights, tuple(track), observer if workers == 1 else Observer())
     run = partial(_run, manner)
 
@@ -111,13 +112,13 @@ def run_comparison(
     waiting = [job for job in jobs(plan, out) if not job.done]
     failed, busy = _sort_out(_run_all(partial(run, _AT_ONCE), waiting, workers), ended)
     if busy:
-        observer.stage(f"waiting for what another process runs: {', '.join(map(str, busy))}")
+        observer.stage(f"waiting for runs of another process: {', '.join(map(str, busy))}")
         failed += _sort_out(_run_all(partial(run, _FOREVER), busy, workers), ended)[0]
     return failed
 
 
 class _Notes(Observer):
-    """Keeps what surprises beside the run, as another process may have to tell it.
+    """Observer that writes notices to a file of the run, so that another process can report them.
 
     Args:
         path: The file.
@@ -139,7 +140,7 @@ def _notes_of(job: Job) -> list[str]:
 
 @dataclass(frozen=True)
 class _Manner:
-    """How every job of a comparison is run."""
+    """The settings with which every job of a comparison is run."""
 
     plan: Plan
     keep_weights: bool
@@ -156,7 +157,7 @@ def _run_all(
         finally:
             _release()
         return
-    # A fresh interpreter for each worker: CUDA cannot be used in a forked one.
+    # Each worker is a new interpreter: CUDA cannot be used in a forked one.
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, fresh, initializer=_share_cores, initargs=(workers,)) as pool:
         try:
@@ -170,7 +171,7 @@ def _run_all(
 
 
 def _sort_out(outcomes: Generator[tuple[Job, str | None]], on_done: OnDone) -> tuple[list[Job], list[Job]]:
-    """Report the jobs as they end; return those that failed, and those that another process has in hand."""
+    """Report the jobs as they end; return those that failed, and those that another process is running."""
     failed: list[Job] = []
     busy: list[Job] = []
     with closing(outcomes):
@@ -184,9 +185,10 @@ def _sort_out(outcomes: Generator[tuple[Job, str | None]], on_done: OnDone) -> t
 
 
 def _share_cores(workers: int) -> None:
-    """Leave each process its part of the cores; each would take all, and they would wait for each other.
+    """Limit a worker to its share of the cores; otherwise each would use all, and they would slow each other down.
 
-    Ctrl-C reaches all processes of a terminal; the first one ends the others. Warnings are passed over as there.
+    Ctrl-C reaches all processes of a terminal, so workers ignore it, and the parent process ends them. Warnings are
+    ignored as in the parent process.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for kind in (DeprecationWarning, FutureWarning):
@@ -196,25 +198,25 @@ def _share_cores(workers: int) -> None:
 
 
 def _outcome(future: Future[str | None]) -> str | None:
-    """Return a job's error; one whose process was killed has written none."""
+    """Return a job's error; a killed process could not return one."""
     try:
         return future.result()
     except BrokenProcessPool:
-        return "its process was killed, as for lack of memory: take fewer workers and start again"
+        return "its process was killed, probably for lack of memory: use fewer workers and start again"
 
 
 _workspace: Workspace | None = None
-"""What the runs of one process share, base and rows."""
+"""Base and rows that the runs of one process share."""
 
 
 def _release() -> None:
-    """Give the base's memory back to a caller whose process goes on."""
+    """Free the base's memory, as the caller's process continues."""
     global _workspace
     _workspace = None
 
 
 def _run(manner: _Manner, patience: float, job: Job) -> str | None:
-    """Run one job, unless another process did, and return what went wrong; ``_BUSY`` where its lock stays held."""
+    """Run one job, unless it is done, and return its error; ``_BUSY`` if another process holds its lock."""
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(job.folder.with_name(f"{job.folder.name}.lock"), timeout=patience)
     try:
@@ -225,7 +227,7 @@ def _run(manner: _Manner, patience: float, job: Job) -> str | None:
 
 
 def _run_alone(manner: _Manner, job: Job) -> str | None:
-    """Run one job and return what went wrong: one broken entry must not cost the others."""
+    """Run one job and return its error, so that a failed entry does not stop the others."""
     global _workspace
     try:
         config = manner.plan.config(job.entry, job.seed)

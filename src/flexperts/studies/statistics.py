@@ -1,4 +1,4 @@
-"""Is method a better than method b? Paired comparison over seeds, clients and test rows.
+"""Paired comparison of two methods a and b over seeds, clients and test rows.
 
 Shapes: B resamples, R rows of one client, S seeds.
 """
@@ -17,7 +17,7 @@ from flexperts.errors import DataError
 
 Floats = NDArray[np.float64]
 _CELLS = 1_000_000
-"""Row draws held in memory at once."""
+"""Most row draws in memory at the same time."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Difference:
         difference: Macro mean: over seeds, of the mean over clients, of the weighted mean over rows.
         low: Lower end of the confidence interval.
         high: Upper end.
-        p: Two-sided p-value of no difference; below 1 - confidence where the interval leaves 0 out.
+        p: Two-sided p-value of no difference; below 1 - confidence where the interval excludes 0.
     """
 
     difference: float
@@ -69,23 +69,23 @@ def paired_bootstrap(
 ) -> Difference:
     """Return the macro difference with interval and p-value from a bootstrap of rows and seeds.
 
-    Every resample is the sum of two parts that vary independently. *Rows*: each client's test rows are drawn
-    with replacement (percentile bootstrap). *Seeds*: the mean over S seeds is shifted by Student's t with S - 1
-    degrees of freedom times its standard error. Drawing S seeds with
-    replacement instead gives (S - 1) / S of their variance and no tails, and so intervals that are too narrow.
+    Every resample is the sum of two parts that vary independently. *Rows*: each client's test rows are drawn with
+    replacement (percentile bootstrap). *Seeds*: the mean over S seeds is shifted by Student's t with S - 1 degrees
+    of freedom times its standard error. Drawing S seeds with replacement instead would give (S - 1) / S of their
+    variance and no tails, and therefore intervals that are too narrow.
 
-    What the interval covers: other training seeds and other test rows of *these* clients. Clients are fixed;
-    nothing is said about clients that were not there. With one seed, it covers rows only. Weaknesses: what rows
-    and seeds have in common is counted in both parts, so that the interval is too wide where neither matters by
-    itself (coverage up to 99 %); with two or three seeds it is wide because so few cannot tell more (t is 12.7
-    and 4.3); with fewer than about 20 rows, percentile intervals are somewhat too narrow.
+    The interval covers other training seeds and other test rows of *these* clients. Clients are fixed; it does not
+    apply to other clients. With one seed, it covers rows only. Weaknesses: variation that rows and seeds have in
+    common is counted in both parts, so the interval is too wide where neither matters alone (coverage up to 99 %);
+    with two or three seeds it is wide because so few seeds give little information (t is 12.7 and 4.3); with fewer
+    than about 20 rows, percentile intervals are somewhat too narrow.
 
     Args:
-        seeds: One element for every training seed; all have the same clients.
+        seeds: One element per training seed; all have the same clients.
         same_rows: Whether row i of a client is the same test row in every seed: then it is drawn for all seeds
-            together. Otherwise every seed draws its own rows.
+            together. Otherwise rows are drawn separately for every seed.
         resamples: B, which also bounds p from below by 2 / (B + 1).
-        confidence: Probability that the interval is meant to cover, in (0, 1).
+        confidence: Coverage probability of the interval, in (0, 1).
         generator: Source of the draws; the order of clients does not matter.
     """
     _check_seeds(seeds, same_rows=same_rows)
@@ -138,7 +138,7 @@ def _times_drawn(rows: int, count: int, generator: np.random.Generator) -> Float
 
 
 def _p_value(values: Floats) -> float:
-    """Return twice the smaller share of resamples on one side of zero; the added one keeps it above zero."""
+    """Return twice the smaller share of resamples on one side of zero; adding 1 keeps p above zero."""
     smaller = min(int((values <= 0).sum()), int((values >= 0).sum()))
     return min(1.0, 2 * (1 + smaller) / (len(values) + 1))
 
@@ -148,7 +148,7 @@ def _check_rows(client: str, differences: Floats, weights: Floats) -> None:
     if shapes[0] != shapes[1] or len(shapes[0]) != 1 or not shapes[0][0]:
         raise _refused(f"{client}: differences {shapes[0]}, weights {shapes[1]}", "both need one number per row")
     if not (np.isfinite(differences).all() and np.isfinite(weights).all() and np.min(weights) > 0):
-        raise _refused(f"{client}: scores or weights", "scores are finite and weights finite and above 0")
+        raise _refused(f"{client}: scores or weights", "scores must be finite, and weights finite and above 0")
 
 
 def _check_seeds(seeds: Sequence[Paired], same_rows: bool = False) -> None:
@@ -156,12 +156,12 @@ def _check_seeds(seeds: Sequence[Paired], same_rows: bool = False) -> None:
         raise _refused("no seed", "a comparison needs at least one seed that both methods finished")
     for seed in seeds[1:]:
         if seed.differences.keys() != seeds[0].differences.keys():
-            found = f"clients {sorted(seed.differences)} beside {sorted(seeds[0].differences)}"
+            found = f"clients {sorted(seed.differences)} and {sorted(seeds[0].differences)}"
             raise _refused(found, "every seed needs the same clients")
     for client in seeds[0].differences if same_rows else ():
         counts = [len(seed.differences[client]) for seed in seeds]
         if len(set(counts)) > 1:
-            raise _refused(f"{client}: {counts} rows", "the same rows in every seed were promised")
+            raise _refused(f"{client}: {counts} rows", "with same_rows, every seed must have the same rows")
 
 
 def _refused(value: str, rule: str) -> DataError:

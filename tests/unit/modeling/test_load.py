@@ -57,7 +57,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_base_that_needs_its_own_code_is_refused_without_running_it(tiny_base: Path, tmp_path: Path) -> None:
     marker = planted(tiny_base, tmp_path / "base", "own_moe")
-    with pytest.raises(ModelError, match=r"own to run; set model.trust_remote_code = true") as caught:
+    with pytest.raises(ModelError, match=r"own Python code to run; set model.trust_remote_code = true") as caught:
         load_base(config(tmp_path / "base"))
     assert str(tmp_path / "base") in str(caught.value)
     assert not marker.exists()
@@ -77,7 +77,7 @@ def test_trust_runs_it(tiny_base: Path, tmp_path: Path) -> None:
 
 def test_weights_that_an_own_architecture_has_no_place_for_are_refused(tiny_base: Path, tmp_path: Path) -> None:
     planted(tiny_base, tmp_path / "base", "own_moe")
-    with pytest.raises(ModelError, match=r"experts\.down_proj.* would be random"):
+    with pytest.raises(ModelError, match=r"experts\.down_proj.* would then be random"):
         load_base(config(tmp_path / "base", trust_remote_code=True))
 
 
@@ -106,7 +106,7 @@ def test_a_missing_weight_is_refused_by_name(tiny_base: Path, tmp_path: Path, na
     with pytest.raises(ModelError) as caught:
         load_base(config(folder))
     assert name in str(caught.value)
-    assert "would be random" in str(caught.value)
+    assert "would then be random" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,10 @@ def test_pickled_weights_are_refused_unread(tiny_base: Path, tmp_path: Path, nam
     shutil.copytree(tiny_base, folder)
     (folder / "model.safetensors").unlink()
     torch.save(Planted(tmp_path / "ran"), folder / name)
-    with pytest.raises(ModelError, match=rf"as safetensors \(only {name}\); save it there with save_pretrained"):
+    with pytest.raises(
+        ModelError,
+        match=rf"must be safetensors files \(only {name}\); save the model in this folder with save_pretrained",
+    ):
         load_base(config(folder))
     assert not (tmp_path / "ran").exists()
 
@@ -178,5 +181,5 @@ def test_damaged_bases_are_refused(tiny_base: Path, tmp_path: Path, name: str, l
 def test_a_folder_without_weights_is_refused(tiny_base: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_base, tmp_path / "base")
     (tmp_path / "base" / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"as safetensors \(it holds none\)"):
+    with pytest.raises(ModelError, match=r"must be safetensors files \(it has none\)"):
         load_base(config(tmp_path / "base"))

@@ -111,7 +111,7 @@ def test_an_unknown_module_is_refused_with_a_hint(tiny_base: Path) -> None:
 
 
 def test_a_size_that_is_none_is_refused(tiny_base: Path) -> None:
-    with pytest.raises(ModelError, match=r"model.max_memory.device = 'much'.*write it as '8GiB'"):
+    with pytest.raises(ModelError, match=r"model.max_memory.device = 'much'.*write it in a form such as '8GiB'"):
         load(tiny_base, device_map="auto", max_memory={"device": "much"})
 
 

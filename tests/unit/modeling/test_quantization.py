@@ -151,7 +151,7 @@ def test_experts_that_stay_in_full_precision_are_refused_with_their_bytes() -> N
 
 def test_experts_of_odd_sizes_are_refused(tmp_path: Path) -> None:
     folder = save_tiny_base(tmp_path / "odd", "olmoe", hidden_size=40, intermediate_size=15)
-    with pytest.raises(ModelError, match="no multiple of 64 values"):
+    with pytest.raises(ModelError, match="not a multiple of 64 values"):
         load(folder, "int8")
 
 

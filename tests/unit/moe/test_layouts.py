@@ -261,7 +261,7 @@ def nllb() -> nn.Module:
 
 @pytest.mark.parametrize(("make", "kind"), [(switch, "SwitchTransformersExperts"), (nllb, "NllbMoeExperts")])
 def test_experts_in_a_module_dict_are_refused_by_name(make: Callable[[], nn.Module], kind: str) -> None:
-    with pytest.raises(ModelError, match=rf"\({kind}\).*a layout that is known"):
+    with pytest.raises(ModelError, match=rf"\({kind}\).*one that flexperts knows"):
         find_experts(make())
 
 

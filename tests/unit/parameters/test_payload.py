@@ -63,7 +63,9 @@ def test_check_passes_only_for_equal_names_and_shapes(
 def test_check_names_the_first_difference(sent: dict[str, tuple[int, ...]], said: str) -> None:
     with pytest.raises(FederationError) as caught:
         Payload.of(filled(sent)).check(Manifest(("a", "b"), ((2,), (1, 3))), "bank")
-    assert str(caught.value).startswith(f"{said}: a message holds the tensors that the method declares")
+    assert str(caught.value).startswith(
+        f"{said}: a message must contain exactly the tensors that the method declares"
+    )
 
 
 def test_empty() -> None:

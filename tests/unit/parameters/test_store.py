@@ -139,7 +139,7 @@ def test_damaged_metadata_is_refused(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize("meta", [None, [], {}, {"client": "a"}, {**asdict(META), "round": "three"}], ids=str)
 def test_a_whole_file_of_something_else_is_refused(tmp_path: Path, meta: Any) -> None:
     write_sealed(tmp_path / "x", "flexperts-personal-2", {"x": torch.ones(1)}, meta)
-    assert "its metadata is not that of a client" in refusal(tmp_path / "x")
+    assert "its metadata is not valid for a client" in refusal(tmp_path / "x")
 
 
 @pytest.mark.parametrize("old", [b"bank", b"graft.odd", b"ssss", b"model.layers.0"])

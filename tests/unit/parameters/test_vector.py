@@ -72,7 +72,7 @@ def test_flattening_copies_and_cutting_does_not() -> None:
 )
 def test_vectors_that_do_not_fit_are_refused(vector: np.ndarray) -> None:
     tensors = {"a": torch.ones(2, 3)}
-    with pytest.raises(FederationError, match=r"the manifest asks for float32\[6\]"):
+    with pytest.raises(FederationError, match=r"the manifest requires float32\[6\]"):
         Manifest.of(tensors).unflatten(vector)
 
 
