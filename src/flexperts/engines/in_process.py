@@ -188,8 +188,6 @@ def _run_rounds(workspace: Workspace, config: RunConfig, run: RunDirectory, load
         _check_states(run, load_server(run.checkpoint, workspace.clients), workspace.base.fingerprint)
     resident = Resident(workspace, config, run.path)
     nodes = {number: partial(_answer, resident, name) for number, name in enumerate(workspace.clients, 1)}
-    if not (run.path / "config.toml").exists():  # a resumed run keeps its first file
-        write_json(run.partition, partition_manifest(workspace.clients))
 
     def amend(summary: dict[str, Any]) -> dict[str, Any]:
         took = {
@@ -198,9 +196,11 @@ def _run_rounds(workspace: Workspace, config: RunConfig, run: RunDirectory, load
         }
         return summary | {"seconds": took, "peak_memory": peak_bytes(device)}
 
-    reset_peak(device)
-    RunDirectory.create_or_resume(run.path, config.to_toml())
     try:
+        if not (run.path / "config.toml").exists():  # a resumed run keeps its first file
+            write_json(run.partition, partition_manifest(workspace.clients))
+        RunDirectory.create_or_resume(run.path, config.to_toml())
+        reset_peak(device)
         serve(InProcessGrid(nodes), config, run, current_observer(), amend)
     finally:
         resident.model.close()
