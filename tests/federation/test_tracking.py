@@ -308,7 +308,7 @@ def test_unknown_trackers_are_refused_with_those_that_are_known(recipe: Recipe, 
 
 @pytest.mark.parametrize(
     ("name", "remedy"),
-    [("tensorboard", "pip install 'flexperts[tensorboard]'"), ("comet_ml", "pip install comet_ml")],
+    [("tensorboard", "run pip install 'flexperts[tensorboard]'"), ("comet_ml", "run pip install comet_ml")],
 )
 def test_missing_packages_are_named(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, remedy: str

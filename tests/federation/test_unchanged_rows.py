@@ -164,7 +164,7 @@ X, X_AND_VALIDATION = ClientRows((A,), (B,)), ClientRows((A,), (B,), (C,))
     ("before", "now", "said"),
     [
         ({"x": X}, {"x": X, "y": X}, "y is new"),
-        ({"x": X, "y": X}, {"x": X}, "y is gone"),
+        ({"x": X, "y": X}, {"x": X}, "y is missing"),
         ({"x": ClientRows((A, C), (B,))}, {"x": ClientRows((C, A), (B,))}, "x: train 2 rows as before, but not"),
         ({"x": X_AND_VALIDATION}, {"x": ClientRows((A,), (B,), (B,))}, "x: validation 1 rows as before"),
         ({"x": X_AND_VALIDATION}, {"x": ClientRows((A, C), (B,))}, "train 1 rows before, 2 now, validation 1"),
