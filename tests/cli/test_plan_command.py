@@ -34,7 +34,7 @@ def test_the_tables_fit_a_terminal_of_80_columns() -> None:
     result = CliRunner().invoke(app, ["qwen1.5-moe-a2.7b"], env={"COLUMNS": "80"})
     assert result.exit_code == 0, result.output
     assert "…" not in result.output
-    assert "no method here" in result.output
+    assert "not a method of flexperts" in result.output
 
 
 def test_json_holds_every_round() -> None:

@@ -45,7 +45,7 @@ def test_what_does_not_fit_is_refused_unless_asked(
     recipe: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free(monkeypatch, 10**6)
-    with pytest.raises(ModelError, match=r"0.0 GB are free; lower it \(.*model.preflight = false"):
+    with pytest.raises(ModelError, match=r"0.0 GB are free; reduce memory \(.*model.preflight = false"):
         check_memory(recipe())
     check_memory(recipe("model.preflight=false"))
 

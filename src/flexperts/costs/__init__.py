@@ -1,1 +1,1 @@
-"""What a method costs: bytes, parameters, memory, FLOPs and time, planned from a config and measured on a model."""
+"""Costs of methods: bytes, parameters, memory, FLOPs and time, planned from a config or measured on a model."""

@@ -1,6 +1,6 @@
-"""What passes through a model, in bytes, estimated from its shapes.
+"""Memory of a model's activations in bytes, estimated from its shapes.
 
-The factors are bytes per value that autograd keeps, counted with bf16 autocast on OLMoE; fp32 doubles them.
+The factors are the bytes that autograd keeps per value, counted with bf16 autocast on OLMoE; fp32 doubles them.
 Shapes: D width, I an expert's intermediate width, K experts per token.
 """
 
@@ -28,15 +28,15 @@ _LAYER = 31
 _INTO, _INSIDE = 2, 6
 """Per D and per I of each of the K experts."""
 _GRAFT_INTO, _GRAFT_INSIDE = 4, 8
-"""The same of a grafted expert, with its gate."""
+"""The same for a grafted expert, with its gate."""
 _PASSING_INTO, _PASSING_INSIDE = 10, 6
 """Per D and per I of each of the K experts while one layer computes."""
 _CHECKPOINT = 4
-"""Per D and layer where only the layers' inputs are kept."""
+"""Per D and layer if only the layers' inputs are kept."""
 _TRAINED_LOGIT, _SCORED_LOGIT = 18, 12
-"""Per logit: in the model's type and in fp32, softmax, and in training gradients."""
+"""Per logit: in the model's dtype and in fp32, softmax, and in training also gradients."""
 _SCORES = 12
-"""Per value of the up projections and outputs that are held: twice in the model's type, in fp64 for pairs."""
+"""Per value of the stored up projections and outputs: twice in the model's dtype, and in fp64 for pairs."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Lengths:
 
     Args:
         row: Prompt and response.
-        response: Response alone.
+        response: Only the response.
     """
 
     row: int
@@ -69,10 +69,10 @@ class Activations:
     top_k: int
 
     def training(self, personal: int) -> int:
-        """Return what the backward pass needs of one micro-batch.
+        """Return the bytes that the backward pass needs for one micro-batch.
 
         Args:
-            personal: fp32 bytes of personal experts; whole ones are kept in the type of the products as well.
+            personal: fp32 bytes of personal experts; whole ones are also kept in the dtype of the products.
         """
         tokens, graft, experts = self._micro_batch * self.lengths.row, self.config.graft, find_experts(self.model)
         per_token = self._layers * _LAYER * self._width + self._dense()
@@ -86,7 +86,7 @@ class Activations:
         return kept + self._passing(tokens)
 
     def evaluation(self) -> int:
-        """Return what answering needs: one layer at work, and all layers' keys and values."""
+        """Return the bytes that generation needs: one computing layer, and all layers' keys and values."""
         text, evaluation = self.model.config.get_text_config(), self.config.evaluation
         longest = chosen_limit(self.lengths.response, self.config.training.max_length)
         tokens = evaluation.batch_size * (self.lengths.row + (evaluation.max_new_tokens or longest))
@@ -95,7 +95,7 @@ class Activations:
         return self._passing(tokens) + 2 * 2 * self._scale * tokens * self._layers * int(heads * head)
 
     def selection(self) -> int:
-        """Return what scoring all experts of one layer needs beside its forward pass."""
+        """Return the bytes that scoring all experts of one layer needs, with the forward pass."""
         graft = self.config.graft
         batches = math.ceil(graft.calibration_rows / self._micro_batch)
         tokens = min(self._micro_batch * self.lengths.row, math.ceil(graft.calibration_tokens / batches), TOKENS)
@@ -104,7 +104,7 @@ class Activations:
         return _SCORES * min(tokens * most, STACK) + self._passing(self._micro_batch * self.lengths.row)
 
     def logits(self, rows: int, *, trained: bool) -> int:
-        """Return what the vocabulary's logits on ``rows`` responses need."""
+        """Return the bytes of the logits of ``rows`` responses; in training, of one micro-batch."""
         vocabulary: int = self.model.config.get_text_config().vocab_size
         factor = _TRAINED_LOGIT if trained else _SCORED_LOGIT
         return factor * (self._micro_batch if trained else rows) * (self.lengths.response + 1) * vocabulary
@@ -127,7 +127,7 @@ class Activations:
         return int(self.model.config.get_text_config().num_hidden_layers)
 
     def _passing(self, tokens: int) -> int:
-        """Return what the largest layer holds while it computes."""
+        """Return the bytes of the largest layer while it computes."""
         most = max(self._expert(e, _PASSING_INTO, _PASSING_INSIDE) for e in find_experts(self.model))
         return self._scale * tokens * self.top_k * most
 
@@ -136,7 +136,7 @@ class Activations:
         return into * experts.width + inside * (down.numel() // experts.width)
 
     def _dense(self) -> int:
-        """Return what shared experts and dense MLPs keep per token: their inputs, and outputs twice."""
+        """Return the bytes that shared experts and dense MLPs keep per token: their inputs, and outputs twice."""
         around = tuple(f"{name}." for name in attention_modules(self.model))
         head = self.model.get_output_embeddings()
         return sum(

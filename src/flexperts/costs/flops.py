@@ -1,8 +1,8 @@
-"""Multiplications of one token's forward pass, counted from shapes.
+"""FLOPs of one token's forward pass, counted from shapes.
 
-A matrix of n values that a token meets costs 2 n FLOPs (multiply and add). Counted: attention projections, dense
-and shared MLPs, K of the N routed experts, router, vocabulary projection, adapters, grafts. Left out: attention
-over the context, which grows with its length, norms and activations; the input embedding is a look-up.
+A matrix of n values costs 2 n FLOPs per token (multiply and add). Counted: attention projections, dense and shared
+MLPs, K of the N routed experts, router, vocabulary projection, adapters, grafts. Not counted: attention over the
+context, which grows with its length, norms, activations, and the input embedding, which is a look-up.
 Shapes: N routed experts, K of them per token.
 """
 
@@ -35,21 +35,21 @@ def base_flops(model: nn.Module, top_k: int) -> float:
 def added_flops(model: ClientModel, parts: dict[str, Part], top_k: int) -> float:
     """Return the FLOPs per token that a method's adapters and parts add to the base's.
 
-    Tokens are taken to use all experts alike. A second, personal LoRA is counted as in use beside the first.
+    Tokens are assumed to use all experts equally. A personal LoRA counts as used in addition to the shared one.
 
     Args:
         model: The model with its adapters.
-        parts: What the method hangs onto it.
+        parts: The parts that the method attaches to the model.
         top_k: ``K``.
     """
     if model.method.states == ("zero_shot",):
-        return 0.0  # evaluated with adapters off
+        return 0.0  # this method disables the adapters
     lora = sum(p.numel() for p in model.lora.parameters().values())
     return 2 * (lora + sum(_part(part, top_k) for part in parts.values()))
 
 
 def _part(part: Part, top_k: int) -> float:
-    """Return the matrix values of a part that a token meets."""
+    """Return the matrix values of a part that a token is multiplied with."""
     if isinstance(part, Grafts):
         return sum(_graft(graft) for graft in part)
     if isinstance(part, ExpertAdapters):
@@ -65,7 +65,7 @@ def _graft(graft: Graft) -> float:
 
 
 def _adapted(layer: AdaptedLayer, top_k: int, *, restrict: bool) -> float:
-    """Return what adapted experts cost beyond the base's own, which still run where others are not adapted."""
+    """Return the added cost of adapted experts, minus the base's experts where adapted ones replace all of them."""
     share, whole = top_k / layer.experts.num_experts, _expert(layer.experts)
     frozen = sum(whole for expert in layer.values() if isinstance(expert, LowRankExpert))
     saved = top_k * whole if restrict or layer.is_whole else 0.0

@@ -1,4 +1,4 @@
-"""A model by name or config, without weights: built on the meta device, where tensors have shapes only."""
+"""Models without weights, from a name or a config: built on the meta device, where tensors have only shapes."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _STAND_INS = {"deepseek": "deepseek-moe-16b"}
 
 @dataclass(frozen=True)
 class Description:
-    """What is known of a model before any weight is.
+    """A model's description without weights.
 
     Args:
-        name: As the user gave it.
+        name: The name that the user gave.
         config: transformers' configuration.
-        note: What to know about it; empty where there is nothing.
+        note: A note on the model, or an empty text.
     """
 
     name: str
@@ -54,7 +54,7 @@ def describe(name: str) -> Description:
         return _from_file(name, path / "config.json" if path.is_dir() else path)
     if (short := name.rsplit("/", 1)[-1].lower()) in shipped_configs():
         return _from_text(name, _folder().joinpath(f"{short}.json").read_text(encoding="utf-8"))
-    if "/" not in name:  # no hub id: asking the network for it would take half a minute
+    if "/" not in name:  # not a hub id: a request to the hub would take half a minute
         raise _unknown(name, short)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -66,11 +66,11 @@ def describe(name: str) -> Description:
 def _unknown(name: str, short: str) -> ModelError:
     close = difflib.get_close_matches(short, shipped_configs(), n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}?" if close else f"configs that ship: {', '.join(shipped_configs())}"
-    return ModelError(f"model {name!r}", "no config is found by that name", f"{_REMEDY}; {hint}")
+    return ModelError(f"model {name!r}", "there is no config with this name", f"{_REMEDY}; {hint}")
 
 
 def meta_base(description: Description, dtype: str) -> LoadedBase:
-    """Return a base with every shape and no value, frozen.
+    """Return a frozen base with all shapes and no values.
 
     Args:
         description: The model.
@@ -88,7 +88,7 @@ def meta_base(description: Description, dtype: str) -> LoadedBase:
 
 
 def experts_per_token(config: Any) -> int:
-    """Return K, the experts that the router picks for a token."""
+    """Return K, the number of experts that the router chooses for a token."""
     text = config.get_text_config()
     for place in (text, getattr(text, "ffn_config", None)):
         for name in ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k_experts"):
@@ -96,8 +96,8 @@ def experts_per_token(config: Any) -> int:
                 return value
     raise ModelError(
         f"config of type {text.model_type!r}",
-        "it does not tell num_experts_per_tok",
-        "plan a Mixture-of-Experts model",
+        "it has no num_experts_per_tok",
+        "use a Mixture-of-Experts model",
     )
 
 
@@ -118,7 +118,7 @@ def _from_text(name: str, text: str) -> Description:
         values: dict[str, Any] = json.loads(text)
         kind = str(values.pop("model_type"))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(f"model {name!r}", f"its config.json is none ({error!r})", _REMEDY) from error
+        raise ModelError(f"model {name!r}", f"its config.json is not valid ({error!r})", _REMEDY) from error
     note = str(values.get("_note", ""))
     config = _configured(name, kind, {k: v for k, v in values.items() if not k.startswith("_")})
     return Description(name, config, note or _unquantized(config))
@@ -131,14 +131,12 @@ def _configured(name: str, kind: str, values: Mapping[str, Any]) -> Any:
         stand_in = _STAND_INS.get(kind)
         remedy = f"plan {stand_in!r}, which has its shapes" if stand_in else "use a model type of transformers"
         reason = str(error).strip().splitlines()[0]
-        rule = (
-            "transformers has no class of its own for it" if stand_in else f"transformers cannot read it ({reason})"
-        )
+        rule = "transformers has no class for this type" if stand_in else f"transformers cannot read it ({reason})"
         raise ModelError(f"model {name!r} of type {kind!r}", rule, remedy) from error
 
 
 def _unquantized(config: Any) -> str:
-    """Plan the weights in the recipe's type, whatever the checkpoint stores, and say so."""
+    """Remove a checkpoint's quantization from its config, so that model.dtype is planned; return a note on it."""
     if getattr(config, "quantization_config", None) is None:
         return ""
     del config.quantization_config

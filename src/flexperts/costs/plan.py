@@ -1,6 +1,6 @@
-"""What every method would cost on a model, from its config alone: nothing is loaded and nothing allocated.
+"""Planned costs of every method on a model, from the model's config only: no weights are loaded or allocated.
 
-The methods' own code runs on the meta device, so that a plan cannot disagree with a run.
+The methods' code runs on the meta device, so that a plan agrees with a run.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ DEFAULT_ROWS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("fedavg_experts", "fedavg_experts", ()),
     ("moe_fedavg", "moe_fedavg", ()),
 )
-"""(row's name, method, its settings) of a plan that names no methods."""
+"""(row's name, method, settings) of a plan without method names."""
 DENSE = "dense weights, whole"
-"""Row of what is no method here, averaging all that lies outside of routed experts and routers."""
+"""Name of a row that is not a method of this package: averaging all weights except routed experts and routers."""
 
 
 def plan(
@@ -55,12 +55,12 @@ def plan(
         model: As for ``describe``.
         methods: Method names, or ``["all"]``; empty plans ``DEFAULT_ROWS`` and ``DENSE``.
         settings: Overrides of a recipe's defaults, such as ``"lora.rank=16"``.
-        clients: How many take part.
-        bandwidth: Mbit/s of each client's link, in either direction.
+        clients: Number of clients that take part.
+        bandwidth: Mbit/s of each client's link, in each direction.
     """
     if clients < 1 or bandwidth <= 0:
         wrong = f"clients = {clients}" if clients < 1 else f"bandwidth = {bandwidth}"
-        raise ConfigError(wrong, "it must be above 0", "raise it")
+        raise ConfigError(wrong, "it must be above 0", "give a value above 0")
     given, names = list(settings), [f"client-{number}" for number in range(1, clients + 1)]
     description = describe(model)
     base = meta_base(description, _config(given).model.dtype)
@@ -83,7 +83,7 @@ def plan(
 def model_facts(
     description: Description, base: LoadedBase, quantization: Literal["none"] | Scheme = "none"
 ) -> ModelFacts:
-    """Count a base without adapters, its experts as they would be stored."""
+    """Return the numbers of a base without adapters, with its experts stored as ``quantization`` says."""
     experts, top_k = find_experts(base.model), experts_per_token(description.config)
     values = sum(p.numel() for p in base.model.parameters())
     idle = sum(_values(e.stored) * (1 - top_k / e.num_experts) for e in experts)
@@ -112,8 +112,8 @@ def plan_method(
 
     Args:
         base: The model on the meta device, without adapters.
-        facts: Its numbers.
-        config: The run; its data and model sections are not read.
+        facts: The model's numbers.
+        config: The run; its data and model sections are not used.
         clients: Names of the clients.
         bandwidth: Mbit/s.
         name: The row's name; the method's by default.
@@ -175,7 +175,7 @@ def _dense(base: LoadedBase, facts: ModelFacts, config: RunConfig, clients: int,
         overhead=0.0,
         seconds=_seconds(sent + size, bandwidth),
         at_server=(sent + size) * clients,
-        note="no method here; all that is outside of routed experts and routers",
+        note="not a method of flexperts; all weights except routed experts and routers",
     )
 
 
@@ -208,12 +208,12 @@ class ModelFacts:
     """A model in numbers.
 
     Args:
-        name, note: As in its description.
-        parameters: All of them.
-        active_parameters: Without the routed experts that a token does not meet; embeddings included.
-        weights: Bytes of the frozen weights in the recipe's type.
-        moe_layers, experts, experts_per_token: Layers with routed experts; N and K of each.
-        flops_per_token: Of a forward pass, see ``flops``.
+        name, note: As in the model's description.
+        parameters: Number of all parameters.
+        active_parameters: Number without the routed experts that a token does not use; embeddings included.
+        weights: Bytes of the frozen weights as stored.
+        moe_layers, experts, experts_per_token: Number of layers with routed experts; N and K of each.
+        flops_per_token: FLOPs of a forward pass, see ``flops``.
     """
 
     name: str
@@ -229,13 +229,13 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a client holds while it trains, in bytes; activations are left out, as they depend on rows and kernels.
+    """A client's memory in training, in bytes, without activations, which depend on rows and kernels.
 
     Args:
-        weights: Frozen base.
+        weights: The frozen base.
         added: fp32 values of adapters and parts, trained or not.
-        gradients: fp32, of what trains.
-        moments: The optimizer's two fp32 moments of what trains; 0 for SGD.
+        gradients: fp32 gradients of the trained parameters.
+        moments: The optimizer's two fp32 moments of the trained parameters; 0 for SGD.
     """
 
     weights: int
@@ -243,7 +243,7 @@ class Memory:
     gradients: int
     moments: int
     total: int = field(init=False)
-    """All of it."""
+    """Sum of all."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "total", self.weights + self.added + self.gradients + self.moments)
@@ -251,20 +251,20 @@ class Memory:
 
 @dataclass(frozen=True)
 class MethodPlan:
-    """What a method costs one client; bytes are means over rounds and their participants.
+    """A method's costs for one client; bytes are means over rounds and their participants.
 
     Args:
-        name, method: The row's name; the method's, empty for what is none.
-        shared, personal: Parameters trained.
+        name, method: The row's name, and the method's, which is empty for ``DENSE``.
+        shared, personal: Numbers of trained parameters.
         uplink, downlink: Payload bytes per client and round.
         uplink_groups, downlink_groups: The same by tensor group, before packing.
-        memory: While it trains.
-        personal_state: Bytes on disk of its personal parameters, one generation of the two that are kept.
-        flops_per_token: Of a forward pass with all that the method adds.
-        overhead: Share of that beyond the base's.
-        seconds: To send both payloads of a round over the client's own link.
+        memory: Memory in training.
+        personal_state: Bytes on disk of one of the two stored states of the personal parameters.
+        flops_per_token: FLOPs of a forward pass with everything that the method adds.
+        overhead: The added FLOPs as a share of the base's.
+        seconds: Time to send both payloads of a round over the client's link.
         at_server: Payload bytes of a round, all participants, both directions; a mean over rounds.
-        note: How a run can differ; empty where it cannot.
+        note: How a run can differ from the plan, or an empty text.
         rounds: The payloads, round by round.
     """
 
@@ -292,10 +292,10 @@ class Plan:
 
     Args:
         model: The model.
-        clients: How many.
-        bandwidth: Mbit/s of a client's link, in either direction.
-        methods: One row each.
-        refused: Method -> why it cannot be planned with these settings, where all were asked for.
+        clients: Number of clients.
+        bandwidth: Mbit/s of a client's link, in each direction.
+        methods: One row per method.
+        refused: Method -> why it cannot be planned with these settings; only if all methods were requested.
     """
 
     model: ModelFacts

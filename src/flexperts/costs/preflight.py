@@ -1,7 +1,7 @@
-"""Before anything is loaded: does a run fit this machine's memory, and which settings make it smaller?
+"""Check before a run that it fits this machine's memory, and which settings would reduce its memory.
 
-Weights, trained values, gradients and moments are the plan's, from the method's own code on the meta device; what
-passes through the model is estimated from its shapes.
+Weights, trained values, gradients and moments come from the plan, which runs the method's code on the meta device;
+activations are estimated from the model's shapes.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ _KNOBS = (
     "graft.calibration_tokens=512",
     "evaluation.batch_size=4",
 )
-"""Settings that can lower memory, each tried alone."""
+"""Settings that can reduce memory; each is tried separately."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """What one phase of a run holds at its peak.
+    """Peak memory of one phase of a run.
 
     Args:
         phase: selection, training or evaluation.
-        parts: What it is made of -> bytes.
+        parts: Kind of memory -> bytes.
     """
 
     phase: str
@@ -54,20 +54,20 @@ class Need:
 
     @property
     def total(self) -> int:
-        """All of it, in bytes."""
+        """Sum of all parts, in bytes."""
         return sum(self.parts.values())
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """A silo's memory, which is a whole run's too: in one process all silos take turns on one base.
+    """A silo's memory, which is also that of a run in one process, where all silos use one base in turn.
 
     Args:
         base: Bytes of the frozen weights in ``model.dtype``.
-        needs: Phase by phase.
-        server: Bytes of a server apart from silos: it holds no base, but the shared weights, their mean, an update.
+        needs: Memory of each phase.
+        server: Bytes of a separate server: no base, but the shared weights, their mean and one update.
         device: The computing device.
-        free: Bytes that it has free.
+        free: Free bytes of the device.
     """
 
     base: int
@@ -78,17 +78,17 @@ class Preflight:
 
     @property
     def peak(self) -> Need:
-        """The phase that needs most."""
+        """The phase that needs most memory."""
         return max(self.needs, key=lambda need: need.total)
 
 
 class Estimator:
-    """Estimates runs of one base.
+    """Estimator of the memory of runs of one base.
 
     Args:
-        base: The recipe's name of it.
+        base: The base's name in the recipe.
         clients: Names of the clients.
-        lengths: The longest row; without it, ``training.max_length``, half of it response.
+        lengths: The longest row; if None, ``training.max_length``, of which half is the response.
     """
 
     def __init__(self, base: str, clients: Sequence[str], lengths: Lengths | None = None) -> None:
@@ -110,33 +110,33 @@ class Estimator:
         return Preflight(facts.weights, needs, PROCESS + 12 * planned.shared, str(device), free_bytes(device))
 
     def savings(self, config: RunConfig) -> dict[str, int]:
-        """Return the settings that lower the peak, each alone, and by how many bytes; the largest first."""
+        """Return the settings that lower the peak, each by itself, and the saved bytes, largest first."""
         before, found = self.estimate(config).peak.total, {}
         for setting in _KNOBS:
             try:
                 saved = before - self.estimate(parse_recipe(config.to_toml(), [setting])).peak.total
             except FlexpertsError:
-                continue  # it does not go with the run's other settings
+                continue  # not compatible with the run's other settings
             if saved > before // 100:
                 found[setting] = saved
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def check_fits(made: Preflight, savings: dict[str, int]) -> None:
-    """Refuse a run that does not fit.
+    """Refuse a run that does not fit into memory.
 
     Args:
         made: The run's memory.
-        savings: What would lower it, as ``Estimator.savings`` tells.
+        savings: Setting -> saved bytes, from ``Estimator.savings``.
     """
     if made.peak.total <= made.free:
         return
     knobs = [f"{setting} saves {gigabytes(saved)}" for setting, saved in savings.items()]
-    knobs.append("model.device_map = 'auto' leaves experts on disk")
+    knobs.append("model.device_map = 'auto' keeps experts on disk")
     raise ModelError(
         f"this run needs {gigabytes(made.peak.total)} on {made.device} in {made.peak.phase}",
         f"{gigabytes(made.free)} are free",
-        f"lower it ({'; '.join(knobs)}), or set model.preflight = false to try",
+        f"reduce memory ({'; '.join(knobs)}), or set model.preflight = false to try anyway",
     )
 
 
@@ -150,7 +150,7 @@ def _phases(
 ) -> Iterator[Need]:
     memory, on_cpu = planned.memory, device.type == "cpu"
     held = {"base": stored} | ({"process": PROCESS} if on_cpu else {})
-    # A client's stored state is mapped from its file while it takes its turn.
+    # A client's stored state is memory-mapped from its file during its turn.
     added = {"adapters, personal experts": memory.added, "stored state": planned.personal_state if on_cpu else 0}
     if planned.personal:
         yield Need("selection", held | {"activations": passing.selection()})
@@ -170,7 +170,7 @@ def _phases(
 
 
 def _on_device(config: RunConfig, described: Description, base: LoadedBase, device: torch.device) -> int:
-    """Return the bytes of the base that lie on the computing device."""
+    """Return the bytes of the base on the computing device."""
     whole: int = planned_bytes(base.model, config.model.quantization)
     if config.model.device_map is None:
         return whole

@@ -1,7 +1,7 @@
-"""The rounds of a run without data and weights: the method's own code decides, on shapes, what every client sends.
+"""The rounds of a run without data and weights: the method's code, run on shapes, decides what every client sends.
 
-Clients' rows are unknown, so a client's calibration is a stand-in in which all experts are alike: which experts a
-method chooses by it means nothing, how many it chooses is what a run chooses.
+Clients' rows are unknown, so calibration scores are placeholders in which all experts are equal. Which experts a
+method then chooses is arbitrary; how many it chooses is the same as in a run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Groups = dict[str, int]
 
 @dataclass(frozen=True)
 class PlannedSite(Site):
-    """A client's place on a base without weights.
+    """A client's site on a base without weights.
 
     Args:
         top_k: K, experts per token.
@@ -36,7 +36,7 @@ class PlannedSite(Site):
     top_k: int = 1
 
     def score_experts(self) -> list[LayerScores]:
-        """Return scores of one token per expert, all experts alike."""
+        """Return scores of one token per expert, equal for all experts."""
         return [_alike(e.name, e.num_experts, self.top_k) for e in self.experts]
 
 
@@ -46,9 +46,9 @@ class RoundBytes:
 
     Args:
         number: The round, from 1.
-        uplink: Participating client -> what it sends, by tensor group, before packing.
-        downlink: Participating client -> what it is sent.
-        packed: Participating client -> what it sends in all, packed as the recipe says.
+        uplink: Participating client -> bytes that it sends, by tensor group, before packing.
+        downlink: Participating client -> bytes that it receives, by tensor group.
+        packed: Participating client -> all bytes that it sends, packed as the recipe says.
     """
 
     number: int
@@ -63,14 +63,14 @@ class RoundBytes:
 
 
 def planned_sites(model: ClientModel, clients: Collection[str], top_k: int) -> dict[str, PlannedSite]:
-    """Return every client's site after all have joined, by name."""
+    """Return every client's site by name, as it is after all clients have joined."""
     sites = {name: _prepared(model, name, top_k) for name in sorted(clients)}
     agreement = model.method.agree(_reports(model, sites))
     return {name: replace(site, agreement=agreement) for name, site in sites.items()}
 
 
 def planned_rounds(model: ClientModel, sites: dict[str, PlannedSite]) -> list[RoundBytes]:
-    """Return all rounds of the recipe and the method's extra ones; where only a share takes part, the first do."""
+    """Return the recipe's rounds and the method's extra ones; with partial participation, the first clients."""
     method, config = model.method, model.config
     server = _server(model, sites)
     drawn = sorted(sites)[: config.federation.drawn(len(sites))]
@@ -126,13 +126,13 @@ def _alike(name: str, count: int, top_k: int) -> LayerScores:
 
 
 def mean_groups(rounds: Sequence[RoundBytes], direction: Literal["uplink", "downlink"]) -> dict[str, float]:
-    """Return mean bytes by group over all rounds and their participants; nobody taking part is 0 bytes."""
+    """Return mean bytes by group over all rounds and their participants; empty without participants."""
     payloads = [groups for each in rounds for groups in getattr(each, direction).values()]
     names = sorted({group for groups in payloads for group in groups})
     return {name: sum(groups.get(name, 0) for groups in payloads) / len(payloads) for name in names}
 
 
 def mean_packed(rounds: Sequence[RoundBytes]) -> float:
-    """Return mean bytes of a reply over all rounds and their participants; nobody taking part is 0 bytes."""
+    """Return mean bytes of a reply over all rounds and their participants; 0 without participants."""
     sent = [size for each in rounds for size in each.packed.values()]
     return sum(sent) / len(sent) if sent else 0.0

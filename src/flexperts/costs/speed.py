@@ -1,8 +1,8 @@
-"""What K + 1 experts cost on a machine: time of a training step, of prefill and of a decoded token, memory, FLOPs.
+"""Measured costs of K + 1 experts: time of a training step, of prefill and of a decoded token, memory, FLOPs.
 
-Variants take turns on one resident base, round after round and every other round backwards, so that a machine that
-slows down slows all of them; the first round warms up and is thrown away, medians of the others count. Compare
-ratios of one table, not seconds of two.
+Variants take turns on one resident base, every other round in reverse order, so that a slow phase of the machine
+affects all of them. The first round is a warm-up and does not count; results are medians of the other rounds.
+Compare ratios within one table, not seconds of two tables.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ VARIANTS: dict[str, tuple[str, ...] | None] = {
     "fedavg_experts (LoRA everywhere)": ("method.name=fedavg_experts",),
     "moe_fedavg (all experts)": ("method.name=moe_fedavg",),
 }
-"""Name -> settings; None is the base as it was loaded."""
+"""Name -> settings; None means the unchanged base."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is measured.
+    """The measured workload.
 
     Args:
         rows: Rows of a batch, in training and at inference.
@@ -55,7 +55,7 @@ class Workload:
         new_tokens: Tokens that are decoded after the prompt.
         steps: Optimizer steps of a measured training.
         repeats: Rounds that count.
-        seed: Of the tokens.
+        seed: Seed of the tokens.
     """
 
     rows: int = 4
@@ -73,13 +73,13 @@ class Speed:
 
     Args:
         name: The variant.
-        trained: Parameters it trains.
-        step: Seconds of an optimizer step, the optimizer's start included; None where nothing trains.
+        trained: Number of trained parameters.
+        step: Seconds of an optimizer step, with the optimizer's creation; None if nothing is trained.
         prefill: Seconds of the prompts' forward pass.
-        decode: Seconds per decoded token of every row together.
-        peak_memory: Peak while it trains (the base: while it answers), in bytes, of the device on CUDA and of the
-            process on a CPU; None where it cannot be told.
-        flops_per_token: As ``counted_flops`` counts the prompts' forward pass.
+        decode: Seconds per decoded token, for all rows together.
+        peak_memory: Peak in training (for the base: in generation), in bytes, of the device on CUDA and of the
+            process on a CPU; None where it is unknown.
+        flops_per_token: FLOPs of the prompts' forward pass, from ``counted_flops``.
     """
 
     name: str
@@ -106,11 +106,11 @@ def measure(
     settings: Sequence[str] = (),
     report: Callable[[str], None] = lambda line: None,
 ) -> list[Speed]:
-    """Measure variants on a live base, which is left as it was.
+    """Measure variants on a base in memory, which is unchanged afterwards.
 
     Args:
         base: The base, in memory.
-        workload: What is measured; the defaults where it is not given.
+        workload: The workload; ``Workload()`` by default.
         variants: Name -> settings, or None for the base itself; ``VARIANTS`` by default.
         settings: Overrides for all variants.
         report: Called with a line for every measured variant.
@@ -138,8 +138,8 @@ def counted_flops(model: Any, input_ids: torch.Tensor) -> float:
 def count(model: Any, call: Callable[[], object]) -> float:
     """Return the FLOPs that torch counts while ``call`` runs.
 
-    Experts run in transformers' eager loop meanwhile, as torch does not count fused ones. Attention over the
-    context is in the count only where torch knows the kernel: with eager attention always, with fused ones on CUDA.
+    Experts run in transformers' eager loop meanwhile, because torch does not count fused ones. Attention over the
+    context is counted only where torch supports the kernel: eager attention always, fused kernels on CUDA.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = base.config._experts_implementation
@@ -156,7 +156,7 @@ def count(model: Any, call: Callable[[], object]) -> float:
 def set_up(
     base: LoadedBase, own: tuple[str, ...] | None, settings: Sequence[str] = ()
 ) -> Iterator[tuple[Any, ParameterSplit | None, RunConfig]]:
-    """Yield the model as a variant trains it; which experts are grafted has no influence on time."""
+    """Yield the model as a variant trains it; the choice of grafted experts does not affect time."""
     config = parse_recipe("data.silos = {}", [*settings, *(own or ())])
     if own is None:
         yield base.model, None, config
@@ -218,7 +218,7 @@ def train(
 
 
 def _decode(model: Any, prompts: torch.Tensor, count: int) -> None:
-    """Answer the prompts with ``count`` tokens after the one that the prompt itself gives."""
+    """Decode ``count`` tokens after the first one, which the prompt's forward pass gives."""
     output = model(input_ids=prompts, use_cache=True, **_last(model))
     for _ in range(count):
         token = output.logits[:, -1:].argmax(-1)
@@ -226,7 +226,7 @@ def _decode(model: Any, prompts: torch.Tensor, count: int) -> None:
 
 
 def _last(model: Any) -> dict[str, Any]:
-    """Ask for the last column's logits alone, where the model can."""
+    """Return the argument that limits logits to the last column, if the model has it."""
     return {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
 
 

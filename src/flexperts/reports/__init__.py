@@ -1,1 +1,1 @@
-"""What a comparison looks like: tables and plots, as an HTML page and as Markdown."""
+"""Reports of a comparison: tables and plots, as an HTML page and as Markdown."""

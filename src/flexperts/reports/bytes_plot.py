@@ -1,4 +1,4 @@
-"""Bytes against quality: one labelled dot per entry."""
+"""The plot of quality against bytes: one labelled dot per entry."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LEADER = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.7, "shrinkA": 0, "s
 
 
 def bytes_plot(comparison: Comparison, metric: str) -> Plot | None:
-    """Return a score over bytes sent and received per client and round; entries that send nothing stand at 0."""
+    """Return a plot of a score over bytes sent and received per client and round; no traffic is shown at 0."""
     entries = [e for e in ordered(comparison) if None not in (_traffic(e), mean(own(e, "own", metric)))]
     if len(entries) < 2:
         return None
@@ -50,7 +50,7 @@ def _traffic(entry: Entry) -> float | None:
 
 
 def _bytes_axis(axes: Axes, values: Sequence[float]) -> list[float]:
-    """Label a log axis by hand, with a place for 0; return where the values stand on it."""
+    """Label a log axis by hand, with a place for 0; return the values' positions on it."""
     positive = [log10(v) for v in values if v > 0] or [0.0]
     low, high = min(positive), max(positive)
     steps = (0.0, log10(3)) if high - low < 1.5 else (0.0,)
@@ -64,11 +64,11 @@ def _bytes_axis(axes: Axes, values: Sequence[float]) -> list[float]:
 
 
 def _labels(axes: Axes, xs: Sequence[float], ys: Sequence[float], names: Sequence[str]) -> None:
-    """Write a name beside every dot, moved to where it covers no dot and no name, then with a line to its dot."""
+    """Write a name next to every dot; where it would cover a dot or a name, move it and add a line to its dot."""
     figure = axes.figure
     assert isinstance(figure, Figure)
     figure.draw_without_rendering()
-    # The places are of this layout: it must not move any more.
+    # The positions are those of this layout, which must not change any more.
     figure.set_layout_engine("none")
     dots = axes.transData.transform(np.column_stack((xs, ys))).tolist()
     taken = [_Box(x - 5, x + 5, y) for x, y in dots]
@@ -104,7 +104,7 @@ class _Box:
 
 
 def _places(axes: Axes, x: float, y: float, width: float) -> Iterator[_Box]:
-    """Yield where a label of a dot may stand, the nearest first; the first one always, others inside the axes."""
+    """Yield possible places for a dot's label, the nearest first; all but the first are inside the axes."""
     after = _Box(x + _GAP, x + _GAP + width, y)
     before = _Box(x - _GAP - width, x - _GAP, y)
     sides = (after, before) if x < (axes.bbox.x0 + axes.bbox.x1) / 2 else (before, after)

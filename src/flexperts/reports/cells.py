@@ -1,4 +1,4 @@
-"""Tables as values, and numbers as text: every number that is shown anywhere is formatted here, once."""
+"""Tables as values, and numbers as text: every number in a report is formatted here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 MISSING = "–"
-"""Stands where there is no number."""
+"""Shown where there is no number."""
 MINUS = "−"
 
 
@@ -17,9 +17,9 @@ class Cell:
     """One cell.
 
     Args:
-        text: What is shown.
-        value: The number behind it, in the unit of ``comparison.json``; None for words and for missing numbers.
-        best: Whether it is the best of its column.
+        text: The text that is shown.
+        value: The number, in the unit of ``comparison.json``; None for words and for missing numbers.
+        best: Whether the cell is the best of its column.
     """
 
     text: str
@@ -33,8 +33,8 @@ class Column:
 
     Args:
         name: What is measured, with its unit.
-        group: Which state on which rows; neighbours with the same group stand under one heading.
-        words: Whether the cells are words, which are set flush left.
+        group: The state and the rows; adjacent columns of the same group share a heading.
+        words: Whether the cells are words, which are aligned left.
     """
 
     name: str
@@ -54,9 +54,9 @@ class Table:
     Args:
         key: Name for links and ids.
         title: Heading.
-        note: What the numbers are and what the intervals cover; shown under the table.
+        note: Explanation of the numbers and intervals, shown under the table.
         header: One column per cell of a row.
-        rows: Cells; every row is as long as the header.
+        rows: The cells; every row is as long as the header.
     """
 
     key: str
@@ -66,7 +66,7 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
 
     def without_empty_columns(self) -> Table:
-        """Return the table without those columns of numbers in which every number is missing."""
+        """Return the table without columns of numbers in which every number is missing."""
         kept = [i for i, c in enumerate(self.header) if c.words or any(row[i].text != MISSING for row in self.rows)]
         rows = tuple(tuple(row[i] for i in kept) for row in self.rows)
         return replace(self, header=tuple(self.header[i] for i in kept), rows=rows)
@@ -83,19 +83,19 @@ def finite(value: Any) -> float | None:
 
 
 def number(value: Any, digits: int) -> Cell:
-    """Return a number with so many digits after the point and a thousands comma."""
+    """Return a number with ``digits`` digits after the point and a thousands comma."""
     value = finite(value)
     return Cell(MISSING) if value is None else Cell(_fixed(value, digits), value)
 
 
 def significant(value: Any) -> Cell:
-    """Return a number that may be far below 1 with two significant digits, such as 4.2e-07."""
+    """Return a number with two significant digits, such as 4.2e-07."""
     value = finite(value)
     return Cell(MISSING) if value is None else Cell(f"{value:.2g}".replace("-", MINUS), value)
 
 
 def spread(stat: Mapping[str, Any] | None, digits: int, *, sign: bool = False) -> Cell:
-    """Return ``mean ± std`` of a statistic; no ± where there is no std (one seed)."""
+    """Return ``mean ± std`` of a statistic; only the mean if there is no std (one seed)."""
     mean, std = (finite(stat.get(key)) for key in ("mean", "std")) if stat else (None, None)
     if mean is None:
         return Cell(MISSING)
@@ -113,7 +113,7 @@ def interval(test: Mapping[str, Any] | None, digits: int) -> Cell:
 
 
 def p_value(value: Any) -> Cell:
-    """Return a p-value with three digits; below 0.001 as such."""
+    """Return a p-value with three digits, or ``< 0.001``."""
     value = finite(value)
     if value is None:
         return Cell(MISSING)
@@ -140,7 +140,7 @@ def percent(value: Any, *, sign: bool = False) -> Cell:
 
 
 def mark_best(rows: Sequence[tuple[Cell, ...]], column: int, *, lowest: bool = False) -> list[tuple[Cell, ...]]:
-    """Return rows with the best of a column's cells marked, where at least two can be compared."""
+    """Return rows with the best cells of a column marked, if at least two rows have a number."""
     values = [row[column].value for row in rows]
     present = [v for v in values if v is not None]
     if len(present) < 2:

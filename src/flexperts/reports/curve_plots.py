@@ -1,4 +1,4 @@
-"""Plots over rounds: learning curves with bands over seeds, drift of the routing."""
+"""Plots over rounds: learning curves with bands over seeds, and drift of the routing."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from flexperts.reports.reading import METRICS, Comparison, Entry, ordered
 from flexperts.reports.tables import MEASURES
 
 TOGETHER = 6
-"""Up to so many entries share one plot; of more, every entry has a small one with the others in grey."""
+"""Most entries in one plot; if there are more, every entry has a small plot with the others in grey."""
 TRAINING = "training"
-"""Stands for the training loss where a metric of the clients' rows could stand."""
+"""Name of the training loss, used like the name of a metric."""
 CURVES = METRICS | {TRAINING: "Training loss"}
 
 
 def curve_plots(comparison: Comparison, metric: str) -> list[Plot]:
     """Return curves of the own state, or of the training loss, with mean and range over seeds.
 
-    All entries in one plot, or many in a small one each.
+    Up to ``TOGETHER`` entries share one plot; more entries have one small plot each.
     """
     entries = [e for e in ordered(comparison) if _rounds(_curve(e, e["own_state"], metric)) > 1]
     if not entries:
@@ -36,7 +36,7 @@ def curve_plots(comparison: Comparison, metric: str) -> list[Plot]:
 
 
 def drift_plots(comparison: Comparison) -> list[Plot]:
-    """Return how each measure of the routing moves over rounds, one plot per measure with a line per entry."""
+    """Return one plot per measure of the routing over rounds, with a line per entry."""
     entries = [e for e in ordered(comparison) if e.get("routing_rounds")]
     drawn = (_drift_plot(comparison, entries, measure) for measure in MEASURES)
     return [plot for plot in drawn if plot is not None]
@@ -67,7 +67,7 @@ def _small_plot(comparison: Comparison, entries: list[Entry], entry: Entry, metr
 
 
 def _line(axes: Axes, comparison: Comparison, entry: Entry, metric: str) -> None:
-    """Draw the own state with its band, and the global state dashed where it is another one."""
+    """Draw the own state with its band, and the global state dashed if it is a different state."""
     look = looks(comparison)[entry["name"]]
     curve = _curve(entry, entry["own_state"], metric)
     if len(entry["seeds"]) > 1:
@@ -114,5 +114,5 @@ def _rounds(curve: Mapping[str, Any]) -> int:
 
 
 def _values(values: Any) -> Any:
-    """Return numbers as an array, with not-a-number where one is missing."""
+    """Return numbers as an array, with NaN for missing ones."""
     return np.array([np.nan if finite(v) is None else finite(v) for v in values], dtype=float)

@@ -1,6 +1,6 @@
 """Figures as inline SVG: text stays text, neutral colours follow the page's theme, same input gives same bytes.
 
-Sizes are CSS pixels at the figure's natural width. Nothing of pyplot is used; matplotlib's settings are put back.
+Sizes are CSS pixels at the figure's natural width. pyplot is not used; matplotlib's settings are restored.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from matplotlib.figure import Figure
 from flexperts.reports.reading import Comparison
 
 INK, MUTED, GRID, PAPER = "#010203", "#010204", "#010205", "#010206"
-"""Stand-ins that become CSS variables of the page, so that one SVG is readable on light and on dark."""
+"""Placeholders that become CSS variables of the page, so that one SVG is readable in light and in dark mode."""
 _THEME = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--line)", PAPER: "var(--paper)"}
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Okabe and Ito's colours for all kinds of colour vision, without those that vanish on white or on black."""
+"""Okabe and Ito's colours for all kinds of colour vision, except those invisible on white or on black."""
 _MARKERS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼", "P": "✚"}
 _SETTINGS: Any = {
     "svg.fonttype": "none",
@@ -53,7 +53,7 @@ _SETTINGS: Any = {
 
 @dataclass(frozen=True)
 class Look:
-    """How an entry looks in every plot.
+    """An entry's colour and marker in every plot.
 
     Args:
         colour: Hexadecimal colour.
@@ -67,7 +67,7 @@ class Look:
 
 
 def looks(comparison: Comparison) -> dict[str, Look]:
-    """Return entry -> look: the reference has the first; after six colours the marker's form changes."""
+    """Return entry -> look: the reference has the first; after six colours the marker changes."""
     names = [entry["name"] for entry in comparison["entries"]]
     names.sort(key=lambda name: name != comparison["reference"])
     forms = list(_MARKERS.items())
@@ -79,7 +79,7 @@ def looks(comparison: Comparison) -> dict[str, Look]:
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Draw inside: our settings, and silence on letters that the measuring font lacks (browsers have them)."""
+    """Use our settings inside the block; ignore warnings on letters that matplotlib's font lacks."""
     with mpl.rc_context(), warnings.catch_warnings():
         mpl.rcdefaults()
         mpl.rcParams.update(_SETTINGS)
@@ -88,7 +88,7 @@ def drawing() -> Iterator[None]:
 
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    """Return a figure of so many CSS pixels and its axes."""
+    """Return a figure of a size in CSS pixels, and its axes."""
     figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
     return figure, figure.add_subplot()
 
@@ -98,17 +98,17 @@ def svg(figure: Figure, key: str, label: str) -> str:
 
     Args:
         figure: The figure, drawn inside ``drawing``.
-        key: Name of the figure on its page, which keeps ids apart.
-        label: What a screen reader says.
+        key: Name of the figure on its page, which makes ids unique.
+        label: Text for screen readers.
     """
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": key}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    # Metadata name addresses; the style would be the whole page's, which has it of its own.
+    # Metadata contain URLs; the style would apply to the whole page, which has its own.
     text = re.sub(r"<(metadata|style)\b.*?</\1>", "", text, flags=re.DOTALL)
-    # Running numbers would occur once per figure on the page; only the salted hashes are referred to.
+    # Numbered ids would repeat in every figure of the page; references use only the salted hashes.
     used = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
     text = re.sub(r'(<\w+[^>]*?) id="([^"]*)"', lambda m: m.group() if m.group(2) in used else m.group(1), text)
     width = round(figure.get_figwidth() * 72)
@@ -124,7 +124,7 @@ def svg(figure: Figure, key: str, label: str) -> str:
 
 
 def shortened(text: str, length: int = 24) -> str:
-    """Return text on one line of at most so many letters, cut with an ellipsis."""
+    """Return text on one line of at most ``length`` characters, cut with an ellipsis."""
     text = " ".join(text.split())
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
@@ -133,11 +133,11 @@ def heat(axes: Axes, values: Any, rows: Sequence[str], columns: Sequence[str], t
     """Draw a heat map from 0 to ``top`` with names at both axes; return the image.
 
     Args:
-        axes: Where.
-        values: ``[len(rows), len(columns)]``; not-a-numbers stay empty.
+        axes: The axes.
+        values: ``[len(rows), len(columns)]``; NaN is left empty.
         rows: Names from top to bottom.
         columns: Names from left to right.
-        top: Value of the lightest colour.
+        top: The value with the lightest colour.
     """
     image = axes.imshow(values, cmap="cividis", vmin=0, vmax=top, aspect="auto", interpolation="none")
     for axis, names in ((axes.xaxis, columns), (axes.yaxis, rows)):

@@ -1,4 +1,4 @@
-"""The report's files, and its HTML page: nothing is loaded, nothing runs, it opens from a disk and on a phone."""
+"""The report's files, and its HTML page: without scripts and external files; it opens from disk and on phones."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from flexperts.reports.tables import tables
 def html_report(comparison: Mapping[str, Any]) -> str:
     """Return the page; the same comparison gives the same bytes.
 
-    Sections without anything to show are left out, with their line in the contents.
+    Empty sections are left out, also in the table of contents.
 
     Args:
-        comparison: What ``comparison.json`` holds.
+        comparison: The content of ``comparison.json``.
     """
     environment = Environment(
         loader=PackageLoader("flexperts.reports", "."),
@@ -53,7 +53,7 @@ def html_report(comparison: Mapping[str, Any]) -> str:
 
 
 def _plots(comparison: Comparison) -> dict[str, list[Plot]]:
-    """Return every section's plots, those that there are."""
+    """Return every section's plots, without missing ones."""
     curves = {metric: curve_plots(comparison, metric) for metric in CURVES}
     made: dict[str, list[Plot | None]] = {
         "comparison": [p for m in METRICS for p in (score_plot(comparison, m), difference_plot(comparison, m))],
@@ -66,7 +66,7 @@ def _plots(comparison: Comparison) -> dict[str, list[Plot]]:
 
 
 def _heads(table: Table) -> list[tuple[str, int]]:
-    """Return the headings that span columns, as text and number of columns; empty where no column has one."""
+    """Return the headings that span columns, as text and number of columns; empty if no column has one."""
     spans: list[tuple[str, int]] = []
     for column in table.header:
         if spans and spans[-1][0] == column.group:
@@ -77,7 +77,7 @@ def _heads(table: Table) -> list[tuple[str, int]]:
 
 
 def _safe_svg(plot: Plot) -> Markup:
-    """Return an SVG as markup: matplotlib has escaped every text in it."""
+    """Return an SVG as markup; matplotlib has escaped every text in it."""
     return Markup(plot.svg)
 
 

@@ -1,4 +1,4 @@
-"""The report as Markdown, for papers and pull requests: the page's tables and words, without its plots."""
+"""The report as Markdown, for papers and pull requests: the page's tables and texts, without plots."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from flexperts.reports.tables import tables
 
 
 def markdown_report(comparison: Mapping[str, Any]) -> str:
-    """Return the twin of the HTML page; what data say cannot become markup.
+    """Return the content of the HTML page as Markdown; texts from data are escaped.
 
     Args:
-        comparison: What ``comparison.json`` holds.
+        comparison: The content of ``comparison.json``.
     """
     made = tables(comparison)
     warning = rows_shown(comparison)
@@ -42,15 +42,15 @@ def markdown_table(table: Table) -> str:
 
 
 def escaped(text: object) -> str:
-    """Return text in which no character is markup of Markdown, of its tables or of HTML; lines stay lines."""
+    """Return text without markup of Markdown, its tables or HTML; line breaks are kept."""
     out = str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    # Brackets alone are no link: that takes an address or a definition behind them.
+    # Brackets are a link only if an address or a definition follows.
     out = re.sub(r"([\\`*|~$]|!(?=\[)|\](?=[(\[:]))", r"\\\1", out)
     return re.sub(r"(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])", r"\\_", out)
 
 
 def _line(text: object) -> str:
-    """Return escaped text on one line that begins no list, heading or rule."""
+    """Return escaped text on one line that does not start a list, heading or rule."""
     return re.sub(r"^([#+=-]|\d+(?=[.)]))", _disarmed, escaped(" ".join(str(text).split())))
 
 

@@ -1,15 +1,15 @@
-"""What stands under a table: what the numbers are, and what their intervals cover."""
+"""The notes under tables: what the numbers are, and what their intervals cover."""
 
 from __future__ import annotations
 
 from flexperts.reports.reading import METRICS, STATES, Comparison, Entry
 
 _NAMED = 5
-"""Scores that one note explains."""
+"""Most missing scores that one note explains."""
 
 
 def counts(comparison: Comparison) -> str:
-    """Return how many seeds and clients stand behind the numbers, and which entries have fewer seeds."""
+    """Return the numbers of seeds and clients, and the entries with fewer seeds."""
     seeds, clients = len(comparison["seeds"]), len(comparison["clients"])
     text = f"{_count(seeds, 'seed')}, {_count(clients, 'client')}."
     fewer = [
@@ -19,7 +19,7 @@ def counts(comparison: Comparison) -> str:
 
 
 def interval_note(comparison: Comparison) -> str:
-    """Return what the intervals and p-values are; empty where nothing is compared."""
+    """Return the explanation of intervals and p-values; empty if nothing is compared."""
     compared = sum(bool(entry.get("against")) for entry in comparison["entries"])
     if not compared:
         return ""
@@ -37,7 +37,7 @@ def interval_note(comparison: Comparison) -> str:
 
 
 def _paired(comparison: Comparison, entry: Entry) -> int:
-    """Return how many seeds an entry has in common with the reference."""
+    """Return the number of seeds that an entry has in common with the reference."""
     reference = next(e for e in comparison["entries"] if e["name"] == comparison["reference"])
     return len({*entry["seeds"]} & {*reference["seeds"]})
 
@@ -92,7 +92,7 @@ def _score_words(comparison: Comparison) -> str:
 
 
 def tokenizer_words(comparison: Comparison) -> str:
-    """Return what ROUGE-L counted as words, and whether that was the same for all; empty where it is not noted."""
+    """Return the tokenizer of ROUGE-L, with a warning if entries differ; empty if it is not recorded."""
     by_name: dict[str, list[str]] = {}
     for entry in comparison["entries"]:
         if name := entry.get("rouge_tokenizer"):
@@ -107,7 +107,7 @@ def tokenizer_words(comparison: Comparison) -> str:
 
 
 def _cut_words(comparison: Comparison) -> str:
-    """Return how many answers of own states reached the limit, and how many references are longer."""
+    """Return how many answers of own states reached the token limit, and whether references are longer."""
     cut, longer = [], 0
     for entry in comparison["entries"]:
         clients = ((entry.get("answers") or {}).get("clients") or {}).values()
@@ -122,7 +122,7 @@ def _cut_words(comparison: Comparison) -> str:
 
 
 def _not_finite_words(comparison: Comparison) -> str:
-    """Return whose scores are missing because they are no finite numbers, and why."""
+    """Return which scores are missing because they are not finite, and why."""
     found = [
         f"{entry['name']}, {client}, {STATES.get(state, state)}: {reason}"
         for entry in comparison["entries"]

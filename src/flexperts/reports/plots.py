@@ -1,4 +1,4 @@
-"""Plots of scores: mean and spread of every entry, differences to the reference with intervals."""
+"""Plots of scores: mean and spread of every entry, and differences to the reference with intervals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flexperts.reports.figures import INK, MUTED, PAPER, canvas, drawing, looks,
 from flexperts.reports.reading import METRICS, Comparison, Entry, against, mean, ordered, own, verdict
 
 WIDTH, NARROW = 400, 210
-"""Widths of plots that stand alone and of those that stand beside each other, in points."""
+"""Widths of single plots and of plots side by side, in points."""
 _ROW = 19
 
 
@@ -49,7 +49,7 @@ def score_plot(comparison: Comparison, metric: str) -> Plot | None:
 
 
 def difference_plot(comparison: Comparison, metric: str) -> Plot | None:
-    """Return differences to the reference with their intervals; hollow where they are not told apart."""
+    """Return differences to the reference with intervals; marks are hollow if a difference is not significant."""
     compared = {e["name"] for e in comparison["entries"] if verdict(comparison, e, metric) != "none"}
     if not compared:
         return None

@@ -1,4 +1,4 @@
-"""Ways into ``comparison.json``: an entry's numbers and how it stands, words for states, the order of things."""
+"""Access to ``comparison.json``: an entry's numbers, its verdict, words for states, the order of entries."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Entry = Mapping[str, Any]
 Comparison = Mapping[str, Any]
 
 STATES = {"zero_shot": "zero-shot", "global": "global", "personalized": "personalized"}
-"""A state's name in ``comparison.json`` -> in words."""
+"""A state's name in ``comparison.json`` -> its name in reports."""
 METRICS = {"rouge_l": "ROUGE-L", "nll": "NLL"}
-"""A score's name in ``comparison.json`` -> in words."""
+"""A score's name in ``comparison.json`` -> its name in reports."""
 
 
 def stat(entry: Entry, state: str, place: str, metric: str) -> Mapping[str, Any] | None:
-    """Return mean, std and seeds of a score of a state on some rows; None where it was not measured.
+    """Return mean, std and seeds of a state's score on some rows; None if it was not measured.
 
     Args:
         entry: The entry.
@@ -37,7 +37,7 @@ def own(entry: Entry, place: str, metric: str) -> Mapping[str, Any] | None:
 
 
 def mean(found: Mapping[str, Any] | None) -> float | None:
-    """Return a statistic's mean; None where there is none."""
+    """Return a statistic's mean, or None."""
     return finite(found.get("mean")) if found else None
 
 
@@ -47,10 +47,10 @@ def against(entry: Entry, metric: str) -> Mapping[str, Any] | None:
 
 
 def verdict(comparison: Comparison, entry: Entry, metric: str) -> str:
-    """Return how an entry stands to the reference: better, worse, open (not told apart), or none without a test.
+    """Return an entry's verdict against the reference: better, worse, open (not significant), or none (no test).
 
-    Two entries are told apart when the interval leaves 0 out and the p-value, adjusted for the number of
-    comparisons, is below 1 - confidence: of many intervals, some leave 0 out by chance.
+    A difference is significant if the interval excludes 0 and the p-value, adjusted for the number of comparisons,
+    is below 1 - confidence: of many intervals, some exclude 0 by chance.
     """
     test = against(entry, metric)
     if test is None or interval(test, 1).value is None:
@@ -61,17 +61,17 @@ def verdict(comparison: Comparison, entry: Entry, metric: str) -> str:
 
 
 def holds_zero(test: Mapping[str, Any]) -> bool:
-    """Return whether a test's interval has 0 in it."""
+    """Return whether a test's interval includes 0."""
     return bool(test["low"] <= 0 <= test["high"])
 
 
 def ability(entry: Entry, state: str, metric: str) -> Mapping[str, Any] | None:
-    """Return the test of a trained state against the untouched base on general tasks; None if not scored by row."""
+    """Return the test of a trained state against the unchanged base on general tasks; None if not scored by row."""
     return ((entry.get("ability") or {}).get(state) or {}).get(metric)
 
 
 def change(entry: Entry, state: str, place: str, metric: str) -> dict[str, Any] | None:
-    """Return mean and sample std over seeds of a state minus zero-shot, paired by seed."""
+    """Return mean and sample std over seeds of a state's score minus zero-shot, paired by seed."""
     ours, start = stat(entry, state, place, metric), stat(entry, "zero_shot", place, metric)
     if ours is None or start is None:
         return None
@@ -91,13 +91,13 @@ def ordered(comparison: Comparison) -> list[Entry]:
 
 
 def own_state_words(comparison: Comparison) -> str:
-    """Return the state that all entries end in, or words for 'each its own'."""
+    """Return the name of the own state if all entries have the same, else "own state"."""
     states = {entry["own_state"] for entry in comparison["entries"]}
     return STATES.get(min(states), min(states)) if len(states) == 1 else "own state"
 
 
 def rows_shown(comparison: Comparison) -> str:
-    """Return the warning that stands above a page with rows of silos; empty where it holds none."""
+    """Return the warning for the top of a page with rows of silos; empty if there are none."""
     shown = {client: len(rows) for client, rows in (comparison.get("examples") or {}).items() if rows}
     if not shown:
         return ""
@@ -109,12 +109,12 @@ def rows_shown(comparison: Comparison) -> str:
 
 
 def routing_of(entry: Entry) -> Mapping[str, Any]:
-    """Return client -> layer -> routing of an entry's own state; empty where none was recorded."""
+    """Return client -> layer -> routing of an entry's own state; empty if it was not recorded."""
     return (entry.get("routing") or {}).get(entry["own_state"]) or {}
 
 
 def measure(layer: Mapping[str, Any], key: str) -> float | None:
-    """Return one number of a layer's routing: a list of dead experts counts, any other list is averaged."""
+    """Return one number of a layer's routing: the number of dead experts, the mean of any other list."""
     found = layer.get(key)
     if not isinstance(found, list):
         return finite(found)
@@ -125,7 +125,7 @@ def measure(layer: Mapping[str, Any], key: str) -> float | None:
 
 
 def layer_names(modules: Iterable[str]) -> dict[str, str]:
-    """Return experts module name -> short name: its first number where that tells them apart, in numeric order."""
+    """Return experts module name -> short name, in numeric order: its first number, or the name if not unique."""
     modules = list(dict.fromkeys(modules))
     found = {name: re.search(r"\d+", name) for name in modules}
     short = {name: match.group() if match else name for name, match in found.items()}

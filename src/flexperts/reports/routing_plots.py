@@ -1,4 +1,4 @@
-"""Heat maps of routing: which experts each client's tokens go to, and how far the graft gates open."""
+"""Heat maps of routing: the experts that each client's tokens use, and how far the graft gates open."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from flexperts.reports.reading import Comparison, Entry, layer_names, measure, r
 
 @dataclass(frozen=True)
 class RoutingPlots:
-    """What is drawn of an entry's routing.
+    """The plots of an entry's routing.
 
     Args:
-        entry: Its name.
-        use: A map of expert use per client (layers by experts), and their colours' scale last; may be empty.
-        opening: How far the gates of the personal experts open, layers by clients; None where there are none.
+        entry: The entry's name.
+        use: A map of expert use per client (layers by experts), and last the colour scale; may be empty.
+        opening: How far the gates of the personal experts open, layers by clients; None if there are none.
     """
 
     entry: str
@@ -46,7 +46,7 @@ _Map = tuple[list[str], Any]
 
 
 def _maps(entry: Entry) -> dict[str, _Map]:
-    """Return the clients' maps that have a number in them."""
+    """Return the clients' maps that contain a number."""
     maps = {client: _use(layers) for client, layers in routing_of(entry).items()}
     return {client: found for client, found in maps.items() if np.isfinite(found[1]).any()}
 
@@ -75,7 +75,7 @@ def _opening_plot(key: str, entry: Entry) -> Plot | None:
 
 
 def _use(layers: Mapping[str, Mapping[str, Any]]) -> _Map:
-    """Return a client's map; layers of fewer experts end in gaps."""
+    """Return a client's map; layers with fewer experts are filled up with NaN."""
     names = layer_names(layers)
     rows = [[finite(v) for v in layers[module].get("utilisation") or []] for module in names]
     values = np.full((len(rows), max((len(row) for row in rows), default=0)), np.nan)

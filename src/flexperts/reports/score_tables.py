@@ -1,4 +1,4 @@
-"""Tables of scores: the comparison, client by client, and what personalization cost in general ability."""
+"""Tables of scores: the comparison, scores by client, and the change of general ability."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from flexperts.reports.reading import (
 )
 
 DIGITS = {"rouge_l": 1, "nll": 3}
-"""Digits after the point of each score."""
+"""Score -> digits after the point."""
 LOWEST_IS_BEST = {"nll"}
 WHO = (Column("entry", words=True), Column("own state", words=True))
 """The first columns of a table of entries in their own state."""
@@ -44,7 +44,7 @@ _WITHIN_ABILITY = (("general", "rouge_l"), ("general", "nll"), ("mmlu", "accurac
 
 
 def main_table(comparison: Comparison) -> Table:
-    """Return the comparison: one row per entry, best first, and the untouched base last."""
+    """Return the comparison: one row per entry, best first, and the unchanged base last."""
     rows = [_main_row(comparison, entry) for entry in ordered(comparison)]
     rows = mark_best(mark_best(rows, 2), 5, lowest=True)
     rows += _base_row(comparison)
@@ -69,7 +69,7 @@ def client_table(comparison: Comparison, metric: str) -> Table:
 
 
 def ability_table(comparison: Comparison) -> Table:
-    """Return what training cost in general ability: every trained state, and its difference to zero-shot."""
+    """Return the general ability of every trained state, and its difference to zero-shot."""
     measured = [(e, state) for e in ordered(comparison) for state in e["scores"] if _is_measured(e, state)]
     rows = tuple(
         (words(e["name"]), words(STATES[s]), *(c for where in _WITHIN_ABILITY for c in _ability(e, s, *where)))
@@ -83,7 +83,7 @@ def ability_table(comparison: Comparison) -> Table:
 
 
 def _is_measured(entry: Entry, state: str) -> bool:
-    """Tell whether a trained state was scored beyond its clients; of the untouched base, only where it is all."""
+    """Return whether a state has scores of general ability; zero-shot counts only as the entry's own state."""
     trained = state != "zero_shot" or entry["own_state"] == "zero_shot"
     return trained and any(stat(entry, state, *where) for where in _WITHIN_ABILITY)
 
@@ -143,7 +143,7 @@ def _main_row(comparison: Comparison, entry: Entry) -> tuple[Cell, ...]:
 
 
 def own_state(entry: Entry) -> Cell:
-    """Return the state that a method ends in, in words."""
+    """Return the name of an entry's own state: the last state of its method."""
     return words(STATES.get(entry["own_state"], entry["own_state"]))
 
 
@@ -157,7 +157,7 @@ def _tested(entry: Entry, metric: str) -> tuple[Cell, Cell, Cell]:
 
 
 def _base_row(comparison: Comparison) -> list[tuple[Cell, ...]]:
-    """Return the untouched base's row, from the first entry that has one, unless it is an entry itself."""
+    """Return the unchanged base's row, from the first entry with its scores, unless the base is an entry."""
     entries = comparison["entries"]
     measured = [e for e in entries if stat(e, "zero_shot", "own", "nll") or stat(e, "zero_shot", "own", "rouge_l")]
     if not measured or any(e["own_state"] == "zero_shot" for e in entries):

@@ -1,4 +1,4 @@
-"""The answer in a few sentences, made from the numbers."""
+"""The summary of a comparison in a few sentences, generated from the numbers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flexperts.reports.score_tables import DIGITS
 
 
 def summary(comparison: Comparison) -> list[str]:
-    """Return sentences: the best entry, what its interval against the reference says, how the others stand."""
+    """Return sentences: the best entry, its interval against the reference, and the verdicts of the others."""
     scored = [e for e in ordered(comparison) if mean(own(e, "own", "rouge_l")) is not None]
     by_nll = [e for e in comparison["entries"] if mean(own(e, "own", "nll")) is not None]
     if not scored and not by_nll:
@@ -77,7 +77,7 @@ def _difference(comparison: Comparison, entry: Entry, metric: str) -> str:
 
 
 def _standing(comparison: Comparison, metric: str) -> list[str]:
-    """Return how many entries are told apart from the reference."""
+    """Return how many entries differ significantly from the reference."""
     found = [verdict(comparison, entry, metric) for entry in comparison["entries"]]
     total = len(found) - found.count("none")
     if total < 2:
@@ -92,7 +92,7 @@ def _standing(comparison: Comparison, metric: str) -> list[str]:
 
 
 def _caution(comparison: Comparison) -> list[str]:
-    """Return what a comparison by one seed cannot say."""
+    """Return a caution if a comparison has only one seed."""
     compared = any(entry.get("against") for entry in comparison["entries"])
     one = compared and len(comparison["seeds"]) == 1
     return ["All of it is one seed: another may order them otherwise."] if one else []

@@ -14,7 +14,7 @@ from flexperts.reports.score_tables import WHO, ability_table, answer_table, cli
 
 
 def tables(comparison: Comparison) -> dict[str, Table]:
-    """Return every table that has a row, by key, in the order in which they are read.
+    """Return every table that has a row, by key, in the order of the report.
 
     Keys: main, clients-rouge_l, clients-nll, answers, ability, cost, groups, privacy, routing, selection, entries,
     environment.
@@ -76,7 +76,7 @@ def groups_table(comparison: Comparison) -> Table:
 
 
 def privacy_table(comparison: Comparison) -> Table:
-    """Return what differential privacy guarantees, for the entries that add noise."""
+    """Return the guarantees of differential privacy, for entries that add noise."""
     numbers = ("clip", "noise_multiplier", "delta", "epsilon")
     noisy = [entry for entry in ordered(comparison) if entry.get("privacy")]
     rows = tuple(
@@ -134,11 +134,11 @@ MEASURES = {
     "dead": "dead experts",
     "opening": "gate opening",
 }
-"""A layer's number in ``comparison.json`` -> in words."""
+"""A layer's number in ``comparison.json`` -> its name in reports."""
 
 
 def routing_table(comparison: Comparison) -> Table:
-    """Return means over clients and layers of the routing of every entry's own state."""
+    """Return the routing of every entry's own state as means over clients and layers."""
     header = (*WHO, *map(Column, MEASURES.values()))
     rows = tuple(
         (words(entry["name"]), own_state(entry), *(_mean(clients, key) for key in MEASURES))
@@ -154,7 +154,7 @@ def routing_table(comparison: Comparison) -> Table:
 
 
 def selection_table(comparison: Comparison) -> Table:
-    """Return which experts each client chose in each layer, and how good the choice was among all experts."""
+    """Return the experts that each client chose in each layer, and their losses compared with all experts'."""
     entry = selected(comparison)
     header = (
         Column("client", words=True),
@@ -175,7 +175,7 @@ def selection_table(comparison: Comparison) -> Table:
 
 
 def selected(comparison: Comparison) -> Entry | None:
-    """Return the entry whose selection is shown: the reference, or the first that has one."""
+    """Return the entry whose selection is shown: the reference, or the first entry with a selection."""
     having = [entry for entry in comparison["entries"] if entry.get("selection")]
     return next((e for e in having if e["name"] == comparison["reference"]), having[0] if having else None)
 
@@ -211,7 +211,7 @@ def entries_table(comparison: Comparison) -> Table:
 
 
 def environment_table(comparison: Comparison) -> Table:
-    """Return versions, code and machine, one fact a row."""
+    """Return versions, code and machine, one fact per row."""
     facts = flat(comparison.get("environment") or {})
     mixed = any(isinstance(value, list) for value in facts.values())
     note = "Where several values stand, the runs differ." if mixed else ""

@@ -1,1 +1,1 @@
-"""The shipped base: how smol-moe is made and found."""
+"""The shipped base: how smol-moe is built and found."""

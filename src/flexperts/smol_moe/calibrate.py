@@ -1,4 +1,4 @@
-"""Compute a partition asset: observe a dense model on generic texts, cluster neurons, fit routers."""
+"""Computing a partition asset: observe a dense model on generic texts, cluster neurons, fit routers."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class SplitShape:
 
     Attributes:
         layers: Layers to split.
-        shared: Neurons of the shared part.
-        experts: Routed experts of a layer.
-        top_k: Active routed experts.
-        router_scale: Spread of the router's logits over tokens and experts (standard deviation).
+        shared: Number of neurons of the shared part.
+        experts: Number of routed experts of a layer.
+        top_k: Number of active routed experts.
+        router_scale: Standard deviation of the router's logits over tokens and experts.
         ridge: Ridge penalty, as a fraction of the mean squared FFN input.
-        restarts: k-means starts, of which the tightest is kept.
+        restarts: Number of k-means starts, of which the one with the least squared distance is kept.
     """
 
     layers: tuple[int, ...] = (4, 9, 14, 19, 24, 29)
@@ -54,7 +54,7 @@ SMOL_MOE = SplitShape()
 
 @dataclass(frozen=True)
 class Observed:
-    """One FFN layer on the calibration texts.
+    """Activations of one FFN layer on the calibration texts.
 
     Attributes:
         inputs: FFN inputs [tokens, hidden].
@@ -70,15 +70,15 @@ class Observed:
 
 
 def observe(model: LlamaForCausalLM, rows: list[list[int]], layers: tuple[int, ...]) -> dict[int, Observed]:
-    """Run the dense model over texts and record what its FFN layers see and do.
+    """Run the dense model on texts and record its FFN layers' inputs and activations.
 
-    The first token of each row is left out: it is an attention sink, whose extreme activations say
-    nothing about text.
+    The first token of each row is left out: it is an attention sink, with extreme activations that do not depend on
+    the text.
 
     Args:
         model: The dense model.
         rows: Token ids of each text group.
-        layers: Which layers to record.
+        layers: The layers to record.
     """
     import torch
 
@@ -106,16 +106,16 @@ def _record(mlp: Any, tape: _Tape) -> list[Any]:
 
 
 def contribution(layer: Observed) -> torch.Tensor:
-    """How much each neuron adds to the layer's output at each token: |h| * ||down||, [tokens, ffn]."""
+    """Return how much each neuron adds to the layer's output at each token: |h| * ||down||, [tokens, ffn]."""
     added: torch.Tensor = layer.hidden.abs() * layer.down.norm(dim=0)
     return added
 
 
 def profiles(layer: Observed, neurons: torch.Tensor) -> Floats:
-    """Each neuron's mean contribution per text group, relative to its own mean over groups.
+    """Return each neuron's mean contribution per text group, relative to its mean over groups.
 
     Args:
-        layer: What was observed.
+        layer: The layer's activations.
         neurons: Neuron ids [n].
 
     Returns:
@@ -133,11 +133,11 @@ def profiles(layer: Observed, neurons: torch.Tensor) -> Floats:
 
 
 def assign_balanced(distances: Floats, size: int) -> NDArray[np.int64]:
-    """Give each point the nearest cluster that has room, those with most to lose first.
+    """Assign each point to the nearest cluster with room; points with the largest gap to their second choice first.
 
     Args:
         distances: Squared distances [points, clusters], points = size * clusters.
-        size: Points of each cluster.
+        size: Number of points of each cluster.
 
     Returns:
         The cluster of each point [points]; every cluster has `size` points.
@@ -154,13 +154,13 @@ def assign_balanced(distances: Floats, size: int) -> NDArray[np.int64]:
 
 
 def balanced_kmeans(points: Floats, clusters: int, seed: int, restarts: int = 1) -> NDArray[np.int64]:
-    """k-means with clusters of equal size.
+    """Run k-means with clusters of equal size.
 
     Args:
         points: Rows to cluster [n, features]; n must be a multiple of clusters.
-        clusters: How many.
-        seed: Of the starting rows.
-        restarts: Starts, of which the one with the least squared distance is kept.
+        clusters: Number of clusters.
+        seed: Seed of the choice of starting rows.
+        restarts: Number of starts, of which the one with the least squared distance is kept.
 
     Returns:
         The cluster of each row [n].
@@ -184,7 +184,7 @@ def _one_kmeans(points: Floats, clusters: int, draw: np.random.Generator) -> tup
 
 
 def split_layer(layer: Observed, shape: SplitShape, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose a layer's shared neurons and cluster the rest.
+    """Choose a layer's shared neurons and cluster the others.
 
     Returns:
         Neuron ids of the shared part, int16 [S], and of the experts, int16 [E, W]; each ascending.
@@ -199,18 +199,17 @@ def split_layer(layer: Observed, shape: SplitShape, seed: int) -> tuple[torch.Te
 
 
 def fit_router(layer: Observed, routed: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Ridge regression of how unusually strong each expert's output is, on the FFN input.
+    """Fit a router by ridge regression of each expert's standardised output norm on the FFN input.
 
-    The target is the norm of the expert's output, standardised per expert, so that no expert is
-    preferred for being large everywhere.
+    The norms are standardised per expert, so that an expert with large outputs everywhere is not preferred.
 
     Args:
-        layer: What was observed.
+        layer: The layer's activations.
         routed: Neuron ids of the experts [E, W].
         ridge: Penalty, as a fraction of the mean squared input.
 
     Returns:
-        Router weights [E, hidden] whose logits spread over the texts with standard deviation 1.
+        Router weights [E, hidden] whose logits have standard deviation 1 over the texts.
     """
     import torch
 
@@ -228,12 +227,12 @@ def _strength(layer: Observed, ids: torch.Tensor) -> torch.Tensor:
 
 
 def read_texts(folder: Path = TEXTS) -> dict[str, str]:
-    """The calibration texts that are shipped: group name to text."""
+    """Return the shipped calibration texts: group name -> text."""
     return {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt"))}
 
 
 def texts_sha256(texts: Mapping[str, str]) -> str:
-    """Hex SHA-256 over names and texts, in name order."""
+    """Return the hex SHA-256 of names and texts, in name order."""
     parts = [f"{name}\0{texts[name]}\0" for name in sorted(texts)]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
@@ -243,12 +242,12 @@ def compute_partition(
 ) -> Partition:
     """Compute the partition of a dense model from texts.
 
-    The same seed gives the same result on one machine; floating-point order may differ on another.
+    The same seed gives the same result on one machine; on another, floating-point order may differ.
 
     Args:
         dense: The dense model and its tokenizer.
-        texts: Group name to text.
-        seed: Of the clustering.
+        texts: Group name -> text.
+        seed: Seed of the clustering.
         shape: The sizes.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Read the dense SmolLM2 model: a GGUF file (dequantised here) or a transformers folder."""
+"""Reading the dense SmolLM2 model from a GGUF file (dequantised here) or a transformers folder."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ class DenseModel:
     """A dense Llama as plain data.
 
     Attributes:
-        config: Its `LlamaConfig`.
-        state: transformers' parameter names to float32 tensors; no `lm_head` when embeddings are tied.
-        tokenizer: With our chat template, pad and eos (see `prepare_tokenizer`).
-        source: Where it came from.
+        config: The model's `LlamaConfig`.
+        state: transformers' parameter name -> float32 tensor; without `lm_head` if embeddings are tied.
+        tokenizer: The tokenizer with our chat template, pad and eos (see `prepare_tokenizer`).
+        source: Where the model came from.
     """
 
     config: LlamaConfig
@@ -64,7 +64,7 @@ class DenseModel:
     source: DenseSource
 
     def model(self) -> LlamaForCausalLM:
-        """A fresh float32 `LlamaForCausalLM` in eval mode with these weights."""
+        """Return a new float32 `LlamaForCausalLM` in eval mode with these weights."""
         import torch
         from transformers import LlamaForCausalLM
 
@@ -75,14 +75,14 @@ class DenseModel:
             raise ModelError(
                 f"dense weights at {self.source.path}",
                 f"do not fit a Llama ({(missing + unexpected)[:3]})",
-                "give SmolLM2-135M-Instruct",
+                "give the weights of SmolLM2-135M-Instruct",
             )
         model.tie_weights()
         return model.eval()
 
 
 def load_dense(source: DenseSource) -> DenseModel:
-    """Read the dense model that a source holds.
+    """Read the dense model from a source.
 
     Args:
         source: A transformers folder or a `.gguf` file (about 6 s to read on one core).
@@ -95,7 +95,7 @@ def load_dense(source: DenseSource) -> DenseModel:
 
 
 def read_gguf(path: Path) -> tuple[LlamaConfig, dict[str, torch.Tensor]]:
-    """Dequantise a Llama GGUF file to float32, with q and k un-permuted to transformers' order.
+    """Dequantise a Llama GGUF file to float32, with q and k in transformers' row order.
 
     Returns:
         The config and the state dict.
@@ -107,7 +107,9 @@ def read_gguf(path: Path) -> tuple[LlamaConfig, dict[str, torch.Tensor]]:
     try:
         reader = GGUFReader(str(path))
     except (ValueError, OSError, IndexError) as error:
-        raise ModelError(f"file {path}", f"is not a GGUF file ({error})", "give another file") from error
+        raise ModelError(
+            f"file {path}", f"is not a GGUF file ({error})", "give a GGUF file of SmolLM2-135M-Instruct"
+        ) from error
     config = _gguf_config(reader, path)
     state: dict[str, torch.Tensor] = {}
     for tensor in reader.tensors:
@@ -119,14 +121,16 @@ def read_gguf(path: Path) -> tuple[LlamaConfig, dict[str, torch.Tensor]]:
 
 
 def transformers_name(name: str, path: Path) -> str:
-    """Translate a GGUF tensor name of a Llama to the name transformers gives it."""
+    """Return transformers' name for a GGUF tensor name of a Llama."""
     stem, _, suffix = name.rpartition(".")
     if stem in _TOP_NAMES:
         return f"{_TOP_NAMES[stem]}.{suffix}"
     block = stem.split(".")
     if len(block) == 3 and block[0] == "blk" and block[2] in _BLOCK_NAMES:
         return f"model.layers.{block[1]}.{_BLOCK_NAMES[block[2]]}.{suffix}"
-    raise ModelError(f"tensor {name!r} in {path}", "is no Llama parameter", "give SmolLM2-135M-Instruct")
+    raise ModelError(
+        f"tensor {name!r} in {path}", "is not a Llama parameter", "give the weights of SmolLM2-135M-Instruct"
+    )
 
 
 def unpermute(values: NDArray[Any], heads: int | None) -> NDArray[Any]:
@@ -134,7 +138,7 @@ def unpermute(values: NDArray[Any], heads: int | None) -> NDArray[Any]:
 
     Args:
         values: Weight [heads * head_dim, hidden], rows in interleaved rotary order.
-        heads: How many heads the rows hold; None leaves the weight as it is.
+        heads: Number of heads in the rows; None returns the weight unchanged.
 
     Returns:
         The same rows in transformers' half-split order, contiguous.
@@ -153,7 +157,9 @@ def _gguf_config(reader: GGUFReader, path: Path) -> LlamaConfig:
         return None if field is None else field.contents()
 
     if value("general.architecture") != "llama":
-        raise ModelError(f"file {path}", "is not of architecture llama", "give SmolLM2-135M-Instruct")
+        raise ModelError(
+            f"file {path}", "is not of architecture llama", "give the weights of SmolLM2-135M-Instruct"
+        )
     sizes = {ours: value(f"llama.{theirs}") for ours, theirs in _CONFIG_KEYS.items()}
     theta = float(value("llama.rope.freq_base") or 10000.0)
     return LlamaConfig(
@@ -166,7 +172,7 @@ def _gguf_config(reader: GGUFReader, path: Path) -> LlamaConfig:
 
 
 def read_folder(path: Path) -> tuple[LlamaConfig, dict[str, torch.Tensor]]:
-    """Read a transformers folder of a Llama to float32."""
+    """Read a transformers folder of a Llama as float32."""
     import torch
     from transformers import AutoConfig, LlamaForCausalLM
 
@@ -174,8 +180,8 @@ def read_folder(path: Path) -> tuple[LlamaConfig, dict[str, torch.Tensor]]:
     if config.model_type != "llama":
         raise ModelError(
             f"folder {path} with model_type {config.model_type!r}",
-            "must hold a llama",
-            "give SmolLM2-135M-Instruct",
+            "must contain a llama",
+            "give the weights of SmolLM2-135M-Instruct",
         )
     model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
@@ -187,7 +193,7 @@ def read_folder(path: Path) -> tuple[LlamaConfig, dict[str, torch.Tensor]]:
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer from a folder or a GGUF file (about 5 s then), prepared as ours."""
+    """Load and prepare the tokenizer from a folder or a GGUF file (about 5 s)."""
     from transformers import AutoTokenizer
 
     if path.suffix == ".gguf":
@@ -198,13 +204,13 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Give the tokenizer a pad token other than eos and a ChatML template without a system prompt."""
+    """Set a pad token other than eos and a ChatML template without a system prompt."""
     if tokenizer.convert_ids_to_tokens([PAD_ID, BOS_ID, EOS_ID]) != [
         "<|endoftext|>",
         "<|im_start|>",
         "<|im_end|>",
     ]:
-        raise ModelError("the tokenizer", "is not SmolLM2-Instruct's", "give SmolLM2-135M-Instruct")
+        raise ModelError("the tokenizer", "is not SmolLM2-Instruct's", "give the files of SmolLM2-135M-Instruct")
     tokenizer.pad_token = "<|endoftext|>"
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.padding_side = "right"
@@ -214,5 +220,5 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
 
 
 def special_ids() -> Mapping[str, int]:
-    """The token ids that both config and generation config carry."""
+    """Return the special token ids of config and generation config."""
     return {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID}

@@ -1,6 +1,6 @@
-"""The partition asset: which neurons of which layers become which expert, and the routers.
+"""The partition asset: the assignment of neurons to experts, layer by layer, and the routers.
 
-The file is a safetensors file with three tensors and one JSON metadata entry; `calibrate` computes it.
+It is a safetensors file with three tensors and one JSON metadata entry; `calibrate` computes it.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ TENSORS = ("shared", "routed", "routers")
 
 @dataclass(frozen=True)
 class Partition:
-    """How some dense FFN layers fall into a shared part and routed experts.
+    """The split of dense FFN layers into a shared part and routed experts.
 
     Attributes:
         layers: The indices of the split layers, ascending [L].
-        top_k: How many routed experts are active for a token.
+        top_k: Number of routed experts that are active for a token.
         shared: Neuron ids of the shared part, int16 [L, S].
         routed: Neuron ids of each expert, int16 [L, E, W].
         routers: Router weights before `router_scale`, float16 [L, E, hidden].
-        router_scale: Factor on the routers; small, so that the chosen experts weigh about the same.
-        metadata: How it was made (command, seed, sha256 of texts and weights, sizes); JSON values.
+        router_scale: Factor of the routers; small, so that the chosen experts have about the same weight.
+        metadata: How the partition was made (command, seed, sha256 of texts and weights, sizes); JSON values.
     """
 
     layers: tuple[int, ...]
@@ -44,21 +44,21 @@ class Partition:
 
     @property
     def experts(self) -> int:
-        """How many routed experts a layer has (E)."""
+        """Number of routed experts of a layer (E)."""
         return int(self.routed.shape[1])
 
     @property
     def expert_size(self) -> int:
-        """How many neurons a routed expert has (W)."""
+        """Number of neurons of a routed expert (W)."""
         return int(self.routed.shape[2])
 
     @property
     def shared_size(self) -> int:
-        """How many neurons the shared part has (S)."""
+        """Number of neurons of the shared part (S)."""
         return int(self.shared.shape[1])
 
     def check(self) -> None:
-        """Raise unless every layer holds every neuron exactly once and the shapes agree."""
+        """Refuse a partition unless every layer has every neuron exactly once and the shapes agree."""
         import torch
 
         depth = len(self.layers)
@@ -68,7 +68,7 @@ class Partition:
             return
         raise ModelError(
             f"partition of layers {list(self.layers)}",
-            "must hold every neuron of a layer exactly once",
+            "must contain every neuron of a layer exactly once",
             "compute it again with: flexperts base partition",
         )
 

