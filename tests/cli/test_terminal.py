@@ -194,6 +194,7 @@ def test_pages_of_help_in_another_encoding(variables: dict[str, str]) -> None:
         assert printed
 
 
+@pytest.mark.faults
 def test_an_answer_in_another_encoding(finished: Path) -> None:
     """The base is untrained: its answer is replaced by one that no terminal but UTF-8 has."""
     program = (

@@ -385,6 +385,7 @@ joining.join("run", "shop/train.jsonl", test="shop/test.jsonl", observer=Fuse())
 """
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("place", ["training", "publishing"])
 def test_a_killed_join_leaves_no_client_and_starts_again(
     finished: Path, workspace: Workspace, tmp_path: Path, place: str

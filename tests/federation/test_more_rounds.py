@@ -112,7 +112,10 @@ def test_a_finished_run_goes_on_along_the_longer_cosine(
         run_federation(config, out, resume=True)
 
 
-@pytest.mark.parametrize("task", ["clinic: round 3", "shop: round 3", "help_desk: round 4"])
+LATER = [pytest.param(task, marks=pytest.mark.faults) for task in ("shop: round 3", "help_desk: round 4")]
+
+
+@pytest.mark.parametrize("task", ["clinic: round 3", *LATER])
 def test_an_extension_that_breaks_off_is_taken_up_bit_for_bit(
     recipe: Recipe, workspace: Workspace, tmp_path: Path, task: str
 ) -> None:

@@ -159,6 +159,7 @@ RUN = """
 """
 
 
+@pytest.mark.faults
 def test_of_two_that_resume_one_run_one_goes_on(recipe: Callable[..., RunConfig], tmp_path: Path) -> None:
     """Real processes on one directory: rounds stand once, whoever was first."""
     (tmp_path / "recipe.toml").write_text(recipe(*SHORT, "federation.rounds=4").to_toml())

@@ -365,6 +365,7 @@ def test_two_workers_find_what_one_finds(
     assert json.dumps(found | {"title": "out"}) == json.dumps(alone)
 
 
+@pytest.mark.faults
 def test_a_comparison_that_was_killed_ends_as_if_it_had_not_been(
     plan: Planned, started: Path, comparison: dict[str, Any], work: Path
 ) -> None:
