@@ -25,7 +25,7 @@ SCHEMA = DOCS / "recipe.schema.json"
 
 HEAD = """# Settings
 
-Made by `python dev/settings_page.py` from [`config/`](../src/flexperts/config); a test keeps it current.
+Made by `python dev/settings_page.py` from `config/`; a test keeps it current.
 
 A run is one TOML file, the recipe. Only `data` is required; every other key has the default that is given here.
 Unknown keys and values outside the limits are refused. `--set` overrides a key for one command, as in

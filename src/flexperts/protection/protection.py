@@ -36,9 +36,9 @@ class Protection:
     combines: ClassVar[bool] = False
     """Whether ``combined`` makes the average; at most one defence of a run may."""
 
-    def __init__(self, config: RunConfig, name: str = "", options: Options | None = None) -> None:
+    def __init__(self, config: RunConfig, name: str = "", options: Any = None) -> None:
         self.config, self.name = config, name
-        self.options: Any = options or self.Options()
+        self.options = options or self.Options()
 
     @property
     def setting(self) -> str:
