@@ -1,4 +1,4 @@
-"""Flower's Ray simulation of flexperts' own apps: the same server, the same client, other transport.
+"""Flower's Ray simulation of flexperts: the same server, the same client, other transport.
 
 Fairness: as many Ray workers as there are cores, one core each, so that clients train side by side (Flower's own
 default is two cores a client, which makes half as many). Every worker holds a base of its own and keeps it between
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import tempfile
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from clock import Clock
@@ -23,8 +24,11 @@ from torch import Tensor
 from work import Work
 
 from flexperts.artifacts import RunDirectory
-from flexperts.client.answer import app as flexperts_client
+from flexperts.client.answer import answer
+from flexperts.client.resident import Resident
+from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
+from flexperts.recipe import parse_recipe
 from flexperts.server.serve import serve
 
 
@@ -44,7 +48,7 @@ def run(work: Work, clock: Clock) -> dict[str, Tensor]:
 
 
 class NamedClients(ClientApp):
-    """flexperts' ClientApp, told by the node's number which client it is, and which run.
+    """flexperts' clients, by the number of the node.
 
     Args:
         recipe: The recipe's text.
@@ -59,9 +63,15 @@ class NamedClients(ClientApp):
     def __call__(self, message: Message, context: Context) -> Message:
         """Answer a message."""
         name = self.names[int(context.node_config["partition-id"])]
-        node = {**context.node_config, "client": name, "state-dir": self.folder}
-        told = Context(context.run_id, context.node_id, node, context.state, {"recipe": self.recipe})
-        return flexperts_client(message, told)
+        client = resident(self.recipe, self.folder).client(name)
+        return Message(answer(message.metadata.message_type, message.content, client), reply_to=message)
+
+
+@cache
+def resident(recipe: str, folder: str) -> Resident:
+    """Return this worker's base and clients, loaded once."""
+    config = parse_recipe(recipe)
+    return Resident(Workspace(config), config, Path(folder))
 
 
 def server_app(config: RunConfig, watch: Watch, folder: Path) -> ServerApp:
