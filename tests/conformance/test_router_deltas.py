@@ -58,7 +58,9 @@ def test_nested_router_is_found_and_doubt_is_refused() -> None:
     nested = Layer(router=nn.ModuleDict({"proj": nn.Linear(8, 4), "norm": nn.LayerNorm(8)}))
     assert find_router(nested, FusedExperts("experts", nested.experts)) == Router("router.proj", nested.router.proj)
     none = nn.ModuleDict({"mlp": Layer()})
-    with pytest.raises(ModelError, match="mlp holds no router matrix: one matrix named weight must have 4 rows"):
+    with pytest.raises(
+        ModelError, match="mlp has no router matrix: exactly one matrix named weight must have 4 rows"
+    ):
         find_router(none, FusedExperts("mlp.experts", none.mlp.experts))
     two = nn.ModuleDict({"mlp": Layer(gate=nn.Linear(8, 4), other=nn.Linear(8, 4))})
     with pytest.raises(ModelError, match=r"mlp holds mlp\.gate, mlp\.other"):

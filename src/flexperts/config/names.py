@@ -113,7 +113,8 @@ def _strange(name: str) -> str | None:
 def _is_nowhere(character: str) -> bool:
     """Return whether no name can have a character: no letter or digit, invisible, or a variant of another."""
     variant = unicodedata.decomposition(character).startswith("<") and character not in _COMPOSED
-    return variant or _NOWHERE.match(character) is not None
+    # A letter newer than Python's own tables has no known forms, so two silos could read it differently.
+    return variant or not character.isprintable() or _NOWHERE.match(character) is not None
 
 
 def _foreign(name: str) -> str | None:
