@@ -63,7 +63,7 @@ def test_nested_router_is_found_and_doubt_is_refused() -> None:
     ):
         find_router(none, FusedExperts("mlp.experts", none.mlp.experts))
     two = nn.ModuleDict({"mlp": Layer(gate=nn.Linear(8, 4), other=nn.Linear(8, 4))})
-    with pytest.raises(ModelError, match=r"mlp holds mlp\.gate, mlp\.other"):
+    with pytest.raises(ModelError, match=r"mlp has mlp\.gate, mlp\.other"):
         find_router(two, FusedExperts("mlp.experts", two.mlp.experts))
 
 
