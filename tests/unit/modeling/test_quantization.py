@@ -166,7 +166,7 @@ def test_a_quantized_checkpoint_is_refused(tiny_base: Path, monkeypatch: pytest.
         return config
 
     monkeypatch.setattr(AutoConfig, "from_pretrained", marked)
-    with pytest.raises(ModelError, match="quantized already"):
+    with pytest.raises(ModelError, match="already quantized"):
         load(tiny_base, "int8")
 
 
