@@ -9,11 +9,16 @@ The base is random: the losses show that the steps work, not how well FLEx does 
 these steps for many rounds, with checks, files and resuming: see quickstart.py.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from flwr.app import RecordDict
+from torch import Tensor
 
 from flexperts import Grafts, find_experts, reconstruction_scores, split_parameters
 from flexperts.communication.average import weighted_mean
@@ -35,7 +40,7 @@ STYLES = {"help_desk": "FAULT: {}. ACTION: replace.", "shop": "So sorry! Your ne
 TRAIN, TEST = ("printer", "kettle", "lamp", "radio", "heater", "fan"), ("toaster", "iron")
 
 
-def main():
+def main() -> list[Silo]:
     with TemporaryDirectory() as folder:
         base = save_tiny_base(Path(folder), hidden_size=128)  # in place of a pretrained MoE model
         silos = [open_silo(name, base) for name in STYLES]  # steps 1 to 3: select, graft, split
@@ -66,11 +71,11 @@ class Silo:
     split: ParameterSplit
 
 
-def rows(name, things):
+def rows(name: str, things: Sequence[str]) -> list[Row]:
     return [Row(f"My {thing} is broken.", STYLES[name].format(thing)) for thing in things]
 
 
-def open_silo(name, folder):
+def open_silo(name: str, folder: Path) -> Silo:
     """Load a silo's own copy of the base, add what it trains, and decide who owns which parameter."""
     base = load_base(ModelConfig(base=str(folder), dtype="float32", device="cpu"))  # all its weights are frozen
     encoder, experts = PromptEncoder(base.tokenizer), find_experts(base.model)
@@ -93,7 +98,7 @@ def open_silo(name, folder):
     return Silo(name, encoder, lora, grafts, split)
 
 
-def train(silo):
+def train(silo: Silo) -> None:
     """4. Train the shared and the personal weights together, on the silo's own rows."""
     settings = LocalSettings(
         steps=40,
@@ -113,21 +118,21 @@ def train(silo):
     train_local(silo.lora.model, silo.split, examples, settings, torch.Generator().manual_seed(0))
 
 
-def send(silo):
+def send(silo: Silo) -> RecordDict:
     """5. Return the silo's message; `encode` takes the split's shared group and refuses every other parameter."""
     return records({"client": silo.name}, {"rows": len(TRAIN)}, encode(silo.split))
 
 
-def average(messages):
+def average(messages: dict[str, RecordDict]) -> dict[str, Tensor]:
     """6. On the server, which needs no model: return the mean of the shared weights, weighted by rows."""
     updates = [Update(n, payload_of(m, n), metrics_of(m)["rows"], {}) for n, m in sorted(messages.items())]
     return updates[0].payload.manifest.unflatten(weighted_mean(updates))
 
 
-def losses(silo):
+def losses(silo: Silo) -> list[float | None]:
     """8. Score the untouched base, the averaged LoRA alone, and LoRA with the silo's own experts and gates."""
 
-    def loss():
+    def loss() -> float | None:
         settings = EvaluationSettings(max_new_tokens=1, batch_size=2, precision="fp32", answers=False)
         return evaluate(silo.lora.model, silo.encoder, rows(silo.name, TEST), settings).nll
 
@@ -135,7 +140,7 @@ def losses(silo):
         averaged = loss()
         with silo.lora.use():  # without an adapter
             untouched = loss()
-    return untouched, averaged, loss()
+    return [untouched, averaged, loss()]
 
 
 if __name__ == "__main__":
