@@ -14,6 +14,7 @@ from flexperts.engines.in_process import run_federation
 from flexperts.errors import ConfigError
 from flexperts.methods.registry import make_method
 from flexperts.parameters.vector import Manifest, Payload
+from flexperts.protection import pipeline
 from flexperts.protection.pipeline import (
     check_enough,
     check_protections,
@@ -70,6 +71,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (info / "entry_points.txt").write_text("\n".join(["[flexperts.protections]", *places, *broken]))
     (info.parent / "defences_of_theirs.py").write_text(MODULE)
     monkeypatch.syspath_prepend(info.parent)
+    pipeline._points.cache_clear()
 
 
 def payload(*values: float) -> Payload:

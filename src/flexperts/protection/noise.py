@@ -30,17 +30,7 @@ _BITS = 52
 class Noise(Protection):
     """Base of central and local noise."""
 
-    counts_once = True
-
-    @property
-    def setting(self) -> str:
-        """``privacy.noise``."""
-        return f"privacy.noise = {self.config.privacy.noise!r}"
-
-    @property
-    def off(self) -> str:
-        """How to turn it off."""
-        return "set privacy.noise = 'none'"
+    key = "privacy.noise"
 
     def check(self, method: Method) -> None:
         """Refuse FLEx's shared selection, whose reports no noise covers, and an installation without accountant."""
@@ -82,7 +72,7 @@ class LocalNoise(Noise):
     ClientApp is a relay, and the bare update would reach it.
     """
 
-    hides = frozenset({"loss", "tokens"})
+    hides, counts_once = frozenset({"loss", "tokens"}), True
 
     def outgoing(self, change: Vector, memory: dict[str, Tensor]) -> tuple[Vector, Packed | None]:
         """Return the update, clipped and with noise."""
@@ -96,8 +86,6 @@ class CentralNoise(Noise):
     seeded, takes the number of clients that were sampled for the number that answered, fails on an update of norm
     0, and holds all replies in memory. ``tests/federation/test_reduction.py`` compares clipping and mean with it.
     """
-
-    combines = True
 
     def check(self, method: Method) -> None:
         """Refuse robust rules, too: how much one client changes their result is not known."""

@@ -17,15 +17,7 @@ RESIDUAL = "compression.residual"
 class Packing(Protection):
     """Half precision, 8 bits, or the largest values only. The server unpacks a message when it reads it."""
 
-    @property
-    def setting(self) -> str:
-        """``compression.kind``."""
-        return f"compression.kind = {self.config.compression.kind!r}"
-
-    @property
-    def off(self) -> str:
-        """How to turn it off."""
-        return "set compression.kind = 'none'"
+    key = "compression.kind"
 
     def outgoing(self, change: Vector, memory: dict[str, Tensor]) -> tuple[Vector, Packed | None]:
         """Return the update as the server will rebuild it, and packed; what is lost goes into the memory."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from pydantic import ValidationError
 from torch import Tensor
 
-from flexperts.communication.average import checked, weighted_mean
+from flexperts.communication.average import checked
 from flexperts.communication.compression import Packed
 from flexperts.communication.messages import Update
 from flexperts.config.run import RunConfig
@@ -57,7 +58,7 @@ def check_protections(method: Method, config: RunConfig) -> None:
             )
     for protection in active:
         protection.check(method)
-    combining = [protection.setting for protection in active if protection.combines]
+    combining = [protection.setting for protection in active if _overrides(protection, "combined")]
     if len(combining) > 1:
         raise ConfigError(" with ".join(combining), "one defence can make a round's average", "turn one off")
 
@@ -101,7 +102,7 @@ def protect(
         memory: The client's memory, in which a defence keeps what it needs in the next round.
         client: Who it is, for errors.
     """
-    active = [p for p in protections(config) if type(p).outgoing is not Protection.outgoing]
+    active = [protection for protection in protections(config) if _overrides(protection, "outgoing")]
     if not (trained.size and active):
         return Outgoing(trained)
     trained.check(received.manifest, client)
@@ -126,12 +127,13 @@ def reduced(config: RunConfig, sent: Payload, updates: Iterable[Update]) -> Iter
         updates: Replies of the same manifest, sorted by client.
     """
     active = protections(config)
-    if not any(protection.counts_once or protection.combines for protection in active):
+    combining = [protection for protection in active if _overrides(protection, "combined")]
+    once = combining or [protection for protection in active if protection.counts_once]
+    if not once:
         return updates
     rows: list[int] = []
-    changes = checked(_changes(sent, updates, rows))
-    combine = next((protection.combined for protection in active if protection.combines), weighted_mean)
-    return [Update(EVERYONE, Payload(sent.manifest, sent.vector + combine(changes)), sum(rows), {})]
+    change = once[0].combined(checked(_changes(sent, updates, rows)))
+    return [Update(EVERYONE, Payload(sent.manifest, sent.vector + change), sum(rows), {})]
 
 
 def privacy_spent(config: RunConfig, rounds: int) -> dict[str, Any] | None:
@@ -146,9 +148,19 @@ def _changes(sent: Payload, updates: Iterable[Update], rows: list[int]) -> Itera
         yield replace(update, payload=Payload(sent.manifest, update.vector - sent.vector), rows=1)
 
 
+def _overrides(protection: Protection, method: str) -> bool:
+    return getattr(type(protection), method) is not getattr(Protection, method)
+
+
+@cache
+def _points() -> dict[str, EntryPoint]:
+    """Return the defences of installed packages; looked up once, as every reply asks for its run's defences."""
+    return {point.name: point for point in entry_points(group=_GROUP)}
+
+
 def _installed(config: RunConfig, name: str) -> Protection:
     """Return a defence of another package, with its options."""
-    points = {point.name: point for point in entry_points(group=_GROUP)}
+    points = _points()
     if name not in points:
         raise ConfigError(
             f"protections.{name}",

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from flexperts.communication.average import weighted_mean
 from flexperts.communication.compression import Packed
 from flexperts.communication.messages import Update
 from flexperts.config.run import RunConfig
@@ -29,12 +30,14 @@ class Protection:
     class Options(Section):
         """Settings under ``[protections.NAME]``; none by default."""
 
+    key: ClassVar[str] = ""
+    """The setting that turns this on, such as ``privacy.noise``; others' have ``[protections.NAME]`` instead."""
+    unset: ClassVar[str] = "none"
+    """The value of ``key`` that turns it off."""
     hides: ClassVar[frozenset[str]] = frozenset()
     """Measures of a round that the server is then not told, because they are made from rows."""
     counts_once: ClassVar[bool] = False
-    """Whether every client counts once in the average, whatever its rows."""
-    combines: ClassVar[bool] = False
-    """Whether ``combined`` makes the average; at most one defence of a run may."""
+    """Whether every client counts once in the average, whatever its rows; so it does under ``combined``."""
 
     def __init__(self, config: RunConfig, name: str = "", options: Any = None) -> None:
         self.config, self.name = config, name
@@ -43,12 +46,15 @@ class Protection:
     @property
     def setting(self) -> str:
         """What turns this on, as a recipe says it."""
-        return f"[protections.{self.name}]"
+        if not self.key:
+            return f"[protections.{self.name}]"
+        section, field = self.key.split(".")
+        return f"{self.key} = {getattr(getattr(self.config, section), field)!r}"
 
     @property
     def off(self) -> str:
         """How to turn it off."""
-        return f"leave out {self.setting}"
+        return f"set {self.key} = {self.unset!r}" if self.key else f"leave out {self.setting}"
 
     @property
     def fewest(self) -> int:
@@ -72,7 +78,7 @@ class Protection:
         return change, None
 
     def combined(self, changes: Iterator[Update]) -> Vector:
-        """Return one update for the round, on the server; called where ``combines`` is true.
+        """Return one update for the round, on the server. At most one defence of a run may override this.
 
         Args:
             changes: The clients' updates, each with weight 1, sorted by client.
@@ -80,7 +86,7 @@ class Protection:
         Raises:
             FederationError: They are too few.
         """
-        raise NotImplementedError
+        return weighted_mean(changes)
 
     def spent(self, rounds: int) -> dict[str, Any] | None:
         """Return what is guaranteed after some rounds, such as an epsilon; None where nothing is."""

@@ -18,17 +18,7 @@ from flexperts.protection.protection import Protection
 class RobustRule(Protection):
     """Median, trimmed mean or Krum in place of the mean."""
 
-    counts_once = combines = True
-
-    @property
-    def setting(self) -> str:
-        """``federation.aggregation``."""
-        return f"federation.aggregation = {self.config.federation.aggregation!r}"
-
-    @property
-    def off(self) -> str:
-        """How to turn it off."""
-        return "set federation.aggregation = 'mean'"
+    key, unset = "federation.aggregation", "mean"
 
     @property
     def fewest(self) -> int:
