@@ -20,10 +20,10 @@ from flexperts.client.model import ClientModel
 from flexperts.client.request import Request
 from flexperts.client.workspace import Workspace
 from flexperts.communication.compression import Packed, pack, unpack
-from flexperts.communication.flower_private import assume_identity
 from flexperts.communication.messages import records
 from flexperts.communication.traffic import encoded_bytes
 from flexperts.config.federation import CompressionConfig
+from flexperts.engines.flower_private import assume_identity
 from flexperts.methods.registry import make_method
 from flexperts.parameters.vector import Payload, Vector
 from flexperts.recipe import load_recipe

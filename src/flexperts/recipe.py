@@ -33,8 +33,8 @@ def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
         ConfigError: The file is missing, is not valid TOML, or breaks a rule.
     """
     path, shipped = Path(path), shipped_recipes()
-    if path.name == str(path) in shipped and not path.is_file():
-        path = shipped[path.name]
+    if str(path) in shipped and not path.is_file():
+        path = shipped[str(path)]
     there = f"give a TOML file, or the name of a recipe that ships: {', '.join(shipped)}"
     return parse_recipe(_text(path, "recipe", there), overrides, folder=path.parent, where=str(path))
 

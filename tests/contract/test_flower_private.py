@@ -1,4 +1,4 @@
-"""What `communication/flower_private.py` takes from Flower's inside still works as it is used."""
+"""What `engines/flower_private.py` takes from Flower's inside still works as it is used."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib.metadata import version
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from flexperts.communication.flower_private import Run, assume_identity, empty_run, stamp
+from flexperts.engines.flower_private import Run, assume_identity, empty_run, stamp
 from flexperts.engines.grid import InProcessGrid
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict, UserConfig
 
-from flexperts.communication.flower_private import stamp
 from flexperts.communication.messages import info_of, payload_of, records
 from flexperts.deployment import listening, relay
+from flexperts.engines.flower_private import stamp
 
 RUN = "0123456789abcdef" * 2
 BAD_RUNS = [

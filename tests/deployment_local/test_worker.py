@@ -12,7 +12,7 @@ import pytest
 from flwr.app import RecordDict
 
 from flexperts.client.answer import answer
-from flexperts.client.resident import Resident
+from flexperts.client.client import Resident
 from flexperts.client.workspace import Workspace
 from flexperts.communication.messages import info_of, records
 from flexperts.communication.traffic import encoded_objects

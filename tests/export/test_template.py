@@ -131,7 +131,7 @@ CHATML = (
 
 
 def test_a_chat_template_goes_with_its_settings_and_its_end(tmp_path: Path) -> None:
-    """Whoever loads the folder renders as in training, and stops where an answer ended there."""
+    """A program that loads the folder renders as in training, and stops where an answer ended there."""
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
     tokenizer.chat_template = CHATML.replace("think", "think is not defined or think")

@@ -16,9 +16,9 @@ from flwr.serverapp import Grid
 
 from flexperts.artifacts import RunDirectory
 from flexperts.communication.average import weighted_mean
-from flexperts.communication.flower_private import Run, assume_identity, empty_run, stamp
 from flexperts.communication.messages import Update, info_of, payload_of, records
 from flexperts.config.run import RunConfig
+from flexperts.engines.flower_private import Run, assume_identity, empty_run, stamp
 from flexperts.methods.kit.server_state import Server
 from flexperts.observer import Observer
 from flexperts.parameters.vector import Payload, Vector

@@ -15,8 +15,8 @@ from scipy.stats import norm
 from flexperts.client.client import Client, Request
 from flexperts.client.model import ClientModel
 from flexperts.client.workspace import Workspace
-from flexperts.communication.flower_private import assume_identity
 from flexperts.config.run import RunConfig
+from flexperts.engines.flower_private import assume_identity
 from flexperts.engines.in_process import run_federation
 from flexperts.errors import ConfigError
 from flexperts.methods.kit.server_state import Server

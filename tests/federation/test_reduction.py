@@ -11,9 +11,9 @@ import pytest
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg, Krum
 
-from flexperts.communication.flower_private import assume_identity
 from flexperts.communication.messages import Update
 from flexperts.config.run import RunConfig
+from flexperts.engines.flower_private import assume_identity
 from flexperts.errors import FederationError
 from flexperts.parameters.vector import Manifest, Payload, Vector
 from flexperts.protection.pipeline import reduced

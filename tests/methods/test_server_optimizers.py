@@ -14,9 +14,9 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
 from safetensors.torch import load_file
 
-from flexperts.communication.flower_private import assume_identity
 from flexperts.communication.messages import Update
 from flexperts.config.run import RunConfig
+from flexperts.engines.flower_private import assume_identity
 from flexperts.engines.in_process import run_federation
 from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.server_state import Server

@@ -25,7 +25,7 @@ from work import Work
 
 from flexperts.artifacts import RunDirectory
 from flexperts.client.answer import answer
-from flexperts.client.resident import Resident
+from flexperts.client.client import Resident
 from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
 from flexperts.recipe import parse_recipe

@@ -1,4 +1,4 @@
-"""One client: it joins, trains a round, evaluates. Nothing here knows Flower."""
+"""One client: it joins, trains a round, evaluates; and all clients of a process. Nothing here knows Flower."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from flexperts.client.model import ClientModel
 from flexperts.client.request import Request, Trained
 from flexperts.client.routing_log import prompt_batches, routing_lines, write_routing
 from flexperts.client.settled import Settled
-from flexperts.client.workspace import TrainRows, Workspace
+from flexperts.client.workspace import CLIENTS_KEPT, TrainRows, Workspace
 from flexperts.communication.messages import Update, encode
+from flexperts.config.run import RunConfig
 from flexperts.data.clients import rows_hash
 from flexperts.data.prompts import Example
 from flexperts.data.rows import ClientRows, Row
@@ -28,7 +29,8 @@ from flexperts.evaluation.scores import EvaluationSettings, Scores, evaluate
 from flexperts.files import json_text, write_json, write_text
 from flexperts.methods.kit.method import OnBatch, State
 from flexperts.methods.kit.turn import Prepared, Turn
-from flexperts.observer import Observer
+from flexperts.methods.registry import make_method
+from flexperts.observer import Observer, current_observer
 from flexperts.parameters.store import PersonalMeta, PersonalStore
 from flexperts.parameters.vector import Payload, vector_hash
 from flexperts.protection.pipeline import protect, told
@@ -292,3 +294,24 @@ class Client:
 
 def _prepared(meta: PersonalMeta) -> Prepared:
     return Prepared(meta.choice, meta.selection, meta.scales)
+
+
+class Resident:
+    """One run's base, adapters and clients, kept in a process between messages.
+
+    Args:
+        workspace: Base and rows.
+        config: The run; only its method may differ from the workspace's.
+        folder: The folder of the clients' files.
+    """
+
+    def __init__(self, workspace: Workspace, config: RunConfig, folder: Path) -> None:
+        self.workspace, self.folder = workspace, folder
+        self.model = model = ClientModel(workspace.base, config, make_method(config.method))
+        self._client = lru_cache(CLIENTS_KEPT)(
+            lambda name: Client(name, workspace, model, folder, current_observer())
+        )
+
+    def client(self, name: str) -> Client:
+        """Return a client by name; its state is on disk."""
+        return self._client(name)

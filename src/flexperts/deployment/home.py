@@ -8,9 +8,8 @@ from flwr.app import RecordDict
 
 from flexperts.artifacts import RunDirectory
 from flexperts.client.answer import request_of
-from flexperts.client.client import Client
+from flexperts.client.client import Client, Resident
 from flexperts.client.request import Request
-from flexperts.client.resident import Resident
 from flexperts.client.workspace import Workspace
 from flexperts.config.silo import SiloConfig
 from flexperts.deployment.kept import with_kept_choices

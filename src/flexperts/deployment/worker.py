@@ -13,7 +13,7 @@ from flwr.app import RecordDict
 
 from flexperts.client.answer import ANSWERS, answer
 from flexperts.client.answer_limit import answer_limit, check_limit
-from flexperts.client.resident import Resident
+from flexperts.client.client import Resident
 from flexperts.client.workspace import Workspace
 from flexperts.communication.messages import info_of
 from flexperts.config.model import ModelConfig

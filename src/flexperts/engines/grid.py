@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from flwr.app import Message, RecordDict
 
-from flexperts.communication.flower_private import Run, assume_identity, empty_run, stamp
+from flexperts.engines.flower_private import Run, assume_identity, empty_run, stamp
 from flexperts.server.exchange import LazyGrid
 
 _RUN_ID = 1

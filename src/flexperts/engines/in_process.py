@@ -17,7 +17,7 @@ from flwr.app import RecordDict
 from flexperts.artifacts import RunDirectory
 from flexperts.client.answer import answer
 from flexperts.client.answer_limit import check_limit
-from flexperts.client.resident import Resident
+from flexperts.client.client import Resident
 from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
 from flexperts.data.clients import partition_manifest

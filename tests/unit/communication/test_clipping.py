@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from flexperts.communication.flower_private import assume_identity
+from flexperts.engines.flower_private import assume_identity
 from flexperts.parameters.vector import Vector
 from flexperts.protection.noise import clipped, gaussian, noised
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from flexperts.communication.compression import Packed, pack, packed_bytes, unpack
-from flexperts.communication.flower_private import assume_identity
 from flexperts.communication.messages import info_of, payload_of, records
 from flexperts.communication.traffic import encoded_bytes, personal_bytes
 from flexperts.config.federation import CompressionConfig
+from flexperts.engines.flower_private import assume_identity
 from flexperts.errors import FederationError
 from flexperts.parameters.vector import Manifest, Payload, Vector
 

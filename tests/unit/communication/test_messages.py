@@ -12,8 +12,8 @@ import torch
 from flwr.app import Array, ArrayRecord, RecordDict
 from torch.nn import Parameter
 
-from flexperts.communication.flower_private import assume_identity
 from flexperts.communication.messages import _view, encode, info_of, metrics_of, payload_of, records
+from flexperts.engines.flower_private import assume_identity
 from flexperts.errors import FederationError, PrivacyError
 from flexperts.parameters.split import ParameterSplit
 from flexperts.parameters.vector import Manifest, Payload, Vector

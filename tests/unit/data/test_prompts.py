@@ -102,7 +102,7 @@ def with_pad(pad: str | None, *others: str) -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize(
     ("pad", "others", "chosen"),
     [
-        ("<pad>", ["<s>"], "<pad>"),  # nothing to mend
+        ("<pad>", ["<s>"], "<pad>"),  # nothing to change
         ("</s>", ["<s>"], "<s>"),
         (None, ["<s>"], "<s>"),
         ("</s>", ["<s>", "<unk>"], "<unk>"),
