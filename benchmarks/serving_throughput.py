@@ -33,7 +33,7 @@ from flexperts.finished.trained import TrainedRun
 from flexperts.modeling.forward import autocast, next_logits
 from flexperts.recipe import parse_recipe
 from flexperts.serving.contract import ModelName, Sampling
-from flexperts.serving.engine.batch import Batch, Row
+from flexperts.serving.engine.batch import Batch, RequestState
 from flexperts.serving.engine.decoding import Decoding
 from flexperts.serving.engine.lanes import Lane, OwnLane, lanes_of
 
@@ -70,11 +70,13 @@ def trained_run(folder: Path, settings: Sequence[str], steps: int) -> TrainedRun
     return TrainedRun(out)
 
 
-def rows_of(trained: TrainedRun, clients: Sequence[str], prompts: Sequence[Sequence[int]], limit: int) -> list[Row]:
+def rows_of(
+    trained: TrainedRun, clients: Sequence[str], prompts: Sequence[Sequence[int]], limit: int
+) -> list[RequestState]:
     """Return requests that take ``limit`` tokens whatever these are."""
     tokenizer, sampling = trained.workspace.encoder.tokenizer, Sampling(limit)
     return [
-        Row(
+        RequestState(
             ModelName(client, "personalized"),
             prompt,
             Decoding(tokenizer, (), sampling),
@@ -85,7 +87,7 @@ def rows_of(trained: TrainedRun, clients: Sequence[str], prompts: Sequence[Seque
     ]
 
 
-def timed(trained: TrainedRun, lane: Lane, rows: list[Row]) -> dict[str, float]:
+def timed(trained: TrainedRun, lane: Lane, rows: list[RequestState]) -> dict[str, float]:
     """Answer rows together; return the seconds of reading the prompts and of all further tokens, by two clocks."""
     base, encoder, precision = trained.model.base.model, trained.workspace.encoder, trained.config.model.precision
     with lane.opened():
@@ -179,7 +181,7 @@ def _equal(left: Sequence[list[int]], right: Sequence[list[int]]) -> int:
 
 
 @torch.no_grad()
-def first_logits(trained: TrainedRun, lane: Lane, rows: list[Row]) -> torch.Tensor:
+def first_logits(trained: TrainedRun, lane: Lane, rows: list[RequestState]) -> torch.Tensor:
     """Return the logits ``[B, V]`` of the rows' first tokens."""
     prompts = prompt_batch([row.prompt for row in rows], trained.workspace.encoder)
     with lane.opened(), autocast(torch.device("cpu"), trained.config.model.precision):

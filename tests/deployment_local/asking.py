@@ -57,7 +57,7 @@ def serving(state: Path, answer: Callable[[bytes], bytes]) -> Iterator[None]:
 
     def loop(door: Listener) -> None:
         with suppress(SystemExit):
-            listening.serve(door, until_told)
+            listening.serve_requests(door, until_told)
 
     with listening.listening(state) as door:
         thread = threading.Thread(target=loop, args=(door,), daemon=True)

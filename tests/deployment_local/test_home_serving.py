@@ -15,7 +15,7 @@ from flexperts.config.run import RunConfig
 from flexperts.config.silo import SiloConfig
 from flexperts.deployment.home import HomeModel, HomeRun
 from flexperts.deployment.state import make_private
-from flexperts.deployment.wire import pack, unpack
+from flexperts.deployment.wire import deserialize, serialize
 from flexperts.deployment.worker import Worker
 from flexperts.errors import ArtifactError
 from flexperts.serving.contract import Piece, Sampling, find_model
@@ -34,7 +34,7 @@ def kept(silo: SiloConfig, handed: Callable[..., RunConfig]) -> SiloConfig:
     ).to_toml()
 
     def ask(kind: str, content: RecordDict) -> RecordDict:
-        return unpack(worker.reply(pack({"run": RUN, "kind": kind, "recipe": recipe}, content)))[1]
+        return deserialize(worker.reply(serialize({"run": RUN, "kind": kind, "recipe": recipe}, content)))[1]
 
     converse(ask)
     return silo

@@ -16,7 +16,7 @@ from flexperts.communication.messages import info_of, records
 from flexperts.communication.traffic import encoded_objects
 from flexperts.config.run import RunConfig
 from flexperts.deployment.state import make_private
-from flexperts.deployment.wire import pack, unpack
+from flexperts.deployment.wire import deserialize, serialize
 from flexperts.deployment.worker import Worker
 from flexperts.engines.grid import InProcessGrid
 from flexperts.errors import ConfigError
@@ -56,7 +56,9 @@ def test_what_the_worker_says_comes_back_whole(silo_file: Path, handed: Callable
         answers = converse(through(silo_file, recipe))
     other = "e" * 32
     direct = converse(
-        lambda kind, content: unpack(worker.reply(pack({"kind": kind, "run": other, "recipe": recipe}, content)))[1]
+        lambda kind, content: deserialize(
+            worker.reply(serialize({"kind": kind, "run": other, "recipe": recipe}, content))
+        )[1]
     )
     assert {k: [*encoded_objects(c)] for k, c in answers.items()} == {
         k: [*encoded_objects(c)] for k, c in direct.items()
@@ -69,8 +71,8 @@ def test_kind_run_and_recipe_reach_the_worker(silo_file: Path, tmp_path: Path, k
     seen: list[Any] = []
 
     def note(request: bytes) -> bytes:
-        seen.append(unpack(request))
-        return pack({}, records({"client": "clinic"}))
+        seen.append(deserialize(request))
+        return serialize({}, records({"client": "clinic"}))
 
     with serving(tmp_path / "state", note):
         reply = through(silo_file, "seed = 3")(kind, records({"x": 1}))
@@ -80,7 +82,7 @@ def test_kind_run_and_recipe_reach_the_worker(silo_file: Path, tmp_path: Path, k
 
 
 def test_a_failure_of_the_worker_is_told_by_its_class(silo_file: Path, tmp_path: Path) -> None:
-    with serving(tmp_path / "state", lambda _: pack({"error": "DataError"})):
+    with serving(tmp_path / "state", lambda _: serialize({"error": "DataError"})):
         reply = through(silo_file)("train", records({}))
     assert info_of(reply) == {"client": "clinic", "error": "DataError; see that silo's log"}
     with serving(tmp_path / "state", lambda _: b"noise"):
@@ -107,7 +109,7 @@ def test_the_socket_of_another_user_is_told_nothing(
     silo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called: list[bytes] = []
-    with serving(tmp_path / "state", lambda request: called.append(request) or pack({})):
+    with serving(tmp_path / "state", lambda request: called.append(request) or serialize({})):
         ask = through(silo_file)
         with monkeypatch.context() as patch:
             patch.setattr(os, "getuid", lambda: os.stat(silo_file).st_uid + 1)  # noqa: PTH116

@@ -19,7 +19,7 @@ from flexperts.cli.main import app
 from flexperts.communication.messages import info_of
 from flexperts.config.run import RunConfig
 from flexperts.deployment.listening import listening
-from flexperts.deployment.wire import pack, unpack
+from flexperts.deployment.wire import deserialize, serialize
 from flexperts.errors import ArtifactError, DataError, FederationError
 
 from .asking import RUN, converse, say
@@ -48,9 +48,9 @@ def test_a_worker_process_from_start_to_end(
     recipe, state, log = handed().to_toml(), tmp_path / "state", tmp_path / "log"
 
     def ask(kind: str, content: RecordDict) -> RecordDict:
-        answer = say(state, pack({"kind": kind, "run": RUN, "recipe": recipe}, content))
+        answer = say(state, serialize({"kind": kind, "run": RUN, "recipe": recipe}, content))
         assert answer is not None
-        fields, reply = unpack(answer)
+        fields, reply = deserialize(answer)
         assert fields == {}
         return reply
 

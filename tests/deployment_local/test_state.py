@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexperts.deployment.listening import is_served, listening
-from flexperts.deployment.state import check_private, forget, make_private, run_folder, run_ids, socket_of
+from flexperts.deployment.state import check_private, delete_run, make_private, private_folder, run_ids, socket_of
 from flexperts.errors import ArtifactError, ConfigError, FederationError, FlexpertsError
 
 from .asking import BAD_RUNS, RUN
@@ -18,15 +18,15 @@ from .asking import BAD_RUNS, RUN
 @pytest.mark.parametrize("run", BAD_RUNS)
 def test_a_run_that_is_no_id_is_refused(tmp_path: Path, run: str) -> None:
     with pytest.raises(FederationError, match="32 digits"):
-        run_folder(tmp_path, run)
+        private_folder(tmp_path, run)
     with pytest.raises(FlexpertsError):
-        forget(tmp_path, run)
+        delete_run(tmp_path, run)
 
 
 @given(st.text(max_size=40) | st.text("0123456789abcdef/.", min_size=30, max_size=34))
 def test_no_run_leads_out_of_the_folder(run: str) -> None:
     try:
-        folder = run_folder(Path("/state"), run)
+        folder = private_folder(Path("/state"), run)
     except FederationError:
         return
     assert folder.parent == Path("/state/runs")
@@ -75,7 +75,7 @@ def test_forgetting_takes_one_run_and_leaves_the_others(tmp_path: Path) -> None:
     for run in (RUN, other, "notes"):
         (tmp_path / "runs" / run / "personal").mkdir(parents=True)
     assert run_ids(tmp_path) == sorted([RUN, other])
-    forget(tmp_path, RUN)
+    delete_run(tmp_path, RUN)
     assert run_ids(tmp_path) == [other]
     with pytest.raises(ArtifactError, match="has no such run"):
-        forget(tmp_path, RUN)
+        delete_run(tmp_path, RUN)

@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 from safetensors.numpy import save
 
 from flexperts.communication.traffic import encoded_objects
-from flexperts.deployment.wire import pack, unpack
+from flexperts.deployment.wire import deserialize, serialize
 from flexperts.errors import FederationError
 
 INTEGERS = st.integers(-(2**63), 2**63 - 1)
@@ -56,7 +56,7 @@ def plain(content: RecordDict) -> list[tuple[str, str, Any]]:
 @given(named(TEXTS), st.dictionaries(TEXTS, RECORDS, max_size=4))
 def test_what_is_packed_comes_out_again(fields: dict[str, str], contents: dict[str, Any]) -> None:
     content = RecordDict(contents)
-    told, came = unpack(pack(fields, content))
+    told, came = deserialize(serialize(fields, content))
     assert told == fields
     assert plain(came) == plain(content)
     assert [*encoded_objects(came)] == [*encoded_objects(content)]
@@ -65,7 +65,7 @@ def test_what_is_packed_comes_out_again(fields: dict[str, str], contents: dict[s
 def test_arrays_keep_type_and_shape_whatever_way_they_lie_in_memory() -> None:
     table = np.arange(6, dtype=">f4").reshape(2, 3)
     arrays = {"big endian": table, "columns first": np.asfortranarray(table), "number": np.array(7, dtype="u2")}
-    came = unpack(pack({}, RecordDict({"a": ArrayRecord({n: Array(a) for n, a in arrays.items()})})))[1]
+    came = deserialize(serialize({}, RecordDict({"a": ArrayRecord({n: Array(a) for n, a in arrays.items()})})))[1]
     for name, array in arrays.items():
         found = came.array_records["a"][name].numpy()
         assert found.shape == array.shape
@@ -76,15 +76,15 @@ def test_arrays_keep_type_and_shape_whatever_way_they_lie_in_memory() -> None:
 @given(st.binary(max_size=200))
 def test_any_other_bytes_are_refused(noise: bytes) -> None:
     with pytest.raises(FederationError, match="between relay and worker"):
-        unpack(noise)
+        deserialize(noise)
 
 
 @given(st.data())
 def test_a_damaged_message_is_refused_or_is_another_message(data: st.DataObject) -> None:
-    message = bytearray(pack({"kind": "train"}, RecordDict({"m": MetricRecord({"x": 1})})))
+    message = bytearray(serialize({"kind": "train"}, RecordDict({"m": MetricRecord({"x": 1})})))
     message[data.draw(st.integers(0, len(message) - 1))] ^= data.draw(st.integers(1, 255))
     with suppress(FederationError):
-        assert isinstance(unpack(bytes(message))[1], RecordDict)
+        assert isinstance(deserialize(bytes(message))[1], RecordDict)
 
 
 JSON = st.recursive(
@@ -101,7 +101,7 @@ ODD = JSON | st.fixed_dictionaries({"fields": JSON | st.just({}), "records": JSO
 def test_a_safetensors_value_with_odd_metadata_is_refused_or_holds_records(value: Any) -> None:
     message = save({"0": np.zeros(2, dtype=np.float32)}, metadata={"flexperts-message-1": json.dumps(value)})
     try:
-        fields, content = unpack(message)
+        fields, content = deserialize(message)
     except FederationError:
         return
     assert all(isinstance(text, str) for text in fields.values())
@@ -111,7 +111,7 @@ def test_a_safetensors_value_with_odd_metadata_is_refused_or_holds_records(value
 def test_deeply_nested_metadata_is_refused() -> None:
     message = save({}, metadata={"flexperts-message-1": "[" * 100_000})
     with pytest.raises(FederationError):
-        unpack(message)
+        deserialize(message)
 
 
 @pytest.mark.parametrize(
@@ -126,4 +126,4 @@ def test_deeply_nested_metadata_is_refused() -> None:
 )
 def test_an_array_that_cannot_be_carried_is_refused(array: Array) -> None:
     with pytest.raises(FederationError):
-        pack({}, RecordDict({"a": ArrayRecord({"a": array})}))
+        serialize({}, RecordDict({"a": ArrayRecord({"a": array})}))

@@ -22,7 +22,7 @@ from flexperts.deployment import worker as worker_module
 from flexperts.deployment.kept import keep_recipe, kept_runs
 from flexperts.deployment.settings import for_silo
 from flexperts.deployment.state import make_private
-from flexperts.deployment.wire import pack, unpack
+from flexperts.deployment.wire import deserialize, serialize
 from flexperts.deployment.worker import Worker
 from flexperts.errors import ArtifactError
 from flexperts.observer import Observer
@@ -52,7 +52,7 @@ def worker(silo: SiloConfig) -> Worker:
 
 
 def request(worker: Worker, kind: str, content: RecordDict, **fields: str) -> tuple[dict[str, str], RecordDict]:
-    return unpack(worker.reply(pack({"kind": kind} | fields, content)))
+    return deserialize(worker.reply(serialize({"kind": kind} | fields, content)))
 
 
 def asking(worker: Worker, recipe: str, run: str = RUN) -> Ask:
@@ -169,8 +169,8 @@ def test_a_wrong_request_is_refused_and_the_next_one_answered(
 ) -> None:
     recipe = handed().to_toml()
     fields = {name: recipe if value is None else value for name, value in fields.items()}
-    assert unpack(worker.reply(pack(fields, records({}))))[0] == {"error": error}
-    assert unpack(worker.reply(b"noise"))[0] == {"error": "FederationError"}
+    assert deserialize(worker.reply(serialize(fields, records({}))))[0] == {"error": error}
+    assert deserialize(worker.reply(b"noise"))[0] == {"error": "FederationError"}
     assert request(worker, "query.join", records({}), run=RUN, recipe=recipe)[0] == {}
 
 
@@ -187,8 +187,8 @@ def test_the_text_of_an_error_stays_in_the_silos_log(
     files = {side: str(tmp_path / f"{side}.jsonl") for side in ("train", "test")}
     worker.silo = silo.model_copy(update={"data": silo.data.model_copy(update=files)})
     recipe = handed().to_toml()
-    reply = worker.reply(pack({"kind": "query.join", "run": RUN, "recipe": recipe}, records({})))
-    assert unpack(reply)[0] == {"error": "DataError"}
+    reply = worker.reply(serialize({"kind": "query.join", "run": RUN, "recipe": recipe}, records({})))
+    assert deserialize(reply)[0] == {"error": "DataError"}
     assert SECRET.encode() not in reply
     assert str(tmp_path).encode() not in reply
     assert f"{tmp_path}/test.jsonl, line 1, row 1 and {tmp_path}/train.jsonl, line 1, row 1" in caplog.text
@@ -208,8 +208,8 @@ def test_an_unforeseen_failure_is_logged_whole_and_told_by_its_class(
 
     caplog.set_level(logging.ERROR)
     monkeypatch.setattr(worker_module, "answer", fail)
-    reply = worker.reply(pack({"kind": "query.join", "run": RUN, "recipe": handed().to_toml()}, records({})))
-    assert unpack(reply)[0] == {"error": "ZeroDivisionError"}
+    reply = worker.reply(serialize({"kind": "query.join", "run": RUN, "recipe": handed().to_toml()}, records({})))
+    assert deserialize(reply)[0] == {"error": "ZeroDivisionError"}
     assert SECRET.encode() not in reply
     assert "Traceback" in caplog.text
     assert SECRET in caplog.text

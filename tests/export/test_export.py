@@ -26,7 +26,7 @@ from flexperts.errors import ArtifactError, ConfigError
 from flexperts.export import exporting
 from flexperts.export.content import logits_of
 from flexperts.export.exporting import Export, export_run
-from flexperts.export.verification import Difference, verify
+from flexperts.export.verification import LogitDifference, verify
 
 Recipe = Callable[..., RunConfig]
 SHORT = (
@@ -68,11 +68,11 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Tensor, Tensor]]:
     """Check exports in this process, and note (loading code, tokens, the run's logits)."""
     seen: list[tuple[str, Tensor, Tensor]] = []
 
-    def check(code: str, tokens: Tensor, reference: Tensor, dtype: torch.dtype, *, without: str) -> Difference:
+    def check(code: str, tokens: Tensor, reference: Tensor, dtype: torch.dtype, *, without: str) -> LogitDifference:
         names: dict[str, Any] = {}
         exec(code, names)
         seen.append((code, tokens, reference))
-        return Difference.between(logits_of(names["model"].eval(), tokens), reference)
+        return LogitDifference.between(logits_of(names["model"].eval(), tokens), reference)
 
     monkeypatch.setattr(exporting, "verify", check)
     return seen
@@ -104,7 +104,7 @@ def test_grafts_are_exported_with_code_and_as_a_mailable_folder(
     (_, tokens, whole), (_, _, mailed) = loaded
     assert torch.equal(whole, mailed)
     base = AutoModelForCausalLM.from_pretrained(tiny_base)
-    assert Difference.between(logits_of(base, tokens), whole).relative > 1e-2
+    assert LogitDifference.between(logits_of(base, tokens), whole).relative > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -193,10 +193,10 @@ def test_every_form_loads_in_a_fresh_process(run: Run, tmp_path: Path, loaded: l
     subprocess.run([sys.executable, "-c", "\n".join(code)], check=True, cwd=tmp_path, env=environment)
     found = load_file(tmp_path / "logits.safetensors")
     reference = loaded[0][2]
-    assert Difference.between(found["transformers"], reference).relative < 1e-5
-    assert Difference.between(found["personal"], reference).relative < 1e-5
-    assert Difference.between(found["adapter"], found["merged"]).relative < 1e-5
-    assert Difference.between(found["merged"], reference).relative > 1e-2
+    assert LogitDifference.between(found["transformers"], reference).relative < 1e-5
+    assert LogitDifference.between(found["personal"], reference).relative < 1e-5
+    assert LogitDifference.between(found["adapter"], found["merged"]).relative < 1e-5
+    assert LogitDifference.between(found["merged"], reference).relative > 1e-2
 
 
 def card_code(folder: Path) -> str:

@@ -23,7 +23,7 @@ from flexperts.methods.kit.server_state import Server
 from flexperts.parameters.vector import Payload
 from flexperts.server.checkpoint import load_server
 from flexperts.server.enrolment import change_clients
-from flexperts.server.forget_client import forget
+from flexperts.server.forget_client import forget_client
 
 from .scripted_grid import FOUR, SHARING, START, ScriptedGrid, Silo, bits, expected, losses, run_on, stopped, trio
 
@@ -50,7 +50,7 @@ def test_a_run_that_waited_for_all_does_not_wait_for_the_forgotten(recipe: Recip
     stopped(config, out, a, b, c)
     with pytest.raises(FederationError, match=r"2 clients have joined \(a, c\): federation.min_clients = 3"):
         run_on(ScriptedGrid(a, c), config, out)
-    forget(RunDirectory(out), "b")
+    forget_client(RunDirectory(out), "b")
     server, rounds = run_on(ScriptedGrid(a, c), config, out)
     assert (server.round, sorted(rounds[-1]["clients"])) == (4, ["a", "c"])
 
@@ -62,16 +62,16 @@ def test_what_cannot_be_forgotten(recipe: Recipe, tmp_path: Path) -> None:
     path, run = out / "checkpoint.safetensors", RunDirectory(out)
     before = path.read_bytes()
     with pytest.raises(ArtifactError, match="client 'c': the run's clients are a, b"):
-        forget(run, "c")
+        forget_client(run, "c")
     assert path.read_bytes() == before
-    forget(run, "a")
+    forget_client(run, "a")
     with pytest.raises(ArtifactError, match="client 'b': the run has no other client"):
-        forget(run, "b")
+        forget_client(run, "b")
     run_on(ScriptedGrid(b, c), config, out)
     with pytest.raises(ArtifactError, match="the run has finished"):
-        forget(run, "b")
+        forget_client(run, "b")
     with pytest.raises(ArtifactError):
-        forget(RunDirectory(tmp_path), "b")
+        forget_client(RunDirectory(tmp_path), "b")
 
 
 def test_a_silo_on_which_the_method_has_settled_stays(recipe: Recipe, tmp_path: Path) -> None:
@@ -84,8 +84,8 @@ def test_a_silo_on_which_the_method_has_settled_stays(recipe: Recipe, tmp_path: 
     stopped(recipe(*SHARING), tmp_path / "run", *silos)
     run = RunDirectory(tmp_path / "run")
     with pytest.raises(FederationError, match="it is fixed before round 1; wait until"):
-        forget(run, "a")
-    forget(run, "c")
+        forget_client(run, "a")
+    forget_client(run, "c")
     assert sorted(load_server(run.checkpoint).clients) == ["a", "b"]
 
 

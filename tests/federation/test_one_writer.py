@@ -20,7 +20,7 @@ from flexperts.engines.in_process import run_federation
 from flexperts.errors import ArtifactError
 from flexperts.files import LOCK, holder, holding, sole_writer
 from flexperts.finished.joining import join
-from flexperts.server.forget_client import forget
+from flexperts.server.forget_client import forget_client
 
 SHORT = ("evaluation.max_new_tokens=2", "evaluation.rows=1", "training.local_steps=1")
 
@@ -136,7 +136,7 @@ def test_every_writer_of_a_run_is_refused_beside_another(recipe: Callable[..., R
         with pytest.raises(ArtifactError, match="writes it"):
             run_federation(config, out, resume=True)
         with pytest.raises(ArtifactError, match="writes it"):
-            forget(RunDirectory.open(out), "shop")
+            forget_client(RunDirectory.open(out), "shop")
         (tmp_path / "summary.json").rename(out / "summary.json")
     assert run_federation(config, out, resume=True)  # finished: nothing is written
     (out / ".summary.json.part").touch()

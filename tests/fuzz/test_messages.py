@@ -123,12 +123,12 @@ def test_packed_updates(drawn: Any, folder: Path) -> None:
 
 
 CONTENT = records({"client": "bank", "round": 3, "states": ["global"]}, {"loss": 0.5}, SENT)
-WIRED = wire.pack({"kind": "train"}, CONTENT)
+WIRED = wire.serialize({"kind": "train"}, CONTENT)
 
 
 @fuzz(1000, st.one_of(mutated(WIRED), st.binary(max_size=60)))
 def test_bytes_on_the_silo_s_socket(message: bytes, folder: Path) -> None:
-    fields, content = wire.unpack(message)
+    fields, content = wire.deserialize(message)
     assert all(isinstance(text, str) for text in fields.values())
     assert all(isinstance(record, ArrayRecord | ConfigRecord | MetricRecord) for record in content.values())
 

@@ -17,7 +17,7 @@ from flexperts.config.run import RunConfig
 from flexperts.engines.in_process import run_federation
 from flexperts.errors import ConfigError
 from flexperts.finished.trained import TrainedRun
-from flexperts.methods.fedamole import FedAMoLE, affinity, assign, balanced
+from flexperts.methods.fedamole import FedAMoLE, affinity, assign_experts, balanced
 from flexperts.methods.kit.server_state import Server
 from flexperts.parameters.vector import Payload
 
@@ -36,7 +36,7 @@ def test_the_assignment_is_the_best_of_all(experts: int, clients: int, each: int
             load = [sum(i in row for row in rows) for i in range(clients)]
             if all(least <= n <= most for n in load):
                 best = max(best, sum(float(gain[e, i]) for e, row in enumerate(rows) for i in row))
-        found = assign(gain, each, least, most)
+        found = assign_experts(gain, each, least, most)
         assert set(found.unique().tolist()) <= {0.0, 1.0}
         assert found.sum(1).tolist() == [each] * experts
         assert all(least <= n <= most for n in found.sum(0).tolist())
@@ -97,8 +97,8 @@ def test_only_held_experts_train_and_embeddings_are_means(take_turn: Any) -> Non
     options = "method.options={experts=5, aux=1.0}"
     with take_turn("method.name=fedamole", options) as (method, turn):
         lora = turn.site.lora
-        held = {n: {i % 5, (i + 2) % 5} for i, n in enumerate(lora.sites)}
-        keys = {n: n.replace(".", "/") for n in lora.sites}
+        held = {n: {i % 5, (i + 2) % 5} for i, n in enumerate(lora.targets)}
+        keys = {n: n.replace(".", "/") for n in lora.targets}
         absent = {f"mixture.sites.{keys[n]}.experts.{e}." for n in held for e in set(range(5)) - held[n]}
         received = {n: t for n, t in turn.received.items() if not n.startswith(tuple(absent))}
         turn = replace(turn, received=received)
@@ -113,7 +113,7 @@ def test_only_held_experts_train_and_embeddings_are_means(take_turn: Any) -> Non
         sent = method.outgoing(turn)
         assert {n for n in sent if not n.startswith("derived.")} == received.keys()
         inputs: dict[str, list[torch.Tensor]] = {}
-        first = lora.sites[0]
+        first = lora.targets[0]
         handle = lora.module(first).register_forward_pre_hook(
             lambda _m, args: inputs.setdefault(first, []).append(args[0][0].double())
         )

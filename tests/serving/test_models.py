@@ -27,7 +27,7 @@ def trained(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Trained
 def test_states_add_what_the_method_says(trained: TrainedRun) -> None:
     untouched, common, own = (_added(trained, ModelName("clinic", s)) for s in trained.model.method.states)
     assert untouched == Additions()
-    assert sorted(common.lora) == sorted(trained.model.lora.sites)
+    assert sorted(common.lora) == sorted(trained.model.lora.targets)
     assert not common.grafts
     assert own.lora_key == common.lora_key is not None
     assert sorted(own.grafts) == [experts.name for experts in trained.model.experts]

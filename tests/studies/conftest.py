@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from flexperts.engines.in_process import run_federation
 from flexperts.recipe import load_recipe
 from flexperts.studies.collect import collect_comparison
-from flexperts.studies.entries import Plan, plan_comparison
+from flexperts.studies.entries import ComparisonPlan, plan_comparison
 from flexperts.studies.runner import run_comparison
 from flexperts.testing import byte_tokenizer, save_tiny_base
 
@@ -94,10 +94,10 @@ def work(tmp_path_factory: pytest.TempPathFactory, speaking_base: Path) -> Path:
 
 
 @pytest.fixture
-def plan(work: Path) -> Callable[..., Plan]:
+def plan(work: Path) -> Callable[..., ComparisonPlan]:
     """Return a function that plans the folder's recipe, with settings on top."""
 
-    def make(*settings: str, **arguments: Any) -> Plan:
+    def make(*settings: str, **arguments: Any) -> ComparisonPlan:
         return plan_comparison(work / "recipe.toml", settings, **arguments)
 
     return make

@@ -9,10 +9,10 @@ import pytest
 
 from flexperts.errors import ConfigError
 from flexperts.methods.registry import method_names
-from flexperts.studies.entries import Plan, plan_comparison
+from flexperts.studies.entries import ComparisonPlan, plan_comparison
 from flexperts.studies.runner import jobs
 
-Planned = Callable[..., Plan]
+Planned = Callable[..., ComparisonPlan]
 RECIPE = """
 [data.silos]
 [method]
@@ -32,7 +32,7 @@ scaffold = ["training.optimizer=sgd", "training.lr=0.5"]
 
 @pytest.fixture
 def planned(tmp_path: Path) -> Planned:
-    def make(*entries: str, settings: tuple[str, ...] = (), **arguments: object) -> Plan:
+    def make(*entries: str, settings: tuple[str, ...] = (), **arguments: object) -> ComparisonPlan:
         (tmp_path / "recipe.toml").write_text(RECIPE)
         return plan_comparison(tmp_path / "recipe.toml", settings, entries=entries, **arguments)  # type: ignore[arg-type]
 

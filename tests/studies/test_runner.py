@@ -29,11 +29,11 @@ from flexperts.methods.kit.turn import Turn
 from flexperts.observer import Observer
 from flexperts.studies import runner
 from flexperts.studies.collect import collect_comparison
-from flexperts.studies.entries import Plan, plan_comparison
+from flexperts.studies.entries import ComparisonPlan, plan_comparison
 from flexperts.studies.finished import DONE
 from flexperts.studies.runner import HEAVY, Job, jobs, run_comparison
 
-Planned = Callable[..., Plan]
+Planned = Callable[..., ComparisonPlan]
 Runs = list[tuple[str, int]]
 ENTRIES = ["fedavg", "flex", "local", "zero_shot", "k2"]
 SOME: Runs = [("flex", 0), ("local", 0), ("k2", 0), ("fedavg", 1)]

@@ -21,7 +21,7 @@ Form = Annotated[
         "client's own part.",
     ),
 ]
-State = Annotated[
+StateOption = Annotated[
     str | None,
     typer.Option("--state", help="global or personalized.", show_default="depends on the form"),
 ]
@@ -36,7 +36,7 @@ def command(
     to: Annotated[Path, typer.Option("--to", help="Folder to create.")],
     client: Client = None,
     form: Form = "transformers",
-    state: State = None,
+    state: StateOption = None,
     dtype: Dtype = None,
     base: Base = None,
     verify: Annotated[bool, typer.Option(help="Load it in a fresh process and compare logits.")] = True,

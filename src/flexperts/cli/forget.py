@@ -17,7 +17,7 @@ def command(
     The effect of its past updates stays in the shared weights; the files at the silo do not change.
     """
     from flexperts.artifacts import RunDirectory
-    from flexperts.server.forget_client import forget
+    from flexperts.server.forget_client import forget_client
 
-    forget(RunDirectory.open(run), client)
+    forget_client(RunDirectory.open(run), client)
     typer.echo(f"{client} is removed; resume the run with `flexperts run --resume`")

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from flexperts.evaluation.generation import Answer
 
 About = Annotated[str, typer.Option("--context", help="Passage that the instruction is about.")]
-State = Annotated[
+StateOption = Annotated[
     str | None,
     typer.Option("--state", help="zero_shot, global or personalized.", show_default="the most personal one"),
 ]
@@ -38,7 +38,7 @@ def command(
     instruction: Annotated[str, typer.Argument(help="What to ask.")],
     client: Annotated[str, typer.Option(help="The client whose model answers.")],
     context: About = "",
-    state: State = None,
+    state: StateOption = None,
     max_tokens: MaxTokens = None,
     base: Base = None,
 ) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from flexperts.cli.generate import About, MaxTokens, State, say
+from flexperts.cli.generate import About, MaxTokens, StateOption, say
 from flexperts.observer import Observer
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def serve(silo: _Silo) -> None:
         logging.getLogger("flexperts").addHandler(handler)
         worker = Worker(settings, display)
         display.stage(f"{settings.name}: serving {settings.state}")
-        listening.serve(door, worker.reply)
+        listening.serve_requests(door, worker.reply)
 
 
 @app.command("check")
@@ -159,7 +159,7 @@ def generate(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The run's id, as `silo runs` shows it.")],
     instruction: Annotated[str, typer.Argument(help="What to ask.")],
     context: About = "",
-    state: State = None,
+    state: StateOption = None,
     max_tokens: MaxTokens = None,
 ) -> None:
     """Print the answer of the silo's personal model; nothing leaves this machine."""
@@ -179,12 +179,11 @@ def forget(
     yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
 ) -> None:
     """Delete the private state of one run, its personal model included."""
-    from flexperts.deployment.state import forget as delete
-    from flexperts.deployment.state import run_folder
+    from flexperts.deployment.state import delete_run, private_folder
     from flexperts.recipe import load_silo
 
     state = Path(load_silo(silo).state)
-    folder = run_folder(state, run)
+    folder = private_folder(state, run)
     if yes or typer.confirm(f"Delete {folder} and the personal model in it?", abort=True):
-        delete(state, run)
+        delete_run(state, run)
         typer.echo(f"{run}: forgotten")

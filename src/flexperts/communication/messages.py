@@ -22,7 +22,7 @@ from torch import Tensor
 
 from flexperts.communication.compression import Packed, unpack
 from flexperts.errors import FederationError, PrivacyError
-from flexperts.parameters.split import ParameterSplit, kept_storages, storage
+from flexperts.parameters.split import ParameterSplit, kept_storages, storage_address
 from flexperts.parameters.vector import Manifest, Payload, Vector
 
 SHARED = "shared"
@@ -83,7 +83,7 @@ def encode(split: ParameterSplit, tensors: Mapping[str, Tensor] | None = None) -
     for name, tensor in sent.items():
         if name not in split.shared and not name.startswith(DERIVED):
             raise PrivacyError(f"{name}", "it is not in the shared group", "send shared parameters only")
-        if storage(tensor) in kept:
+        if storage_address(tensor) in kept:
             raise PrivacyError(
                 f"shared {name}", "its memory belongs to a parameter that stays on the client", "split again"
             )

@@ -78,22 +78,22 @@ def client_names(texts: Iterable[str]) -> dict[str, str]:
             raise DataError(
                 f"clients {other!a} and {text!a}", "two clients of a run must not read alike", "rename one"
             )
-        readings |= dict.fromkeys(looks(names[text]), text)
+        readings |= dict.fromkeys(skeletons(names[text]), text)
     return names
 
 
 def readings_of(names: Iterable[str]) -> dict[str, str]:
     """Return, for every look of the names, the name."""
-    return {look: name for name in names for look in looks(name)}
+    return {look: name for name in names for look in skeletons(name)}
 
 
 def alike(name: str, readings: Mapping[str, str]) -> str | None:
     """Return the known name that looks like this one, or None."""
-    return next((readings[look] for look in looks(name) if look in readings), None)
+    return next((readings[look] for look in skeletons(name) if look in readings), None)
 
 
 @lru_cache(1 << 14)
-def looks(name: str) -> tuple[str, str]:
+def skeletons(name: str) -> tuple[str, str]:
     """Return how a name looks to people: without case, and with look-alikes of a-z replaced by these."""
     letters = unicodedata.normalize("NFD", name).translate(_latin())
     return name.casefold(), unicodedata.normalize("NFC", letters).casefold()

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from flexperts.config.data import ClientFiles, DataConfig
 from flexperts.config.names import client_names
 from flexperts.data.folders import client_folders
-from flexperts.data.holdout import check_disjoint, split_rows
+from flexperts.data.holdout import check_disjoint, hold_out
 from flexperts.data.partition import load_partition
 from flexperts.data.records import DataTable, Record, Say, unsaid
 from flexperts.data.rows import ClientRows, Row, read_rows
@@ -56,7 +56,7 @@ def _read(files: Mapping[str, ClientFiles], config: DataConfig, seed: int, say: 
 
 
 def _with_validation(rows: ClientRows, share: float, seed: int, where: str) -> ClientRows:
-    sides = split_rows(rows.train, share, seed, where, "validation", whole=(*rows.train, *rows.test))
+    sides = hold_out(rows.train, share, seed, where, "validation", whole=(*rows.train, *rows.test))
     return ClientRows(sides.train, rows.test, validation=sides.test)
 
 
@@ -121,7 +121,7 @@ def _made(source: str, rows: Sequence[Mapping[str, Any]]) -> DataTable:
 def _files(name: str, files: ClientFiles, config: DataConfig, seed: int, say: Say) -> ClientRows:
     train = read_client_file(name, files.train, config, "train", say)
     if files.test is None:
-        return split_rows(train, config.test_fraction, seed, name, say=say)
+        return hold_out(train, config.test_fraction, seed, name, say=say)
     test = read_client_file(name, files.test, config, "test", say)
     return check_disjoint(ClientRows(tuple(train), tuple(test)), name, say=say)
 

@@ -32,7 +32,7 @@ _PAIRS = 3
 """How many shared passages a message locates."""
 
 
-def split_rows(
+def hold_out(
     rows: Sequence[Row],
     fraction: float,
     seed: int,
@@ -42,7 +42,7 @@ def split_rows(
     whole: Sequence[Row] = (),
     say: Say = unsaid,
 ) -> ClientRows:
-    """Divide rows by passage: all rows of a passage go to one split, chosen by a hash of the passage.
+    """Divide rows by passage: all rows of a passage go to one side, chosen by a hash of the passage.
 
     Args:
         rows: The rows.

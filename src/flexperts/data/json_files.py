@@ -29,7 +29,7 @@ def read_json_lines(path: Path, text: str) -> DataTable:
     return _table(path, list(_from_lines(text)))
 
 
-def read_json(path: Path, text: str) -> DataTable:
+def read_json_list(path: Path, text: str) -> DataTable:
     """Return the columns and records of a file that contains one list of objects."""
     try:
         found = _parsed(text)

@@ -19,7 +19,7 @@ from flexperts.config.data import DataConfig, PartitionConfig
 from flexperts.config.names import client_names, file_safe
 from flexperts.data.bad_rows import BadRow, settle_bad_rows
 from flexperts.data.columns import possible_columns
-from flexperts.data.holdout import check_disjoint, split_rows
+from flexperts.data.holdout import check_disjoint, hold_out
 from flexperts.data.records import Say, unsaid
 from flexperts.data.rows import ClientRows, Label, Row, read_labelled
 from flexperts.data.sources import open_table
@@ -47,7 +47,7 @@ def load_partition(config: DataConfig, seed: int, say: Say = unsaid) -> dict[str
     said: list[str] = []
     if settings.test is None:
         divided = {
-            name: split_rows([rows[i] for i in share], config.test_fraction, seed, name, say=said.append)
+            name: hold_out([rows[i] for i in share], config.test_fraction, seed, name, say=said.append)
             for name, share in shares.items()
         }
     else:

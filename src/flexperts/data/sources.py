@@ -14,7 +14,7 @@ from typing import Any
 from flexperts.config.data import OnBadRow
 from flexperts.data.columns import possible_columns
 from flexperts.data.delimited import read_delimited
-from flexperts.data.json_files import read_json, read_json_lines
+from flexperts.data.json_files import read_json_lines, read_json_list
 from flexperts.data.records import (
     ENDINGS,
     DataTable,
@@ -27,7 +27,7 @@ from flexperts.data.records import (
     unsaid,
 )
 from flexperts.data.rows import Row, read_rows
-from flexperts.data.text_files import text_of
+from flexperts.data.text_files import decoded_text
 from flexperts.errors import DataError
 
 HUB = "hub:"
@@ -69,10 +69,10 @@ def open_table(source: str, wanted: Collection[str], split: str = "train", say: 
     kind = name_and_ending(path)[1]
     if kind == ".parquet":
         return _parquet(path)
-    text = text_of(path)
+    text = decoded_text(path)
     if kind in (".csv", ".tsv"):
         return read_delimited(path, text, wanted, say, "\t" if kind == ".tsv" else None)
-    return read_json_lines(path, text) if kind == ".jsonl" else read_json(path, text)
+    return read_json_lines(path, text) if kind == ".jsonl" else read_json_list(path, text)
 
 
 def _checked(path: Path) -> Path:

@@ -25,7 +25,7 @@ _OTHERS = {
 _SAVE = "save it as UTF-8 (spreadsheets call it CSV UTF-8)"
 
 
-def text_of(path: Path) -> str:
+def decoded_text(path: Path) -> str:
     """Read a text file: UTF-8, or UTF-16 or UTF-32 with a byte order mark; gzip by its first bytes."""
     content = _unpacked(path)
     for start, kind in _OTHERS.items():

@@ -14,8 +14,8 @@ from flexperts.client.workspace import Workspace
 from flexperts.config.silo import SiloConfig
 from flexperts.deployment.kept import with_kept_choices
 from flexperts.deployment.settings import for_silo
-from flexperts.deployment.state import run_folder
-from flexperts.deployment.wire import pack, unpack
+from flexperts.deployment.state import private_folder
+from flexperts.deployment.wire import deserialize, serialize
 from flexperts.errors import ArtifactError
 from flexperts.evaluation.generation import Answer
 from flexperts.files import write_bytes
@@ -29,7 +29,7 @@ RECEIVED = "received.safetensors"
 
 def keep_received(folder: Path, content: RecordDict) -> None:
     """Write an evaluation's request atomically: the last global weights that the silo received."""
-    write_bytes(folder / RECEIVED, pack({}, content))
+    write_bytes(folder / RECEIVED, serialize({}, content))
 
 
 class HomeModel:
@@ -41,9 +41,9 @@ class HomeModel:
     """
 
     def __init__(self, silo: SiloConfig, run: str) -> None:
-        folder = run_folder(Path(silo.state), run)
+        folder = private_folder(Path(silo.state), run)
         try:
-            _, content = unpack((folder / RECEIVED).read_bytes())
+            _, content = deserialize((folder / RECEIVED).read_bytes())
         except FileNotFoundError as error:
             raise ArtifactError(
                 f"run {run}",

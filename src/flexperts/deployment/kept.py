@@ -11,7 +11,7 @@ from flexperts.config.changes import recipe_changes, rounds_before
 from flexperts.config.run import RunConfig
 from flexperts.data.clients import Clients, partition_manifest
 from flexperts.data.unchanged import check_same_rows
-from flexperts.deployment.state import run_folder, run_ids
+from flexperts.deployment.state import private_folder, run_ids
 from flexperts.errors import ArtifactError
 from flexperts.files import mapping, read_json, write_json, write_text
 from flexperts.parameters.store import load_personal
@@ -85,7 +85,7 @@ def kept_runs(state: Path, client: str) -> Iterator[KeptRun]:
         client: The silo's name.
     """
     for run in run_ids(state):
-        folder = run_folder(state, run)
+        folder = private_folder(state, run)
         recipe = recorded_recipe(RunDirectory.open(folder).path)
         personal = folder / "personal" / f"{client}.safetensors"
         last = load_personal(personal)[1].round if personal.exists() else 0

@@ -46,7 +46,7 @@ def is_served(state: Path) -> bool:
         return True
 
 
-def serve(listener: Listener, answer: Callable[[bytes], bytes]) -> None:
+def serve_requests(listener: Listener, answer: Callable[[bytes], bytes]) -> None:
     """Answer requests one at a time, until a ``BaseException`` such as ``SystemExit`` is raised.
 
     A connection is one request and one reply. Callers that close the connection, stall or send too much are

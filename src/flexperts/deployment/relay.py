@@ -19,7 +19,7 @@ from flwr.clientapp import ClientApp
 
 from flexperts.config.names import client_name
 from flexperts.deployment.state import socket_of
-from flexperts.deployment.wire import pack, unpack
+from flexperts.deployment.wire import deserialize, serialize
 from flexperts.errors import ConfigError, FederationError
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def _relayed(kind: str, content: RecordDict, context: Context, name: str, socket
     told = dict(content.config_records.get("info", ConfigRecord()))
     run = {"run": str(told.get("run", "")), "recipe": str(context.run_config.get("recipe", ""))}
     try:
-        fields, answer = unpack(_exchange(socket, pack({"kind": kind} | run, content)))
+        fields, answer = deserialize(_exchange(socket, serialize({"kind": kind} | run, content)))
     except FederationError as error:
         log.error("%s", error)
         return _failed(name, type(error).__name__)

@@ -26,7 +26,7 @@ def lock_of(state: Path) -> Path:
     return state / "worker.lock"
 
 
-def run_folder(state: Path, run: str) -> Path:
+def private_folder(state: Path, run: str) -> Path:
     """Return the folder of one run's private state; it need not exist.
 
     Args:
@@ -70,9 +70,9 @@ def check_private(state: Path) -> None:
         raise ArtifactError(f"{state}", "group or others can enter it", f"run chmod 700 {state}")
 
 
-def forget(state: Path, run: str) -> None:
+def delete_run(state: Path, run: str) -> None:
     """Delete one run's private state."""
-    folder = run_folder(state, run)
+    folder = private_folder(state, run)
     if not folder.is_dir():
         raise ArtifactError(f"run {run}", f"{state} has no such run", _LISTED)
     try:

@@ -28,7 +28,7 @@ Fields = dict[str, str]
 Tensors = dict[str, NDArray[Any]]
 
 
-def pack(fields: Mapping[str, str], content: RecordDict | None = None) -> bytes:
+def serialize(fields: Mapping[str, str], content: RecordDict | None = None) -> bytes:
     """Return texts and records as bytes."""
     tensors: Tensors = {}
     try:
@@ -38,8 +38,8 @@ def pack(fields: Mapping[str, str], content: RecordDict | None = None) -> bytes:
         raise _unreadable(error) from error
 
 
-def unpack(message: bytes) -> tuple[Fields, RecordDict]:
-    """Return the texts and records that ``pack`` was given."""
+def deserialize(message: bytes) -> tuple[Fields, RecordDict]:
+    """Return the texts and records that ``serialize`` was given."""
     try:
         tensors = load(message)
         header = json.loads(message[_LENGTH : _LENGTH + int.from_bytes(message[:_LENGTH], "little")])

@@ -22,8 +22,8 @@ from flexperts.config.silo import SiloConfig
 from flexperts.deployment.home import keep_received
 from flexperts.deployment.kept import keep_choices, keep_recipe, keep_rows, with_kept_choices
 from flexperts.deployment.settings import for_silo
-from flexperts.deployment.state import run_folder
-from flexperts.deployment.wire import Fields, pack, unpack
+from flexperts.deployment.state import private_folder
+from flexperts.deployment.wire import Fields, deserialize, serialize
 from flexperts.errors import FederationError, FlexpertsError
 from flexperts.methods.registry import make_method
 from flexperts.modeling.load import LoadedBase, load_base
@@ -64,11 +64,11 @@ class Worker:
         An error reply names the error's class alone: its text may quote rows or paths, so it is only logged here.
         """
         try:
-            fields, content = unpack(request)
-            return pack({}, self._answer(fields, content))
+            fields, content = deserialize(request)
+            return serialize({}, self._answer(fields, content))
         except Exception as error:  # the worker must survive any error
             _log(error)
-            return pack({"error": type(error).__name__})
+            return serialize({"error": type(error).__name__})
 
     def _answer(self, fields: Fields, content: RecordDict) -> RecordDict:
         kind, run, recipe = (_field(fields, name) for name in ("kind", "run", "recipe"))
@@ -87,7 +87,7 @@ class Worker:
 
     def _resident_of(self, run: str, recipe: str) -> Resident:
         """Return the run's resident; another run's adapters are removed first, and the base stays loaded."""
-        folder = run_folder(Path(self.silo.state), run)
+        folder = private_folder(Path(self.silo.state), run)
         if self._resident is None or self._run != (run, recipe):
             config = parse_recipe(recipe)
             self._release()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flexperts.data.batches import PaddedBatch, pad_batch
 from flexperts.data.prompts import Example, PromptEncoder
-from flexperts.modeling.caches import ReadPrompts, keep_rows, read_prompts, sharing
+from flexperts.modeling.caches import ReadPrompts, read_prompts, select_rows, sharing
 from flexperts.modeling.forward import Precision, autocast, next_logits
 
 _BROKEN = -1
@@ -69,7 +69,9 @@ def generate(
         if on_batch:
             on_batch(batch)
         with autocast(next(model.parameters()).device, precision):
-            texts = answer(model, encoder, read_prompts(model, batch), max_new_tokens, rows_leave=on_batch is None)
+            texts = greedy_answers(
+                model, encoder, read_prompts(model, batch), max_new_tokens, rows_leave=on_batch is None
+            )
         for index, text in zip(chosen, texts, strict=True):
             answers[index] = text
     return answers
@@ -86,7 +88,7 @@ def prompt_batch(prompts: Sequence[Sequence[int]], encoder: PromptEncoder) -> Pa
     return pad_batch([Example(tuple(p), len(p)) for p in prompts], encoder.tokenizer.pad_token_id)
 
 
-def answer(
+def greedy_answers(
     model: Any, encoder: PromptEncoder, read: ReadPrompts, max_new_tokens: int, *, rows_leave: bool
 ) -> list[Answer]:
     """Return the greedy answers to prompts that were read; their cache cannot be used again.
@@ -116,7 +118,7 @@ def _decode(model: Any, read: ReadPrompts, ends: frozenset[int], limit: int, row
     while open_ := [row for row in rows if len(answers[row]) < limit and answers[row][-1] not in ends]:
         if can_leave and len(open_) < len(rows):
             kept = torch.tensor([rows.index(row) for row in open_], device=mask.device)
-            keep_rows(cache, kept, 0)
+            select_rows(cache, kept, 0)
             rows, mask = open_, mask[kept]
         last = torch.tensor([answers[row][-1:] for row in rows], device=mask.device).clamp(min=0)
         mask = torch.cat([mask, torch.ones_like(last)], dim=1)

@@ -14,7 +14,7 @@ import torch
 from flexperts.data.batches import PaddedBatch, pad_batch, pad_responses
 from flexperts.data.prompts import Example, PromptEncoder
 from flexperts.data.rows import Row
-from flexperts.evaluation.generation import Answer, answer, longest_first, prompt_batch
+from flexperts.evaluation.generation import Answer, greedy_answers, longest_first, prompt_batch
 from flexperts.evaluation.words import UnicodeWords, folded
 from flexperts.modeling.caches import read_prompts, response_losses
 from flexperts.modeling.forward import Precision, autocast, token_losses
@@ -154,7 +154,7 @@ def _batch(
         answers = [Answer("")] * len(examples)
         if settings.answers:
             limit = settings.max_new_tokens
-            answers = answer(model, encoder, read, limit, rows_leave=on_batch is None)
+            answers = greedy_answers(model, encoder, read, limit, rows_leave=on_batch is None)
     return sums.double().tolist(), counts.tolist(), answers
 
 

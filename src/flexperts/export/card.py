@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flexperts.export.content import Content
-from flexperts.export.verification import Difference
+from flexperts.export.verification import LogitDifference
 from flexperts.files import placeless, write_text
 from flexperts.finished.trained import TrainedRun
 from flexperts.methods.kit.method import State
@@ -131,7 +131,7 @@ class Facts:
         return code + (f"\n{_GRAFTS.format(**names)}" if self.content.grafts else "")
 
 
-def write_card(folder: Path, facts: Facts, difference: Difference | None) -> None:
+def write_card(folder: Path, facts: Facts, difference: LogitDifference | None) -> None:
     """Write the card as README.md."""
     from flexperts import __version__
 

@@ -17,6 +17,7 @@ from flexperts.client.client import Client
 from flexperts.client.request import Request
 from flexperts.errors import ConfigError
 from flexperts.methods.kit.method import State
+from flexperts.methods.kit.ranks import Factors
 from flexperts.methods.kit.turn import Turn
 from flexperts.modeling.lora import SHARED_PREFIX, LoraAdapters
 from flexperts.moe.fused import FusedExperts
@@ -29,8 +30,6 @@ from flexperts.parts.personal_expert import LowRankExpert
 from flexperts.parts.router_deltas import RouterDeltas
 from flexperts.parts.stacked_lora import StackedLora
 
-Factors = dict[str, tuple[Tensor, Tensor]]
-"""Attention layer -> LoRA's (A ``[r, in]``, B ``[out, r]``)."""
 _WEIGHTS = (Grafts, ExpertAdapters, RouterDeltas, StackedLora)
 """The parts that only change weights of the base or add grafts."""
 
@@ -64,16 +63,16 @@ class Content:
         """Return LoRA's factors under their names in PEFT's files."""
         start = f"{SHARED_PREFIX}model."
         return {
-            f"{start}{site}.lora_{side}.weight": factor
-            for site, factors in self.lora.items()
+            f"{start}{target}.lora_{side}.weight": factor
+            for target, factors in self.lora.items()
             for side, factor in zip("AB", factors, strict=True)
         }
 
     @torch.no_grad()
     def merge(self, base: Any) -> None:
         """Add LoRA, adapted experts and router deltas to the weights of the base, each rounded once."""
-        for site, (A, B) in self.lora.items():
-            weight = base.get_submodule(site).weight
+        for target, (A, B) in self.lora.items():
+            weight = base.get_submodule(target).weight
             weight.copy_(weight.float() + self.scale * (B @ A).to(weight.device))
         for layer in (layer for part in self.experts for layer in part):
             for index in layer.indices:
@@ -181,11 +180,11 @@ def _lora(lora: LoraAdapters, stacks: Sequence[StackedLora]) -> Factors | None:
         return {}
     layers: Any = [part.layers for part in stacks]
     pairs = {
-        s: [(A, B / lora.scale) for A, B in used[s]] + [(layer[key(s)].A, layer[key(s)].B) for layer in layers]
-        for s in lora.sites
+        t: [(A, B / lora.scale) for A, B in used[t]] + [(layer[key(t)].A, layer[key(t)].B) for layer in layers]
+        for t in lora.targets
     }
     # Adapters that add nothing are left out, such as the new adapter of a stacking method.
-    numbers = range(len(pairs[lora.sites[0]]))
-    kept = [i for i in numbers if any(pairs[s][i][1].any() for s in lora.sites)] or [0]
-    sides = {s: list(zip(*(pairs[s][i] for i in kept), strict=True)) for s in lora.sites}
-    return {s: (torch.cat(A).float().cpu(), torch.cat(B, 1).float().cpu()) for s, (A, B) in sides.items()}
+    numbers = range(len(pairs[lora.targets[0]]))
+    kept = [i for i in numbers if any(pairs[t][i][1].any() for t in lora.targets)] or [0]
+    sides = {t: list(zip(*(pairs[t][i] for i in kept), strict=True)) for t in lora.targets}
+    return {t: (torch.cat(A).float().cpu(), torch.cat(B, 1).float().cpu()) for t, (A, B) in sides.items()}

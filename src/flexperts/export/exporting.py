@@ -17,7 +17,7 @@ from flexperts.export.card import Facts, write_card
 from flexperts.export.content import Content, Exported
 from flexperts.export.folders import write_model, write_peft, write_personal, write_template
 from flexperts.export.template import stop_where_trained, trained_tokenizer
-from flexperts.export.verification import REFERENCE_TEXT, Difference, verify
+from flexperts.export.verification import REFERENCE_TEXT, LogitDifference, verify
 from flexperts.files import holding, unwritable
 from flexperts.finished.trained import TrainedRun, state_named
 from flexperts.methods.kit.method import State
@@ -40,7 +40,7 @@ class Export:
     folder: Path
     state: State
     bytes: int
-    difference: Difference | None
+    difference: LogitDifference | None
 
 
 def export_run(
@@ -203,7 +203,7 @@ def _appearing(out: Path) -> Iterator[Path]:
         raise unwritable(out, error) from error
 
 
-def _checked(facts: Facts, folder: Path, tokens: Tensor) -> Difference:
+def _checked(facts: Facts, folder: Path, tokens: Tensor) -> LogitDifference:
     """Load the folder in a fresh process, as its card says, and compare logits."""
     code = facts.loading(str(folder.resolve()), facts.run.workspace.base.source)
     whole = facts.form in ("transformers", "merged")

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Graft(nn.Module):
+class ExportedGraft(nn.Module):
     """The k personal experts and the gate of one layer.
 
     Args:
@@ -68,7 +68,7 @@ def hang_grafts(model: nn.Module, layout: Mapping[str, Sequence[float]]) -> None
     """Attach grafts to a model; ``layout`` maps the name of an experts module to its personal experts' factors."""
     for name, scales in layout.items():
         experts = model.get_submodule(name)
-        experts.graft = graft = Graft(experts, scales)
+        experts.graft = graft = ExportedGraft(experts, scales)
         experts.register_forward_hook(graft.add)
 
 

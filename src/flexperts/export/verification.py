@@ -37,7 +37,7 @@ _LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 @dataclass(frozen=True)
-class Difference:
+class LogitDifference:
     """Difference between an export's logits and the run's.
 
     Args:
@@ -53,7 +53,7 @@ class Difference:
     tokens: int
 
     @classmethod
-    def between(cls, logits: Tensor, reference: Tensor) -> Difference:
+    def between(cls, logits: Tensor, reference: Tensor) -> LogitDifference:
         """Compare logits ``[B, S, V]``."""
         off = logits - reference
         agree = logits.argmax(-1) == reference.argmax(-1)
@@ -69,7 +69,7 @@ class Difference:
 
 def verify(
     loading: str, tokens: Tensor, reference: Tensor, dtype: torch.dtype, *, without: str = "flexperts"
-) -> Difference:
+) -> LogitDifference:
     """Run loading code in a fresh process and compare the logits of its ``model`` with the run's.
 
     Args:
@@ -84,7 +84,7 @@ def verify(
         save_file({"tokens": tokens}, ids)
         code = loading + _COMPARE.format(without=without, tokens=str(ids), logits=str(out))
         _run(code, Path(folder))
-        found = Difference.between(load_file(out)["logits"], reference)
+        found = LogitDifference.between(load_file(out)["logits"], reference)
     if not found.relative <= _LIMITS[dtype]:
         raise ArtifactError(
             "the export",

@@ -30,7 +30,7 @@ from flexperts.parts.lora_mixture import LoraMixture
 from flexperts.parts.part import Part, key
 from flexperts.training.local import LocalSettings, Objective, TrainResult
 
-_SITES = "mixture.sites."
+_MIXTURES = "mixture.sites."
 _EXPERT_MEAN, _TOKEN_MEAN, _ASSIGNED = f"{DERIVED}expert.", f"{DERIVED}tokens.", "assigned."
 
 
@@ -83,7 +83,7 @@ class FedAMoLE(OwnParts):
     def parts(self, site: Site) -> dict[str, Part]:
         """Return the whole pool for every adapted layer; ``receive`` activates the client's experts."""
         pool, lora = self.options.experts, site.config.lora
-        held = {name: range(pool) for name in site.lora.sites}
+        held = {name: range(pool) for name in site.lora.targets}
         seed = site.config.seed
         return {
             "mixture": LoraMixture(site.lora.base, held, pool=pool, rank=lora.rank, alpha=lora.alpha, seed=seed)
@@ -107,7 +107,7 @@ class FedAMoLE(OwnParts):
         sent: dict[str, Tensor] = {n: p for n, p in turn.split.shared.items() if n in turn.received}
         means = self._mean_inputs(turn)
         for layer, experts in _held(turn).items():
-            start, mean = f"{_SITES}{key(layer)}.", means[layer]
+            start, mean = f"{_MIXTURES}{key(layer)}.", means[layer]
             sent[f"{_TOKEN_MEAN}{key(layer)}"] = turn.split.shared[f"{start}projection"].detach() @ mean
             for e in experts:
                 # A_e is linear: the mean of A_e x is A_e of the mean x.
@@ -121,7 +121,7 @@ class FedAMoLE(OwnParts):
         drawn = torch.randperm(len(site.examples), generator=site.generator("aux"))[:count].tolist()
         rows, size = [site.examples[i] for i in drawn], settings.micro_batch_size
         batches = [pad_batch(rows[s : s + size], site.pad_token_id) for s in range(0, count, size)]
-        layers = {name: site.lora.module(name) for name in site.lora.sites}
+        layers = {name: site.lora.module(name) for name in site.lora.targets}
         return mean_inputs(site.lora.base, layers, batches, settings.precision)
 
     # The server.
@@ -135,7 +135,7 @@ class FedAMoLE(OwnParts):
         stream = server.generator("assignment")
         for layer, rank in _layers(server).items():
             draw = torch.rand(self.options.experts, len(server.clients), generator=stream)
-            server.memory[f"{_ASSIGNED}{layer}"] = assign(draw, *self._bounds)
+            server.memory[f"{_ASSIGNED}{layer}"] = assign_experts(draw, *self._bounds)
             for e in range(self.options.experts):
                 server.memory[f"{_EXPERT_MEAN}{layer}.{e}"] = torch.zeros(rank)
 
@@ -156,7 +156,7 @@ class FedAMoLE(OwnParts):
         """Declare the tensors of the broadcast, and one embedding per held expert and per layer."""
         sent = _part(server, client)
         for layer in _layers(server):
-            experts = [e for e in range(self.options.experts) if f"{_SITES}{layer}.experts.{e}.A" in sent]
+            experts = [e for e in range(self.options.experts) if f"{_MIXTURES}{layer}.experts.{e}.A" in sent]
             sent |= {f"{_EXPERT_MEAN}{layer}.{e}": server.memory[f"{_EXPERT_MEAN}{layer}.{e}"] for e in experts}
             sent[f"{_TOKEN_MEAN}{layer}"] = server.memory[f"{_EXPERT_MEAN}{layer}.0"]
         return Manifest.of(sent)
@@ -172,7 +172,7 @@ class FedAMoLE(OwnParts):
     def _reassign(self, server: Server) -> None:
         for layer in _layers(server):
             gain = affinity(*_embeddings(server, layer))
-            server.memory[f"{_ASSIGNED}{layer}"] = assign(gain, *self._bounds)
+            server.memory[f"{_ASSIGNED}{layer}"] = assign_experts(gain, *self._bounds)
 
     @property
     def _bounds(self) -> tuple[int, int, int]:
@@ -200,10 +200,10 @@ def _mixture(turn: Turn) -> LoraMixture:
 
 def _held(turn: Turn) -> dict[str, list[int]]:
     """Return the experts that were sent, by adapted layer."""
-    numbers = range(len(_mixture(turn).held[turn.site.lora.sites[0]]))
+    numbers = range(len(_mixture(turn).held[turn.site.lora.targets[0]]))
     return {
-        name: [e for e in numbers if f"{_SITES}{key(name)}.experts.{e}.A" in turn.received]
-        for name in turn.site.lora.sites
+        name: [e for e in numbers if f"{_MIXTURES}{key(name)}.experts.{e}.A" in turn.received]
+        for name in turn.site.lora.targets
     }
 
 
@@ -211,14 +211,14 @@ def _layers(server: Server) -> dict[str, int]:
     """Return every adapted layer's rank, by the layer's name in parameter names."""
     sent = server.shared.tensors().items()
     end = ".projection"
-    return {n.removeprefix(_SITES).removesuffix(end): t.shape[0] for n, t in sent if n.endswith(end)}
+    return {n.removeprefix(_MIXTURES).removesuffix(end): t.shape[0] for n, t in sent if n.endswith(end)}
 
 
 def _part(server: Server, client: str) -> dict[str, Tensor]:
     """Return all shared tensors except the experts that the client does not hold."""
     place, part = sorted(server.clients).index(client), {}
     for name, tensor in server.shared.tensors().items():
-        layer, kind, *rest = name.removeprefix(_SITES).split(".")
+        layer, kind, *rest = name.removeprefix(_MIXTURES).split(".")
         if kind != "experts" or server.memory[f"{_ASSIGNED}{layer}"][int(rest[0]), place]:
             part[name] = tensor
     return part
@@ -260,7 +260,7 @@ def affinity(experts: Tensor, tokens: Tensor) -> Tensor:
     return (experts.double() @ tokens.double().T / math.sqrt(experts.shape[1])).softmax(1)
 
 
-def assign(gain: Tensor, clients_per_expert: int, least: int, most: int) -> Tensor:
+def assign_experts(gain: Tensor, clients_per_expert: int, least: int, most: int) -> Tensor:
     """Return the assignment ``[N, C]`` of 0 and 1 with the largest total gain.
 
     Args:

@@ -14,7 +14,7 @@ from flexperts.communication.average import holders_mean
 from flexperts.communication.messages import Update
 from flexperts.config.run import RunConfig
 from flexperts.methods.kit import method
-from flexperts.methods.kit.held_experts import ROUTER, OwnParts, held_part, joined_rows, split_rows
+from flexperts.methods.kit.held_experts import ROUTER, OwnParts, held_part, joined_routers, split_routers
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.kit.turn import Prepared, Site, Turn
 from flexperts.parameters.vector import Manifest, Payload
@@ -131,10 +131,10 @@ class FedMoEStyle(OwnParts):
         current = server.shared.tensors()
         every = {n.removeprefix(ROUTER): range(len(t)) for n, t in current.items() if n.startswith(ROUTER)}
         by_row = (
-            replace(u, payload=Payload.of(split_rows(u.tensors(), server.reports[u.client]))) for u in updates
+            replace(u, payload=Payload.of(split_routers(u.tensors(), server.reports[u.client]))) for u in updates
         )
-        mean = holders_mean(split_rows(current, every), by_row)
-        server.shared = Payload.of(joined_rows(mean, current))
+        mean = holders_mean(split_routers(current, every), by_row)
+        server.shared = Payload.of(joined_routers(mean, current))
 
 
 def most_activated(scores: LayerScores, keep: float) -> tuple[int, ...]:

@@ -51,7 +51,7 @@ def sharing(cache: Any) -> Sharing:
     return "any time" if kinds <= _BY_COLUMNS else "from the start"
 
 
-def join(cache: Any, other: Any) -> None:
+def append_rows(cache: Any, other: Any) -> None:
     """Append another cache's rows to a cache; rows must be able to share both at any time."""
     for layer, more in zip(cache.layers, other.layers, strict=True):
         if not layer.is_initialized:  # a layer that uses another layer's keys
@@ -63,7 +63,7 @@ def join(cache: Any, other: Any) -> None:
             layer.cumulative_length = max(layer.cumulative_length, more.cumulative_length)
 
 
-def keep_rows(cache: Any, rows: Tensor, cut: int) -> None:
+def select_rows(cache: Any, rows: Tensor, cut: int) -> None:
     """Keep some rows of a cache.
 
     Args:

@@ -52,9 +52,9 @@ class LoraAdapters:
         checkpointing: bool = False,
     ) -> None:
         self.base, self.rank, self.scale, self.checkpointing = base, rank, alpha / rank, checkpointing
-        self.sites = attention_linears(base, projections)
+        self.targets = attention_linears(base, projections)
         self._config = LoraConfig(
-            task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=self.sites
+            task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=self.targets
         )
         with torch.random.fork_rng(devices=[]):
             # Every silo draws the same A, so that the first average starts from one model.
@@ -84,9 +84,9 @@ class LoraAdapters:
         """Return all other parameters of the model by name."""
         return {n: p for n, p in self.model.named_parameters() if "lora_" not in n}
 
-    def module(self, site: str) -> nn.Module:
-        """Return the adapted layer of a site, which computes the layer with LoRA."""
-        module: nn.Module = self.base.get_submodule(site)
+    def module(self, target: str) -> nn.Module:
+        """Return the adapted layer of a target module, which computes the layer with LoRA."""
+        module: nn.Module = self.base.get_submodule(target)
         return module
 
     @torch.no_grad()
@@ -118,18 +118,18 @@ class LoraAdapters:
             yield
 
     def in_use(self) -> dict[str, list[tuple[Tensor, Tensor]]] | None:
-        """Return by site the factors (A ``[r, in]``, B ``[out, r]`` times its scale) of the adapters in use.
+        """Return by target the factors (A ``[r, in]``, B ``[out, r]`` times its scale) of the adapters in use.
 
         Return None where an adapter's output is weighted, which the factors do not contain.
         """
         factors: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        for site in self.sites:
-            layer: Any = self.module(site)
+        for target in self.targets:
+            layer: Any = self.module(target)
             used = [] if layer.disable_adapters else layer.active_adapters
             if any(layer.lora_B[name]._forward_hooks for name in used):
                 return None
             pairs = [(layer.lora_A[name].weight, layer.lora_B[name].weight * layer.scaling[name]) for name in used]
-            factors[site] = [(A.detach().clone(), B.detach()) for A, B in pairs]
+            factors[target] = [(A.detach().clone(), B.detach()) for A, B in pairs]
         return factors
 
     def config_json(self, base: str) -> str:
@@ -169,7 +169,7 @@ class LoraAdapters:
                 return output * weight.to(output).view(-1, *[1] * (output.dim() - 1))
             return output * weight
 
-        handles = [self.module(s).lora_B[_ADAPTERS[name]].register_forward_hook(scale) for s in self.sites]  # type: ignore[index,union-attr]
+        handles = [self.module(t).lora_B[_ADAPTERS[name]].register_forward_hook(scale) for t in self.targets]  # type: ignore[index,union-attr]
         try:
             yield
         finally:

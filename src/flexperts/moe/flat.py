@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flexperts.moe.layout import ExpertWeights, LayerExperts, num_arguments, own_parameters
-from flexperts.moe.stored import computing_device, read
+from flexperts.moe.stored import execution_device, read
 
 _NAMES = {"w1", "v1", "w2"}
 """Gate, up and down: y = (act(x w1') * (x v1')) w2."""
@@ -42,7 +42,7 @@ class FlatExperts(LayerExperts):
         below = cast(nn.Module, self.module.mlp)
         stored = cast(Tensor, read(below, name))
         rows = len(stored) // self.num_experts
-        return stored[index * rows : (index + 1) * rows].to(computing_device(below))
+        return stored[index * rows : (index + 1) * rows].to(execution_device(below))
 
     def _activation(self, projected: Tensor) -> Tensor:
         return cast(Tensor, self.module.mlp.activation_fn(projected))  # type: ignore[operator, union-attr]

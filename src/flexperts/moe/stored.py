@@ -31,7 +31,7 @@ def read_part(module: nn.Module, name: str, index: int | slice) -> Tensor | None
     whole = read(module, name)
     if whole is None:
         return None
-    part = whole[index].to(computing_device(module)) if has_offloaded_params(module) else whole[index]
+    part = whole[index].to(execution_device(module)) if has_offloaded_params(module) else whole[index]
     return part.dequantize() if isinstance(part, QuantizedTensor) else part
 
 
@@ -40,7 +40,7 @@ def lies_whole(module: nn.Module) -> bool:
     return not has_offloaded_params(module) and not any(isinstance(p, QuantizedTensor) for p in module.parameters())
 
 
-def computing_device(module: nn.Module) -> torch.device:
+def execution_device(module: nn.Module) -> torch.device:
     """Return the device on which a module with parameters computes."""
     if has_offloaded_params(module):
         hook: Any = module._hf_hook

@@ -76,17 +76,17 @@ def split_parameters(parameters: Parameters, shared: Iterable[str], personal: It
 def aliases(split: ParameterSplit) -> list[str]:
     """Return the names of shared parameters whose memory also belongs to another group."""
     kept = kept_storages(split)
-    return [name for name, p in split.shared.items() if storage(p) in kept]
+    return [name for name, p in split.shared.items() if storage_address(p) in kept]
 
 
 def kept_storages(split: ParameterSplit) -> set[int]:
     """Return the addresses of all memory that belongs to personal and frozen parameters."""
     # Empty tensors have no memory to share: their address is 0.
     groups = (split.personal, split.frozen)
-    return {storage(t) for group in groups for p in group.values() for t in inner_tensors(p)} - {0}
+    return {storage_address(t) for group in groups for p in group.values() for t in inner_tensors(p)} - {0}
 
 
-def storage(tensor: Tensor) -> int:
+def storage_address(tensor: Tensor) -> int:
     """Return the address of a tensor's memory, the same for all views of it."""
     return tensor.untyped_storage().data_ptr()
 

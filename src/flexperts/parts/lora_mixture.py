@@ -38,7 +38,7 @@ class LoraExpert(nn.Module):
         self.B = nn.Parameter(torch.zeros(out_features, rank))
 
 
-class MixtureSite(nn.Module):
+class LayerMixture(nn.Module):
     """The shared expert, the held experts and the token projection of one Linear layer.
 
     Args:
@@ -84,10 +84,10 @@ class LoraMixture(Part):
     Args:
         model: The base, with or without PEFT's wrappers around its Linear layers.
         held: Linear module name -> numbers of the pool's experts that the client holds there.
-        pool: N, the number of experts in the pool of each site.
+        pool: N, the number of experts in the pool of each layer.
         rank: r of every LoRA expert.
         alpha: Scaling numerator: s = alpha / rank.
-        seed: The run's seed; with site and expert number it determines every A, the same on all clients.
+        seed: The run's seed; with layer and expert number it determines every A, the same on all clients.
         top_k: Experts per token, without the shared one.
     """
 
@@ -104,39 +104,40 @@ class LoraMixture(Part):
     ) -> None:
         super().__init__()
         self.scale = alpha / rank
-        self._modules_by_site = {name: submodule(model, name) for name in held}
+        self._linears = {name: submodule(model, name) for name in held}
         self._balance: dict[str, Tensor] = {}
+        # The name is part of the tensor names in run directories: it cannot change.
         self.sites = nn.ModuleDict()
-        for name, module in self._modules_by_site.items():
+        for name, module in self._linears.items():
             _check_held(name, held[name], pool)
-            site = MixtureSite(name, (rank, *_sizes(name, module)), held[name], seed, top_k)
-            self.sites[key(name)] = site.to(next(module.parameters()).device)
+            mixture = LayerMixture(name, (rank, *_sizes(name, module)), held[name], seed, top_k)
+            self.sites[key(name)] = mixture.to(next(module.parameters()).device)
 
     @property
     def held(self) -> dict[str, tuple[int, ...]]:
         """The pool's experts that this client holds, by module."""
-        return {name: self.site(name).held for name in self._modules_by_site}
+        return {name: self.mixture(name).held for name in self._linears}
 
     def activate(self, experts: Mapping[str, Sequence[int]]) -> None:
         """Use only some of the held experts until the next call; modules that are not named do not change."""
         for name, active in experts.items():
-            site = self.site(name)
-            if not active or len(set(active)) != len(active) or not set(active) <= set(site.held):
+            mixture = self.mixture(name)
+            if not active or len(set(active)) != len(active) or not set(active) <= set(mixture.held):
                 raise GraftError(
                     f"{name}: active experts {list(active)}",
-                    f"it holds {list(site.held)}",
+                    f"it holds {list(mixture.held)}",
                     "activate one or more of these, each once",
                 )
-            site.active = tuple(active)
+            mixture.active = tuple(active)
 
-    def site(self, name: str) -> MixtureSite:
+    def mixture(self, name: str) -> LayerMixture:
         """Return the mixture on the module of that name."""
-        return cast(MixtureSite, self.sites[key(name)])
+        return cast(LayerMixture, self.sites[key(name)])
 
     def balance_loss(self) -> Tensor:
         """Return the load-balance loss of the last forward pass in training mode, and forget it.
 
-        It has Switch's form over the experts in use, as a mean over sites: E * sum_e f_e P_e, where f_e is the
+        It has Switch's form over the experts in use, as a mean over layers: E * sum_e f_e P_e, where f_e is the
         share of tokens whose best expert is e and P_e the mean of softmax's value for e; 1 is even. Padding counts.
         """
         if not self._balance:
@@ -150,16 +151,16 @@ class LoraMixture(Part):
 
     def hooks(self) -> Iterator[Removable]:
         """Add every mixture to its module's output."""
-        for name, module in self._modules_by_site.items():
+        for name, module in self._linears.items():
             yield module.register_forward_hook(self._hook(name))
 
     def _hook(self, name: str) -> Any:
-        site = self.sites[key(name)]
+        mixture = self.sites[key(name)]
 
         def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if not self.enabled:
                 return output
-            delta, routing = site(args[0].to(output.dtype))
+            delta, routing = mixture(args[0].to(output.dtype))
             if module.training:
                 self._balance[name] = _balance(routing)
             total: Tensor = output + self.scale * delta.to(output.dtype)
@@ -169,7 +170,7 @@ class LoraMixture(Part):
 
 
 def _balance(routing: Tensor) -> Tensor:
-    """Return E * sum_e f_e P_e of one site's ``routing [..., E]``."""
+    """Return E * sum_e f_e P_e of one layer's ``routing [..., E]``."""
     flat = routing.flatten(0, -2)
     share = F.one_hot(flat.argmax(-1), flat.shape[-1]).float().mean(0)
     loss: Tensor = flat.shape[-1] * (share * flat.mean(0)).sum()

@@ -113,7 +113,7 @@ def routing_of(entry: Entry) -> Mapping[str, Any]:
     return (entry.get("routing") or {}).get(entry["own_state"]) or {}
 
 
-def measure(layer: Mapping[str, Any], key: str) -> float | None:
+def routing_measure(layer: Mapping[str, Any], key: str) -> float | None:
     """Return one number of a layer's routing: the number of dead experts, the mean of any other list."""
     found = layer.get(key)
     if not isinstance(found, list):

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from flexperts.reports.cells import finite
 from flexperts.reports.figures import INK, canvas, drawing, heat, shortened, svg
 from flexperts.reports.plots import NARROW, WIDTH, Plot
-from flexperts.reports.reading import Comparison, Entry, layer_names, measure, routing_of
+from flexperts.reports.reading import Comparison, Entry, layer_names, routing_measure, routing_of
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def _use_plots(key: str, maps: Mapping[str, _Map], top: float) -> list[Plot]:
 def _opening_plot(key: str, entry: Entry) -> Plot | None:
     clients = routing_of(entry)
     names = layer_names(module for layers in clients.values() for module in layers)
-    rows = [[measure(layers.get(m, {}), "opening") for layers in clients.values()] for m in names]
+    rows = [[routing_measure(layers.get(m, {}), "opening") for layers in clients.values()] for m in names]
     values = np.array([[np.nan if v is None else v for v in row] for row in rows], dtype=float)
     if not np.isfinite(values).any():
         return None

@@ -9,7 +9,7 @@ from typing import Any
 from flexperts.config.changes import flat
 from flexperts.reports.cells import MISSING, Cell, Column, Table, finite, number, significant, size, words
 from flexperts.reports.notes import counts
-from flexperts.reports.reading import Comparison, Entry, layer_names, measure, ordered, routing_of
+from flexperts.reports.reading import Comparison, Entry, layer_names, ordered, routing_measure, routing_of
 from flexperts.reports.score_tables import WHO, ability_table, answer_table, client_table, main_table, own_state
 
 
@@ -181,7 +181,7 @@ def selected(comparison: Comparison) -> Entry | None:
 
 
 def _mean(clients: Mapping[str, Mapping[str, Mapping[str, Any]]], key: str) -> Cell:
-    found = [measure(layer, key) for layers in clients.values() for layer in layers.values()]
+    found = [routing_measure(layer, key) for layers in clients.values() for layer in layers.values()]
     present = [value for value in found if value is not None]
     average = fmean(present) if present else None
     return significant(average) if key == "divergence" else number(average, 1 if key == "dead" else 3)

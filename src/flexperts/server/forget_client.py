@@ -12,7 +12,7 @@ from flexperts.server.checkpoint import load_server, save_server
 from flexperts.server.enrolment import change_clients
 
 
-def forget(run: RunDirectory, client: str) -> None:
+def forget_client(run: RunDirectory, client: str) -> None:
     """Remove a client from a stopped run's checkpoint: its name, its report, and the server's values for it.
 
     The effect of its past updates stays in the shared weights, and the rounds on record do not change. If the

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 
 from flexperts.communication.messages import info_of, records
 from flexperts.communication.traffic import encoded_bytes
-from flexperts.config.names import alike, client_name, looks
+from flexperts.config.names import alike, client_name, skeletons
 from flexperts.errors import FederationError, FlexpertsError
 from flexperts.observer import Observer
 from flexperts.server.exchange import Asked, error_of, one_line, request, sendable
@@ -154,13 +154,13 @@ class Membership:
             self._refuse(node, one.client, f"its name looks like that of {other}, which is online; rename one")
             return None
         self.nodes[node], self._node_of[one.client], self.told[one.client] = one.client, node, one
-        self._readings |= dict.fromkeys(looks(one.client), one.client)
+        self._readings |= dict.fromkeys(skeletons(one.client), one.client)
         return one.client
 
     def _take_off(self, node: int) -> str:
         client = self.nodes.pop(node)
         del self._node_of[client]
-        for look in set(looks(client)):
+        for look in set(skeletons(client)):
             del self._readings[look]
         return client
 

@@ -116,7 +116,7 @@ class Counters:
     prefills: int = 0
 
 
-class Request(Protocol):
+class RequestHandle(Protocol):
     """A request that the engine has accepted."""
 
     def cancel(self) -> None:
@@ -155,7 +155,7 @@ class Engine(Protocol):
 
     def submit(
         self, model: ModelName, prompt: Sequence[int], sampling: Sampling, on_piece: Callable[[Piece], None]
-    ) -> Request:
+    ) -> RequestHandle:
         """Queue a request and return immediately.
 
         Args:

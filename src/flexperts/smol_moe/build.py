@@ -22,7 +22,7 @@ from flexperts.smol_moe.upcycle import upcycle
 
 if TYPE_CHECKING:
     from flexperts.smol_moe.dense import DenseModel
-    from flexperts.smol_moe.neuron_split import Partition
+    from flexperts.smol_moe.neuron_partition import NeuronPartition
 
 
 FORMAT = 1
@@ -169,9 +169,9 @@ def write_base(folder: Path, name: str = "smol-moe", source: str | None = None, 
     report(f"building {name} (about 20 s, once)")
     with _quiet_transformers():
         from flexperts.smol_moe.dense import load_dense
-        from flexperts.smol_moe.neuron_split import load_partition
+        from flexperts.smol_moe.neuron_partition import load_neuron_partition
 
-        partition = load_partition(spec.asset)
+        partition = load_neuron_partition(spec.asset)
         folder.mkdir(parents=True)
         save_base(load_dense(found), partition, folder)
     stamp = {
@@ -222,14 +222,14 @@ def write_partition(
 
     from flexperts.smol_moe.calibrate import compute_partition, read_texts
     from flexperts.smol_moe.dense import load_dense
-    from flexperts.smol_moe.neuron_split import save_partition
+    from flexperts.smol_moe.neuron_partition import save_neuron_partition
 
     report("observing the dense model on the shipped texts (one to a few minutes)")
     partition = compute_partition(load_dense(found), read_texts(), seed)
     command = f"flexperts base partition {name} --seed {seed}"
     file = out or spec.asset
     try:
-        save_partition(replace(partition, metadata={**partition.metadata, "command": command}), file)
+        save_neuron_partition(replace(partition, metadata={**partition.metadata, "command": command}), file)
     except (OSError, SafetensorError) as error:
         raise unwritable(file, error) from error
     return file
@@ -294,12 +294,12 @@ dense one until it is fine-tuned. The class is transformers' own `Qwen2MoeForCau
 """
 
 
-def save_base(dense: DenseModel, partition: Partition, folder: Path) -> None:
+def save_base(dense: DenseModel, partition: NeuronPartition, folder: Path) -> None:
     """Split a dense model and save it in bfloat16 with its tokenizer and a model card.
 
     Args:
         dense: The dense model.
-        partition: Its split.
+        partition: Which neurons form which expert.
         folder: An existing, empty folder.
     """
     import torch
@@ -311,7 +311,7 @@ def save_base(dense: DenseModel, partition: Partition, folder: Path) -> None:
     (folder / "README.md").write_text(card(dense, partition), encoding="utf-8")
 
 
-def card(dense: DenseModel, partition: Partition) -> str:
+def card(dense: DenseModel, partition: NeuronPartition) -> str:
     """The model card of a split model, in Markdown."""
     about: dict[str, Any] = {"command": "unknown", "groups": "?", "tokens": "?", **partition.metadata}
     return CARD.format(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flexperts.smol_moe.neuron_split import Partition
+from flexperts.smol_moe.neuron_partition import NeuronPartition
 
 if TYPE_CHECKING:
     import torch
@@ -239,7 +239,7 @@ def texts_sha256(texts: Mapping[str, str]) -> str:
 
 def compute_partition(
     dense: DenseModel, texts: Mapping[str, str], seed: int = 0, shape: SplitShape = SMOL_MOE
-) -> Partition:
+) -> NeuronPartition:
     """Compute the partition of a dense model from texts.
 
     The same seed gives the same result on one machine; on another, floating-point order may differ.
@@ -270,4 +270,4 @@ def compute_partition(
         "weights_origin": dense.source.origin,
     }
     stacked = torch.stack(routers).to(torch.float16)
-    return Partition(shape.layers, shape.top_k, shared, routed, stacked, shape.router_scale, about)
+    return NeuronPartition(shape.layers, shape.top_k, shared, routed, stacked, shape.router_scale, about)

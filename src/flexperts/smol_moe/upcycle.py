@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from flexperts.errors import ModelError
 from flexperts.smol_moe.dense import special_ids
-from flexperts.smol_moe.neuron_split import Partition
+from flexperts.smol_moe.neuron_partition import NeuronPartition
 
 if TYPE_CHECKING:
     import torch
@@ -32,12 +32,12 @@ SHARED_GATE = 0.5
 """sigmoid(0): the factor of Qwen2Moe's shared expert while the weight of its gate is zero."""
 
 
-def moe_config(dense: LlamaConfig, partition: Partition) -> Qwen2MoeConfig:
+def moe_config(dense: LlamaConfig, partition: NeuronPartition) -> Qwen2MoeConfig:
     """Return the configuration of the split model.
 
     Args:
         dense: Config of the dense Llama.
-        partition: The model's split.
+        partition: Which neurons form which expert.
     """
     from transformers import Qwen2MoeConfig
 
@@ -57,7 +57,7 @@ def moe_config(dense: LlamaConfig, partition: Partition) -> Qwen2MoeConfig:
     )
 
 
-def _check_fit(dense: LlamaConfig, partition: Partition) -> None:
+def _check_fit(dense: LlamaConfig, partition: NeuronPartition) -> None:
     neurons = partition.shared_size + partition.experts * partition.expert_size
     found = (dense.intermediate_size, dense.hidden_size)
     wanted = (neurons, int(partition.routers.shape[2]))
@@ -69,12 +69,12 @@ def _check_fit(dense: LlamaConfig, partition: Partition) -> None:
         )
 
 
-def moe_state(state: Mapping[str, torch.Tensor], partition: Partition) -> dict[str, torch.Tensor]:
+def moe_state(state: Mapping[str, torch.Tensor], partition: NeuronPartition) -> dict[str, torch.Tensor]:
     """Return the split model's state dict, made from rows and columns of the dense one.
 
     Args:
         state: The dense model's parameters under transformers' Llama names.
-        partition: The model's split.
+        partition: Which neurons form which expert.
 
     Returns:
         Parameters under transformers' Qwen2Moe names; those outside the split layers are the same tensors.
@@ -87,7 +87,7 @@ def moe_state(state: Mapping[str, torch.Tensor], partition: Partition) -> dict[s
 
 
 def _split_ffn(
-    state: Mapping[str, torch.Tensor], prefix: str, partition: Partition, row: int
+    state: Mapping[str, torch.Tensor], prefix: str, partition: NeuronPartition, row: int
 ) -> dict[str, torch.Tensor]:
     import torch
 
@@ -106,7 +106,9 @@ def _split_ffn(
     }
 
 
-def upcycle(config: LlamaConfig, state: Mapping[str, torch.Tensor], partition: Partition) -> Qwen2MoeForCausalLM:
+def upcycle(
+    config: LlamaConfig, state: Mapping[str, torch.Tensor], partition: NeuronPartition
+) -> Qwen2MoeForCausalLM:
     """Return a new split model in float32 and eval mode.
 
     Args:

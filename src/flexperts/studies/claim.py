@@ -12,7 +12,7 @@ from filelock import FileLock
 from flexperts.config.changes import recipe_changes
 from flexperts.errors import ArtifactError, ConfigError
 from flexperts.files import unwritable
-from flexperts.studies.entries import Plan
+from flexperts.studies.entries import ComparisonPlan
 from flexperts.studies.finished import CLAIM, RUNS, finished_marks, folder_name, read_claim
 
 
@@ -31,7 +31,7 @@ def alone_in(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def claimed(plan: Plan, out: Path) -> dict[str, Any]:
+def claimed(plan: ComparisonPlan, out: Path) -> dict[str, Any]:
     """Return the description of a comparison's directory, with the entries that it already has.
 
     Args:
@@ -63,7 +63,7 @@ def _check_same_recipe(before: dict[str, Any], claim: dict[str, Any], out: Path)
     raise ArtifactError(f"{out}", rule, "use the recipe and --set of the first start, or another --out")
 
 
-def _entries(plan: Plan, before: dict[str, Any], out: Path) -> dict[str, Any]:
+def _entries(plan: ComparisonPlan, before: dict[str, Any], out: Path) -> dict[str, Any]:
     """Return all entries of the directory; refuse an entry that would use another entry's finished runs."""
     new = {entry.name: list(entry.settings) for entry in plan.entries}
     entries = before | new

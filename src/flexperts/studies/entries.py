@@ -28,7 +28,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ComparisonPlan:
     """A comparison before it is run.
 
     Args:
@@ -72,7 +72,7 @@ def plan_comparison(
     entries: Sequence[str] = (),
     seeds: int | None = None,
     reference: str | None = None,
-) -> Plan:
+) -> ComparisonPlan:
     """Return the comparison of a recipe's ``[compare]`` section; the arguments override it.
 
     Args:
@@ -94,7 +94,7 @@ def plan_comparison(
     count = compare.seeds if seeds is None else seeds
     if count < 1:
         raise ConfigError(f"seeds = {count}", "a comparison needs at least one seed", "use 3 or more")
-    plan = Plan(recipe, tuple(settings), found, tuple(range(count)), reference)
+    plan = ComparisonPlan(recipe, tuple(settings), found, tuple(range(count)), reference)
     plan.check()
     return plan
 

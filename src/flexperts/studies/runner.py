@@ -25,7 +25,7 @@ from flexperts.errors import FlexpertsError
 from flexperts.files import content_of, write_json, write_text
 from flexperts.observer import Observer, Observers, Once
 from flexperts.studies.claim import alone_in, claimed
-from flexperts.studies.entries import Entry, Plan
+from flexperts.studies.entries import ComparisonPlan, Entry
 from flexperts.studies.finished import CLAIM, DONE, RUNS, SEED, folder_name
 from flexperts.tracking import Tracking, tracker_classes
 
@@ -67,13 +67,13 @@ OnDone = Callable[[Job, str | None], None]
 """Called with each job, and its error if it failed."""
 
 
-def jobs(plan: Plan, out: Path) -> list[Job]:
+def jobs(plan: ComparisonPlan, out: Path) -> list[Job]:
     """Return all runs, seed by seed, so that all entries can be compared after the first seed."""
     return [Job(e, s, out / RUNS / folder_name(e.name) / f"{SEED}{s}") for s in plan.seeds for e in plan.entries]
 
 
 def run_comparison(
-    plan: Plan,
+    plan: ComparisonPlan,
     out: Path,
     *,
     workers: int = 1,
@@ -142,7 +142,7 @@ def _notes_of(job: Job) -> list[str]:
 class _Manner:
     """The settings with which every job of a comparison is run."""
 
-    plan: Plan
+    plan: ComparisonPlan
     keep_weights: bool
     track: tuple[str, ...]
     observer: Observer

@@ -14,7 +14,7 @@ import pytest
 
 from flexperts.errors import ArtifactError, ModelError
 from flexperts.smol_moe import build, sources
-from flexperts.smol_moe.neuron_split import load_partition
+from flexperts.smol_moe.neuron_partition import load_neuron_partition
 from flexperts.smol_moe.sources import DenseSource, SourceUnavailable, cache_dir, find_dense
 
 
@@ -274,7 +274,7 @@ def test_a_hub_cache_that_cannot_be_written_is_one_source_less(monkeypatch, tmp_
 
 
 def test_a_partition_that_cannot_be_written(monkeypatch, tmp_path):
-    partition = load_partition(build.base_spec("smol-moe").asset)
+    partition = load_neuron_partition(build.base_spec("smol-moe").asset)
     monkeypatch.setattr(build, "find_dense", lambda source, report: DenseSource("path", tmp_path, "0"))
     monkeypatch.setattr("flexperts.smol_moe.dense.load_dense", lambda found: None)
     monkeypatch.setattr("flexperts.smol_moe.calibrate.compute_partition", lambda *arguments: partition)

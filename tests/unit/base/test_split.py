@@ -13,7 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from flexperts.errors import ModelError
 from flexperts.smol_moe import calibrate, dense, upcycle
 from flexperts.smol_moe.build import BASES
-from flexperts.smol_moe.neuron_split import META_KEY, Partition, load_partition, save_partition
+from flexperts.smol_moe.neuron_partition import (
+    META_KEY,
+    NeuronPartition,
+    load_neuron_partition,
+    save_neuron_partition,
+)
 from flexperts.smol_moe.sources import DenseSource
 
 HIDDEN, FFN, EXPERTS, SHARED = 32, 64, 4, 32
@@ -52,7 +57,7 @@ def tiny() -> dense.DenseModel:
 
 
 @pytest.fixture(scope="module")
-def partition(tiny) -> Partition:
+def partition(tiny) -> NeuronPartition:
     texts = {"a": "the quick brown fox " * 5, "b": "0123456789 + - = " * 6, "c": "ABC; DEF()! " * 8}
     return calibrate.compute_partition(tiny, texts, seed=0, shape=SHAPE)
 
@@ -150,8 +155,8 @@ def test_the_partition_is_deterministic_in_the_seed(tiny, partition):
 
 
 def test_a_partition_survives_its_file(tmp_path, partition):
-    save_partition(partition, tmp_path / "p.safetensors")
-    loaded = load_partition(tmp_path / "p.safetensors")
+    save_neuron_partition(partition, tmp_path / "p.safetensors")
+    loaded = load_neuron_partition(tmp_path / "p.safetensors")
     assert (loaded.layers, loaded.top_k, loaded.router_scale) == (partition.layers, 2, 0.01)
     assert torch.equal(loaded.routed, partition.routed)
     assert loaded.metadata["tokens"] == partition.metadata["tokens"]
@@ -164,12 +169,12 @@ def test_a_doubled_neuron_and_a_foreign_file_are_refused(tmp_path, partition):
         dataclasses.replace(partition, routed=routed).check()
     (tmp_path / "x").write_bytes(b"no safetensors file")
     with pytest.raises(ModelError, match="cannot be read"):
-        load_partition(tmp_path / "x")
+        load_neuron_partition(tmp_path / "x")
 
 
 def test_the_shipped_asset_is_whole_and_says_how_it_was_made():
     asset = BASES["smol-moe"].asset
-    partition = load_partition(asset)
+    partition = load_neuron_partition(asset)
     assert partition.layers == (4, 9, 14, 19, 24, 29)
     assert (partition.shared_size, partition.experts, partition.expert_size) == (768, 8, 96)
     assert partition.routers.shape == (6, 8, 576)

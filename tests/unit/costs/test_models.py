@@ -13,7 +13,7 @@ from flexperts.costs.models import Description, describe, meta_base, shipped_con
 from flexperts.costs.plan import model_facts
 from flexperts.errors import ModelError
 from flexperts.smol_moe.build import base_spec
-from flexperts.smol_moe.neuron_split import load_partition
+from flexperts.smol_moe.neuron_partition import load_neuron_partition
 from flexperts.smol_moe.upcycle import moe_config
 from flexperts.testing import save_tiny_base, tiny_model
 
@@ -56,7 +56,7 @@ def test_the_shipped_base_is_described_as_it_is_built() -> None:
         max_position_embeddings=8192,
         tie_word_embeddings=True,
     )
-    built = Description("built", moe_config(dense, load_partition(base_spec("smol-moe").asset)))
+    built = Description("built", moe_config(dense, load_neuron_partition(base_spec("smol-moe").asset)))
     ours, theirs = (
         {n: tuple(p.shape) for n, p in meta_base(d, "bfloat16").model.named_parameters()}
         for d in (describe("smol-moe"), built)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from flexperts.config.data import DataConfig
 from flexperts.data.clients import load_clients, rows_hash
-from flexperts.data.holdout import check_disjoint, passage_key, split_rows
+from flexperts.data.holdout import check_disjoint, hold_out, passage_key
 from flexperts.data.rows import ClientRows, Row
 from flexperts.data.silos.generate import SILOS, generate_silo
 from flexperts.errors import DataError
@@ -89,7 +89,7 @@ def test_a_trained_passage_in_another_spelling_is_no_test_passage(tmp_path: Path
 def test_spellings_of_one_passage_lie_on_one_side(spelling: str) -> None:
     others = [Row(f"q{i}", "a", context=f"note {i}", passage=f"note {i}") for i in range(9)]
     pair = [Row("x", "a", text, passage=text) for text in (NOTE, SPELLINGS[spelling])]
-    sides = [split_rows([*others, *order], 0.5, seed, "bank") for seed in range(8) for order in (pair, pair[::-1])]
+    sides = [hold_out([*others, *order], 0.5, seed, "bank") for seed in range(8) for order in (pair, pair[::-1])]
     for one, two in zip(sides[::2], sides[1::2], strict=True):
         assert set(pair) <= set(one.train) or set(pair) <= set(one.test)
         assert set(one.test) == set(two.test)
@@ -110,7 +110,7 @@ def test_where_no_two_passages_read_alike_the_split_is_what_it_was(texts: list[s
     rows = [Row(f"q{i}", "a", passage=first[passage_key(text)]) for i, text in enumerate(texts)]
     old = old_split(rows, 0.4, seed)
     if old.train and old.test:
-        assert split_rows(rows, 0.4, seed, "bank") == old
+        assert hold_out(rows, 0.4, seed, "bank") == old
 
 
 def test_shipped_silos_have_no_two_passages_that_read_alike() -> None:
@@ -157,7 +157,7 @@ def test_a_constant_context_is_said_to_be_one(tmp_path: Path, context: str, test
 def test_the_remedy_of_a_constant_context_helps() -> None:
     rows = [Row(f"q{i}", "a", "Be brief.", passage=f"letter {i // 2}") for i in range(20)]
     said: list[str] = []
-    sides = split_rows(rows, 0.3, 0, "bank", say=said.append)
+    sides = hold_out(rows, 0.3, 0, "bank", say=said.append)
     assert not said
     assert len({r.passage for r in sides.test}) == 3
     assert not {r.passage for r in sides.train} & {r.passage for r in sides.test}
@@ -168,7 +168,7 @@ def test_the_same_question_on_both_sides_of_a_constant_context_is_refused(tmp_pa
     with pytest.raises(DataError, match="1 passages are in train and in test"):
         check_disjoint(ClientRows(tuple(rows), (replace(rows[0], instruction="what  now?"),)), "bank")
     with pytest.raises(DataError, match="1 passages with test_fraction"):
-        split_rows([rows[0]] * 5, 0.2, 0, "bank")
+        hold_out([rows[0]] * 5, 0.2, 0, "bank")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from flexperts.config.data import DataConfig
 from flexperts.data.clients import load_clients, rows_hash
-from flexperts.data.holdout import check_disjoint, passage_key, split_rows
+from flexperts.data.holdout import check_disjoint, hold_out, passage_key
 from flexperts.data.rows import ClientRows, Row
 from flexperts.data.sources import read_source
 from flexperts.errors import DataError
@@ -268,9 +268,9 @@ def test_a_passage_is_never_split(passages: list[str], fraction: float, seed: in
     wanted = round(fraction * count)
     if wanted in (0, count):
         with pytest.raises(DataError, match="at least one passage each"):
-            split_rows(rows, fraction, seed, "bank")
+            hold_out(rows, fraction, seed, "bank")
         return
-    sides = split_rows(rows, fraction, seed, "bank")
+    sides = hold_out(rows, fraction, seed, "bank")
     train, test = ({passage_key(r.passage) for r in side} for side in (sides.train, sides.test))
     assert not train & test
     assert len(test) == wanted
@@ -281,7 +281,7 @@ def test_a_passage_is_never_split(passages: list[str], fraction: float, seed: in
 def test_the_split_does_not_depend_on_the_order(shuffle: int) -> None:
     rows = [row(i, f"p{i // 2}") for i in range(20)]
     shuffled = random.Random(shuffle).sample(rows, len(rows))
-    one, other = split_rows(rows, 0.3, 5, "bank"), split_rows(shuffled, 0.3, 5, "bank")
+    one, other = hold_out(rows, 0.3, 5, "bank"), hold_out(shuffled, 0.3, 5, "bank")
     assert set(one.train) == set(other.train)
     assert set(one.test) == set(other.test)
     assert list(other.test) == [r for r in shuffled if r in one.test]
@@ -289,15 +289,15 @@ def test_the_split_does_not_depend_on_the_order(shuffle: int) -> None:
 
 def test_the_split_depends_on_the_seed_and_not_on_the_client() -> None:
     rows = [row(i, f"p{i}") for i in range(30)]
-    assert split_rows(rows, 0.3, 0, "a") == split_rows(rows, 0.3, 0, "b")
-    assert split_rows(rows, 0.3, 0, "a") != split_rows(rows, 0.3, 1, "a")
+    assert hold_out(rows, 0.3, 0, "a") == hold_out(rows, 0.3, 0, "b")
+    assert hold_out(rows, 0.3, 0, "a") != hold_out(rows, 0.3, 1, "a")
 
 
 def test_a_passage_more_leaves_the_others_order_alone() -> None:
     """Chosen by hash, not by a draw over all: new rows move few old ones across."""
     rows = [row(i, f"p{i}") for i in range(40)]
-    before = {r.passage for r in split_rows(rows, 0.5, 0, "a").test}
-    after = {r.passage for r in split_rows([*rows, row(40, "new")], 0.5, 0, "a").test}
+    before = {r.passage for r in hold_out(rows, 0.5, 0, "a").test}
+    after = {r.passage for r in hold_out([*rows, row(40, "new")], 0.5, 0, "a").test}
     assert len(before ^ (after - {"new"})) <= 1
 
 

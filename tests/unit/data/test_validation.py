@@ -73,10 +73,10 @@ def test_the_choice_is_the_seeds_alone(tmp_path: Path) -> None:
 
 def test_the_choice_is_not_that_of_the_test_rows() -> None:
     """With one order of passages for both, a validation split would hold out what a test split would have."""
-    from flexperts.data.holdout import split_rows
+    from flexperts.data.holdout import hold_out
 
     rows = [Row(f"q{i}", "a", passage=f"note {i}") for i in range(40)]
-    sides = [split_rows(rows, 0.25, 0, "shop", side).test for side in ("test", "validation")]
+    sides = [hold_out(rows, 0.25, 0, "shop", side).test for side in ("test", "validation")]
     assert len(sides[0]) == len(sides[1]) == 10
     assert sides[0] != sides[1]
 

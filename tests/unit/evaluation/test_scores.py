@@ -73,7 +73,7 @@ def test_an_answer_without_finite_logits_has_no_points_though_the_loss_is_finite
     def ill(*_: Any, **__: Any) -> list[Answer]:
         return [Answer("x", 1, finite=False), Answer("no", 4, cut=True)]
 
-    monkeypatch.setattr("flexperts.evaluation.scores.answer", ill)
+    monkeypatch.setattr("flexperts.evaluation.scores.greedy_answers", ill)
     scores = evaluate(model, encoder, [ROWS[0], ROWS[2]], settings(answers=True))
     assert sorted(scores.points, key=math.isnan)[0] >= 0
     assert (scores.rouge_l, scores.cut) == (None, 1)
@@ -89,7 +89,7 @@ def test_without_answers_there_is_no_rouge_and_nothing_is_generated(
     model: Any, encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = evaluate(model, encoder, ROWS, settings(answers=True))
-    monkeypatch.setattr("flexperts.evaluation.scores.answer", None)
+    monkeypatch.setattr("flexperts.evaluation.scores.greedy_answers", None)
     seen: list[int] = []
     scores = evaluate(model, encoder, ROWS, settings(answers=False), seen.append)
     assert (scores.nlls, scores.tokens) == (whole.nlls, whole.tokens)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flexperts.modeling.caches import join, keep_rows, sharing
+from flexperts.modeling.caches import append_rows, select_rows, sharing
 from flexperts.modeling.forward import next_logits
 from flexperts.testing import tiny_model
 
@@ -41,7 +41,7 @@ def test_joined_rows_go_on_as_if_alone_and_so_does_who_stays(model: Any, first: 
         alone.append([read(model, seen[:, : prompt.shape[1] + n])[0] for n in (1, 2, 3)])
 
     (_, cache), (_, other) = (read(model, prompt) for prompt in prompts)
-    join(cache, other)
+    append_rows(cache, other)
     columns = max(first, second)
     mask = torch.cat([pad(torch.ones_like(p), (columns - p.shape[1], 0)) for p in prompts])
     for n in (0, 1):
@@ -50,7 +50,7 @@ def test_joined_rows_go_on_as_if_alone_and_so_does_who_stays(model: Any, first: 
         torch.testing.assert_close(logits, torch.cat([one[n] for one in alone]))
 
     cut = columns - second
-    keep_rows(cache, torch.tensor([1]), cut)
+    select_rows(cache, torch.tensor([1]), cut)
     assert cache.get_seq_length() == second + 2
     logits, _ = read(model, steps[1:, 2:], pad(mask[1:, cut:], (0, 1), value=1), cache)
     torch.testing.assert_close(logits, alone[1][2])

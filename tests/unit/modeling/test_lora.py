@@ -49,11 +49,11 @@ def merged(lora: LoraAdapters, shared: float, personal: float, ids: Tensor) -> T
     """What a base computes into which both adapters were merged by hand: W0 + s (a B A + b B' A')."""
     factors = {n: p.detach().double() for n, p in lora.parameters().items()}
     base = tiny_model(seed=1)
-    for site in lora.sites:
+    for target in lora.targets:
         for prefix, weight in (("base_model.", shared), ("personal.base_model.", personal)):
-            if f"{prefix}model.{site}.lora_A.weight" in factors:
-                a, b = (factors[f"{prefix}model.{site}.lora_{f}.weight"] for f in "AB")
-                base.get_submodule(site).weight.data += (2.0 * weight * b @ a).float()  # alpha / rank = 2
+            if f"{prefix}model.{target}.lora_A.weight" in factors:
+                a, b = (factors[f"{prefix}model.{target}.lora_{f}.weight"] for f in "AB")
+                base.get_submodule(target).weight.data += (2.0 * weight * b @ a).float()  # alpha / rank = 2
     return logits(base, ids)
 
 
@@ -70,20 +70,20 @@ def close(ours: Tensor, expected: Tensor) -> None:
 
 
 def test_names(lora: LoraAdapters) -> None:
-    sites = [f"base_model.model.model.layers.{i}.self_attn.{p}_proj" for i in range(2) for p in "qkvo"]
-    shared = {f"{site}.lora_{f}.weight" for site in sites for f in "AB"}
+    targets = [f"base_model.model.model.layers.{i}.self_attn.{p}_proj" for i in range(2) for p in "qkvo"]
+    shared = {f"{target}.lora_{f}.weight" for target in targets for f in "AB"}
     assert lora.parameters().keys() == shared | {f"personal.{name}" for name in shared}
     assert adapters(personal=False).parameters().keys() == shared
 
 
 def test_named_parameters_are_the_adapters_own() -> None:
     lora = adapters(projections=("q_proj",))
-    assert len(lora.sites) == 2
-    layer: Any = lora.module(lora.sites[0])
+    assert len(lora.targets) == 2
+    layer: Any = lora.module(lora.targets[0])
     ours = lora.parameters()
     for adapter, prefix in (("default", ""), ("personal", "personal.")):
         for factor, parameter in (("A", layer.lora_A[adapter].weight), ("B", layer.lora_B[adapter].weight)):
-            assert ours[f"{prefix}base_model.model.{lora.sites[0]}.lora_{factor}.weight"] is parameter
+            assert ours[f"{prefix}base_model.model.{lora.targets[0]}.lora_{factor}.weight"] is parameter
 
 
 def test_frozen_is_all_the_rest(lora: LoraAdapters) -> None:
@@ -400,7 +400,7 @@ def test_checkpointing_computes_again() -> None:
         lora = adapters(checkpointing=checkpointing)
         lora.model.train()
         count: list[int] = []
-        handle = lora.module(lora.sites[0]).register_forward_hook(lambda *_, count=count: count.append(1))
+        handle = lora.module(lora.targets[0]).register_forward_hook(lambda *_, count=count: count.append(1))
         gradients(lora, nullcontext())
         handle.remove()
         calls.append(len(count))

@@ -9,7 +9,7 @@ import torch
 
 from flexperts.data.batches import pad_batch, pad_responses
 from flexperts.data.prompts import Example, PromptEncoder
-from flexperts.evaluation.generation import answer, prompt_batch
+from flexperts.evaluation.generation import greedy_answers, prompt_batch
 from flexperts.modeling.caches import read_prompts, response_losses
 from flexperts.modeling.forward import token_losses
 from flexperts.testing import byte_tokenizer, tiny_model
@@ -56,10 +56,10 @@ def test_responses_score_as_in_one_pass_over_everything(model: Any, lengths: tup
 def test_scoring_leaves_the_prompts_as_they_were_read(model: Any, encoder: PromptEncoder) -> None:
     rows = examples((7, 4), (12, 9), (3, 2))
     prompts = prompt_batch([row.prompt for row in rows], encoder)
-    expected = answer(model, encoder, read_prompts(model, prompts), 8, rows_leave=True)
+    expected = greedy_answers(model, encoder, read_prompts(model, prompts), 8, rows_leave=True)
     read = read_prompts(model, prompts)
     response_losses(model, read, pad_responses(rows, 258))
-    assert answer(model, encoder, read, 8, rows_leave=True) == expected
+    assert greedy_answers(model, encoder, read, 8, rows_leave=True) == expected
     assert len(set(expected)) == len(rows)
 
 

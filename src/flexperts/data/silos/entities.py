@@ -7,26 +7,26 @@ from collections.abc import Sequence
 SPLITS = ("train", "test")
 
 
-def words(text: str) -> tuple[str, ...]:
+def word_pool(text: str) -> tuple[str, ...]:
     """Return the words of a block of text, as a pool."""
     return tuple(text.split())
 
 
 # "Mr" is there twice and every other title once, so that no title is right more than two times in five.
 TITLES = ("Mr", "Mr", "Ms", "Mrs", "Miss")
-WOMEN = words(
+WOMEN = word_pool(
     """
     Anna Bella Carla Dora Elena Freya Gina Hanna Irina Julia Karin Lydia Marta Nadia Olga Paula
     Rita Sonia Tara Ursula Vera Wanda Yasmin Zoe
     """
 )
-MEN = words(
+MEN = word_pool(
     """
     Adam Boris Colin David Emil Felix Gerald Hugo Ivan Jonas Kevin Leon Martin Nico Oscar Pedro
     Rafael Simon Tomas Ulrich Victor Walter Xavier Yusuf
     """
 )
-SURNAMES = words(
+SURNAMES = word_pool(
     """
     Keller Reyes Bauer Novak Jensen Moretti Dubois Lindqvist Kowalski Haddad Okafor Tanaka Silva
     Petrov Murphy Castillo Nielsen Fischer Romero Ivanova Baker Nguyen Schmidt Laurent Ortega Patel
@@ -34,7 +34,7 @@ SURNAMES = words(
     Kimura Larsen Mendez Norris Osborne Pereira Quinn Rossi
     """
 )
-BRANDS = words(
+BRANDS = word_pool(
     """
     Norvik Talbero Quenta Maxilor Brisco Velmara Ostrum Pelican Zentrix Cadera Lumora Fenwick
     Halcor Ridano Tesmark Uvalin Sorvex Arbelo Dunmore Jaspero Kelvora Minstra Ondaro Parvex
@@ -42,7 +42,7 @@ BRANDS = words(
     Gantrix Hespera Ivoran Jolaris Kestrim Lorvane Mandrel Nexaro Orvello Plinth Quorva Rostane
     """
 )
-STREETS = words(
+STREETS = word_pool(
     """
     Harbour Chestnut Windmill Orchard Willow Granite Meadow Copper Linden Falcon Abbey Bishop Cedar
     Dover Elm Foundry Garnet Heron Ivy Juniper Kings Lantern Maple Nettle Olive Poplar Quarry Raven

@@ -27,7 +27,7 @@ _TURNS = (0, 1, 2, 3, 0, 2, 1, 3, 0, 3, 1, 2)
 _COMMON_VARIANTS = 2
 
 
-class Row(TypedDict):
+class SiloRow(TypedDict):
     """One instruction with its note and the silo's answer; `passage` is the id of the note."""
 
     instruction: str
@@ -37,7 +37,7 @@ class Row(TypedDict):
     passage: str
 
 
-def generate_silo(silo: str, seed: int, train_rows: int = 96, test_rows: int = 40) -> dict[str, list[Row]]:
+def generate_silo(silo: str, seed: int, train_rows: int = 96, test_rows: int = 40) -> dict[str, list[SiloRow]]:
     """Return the rows of one silo.
 
     Args:
@@ -91,7 +91,7 @@ def _note(silo: str, seed: int, split: str, slot: int) -> Note:
     return write_note(name, rng_for(seed, name, "topic").choice(fitting), level, asides, seed, split)
 
 
-def _rows(silo: str, seed: int, split: str, count: int) -> list[Row]:
+def _rows(silo: str, seed: int, split: str, count: int) -> list[SiloRow]:
     """Return the rows of one split, shuffled, with balanced categories."""
     notes = silo_notes(silo, seed, split, -(-count // ROWS_PER_NOTE))
     rng = rng_for(seed, silo, split, "rows")
@@ -100,7 +100,7 @@ def _rows(silo: str, seed: int, split: str, count: int) -> list[Row]:
     return rows
 
 
-def _row(rng: random.Random, silo: str, note: Note, place: int) -> Row:
+def _row(rng: random.Random, silo: str, note: Note, place: int) -> SiloRow:
     """Return one task about one note; the kinds of closed questions alternate."""
     category = CATEGORIES[_TURNS[place % len(_TURNS)]]
     kind = list(phrases.QUESTIONS)[place // len(CATEGORIES) % len(phrases.QUESTIONS)]

@@ -42,7 +42,7 @@ def held_part(tensors: Mapping[str, Tensor], held: Held) -> dict[str, Tensor]:
     return part
 
 
-def split_rows(tensors: Mapping[str, Tensor], held: Held) -> dict[str, Tensor]:
+def split_routers(tensors: Mapping[str, Tensor], held: Held) -> dict[str, Tensor]:
     """Return the tensors with every router split into rows, ``<name>.<expert>``, so that each row has holders."""
     rows = {
         f"{name}.{expert}": row
@@ -53,8 +53,8 @@ def split_rows(tensors: Mapping[str, Tensor], held: Held) -> dict[str, Tensor]:
     return {n: t for n, t in tensors.items() if not n.startswith(ROUTER)} | rows
 
 
-def joined_rows(by_row: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Join the rows of ``split_rows`` again, for tensors of all experts; names are those of ``like``."""
+def joined_routers(by_row: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Join the rows of ``split_routers`` again, for tensors of all experts; names are those of ``like``."""
     return {
         n: torch.stack([by_row[f"{n}.{e}"] for e in range(len(t))]) if n.startswith(ROUTER) else by_row[n]
         for n, t in like.items()

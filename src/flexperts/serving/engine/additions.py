@@ -15,7 +15,7 @@ from flexperts.parts.part import Part
 from flexperts.parts.personal_expert import FullExpert
 from flexperts.serving.contract import ModelName
 
-Factors = list[tuple[Tensor, Tensor]]
+FactorPairs = list[tuple[Tensor, Tensor]]
 """Low-rank terms of one layer: A ``[r, in]``, B ``[out, r]`` multiplied by its scale."""
 
 
@@ -30,7 +30,7 @@ class Additions:
         graft_key: Digest of the values of ``grafts``; None where there are none.
     """
 
-    lora: Mapping[str, Factors] = field(default_factory=dict)
+    lora: Mapping[str, FactorPairs] = field(default_factory=dict)
     lora_key: str | None = None
     grafts: Mapping[str, list[Graft]] = field(default_factory=dict)
     graft_key: str | None = None
@@ -56,7 +56,7 @@ def additions(trained: TrainedRun, name: ModelName) -> Additions | None:
         lora = trained.model.lora.in_use()
         if on_batch or lora is None or not all(isinstance(part, Grafts) for part in parts):
             return None
-        lora = {site: factors for site, factors in lora.items() if factors}
+        lora = {target: factors for target, factors in lora.items() if factors}
         grafts = _by_layer(parts)
     return Additions(lora, _key(_tensors(lora)), grafts, _key(_graft_tensors(grafts)))
 
@@ -76,7 +76,7 @@ def _by_layer(parts: Iterable[Part]) -> dict[str, list[Graft]]:
     return layers
 
 
-def _tensors(lora: Mapping[str, Factors]) -> list[Tensor]:
+def _tensors(lora: Mapping[str, FactorPairs]) -> list[Tensor]:
     return [tensor for factors in lora.values() for pair in factors for tensor in pair]
 
 

@@ -14,14 +14,14 @@ from torch import Tensor
 from flexperts.data.prompts import PromptEncoder
 from flexperts.errors import FlexpertsError, ServingError
 from flexperts.evaluation.generation import prompt_batch
-from flexperts.modeling.caches import Sharing, join, keep_rows, sharing
+from flexperts.modeling.caches import Sharing, append_rows, select_rows, sharing
 from flexperts.modeling.forward import Precision, autocast, next_logits
 from flexperts.serving.contract import ModelName, Piece
 from flexperts.serving.engine.decoding import Decoding
 from flexperts.serving.engine.lanes import Lane
 
 
-class Row:
+class RequestState:
     """An accepted request, until its last piece.
 
     Args:
@@ -86,14 +86,14 @@ class Batch:
     """
 
     def __init__(self, model: Any, lane: Lane, encoder: PromptEncoder, precision: Precision) -> None:
-        self.rows: list[Row] = []
+        self.rows: list[RequestState] = []
         self._model, self._lane, self._encoder, self._precision = model, lane, encoder, precision
         self._device = next(model.parameters()).device
         self._cache: Any = None
         self._mask = torch.empty(0, 0, dtype=torch.long)
 
     @torch.no_grad()
-    def add(self, rows: Sequence[Row]) -> None:
+    def add(self, rows: Sequence[RequestState]) -> None:
         """Read the prompts of new rows and take their first tokens; the cache must allow new rows."""
         prompts = prompt_batch([row.prompt for row in rows], self._encoder)
         self._lane.read(prompts)
@@ -101,7 +101,7 @@ class Batch:
         mask = prompts.attention_mask.to(self._device)
         logits, cache = self._forward(prompts.input_ids.to(self._device), mask, None)
         if self.rows:
-            join(self._cache, cache)
+            append_rows(self._cache, cache)
             columns = max(mask.shape[1], self._mask.shape[1])
             self._mask = torch.cat([_widened(self._mask, columns), _widened(mask, columns)])
         else:
@@ -119,7 +119,7 @@ class Batch:
         _advance(self.rows, logits)
         self._settle(changed=False)
 
-    def leave(self) -> list[Row]:
+    def leave(self) -> list[RequestState]:
         """Remove all rows from the batch without ending them, and return them."""
         rows, self.rows, self._cache = self.rows, [], None
         return rows
@@ -145,14 +145,14 @@ class Batch:
         mask = self._mask[index]
         cut = int(mask.any(0).int().argmax()) if sharing(self._cache) == "any time" else 0
         self._mask = mask[:, cut:]
-        keep_rows(self._cache, index, cut)
+        select_rows(self._cache, index, cut)
 
     def _forward(self, input_ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
         with autocast(self._device, self._precision):
             return next_logits(self._model, input_ids, mask, cache)
 
 
-def _advance(rows: Sequence[Row], logits: Tensor) -> None:
+def _advance(rows: Sequence[RequestState], logits: Tensor) -> None:
     for row, own, likeliest in zip(rows, logits, logits.argmax(-1).tolist(), strict=True):
         row.advance(own, likeliest)
 

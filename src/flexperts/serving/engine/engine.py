@@ -18,8 +18,8 @@ from pathlib import Path
 from flexperts.errors import ConfigError, DataError, FlexpertsError, ServingError
 from flexperts.evaluation.generation import end_tokens
 from flexperts.finished.trained import TrainedRun
-from flexperts.serving.contract import Counters, Message, ModelName, Piece, Request, Sampling
-from flexperts.serving.engine.batch import Batch, Row, probe
+from flexperts.serving.contract import Counters, Message, ModelName, Piece, RequestHandle, Sampling
+from flexperts.serving.engine.batch import Batch, RequestState, probe
 from flexperts.serving.engine.decoding import Decoding, check_sampling
 from flexperts.serving.engine.lanes import Lane, lanes_of
 
@@ -67,7 +67,7 @@ class ServingEngine:
         # Tokenizers are not thread-safe: the engine decodes with one, and callers encode with another.
         self._askers = copy.copy(self._encoder)
         self._askers.tokenizer, self._encoding = copy.deepcopy(self._encoder.tokenizer), threading.Lock()
-        self._queue: deque[Row] = deque()
+        self._queue: deque[RequestState] = deque()
         self._changed = threading.Condition()
         self._closed, self._counters = False, Counters()
         self._failure: FlexpertsError | None = None
@@ -118,7 +118,7 @@ class ServingEngine:
 
     def submit(
         self, model: ModelName, prompt: Sequence[int], sampling: Sampling, on_piece: Callable[[Piece], None]
-    ) -> Request:
+    ) -> RequestHandle:
         """Queue a request; see ``contract.Engine``."""
         if model not in self._lanes:
             raise ConfigError(f"model {str(model)!r}", "the engine has no such model", "choose one of its models")
@@ -132,7 +132,7 @@ class ServingEngine:
             self._count(generated_tokens=piece.tokens, finished=ended, failed=failed)
             on_piece(piece)
 
-        row = Row(model, prompt, Decoding(self._encoder.tokenizer, self._ends, sampling), most, heard)
+        row = RequestState(model, prompt, Decoding(self._encoder.tokenizer, self._ends, sampling), most, heard)
         with self._changed:
             if self._closed:
                 raise self._ended()
@@ -194,7 +194,7 @@ class ServingEngine:
 
     def _advance(self) -> None:
         """Let waiting rows that fit join the batch, and take one token for every row."""
-        new: list[Row] = []
+        new: list[RequestState] = []
         try:
             self._admit(new)
             batch = self._batch
@@ -211,7 +211,7 @@ class ServingEngine:
             self._leave()
             probe(self._base)  # if the device cannot compute any more, this ends the engine
 
-    def _admit(self, new: list[Row]) -> None:
+    def _admit(self, new: list[RequestState]) -> None:
         """Move rows from the head of the queue to ``new``, in order."""
         self._forget_cancelled()
         while self._queue and self._fits(self._queue[0], new):
@@ -225,7 +225,7 @@ class ServingEngine:
         for row in gone:
             row.drop()
 
-    def _fits(self, row: Row, new: Sequence[Row]) -> bool:
+    def _fits(self, row: RequestState, new: Sequence[RequestState]) -> bool:
         """Return whether a row may join the running rows and the new ones."""
         others = [*(self._batch.rows if self._batch else ()), *new]
         if self._batch is None or not others:

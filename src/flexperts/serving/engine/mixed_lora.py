@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexperts.errors import ServingError
-from flexperts.serving.engine.additions import Factors
+from flexperts.serving.engine.additions import FactorPairs
 
 
 class MixedLora:
@@ -28,12 +28,14 @@ class MixedLora:
         dtype: Type in which the terms are computed.
     """
 
-    def __init__(self, model: nn.Module, adapters: Mapping[str, Mapping[str, Factors]], dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: nn.Module, adapters: Mapping[str, Mapping[str, FactorPairs]], dtype: torch.dtype
+    ) -> None:
         self._numbers = {key: number for number, key in enumerate(adapters)}
-        sites = dict.fromkeys(site for layers in adapters.values() for site in layers)
+        targets = dict.fromkeys(target for layers in adapters.values() for target in layers)
         self._layers = [
-            _Layer(model.get_submodule(site), [layers.get(site, []) for layers in adapters.values()], dtype)
-            for site in sites
+            _Layer(model.get_submodule(target), [layers.get(target, []) for layers in adapters.values()], dtype)
+            for target in targets
         ]
 
     @contextmanager
@@ -54,7 +56,7 @@ class MixedLora:
 class _Layer:
     """One attention layer's terms: A ``[M + 1, r, in]`` and B ``[M + 1, out, r]``; the last entries are zero."""
 
-    def __init__(self, module: nn.Module, terms: Sequence[Factors], dtype: torch.dtype) -> None:
+    def __init__(self, module: nn.Module, terms: Sequence[FactorPairs], dtype: torch.dtype) -> None:
         self.module = module
         joined = [(torch.cat([A for A, _ in t]), torch.cat([B for _, B in t], dim=1)) for t in terms if t]
         rank = max(A.shape[0] for A, _ in joined)

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from flexperts.errors import ServingError
-from flexperts.serving.contract import Engine, ModelName, Piece, Request, Sampling
+from flexperts.serving.contract import Engine, ModelName, Piece, RequestHandle, Sampling
 from flexperts.serving.http.metrics import Metrics
 from flexperts.serving.http.refusals import RefusedError, failed, stopping
 
@@ -49,7 +49,7 @@ class Delivery:
         def on_piece(piece: Piece) -> None:
             loop.call_soon_threadsafe(self._arrived, piece)
 
-        self._request: Request = engine.submit(model, prompt, sampling, on_piece)
+        self._request: RequestHandle = engine.submit(model, prompt, sampling, on_piece)
 
     def cancel(self) -> None:
         """End the request; this does nothing if it has already ended."""

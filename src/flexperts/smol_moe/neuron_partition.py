@@ -21,7 +21,7 @@ TENSORS = ("shared", "routed", "routers")
 
 
 @dataclass(frozen=True)
-class Partition:
+class NeuronPartition:
     """The split of dense FFN layers into a shared part and routed experts.
 
     Attributes:
@@ -73,7 +73,7 @@ class Partition:
         )
 
 
-def save_partition(partition: Partition, path: Path) -> None:
+def save_neuron_partition(partition: NeuronPartition, path: Path) -> None:
     """Write a partition as a safetensors file."""
     from safetensors.torch import save_file
 
@@ -88,11 +88,11 @@ def save_partition(partition: Partition, path: Path) -> None:
     path.chmod(0o644)  # safetensors writes 0600
 
 
-def load_partition(path: Path) -> Partition:
+def load_neuron_partition(path: Path) -> NeuronPartition:
     """Read and check a partition file.
 
     Args:
-        path: A file that `save_partition` wrote.
+        path: A file that `save_neuron_partition` wrote.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -105,6 +105,6 @@ def load_partition(path: Path) -> Partition:
             f"partition file {path}", f"cannot be read ({error})", "install flexperts again"
         ) from error
     layers, top_k, scale = tuple(about.pop("layers")), about.pop("top_k"), about.pop("router_scale")
-    partition = Partition(layers, top_k, router_scale=scale, metadata=about, **tensors)
+    partition = NeuronPartition(layers, top_k, router_scale=scale, metadata=about, **tensors)
     partition.check()
     return partition
