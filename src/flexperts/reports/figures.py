@@ -115,9 +115,7 @@ def svg(figure: Figure, key: str, label: str) -> str:
     width = round(figure.get_figwidth() * 72)
     head = re.search(r'viewBox="[^"]*"', text)
     assert head is not None
-    start = (
-        f'<svg {head.group()} style="max-width:{round(1.3 * width)}px" role="img" aria-label="{escape(label)}">'
-    )
+    start = f'<svg {head.group()} style="max-width:{round(1.3 * width)}px" role="img" aria-label="{escape(label)}">'
     text = start + text[text.index(">") + 1 :].strip().replace("xlink:href", "href")
     for stand_in, variable in _THEME.items():
         text = text.replace(stand_in, variable)
