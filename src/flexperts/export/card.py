@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCardData
+
 from flexperts.export.content import Content
 from flexperts.export.verification import LogitDifference
 from flexperts.files import placeless, write_text
@@ -39,11 +41,7 @@ for path in sorted(Path({folder}).glob("*graft.safetensors")):
     load_grafts(path, find_experts(base)).attach()
 """
 _CARD = """---
-base_model: {base}
-license: {license}
-library_name: {library}
-pipeline_tag: text-generation
-tags: [flexperts, federated-learning, mixture-of-experts]
+{metadata}
 ---
 
 # {title}
@@ -137,10 +135,16 @@ def write_card(folder: Path, facts: Facts, difference: LogitDifference | None) -
 
     run, method = facts.run, facts.run.model.method
     whom = f"the silo `{facts.client}`" if facts.client else "the federation's silos"
-    text = _CARD.format(
-        base=_base_name(run),
+    metadata = ModelCardData(
+        base_model=_base_name(run),
         license=_license(Path(run.workspace.base.source)) or "other",
-        library="transformers" if facts.form in ("transformers", "merged") else "peft",
+        library_name="transformers" if facts.form in ("transformers", "merged") else "peft",
+        pipeline_tag="text-generation",
+        tags=["flexperts", "federated-learning", "mixture-of-experts"],
+    )
+    text = _CARD.format(
+        metadata=metadata.to_yaml(),
+        base=_base_name(run),
         title=f"{_base_name(run)} for {facts.client or 'all silos'}",
         what=_what(facts),
         fingerprint=run.workspace.base.fingerprint,

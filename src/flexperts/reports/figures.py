@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import matplotlib as mpl
@@ -114,9 +115,7 @@ def svg(figure: Figure, key: str, label: str) -> str:
     width = round(figure.get_figwidth() * 72)
     head = re.search(r'viewBox="[^"]*"', text)
     assert head is not None
-    start = (
-        f'<svg {head.group()} style="max-width:{round(1.3 * width)}px" role="img" aria-label="{_attribute(label)}">'
-    )
+    start = f'<svg {head.group()} style="max-width:{round(1.3 * width)}px" role="img" aria-label="{escape(label)}">'
     text = start + text[text.index(">") + 1 :].strip().replace("xlink:href", "href")
     for stand_in, variable in _THEME.items():
         text = text.replace(stand_in, variable)
@@ -146,7 +145,3 @@ def heat(axes: Axes, values: Any, rows: Sequence[str], columns: Sequence[str], t
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     return image
-
-
-def _attribute(text: str) -> str:
-    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;").replace(">", "&gt;")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from html import escape
 from typing import Any
 
 from flexperts.reports.cells import Cell, Table
@@ -43,7 +44,7 @@ def markdown_table(table: Table) -> str:
 
 def escaped(text: object) -> str:
     """Return text without markup of Markdown, its tables or HTML; line breaks are kept."""
-    out = str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    out = escape(str(text), quote=False)
     # Brackets are a link only if an address or a definition follows.
     out = re.sub(r"([\\`*|~$]|!(?=\[)|\](?=[(\[:]))", r"\\\1", out)
     return re.sub(r"(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])", r"\\_", out)

@@ -10,8 +10,9 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -166,7 +167,7 @@ def write_base(folder: Path, name: str = "smol-moe", source: str | None = None, 
     """
     spec = base_spec(name)
     found = find_dense(source, report)
-    report(f"building {name} (about 20 s, once)")
+    report(f"building {name} (about 40 s, once)")
     with _quiet_transformers():
         from flexperts.smol_moe.dense import load_dense
         from flexperts.smol_moe.neuron_partition import load_neuron_partition
@@ -191,7 +192,8 @@ def _quiet_transformers() -> Iterator[None]:
     was = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        yield
+        with redirect_stderr(StringIO()):  # for the bar of its GGUF reader, which is not transformers' own
+            yield
     finally:
         if was:
             logging.enable_progress_bar()

@@ -188,13 +188,6 @@ def test_the_shipped_asset_is_whole_and_says_how_it_was_made():
     assert META_KEY == "flexperts.partition"
 
 
-def test_unpermute_undoes_what_llama_cpp_does():
-    weight = np.arange(48, dtype=np.float32).reshape(12, 4)  # 2 heads of 6 rows
-    permuted = weight.reshape(2, 2, 3, 4).swapaxes(1, 2).reshape(12, 4)
-    assert np.array_equal(dense.unpermute(permuted, 2), weight)
-    assert dense.unpermute(weight, None) is weight
-
-
 def test_chat_template_is_plain_chatml():
     from jinja2 import Environment
 
