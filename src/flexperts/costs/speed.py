@@ -24,7 +24,7 @@ from flexperts.costs.models import experts_per_token
 from flexperts.costs.rounds import planned_sites
 from flexperts.data.prompts import Example
 from flexperts.methods.registry import make_method
-from flexperts.modeling.forward import autocast, takes
+from flexperts.modeling.forward import autocast, last_logits
 from flexperts.modeling.load import LoadedBase
 from flexperts.modeling.memory import peak_bytes, reset_peak
 from flexperts.parameters.split import ParameterSplit
@@ -187,7 +187,7 @@ def _measure_once(
     trained_peak = peak_bytes(prompts.device)
     model.eval()
     with torch.no_grad(), autocast(prompts.device, precision):
-        prefill = _timed(prompts.device, lambda: model(input_ids=prompts, use_cache=True, **_last(model)))
+        prefill = _timed(prompts.device, lambda: last_logits(model, prompts, torch.ones_like(prompts), keep=1))
         both = _timed(prompts.device, lambda: _decode(model, prompts, work.new_tokens))
     if keep:
         times.step.extend([] if step is None else [step])
@@ -219,15 +219,11 @@ def train(
 
 def _decode(model: Any, prompts: torch.Tensor, count: int) -> None:
     """Decode ``count`` tokens after the first one, which the prompt's forward pass gives."""
-    output = model(input_ids=prompts, use_cache=True, **_last(model))
+    mask = torch.ones_like(prompts)
+    logits, cache = last_logits(model, prompts, mask, keep=1)
     for _ in range(count):
-        token = output.logits[:, -1:].argmax(-1)
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-
-
-def _last(model: Any) -> dict[str, Any]:
-    """Return the argument that limits logits to the last column, if the model has it."""
-    return {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        logits, cache = last_logits(model, logits[:, -1:].argmax(-1), mask, cache, keep=1)
 
 
 def _prompts(base: LoadedBase, work: Workload) -> torch.Tensor:
