@@ -283,7 +283,7 @@ def test_an_interval_of_one_seed_is_not_said_to_be_widened(whole: Comparison) ->
     assert "seed in common" not in tables(whole)["main"].note
     whole["entries"][1]["seeds"] = [1]
     name = whole["entries"][1]["name"]
-    assert f"for the training seeds (not of {name}: one seed in common)" in tables(whole)["main"].note
+    assert f"for the training seeds (not for {name}: one seed in common)" in tables(whole)["main"].note
 
 
 def test_the_note_says_what_the_interval_is(whole: Comparison) -> None:

@@ -1,4 +1,4 @@
-"""A run as one frozen value: what a recipe (TOML) holds. Defaults stand in this package and nowhere else."""
+"""A run as one frozen value: what a recipe (TOML) holds. Defaults are defined only in this package."""
 
 from __future__ import annotations
 
