@@ -140,7 +140,7 @@ def test_a_run_sends_what_the_defence_leaves(recipe: Recipe, tmp_path: Path) -> 
             ["protections={first = {}}", "federation.aggregation=median"],
             "only one defence can make a round's average",
         ),
-        (["protections={coarse = {}}", "method.name=local"], "leave out [protections.coarse], or take a method"),
+        (["protections={coarse = {}}", "method.name=local"], "leave out [protections.coarse], or use a method"),
     ],
 )
 def test_what_cannot_be_is_refused_before_a_run_starts(
