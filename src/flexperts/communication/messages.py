@@ -133,7 +133,9 @@ def payload_of(content: RecordDict, sender: str, sent: Payload | None = None) ->
     packed = _PACKING in info_of(content)
     if set(content.array_records) != {SHARED} or not (packed or set(arrays) == {f"{SHARED}/{SHARED}"}):
         raise FederationError(
-            f"{sender} sent arrays {sorted(arrays)}", "a message must contain exactly one payload", "refuse it"
+            f"{sender} sent arrays {sorted(arrays)}",
+            "a message must contain exactly one payload",
+            "use one flexperts version and one recipe on every silo",
         )
     values = {name: _values(array, sender) for name, array in content.array_records[SHARED].items()}
     if packed:
@@ -152,7 +154,9 @@ def _rebuilt(packed: Packed, sender: str, sent: Payload | None) -> Payload:
     """Return what was sent plus the packed update."""
     if sent is None:
         raise FederationError(
-            f"{sender} sent a packed update", "this message has no weights that an update could change", "refuse it"
+            f"{sender} sent a packed update",
+            "this message has no weights that an update could change",
+            "use one flexperts version and one recipe on every silo",
         )
     return Payload(sent.manifest, sent.vector + unpack(packed, sent.size, sender))
 

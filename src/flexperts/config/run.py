@@ -22,7 +22,7 @@ class MethodConfig(Section):
     options: dict[str, Any] = Field(default_factory=dict)
     """The method's own settings, such as FedProx's mu; see docs/methods.md."""
     reference: str | None = None
-    """A second method, run with the same budget and seed and reported next to the first, with its default options."""
+    """A second method for comparison, run with the same budget and seed, and with its default options."""
 
 
 class TrainingConfig(Section):
