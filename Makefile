@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-run: setup  ## Personalize a pretrained MoE for four silos, FedAvg beside it (about eight minutes on two cores)
+run: setup  ## Personalize a pretrained MoE for four silos, with FedAvg for comparison (about eight minutes on two cores)
 	$(BIN)/flexperts run recipes/quickstart.toml
 
 test: setup  ## Run the default tests
@@ -47,7 +47,7 @@ quantization: setup  ## Bases in 8 and 4 bits
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --constraint constraints.txt --target build/quantization bitsandbytes
 	PYTHONPATH=build/quantization $(BIN)/python -m pytest -m quantization
 
-test-all: test slow families quantization faults fuzz deployment  ## All tiers, one after the other
+test-all: test slow families quantization faults fuzz deployment  ## All tiers, one at a time
 
 # Ray stays out of .venv: only one rival needs it.
 bench: setup  ## Measure speed and scale, write docs/performance.md (the page says how long it takes)

@@ -6,7 +6,7 @@
     python benchmarks/compression.py --out runs/tiny --set model.base=DIR evaluation.rows=2 --rounds 1
 
 Writes compression.json: settings, mean scores and bytes of each entry and seed. All entries of a seed share base,
-rows, batches and rounds; what differs stands in ``ENTRIES``. Finished runs are not run again.
+rows, batches and rounds; ``ENTRIES`` lists the differences. Finished runs are not run again.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def results(out: Path) -> list[dict[str, Any]]:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Return the records as a Markdown table: means over seeds, bytes beside their share of the unpacked ones."""
+    """Return the records as a Markdown table: means over seeds, bytes and their share of the unpacked ones."""
     lines = [
         "| packing | kB up per client and round | of unpacked | ROUGE-L global | personalized | NLL global "
         "| personalized |",

@@ -4,8 +4,8 @@
     python benchmarks/cost_of_grafts.py --base allenai/OLMoE-1B-7B-0924 --rows 8 --prompt 512 --out runs/costs-olmoe
     python benchmarks/cost_of_grafts.py --only "fedavg (attention LoRA)" "flex, k = 1"
 
-Variants take turns, medians count; ratios are against attention LoRA + FedAvg. Beside the counted FLOPs stand those
-that `flexperts plan` gives, which leave attention over the context out.
+Variants take turns; results are medians, with ratios to attention LoRA + FedAvg. Next to the counted FLOPs are
+those of `flexperts plan`, which do not include attention over the context.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     python benchmarks/large_model.py --scratch /tmp/qwen --preset qwen1.5-moe-a2.7b --device cuda    # on a GPU
 
 The base is written layer by layer in the layout that most of the hub's checkpoints have, one tensor per expert and
-matrix, so that making it takes one layer's memory. Then `flexperts run` trains FLEx for two silos and two rounds in
-a process of its own, which is watched from outside. A base that is there already is used again.
+matrix, so that only one layer is in memory at a time. Then `flexperts run` trains FLEx for two silos and two rounds
+in a separate process, whose memory is measured from outside. An existing base is used again.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def write_rows(folder: Path) -> None:
 
 
 def watched_run(recipe: Path, out: Path) -> dict[str, Any]:
-    """Run the recipe in a process of its own and watch its memory, tenth of a second by tenth of a second."""
+    """Run the recipe in a separate process and measure its memory ten times a second."""
     command = [str(Path(sys.executable).with_name("flexperts")), "run", str(recipe), "--out", str(out)]
     started, seen = time.monotonic(), {"VmHWM": 0, "RssAnon": 0}
     process = subprocess.Popen(command)

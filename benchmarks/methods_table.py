@@ -5,8 +5,8 @@
     python benchmarks/methods_table.py --out runs/methods --workers 4          # side by side, on one GPU
     python benchmarks/methods_table.py --out runs/methods --table              # print what is there
 
-Every entry is the quick start's recipe with another method; what else it changes stands in ``ENTRIES``. Nothing was
-tuned per method but what stands there. Finished entries are not run again.
+Every entry is the quick start's recipe with another method; ``ENTRIES`` lists its other changes. Nothing
+else was tuned for a method. Finished entries are not run again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "flexlora": (f"method.options={{ranks = {RANKS}}}",),
     "hetlora": (f"method.options={{ranks = {RANKS}}}",),
 }
-"""What a method needs beside its name."""
+"""Settings that a method needs besides its name."""
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "fedavg, SGD as scaffold": ("method.name=fedavg", "training.optimizer=sgd", "training.lr=0.5"),
@@ -78,7 +78,7 @@ _workspace: Workspace | None = None
 
 
 def run_entry(name: str, out: Path, extra: tuple[str, ...]) -> str:
-    """Run one entry in its own folder and keep its small files; return its name, or what went wrong."""
+    """Run one entry in its own folder and keep its small files; return its name, or the failure."""
     global _workspace
     folder = out / name.replace(" ", "_")
     config = load_recipe(RECIPE, (*extra, *ENTRIES[name]))
@@ -86,7 +86,7 @@ def run_entry(name: str, out: Path, extra: tuple[str, ...]) -> str:
     _workspace = _workspace or Workspace(config)
     try:
         run_federation(config, folder, resume=True, workspace=_workspace)
-    except Exception:  # one broken entry must not cost the others
+    except Exception:  # one failed entry must not stop the others
         (out / f"{folder.name}.error").write_text(traceback.format_exc())
         return f"{name}: FAILED, see {folder.name}.error"
     for heavy in ("personal", "shared", "checkpoint.safetensors", "predictions"):

@@ -6,10 +6,10 @@
     python benchmarks/onboarding.py --out runs/tiny --set model.base=DIR evaluation.rows=2 --rows 4 --silos shop
 
 One silo at a time is left out of a federation of the shipped silos and joins it afterwards with its first 4 to 64
-train rows of a random order. Beside that stand its own scores as a participant with all 64 rows, and those of
-method `local` on the plain base with the same rows. All have the steps of a participant, rounds x local_steps, and
-the same 40 test rows. Settings are those of recipes/study-silos.toml without its validation rows. Finished cells
-are not run again. Writes onboarding.json.
+train rows of a random order. These scores are compared with its scores as a participant with all 64 rows, and with
+those of method `local` on the plain base with the same rows. All take as many steps as a participant, rounds x
+local_steps, and have the same 40 test rows. Settings are those of recipes/study-silos.toml without its validation
+rows. Finished cells are not run again. Writes onboarding.json.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "study-silos.toml"
 ROWS = (4, 8, 16, 32, 64)
 MOST, TEST = 64, 40
 LEVEL = 0.05
-"""How far from a participant's score its level begins, relative to that score."""
+"""Largest relative difference from a participant's score that counts as reaching it."""
 
 
 class Bench:
@@ -77,7 +77,7 @@ class Bench:
         return path
 
     def run(self, name: str, config: RunConfig) -> Path:
-        """Run a recipe, or take it up, and return its directory."""
+        """Run or resume a recipe, and return its directory."""
         run_federation(config, self.out / name, resume=True, workspace=self.workspace.for_run(config))
         print(f"seed {self.seed}: {name}", flush=True)
         return self.out / name
@@ -142,7 +142,7 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def untrained_table(records: list[dict[str, Any]]) -> str:
-    """Return what each silo has without any training of its own, as a Markdown table."""
+    """Return each silo's scores without training on its own rows, as a Markdown table."""
     lines = ["| silo | seed | zero-shot | the others' shared part alone |", "|---|---:|---:|---:|"]
     firsts = {(r["silo"], r["seed"]): r for r in records}
     for (silo, seed), r in firsts.items():

@@ -9,7 +9,7 @@ a CPU; of the rest, an even share of every data set is drawn, with a fixed seed.
 
 The pool for mixtures holds none of the split's train rows, because rates are chosen on validation rows, which are
 drawn from those; its prompts may be longer, since few closed questions with short ones are left. It has one row per
-passage: its rows become train and test rows of any client, and nobody may train on a passage that is tested.
+passage: its rows become train and test rows of any client, and no client may train on a tested passage.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def short_rows(path: Path, split: str, longest_prompt: int, longest_answer: int)
 
 
 def passage(row: Row) -> str:
-    """Return what a prompt asks about, where it says so, else the prompt."""
+    """Return the passage that a prompt asks about, if it names one, else the prompt."""
     found = _PASSAGE.search(row["instruction"])
     return (found[1] if found else row["instruction"]).strip()
 
 
 def one_per_passage(rows: Sequence[Row], taken: Sequence[Row]) -> list[Row]:
-    """Return rows whose passage is of no row before them, and of none that is taken."""
+    """Return rows whose passage occurs in no earlier row, and is not among the taken ones."""
     first = {passage(row): row for row in reversed([*taken, *rows])}
     return [row for row in rows if first[passage(row)] is row]
 

@@ -42,8 +42,8 @@ _TABLE = re.compile(
 def _difference(metric: str) -> Callable[[Comparison, Entry], str]:
     def text(comparison: Comparison, entry: Entry) -> str:
         shown = interval(against(entry, metric), DIGITS[metric]).text
-        told_apart = verdict(comparison, entry, metric) in ("better", "worse")
-        return f"**{shown}**" if told_apart else shown
+        significant = verdict(comparison, entry, metric) in ("better", "worse")
+        return f"**{shown}**" if significant else shown
 
     return text
 
@@ -81,7 +81,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Comparison, Entry], str]]] = {
     "personal": ("personal parameters", _text(lambda e: number(e["parameters"]["personal"], 0))),
     "seeds": ("seeds", lambda _, e: str(len(e["seeds"]))),
 }
-"""A column's name on the page -> heading, and what a row shows; bold differences are told apart."""
+"""A column's name on the page -> its heading, and the text of an entry; significant differences are bold."""
 
 
 def table(comparison: Comparison, columns: str) -> str:

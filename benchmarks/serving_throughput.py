@@ -4,12 +4,12 @@
     python benchmarks/serving_throughput.py --out runs/serving --repeats 9 --new-tokens 64
     python benchmarks/serving_throughput.py --out runs/tiny --set model.base=DIR --repeats 1
 
-Makes a short FLEx run of eight clients for every variant (kept under --out, and taken up from there), then lets
+Makes a short FLEx run of eight clients for every variant (kept under --out, and used again from there), then lets
 three kinds of batches of the same prompts take turns: a row of every client; all rows of one client; and all rows
 of one client on the base as evaluation sets it up, with PEFT's adapter and the client's own hooks. Answers do not
-end before their limit here, so that all batches do the same work. Medians count; ratios are medians over turns, by
-processor time as well, which other processes on the machine disturb less. Then counts the answers that are the same
-in a mixed batch as elsewhere. Writes serving.json.
+end before their limit here, so that all batches do the same work. Results are medians; ratios are medians over
+turns, by processor time as well, which other processes on the machine disturb less. Then counts the answers that
+are the same in a mixed batch as elsewhere. Writes serving.json.
 """
 
 from __future__ import annotations

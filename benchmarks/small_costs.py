@@ -1,10 +1,10 @@
-"""What two small things cost: the text of an answer, piece by piece, and the look at a base's weights before a run.
+"""The cost of two small operations: decoding an answer piece by piece, and checking a base's weights before a run.
 
     python benchmarks/small_costs.py
 
 Answers: a token at a time, by ``serving.engine.decoding`` and by decoding all tokens so far after each one, in
-turns.
-Weights: ``parameters.finite`` over float32 and bfloat16 weights, beside one sum over the same. Medians of five.
+turns. Weights: ``parameters.finite`` over float32 and bfloat16 weights, compared with one sum over the same.
+Medians of five.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The page of supported models, made by the tests that hold every family to account.
+"""The page of supported models, made by the tests that every family must pass.
 
     python benchmarks/supported_models.py                    # run the matrix, write docs/models.md (minutes)
-    python benchmarks/supported_models.py --check            # run it, and fail where the page says something else
+    python benchmarks/supported_models.py --check            # run it, and fail if the page differs
     python benchmarks/supported_models.py --check --listed   # the same from the table of exceptions: nothing is run
 
 Properties and exceptions are in tests/conformance/matrix.toml. The script stops without a page if a test fails that
@@ -64,11 +64,11 @@ EXPLAINED = {
 
 @dataclass
 class Outcomes:
-    """A pytest plugin: what the tests of the matrix say, by (family, test).
+    """A pytest plugin: the outcomes of the matrix's tests, by (family, test).
 
     Args:
         reasons: (family, test) -> for each of its variants, why it is an exception, or None.
-        failed: Names of tests that broke their promise, or were skipped.
+        failed: Names of tests with an unexpected outcome, or that were skipped.
     """
 
     reasons: dict[tuple[str, str], list[str | None]] = field(default_factory=lambda: defaultdict(list))
@@ -81,7 +81,7 @@ class Outcomes:
             self.reasons[named["family"], named["test"]].append(reason)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Note what a test that was run said."""
+        """Record the outcome of a test that was run."""
         reason = getattr(report, "wasxfail", None)
         if report.failed or (report.skipped and reason is None):
             self.failed.append(report.nodeid)
@@ -93,7 +93,7 @@ class Listed(Outcomes):
     """The same from the tests that were collected, not run."""
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """Note what each test is expected to say."""
+        """Record the expected outcome of each test."""
         for item in session.items:
             marks = [mark.kwargs["reason"] for mark in item.iter_markers("xfail")]
             self.add(item.user_properties, marks[0] if marks else None)
@@ -103,14 +103,14 @@ def outcomes(listed: bool) -> Outcomes:
     """Run the matrix, or only collect it.
 
     Raises:
-        SystemExit: A test breaks its promise, or the matrix cannot be run.
+        SystemExit: A test has an unexpected outcome, or the matrix cannot be run.
     """
     plugin = Listed() if listed else Outcomes()
     how = ["--collect-only", "-q"] if listed else ["-n", "2", "-q"]
     with contextlib.redirect_stdout(io.StringIO() if listed else sys.stdout):
         code = pytest.main([*map(str, FILES), "-m", "", "-p", "no:cacheprovider", "-W", REWRITE, *how], [plugin])
     if code or plugin.failed:
-        sys.exit(f"the matrix does not hold (pytest ended with {int(code)}): {plugin.failed[:5]}")
+        sys.exit(f"tests of the matrix failed (pytest ended with {int(code)}): {plugin.failed[:5]}")
     return plugin
 
 
@@ -136,11 +136,11 @@ def page(found: Outcomes) -> str:
 
 
 def _cells(family: str, found: Outcomes, notes: dict[str, int]) -> list[str]:
-    """Return a family's row: yes, part or no for every property, with the numbers of the notes that say why."""
+    """Return a family's row: yes, part or no for every property, with the numbers of the notes."""
     cells = [f"`{family}`"]
     for tests in MATRIX["properties"].values():
         if missing := [test for test in tests if not found.reasons[family, test]]:
-            sys.exit(f"{family} was not held to {missing}")
+            sys.exit(f"{family} has no outcome of {missing}")
         reasons = [reason for test in tests for reason in found.reasons[family, test]]
         why = list(dict.fromkeys(reason for reason in reasons if reason))
         numbers = ", ".join(str(notes.setdefault(reason, len(notes) + 1)) for reason in why)
@@ -170,7 +170,7 @@ def _layout(experts: LayerExperts) -> str:
         "transposed": experts.is_transposed,
         "no gate": not experts.has_gate,
         "biases": weights.up_bias is not None,
-        "a norm behind each": getattr(experts.module, "has_post_expert_norm", False),
+        "a norm after each": getattr(experts.module, "has_post_expert_norm", False),
         "identities": experts.num_identities > 0,
     }
     return ", ".join([kind, *(name for name, holds in flags.items() if holds)])

@@ -1,7 +1,7 @@
 """Adding a method: one small class and one registration.
 
-FedMedian-style: FedAvg's frame, but the server takes the coordinate-wise median of the shared weights, which a
-single broken silo cannot drag away (Yin et al., ICML 2018).
+FedMedian-style: FedAvg's frame, but the server takes the coordinate-wise median of the shared weights, which
+one wrong silo cannot shift far (Yin et al., ICML 2018).
 
     python examples/add_a_method.py model.base=FOLDER
 """

@@ -1,4 +1,4 @@
-"""What every benchmark of the suite writes: figures with their targets, and where and how they were taken."""
+"""The output of every benchmark of the suite: figures, their targets, and where and how they were measured."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Figure:
 
     Args:
         name: What was measured, on which workload.
-        value: The median, or what else the name says.
+        value: The median, unless the name says otherwise.
         unit: "ratio", "s", "%", "tokens/s", ...
-        at_most: Target; None where it has none, or ``at_least``.
+        at_most: Target; None if there is none, or it is ``at_least``.
         at_least: Likewise.
-        limit: What limits it now, in a sentence.
+        limit: The present limit, in a sentence.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Benchmark:
     Args:
         name: The script's, and its file's under ``benchmarks/results``.
         title: Heading on the page.
-        workload: What was run, in one or two sentences; stands under the heading.
+        workload: What was run, in one or two sentences; shown under the heading.
         notes: Sentences under the table: fairness, what was not measured.
     """
 
@@ -85,7 +85,7 @@ class Benchmark:
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """Return a command line with what all scripts take: ``--out``."""
+    """Return a parser with the option of all scripts, ``--out``."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     return made
@@ -105,7 +105,7 @@ def target(figure: Figure) -> str:
 
 
 def commit() -> str:
-    """Return the commit that is measured, with a mark where what is measured differs from it."""
+    """Return the commit that is measured, with a mark if the measured code differs from it."""
     changed = _git("status", "--porcelain", "--", "src", "benchmarks/performance")
     return (_git("rev-parse", "--short", "HEAD") or "not a git checkout") + (", with changes" if changed else "")
 

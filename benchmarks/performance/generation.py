@@ -34,7 +34,7 @@ from flexperts.recipe import load_recipe
 RECIPE = ROOT / "recipes" / "quickstart.toml"
 SIZES = (1, 4, 8, 16, 32)
 PROMPTS = {1: 8, 4: 16}
-"""Prompts that a batch size is tried on: the slow ones on fewer, spread over all silos."""
+"""Number of prompts for a batch size: fewer for slow sizes, spread over all silos."""
 MOST = 32
 
 Rows = Sequence[Sequence[int]]
@@ -78,7 +78,7 @@ class Plain:
 
     @torch.no_grad()
     def evaluation(self, rows: Sequence[Any], batch_size: int) -> list[str]:
-        """Score every row's response in a pass of its own, then answer the prompts."""
+        """Score every row's response in a separate pass, then answer the prompts."""
         examples = self.encoder.encode_all(rows)
         for chosen in longest_first([e.input_ids for e in examples], batch_size):
             batch = pad_batch([examples[i] for i in chosen], self.encoder.tokenizer.pad_token_id)
@@ -90,7 +90,7 @@ class Plain:
 
 
 def in_turn(tasks: dict[str, Callable[[], list[str]]], repeats: int) -> tuple[Times, dict[str, list[str]]]:
-    """Let tasks take turns; return each one's seconds by turn, and what it answered."""
+    """Let tasks take turns; return each one's seconds by turn, and its answers."""
     seconds: Times = {name: [] for name in tasks}
     answers: dict[str, list[str]] = {}
     for turn in range(repeats):
@@ -206,7 +206,7 @@ def figures(seconds: dict[str, float], found: dict[str, Any], default: int) -> l
             f"tokens/s over `model.generate`, both in batches of {default}",
             ours[default] / speeds[f"model.generate, batch {default}"],
             at_least=1.0,
-            limit="Rows that have ended leave; what is left is the forward pass.",
+            limit="Finished rows leave the batch; the rest is the forward pass.",
         ),
         Figure(
             "scoring and answering one client's rows, over a pass for the scores and `model.generate`",

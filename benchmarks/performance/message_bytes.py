@@ -1,10 +1,10 @@
-"""What a message has beside its weights, in both directions and with every packing, and what packing costs.
+"""Bytes of a message besides its weights, in both directions and with every packing, and the cost of packing.
 
     python benchmarks/performance/message_bytes.py
 
 Each kind is one round of FLEx on four silos of a few rows: the bytes are those that the run's own ledger holds, as
 Flower encodes them. They depend on names and sizes of what is sent, not on rows or steps. The scores are those of
-benchmarks/compression.py, which trains in earnest.
+benchmarks/compression.py, which trains for three rounds.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def figure(name: str, found: Ledger, direction: str, also: str = "") -> Figure:
 
 
 def costs(found: dict[str, Ledger], quality: dict[str, dict[str, Any]], kind: str) -> str:
-    """Return what a packing saves, and its scores beside those without."""
+    """Return what a packing saves, and its scores with those without packing."""
     rouge, nll = (
         [quality[k][score][state] for k in (kind, "none")]
         for score, state in (("rouge_l", "personalized"), ("nll", "global"))

@@ -1,4 +1,4 @@
-"""Write docs/performance.md from the suite's JSON files: every number on the page is one of theirs.
+"""Write docs/performance.md from the suite's JSON files: every number on the page is from them.
 
 python benchmarks/performance/page.py            # after single scripts; the suite does it itself
 """

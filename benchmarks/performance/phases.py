@@ -1,6 +1,6 @@
-"""Where a program's wall time goes, told from outside: functions are wrapped, and each second counts once.
+"""A program's wall time by phase, measured from outside: functions are wrapped, and each second counts once.
 
-A second belongs to the innermost wrapped function that is running; what none of them holds is ``REST``.
+A second belongs to the innermost wrapped function that is running; time outside all of them is ``REST``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Clock:
     """Adds up the seconds of phases. One thread's calls only.
 
     Args:
-        now: What is read, in seconds: wall time, or ``time.process_time`` where the machine is busy.
+        now: The clock, in seconds: wall time, or ``time.process_time`` where the machine is busy.
     """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
@@ -28,7 +28,7 @@ class Clock:
         self._running = [REST]
         self._seconds: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
-        """Of each function that is watched, by the place where it is looked up."""
+        """The original of each wrapped function, by the place where it is looked up."""
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds of every phase up to now."""
@@ -37,7 +37,7 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the block as a phase, but for phases within it."""
+        """Count the block as a phase, except phases within it."""
         self._charge()
         self._running.append(name)
         try:
@@ -47,7 +47,7 @@ class Clock:
             self._running.pop()
 
     def watch(self, phases: Mapping[str, Sequence[str]]) -> None:
-        """Wrap functions, for good.
+        """Wrap functions permanently.
 
         Args:
             phases: Phase -> its functions, as ``module:name`` or ``module:Class.name`` where they are looked up.
@@ -74,7 +74,7 @@ class Clock:
 
     @contextmanager
     def _around(self, phase: str, block: AbstractContextManager[Any]) -> Iterator[Any]:
-        """Count what a context does before and after its block."""
+        """Count the time of a context before and after its block."""
         with ExitStack() as stack:
             with self.phase(phase):
                 value = stack.enter_context(block)

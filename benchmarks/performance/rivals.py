@@ -1,13 +1,13 @@
-"""flexperts beside the ways in which federated fine-tuning is usually simulated, on the same work.
+"""flexperts compared with the usual ways to simulate federated fine-tuning, on the same work.
 
     python benchmarks/performance/rivals.py            # about eleven minutes on two idle cores
 
-Every system is one file of ``rival_systems`` and runs in a process of its own, one after the other, first with 4
+Every system is one file of ``rival_systems`` and runs in a separate process, one at a time, first with 4
 clients, then with 20. All train the same rows of the same clients in the same batches, with LoRA of rank 8 on q, k
 and v of `smol-moe`, AdamW, bf16 and an average by rows; steps and tokens are counted, and the averaged adapters are
-scored on rows that nobody trained on. The bare loop beside them does the same steps without any federation.
+scored on rows that nobody trained on. The bare loop does the same steps without any federation.
 
-Ray is no dependency and stays out of the environment; `make bench` installs it, or by hand:
+Ray is not a dependency and is not in the environment; `make bench` installs it, or by hand:
 
     pip install --constraint constraints.txt --target build/ray ray==2.55.1
 """
@@ -30,7 +30,7 @@ from rival_systems.launch import run_system
 from flexperts.data.silos.generate import SILOS, write_silos
 
 ROUNDS = {4: 4, 20: 3}
-"""Clients -> rounds; the first one is told apart."""
+"""Clients -> rounds; the first round is reported separately."""
 SYSTEMS = {
     "bare": "bare loop",
     "fedavg": "flexperts, fedavg",
@@ -48,13 +48,13 @@ LIMITS = {
     "ray": "the steps; one worker per core with one thread each, and every worker holds a base",
 }
 TOLERANCE = 0.05
-"""How far a rival's held-out loss may lie from ours, as a share of what training has gained."""
+"""Largest difference of a rival's held-out loss from ours, as a share of the gain by training."""
 NOTES = (
-    "The rivals are written from their public description, in a few dozen lines each; what is fair and what is not "
-    "stands at the head of each file of `benchmarks/performance/rival_systems`.",
+    "The rivals are written from their public description, in a few dozen lines each; each file of "
+    "`benchmarks/performance/rival_systems` says at its top what is fair and what is not.",
     "A client takes two short steps a round here, so that 20 clients fit a CPU. What loading, building, sending "
-    "and averaging cost does not grow with the steps, so their share shrinks with more of them; what a Trainer's "
-    "own step costs more stays.",
+    "and averaging cost does not grow with the steps, so their share shrinks with more of them; the higher "
+    "cost of a Trainer's own step remains.",
     "The first round is counted from the start of the process, imports and loading of the base included. Memory is "
     "the most that all processes of a system held at once, pages that they share counted once.",
 )
@@ -63,7 +63,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Cost:
-    """What a system costs with some clients.
+    """The cost of a system with some clients.
 
     Args:
         first: Seconds from the start of the process to the end of round 1.
@@ -78,7 +78,7 @@ class Cost:
 
     @classmethod
     def of(cls, told: Mapping[str, Any]) -> Cost:
-        """Read it off what a run has told."""
+        """Read it from a run's report."""
         first, *later = told["rounds"]
         return cls(
             first["ended"] - told["started"],
@@ -98,7 +98,7 @@ def main() -> None:
     arguments.add_argument("--clients", type=int, choices=ROUNDS, nargs="+", default=[*ROUNDS])
     given = arguments.parse_args()
     if not (given.ray / "ray").is_dir():
-        sys.exit(f"{given.ray}: no Ray is there; --help says how to install it")
+        sys.exit(f"{given.ray}: Ray is not installed there; --help says how to install it")
     benchmark = Benchmark(
         "rivals",
         "Rivals on the same work",
@@ -117,7 +117,7 @@ def main() -> None:
 
 
 def run_all(folder: Path, clients: int, ray: Path) -> dict[str, dict[str, Any]]:
-    """Run all systems; return what each tells.
+    """Run all systems; return their reports.
 
     Steps and tokens must be the same everywhere, or nothing is compared.
     """
@@ -143,16 +143,16 @@ def judged(folder: Path, clients: int) -> dict[str, dict[str, float]]:
 
 
 def alike(losses: Mapping[int, Mapping[str, Mapping[str, float]]]) -> str:
-    """Return a sentence about how alike the results are; refuse those that are not."""
+    """Return a sentence on how similar the results are; refuse results that differ."""
     gaps = {}
     for clients, told in losses.items():
         gain = told["start"]["loss"] - told["fedavg"]["loss"]
         gaps |= {(name, clients): abs(told[name]["loss"] - told["fedavg"]["loss"]) / gain for name in RIVALS}
     widest = max(gaps, key=lambda one: gaps[one])
     if gaps[widest] > TOLERANCE:
-        sys.exit(f"{widest[0]}, {widest[1]} clients: its loss lies {gaps[widest]:.1%} of the gain from ours")
+        sys.exit(f"{widest[0]}, {widest[1]} clients: its loss differs by {gaps[widest]:.1%} of the gain from ours")
     return (
-        "All systems did the same steps on the same tokens. On rows that nobody trained on, the rivals' averaged "
+        "All systems did the same steps on the same tokens. On rows not used in training, the rivals' averaged "
         f"adapters differ in loss from flexperts' by at most {gaps[widest]:.1%} of what training has gained."
     )
 

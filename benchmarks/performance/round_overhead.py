@@ -1,4 +1,4 @@
-"""What a run costs beside its passes through the model: the quick start's FLEx part, second by second.
+"""The cost of a run outside its passes through the model: the quick start's FLEx part, second by second.
 
     python benchmarks/performance/round_overhead.py
     python benchmarks/performance/round_overhead.py --set data.silos.train_rows=8 evaluation.rows=4    # a trial
@@ -31,7 +31,7 @@ COMPUTE = {
     "optimizer": ["torch.nn.utils:clip_grad_norm_", "torch.optim:AdamW.step"],
     "generation": ["flexperts.evaluation.scores:answer"],
 }
-"""What a run is for. Clipping is part of an optimizer step; selection is forward passes and products of experts."""
+"""Useful work of a run. Clipping belongs to the optimizer; selection is forward passes and products of experts."""
 OVERHEAD = {
     "base from cache": ["flexperts.client.workspace:load_base"],
     "rows": [
@@ -76,7 +76,7 @@ OVERHEAD = {
     "display": [f"flexperts.cli.display:RunDisplay.{name}" for name in ("stage", "progress", "round", "result")],
     "Flower's apps": ["flexperts.engines.grid:InProcessGrid._deliver"],
 }
-"""What else has a name; a phase within another is not counted in the outer one."""
+"""Other named phases; a phase within another is not counted in the outer one."""
 _FEW = 0.05
 """Percent below which a phase is not named on the page."""
 

@@ -3,8 +3,8 @@
     python benchmarks/performance/scale.py                                  # under 8 minutes
     python benchmarks/performance/scale.py --silos 10 100 --clients 10      # a trial
 
-Every size runs in a process of its own (scale_run.py), the averaging too (scale_aggregation.py). Every silo has a
-folder with its own two files, as real ones would.
+Every size runs in a separate process (scale_run.py), and so does the averaging (scale_aggregation.py). Every silo
+has a folder with its own two files, as real ones would.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from flexperts.testing import save_tiny_base
 SILOS = (10, 100, 1_000, 10_000)
 PARTICIPANTS = 10
 MORE = (20, 40)
-"""Participants at the second largest size, beside the usual ones."""
+"""Participants at the second largest size, in addition to the usual ones."""
 TRAIN, TEST = 6, 2
 """Rows of a silo."""
 RUNS = 5
@@ -157,7 +157,7 @@ def of_participants(sizes: Sizes) -> list[Figure]:
 
 
 def of_averaging(found: Mapping[str, Any]) -> list[Figure]:
-    """Return what the server's averaging costs beside a sum."""
+    """Return the cost of the server's averaging, compared with a sum."""
     clients = "updates of 20 MB, one core"
     return [
         Figure(
@@ -169,7 +169,8 @@ def of_averaging(found: Mapping[str, Any]) -> list[Figure]:
         Figure(
             "the same with decoding, checking and counting of their messages",
             found["ratio"],
-            limit="two passes over the bytes: the norm, which also finds what is not finite, and the weighted sum",
+            limit="two passes over the bytes: the norm, which also finds values that are not finite, and the "
+            "weighted sum",
         ),
         Figure(
             "the same by a step for each purpose, over the same sum",

@@ -1,4 +1,4 @@
-"""The server's part of a round, on encoded replies as they come off the wire, beside a plain sum of the same."""
+"""The server's part of a round, on encoded replies as received, compared with a plain sum of the same."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def compare(clients: int, megabytes: int, times: int) -> dict[str, Any]:
-    """Return seconds of each way, run by run and in turn, and whether all came to the same mean."""
+    """Return seconds of each way, run by run and in turn, and whether all gave the same mean."""
     values = megabytes * 250_000
     server = _server(clients, values)
     replies = {name: _reply(name, server, number) for number, name in enumerate(server.clients)}
@@ -100,7 +100,7 @@ def _by_copies(admission: Admission, replies: dict[str, RecordDict]) -> Vector:
         assert np.isfinite(vector).all()
         assert np.sqrt(np.square(vector - start).mean()) < admission.config.federation.max_update_rms
         array = content.array_records["shared"]["shared"]
-        array.data = array.data  # it has just come: what Flower remembers of its encoding is forgotten
+        array.data = array.data  # as if just received: without Flower's cached encoding
         sum(len(part) for part in encoded_objects(content))
         assert np.isfinite(vector).all()
         weighted = vector * np.float32(ROWS)
@@ -125,7 +125,7 @@ def _reply(name: str, server: Server, number: int) -> RecordDict:
 
 
 def _values(content: RecordDict, values: int) -> Vector:
-    """Return where a reply's values lie, in memory that torch takes for writable."""
+    """Return a view of a reply's values that torch accepts as writable."""
     data = content.array_records["shared"]["shared"].data
     found = np.frombuffer(memoryview(data), np.float32, values, len(data) - 4 * values)
     return torch.frombuffer(found, dtype=torch.float32).numpy()

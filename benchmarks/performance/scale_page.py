@@ -1,4 +1,4 @@
-"""Write docs/scale.md from the scale benchmark's JSON: its measured numbers, and what follows for a million silos.
+"""Write docs/scale.md from the scale benchmark's JSON: its measured numbers, and estimates for a million silos.
 
 python benchmarks/performance/scale_page.py            # after scale.py, which does it itself
 """
@@ -120,7 +120,7 @@ def _bytes(size: float) -> str:
 
 
 def write() -> None:
-    """Write the page from the file that lies among the results."""
+    """Write the page from the file among the results."""
     PAGE.write_text(page(json.loads((RESULTS / "scale.json").read_text(encoding="utf-8"))), encoding="utf-8")
     print(f"written: {PAGE.relative_to(ROOT)}")
 

@@ -1,4 +1,4 @@
-"""One size of the scale benchmark, in a process of its own: runs of one round over N silos, told as JSON.
+"""One size of the scale benchmark, in a separate process: runs of one round over N silos, reported as JSON.
 
 Every run starts afresh on rows and base that are loaded, so that all its participants select, train, and keep a
 state for the first time: what a round costs when it meets new silos, at every size.
@@ -23,7 +23,7 @@ EVALUATED = 10
 
 
 class Stopwatch(Observer):
-    """Notes when stages begin and rounds end, and the most files that were open at any event."""
+    """Records when stages begin and rounds end, and the most files that were open at any event."""
 
     def __init__(self) -> None:
         self.moments: list[tuple[str, float]] = []

@@ -1,4 +1,4 @@
-"""What choosing the experts to graft costs, against its matrix products, a forward pass and the published way.
+"""The cost of choosing experts to graft, compared with its matrix products, a forward pass and the published way.
 
 python benchmarks/performance/selection.py      # about two and a half minutes on two cores
 """
@@ -34,11 +34,11 @@ SEEDS = (0, 1)
 ROWS = 96
 """Train rows of each silo where choices are compared."""
 BUDGETS = (1024, 2048, 4096)
-"""Token budgets beside the default one."""
+"""Token budgets besides the default one."""
 CPU = torch.device("cpu")
 
 Call = tuple[LayerExperts, Tensor, tuple[Tensor, ...]]
-"""Experts, the positions to score, and what they were called with and gave."""
+"""Experts, the positions to score, and their arguments and results."""
 Times = dict[str, list[float]]
 
 
@@ -190,14 +190,14 @@ def figures(workload: Workload, found: dict[str, Any]) -> list[Figure]:
             "Scoring all experts over their matrix products, expert by expert",
             ratio(products["scoring"], products["expert by expert"]),
             at_most=1.2,
-            limit="Activations and inner products are memory traffic, which is much beside products of an inner "
-            "width of 96; small experts are computed together, which makes up for it.",
+            limit="Activations and inner products are memory traffic, which is much compared with products of an "
+            "inner width of 96; small experts are computed together, which makes up for it.",
         ),
         Figure(
             "The same on a layer of Qwen1.5-MoE's shape: 60 experts of 1408, hidden 2048",
             ratio(large["scoring"], large["expert by expert"]),
             at_most=1.2,
-            limit="The products themselves: activations and inner products are small beside them.",
+            limit="The products themselves: activations and inner products are small compared with them.",
         ),
         Figure(
             "The first over its products in the fewest calls",
@@ -205,7 +205,7 @@ def figures(workload: Workload, found: dict[str, Any]) -> list[Figure]:
             limit="The fewest calls are what scoring uses too; the rest is activations and inner products.",
         ),
         Figure(
-            "Selection beside its forward pass, in forward passes",
+            "Selection in addition to its forward pass, in forward passes",
             statistics.median(extra),
             at_most=1.0,
             limit="Six of 30 layers have experts here; a model with many experts in every layer is bound by "

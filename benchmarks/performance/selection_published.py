@@ -1,4 +1,4 @@
-"""The published way to choose experts, written from its description, and what each way takes in memory.
+"""The published way to choose experts, written from its description, and the memory of each way.
 
 Lu et al., "Not All Experts are Equal" (ACL 2024), keep every MoE layer's inputs and outputs on the calibration
 set, run each layer again for every subset of experts that could be kept, and take the one whose output is nearest.
@@ -33,7 +33,7 @@ def choose(workload: Workload, examples: Sequence[Example]) -> list[int]:
 
 
 def store(workload: Workload, examples: Sequence[Example]) -> dict[str, Stored]:
-    """Keep what every layer takes and gives on the calibration set, without padding."""
+    """Store every layer's inputs and outputs on the calibration set, without padding."""
     stored: dict[str, Stored] = {experts.name: [] for experts in workload.experts}
     keep = torch.empty(0, dtype=torch.bool)
 

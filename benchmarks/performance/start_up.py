@@ -1,4 +1,4 @@
-"""How long flexperts takes to be there: its command, its import, a base from the cache; each in fresh processes.
+"""Start-up time of flexperts: its command, its import, a base from the cache; each in fresh processes.
 
     python benchmarks/performance/start_up.py
 
@@ -126,7 +126,7 @@ def figures(light: dict[str, float], base: dict[str, float]) -> list[Figure]:
             base["whole process"],
             "s",
             limit=f"Importing torch ({base['import torch']:.2f} s) and transformers "
-            f"({base['import transformers']:.2f} s), of which nothing is ours.",
+            f"({base['import transformers']:.2f} s), none of it flexperts' own code.",
         ),
     ]
 

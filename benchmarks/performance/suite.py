@@ -1,9 +1,10 @@
-"""Run every benchmark of the suite, one after the other, and write docs/performance.md.
+"""Run every benchmark of the suite, one at a time, and write docs/performance.md.
 
     make bench                                                   # all; the page says how long that takes
     python benchmarks/performance/suite.py selection start_up    # some
 
-Nothing else should run on the machine meanwhile. A script that fails does not cost the others; the exit code tells.
+Nothing else should run on the machine meanwhile. A script that fails does not stop the others; the exit code is
+then not 0.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ SCRIPTS = (
     "scale",
     "rivals",
 )
-"""In the order in which they run and stand on the page."""
+"""In the order in which they run and appear on the page."""
 
 
 def main() -> None:

@@ -4,7 +4,7 @@
     python benchmarks/performance/training_step.py --device cuda --experts grouped_mm
     python benchmarks/performance/training_step.py --device cuda --compile --warm-up 3
 
-The methods take turns on one resident base, visit after visit and every other visit backwards; a visit sets the
+The methods take turns on one resident base, visit by visit, every other visit in reverse order; a visit sets the
 client's model up, trains a few steps that do not count, then some that do.
 """
 
@@ -71,7 +71,7 @@ def measure(base: LoadedBase, work: Workload, given: argparse.Namespace) -> dict
     for visit in range(given.visits):
         for name in list(METHODS)[:: -1 if visit % 2 else 1]:
             if given.compile:
-                torch.compiler.reset()  # every visit has modules of its own
+                torch.compiler.reset()  # every visit has new modules
             seconds, peak = steps(base, METHODS[name], work, given.warm_up)
             found[name].seconds.extend(seconds)
             found[name].peaks.extend([] if peak is None else [peak])
@@ -108,7 +108,7 @@ def step_flops(base: LoadedBase, own: tuple[str, ...], work: Workload) -> float:
 
 
 def bases(given: argparse.Namespace) -> Iterator[tuple[str, LoadedBase]]:
-    """Yield name and base of what was asked for, one after the other in memory."""
+    """Yield name and model of each requested base; one is in memory at a time."""
     makers = {
         SMOL: lambda: load_base(ModelConfig(base="smol-moe", device=given.device)),
         STACK: lambda: stack(given.device),

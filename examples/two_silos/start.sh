@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A SuperLink and two silos on this machine, as they would stand on three: TLS, SuperNode keys, own data and state.
+# A SuperLink and two silos on this machine, as on three machines: TLS, SuperNode keys, own data and state.
 #   examples/two_silos/start.sh [FOLDER] [--set KEY=VALUE ...]     about four minutes on two cores
 # FOLDER (two_silos by default) is created; BASE, PORT and PATH may be set in the environment.
 set -euo pipefail
@@ -20,7 +20,7 @@ export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME
 mkdir -p "$FLWR_HOME" superlink
 
 started=()
-finish() {  # the newest first; SuperNode and SuperLink take their own children down
+finish() {  # the newest first; SuperNode and SuperLink stop their own children
     for ((i = ${#started[@]} - 1; i >= 0; i--)); do kill "${started[i]}" 2>/dev/null || true; done
     wait
 }
@@ -46,7 +46,7 @@ wait_for() {  # wait_for WHAT LOG COMMAND...: until the command succeeds
     exit 1
 }
 
-# The server's machine: a CA of its own, a certificate, the SuperLink.
+# The server's machine: its own CA, a certificate, the SuperLink.
 openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 365 \
     -keyout superlink/ca.key -out superlink/ca.crt -subj "/CN=two silos CA" 2>/dev/null
 openssl req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes \

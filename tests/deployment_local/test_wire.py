@@ -46,7 +46,7 @@ RECORDS = st.one_of(
 
 
 def plain(content: RecordDict) -> list[tuple[str, str, Any]]:
-    """Return everything that a RecordDict holds, types told apart and NaN equal to itself."""
+    """Return everything that a RecordDict holds, types distinguished and NaN equal to itself."""
     return [
         (name, type(record).__name__, [(key, repr(value)) for key, value in record.items()])
         for name, record in content.items()

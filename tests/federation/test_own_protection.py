@@ -123,7 +123,7 @@ def test_a_run_sends_what_the_defence_leaves(recipe: Recipe, tmp_path: Path) -> 
     [
         (
             ["protections={coarze = {}}"],
-            "protections.coarze: installed ones are coarse, dict, first, gone, missing; ",
+            "protections.coarze: installed protections are coarse, dict, first, gone, missing; ",
         ),
         (
             ["protections={coarse = {step = 0}}"],
@@ -136,8 +136,11 @@ def test_a_run_sends_what_the_defence_leaves(recipe: Recipe, tmp_path: Path) -> 
         (["protections={gone = {}}"], "protections.gone at 'not_there:Coarse': it cannot be imported"),
         (["protections={missing = {}}"], "it cannot be imported"),
         (["protections={dict = {}}"], "it must be a subclass of flexperts.Protection"),
-        (["protections={first = {}}", "federation.aggregation=median"], "one defence can make a round's average"),
-        (["protections={coarse = {}}", "method.name=local"], "leave out [protections.coarse], or take a method"),
+        (
+            ["protections={first = {}}", "federation.aggregation=median"],
+            "only one defence can make a round's average",
+        ),
+        (["protections={coarse = {}}", "method.name=local"], "leave out [protections.coarse], or use a method"),
     ],
 )
 def test_what_cannot_be_is_refused_before_a_run_starts(

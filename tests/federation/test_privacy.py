@@ -132,7 +132,7 @@ def test_clients_must_be_enough_for_the_rule(
     if enough:
         check_enough(config, clients)
         return
-    with pytest.raises(ConfigError, match="or it keeps nothing off"):
+    with pytest.raises(ConfigError, match="or it gives no protection"):
         check_enough(config, clients)
 
 

@@ -85,7 +85,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "nothing": (changed(without=["shared"]), "is expected"),
     "float64": (of_float64, "float64"),
     "cut array": (unreadable, "cannot be read"),
-    "second array": (second_array, "one payload and no other"),
+    "second array": (second_array, "must contain exactly one payload"),
     "manifest": (no_manifest, "without a readable manifest"),
     "round before": (changed(info={"round": 1}), "b answers to round 1: this is round 2"),
     "round to come": (changed(info={"round": 3}), "b answers to round 3: this is round 2"),

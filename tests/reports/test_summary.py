@@ -48,10 +48,10 @@ def test_the_best_and_its_interval_come_first(ranked: Comparison) -> None:
 def test_an_interval_over_zero_is_said_to_decide_nothing(ranked: Comparison) -> None:
     put(ranked, "local", 34.0, 0.5, (-1.0, 4.0, 9.0))
     first, second, third = summary(ranked)
-    assert "includes 0 (adjusted p = 0.002), so the two are not told apart" in first
+    assert "includes 0 (adjusted p = 0.002): not statistically significant" in first
     assert second == "It is also best by NLL (0.500 ± 0.010)."
     assert "0 are better and 1 worse" in third
-    assert "1 is not told apart" in third
+    assert "1 is not significantly different" in third
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_lower_nll_is_better(
 def test_what_adjustment_undoes_is_said(ranked: Comparison) -> None:
     ranked["entries"][2]["against"]["rouge_l"]["p_adjusted"] = 0.059
     first, _, third = summary(ranked)
-    assert "the 95 % interval excludes 0 (adjusted p = 0.059): after adjustment, not told apart." in first
+    assert "the 95 % interval excludes 0 (adjusted p = 0.059): not significant after adjustment." in first
     assert "0 are better and 1 worse" in third
 
 
@@ -105,7 +105,7 @@ def test_without_answers_nll_decides(made: Callable[..., Comparison]) -> None:
 
 
 def test_one_seed_is_said_to_be_one(whole: Comparison) -> None:
-    caution = "All of it is one seed: another may order them otherwise."
+    caution = "All scores are from one seed; another seed may give another order."
     assert caution not in summary(whole)
     whole["seeds"] = [0]
     assert summary(whole)[-1] == caution

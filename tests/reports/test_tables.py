@@ -283,7 +283,7 @@ def test_an_interval_of_one_seed_is_not_said_to_be_widened(whole: Comparison) ->
     assert "seed in common" not in tables(whole)["main"].note
     whole["entries"][1]["seeds"] = [1]
     name = whole["entries"][1]["name"]
-    assert f"for the training seeds (not of {name}: one seed in common)" in tables(whole)["main"].note
+    assert f"for the training seeds (not for {name}: one seed in common)" in tables(whole)["main"].note
 
 
 def test_the_note_says_what_the_interval_is(whole: Comparison) -> None:
@@ -291,7 +291,7 @@ def test_the_note_says_what_the_interval_is(whole: Comparison) -> None:
     for words in ("95 %", "10,000 resamples", "bootstrap", "Benjamini", "2 comparisons", "3 seeds, 2 clients"):
         assert words in note
     whole["seeds"] = [0]
-    assert "says nothing of other seeds" in tables(whole)["main"].note
+    assert "does not cover other seeds" in tables(whole)["main"].note
 
 
 def test_zero_shot_as_an_entry_of_its_own_takes_the_bases_row(whole: Comparison) -> None:

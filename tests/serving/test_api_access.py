@@ -66,7 +66,7 @@ def test_another_silos_model_is_as_if_it_did_not_exist(
                 call()
             assert told(caught.value) == (404, "model_not_found")
             messages.append(str(caught.value.body["message"]).replace(asked, "?"))  # type: ignore[index]
-    assert len(set(messages)) == 1, "the two can be told apart"
+    assert len(set(messages)) == 1, "a caller can distinguish the two"
     assert not shared.asked
 
 

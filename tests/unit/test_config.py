@@ -188,7 +188,7 @@ def test_toml_round_trip_is_the_same_config(
     [
         ("a = 1\n[b]\nc = [1]", "a = 2\n[b]\nc = [1, 2]", "a: 1, now 2; b.c: [1], now [1, 2]"),
         ("a = 1", "b = 1", "a: 1, now unset; b: unset, now 1"),
-        ("a = 1\n[b]", "a = 1", "in how it is written"),
+        ("a = 1\n[b]", "a = 1", "only in its formatting"),
         ("a = ", "a = 1", "it cannot be read: Invalid value"),
         ("", "\n".join(f"k{i} = {i}" for i in range(7)), "and 3 more"),
     ],

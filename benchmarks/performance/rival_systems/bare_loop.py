@@ -1,7 +1,7 @@
 """The lower bound: the same batches through the same model in one plain loop, and nothing else.
 
 No clients, no messages, no averaging: one adapter trains on. Base, attention and logits are loaded and computed as
-in flexperts, so that what it takes longer is the federation and nothing else.
+in flexperts, so that the difference in time is due to the federation alone.
 """
 
 from __future__ import annotations

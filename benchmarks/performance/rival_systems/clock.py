@@ -1,4 +1,4 @@
-"""What a round costs, taken by the system's own process: wall time, and CPU time of all its processes."""
+"""The cost of a round, measured in the system's own process: wall time, and CPU time of all its processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import psutil
 
 @dataclass
 class Clock:
-    """Notes when rounds begin and end, and what was trained.
+    """Records when rounds begin and end, and what was trained.
 
     Args:
         rounds: Begin and end (seconds since the epoch) and CPU seconds of every round.

@@ -1,8 +1,8 @@
 """flexperts itself, with the method that the work names, as `flexperts run` does it.
 
-The run is stopped when the last measured round is written down: what follows, one round more and its scoring, is
-no part of the work. Everything else of a round is in: the search for personal bytes in what is sent, the clients'
-state on disk, the checkpoint and the journal.
+The run is stopped when the last measured round is written: the round after it and its scoring are not
+part of the work. Everything else of a round is included: the search for personal bytes in what is sent, the
+clients' state on disk, the checkpoint and the journal.
 """
 
 from __future__ import annotations
@@ -60,5 +60,5 @@ def run(work: Work, clock: Clock) -> dict[str, Tensor]:
 
 
 def averaged(folder: Path) -> dict[str, Tensor]:
-    """Return the shared weights that a run has come to."""
+    """Return a run's final shared weights."""
     return load_server(folder / "checkpoint.safetensors").shared.tensors()

@@ -1,9 +1,9 @@
 """Flower's Ray simulation of flexperts: the same server, the same client, other transport.
 
-Fairness: as many Ray workers as there are cores, one core each, so that clients train side by side (Flower's own
-default is two cores a client, which makes half as many). Every worker holds a base of its own and keeps it between
-messages. Nodes of the simulation have no configuration of their own, so the client takes its name from its number.
-Ray's dashboard and usage statistics are off. Its start counts to the first round.
+Fairness: as many Ray workers as there are cores, one core each, so that clients train at the same time (Flower's
+own default is two cores a client, which makes half as many). Every worker holds a separate base and keeps it
+between messages. Nodes of the simulation have no configuration of their own, so the client takes its name from its
+number. Ray's dashboard and usage statistics are off. Its start counts to the first round.
 """
 
 from __future__ import annotations

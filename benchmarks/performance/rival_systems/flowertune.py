@@ -3,7 +3,7 @@
 For every train message the ClientApp loads tokenizer and base, puts LoRA into it, sets what the message holds,
 builds an SFTTrainer, trains and sends the adapter back; the server is Flower's own FedAvg.
 
-Fairness: the project runs on Flower's Ray simulation, whose cost is measured apart. Here messages go through
+Fairness: the project runs on Flower's Ray simulation, whose cost is measured separately. Here messages go through
 flexperts' in-process grid, which adds next to nothing and lets PyTorch use all cores for the one client that
 works. The client's rows stay in memory between messages, as FlowerTune's do.
 """
@@ -28,7 +28,7 @@ from flexperts.engines.grid import InProcessGrid
 
 
 class TimedFedAvg(FedAvg):
-    """Flower's FedAvg, which tells the clock of its rounds."""
+    """Flower's FedAvg, which reports its rounds to the clock."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__(fraction_train=1.0, fraction_evaluate=0.0, weighted_by_key="rows")

@@ -1,4 +1,4 @@
-"""What the systems' averaged adapters come to: loss on rows that nobody trained on, and how far they lie apart.
+"""Comparison of the systems' averaged adapters: loss on rows not used in training, and their distance.
 
 python benchmarks/performance/rival_systems/judge.py FOLDER CLIENTS REFERENCE ADAPTER...
 """
@@ -46,7 +46,7 @@ def main(folder: str, clients: str, reference: str, *adapters: str) -> None:
 def distance(tensors: dict[str, Tensor], ours: dict[str, Tensor]) -> float:
     """Return the norm of the difference over that of ours, of all B: they start at zero."""
     if tensors.keys() != ours.keys():
-        raise SystemExit("the adapters hold other tensors")
+        raise SystemExit("the adapters hold different tensors")
     learned = [name for name in ours if "lora_B" in name]
     apart = sum(float((tensors[name] - ours[name]).square().sum()) for name in learned)
     return float((apart / sum(float(ours[name].square().sum()) for name in learned)) ** 0.5)

@@ -20,7 +20,7 @@ _LONGEST = 900
 
 
 def run_system(name: str, folder: Path, clients: int, rounds: int, out: Path, ray: Path) -> dict[str, Any]:
-    """Run a system; return what it tells, with the most ``memory`` that its processes held at once, in bytes.
+    """Run a system; return its report, with the most ``memory`` that its processes held at once, in bytes.
 
     Args:
         name: One of ``run_one.SYSTEMS``.
@@ -39,7 +39,7 @@ def run_system(name: str, folder: Path, clients: int, rounds: int, out: Path, ra
         watch.start()
         try:
             code = process.wait(_LONGEST)
-        except subprocess.TimeoutExpired:  # a simulation that breaks off waits for its clients
+        except subprocess.TimeoutExpired:  # a simulation that fails keeps waiting for its clients
             code = -1
             for below in psutil.Process(process.pid).children(recursive=True):
                 below.kill()

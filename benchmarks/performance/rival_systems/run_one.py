@@ -1,4 +1,4 @@
-"""Run one system in this process and write what it cost.
+"""Run one system in this process and write its cost.
 
 python benchmarks/performance/rival_systems/run_one.py SYSTEM FOLDER CLIENTS ROUNDS OUT
 """

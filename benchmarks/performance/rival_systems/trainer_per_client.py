@@ -1,7 +1,7 @@
-"""What both rivals do for one client and round: rows become tokens, a Trainer is built, trains and is thrown away.
+"""What both rivals do for one client and round: rows become tokens, a Trainer is built, trains and is deleted.
 
 Both projects use TRL's SFTTrainer. OpenFedLLM pins TRL 0.7, where that is transformers' Trainer with the
-tokenizing of the rows before it, and that is what stands here: on a CPU it is faster than today's SFTTrainer,
+tokenizing of the rows before it, and that is used here: on a CPU it is faster than today's SFTTrainer,
 which computes the vocabulary projection a second time in its backward pass.
 
 Fairness: bf16 autocast as in flexperts, no gradient checkpointing, no logging, no files. The rows come in the
@@ -38,7 +38,7 @@ def texts(work: Work, name: str) -> Dataset:
 
 
 def train(work: Work, model: Any, tokenizer: Any, rows: Dataset, number: int) -> tuple[int, int]:
-    """Train on a round's rows with a trainer of its own; return optimizer steps and tokens."""
+    """Train on a round's rows with a new trainer; return optimizer steps and tokens."""
     settings = TrainingArguments(
         output_dir="not-written",
         max_steps=STEPS,

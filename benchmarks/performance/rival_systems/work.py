@@ -72,7 +72,7 @@ class Work:
         return [places[id(example)] for batch in self.batches(name, number) for example in batch]
 
     def optimizer(self, model: nn.Module, number: int) -> tuple[Optimizer, LRScheduler]:
-        """Return a fresh AdamW, and the cosine where the rounds before left it."""
+        """Return a new AdamW, and the cosine at the place where the earlier rounds ended."""
         training = self.config.training
         group: dict[str, Any] = {"params": [p for p in model.parameters() if p.requires_grad]}
         group |= {"lr": training.lr, "initial_lr": training.lr}

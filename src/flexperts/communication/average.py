@@ -44,13 +44,13 @@ def weighted_mean(updates: Iterable[Update]) -> Vector:
 def _add_weighted(total: Vector, update: Update) -> None:
     """Add an update times its rows in place, reading both once.
 
-    The product is rounded before it is added, as by two operations: where they are fused, it is with a factor of 1.
+    The product is rounded before it is added, as in two separate operations; a fused one only multiplies by 1.
     """
     torch.from_numpy(total).addcmul_(_as_tensor(update.vector), torch.ones(()), value=update.rows)
 
 
 def _as_tensor(vector: Vector) -> Tensor:
-    """Return a vector as a tensor to be read: torch warns of what came in a message and cannot be written to."""
+    """Return a vector as a tensor for reading, without torch's warning that its memory is read-only."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         return torch.from_numpy(vector)
@@ -59,8 +59,7 @@ def _as_tensor(vector: Vector) -> Tensor:
 def holders_mean(current: Mapping[str, Tensor], updates: Iterable[Update]) -> dict[str, Tensor]:
     """Return every tensor's mean over the clients that sent it, by rows; one that no client sent is unchanged.
 
-    The rule for methods whose clients hold different parts: sent by none: unchanged; by one: copied; by several:
-    averaged.
+    For methods whose clients hold different parts: a tensor sent by one client is copied, by several averaged.
 
     Args:
         current: The tensors before the round.
@@ -91,16 +90,16 @@ def checked(updates: Iterable[Update]) -> Iterator[Update]:
 
 def _check_turn(update: Update, last: str) -> None:
     if update.client <= last:
-        raise FederationError(f"{update.client} after {last}", "updates are averaged sorted by client", "sort them")
+        raise FederationError(f"{update.client} after {last}", "updates must be sorted by client", "sort them")
     if update.rows < 1:
         check_finite(update)
 
 
 def check_finite(update: Update) -> None:
-    """Refuse an update that nothing may be made of."""
+    """Refuse an update that cannot be used: without rows, or with values that are not finite."""
     if update.rows < 1 or not np.isfinite(update.vector).all():
         raise FederationError(
             f"{update.client}: {update.rows} rows, {(~np.isfinite(update.vector)).sum()} values not finite",
-            "an update holds finite weights of at least one row",
+            "an update must have finite weights and at least one row",
             "lower training.lr on that silo",
         )

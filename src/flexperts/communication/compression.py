@@ -26,7 +26,7 @@ _TOP = 127
 _HALF = 15
 """fp16 values are scaled to below 2^15: the largest is then far from overflow, the smallest from zero."""
 _EXPONENTS = (-90, 130)
-"""Powers of two that an fp16 scale may have: those of fp32 values, and none whose products vanish."""
+"""Allowed exponents of an fp16 scale: those of fp32 values, without those whose products become zero."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Packed:
 
     Args:
         arrays: What is sent in place of the fp32 vector, by name.
-        about: What rebuilding needs beside them: ``packing``, and the packing's own number.
+        about: What rebuilding also needs: ``packing``, and the number that belongs to this packing.
     """
 
     arrays: Mapping[str, NDArray[Any]]
@@ -47,7 +47,7 @@ def pack(change: Vector, settings: CompressionConfig) -> Packed:
 
     Args:
         change: Trained minus sent.
-        settings: Kind and its number; not "none".
+        settings: The kind, which must not be "none", and its number.
     """
     packers: dict[str, Callable[[], Packed]] = {
         "fp16": lambda: _pack_fp16(change),
@@ -58,7 +58,7 @@ def pack(change: Vector, settings: CompressionConfig) -> Packed:
 
 
 def packed_bytes(size: int, settings: CompressionConfig) -> int:
-    """Return how many bytes the arrays of an update of ``size`` values take, packed or, by kind "none", as fp32."""
+    """Return how many bytes the arrays of an update of ``size`` values take: packed, or fp32 for kind "none"."""
     kept = max(1, round(settings.fraction * size))
     scales = -(-size // settings.block)
     sizes = {"none": 4 * size, "fp16": 2 * size, "int8": size + 4 * scales, "top_k": (4 + 2) * kept}
@@ -89,7 +89,7 @@ def _pack_int8(change: Vector, block: int) -> Packed:
     padded.reshape(-1)[: change.size] = change
     scales = (np.abs(padded).max(1) / np.float32(_TOP)).astype(np.float32)
     whole = np.divide(padded, scales[:, None], out=np.zeros_like(padded), where=scales[:, None] > 0)
-    # A scale so small that it is rounded itself could lead beyond the range.
+    # A very small scale is itself rounded, and its values could then exceed the range.
     values = np.clip(np.rint(whole), -_TOP, _TOP).astype(np.int8).reshape(-1)[: change.size]
     return Packed({"values": values, "scales": scales}, {"packing": "int8", "block": block})
 
@@ -98,14 +98,14 @@ def _unpack_int8(packed: Packed, size: int, sender: str) -> Vector:
     block = _whole(packed, "block", 1, 2**31, sender)
     values, scales = _arrays(packed, sender, values=(np.int8, size), scales=(np.float32, -(-size // block)))
     if not (np.isfinite(scales) & (scales >= 0)).all():
-        raise _unfit(sender, "scales that are negative or not finite", "a scale is a size")
-    with np.errstate(over="ignore"):  # what is not finite is refused with all other such updates
+        raise _unfit(sender, "scales that are negative or not finite", "scales must be finite and not negative")
+    with np.errstate(over="ignore"):  # later, every update that is not finite is refused
         whole: Vector = values.astype(np.float32) * np.repeat(scales, block)[:size]
     return whole
 
 
 def _pack_top_k(change: Vector, fraction: float) -> Packed:
-    """Keep the values of the largest size, at least one, in the order of their places."""
+    """Keep the values with the largest magnitudes, at least one, in the order of their positions."""
     count = max(1, round(fraction * change.size))
     kept = np.sort(np.argpartition(np.abs(change), change.size - count)[change.size - count :])
     exponent = _exponent(change)
@@ -116,10 +116,10 @@ def _pack_top_k(change: Vector, fraction: float) -> Packed:
 def _unpack_top_k(packed: Packed, size: int, sender: str) -> Vector:
     values, indices = _arrays(packed, sender, values=(np.float16, None), indices=(np.uint32, None))
     if len(indices) != len(values):
-        raise _unfit(sender, f"{len(indices)} indices of {len(values)} values", "each value has its place")
+        raise _unfit(sender, f"{len(indices)} indices of {len(values)} values", "each value needs one index")
     places = indices.astype(np.int64)
     if len(places) and (places[-1] >= size or (np.diff(places) <= 0).any()):
-        raise _unfit(sender, f"indices up to {places.max()}", f"they are of {size} places, sorted, each once")
+        raise _unfit(sender, f"indices up to {places.max()}", f"they must be below {size}, sorted and unique")
     change = np.zeros(size, np.float32)
     change[places] = _from_half(values, packed, sender)
     return change
@@ -133,7 +133,7 @@ _UNPACKERS: Mapping[str, Callable[[Packed, int, str], Vector]] = {
 
 
 def _exponent(change: Vector) -> int:
-    """Return the power of two by which values are divided for fp16; dividing by it loses nothing."""
+    """Return the power of two by which values are divided for fp16; this division is exact."""
     _, exponent = math.frexp(float(np.abs(change).max()))
     return max(exponent - _HALF, _EXPONENTS[0])
 
@@ -150,13 +150,13 @@ def _from_half(values: NDArray[np.float16], packed: Packed, sender: str) -> Vect
 
 
 def _arrays(packed: Packed, sender: str, **expected: tuple[type[Any], int | None]) -> list[NDArray[Any]]:
-    """Return the named arrays if they are flat, of the given types and sizes, and there is no other."""
+    """Return the named arrays; refuse others, and arrays that are not flat or not of the given types and sizes."""
     if set(packed.arrays) != set(expected):
-        raise _unfit(sender, f"arrays {sorted(packed.arrays)}", f"this packing has {sorted(expected)}")
+        raise _unfit(sender, f"arrays {sorted(packed.arrays)}", f"this packing needs {sorted(expected)}")
     for name, (kind, size) in expected.items():
         array = packed.arrays[name]
         if array.dtype != kind or array.shape != (len(array) if size is None and array.ndim else size,):
-            rule = f"{name} are {kind.__name__}[{'any number' if size is None else size}]"
+            rule = f"{name} must be {kind.__name__}[{'any number' if size is None else size}]"
             raise _unfit(sender, f"{name} {array.dtype}{list(array.shape)}", rule)
     return [packed.arrays[name] for name in expected]
 
@@ -164,7 +164,7 @@ def _arrays(packed: Packed, sender: str, **expected: tuple[type[Any], int | None
 def _whole(packed: Packed, name: str, least: int, most: int, sender: str) -> int:
     value = packed.about.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise _unfit(sender, f"{name} = {value!r}", f"it is a whole number from {least} to {most}")
+        raise _unfit(sender, f"{name} = {value!r}", f"it must be a whole number from {least} to {most}")
     return value
 
 

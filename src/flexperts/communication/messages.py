@@ -30,9 +30,9 @@ DERIVED = "derived."
 """Start of the names of tensors that are computed from training and sent with the shared parameters."""
 _INFO, _METRICS, _MANIFEST, _PACKING = "info", "metrics", "manifest", "packing"
 _LONGEST_MANIFEST = 2**26
-"""Most bytes of an unpacked manifest: that of a million tensors."""
+"""Most bytes of an unpacked manifest; enough for a million tensors."""
 _LARGEST = 2**48
-"""Above every side of a tensor."""
+"""Limit on the sizes in a tensor's shape; real ones are far smaller."""
 
 Info = Mapping[str, Any]
 Metrics = Mapping[str, Any]
@@ -65,7 +65,7 @@ class Update:
 
 
 def encode(split: ParameterSplit, tensors: Mapping[str, Tensor] | None = None) -> Payload:
-    """Return a payload: the only road from parameters to the wire.
+    """Return a payload; parameters get into a message only through this function.
 
     Args:
         split: Who owns what.
@@ -120,12 +120,12 @@ def metrics_of(content: RecordDict) -> Metrics:
 
 
 def payload_of(content: RecordDict, sender: str, sent: Payload | None = None) -> Payload:
-    """Return a message's payload, checked on arrival; its values are the message's own bytes and cannot be changed.
+    """Return a message's checked payload; its values are a read-only view of the message's bytes.
 
     Args:
         content: A request's or a reply's content.
-        sender: Who sent it, for errors.
-        sent: What the sender had been sent, of which a packed reply holds the difference.
+        sender: Name of the sender, for errors.
+        sent: The payload that the sender had received; a packed reply holds the difference to it.
     """
     arrays = {f"{r}/{a}": array for r, record in content.array_records.items() for a, array in record.items()}
     if not arrays:
@@ -133,7 +133,9 @@ def payload_of(content: RecordDict, sender: str, sent: Payload | None = None) ->
     packed = _PACKING in info_of(content)
     if set(content.array_records) != {SHARED} or not (packed or set(arrays) == {f"{SHARED}/{SHARED}"}):
         raise FederationError(
-            f"{sender} sent arrays {sorted(arrays)}", "a message carries one payload and no other", "refuse it"
+            f"{sender} sent arrays {sorted(arrays)}",
+            "a message must contain exactly one payload",
+            "use one flexperts version and one recipe on every silo",
         )
     values = {name: _values(array, sender) for name, array in content.array_records[SHARED].items()}
     if packed:
@@ -152,7 +154,9 @@ def _rebuilt(packed: Packed, sender: str, sent: Payload | None) -> Payload:
     """Return what was sent plus the packed update."""
     if sent is None:
         raise FederationError(
-            f"{sender} sent a packed update", "there is nothing here that it could change", "refuse it"
+            f"{sender} sent a packed update",
+            "this message has no weights that an update could change",
+            "use one flexperts version and one recipe on every silo",
         )
     return Payload(sent.manifest, sent.vector + unpack(packed, sent.size, sender))
 
@@ -160,16 +164,16 @@ def _rebuilt(packed: Packed, sender: str, sent: Payload | None) -> Payload:
 def _values(array: Array, sender: str) -> NDArray[Any]:
     try:
         return _view(array)
-    except Exception as error:  # another machine's bytes: NumPy raises whatever its parser meets in them
+    except Exception as error:  # bytes from another machine: NumPy's parser can raise errors of many types
         raise FederationError(
             f"{sender} sent an array that cannot be read ({error!r})",
-            "arrays come in NumPy's format without objects",
+            "arrays must be in NumPy's format, without objects",
             "use one flexperts version on every silo",
         ) from error
 
 
 def _view(array: Array) -> NDArray[Any]:
-    """Return an array where its bytes lie in the message; ``Array.numpy`` would copy them. It is read only."""
+    """Return an array as a read-only view of the message's bytes; ``Array.numpy`` would copy them."""
     if array.stype != "numpy.ndarray":
         raise TypeError(f"it is serialized as {array.stype!r}")
     file = BytesIO(array.data)
@@ -188,13 +192,13 @@ def _manifest(content: RecordDict, sender: str) -> Manifest:
             raise ValueError("it is cut off, or too long")
         manifest = Manifest.from_json(text.decode())
         if not all(isinstance(name, str) for name in manifest.names):
-            raise TypeError("a name is no text")
+            raise TypeError("a name is not text")
         if not all(type(side) is int and 0 <= side < _LARGEST for shape in manifest.shapes for side in shape):
-            raise TypeError("a shape is not of whole numbers")
+            raise TypeError("a shape has a size that is not a valid whole number")
         return manifest
     except (KeyError, TypeError, ValueError, RecursionError, zlib.error) as error:
         raise FederationError(
             f"{sender} sent an array without a readable manifest ({error!r})",
-            "a payload says what it holds",
+            "a payload must have a list of its tensors",
             "use one flexperts version on every silo",
         ) from error

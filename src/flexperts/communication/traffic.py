@@ -18,11 +18,11 @@ from flexperts.parameters.vector import Manifest, Vector
 _WINDOW = 1024
 _SHORTEST = 16
 _CHUNK, _NAME = 5 << 20, 64
-"""Bytes into which Flower cuts an array, and letters of an object's name."""
+"""Size in bytes of Flower's chunks of an array, and number of letters in an object's name."""
 _VALUE = 4
 """Bytes of an fp32 value."""
 _PARTS = {**dict.fromkeys(("experts", "graft", "common_graft", "gated", "mixture"), "experts"), "router": "routers"}
-"""A part's name, with which its tensors' names start -> group; other parts are groups of their own."""
+"""A part's name, the start of its tensors' names -> group; every other part is a separate group."""
 
 
 def encoded_objects(content: RecordDict) -> Iterator[bytes]:
@@ -52,14 +52,14 @@ def encoded_bytes(content: RecordDict) -> int:
 
 
 def _may_repeat(arrays: Sequence[Array]) -> bool:
-    """Tell whether two objects could be equal: arrays of one kind and shape, or chunks that start alike."""
+    """Return whether two objects could be equal: arrays of one type and shape, or chunks with the same start."""
     kinds = {(array.dtype, array.shape, array.stype) for array in arrays}
     starts = [array.data[at : at + _SHORTEST] for array in arrays for at in range(0, len(array.data), _CHUNK)]
     return len(kinds) < len(arrays) or len(set(starts)) < len(starts)
 
 
 def _bytes_of_chunks(array: Array) -> int:
-    """Return what its data add to an array's encoding: chunks with their headings, and their names and numbers."""
+    """Return the bytes that an array's data add to its encoding: chunks, headings, names and numbers."""
     size = len(array.data)
     chunks = [min(_CHUNK, size - at) for at in range(0, size, _CHUNK)]
     headings = [len(f"ArrayChunk  {chunk}\0") for chunk in chunks]
@@ -70,19 +70,18 @@ def _bytes_of_chunks(array: Array) -> int:
 
 
 def personal_bytes(content: RecordDict, personal: Parameters, *before: Vector) -> int:
-    """Return how many bytes of personal tensors occur in a message's encoding: 0, or something is wrong.
+    """Return how many bytes of personal tensors occur in a message's encoding; anything but 0 is a fault.
 
     Every personal tensor's first kilobyte, from its first byte that is not zero, is searched for in the encoded
-    objects. What is left of under 16 bytes says nothing and is passed over: among a million shared weights, one is
-    often equal to a lone gate bias by chance.
+    objects. Fewer than 16 remaining bytes are not searched for: a single gate bias often equals one of a million
+    shared weights by chance.
 
     Args:
         content: The message.
         personal: What must not be in it.
-        before: Vectors that the message was made from by noise or packing, which would hide their bytes; they are
-            searched too.
+        before: Vectors before noise or packing, which hide personal bytes; they are searched too.
     """
-    # The arrays whole as well: what is sent is cut into chunks, and a cut could fall into the window.
+    # Whole arrays are searched too, because a window could be divided between two chunks.
     whole = [array.data for record in content.array_records.values() for array in record.values()]
     encoded = b"".join([*encoded_objects(content), *whole, *(vector.tobytes() for vector in before)])
     found = 0
@@ -103,7 +102,7 @@ def group_bytes(manifest: Manifest) -> dict[str, int]:
     """Return a payload's bytes by tensor group, sorted by group; they add up to ``payload_bytes``.
 
     Groups: ``attention LoRA A`` and ``B``; ``experts`` (whole or low-rank, grafted or in place), ``routers``,
-    ``gates``; ``derived WORD`` for what a method computes beside parameters, by the first word of its name; any
+    ``gates``; ``derived WORD`` for what a method computes besides parameters, by the first word of its name; any
     other part under its own name.
     """
     sizes: dict[str, int] = {}
@@ -122,5 +121,5 @@ def tensor_group(name: str) -> str:
     part, *words = name.split(".")
     if any(word == "gate" or word.startswith("graft_gate") for word in words):
         return "gates"
-    # What chooses among a mixture's experts is a router, whatever it is called.
+    # The projection that chooses among a mixture's experts counts as a router.
     return "routers" if words[-1:] == ["projection"] else _PARTS.get(part, part)

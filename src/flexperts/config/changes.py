@@ -13,7 +13,7 @@ _ROUNDS = "federation.rounds"
 
 
 def rounds_before(before: str, now: str) -> int | None:
-    """Return how many rounds a recipe had, if another differs from it in nothing else; None if it does not so.
+    """Return how many rounds a recipe had, if the other recipe differs only in that; else None.
 
     Args:
         before: A recipe's TOML, as it is on disk.
@@ -62,7 +62,7 @@ def recipe_changes(before: str, now: str) -> str:
     keys = [key for key in old | new if old.get(key) != new.get(key)]
     told = [f"{key}: {_at(old, key)}, now {_at(new, key)}" for key in keys[:_MOST_TOLD]]
     more = [f"and {len(keys) - _MOST_TOLD} more"] if keys[_MOST_TOLD:] else []
-    return "; ".join([*told, *more]) or "in how it is written"
+    return "; ".join([*told, *more]) or "only in its formatting"
 
 
 def _at(settings: Mapping[str, Any], key: str) -> str:
@@ -70,7 +70,7 @@ def _at(settings: Mapping[str, Any], key: str) -> str:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a tree's values by dotted key, such as ``training.lr``; a branch without values has none."""
+    """Return a tree's values by dotted key, such as ``training.lr``; empty branches are left out."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}

@@ -83,8 +83,8 @@ def client_names(texts: Iterable[str]) -> dict[str, str]:
 
 
 def readings_of(names: Iterable[str]) -> dict[str, str]:
-    """Return, for every look of the names, the name."""
-    return {look: name for name in names for look in skeletons(name)}
+    """Return a mapping from each look to the name that has it."""
+    return {look: name for name in names for look in looks(name)}
 
 
 def alike(name: str, readings: Mapping[str, str]) -> str | None:
@@ -134,7 +134,7 @@ def _told(character: str) -> str:
 @lru_cache(1)
 def _latin() -> dict[int, str]:
     """Return the letters and digits that look like one of a-z, A-Z, 0-9, with that one."""
-    from confusable_homoglyphs.confusables import confusables_data  # here, as it reads a large file
+    from confusable_homoglyphs.confusables import confusables_data  # a slow import
 
     found = ((letter, alikes[0]["c"]) for letter, alikes in confusables_data.items())
     return {

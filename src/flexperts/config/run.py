@@ -1,4 +1,4 @@
-"""A run as one frozen value: what a recipe (TOML) holds. Defaults stand in this package and nowhere else."""
+"""A run as one frozen value: what a recipe (TOML) holds. Defaults are defined only in this package."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class MethodConfig(Section):
     options: dict[str, Any] = Field(default_factory=dict)
     """The method's own settings, such as FedProx's mu; see docs/methods.md."""
     reference: str | None = None
-    """A second method, run at the same budget and seed and reported beside the first, with its default options."""
+    """A second method for comparison, run with the same budget and seed, and with its default options."""
 
 
 class TrainingConfig(Section):

@@ -1,4 +1,4 @@
-"""Settings of one silo: what a client's own machine adds to whatever recipe it is handed."""
+"""Settings of one silo: what a client's machine adds to a recipe that it receives."""
 
 from __future__ import annotations
 

@@ -203,7 +203,7 @@ def _quantization(config: ModelConfig, described: Any) -> dict[str, Any]:
 def _freeze(model: Any) -> None:
     model.requires_grad_(False)
     model.eval()
-    # Routers are frozen, so a load-balancing term in the loss could not do what it is for.
+    # Routers are frozen, so a load-balancing term in the loss would have no use.
     text = model.config.get_text_config()
     if hasattr(text, "output_router_logits"):
         text.output_router_logits = False

@@ -1,1 +1,1 @@
-"""What is done to an update on its way: clipped, noised, packed, and combined by robust rules."""
+"""Protections of an update between client and server: clipping, noise, packing, robust rules."""

@@ -24,7 +24,7 @@ from flexperts.protection.protection import Protection
 
 _ACCOUNTANT = "dp_accounting"
 _BITS = 52
-"""Random bits of a value: with one more, a half could not be added without rounding."""
+"""Random bits of a value; with one more, adding 0.5 would round."""
 
 
 class Noise(Protection):
@@ -33,11 +33,11 @@ class Noise(Protection):
     key = "privacy.noise"
 
     def check(self, method: Method) -> None:
-        """Refuse FLEx's shared selection, whose reports no noise covers, and an installation without accountant."""
+        """Refuse FLEx's shared selection, whose reports get no noise, and an installation without accountant."""
         if isinstance(method, Flex) and self.config.graft.sharing != "personal":
             raise ConfigError(
                 f"graft.sharing = {self.config.graft.sharing!r} with privacy.noise = {self.config.privacy.noise!r}",
-                "clients then tell how well each expert fits their rows, which no noise covers",
+                "clients would report, without noise, how well each expert fits their rows",
                 "set graft.sharing = 'personal' or privacy.noise = 'none'",
             )
         _check_accountant()
@@ -46,9 +46,9 @@ class Noise(Protection):
         """Return the epsilon after some rounds, with the settings it comes from.
 
         Rounds of Gaussian noise with multiplier z compose to one of z / sqrt(rounds), whose epsilon is known
-        exactly (Balle and Wang, 2018). Central: with or without one client's updates, which change their sum by
-        ``clip``. Local: any update of a client against any other, up to 2 ``clip`` apart. A drawn share of
-        clients is not counted as amplification: as many are drawn every round, by a seed that is known.
+        exactly (Balle and Wang, 2018). Central: with or without one client's updates, which change the sum by up to
+        ``clip``. Local: any update of a client against any other, up to 2 ``clip`` apart. Sampling of clients
+        does not lower epsilon here: a fixed number is drawn in every round, with a known seed.
         """
         privacy = self.config.privacy
         _check_accountant()
@@ -68,8 +68,8 @@ class Noise(Protection):
 class LocalNoise(Noise):
     """Each client clips its update and adds noise before it is sent.
 
-    Flower's ``LocalDpMod`` does the same to a ClientApp's reply; it does not fit because in a deployed silo a
-    ClientApp is a relay, and the bare update would reach it.
+    Flower's ``LocalDpMod`` does the same to a ClientApp's reply. It is not used because a deployed silo's
+    ClientApp is only a relay, which would receive the update without noise.
     """
 
     hides, counts_once = frozenset({"loss", "tokens"}), True
@@ -82,23 +82,23 @@ class LocalNoise(Noise):
 class CentralNoise(Noise):
     """The server clips every update and adds noise to their mean.
 
-    A few lines of our own: Flower's wrapper draws its noise from NumPy's global stream, which any library may have
-    seeded, takes the number of clients that were sampled for the number that answered, fails on an update of norm
-    0, and holds all replies in memory. ``tests/federation/test_reduction.py`` compares clipping and mean with it.
+    Flower's wrapper is not used: it draws noise from NumPy's global stream, which any library may have seeded,
+    divides by the number of sampled clients and not of those that answered, fails on an update of norm 0, and
+    holds all replies in memory. ``tests/federation/test_reduction.py`` compares clipping and mean with it.
     """
 
     def check(self, method: Method) -> None:
-        """Refuse robust rules, too: how much one client changes their result is not known."""
+        """Refuse robust rules too: it is not known how much one client can change their result."""
         if self.config.federation.aggregation != "mean":
             raise ConfigError(
                 f"federation.aggregation = {self.config.federation.aggregation!r} with privacy.noise = 'central'",
-                "central noise is for a mean: what one client changes in it is known",
+                "central noise needs a mean, where it is known how much one client can change",
                 "set federation.aggregation = 'mean' or privacy.noise = 'local'",
             )
         super().check(method)
 
     def combined(self, changes: Iterator[Update]) -> Vector:
-        """Return the mean of clipped updates, with noise for as many clients as there are."""
+        """Return the mean of clipped updates, with noise for the number of clients that answered."""
         clip, clients = self.config.privacy.clip, 0
 
         def bounded() -> Iterator[Update]:
@@ -112,7 +112,7 @@ class CentralNoise(Noise):
 
 
 def clipped(change: Vector, norm: float) -> Vector:
-    """Return an update scaled down to an L2 norm of at most ``norm``; a shorter one as it is.
+    """Return an update scaled down to an L2 norm of at most ``norm``; a shorter one is unchanged.
 
     Source: flat clipping of McMahan et al., 2018 (arXiv 1710.06963).
     """
@@ -124,10 +124,10 @@ def clipped(change: Vector, norm: float) -> Vector:
 
 
 def gaussian(size: int, std: float) -> Vector:
-    """Return normal noise made of the operating system's entropy alone.
+    """Return normal noise from the operating system's random bytes.
 
-    No seed: what the recipe's seed draws is known to everyone, and NumPy's global stream, which Flower's own noise
-    comes from, may have been seeded by any library in the process.
+    It has no seed: the recipe's seed is known to everyone, and any library in the process may have seeded NumPy's
+    global stream, from which Flower's own noise comes.
     """
     bits = np.frombuffer(os.urandom(8 * size), np.uint64) >> np.uint64(64 - _BITS)
     uniform = (bits.astype(np.float64) + 0.5) * 2.0**-_BITS  # above 0 and below 1
@@ -135,7 +135,7 @@ def gaussian(size: int, std: float) -> Vector:
 
 
 def noised(change: Vector, clip: float, noise_multiplier: float) -> Vector:
-    """Return an update clipped and hidden in noise, as local differential privacy sends it."""
+    """Return a clipped update with noise, as a client sends it under local differential privacy."""
     return clipped(change, clip) + gaussian(change.size, noise_multiplier * clip)
 
 

@@ -1,4 +1,4 @@
-"""Packing a client's update for the wire; what that loses is kept for the next round."""
+"""Packing of a client's update for sending; the packing error is kept for the next round."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flexperts.parameters.vector import Vector
 from flexperts.protection.protection import Protection
 
 RESIDUAL = "compression.residual"
-"""Where a client's memory keeps what packing has lost so far."""
+"""Name of the packing error so far, in a client's memory."""
 
 
 class Packing(Protection):
@@ -20,7 +20,7 @@ class Packing(Protection):
     key = "compression.kind"
 
     def outgoing(self, change: Vector, memory: dict[str, Tensor]) -> tuple[Vector, Packed | None]:
-        """Return the update as the server will rebuild it, and packed; what is lost goes into the memory."""
+        """Return the update as the server will rebuild it, and packed; store the packing error in the memory."""
         settings = self.config.compression
         if not np.isfinite(change).all():
             return change, None  # the server refuses it, with the silo's name

@@ -1,8 +1,8 @@
-"""All defences that a recipe turns on, in the order in which an update meets them: noise, others', packing.
+"""All defences that a recipe turns on, in the order of their use: noise, those of other packages, packing.
 
-A defence of another package is known once that package is installed, by an entry point of the group
-``flexperts.protections``: its name is what the recipe's ``[protections.NAME]`` says, its value is
-``"package.module:Class"``, a subclass of ``Protection``. Nothing that a recipe or a message says imports code.
+An installed package adds a defence by an entry point of the group ``flexperts.protections``. Its name is the NAME
+of the recipe's ``[protections.NAME]``; its value is ``"package.module:Class"``, a subclass of ``Protection``.
+Recipes and messages cannot make the process import other code.
 """
 
 from __future__ import annotations
@@ -53,24 +53,24 @@ def check_protections(method: Method, config: RunConfig) -> None:
         if not method.additive:
             raise ConfigError(
                 f"{protection.setting} with method {method.name!r}",
-                "it works on replies that are the sent weights after training, and this method's are not",
-                f"{protection.off}, or take a method such as 'flex' or 'fedavg'",
+                "it needs replies that are the sent weights after training, and this method has other replies",
+                f"{protection.off}, or use a method such as 'flex' or 'fedavg'",
             )
     for protection in active:
         protection.check(method)
     combining = [protection.setting for protection in active if _overrides(protection, "combined")]
     if len(combining) > 1:
-        raise ConfigError(" with ".join(combining), "one defence can make a round's average", "turn one off")
+        raise ConfigError(" with ".join(combining), "only one defence can make a round's average", "turn one off")
 
 
 def check_enough(config: RunConfig, clients: int) -> None:
-    """Refuse a defence that can do nothing with so many clients."""
+    """Refuse a defence that needs more clients than a round has."""
     drawn = config.federation.drawn(clients)
     for protection in protections(config):
         if drawn < protection.fewest:
             raise ConfigError(
                 f"{protection.setting} with {drawn} clients in a round",
-                f"with its settings it needs at least {protection.fewest}, or it keeps nothing off",
+                f"with its settings it needs at least {protection.fewest}, or it gives no protection",
                 f"{protection.off}, change its settings, or raise federation.participation",
             )
 
@@ -80,8 +80,8 @@ class Outgoing:
     """What leaves a client after a round.
 
     Args:
-        payload: The weights, as the server has them in the end.
-        packed: The packed update that is sent in their place, if the recipe packs.
+        payload: The weights, as the server will have them.
+        packed: The packed update that is sent instead of them, if the recipe packs.
         hidden: The method's own vector where a defence has changed it.
     """
 
@@ -100,7 +100,7 @@ def protect(
         received: What the server sent.
         trained: What the method sends.
         memory: The client's memory, in which a defence keeps what it needs in the next round.
-        client: Who it is, for errors.
+        client: The client's name, for errors.
     """
     active = [protection for protection in protections(config) if _overrides(protection, "outgoing")]
     if not (trained.size and active):
@@ -113,13 +113,13 @@ def protect(
 
 
 def told(config: RunConfig, names: Iterable[str]) -> list[str]:
-    """Return which of a round's measures the server is told."""
+    """Return those of a round's measures that the server receives."""
     hidden = {name for protection in protections(config) for name in protection.hides}
     return [name for name in names if name not in hidden]
 
 
 def reduced(config: RunConfig, sent: Payload, updates: Iterable[Update]) -> Iterable[Update]:
-    """Return the updates that a method is to average: the clients' own, or one that replaces all.
+    """Return the updates for the method to average: those of the clients, or one that replaces all.
 
     Args:
         config: The run.
@@ -137,12 +137,12 @@ def reduced(config: RunConfig, sent: Payload, updates: Iterable[Update]) -> Iter
 
 
 def privacy_spent(config: RunConfig, rounds: int) -> dict[str, Any] | None:
-    """Return what the defences guarantee after some finished rounds; None where none does."""
+    """Return what the defences guarantee after some finished rounds; None if no defence gives a guarantee."""
     return next((spent for p in protections(config) if (spent := p.spent(rounds)) is not None), None)
 
 
 def _changes(sent: Payload, updates: Iterable[Update], rows: list[int]) -> Iterator[Update]:
-    """Yield what training has changed in place of the weights, each with weight 1, and note the rows."""
+    """Yield the changes by training instead of the weights, each with weight 1, and record the rows."""
     for update in updates:
         rows.append(update.rows)
         yield replace(update, payload=Payload(sent.manifest, update.vector - sent.vector), rows=1)
@@ -154,7 +154,7 @@ def _overrides(protection: Protection, method: str) -> bool:
 
 @cache
 def _points() -> dict[str, EntryPoint]:
-    """Return the defences of installed packages; looked up once, as every reply asks for its run's defences."""
+    """Return the defences of installed packages; looked up once, because every reply needs them."""
     return {point.name: point for point in entry_points(group=_GROUP)}
 
 
@@ -164,16 +164,16 @@ def _installed(config: RunConfig, name: str) -> Protection:
     if name not in points:
         raise ConfigError(
             f"protections.{name}",
-            f"installed ones are {', '.join(sorted(points)) or 'none'}",
+            f"installed protections are {', '.join(sorted(points)) or 'none'}",
             "install its package on the server and on every silo, or correct the name",
         )
     place = f"protections.{name} at {points[name].value!r}"
     try:
         found = points[name].load()
     except (ImportError, AttributeError) as error:
-        raise ConfigError(place, f"it cannot be imported ({error})", "install or repair its package") from error
+        raise ConfigError(place, f"it cannot be imported ({error})", "install or fix its package") from error
     if not (isinstance(found, type) and issubclass(found, Protection)):
-        raise ConfigError(place, "it must be a subclass of flexperts.Protection", "repair its package")
+        raise ConfigError(place, "it must be a subclass of flexperts.Protection", "fix its package")
     try:
         return found(config, name, found.Options.model_validate(config.protections[name]))
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""One defence of the shared update: its client's side, its server's side, and what it does not go with."""
+"""One defence of the shared update: the client's side, the server's side, and what it is not compatible with."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from flexperts.parameters.vector import Vector
 
 
 class Protection:
-    """A defence that a recipe turns on. Each method's default does nothing, so a defence says only what it changes.
+    """A defence that a recipe turns on. The methods do nothing by default; a defence overrides those it needs.
 
     An update here is a change: trained minus sent, flat fp32.
 
     Args:
         config: The run.
-        name: What the recipe's ``[protections.NAME]`` says.
-        options: Its settings; the defences that ship have their own sections of the recipe.
+        name: NAME of the recipe's ``[protections.NAME]``.
+        options: Its settings; shipped defences have separate sections in the recipe.
     """
 
     class Options(Section):
         """Settings under ``[protections.NAME]``; none by default."""
 
     key: ClassVar[str] = ""
-    """The setting that turns this on, such as ``privacy.noise``; others' have ``[protections.NAME]`` instead."""
+    """The setting that turns this on, such as ``privacy.noise``; empty for those of other packages."""
     unset: ClassVar[str] = "none"
     """The value of ``key`` that turns it off."""
     hides: ClassVar[frozenset[str]] = frozenset()
-    """Measures of a round that the server is then not told, because they are made from rows."""
+    """Measures of a round that are then not sent to the server, because they are computed from rows."""
     counts_once: ClassVar[bool] = False
-    """Whether every client counts once in the average, whatever its rows; so it does under ``combined``."""
+    """Whether every client has weight 1 in the average, with any number of rows, as in ``combined``."""
 
     def __init__(self, config: RunConfig, name: str = "", options: Any = None) -> None:
         self.config, self.name = config, name
@@ -45,7 +45,7 @@ class Protection:
 
     @property
     def setting(self) -> str:
-        """What turns this on, as a recipe says it."""
+        """The setting that turns this on, as a recipe has it."""
         if not self.key:
             return f"[protections.{self.name}]"
         section, field = self.key.split(".")
@@ -62,14 +62,14 @@ class Protection:
         return 1
 
     def check(self, method: Method) -> None:
-        """Refuse what this does not go with, before the run starts.
+        """Refuse settings that are not compatible with this defence, before the run starts.
 
         Raises:
             ConfigError: The method, another setting or this installation does not allow it.
         """
 
     def outgoing(self, change: Vector, memory: dict[str, Tensor]) -> tuple[Vector, Packed | None]:
-        """Return a client's update as the server will have it, and its packed form if it travels packed.
+        """Return a client's update as the server will have it, and its packed form if it is sent packed.
 
         Args:
             change: The update.
@@ -84,10 +84,10 @@ class Protection:
             changes: The clients' updates, each with weight 1, sorted by client.
 
         Raises:
-            FederationError: They are too few.
+            FederationError: There are too few updates.
         """
         return weighted_mean(changes)
 
     def spent(self, rounds: int) -> dict[str, Any] | None:
-        """Return what is guaranteed after some rounds, such as an epsilon; None where nothing is."""
+        """Return what is guaranteed after some rounds, such as an epsilon; None if nothing is."""
         return None

@@ -1,4 +1,4 @@
-"""Robust rules, which some wrong updates cannot sway: Flower's strategies, given the updates as replies."""
+"""Robust rules, which tolerate some wrong updates: Flower's strategies, with the updates as replies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RobustRule(Protection):
 
     @property
     def fewest(self) -> int:
-        """Updates that the rule needs to keep off any wrong one."""
+        """Updates that the rule needs to tolerate a wrong one."""
         federation = self.config.federation
         return {
             "median": 3,
@@ -31,16 +31,16 @@ class RobustRule(Protection):
         }[federation.aggregation]
 
     def combined(self, changes: Iterator[Update]) -> Vector:
-        """Return what Flower's strategy makes of the changes.
+        """Return the result of Flower's strategy on the changes.
 
-        Changes and not weights: Flower's Krum takes squared distances as |x|^2 + |y|^2 - 2 x y, and in fp32 nothing
-        of the distance is left where weights are large compared with their changes.
+        It gets changes and not weights: Flower's Krum computes squared distances as |x|^2 + |y|^2 - 2 x y, and in
+        fp32 the distance is lost where weights are large compared with their changes.
         """
         held = list(changes)
         if len(held) < self.fewest:
             raise FederationError(
                 f"{len(held)} updates for federation.aggregation = {self.config.federation.aggregation!r}",
-                f"with its settings it needs at least {self.fewest}, or it keeps nothing off",
+                f"with its settings it needs at least {self.fewest}, or it gives no protection",
                 "resume when more clients are up, or change federation.aggregation or its settings in a new run",
             )
         arrays, _ = self._strategy().aggregate_train(0, [_reply(change) for change in held])
@@ -58,7 +58,7 @@ class RobustRule(Protection):
 
 
 def _reply(change: Update) -> Message:
-    """Return a change as a message of the form that Flower's strategies take: one array, and a weight of 1."""
+    """Return a change as a message in the form that Flower's strategies need: one array, and a weight of 1."""
     content = RecordDict()
     content["arrays"] = ArrayRecord({"change": Array(change.vector)})
     content["metrics"] = MetricRecord({"num-examples": 1})

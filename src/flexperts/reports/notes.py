@@ -25,13 +25,13 @@ def interval_note(comparison: Comparison) -> str:
         return ""
     level, resamples = f"{100 * comparison['confidence']:g} %", f"{comparison['resamples']:,}"
     many = len(comparison["seeds"]) > 1
-    seeds = "widened by Student's t for the training seeds" if many else "which says nothing of other seeds"
+    seeds = "widened by Student's t for the training seeds" if many else "which does not cover other seeds"
     single = [e["name"] for e in comparison["entries"] if many and e.get("against") and _paired(comparison, e) == 1]
-    seeds += f" (not of {', '.join(single)}: one seed in common)" if single else ""
+    seeds += f" (not for {', '.join(single)}: one seed in common)" if single else ""
     return (
         f"Δ: own state minus the reference's own state ({comparison['reference']}), row by row. In brackets the "
-        f"{level} interval of a paired bootstrap over rows ({resamples} resamples), {seeds}; of clients that were "
-        "not there it says nothing. p-values are of the same draws, adjusted by Benjamini and Hochberg for "
+        f"{level} interval of a paired bootstrap over rows ({resamples} resamples), {seeds}; it does not "
+        "apply to other clients. p-values are from the same draws, adjusted by Benjamini and Hochberg for "
         f"{_count(compared, 'comparison')}; the intervals are not adjusted."
     )
 
@@ -67,8 +67,8 @@ def ability_note(comparison: Comparison) -> str:
     """Return the note of the table of general ability."""
     text = (
         "General tasks: instructions on which no client trained. MMLU: multiple choice by likelihood; with four "
-        f"choices, chance is 25 %. Minus zero-shot: minus the untouched base{_ability_words(comparison)}; "
-        "below 0 for ROUGE-L and accuracy, above 0 for NLL, is ability lost."
+        f"choices, guessing gives 25 %. Minus zero-shot: minus the untouched base{_ability_words(comparison)}; "
+        "below 0 for ROUGE-L and accuracy, or above 0 for NLL, ability was lost."
     )
     return _joined(text, counts(comparison))
 
@@ -77,7 +77,7 @@ def _ability_words(comparison: Comparison) -> str:
     if any(entry.get("ability") for entry in comparison["entries"]):
         return (
             f", in brackets the {100 * comparison['confidence']:g} % interval of a paired bootstrap over the rows "
-            "of these tasks, not adjusted for how many are shown"
+            "of these tasks, not adjusted for the number shown"
         )
     return " (mean ± sample standard deviation, paired by seed)" if len(comparison["seeds"]) > 1 else ""
 
@@ -87,7 +87,7 @@ def _score_words(comparison: Comparison) -> str:
     return (
         "ROUGE-L in points from 0 to 100, higher is better; NLL in nats per response token, lower is better: plain "
         f"mean over clients{spread}. Own: each client's own {comparison['split']} rows; others': of the other "
-        "clients. Entries stand best first."
+        "clients. Entries are sorted, best first."
     )
 
 
@@ -100,8 +100,8 @@ def tokenizer_words(comparison: Comparison) -> str:
     if len(by_name) > 1 or any("," in name for name in by_name):
         who = "; ".join(f"{name} in {', '.join(entries)}" for name, entries in by_name.items())
         return (
-            f"ROUGE-L does not count the same words everywhere ({who}): where texts hold other letters than "
-            "English ones, these scores cannot be compared."
+            f"ROUGE-L was computed with different tokenizers ({who}): where texts contain non-English letters, "
+            "these scores cannot be compared."
         )
     return f"ROUGE-L counts words as {next(iter(by_name))} does." if by_name else ""
 
@@ -118,7 +118,7 @@ def _cut_words(comparison: Comparison) -> str:
         cut += [f"{entry['name']} {count} of {rows}"] if count else []
         longer = max(longer, *(its["longer_references"] for its in clients), 0)
     said = f"Answers cut at evaluation.max_new_tokens: {', '.join(cut)}." if cut else ""
-    return _joined(said, "Some references are longer than that." if longer else "")
+    return _joined(said, "Some references are longer than this limit." if longer else "")
 
 
 def _not_finite_words(comparison: Comparison) -> str:
@@ -130,11 +130,11 @@ def _not_finite_words(comparison: Comparison) -> str:
         for state, reason in states.items()
     ]
     more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-    return f"No score, nor a mean over it: {'; '.join(found[:_NAMED])}{more}." if found else ""
+    return f"No score, and no mean that includes it: {'; '.join(found[:_NAMED])}{more}." if found else ""
 
 
 def _best_words(comparison: Comparison) -> str:
-    return "Bold is the best mean of its column, whatever its interval." if len(comparison["entries"]) > 1 else ""
+    return "Bold: the best mean of its column, significant or not." if len(comparison["entries"]) > 1 else ""
 
 
 def _joined(*sentences: str) -> str:

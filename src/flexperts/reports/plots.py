@@ -62,8 +62,8 @@ def difference_plot(comparison: Comparison, metric: str) -> Plot | None:
         for row, entry in enumerate(entries):
             test = against(entry, metric) or {"low": 0.0, "difference": 0.0, "high": 0.0}
             ends = float(test["low"]), float(test["difference"]), float(test["high"])
-            told_apart = verdict(comparison, entry, metric) != "open"
-            _whisker(axes, comparison, entry, row, ends, filled=told_apart)
+            significant = verdict(comparison, entry, metric) != "open"
+            _whisker(axes, comparison, entry, row, ends, filled=significant)
         axes.set_xlabel(_better(metric))
         return Plot(title, svg(figure, f"difference-{metric}", title))
 

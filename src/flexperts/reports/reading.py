@@ -104,7 +104,7 @@ def rows_shown(comparison: Comparison) -> str:
     named = ", ".join(f"{client} ({count})" for client, count in shown.items())
     return (
         f"This page holds rows of these silos, with their passages and answers: {named}. "
-        "Give it to nobody who may not read those rows."
+        "Share it only with people who may read those rows."
     )
 
 

@@ -179,8 +179,8 @@ def answer_table(comparison: Comparison) -> Table:
         *(Column(client, f"cut, {own_state_words(comparison)}") for client in clients),
     )
     note = (
-        "An answer is cut where it reaches evaluation.max_new_tokens before it ends; a longer reference cannot be "
-        f"given whole, which costs points of ROUGE-L. Numbers are of all seeds. {counts(comparison)}"
+        "An answer is cut if it reaches evaluation.max_new_tokens before it ends; a longer reference cannot be "
+        f"matched completely, which lowers ROUGE-L. Counts are over all seeds. {counts(comparison)}"
     )
     rows = tuple(_row(entry, clients) for entry in counted) if is_shown else ()
     return Table("answers", "Answers that were cut", note, header, rows)

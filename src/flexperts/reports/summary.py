@@ -70,7 +70,7 @@ def _difference(comparison: Comparison, entry: Entry, metric: str) -> str:
     p = p_value(test.get("p_adjusted"))
     adjusted = "" if p.value is None else f" (adjusted p {p.text if p.text.startswith('<') else '= ' + p.text})"
     zero = "includes 0" if holds_zero(test) else "excludes 0"
-    so = ", so the two are not told apart" if holds_zero(test) else ": after adjustment, not told apart"
+    so = ": not statistically significant" if holds_zero(test) else ": not significant after adjustment"
     so = so if found == "open" else ""
     level, text = f"{100 * comparison['confidence']:g} %", interval(test, DIGITS[metric]).text
     return f" Its difference to {comparison['reference']} is {text}; the {level} interval {zero}{adjusted}{so}."
@@ -87,7 +87,7 @@ def _standing(comparison: Comparison, metric: str) -> list[str]:
         f"Of {total} entries compared with {comparison['reference']} by {METRICS[metric]}, {better} "
         f"{'is' if better == 1 else 'are'} better and {worse} worse, with an interval that excludes 0 and an "
         f"adjusted p below {1 - comparison['confidence']:.2g}; {undecided} {'is' if undecided == 1 else 'are'} not "
-        "told apart."
+        "significantly different."
     ]
 
 
@@ -95,7 +95,7 @@ def _caution(comparison: Comparison) -> list[str]:
     """Return a caution if a comparison has only one seed."""
     compared = any(entry.get("against") for entry in comparison["entries"])
     one = compared and len(comparison["seeds"]) == 1
-    return ["All of it is one seed: another may order them otherwise."] if one else []
+    return ["All scores are from one seed; another seed may give another order."] if one else []
 
 
 def _plural(values: Any, one: str, many: str) -> str:

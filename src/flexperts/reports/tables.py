@@ -55,8 +55,8 @@ def cost_table(comparison: Comparison) -> Table:
     )
     note = (
         "Bytes as encoded on the wire, powers of 1,000. Personal bytes sent are counted by searching every message "
-        "for personal tensors. Peak memory is the process's, leftovers of earlier runs included: what a method "
-        "needs is planned by flexperts plan. Seconds are means over seeds, on the machine below. "
+        "for personal tensors. Peak memory is that of the process, with what earlier runs left in it; flexperts "
+        "plan estimates what a method needs. Seconds are means over seeds, on the machine below. "
     )
     rows = tuple(_cost_row(entry) for entry in ordered(comparison))
     return Table("cost", "Bytes, parameters, memory, time", note + counts(comparison), header, rows)
@@ -169,7 +169,7 @@ def selection_table(comparison: Comparison) -> Table:
     )
     note = (
         f"{entry['name'] if entry else ''}, first seed. The loss of an expert is how badly it alone replaces the "
-        "whole layer on the client's own tokens: 0 is perfect, 1 as bad as no output. Of several chosen, the mean."
+        "whole layer on the client's own tokens: 0 is perfect, 1 as bad as no output. For several, the mean."
     )
     return Table("selection", "Selection of experts", note, header, rows)
 
@@ -214,7 +214,7 @@ def environment_table(comparison: Comparison) -> Table:
     """Return versions, code and machine, one fact per row."""
     facts = flat(comparison.get("environment") or {})
     mixed = any(isinstance(value, list) for value in facts.values())
-    note = "Where several values stand, the runs differ." if mixed else ""
+    note = "Where there are several values, the runs differ." if mixed else ""
     header = (Column("what", words=True), Column("value", words=True))
     rows = tuple((words(name), words(_text(value))) for name, value in facts.items())
     return Table("environment", "Environment", note, header, rows)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 FORMAT = 1
-"""Raised whenever the built folder changes, so that cached ones are rebuilt."""
+"""Increased whenever the built folder changes, so that cached ones are rebuilt."""
 STAMP = "flexperts-base.json"
 WEIGHTS = "model.safetensors"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -139,11 +139,11 @@ def _lock(path: Path, report: Report) -> Iterator[None]:
         except BlockingIOError:
             report("waiting for another process that is building this base")
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield  # closing the file, or dying, frees the lock
+        yield  # closing the file, or the end of the process, frees the lock
 
 
 def _build_into(name: str, folder: Path, source: str | None, report: Report) -> None:
-    for left in folder.parent.glob(f".{name}.build-*"):  # of killed builds: we hold the lock
+    for left in folder.parent.glob(f".{name}.build-*"):  # left by killed builds; we hold the lock
         shutil.rmtree(left, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}.build-"))
     try:

@@ -105,8 +105,8 @@ def test_an_empty_vector_averages_to_an_empty_one() -> None:
     ("updates", "said"),
     [
         ([], "no update arrived"),
-        ([update("b", [1]), update("a", [1])], "a after b: updates are averaged sorted by client"),
-        ([update("a", [1]), update("a", [1])], "a after a: updates are averaged sorted by client"),
+        ([update("b", [1]), update("a", [1])], "a after b: updates must be sorted by client"),
+        ([update("a", [1]), update("a", [1])], "a after a: updates must be sorted by client"),
         ([update("a", [1]), update("b", [1, 2])], "b sent 2 values: others sent 1"),
         ([update("a", [1]), update("b", [[1.0]])], "b sent 1 values"),  # type: ignore[list-item]
         ([update("a", [1], rows=0)], "a: 0 rows, 0 values not finite"),
@@ -186,8 +186,8 @@ def test_what_everybody_holds_is_averaged_as_by_weighted_mean() -> None:
 @pytest.mark.parametrize(
     ("updates", "said"),
     [
-        ([holding("b", w=[1.0]), holding("a", w=[1.0])], "a after b: updates are averaged sorted by client"),
-        ([holding("a", w=[1.0]), holding("a", w=[1.0])], "a after a: updates are averaged sorted by client"),
+        ([holding("b", w=[1.0]), holding("a", w=[1.0])], "a after b: updates must be sorted by client"),
+        ([holding("a", w=[1.0]), holding("a", w=[1.0])], "a after a: updates must be sorted by client"),
         ([holding("a", x=[1.0])], "a sent x: no such tensor is shared"),
         ([holding("a", w=[1.0, 2.0])], "a sent w: no such tensor is shared"),
         ([holding("a", w=[[1.0]])], "a sent w: no such tensor is shared"),

@@ -139,7 +139,7 @@ def test_packing_does_not_hide_personal_bytes() -> None:
 
 def test_a_packed_message_needs_what_it_changes() -> None:
     content = message(pack(CHANGE, settings("fp16")))
-    with pytest.raises(FederationError, match="bank sent a packed update: there is nothing here"):
+    with pytest.raises(FederationError, match="bank sent a packed update: this message has no weights"):
         payload_of(content, "bank")
     other = Payload(Manifest(("a",), ((499,),)), SENT.vector[:499])
     with pytest.raises(FederationError, match=r"bank sent values float16\[500\] in a packed update"):

@@ -174,7 +174,7 @@ def test_other_arrays_are_refused(arrays: dict[str, dict[str, Array]], named: st
     del content["shared"]
     for key, record in arrays.items():
         content[key] = ArrayRecord(record)
-    with pytest.raises(FederationError, match="a message carries one payload and no other") as caught:
+    with pytest.raises(FederationError, match="a message must contain exactly one payload") as caught:
         payload_of(content, "bank")
     assert named in str(caught.value)
 
