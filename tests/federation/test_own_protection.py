@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +46,6 @@ class Coarse(Protection):
         return (np.rint(change / self.options.step) * self.options.step).astype(np.float32), None
 
 class First(Protection):
-    combines = counts_once = True
-
     @property
     def fewest(self) -> int:
         return 3
@@ -61,7 +59,7 @@ class First(Protection):
 
 
 @pytest.fixture(autouse=True)
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Put a package with two defences on the path."""
     info = tmp_path / "site" / "their_defences-1.0.dist-info"
     info.mkdir(parents=True)
@@ -71,6 +69,8 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (info / "entry_points.txt").write_text("\n".join(["[flexperts.protections]", *places, *broken]))
     (info.parent / "defences_of_theirs.py").write_text(MODULE)
     monkeypatch.syspath_prepend(info.parent)
+    pipeline._points.cache_clear()
+    yield
     pipeline._points.cache_clear()
 
 

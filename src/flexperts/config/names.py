@@ -84,7 +84,7 @@ def client_names(texts: Iterable[str]) -> dict[str, str]:
 
 def readings_of(names: Iterable[str]) -> dict[str, str]:
     """Return a mapping from each look to the name that has it."""
-    return {look: name for name in names for look in looks(name)}
+    return {look: name for name in names for look in skeletons(name)}
 
 
 def alike(name: str, readings: Mapping[str, str]) -> str | None:

@@ -54,7 +54,7 @@ class HFedMoEStyle(Method):
     name = "hfedmoe_style"
     summary = "per batch only the most valuable experts learn; experts averaged over the clients that use them"
     source = "arXiv 2601.00583"
-    sends = "attention LoRA, all routed experts' LoRA, routers and usage counts of experts"
+    sends = "attention LoRA, all routed experts' LoRA, routers and routing statistics of experts"
     needs_experts = True
 
     class Options(method.Options):

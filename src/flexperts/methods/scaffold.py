@@ -44,7 +44,7 @@ class Scaffold(Method):
     summary = "FedAvg by SGD, with control variates against client drift"
     source = "Karimireddy et al., ICML 2020"
     sends = "attention LoRA and the change of its control variates"
-    keeps = "control variates"
+    keeps = "control variates, to which the sent changes add up"
     additive = False
 
     class Options(method.Options):

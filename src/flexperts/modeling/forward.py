@@ -81,7 +81,8 @@ def last_logits(
         inputs["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -columns:]
     if takes(model, "logits_to_keep"):
         inputs["logits_to_keep"] = torch.arange(columns - keep, columns, device=input_ids.device)
-    name = "cache" if takes(model, "cache") else "past_key_values"  # transformers 5.23, and code that bases bring
+    # transformers 5.24 renamed the argument; 5.23, and code that ships with a base, have the old name.
+    name = "cache" if takes(model, "cache") else "past_key_values"
     output = model(**inputs, **{name: cache}, use_cache=True)
     return output.logits[:, -keep:].float(), getattr(output, name)
 

@@ -128,6 +128,7 @@ def reduced(config: RunConfig, sent: Payload, updates: Iterable[Update]) -> Iter
     """
     active = protections(config)
     combining = [protection for protection in active if _overrides(protection, "combined")]
+    # A defence that only counts clients once takes the default, a mean.
     once = combining or [protection for protection in active if protection.counts_once]
     if not once:
         return updates
