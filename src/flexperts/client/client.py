@@ -129,14 +129,13 @@ class Client:
 
     def score(self, request: Request, state: State, rows: Sequence[Row], *, answers: bool = True) -> Scores:
         """Score one model state on given rows; zero-shot scores are cached in the workspace."""
-        known, batch_size = self.workspace.untouched, self.config.evaluation.batch_size
+        known, batch_size = self.workspace.untouched.scores, self.config.evaluation.batch_size
         limit = answer_limit(self.workspace, self.config)
         settings = EvaluationSettings(limit, batch_size, self.config.model.precision, answers)
-        key = f"{rows_hash(ClientRows((), tuple(rows)))} {self.config.training.max_length} {settings}"
+        key = rows_hash(ClientRows((), tuple(rows))), self.config.training.max_length, settings
         if state == "zero_shot" and key in known:
             self._stored(request.round)  # a client that is scored has a stored state, even with cached scores
-            scores: Scores = known[key]
-            return scores
+            return known[key]
         report = self._counter(f"{self.name}: {state} {'answers' if answers else 'NLL'}", len(rows))
         with self.in_state(request, state) as (model, on_batch):
             scores = evaluate(model, self.workspace.encoder, rows, settings, report, on_batch)
@@ -202,7 +201,7 @@ class Client:
             return
         batches = prompt_batches(self.workspace.encoder, rows[: evaluation.routing_rows], evaluation.batch_size)
         with self.in_use(request) as turn:
-            lines = routing_lines(turn, self.method, states, batches, self.workspace.untouched)
+            lines = routing_lines(turn, self.method, states, batches, self.workspace.untouched.routing)
         write_routing(self.folder / "routing" / f"{self.name}.jsonl", lines)
 
     @property
