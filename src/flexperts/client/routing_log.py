@@ -82,9 +82,9 @@ def _observe(
     model = turn.site.lora.base
     routing = routing_recorders(model, find_experts(model))
     gates = {name: OpeningRecorder(part) for name, part in turn.parts.items() if isinstance(part, Grafts)}
+    precision = turn.site.config.model.precision
     with method.in_state(turn, state) as on_batch:
-        recorders = [*routing.values(), *gates.values()]
-        record(model, recorders, batches, turn.site.config.model.precision, on_batch)
+        record(model, [*routing.values(), *gates.values()], batches, precision, on_batch)
     return {name: recorder.result() for name, recorder in routing.items()}, _openings(gates)
 
 

@@ -119,7 +119,7 @@ class FedAMoLE(OwnParts):
         site, settings = turn.site, turn.settings
         count = max(1, round(self.options.aux * len(site.examples)))
         drawn = torch.randperm(len(site.examples), generator=site.generator("aux"))[:count].tolist()
-        rows, size = [site.examples[i] for i in drawn], settings.micro_batch_size
+        rows, size = [site.examples[i] for i in drawn], settings.training.rows_per_pass
         batches = [pad_batch(rows[s : s + size], site.pad_token_id) for s in range(0, count, size)]
         layers = {name: site.lora.module(name) for name in site.lora.sites}
         return mean_inputs(site.lora.base, layers, batches, settings.precision)
@@ -184,7 +184,7 @@ def balanced(objective: Objective, mixture: LoraMixture, weight: float) -> Objec
     """Return the objective with the load-balance loss in its gradient only; its value does not change."""
 
     def parts(model: nn.Module, rows: Sequence[Example], settings: LocalSettings) -> Iterator[Tensor]:
-        count = math.ceil(len(rows) / settings.micro_batch_size)
+        count = math.ceil(len(rows) / settings.training.rows_per_pass)
         for part in objective(model, rows, settings):
             extra = weight / count * mixture.balance_loss()
             yield part + (extra - extra.detach())

@@ -58,6 +58,7 @@ class MoEFedAvg(Method):
 
     def train(self, turn: Turn) -> TrainResult:
         """Train LoRA and experts together, each with its learning rate."""
-        usual = turn.settings.lr / 10 if self.options.rank == "full" else turn.settings.lr
+        lr = turn.settings.training.lr
+        usual = lr / 10 if self.options.rank == "full" else lr
         own = {"experts.": self.options.expert_lr or usual}
         return turn.fit(settings=replace(turn.settings, own_lr=own))
