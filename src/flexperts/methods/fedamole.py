@@ -18,7 +18,6 @@ from flexperts.communication.messages import DERIVED, Update
 from flexperts.data.batches import pad_batch
 from flexperts.data.prompts import Example
 from flexperts.errors import ConfigError
-from flexperts.methods.kit import method
 from flexperts.methods.kit.held_experts import OwnParts
 from flexperts.methods.kit.method import State
 from flexperts.methods.kit.server_state import Server
@@ -62,7 +61,7 @@ class FedAMoLE(OwnParts):
         "bytes are a mean over clients, because assignments change; the rest counts the whole pool on each client"
     )
 
-    class Options(method.Options):
+    class Options(OwnParts.Options):
         """The pool and its assignment."""
 
         experts: int = Field(12, ge=1)
@@ -77,6 +76,8 @@ class FedAMoLE(OwnParts):
         """Weight of the load-balance loss."""
         aux: float = Field(0.05, gt=0, le=1)
         """Share of the train rows for the mean embeddings."""
+
+    options: Options
 
     # A client.
 
