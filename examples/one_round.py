@@ -24,7 +24,8 @@ from flexperts import Grafts, find_experts, reconstruction_scores, split_paramet
 from flexperts.communication.average import weighted_mean
 from flexperts.communication.messages import Update, encode, metrics_of, payload_of, records
 from flexperts.communication.traffic import encoded_bytes, personal_bytes
-from flexperts.config.model import ModelConfig
+from flexperts.config.model import LoraConfig, ModelConfig
+from flexperts.config.run import TrainingConfig
 from flexperts.data.batches import pad_batch
 from flexperts.data.prompts import PromptEncoder
 from flexperts.data.rows import Row
@@ -90,7 +91,7 @@ def open_silo(name: str, folder: Path) -> Silo:
     # 2. Graft: add a trainable copy of that expert to the layer, through a sigmoid gate; the router is unchanged.
     grafts = Grafts(experts, choice).attach()
     # LoRA is the shared part. Every silo uses the same seed, so all start from the same shared weights.
-    lora = LoraAdapters(base.model, rank=8, alpha=16, dropout=0, projections=("q_proj", "k_proj", "v_proj"), seed=0)
+    lora = LoraAdapters(base.model, LoraConfig(rank=8, alpha=16), seed=0)
 
     # 3. Split: each parameter is shared, personal or frozen; one that trains without an owner is an error.
     shared, personal = lora.parameters(), {f"graft.{n}": p for n, p in grafts.named_parameters()}
@@ -101,18 +102,11 @@ def open_silo(name: str, folder: Path) -> Silo:
 def train(silo: Silo) -> None:
     """4. Train the shared and the personal weights together, on the silo's own rows."""
     settings = LocalSettings(
-        steps=40,
-        first_step=0,
-        total_steps=400,  # the learning rate falls over ten such rounds; this is the first
-        warmup_steps=0,
-        batch_size=6,
-        micro_batch_size=6,
-        lr=0.01,
-        personal_lr=0.03,
-        weight_decay=0,
-        max_grad_norm=1,
+        training=TrainingConfig(batch_size=6, lr=0.01, personal_lr=0.03),
         precision="fp32",
         pad_token_id=silo.encoder.tokenizer.pad_token_id,
+        steps=40,
+        total_steps=400,  # the learning rate falls over ten such rounds; this is the first
     )
     examples = silo.encoder.encode_all(rows(silo.name, TRAIN))
     train_local(silo.lora.model, silo.split, examples, settings, torch.Generator().manual_seed(0))

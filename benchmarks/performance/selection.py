@@ -47,7 +47,7 @@ def main() -> None:
     given = parser(__doc__).parse_args()
     bench = Benchmark("selection", "Selecting experts", WORKLOAD, NOTES)
     workload = load()
-    silos = workload.examples(0, workload.settings.rows)
+    silos = workload.examples(0, workload.settings.graft.calibration_rows)
     print("matrix products", flush=True)
     products = time_products(record(workload, next(iter(silos.values()))), REPEATS)
     large = time_products(large_calls(), LARGE_REPEATS)
@@ -163,8 +163,8 @@ def measure_memory(way: str) -> int:
 
 def compare_choices(workload: Workload, clients: list[TokenErrors]) -> dict[str, Any]:
     """Return agreement by budget of tokens, on as many rows as the default reads, and by rows."""
-    rows = workload.settings.rows
-    budgets = sorted({*BUDGETS, workload.settings.tokens})
+    rows = workload.settings.graft.calibration_rows
+    budgets = sorted({*BUDGETS, workload.settings.graft.calibration_tokens})
     return {
         "budgets": {str(budget): budget_against_all(clients, rows, budget).told for budget in budgets},
         "rows": {str(count): rows_against_all(clients, count).told for count in (16, 32, rows)},
@@ -184,7 +184,7 @@ def figures(workload: Workload, found: dict[str, Any]) -> list[Figure]:
     )
     large = found["seconds_on_a_large_layer"]
     extra = [(a - b) / b for a, b in zip(whole["flexperts"], whole["forward"], strict=True)]
-    budgets, rows, default = found["agreement"]["budgets"], found["agreement"]["rows"], workload.settings
+    budgets, rows, default = found["agreement"]["budgets"], found["agreement"]["rows"], workload.settings.graft
     return [
         Figure(
             "Scoring all experts over their matrix products, expert by expert",
@@ -212,16 +212,16 @@ def figures(workload: Workload, found: dict[str, Any]) -> list[Figure]:
             "graft.calibration_tokens instead.",
         ),
         Figure(
-            f"Same choice with {default.tokens} tokens as with all of the {default.rows} rows drawn",
-            budgets[str(default.tokens)]["equal_percent"],
+            f"Same choice with {default.calibration_tokens} tokens as with all of {default.calibration_rows} rows",
+            budgets[str(default.calibration_tokens)]["equal_percent"],
             "%",
             at_least=95,
             limit="What is left out by a smaller budget decides near ties; see the details for their loss.",
         ),
         *(Figure(f"The same with {b} tokens", budgets[str(b)]["equal_percent"], "%") for b in BUDGETS),
         Figure(
-            f"Same choice from {default.rows} rows as from all {ROWS}",
-            rows[str(default.rows)]["equal_percent"],
+            f"Same choice from {default.calibration_rows} rows as from all {ROWS}",
+            rows[str(default.calibration_rows)]["equal_percent"],
             "%",
             limit="Rows, not tokens: another sample of rows has other near ties.",
         ),

@@ -64,7 +64,7 @@ def _nearest(experts: LayerExperts, calls: Stored) -> int:
 def added_bytes(way: str) -> int:
     """Return how far a way's peak lies above what is resident with the base loaded and warm."""
     workload = load()
-    examples = next(iter(workload.examples(0, workload.settings.rows).values()))
+    examples = next(iter(workload.examples(0, workload.settings.graft.calibration_rows).values()))
     ways: dict[str, Callable[[], object]] = {
         "forward": lambda: workload.forward(workload.batches(examples)),
         "flexperts": lambda: workload.select(examples),

@@ -62,11 +62,10 @@ class Workload:
 
 def load() -> Workload:
     """Load the base, and warm it up."""
-    base, graft = load_base(ModelConfig(device="cpu")), GraftConfig()
+    base = load_base(ModelConfig(device="cpu"))
     encoder = PromptEncoder(base.tokenizer)
     settings = CalibrationSettings(
-        rows=graft.calibration_rows,
-        tokens=graft.calibration_tokens,
+        graft=GraftConfig(),
         batch_size=BATCH_SIZE,
         pad_token_id=base.tokenizer.pad_token_id,
         precision="bf16",

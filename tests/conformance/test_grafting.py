@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from flexperts.config.model import LoraConfig
 from flexperts.errors import GraftError
 from flexperts.modeling.lora import LoraAdapters
 from flexperts.moe.attention import attention_linears
@@ -293,7 +294,7 @@ def test_lora_targets_are_exact_attention_linears(family: str) -> None:
 
 def test_one_step_of_lora_and_grafts_lowers_the_loss(family: str, ids: torch.Tensor) -> None:
     model = tiny_model(family)
-    lora = LoraAdapters(model, rank=2, alpha=4, dropout=0.0, projections=(), seed=0)
+    lora = LoraAdapters(model, LoraConfig(rank=2, alpha=4, projections=()), seed=0)
     grafts = grafts_of(model, rank=2).attach()
     learnt = {**lora.parameters(), **dict(grafts.named_parameters())}
     before = lora.model(input_ids=ids, labels=ids).loss

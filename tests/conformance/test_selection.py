@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from flexperts.config.model import GraftConfig
 from flexperts.errors import GraftError
 from flexperts.moe import fused
 from flexperts.moe.experts import find_experts
@@ -224,7 +225,8 @@ def test_rows_are_drawn_from_the_stream() -> None:
 
     model = tiny_model()
     rows = [Example(tuple(torch.randint(0, 250, (9,)).tolist()), 4) for _ in range(12)]
-    settings = CalibrationSettings(rows=3, tokens=1000, batch_size=2, pad_token_id=258, precision="fp32")
+    graft = GraftConfig(calibration_rows=3, calibration_tokens=1000)
+    settings = CalibrationSettings(graft, batch_size=2, pad_token_id=258, precision="fp32")
     errors = [
         score_experts(model, find_experts(model), rows, settings, torch.Generator().manual_seed(s))[0].errors
         for s in (1, 1, 2)

@@ -188,7 +188,7 @@ def test_its_own_settings_are_used_and_kept(
     record = join(finished, shop / "all.jsonl", name="b", settings=own, workspace=workspace)
     assert (record["steps"], record["training"]["personal_lr"]) == (6, 0.01)
     used = seen["settings"]
-    assert (used.steps, used.first_step, used.total_steps, used.personal_lr) == (6, 0, 6, 0.01)
+    assert (used.steps, used.first_step, used.total_steps, used.training.personal_lr) == (6, 0, 6, 0.01)
     assert record["rows"]["train_rows"] + record["rows"]["test_rows"] == 8
     assert record["data"]["columns"] == {"instruction": "question"}
     again = join(finished, shop / "all.jsonl", settings=own[:1], steps=1, workspace=workspace)

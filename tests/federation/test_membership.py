@@ -17,7 +17,7 @@ from flexperts.communication.messages import records
 from flexperts.config.run import RunConfig
 from flexperts.engines.in_process import run_federation
 from flexperts.errors import ArtifactError, FederationError
-from flexperts.methods.kit.method import Method, Options
+from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.server_state import Server
 from flexperts.observer import Observer
 from flexperts.parameters.vector import Payload
@@ -186,7 +186,7 @@ def test_a_newcomer_must_not_read_like_a_client_of_the_run(name: str) -> None:
     server = Server(Payload.of({}), {"clinic": 1}, {"clinic": None}, base="0")
     one = Introduction.read(introduction(name))
     with pytest.raises(FederationError, match="the run has a client 'clinic', and two names must not look alike"):
-        enrol(Method(Options()), server, one)
+        enrol(Method(), server, one)
 
 
 @pytest.mark.parametrize("kind", BAD_JOINS)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from flexperts.client.model import ClientModel
 from flexperts.client.workspace import Workspace
-from flexperts.config.run import RunConfig
+from flexperts.config.run import RunConfig, TrainingConfig
 from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.turn import Turn
 from flexperts.methods.registry import make_method
@@ -23,19 +23,11 @@ from flexperts.training.local import LocalSettings
 
 CLIENT = "clinic"
 SETTINGS = LocalSettings(
-    steps=2,
-    batch_size=4,
-    micro_batch_size=4,
-    lr=0.1,
-    personal_lr=0.1,
-    weight_decay=0.0,
-    max_grad_norm=1e9,
-    first_step=0,
-    total_steps=10**9,  # so that the learning rate stands still
-    warmup_steps=0,
+    training=TrainingConfig(lr=0.1, max_grad_norm=1e9, optimizer="sgd"),
     precision="fp32",
     pad_token_id=258,
-    optimizer="sgd",
+    steps=2,
+    total_steps=10**9,  # so that the learning rate stands still
 )
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from flexperts.communication.messages import Update
-from flexperts.config.run import RunConfig
+from flexperts.config.run import RunConfig, TrainingConfig
 from flexperts.engines.in_process import run_federation
 from flexperts.errors import ConfigError
 from flexperts.finished.trained import TrainedRun
@@ -138,7 +138,7 @@ def test_the_balance_loss_is_in_the_gradient_and_not_in_the_value() -> None:
         yield from (5 * x, 7 * x)
 
     mixture: Any = type("Mixture", (), {"balance_loss": lambda _self: x * x})()
-    settings: Any = type("Settings", (), {"micro_batch_size": 2})()
+    settings: Any = type("Settings", (), {"training": TrainingConfig(micro_batch_size=2)})()
     parts = list(balanced(objective, mixture, 0.1)(torch.nn.Module(), [None] * 4, settings))
     assert [p.item() for p in parts] == pytest.approx([15.0, 21.0])
     sum(parts).backward()

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flexperts.communication.messages import Update, encode
-from flexperts.config.run import RunConfig
+from flexperts.config.run import RunConfig, TrainingConfig
 from flexperts.data.prompts import Example
 from flexperts.engines.in_process import run_federation
 from flexperts.errors import ConfigError
@@ -44,21 +44,8 @@ A = {
     "c": np.array([[1.0, 0.6], [0.2, 1.1], [0.0, 0.7]]),
 }
 B = {"a": np.array([4.0, -1.0, 0.5]), "b": np.array([-1.0, 5.0, 0.0]), "c": np.array([-3.0, -2.0, 1.0])}
-SETTINGS = LocalSettings(
-    steps=8,
-    batch_size=1,
-    micro_batch_size=1,
-    lr=0.1,
-    personal_lr=0.1,
-    weight_decay=0.0,
-    max_grad_norm=1e9,
-    first_step=0,
-    total_steps=10**9,
-    warmup_steps=0,
-    precision="fp32",
-    pad_token_id=0,
-    optimizer="sgd",
-)
+TRAINING = TrainingConfig(batch_size=1, lr=0.1, max_grad_norm=1e9, optimizer="sgd")
+SETTINGS = LocalSettings(training=TRAINING, precision="fp32", pad_token_id=0, steps=8, total_steps=10**9)
 
 
 def gradient(client: str, x: Array) -> Array:
@@ -200,7 +187,8 @@ def test_control_variates_after_one_round_are_mean_local_gradients() -> None:
 
 def test_scaffold_corrects_after_clipping_and_divides_by_the_real_rates() -> None:
     """Round 2 of a schedule with warm-up in it, by hand: first_step 4, warm-up 6 steps, cosine to step 20."""
-    settings = replace(SETTINGS, steps=4, warmup_steps=6, total_steps=20, max_grad_norm=0.8)
+    training = TRAINING.model_copy(update={"max_grad_norm": 0.8})
+    settings = replace(SETTINGS, training=training, steps=4, warmup_steps=6, total_steps=20)
     federation = Federation(Scaffold(), settings, start=(0.5, -0.5))
     federation.round()
     x, common = federation.x, federation.server.memory["x"].double().numpy()

@@ -120,7 +120,8 @@ def test_the_pull_adds_mu_times_the_way_gone(take_turn: Any) -> None:
 def test_dropout_trains_about_its_share_of_batches_without_the_graft(take_turn: Any) -> None:
     enabled: list[bool] = []
     with take_turn("graft.dropout=0.25", disturbed=False) as (method, turn):
-        turn.settings = replace(turn.settings, steps=40, lr=1e-3, personal_lr=1e-3)
+        slow = turn.settings.training.model_copy(update={"lr": 1e-3})
+        turn.settings = replace(turn.settings, training=slow, steps=40)
         graft = next(iter(turn.parts["graft"]))  # type: ignore[call-overload]
         graft.experts.module.register_forward_hook(lambda *_: enabled.append(turn.parts["graft"].enabled))
         method.train(turn)

@@ -14,15 +14,20 @@ from flexperts.config.run import RunConfig
 from flexperts.engines.in_process import run_federation
 from flexperts.errors import ConfigError
 from flexperts.methods.registry import make_method
+from flexperts.training.local import LocalSettings
 
 # The tiny base: 2 layers of 4 experts, hidden 32, intermediate 16, gate and up in one matrix.
 EXPERT_VALUES = 2 * 4 * (2 * 16 * 32 + 16 * 32)
 
 
+def at_rate_10(settings: LocalSettings, **fields: Any) -> LocalSettings:
+    return replace(settings, training=settings.training.model_copy(update={"lr": 10.0}), **fields)
+
+
 def test_all_experts_move_and_are_sent_and_the_router_is_not(take_turn: Any) -> None:
     with take_turn("method.name=moe_fedavg", disturbed=False) as (method, turn):
         frozen = {n: p.clone() for n, p in turn.split.frozen.items()}
-        turn = replace(turn, settings=replace(turn.settings, lr=10.0))
+        turn = replace(turn, settings=at_rate_10(turn.settings))
         method.receive(turn)
         method.train(turn)
         sent = method.outgoing(turn)
@@ -42,7 +47,7 @@ def test_experts_step_at_their_own_rate(take_turn: Any, options: str, rate: floa
         gradients: dict[str, torch.Tensor] = {}
         for name, parameter in turn.split.shared.items():
             parameter.register_hook(lambda g, n=name: gradients.update({n: gradients.get(n, 0) + g.double()}))
-        method.train(replace(turn, settings=replace(turn.settings, steps=1, lr=10.0)))
+        method.train(replace(turn, settings=at_rate_10(turn.settings, steps=1)))
         for name, parameter in turn.split.shared.items():
             if name in gradients and gradients[name].abs().max() > 1e-5:
                 at = gradients[name].abs().argmax()

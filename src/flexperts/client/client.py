@@ -35,7 +35,7 @@ from flexperts.parameters.store import PersonalMeta, PersonalStore
 from flexperts.parameters.vector import Payload, vector_hash
 from flexperts.protection.pipeline import protect, told
 from flexperts.seeding import generator
-from flexperts.training.local import LocalSettings, local_settings, steps_per_round
+from flexperts.training.local import LocalSettings, steps_per_round
 
 _MEMORY = "memory."
 _NEWEST = sys.maxsize
@@ -129,14 +129,13 @@ class Client:
 
     def score(self, request: Request, state: State, rows: Sequence[Row], *, answers: bool = True) -> Scores:
         """Score one model state on given rows; zero-shot scores are cached in the workspace."""
-        known, batch_size = self.workspace.untouched, self.config.evaluation.batch_size
+        known, batch_size = self.workspace.untouched.scores, self.config.evaluation.batch_size
         limit = answer_limit(self.workspace, self.config)
         settings = EvaluationSettings(limit, batch_size, self.config.model.precision, answers)
-        key = f"{rows_hash(ClientRows((), tuple(rows)))} {self.config.training.max_length} {settings}"
+        key = rows_hash(ClientRows((), tuple(rows))), self.config.training.max_length, settings
         if state == "zero_shot" and key in known:
             self._stored(request.round)  # a client that is scored has a stored state, even with cached scores
-            scores: Scores = known[key]
-            return scores
+            return known[key]
         report = self._counter(f"{self.name}: {state} {'answers' if answers else 'NLL'}", len(rows))
         with self.in_state(request, state) as (model, on_batch):
             scores = evaluate(model, self.workspace.encoder, rows, settings, report, on_batch)
@@ -202,7 +201,7 @@ class Client:
             return
         batches = prompt_batches(self.workspace.encoder, rows[: evaluation.routing_rows], evaluation.batch_size)
         with self.in_use(request) as turn:
-            lines = routing_lines(turn, self.method, states, batches, self.workspace.untouched)
+            lines = routing_lines(turn, self.method, states, batches, self.workspace.untouched.routing)
         write_routing(self.folder / "routing" / f"{self.name}.jsonl", lines)
 
     @property
@@ -257,27 +256,21 @@ class Client:
         return prepared
 
     def _local_settings(self, round_number: int) -> LocalSettings:
-        training, rounds = self.config.training, self.config.federation.rounds
         owners = self.workspace.clients if self.method.pools_rows else [self.name]
-        steps = sum(
-            steps_per_round(
-                len(self.workspace.clients[owner].train),
-                training.batch_size,
-                training.local_steps,
-                training.local_epochs,
-            )
-            for owner in owners
-        )
-        return self._settings(steps, (round_number - 1) * steps, rounds * steps)
+        rows = (len(self.workspace.clients[owner].train) for owner in owners)
+        steps = sum(steps_per_round(count, self.config.training) for count in rows)
+        return self._settings(steps, self.config.federation.rounds * steps, (round_number - 1) * steps)
 
-    def _settings(self, steps: int = 0, first_step: int = 0, total_steps: int = 0) -> LocalSettings:
+    def _settings(self, steps: int = 0, total_steps: int = 0, first_step: int = 0) -> LocalSettings:
         """Return the local settings for this number of steps; a model that is only used has none."""
-        return local_settings(
-            self.config,
-            steps=steps,
-            first_step=first_step,
-            total_steps=total_steps,
+        return LocalSettings(
+            training=self.config.training,
+            precision=self.config.model.precision,
             pad_token_id=self.workspace.encoder.tokenizer.pad_token_id,
+            steps=steps,
+            total_steps=total_steps,
+            first_step=first_step,
+            warmup_steps=round(self.config.training.warmup_ratio * total_steps),
         )
 
     def _counter(self, task: str, total: int) -> Callable[[int], None]:

@@ -37,10 +37,7 @@ class ClientModel:
         self.experts = find_experts(base.model) if method.needs_experts else []
         self.lora = LoraAdapters(
             base.model,
-            rank=config.lora.rank,
-            alpha=config.lora.alpha,
-            dropout=config.lora.dropout,
-            projections=config.lora.projections,
+            config.lora,
             seed=derive_seed(config.seed, "lora"),
             personal=method.has_personal_lora,
             checkpointing=config.training.gradient_checkpointing,

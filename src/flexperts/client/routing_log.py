@@ -19,6 +19,7 @@ from flexperts.evaluation.generation import prompt_batch
 from flexperts.files import damaged, json_text, read_lines, write_text
 from flexperts.methods.kit.method import Method, State
 from flexperts.methods.kit.turn import Turn
+from flexperts.modeling.forward import Precision
 from flexperts.modeling.recording import record
 from flexperts.modeling.routing import LayerRouting, routing_recorders, summarize_routing
 from flexperts.moe.experts import find_experts
@@ -38,7 +39,7 @@ def routing_lines(
     method: Method,
     states: Sequence[State],
     batches: Sequence[PaddedBatch],
-    known: MutableMapping[str, Any],
+    known: MutableMapping[tuple[Precision, str], dict[str, LayerRouting]],
 ) -> list[dict[str, Any]]:
     """Describe the routing of model states, each against the untouched base on the same tokens.
 
@@ -47,10 +48,12 @@ def routing_lines(
         method: Sets the states up.
         states: Which of zero_shot, global, personalized.
         batches: The prompts to route; ``on_batch`` of a state receives each batch.
-        known: A cache of the untouched base's routing of these batches: T N values per layer.
+        known: A cache of the untouched base's routing.
     """
-    base = _untouched(turn, method, batches, known)
-    lines = []
+    key = turn.site.config.model.precision, _digest(batches)
+    if key not in known:
+        known[key], _ = _observe(turn, method, "zero_shot", batches)
+    base, lines = known[key], []
     for state in states:
         now, openings = (base, {}) if state == "zero_shot" else _observe(turn, method, state, batches)
         layers = {n: summarize_routing(r, base[n]) | openings.get(n, {}) for n, r in now.items()}
@@ -72,16 +75,6 @@ def write_routing(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     write_text(path, "".join(f"{json_text(line)}\n" for line in [*kept, *lines]))
 
 
-def _untouched(
-    turn: Turn, method: Method, batches: Sequence[PaddedBatch], known: MutableMapping[str, Any]
-) -> dict[str, LayerRouting]:
-    key = f"routing {turn.site.config.model.precision} {_digest(batches)}"
-    if key not in known:
-        known[key], _ = _observe(turn, method, "zero_shot", batches)
-    base: dict[str, LayerRouting] = known[key]
-    return base
-
-
 def _observe(
     turn: Turn, method: Method, state: State, batches: Sequence[PaddedBatch]
 ) -> tuple[dict[str, LayerRouting], Layers]:
@@ -89,7 +82,7 @@ def _observe(
     model = turn.site.lora.base
     routing = routing_recorders(model, find_experts(model))
     gates = {name: OpeningRecorder(part) for name, part in turn.parts.items() if isinstance(part, Grafts)}
-    precision: Any = turn.site.config.model.precision
+    precision = turn.site.config.model.precision
     with method.in_state(turn, state) as on_batch:
         record(model, [*routing.values(), *gates.values()], batches, precision, on_batch)
     return {name: recorder.result() for name, recorder in routing.items()}, _openings(gates)

@@ -18,8 +18,11 @@ from flexperts.data.prompts import Example, PromptEncoder, encoder_of
 from flexperts.data.records import Say
 from flexperts.data.rows import ClientRows
 from flexperts.errors import DataError, GraftError, ModelError
-from flexperts.modeling.forward import autocast, token_losses
+from flexperts.evaluation.mmlu import KnowledgeScore
+from flexperts.evaluation.scores import EvaluationSettings, Scores
+from flexperts.modeling.forward import Precision, autocast, token_losses
 from flexperts.modeling.load import LoadedBase, load_base, load_tokenizer
+from flexperts.modeling.routing import LayerRouting
 from flexperts.moe.attention import attention_linears
 from flexperts.moe.experts import find_experts
 from flexperts.observer import current_observer
@@ -30,19 +33,36 @@ CLIENTS_KEPT = 64
 
 
 @dataclass
+class Untouched:
+    """What is known of the untouched base, which no method changes: every value is computed once.
+
+    Args:
+        finite: Precisions in which its loss on a train row is finite.
+        scores: (hash of the rows, ``training.max_length``, settings) -> its scores.
+        routing: (precision, hash of the batches) -> its routing by experts module: T N values per layer.
+        mmlu: The recipe's source, questions and shots -> its score; None where its logits are not finite.
+    """
+
+    finite: set[Precision] = field(default_factory=set)
+    scores: dict[tuple[str, int, EvaluationSettings], Scores] = field(default_factory=dict)
+    routing: dict[tuple[Precision, str], dict[str, LayerRouting]] = field(default_factory=dict)
+    mmlu: dict[tuple[str, int | None, int], KnowledgeScore | None] = field(default_factory=dict)
+
+
+@dataclass
 class Workspace:
     """Base, rows and encoder of a run, loaded once and shared with its reference run.
 
     Args:
         config: The run; only the reference's method may differ.
         loaded: The base, if it is in memory already.
-        untouched: Cache of the untouched base's scores, losses and routing, which no method changes.
+        untouched: What is known of the untouched base.
         started_with: Called when rows are read; refuses rows that are not those that the run started with.
     """
 
     config: RunConfig
     loaded: LoadedBase | None = None
-    untouched: dict[str, Any] = field(default_factory=dict)
+    untouched: Untouched = field(default_factory=Untouched)
     started_with: Callable[[Clients], None] = lambda clients: None
     _encoded: dict[str, list[Example]] = field(default_factory=dict, init=False, repr=False)
     _longest_response: int = field(default=0, init=False, repr=False)
@@ -139,11 +159,11 @@ class Workspace:
 
     def _check_loss(self, config: RunConfig) -> None:
         """Refuse a base whose untouched loss on one row is not finite; tested once per base."""
-        device, key = next(self.base.model.parameters()).device, f"loss {config.model.precision}"
-        if key in self.untouched:
+        device, precision = next(self.base.model.parameters()).device, config.model.precision
+        if precision in self.untouched.finite:
             return
         batch = pad_batch(self.examples(next(iter(self.clients)))[:1], self.encoder.tokenizer.pad_token_id)
-        with torch.no_grad(), autocast(device, config.model.precision):
+        with torch.no_grad(), autocast(device, precision):
             loss = float(token_losses(self.base.model, batch)[0])
         if not math.isfinite(loss):
             raise ModelError(
@@ -151,7 +171,7 @@ class Workspace:
                 "it must be a finite number",
                 "use other weights, or another model.dtype or model.precision",
             )
-        self.untouched[key] = loss
+        self.untouched.finite.add(precision)
 
     @cached_property
     def encoder(self) -> PromptEncoder:

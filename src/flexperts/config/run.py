@@ -53,6 +53,11 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
 
+    @property
+    def rows_per_pass(self) -> int:
+        """Rows per forward pass."""
+        return self.micro_batch_size or self.batch_size
+
 
 class RunConfig(Section):
     """A run, whole."""

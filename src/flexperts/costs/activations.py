@@ -111,8 +111,7 @@ class Activations:
 
     @property
     def _micro_batch(self) -> int:
-        training = self.config.training
-        return training.micro_batch_size or training.batch_size
+        return self.config.training.rows_per_pass
 
     @property
     def _scale(self) -> int:

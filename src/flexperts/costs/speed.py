@@ -30,7 +30,7 @@ from flexperts.modeling.memory import peak_bytes, reset_peak
 from flexperts.parameters.split import ParameterSplit
 from flexperts.recipe import parse_recipe
 from flexperts.seeding import generator
-from flexperts.training.local import local_settings, train_local
+from flexperts.training.local import LocalSettings, train_local
 
 UNTOUCHED, REFERENCE = "untouched base", "fedavg (attention LoRA)"
 VARIANTS: dict[str, tuple[str, ...] | None] = {
@@ -204,13 +204,12 @@ def train(
     on_step: Callable[[float], None] = lambda loss: None,
 ) -> None:
     """Train for ``work.steps`` steps on random tokens, as a client does; ``on_step`` is called after each."""
-    training = config.training.model_copy(update={"batch_size": work.rows, "warmup_ratio": 0.0})
-    settings = local_settings(
-        config.model_copy(update={"training": training}),
-        steps=work.steps,
-        first_step=0,
-        total_steps=work.steps,
+    settings = LocalSettings(
+        training=config.training.model_copy(update={"batch_size": work.rows}),
+        precision=config.model.precision,
         pad_token_id=0,
+        steps=work.steps,
+        total_steps=work.steps,
     )
     tokens = _random(model, work, work.prompt + work.response).tolist()
     examples = [Example(tuple(row), work.prompt) for row in tokens]

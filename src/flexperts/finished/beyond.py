@@ -15,7 +15,7 @@ from flexperts.data.records import Say, unsaid
 from flexperts.data.rows import Row
 from flexperts.data.sources import read_source
 from flexperts.errors import ModelError
-from flexperts.evaluation.mmlu import check_source, mmlu
+from flexperts.evaluation.mmlu import KnowledgeScore, check_source, mmlu
 from flexperts.evaluation.scores import SCORES, Scores, mean_of
 from flexperts.finished.trained import TrainedRun
 from flexperts.methods.kit.method import State
@@ -103,12 +103,12 @@ def _by_row(scores: Scores) -> dict[str, Any]:
 
 
 def _questions(run: TrainedRun, client: Client, state: State) -> dict[str, Any]:
-    wanted, known = run.config.knowledge, run.workspace.untouched
-    key = f"mmlu {wanted.mmlu} {wanted.mmlu_questions} {wanted.mmlu_shots}"
-    if state == "zero_shot" and key in known:
-        return dict(known[key])
+    wanted, known = run.config.knowledge, run.workspace.untouched.mmlu
     assert wanted.mmlu is not None
-    numbers: dict[str, Any] = {"accuracy": None, "stderr": None, "questions": None}
+    key = wanted.mmlu, wanted.mmlu_questions, wanted.mmlu_shots
+    if state == "zero_shot" and key in known:
+        return _knowledge(known[key])
+    score = None
     with client.in_state(run.request(client.name), state) as (model, on_batch), suppress(ModelError):
         score = mmlu(
             model,
@@ -121,9 +121,12 @@ def _questions(run: TrainedRun, client: Client, state: State) -> dict[str, Any]:
             seed=0,
             on_batch=on_batch,
         )
-        numbers = {"accuracy": score.accuracy, "stderr": score.stderr, "questions": score.questions}
-    if numbers["accuracy"] is None:
+    if score is None:
         client.observer.notice(f"{client.name}, {state}: no MMLU score; its logits are not finite numbers")
     if state == "zero_shot":
-        known[key] = numbers
-    return numbers
+        known[key] = score
+    return _knowledge(score)
+
+
+def _knowledge(score: KnowledgeScore | None) -> dict[str, Any]:
+    return {name: getattr(score, name, None) for name in ("accuracy", "stderr", "questions")}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,10 +155,8 @@ class Newcomer(Client):
 
     def _local_settings(self, round_number: int) -> LocalSettings:
         """Return settings for one optimizer and one cosine over all steps: no averaging interrupts training."""
-        usual = super()._local_settings(round_number)
-        steps = self.steps or usual.total_steps
-        warmup = round(self.config.training.warmup_ratio * steps)
-        return replace(usual, steps=steps, first_step=0, total_steps=steps, warmup_steps=warmup)
+        steps = self.steps or super()._local_settings(round_number).total_steps
+        return self._settings(steps, steps)
 
 
 def _scored(scores: Mapping[State, Scores]) -> dict[str, Any]:

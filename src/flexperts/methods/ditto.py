@@ -9,7 +9,6 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from flexperts.methods.kit import method
 from flexperts.methods.kit.local_steps import proximal, untrained
 from flexperts.methods.kit.method import Method, OnBatch, State
 from flexperts.methods.kit.turn import Turn
@@ -40,11 +39,13 @@ class Ditto(Method):
     has_personal_lora = True
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "global", "personalized")
 
-    class Options(method.Options):
+    class Options(Method.Options):
         """Strength of the pull."""
 
         lam: float = Field(0.1, ge=0)
         """lambda, strength of the pull of v towards w; 0 trains v alone."""
+
+    options: Options
 
     def receive(self, turn: Turn) -> None:
         """Load w; an untrained v starts from it."""

@@ -12,7 +12,6 @@ from pydantic import Field
 from scipy.optimize import minimize
 from torch import Tensor
 
-from flexperts.methods.kit import method
 from flexperts.methods.kit.method import Method, OnBatch, State
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.kit.turn import Turn
@@ -53,7 +52,7 @@ class FDLoRA(Method):
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "global", "personalized")
     settles = True
 
-    class Options(method.Options):
+    class Options(Method.Options):
         """Outer optimizer and fusion."""
 
         sync_every: int = Field(5, ge=1)
@@ -68,6 +67,8 @@ class FDLoRA(Method):
         """Loss evaluations of the search."""
         fusion_penalty: float = Field(0.05, ge=0)
         """Factor of mean|w| in the searched loss."""
+
+    options: Options
 
     def participants(self, server: Server, sampled: Sequence[str]) -> Sequence[str]:
         """Return all clients in stage 1, and the sampled ones later."""
@@ -87,10 +88,8 @@ class FDLoRA(Method):
         gradient, before = server.shared.vector - mean, server.memory.get(_MOMENTUM)
         velocity = gradient if before is None else self.options.momentum * before.numpy() + gradient
         server.memory[_MOMENTUM] = torch.from_numpy(velocity)
-        moved: Vector = server.shared.vector - self.options.server_lr * (
-            gradient + self.options.momentum * velocity
-        )
-        return moved
+        change = self.options.server_lr * (gradient + self.options.momentum * velocity)
+        return np.asarray(server.shared.vector - change, dtype=np.float32)
 
     def settle(self, turn: Turn) -> dict[str, Tensor]:
         """Return the fusion weights ``[2]``, fp64; the turn's LoRA is restored."""

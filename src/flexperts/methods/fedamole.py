@@ -18,7 +18,6 @@ from flexperts.communication.messages import DERIVED, Update
 from flexperts.data.batches import pad_batch
 from flexperts.data.prompts import Example
 from flexperts.errors import ConfigError
-from flexperts.methods.kit import method
 from flexperts.methods.kit.held_experts import OwnParts
 from flexperts.methods.kit.method import State
 from flexperts.methods.kit.server_state import Server
@@ -62,7 +61,7 @@ class FedAMoLE(OwnParts):
         "bytes are a mean over clients, because assignments change; the rest counts the whole pool on each client"
     )
 
-    class Options(method.Options):
+    class Options(OwnParts.Options):
         """The pool and its assignment."""
 
         experts: int = Field(12, ge=1)
@@ -77,6 +76,8 @@ class FedAMoLE(OwnParts):
         """Weight of the load-balance loss."""
         aux: float = Field(0.05, gt=0, le=1)
         """Share of the train rows for the mean embeddings."""
+
+    options: Options
 
     # A client.
 
@@ -119,7 +120,7 @@ class FedAMoLE(OwnParts):
         site, settings = turn.site, turn.settings
         count = max(1, round(self.options.aux * len(site.examples)))
         drawn = torch.randperm(len(site.examples), generator=site.generator("aux"))[:count].tolist()
-        rows, size = [site.examples[i] for i in drawn], settings.micro_batch_size
+        rows, size = [site.examples[i] for i in drawn], settings.training.rows_per_pass
         batches = [pad_batch(rows[s : s + size], site.pad_token_id) for s in range(0, count, size)]
         layers = {name: site.lora.module(name) for name in site.lora.targets}
         return mean_inputs(site.lora.base, layers, batches, settings.precision)
@@ -184,7 +185,7 @@ def balanced(objective: Objective, mixture: LoraMixture, weight: float) -> Objec
     """Return the objective with the load-balance loss in its gradient only; its value does not change."""
 
     def parts(model: nn.Module, rows: Sequence[Example], settings: LocalSettings) -> Iterator[Tensor]:
-        count = math.ceil(len(rows) / settings.micro_batch_size)
+        count = math.ceil(len(rows) / settings.training.rows_per_pass)
         for part in objective(model, rows, settings):
             extra = weight / count * mixture.balance_loss()
             yield part + (extra - extra.detach())

@@ -7,7 +7,6 @@ from typing import Annotated
 
 from pydantic import Field
 
-from flexperts.methods.kit import method
 from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.turn import Site
 from flexperts.parts.expert_adapters import ExpertAdapters
@@ -34,11 +33,13 @@ class FedAvgExperts(Method):
     sends = "attention LoRA and all routed experts' LoRA"
     needs_experts = True
 
-    class Options(method.Options):
+    class Options(Method.Options):
         """The experts' LoRA."""
 
         rank: Annotated[int, Field(ge=1)] | None = None
         """LoRA rank of every routed expert; without it, lora.rank."""
+
+    options: Options
 
     def parts(self, site: Site) -> dict[str, Part]:
         """Return LoRA on every expert of every layer."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,6 @@ from flexperts.communication.messages import Update
 from flexperts.data.batches import PaddedBatch, pad_batch
 from flexperts.data.prompts import Example
 from flexperts.errors import FederationError
-from flexperts.methods.kit import method
 from flexperts.methods.kit.local_steps import untrained
 from flexperts.methods.kit.method import Method, OnBatch, State
 from flexperts.methods.kit.server_state import Server
@@ -38,7 +37,7 @@ class FedDPA(Method):
     settles = True
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "global", "personalized")
 
-    class Options(method.Options):
+    class Options(Method.Options):
         """Weights of the two adapters, in training and at inference."""
 
         mix: float = Field(0.5, ge=0, le=1)
@@ -47,6 +46,8 @@ class FedDPA(Method):
         """lambda, factor of the similarity that weights the local adapter at inference."""
         instances: int = Field(5, ge=1)
         """S, number of train rows to which an input is compared."""
+
+    options: Options
 
     @torch.no_grad()
     def receive(self, turn: Turn) -> None:
@@ -117,7 +118,7 @@ class InstanceWeights:
     @torch.no_grad()
     def hidden(self, batch: PaddedBatch) -> Tensor:
         """Return ``[B, D]`` fp32; rows are padded on the left, so the last column is every prompt's last token."""
-        lora: Any = self.turn.site.lora
+        lora = self.turn.site.lora
         device = next(lora.base.parameters()).device
         with lora.use(personal=1.0), autocast(device, self.turn.settings.precision):
             return hidden_states(lora.base, batch.input_ids, batch.attention_mask)[:, -1].float()
@@ -156,11 +157,11 @@ class FedDPAF(FedDPA):
         """Return 1: one round follows the recipe's."""
         return 1
 
-    def report(self, site: Site) -> Any:
+    def report(self, site: Site) -> int:
         """Return the recipe's number of rounds."""
         return site.config.federation.rounds
 
-    def agree(self, reports: Mapping[str, Any]) -> Any:
+    def agree(self, reports: Mapping[str, int]) -> int:
         """Return the number of rounds in the clients' recipes."""
         rounds = set(reports.values())
         if len(rounds) != 1:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from flexperts.communication.average import check_finite, holders_mean
 from flexperts.communication.messages import DERIVED, Update
-from flexperts.methods.kit import method
 from flexperts.methods.kit.held_experts import EXPERTS, ROUTER, OwnParts
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.kit.turn import Site, Turn
@@ -53,7 +52,7 @@ class FedMoEDA(OwnParts):
     sends = "attention LoRA, all routed experts' LoRA and routers"
     needs_experts = True
 
-    class Options(method.Options):
+    class Options(OwnParts.Options):
         """Mixing of experts."""
 
         peers: int = Field(5, ge=0)
@@ -64,6 +63,8 @@ class FedMoEDA(OwnParts):
         """Number of rounds from one computation of the weights to the next."""
         rank: Annotated[int, Field(ge=1)] | Literal["full"] | None = None
         """LoRA rank of the experts, at scaling lora.alpha / rank, or "full" for all weights; default lora.rank."""
+
+    options: Options
 
     # A client's model.
 
@@ -121,8 +122,7 @@ class FedMoEDA(OwnParts):
         _mix_experts(server, present)
 
     def _mixes_anew(self, number: int) -> bool:
-        every: int = self.options.every
-        return (number - 1) % every == 0
+        return (number - 1) % self.options.every == 0
 
     def _kept(self, server: Server, updates: Iterable[Update], present: list[str]) -> Iterator[Update]:
         """Store everything except LoRA in the server's memory, and yield LoRA."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from pydantic import Field
@@ -13,7 +12,6 @@ from torch import Tensor
 from flexperts.communication.average import holders_mean
 from flexperts.communication.messages import Update
 from flexperts.config.run import RunConfig
-from flexperts.methods.kit import method
 from flexperts.methods.kit.held_experts import ROUTER, OwnParts, held_part, joined_routers, split_routers
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.kit.turn import Prepared, Site, Turn
@@ -51,7 +49,7 @@ class FedMoEStyle(OwnParts):
     plan_note = "FLOPs assume that all experts are used equally; clients hold those that they use most"
     needs_experts = True
 
-    class Options(method.Options):
+    class Options(OwnParts.Options):
         """Size of the sub-MoE, and its trained parts."""
 
         keep: float = Field(0.5, gt=0, le=1)
@@ -60,6 +58,8 @@ class FedMoEStyle(OwnParts):
         """LoRA rank of the experts, at scaling lora.alpha / rank; without it, lora.rank."""
         router: bool = True
         """Whether the held experts' router rows train too."""
+
+    options: Options
 
     # A client's model.
 
@@ -71,7 +71,7 @@ class FedMoEStyle(OwnParts):
         """Return True: the report names the held experts."""
         return True
 
-    def report(self, site: Site) -> Any:
+    def report(self, site: Site) -> dict[str, list[int]]:
         """Return the held experts by layer, from which the server knows what to send and to expect."""
         return {key(name): list(indices) for name, indices in site.prepared.choice.items()}
 
@@ -148,7 +148,7 @@ def _held(turn: Turn) -> dict[str, tuple[int, ...]]:
     return {key(name): indices for name, indices in turn.site.prepared.choice.items()}
 
 
-def _only_rows(indices: Sequence[int]) -> Any:
+def _only_rows(indices: Sequence[int]) -> Callable[[Tensor], Tensor]:
     """Return a gradient hook that lets only the given rows train."""
 
     def keep(gradient: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from pydantic import Field
 from torch import Tensor
 
 from flexperts.errors import ConfigError
-from flexperts.methods.kit import method
 from flexperts.methods.kit.local_steps import personal_then_shared
 from flexperts.methods.kit.method import Method, OnBatch, State
 from flexperts.methods.kit.turn import Turn
@@ -43,11 +42,13 @@ class FedPer(Method):
     keeps = "attention LoRA of the last blocks"
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "global", "personalized")
 
-    class Options(method.Options):
+    class Options(Method.Options):
         """Split of the blocks into shared and personal."""
 
         personal_layers: int | None = Field(None, ge=1)
         """m, last blocks whose LoRA is personal; without it, a quarter of the blocks, at least 1."""
+
+    options: Options
 
     def shared(self, names: Collection[str]) -> set[str]:
         """Return the names of the lower blocks' LoRA."""
@@ -119,6 +120,8 @@ class FedRep(FedPer):
 
         head_share: float = Field(0.5, gt=0, lt=1)
         """Share of each round's steps that trains the personal blocks."""
+
+    options: Options
 
     def train(self, turn: Turn) -> TrainResult:
         """Train the head with the body frozen, then the body with the head frozen."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from flexperts.methods.kit import method
 from flexperts.methods.kit.local_steps import proximal
 from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.turn import Turn
@@ -28,11 +27,13 @@ class FedProx(Method):
     summary = "FedAvg with a proximal term that keeps clients close to the global LoRA"
     source = "Li et al., MLSys 2020"
 
-    class Options(method.Options):
+    class Options(Method.Options):
         """Settings of the proximal term."""
 
         mu: float = Field(0.01, ge=0)
         """Strength of the proximal term; 0 is FedAvg."""
+
+    options: Options
 
     def train(self, turn: Turn) -> TrainResult:
         """Train with the proximal term on the shared part."""

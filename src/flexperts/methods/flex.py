@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -12,13 +12,12 @@ from pydantic import Field
 
 from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError
-from flexperts.methods.kit import method
 from flexperts.methods.kit.local_steps import personal_then_shared, proximal
 from flexperts.methods.kit.method import Method, State
 from flexperts.methods.kit.turn import Prepared, Site, Turn
 from flexperts.modeling.lora import SHARED_PREFIX
 from flexperts.parts.expert_adapters import ExpertAdapters
-from flexperts.parts.grafts import Grafts
+from flexperts.parts.grafts import Grafts, Scales
 from flexperts.parts.part import Part
 from flexperts.selection.rules import coefficients, pick_layers, select
 from flexperts.selection.selection import LayerScores
@@ -56,7 +55,7 @@ class Flex(Method):
     needs_experts = True
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "global", "personalized")
 
-    class Options(method.Options):
+    class Options(Method.Options):
         """Settings of the local step."""
 
         phases: Literal["joint", "alternating"] = "joint"
@@ -65,6 +64,8 @@ class Flex(Method):
         """The personal phase's share of a round's steps, if phases alternate."""
         pull: float = Field(0.0, ge=0)
         """Strength of the proximal term on the shared part."""
+
+    options: Options
 
     def check(self, config: RunConfig) -> None:
         """Refuse a personal phase if nothing is personal."""
@@ -86,11 +87,11 @@ class Flex(Method):
         """Return whether clients have to choose a common expert."""
         return config.graft.sharing != "personal"
 
-    def report(self, site: Site) -> Any:
+    def report(self, site: Site) -> dict[str, list[float]] | None:
         """Return the reconstruction losses if clients have to choose a common expert, else None."""
         return site.prepared.selection if self.reports_prepared(site.config) else None
 
-    def agree(self, reports: Mapping[str, Any]) -> Any:
+    def agree(self, reports: Mapping[str, dict[str, list[float]] | None]) -> dict[str, list[int]] | None:
         """Return every layer's experts, ranked by mean loss over the clients; None without reported losses."""
         told = [report for report in reports.values() if report]
         if not told:
@@ -129,7 +130,7 @@ class Flex(Method):
         return personal_then_shared(turn, self.options.personal_share, hooks)
 
 
-def _grafts(site: Site, choice: Mapping[str, Sequence[int]], scales: Any, stream: torch.Generator) -> Grafts:
+def _grafts(site: Site, choice: Mapping[str, Sequence[int]], scales: Scales, stream: torch.Generator) -> Grafts:
     graft = site.config.graft
     return Grafts(
         site.experts,

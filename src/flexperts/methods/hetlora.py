@@ -15,7 +15,6 @@ from flexperts.errors import FederationError
 from flexperts.methods.kit.ranks import (
     Factors,
     RankedMethod,
-    RankOptions,
     clear_from,
     cut,
     factors,
@@ -57,7 +56,7 @@ class HetLoRA(RankedMethod):
     sends = "attention LoRA and its next rank"
     plan_note = "bytes are an upper bound: ranks shrink as clients prune"
 
-    class Options(RankOptions):
+    class Options(RankedMethod.Options):
         """Ranks and pruning."""
 
         gamma: float = Field(0.99, gt=0, le=1)
@@ -67,9 +66,11 @@ class HetLoRA(RankedMethod):
         min_rank: int = Field(1, ge=1)
         """Lowest rank to which a client prunes."""
 
+    options: Options
+
     def tail(self, rank: int) -> int:
         """Return the row where a rank's tail starts; the rank itself if there is no tail."""
-        gamma, least = float(self.options.gamma), int(self.options.min_rank)
+        gamma, least = self.options.gamma, self.options.min_rank
         return min(rank, max(math.floor(gamma * rank + 1e-9), least))  # 0.29 * 100 is 28.999...
 
     def train(self, turn: Turn) -> TrainResult:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from flexperts.communication.average import check_finite, holders_mean
 from flexperts.communication.messages import DERIVED, Update
-from flexperts.methods.kit import method
 from flexperts.methods.kit.held_experts import EXPERTS, ROUTER, place_of
 from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.server_state import Server
@@ -57,7 +56,7 @@ class HFedMoEStyle(Method):
     sends = "attention LoRA, all routed experts' LoRA, routers and routing statistics of experts"
     needs_experts = True
 
-    class Options(method.Options):
+    class Options(Method.Options):
         """Value of experts, and the clients that count for an expert."""
 
         budget: float = Field(0.5, gt=0, le=1)
@@ -70,6 +69,8 @@ class HFedMoEStyle(Method):
         """Lowest mean routing weight at which a client counts for an expert."""
         rank: int | None = Field(None, ge=1)
         """LoRA rank of the experts, at scaling lora.alpha / rank; without it, lora.rank."""
+
+    options: Options
 
     # A client.
 
@@ -228,7 +229,7 @@ class ExpertBudget:
             self._chosen[experts.name] = self._choose(experts, index[tokens], weights[tokens])
         return self._chosen[experts.name]
 
-    def _begin(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+    def _begin(self, _module: nn.Module, _args: object, kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask")
         self._mask, self._chosen = None if mask is None else mask.flatten().bool(), {}
 

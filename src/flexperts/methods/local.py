@@ -8,7 +8,6 @@ from typing import ClassVar
 from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError
 from flexperts.methods.flex import Flex, graft_dropout
-from flexperts.methods.kit import method
 from flexperts.methods.kit.method import Method, State
 from flexperts.methods.kit.turn import Turn
 from flexperts.training.local import StepHooks, TrainResult
@@ -32,7 +31,7 @@ class Local(Flex):
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "personalized")
     additive = False
 
-    class Options(method.Options):
+    class Options(Method.Options):
         """No options: those of flex are about a shared part."""
 
     def check(self, config: RunConfig) -> None:

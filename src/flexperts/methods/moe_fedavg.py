@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from flexperts.methods.kit import method
 from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.turn import Site, Turn
 from flexperts.parts.expert_adapters import ExpertAdapters
@@ -38,13 +37,15 @@ class MoEFedAvg(Method):
     sends = "attention LoRA and all routed experts"
     needs_experts = True
 
-    class Options(method.Options):
+    class Options(Method.Options):
         """How experts train, and their learning rate."""
 
         rank: Annotated[int, Field(ge=1)] | Literal["full"] = "full"
         """LoRA rank of every routed expert, at scaling lora.alpha / rank, or "full" for all of its weights."""
         expert_lr: float | None = Field(None, gt=0)
         """Peak learning rate of the experts; default training.lr / 10 for whole experts, training.lr for LoRA."""
+
+    options: Options
 
     def parts(self, site: Site) -> dict[str, Part]:
         """Return the adaptation of every expert of every layer."""
@@ -58,6 +59,7 @@ class MoEFedAvg(Method):
 
     def train(self, turn: Turn) -> TrainResult:
         """Train LoRA and experts together, each with its learning rate."""
-        usual = turn.settings.lr / 10 if self.options.rank == "full" else turn.settings.lr
+        lr = turn.settings.training.lr
+        usual = lr / 10 if self.options.rank == "full" else lr
         own = {"experts.": self.options.expert_lr or usual}
         return turn.fit(settings=replace(turn.settings, own_lr=own))

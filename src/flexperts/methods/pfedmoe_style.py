@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 from pydantic import Field
 from torch import Tensor, nn
 
-from flexperts.methods.kit import method
 from flexperts.methods.kit.method import Method, OnBatch, State
 from flexperts.methods.kit.turn import Site, Turn
 from flexperts.parts.gated_adapters import GatedAdapters
@@ -43,7 +42,7 @@ class PFedMoEStyle(Method):
     needs_experts = True
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "global", "personalized")
 
-    class Options(method.Options):
+    class Options(Method.Options):
         """Sizes of experts and gate."""
 
         rank: int = Field(8, ge=1)
@@ -52,6 +51,8 @@ class PFedMoEStyle(Method):
         """Scaling numerator: an expert's output is multiplied by alpha / r."""
         gate_width: int = Field(8, ge=1)
         """Width of the gate's inner layer."""
+
+    options: Options
 
     def parts(self, site: Site) -> dict[str, Part]:
         """Return a gated pair for every MoE layer."""
@@ -85,6 +86,6 @@ class PFedMoEStyle(Method):
                 yield stack.enter_context(super().in_state(turn, state))
 
 
-def _all_to_shared(_gate: nn.Module, _args: Any, weights: Tensor) -> Tensor:
+def _all_to_shared(_gate: nn.Module, _args: object, weights: Tensor) -> Tensor:
     """Return (1, 0) for every token."""
     return weights.new_tensor([1.0, 0.0]).expand_as(weights)

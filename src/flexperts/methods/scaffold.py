@@ -13,7 +13,6 @@ from flexperts.communication.average import weighted_mean
 from flexperts.communication.messages import DERIVED, Update
 from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError
-from flexperts.methods.kit import method
 from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.kit.turn import Turn
@@ -47,11 +46,13 @@ class Scaffold(Method):
     keeps = "control variates, to which the sent changes add up"
     additive = False
 
-    class Options(method.Options):
+    class Options(Method.Options):
         """Settings of the server's step."""
 
         server_lr: float = Field(1.0, gt=0)
         """The server's learning rate; 1 takes the clients' mean."""
+
+    options: Options
 
     def check(self, config: RunConfig) -> None:
         """Refuse optimizers for which the correction would be wrong."""

@@ -8,23 +8,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flexperts.methods.kit import method
 from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.server_state import Server
 from flexperts.parameters.vector import Vector
-
-
-class AdaptiveOptions(method.Options):
-    """Settings of an adaptive server optimizer."""
-
-    server_lr: float = Field(3e-3, gt=0)
-    """The server's learning rate: about the largest change of a weight in one round."""
-    beta_1: float = Field(0.9, ge=0, lt=1)
-    """Decay of the first moment."""
-    beta_2: float = Field(0.99, ge=0, lt=1)
-    """Decay of the second moment."""
-    tau: float = Field(1e-3, gt=0)
-    """Adaptivity: changes far below tau are scaled alike; changes far above tau get equal size."""
 
 
 class AdaptiveMethod(Method):
@@ -34,7 +20,17 @@ class AdaptiveMethod(Method):
     x <- x + server_lr m / (sqrt(v) + tau), from m = 0 and v = tau^2, without bias correction.
     """
 
-    Options = AdaptiveOptions
+    class Options(Method.Options):
+        """Settings of an adaptive server optimizer."""
+
+        server_lr: float = Field(3e-3, gt=0)
+        """The server's learning rate: about the largest change of a weight in one round."""
+        beta_1: float = Field(0.9, ge=0, lt=1)
+        """Decay of the first moment."""
+        tau: float = Field(1e-3, gt=0)
+        """Adaptivity: changes far below tau are scaled alike; changes far above tau get equal size."""
+
+    options: Options
 
     def start(self, server: Server) -> None:
         """Initialize both moments."""
@@ -75,15 +71,13 @@ class FedAdagrad(AdaptiveMethod):
     summary = "FedAvg with Adagrad's step on the server"
     source = "Reddi et al., ICLR 2021"
 
-    class Options(method.Options):
+    class Options(AdaptiveMethod.Options):
         """Settings of the server's step."""
 
         server_lr: float = Field(1e-2, gt=0)
         """The server's learning rate: about the change of a weight in the first round."""
         beta_1: float = Field(0.0, ge=0, lt=1)
         """Decay of the first moment."""
-        tau: float = Field(1e-3, gt=0)
-        """Adaptivity: changes far below tau are scaled alike; changes far above tau get equal size."""
 
     def second_moment(self, v: Tensor, squared: Tensor) -> Tensor:
         """Return the sum of squared changes."""
@@ -109,10 +103,17 @@ class FedAdam(AdaptiveMethod):
     summary = "FedAvg with Adam's step on the server"
     source = "Reddi et al., ICLR 2021"
 
+    class Options(AdaptiveMethod.Options):
+        """Settings of the server's step."""
+
+        beta_2: float = Field(0.99, ge=0, lt=1)
+        """Decay of the second moment."""
+
+    options: Options
+
     def second_moment(self, v: Tensor, squared: Tensor) -> Tensor:
         """Return the moving mean of squared changes."""
-        following: Tensor = self.options.beta_2 * v + (1 - self.options.beta_2) * squared
-        return following
+        return self.options.beta_2 * v + (1 - self.options.beta_2) * squared
 
 
 class FedAvgM(Method):
@@ -131,13 +132,15 @@ class FedAvgM(Method):
     summary = "FedAvg with momentum on the server"
     source = "Hsu et al., arXiv 1909.06335"
 
-    class Options(method.Options):
+    class Options(Method.Options):
         """Settings of the server's step."""
 
         server_lr: float = Field(1.0, gt=0)
         """The server's learning rate."""
         momentum: float = Field(0.5, ge=0, lt=1)
         """Share of the last round's step that is kept; 0 with server_lr 1 is FedAvg."""
+
+    options: Options
 
     def start(self, server: Server) -> None:
         """Initialize the momentum."""
@@ -169,7 +172,11 @@ class FedYogi(AdaptiveMethod):
     summary = "FedAvg with Yogi's step on the server"
     source = "Reddi et al., ICLR 2021"
 
+    class Options(FedAdam.Options):
+        """Settings of the server's step, as FedAdam's."""
+
+    options: Options
+
     def second_moment(self, v: Tensor, squared: Tensor) -> Tensor:
         """Move the second moment towards the squared change by an amount that does not depend on its distance."""
-        following: Tensor = v - (1 - self.options.beta_2) * squared * (v - squared).sign()
-        return following
+        return v - (1 - self.options.beta_2) * squared * (v - squared).sign()

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from flexperts.config.model import LoraConfig
 from flexperts.files import placeless, unwritable
 from flexperts.moe.attention import attention_linears
 
@@ -32,29 +34,24 @@ class LoraAdapters:
 
     Args:
         base: The base model.
-        rank, alpha, dropout: LoRA's settings, the same for both adapters.
-        projections: Last parts of the names of the attention layers to adapt; empty adapts all that are found.
+        config: The recipe's section, the same for both adapters.
         seed: Seed of A; both adapters start with the same A, and B is zero.
         personal: Whether there is a personal adapter.
         checkpointing: Whether activations are recomputed in the backward pass.
     """
 
     def __init__(
-        self,
-        base: Any,
-        *,
-        rank: int,
-        alpha: float,
-        dropout: float,
-        projections: tuple[str, ...],
-        seed: int,
-        personal: bool = False,
-        checkpointing: bool = False,
+        self, base: Any, config: LoraConfig, *, seed: int, personal: bool = False, checkpointing: bool = False
     ) -> None:
-        self.base, self.rank, self.scale, self.checkpointing = base, rank, alpha / rank, checkpointing
-        self.targets = attention_linears(base, projections)
-        self._config = LoraConfig(
-            task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=self.targets
+        self.base, self.checkpointing = base, checkpointing
+        self.rank, self.scale = config.rank, config.alpha / config.rank
+        self.targets = attention_linears(base, config.projections)
+        self._config = PeftLoraConfig(
+            task_type="CAUSAL_LM",
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=self.targets,
         )
         with torch.random.fork_rng(devices=[]):
             # Every silo draws the same A, so that the first average starts from one model.

@@ -17,6 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Generator, Tensor
 
+from flexperts.config.model import GraftConfig
 from flexperts.data.batches import pad_batch
 from flexperts.data.prompts import Example
 from flexperts.errors import GraftError
@@ -208,20 +209,16 @@ class CalibrationSettings:
     """The tokens that the selection reads.
 
     Args:
-        rows: Number of train rows, drawn at random if there are more.
-        tokens: Token budget per layer.
+        graft: The recipe's section; where it takes several experts, they are also compared with each other.
         batch_size: Rows per forward pass.
         pad_token_id: Token that pads short rows; it is never scored.
         precision: The precision of training.
-        pairs: Whether experts are also compared with each other.
     """
 
-    rows: int
-    tokens: int
+    graft: GraftConfig
     batch_size: int
     pad_token_id: int
     precision: Precision
-    pairs: bool = False
 
 
 def score_experts(
@@ -240,15 +237,15 @@ def score_experts(
         settings: The tokens to read.
         generator: Stream that draws rows and tokens.
     """
-    batches = calibration_batches(examples, settings, generator)
-    device = next(model.parameters()).device
+    batches, graft = calibration_batches(examples, settings, generator), settings.graft
+    device, tokens = next(model.parameters()).device, graft.calibration_tokens
 
     def forward(batch: Batch) -> None:
         hidden_states(model, **batch)
 
     with autocast(device, settings.precision):
         return reconstruction_scores(
-            forward, experts, batches, max_tokens=settings.tokens, generator=generator, pairs=settings.pairs
+            forward, experts, batches, max_tokens=tokens, generator=generator, pairs=graft.experts > 1
         )
 
 
@@ -256,7 +253,7 @@ def calibration_batches(
     examples: Sequence[Example], settings: CalibrationSettings, generator: Generator
 ) -> list[Batch]:
     """Return batches of a client's rows, drawn at random and sorted by length."""
-    order = torch.randperm(len(examples), generator=generator).tolist()[: settings.rows]
+    order = torch.randperm(len(examples), generator=generator).tolist()[: settings.graft.calibration_rows]
     chosen = sorted((examples[i] for i in order), key=lambda example: len(example.input_ids))
     padded = [
         pad_batch(chosen[start : start + settings.batch_size], settings.pad_token_id)

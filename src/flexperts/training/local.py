@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -17,7 +16,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_cosine_schedule_with_warmup
 
-from flexperts.config.run import RunConfig
+from flexperts.config.run import TrainingConfig
 from flexperts.data.batches import pad_batch, training_batches
 from flexperts.data.prompts import Example
 from flexperts.errors import FederationError
@@ -31,35 +30,23 @@ class LocalSettings:
     """Settings of one client's training in one round.
 
     Args:
-        steps: Optimizer steps.
-        batch_size: Rows per step.
-        micro_batch_size: Rows per forward pass; gradients accumulate up to ``batch_size``.
-        lr: Peak learning rate of the shared parameters.
-        personal_lr: Peak learning rate of the personal parameters.
-        weight_decay: AdamW's decoupled weight decay.
-        max_grad_norm: Gradient clipping threshold over all trained parameters together.
-        first_step: Steps before this round, for the schedule.
-        total_steps: Steps of the whole run: the cosine is over all rounds.
-        warmup_steps: Steps of linear warm-up at the start of the run.
+        training: The recipe's section; how many steps a round has is decided by ``steps`` alone.
         precision: ``"bf16"`` computes under autocast; trained weights and their updates stay fp32.
         pad_token_id: Token that pads short rows.
-        optimizer: ``"adamw"``, or ``"sgd"`` without momentum.
+        steps: Optimizer steps.
+        total_steps: Steps of the whole run: the cosine is over all rounds.
+        first_step: Steps before this round, for the schedule.
+        warmup_steps: Steps of linear warm-up at the start of the run.
         own_lr: Prefix of parameter names -> their peak learning rate, instead of the group's.
     """
 
-    steps: int
-    batch_size: int
-    micro_batch_size: int
-    lr: float
-    personal_lr: float
-    weight_decay: float
-    max_grad_norm: float
-    first_step: int
-    total_steps: int
-    warmup_steps: int
+    training: TrainingConfig
     precision: Precision
     pad_token_id: int
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    steps: int
+    total_steps: int
+    first_step: int = 0
+    warmup_steps: int = 0
     own_lr: Mapping[str, float] = field(default_factory=dict)
 
     def part(self, share: float) -> LocalSettings:
@@ -124,7 +111,7 @@ def joined(*phases: TrainResult) -> TrainResult:
 
 def response_loss(model: nn.Module, rows: Sequence[Example], settings: LocalSettings) -> Iterator[Tensor]:
     """Yield each micro-batch's share of the batch's mean response NLL (nats per token)."""
-    size = settings.micro_batch_size
+    size = settings.training.rows_per_pass
     total = sum(len(row.input_ids) - row.prompt_length for row in rows)
     for start in range(0, len(rows), size):
         batch = pad_batch(rows[start : start + size], settings.pad_token_id)
@@ -154,11 +141,11 @@ def train_local(
     optimizer, schedule = _optimizer(split, settings)
     losses, tokens, lr_sum = [], 0, 0.0
     model.train()
-    for rows in training_batches(examples, settings.batch_size, settings.steps, generator):
+    for rows in training_batches(examples, settings.training.batch_size, settings.steps, generator):
         with hooks.around_batch():
             parts = objective(model, rows, settings)
             loss = _finite(_backward(parts, hooks.penalty), settings)
-        clip_grad_norm_(split.trained.values(), settings.max_grad_norm)
+        clip_grad_norm_(split.trained.values(), settings.training.max_grad_norm)
         if hooks.correct:
             hooks.correct()
         lr_sum += optimizer.param_groups[0]["lr"]
@@ -187,14 +174,15 @@ def _backward(parts: Iterator[Tensor], penalty: Callable[[], Tensor] | None) -> 
 
 
 def _optimizer(split: ParameterSplit, settings: LocalSettings) -> tuple[Optimizer, LRScheduler]:
-    rates = ((split.shared, settings.lr), (split.personal, settings.personal_lr))
+    training = settings.training
+    rates = ((split.shared, training.lr), (split.personal, training.personal_lr or training.lr))
     groups = [
         {"params": list(ps.values()), "lr": lr, "initial_lr": lr}
         for group, group_lr in rates
         for ps, lr in _by_rate(group, group_lr, settings.own_lr)
     ]
-    kind = AdamW if settings.optimizer == "adamw" else SGD
-    optimizer = kind(groups, weight_decay=settings.weight_decay, fused=True)
+    kind = AdamW if training.optimizer == "adamw" else SGD
+    optimizer = kind(groups, weight_decay=training.weight_decay, fused=True)
     # initial_lr and last_epoch start the new schedule at the step where the previous round ended.
     schedule = get_cosine_schedule_with_warmup(
         optimizer, settings.warmup_steps, settings.total_steps, last_epoch=settings.first_step - 1
@@ -229,40 +217,10 @@ def _check_weights(split: ParameterSplit, settings: LocalSettings) -> None:
 
 
 def _diverged(value: str, settings: LocalSettings) -> FederationError:
-    remedy = f"lower training.lr (now {settings.lr:g}) or training.personal_lr"
+    remedy = f"lower training.lr (now {settings.training.lr:g}) or training.personal_lr"
     return FederationError(value, "it must be finite", remedy)
 
 
-def steps_per_round(rows: int, batch_size: int, local_steps: int | None, local_epochs: float) -> int:
+def steps_per_round(rows: int, training: TrainingConfig) -> int:
     """Return a client's optimizer steps per round: ``local_steps`` if given, else the steps of its epochs."""
-    return local_steps or max(1, math.ceil(local_epochs * math.ceil(rows / batch_size)))
-
-
-def local_settings(
-    config: RunConfig, *, steps: int, first_step: int, total_steps: int, pad_token_id: int
-) -> LocalSettings:
-    """Return the settings for some steps of local training.
-
-    Args:
-        config: The run.
-        steps: Number of optimizer steps.
-        first_step: Number of steps before them.
-        total_steps: Steps of the whole cosine; the warm-up is a share of them.
-        pad_token_id: Token that pads short rows.
-    """
-    training = config.training
-    return LocalSettings(
-        steps=steps,
-        batch_size=training.batch_size,
-        micro_batch_size=training.micro_batch_size or training.batch_size,
-        lr=training.lr,
-        personal_lr=training.personal_lr or training.lr,
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
-        first_step=first_step,
-        total_steps=total_steps,
-        warmup_steps=round(training.warmup_ratio * total_steps),
-        precision=config.model.precision,
-        pad_token_id=pad_token_id,
-        optimizer=training.optimizer,
-    )
+    return training.local_steps or max(1, math.ceil(training.local_epochs * math.ceil(rows / training.batch_size)))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flexperts.config.model import LoraConfig
 from flexperts.errors import ConfigError
 from flexperts.modeling.lora import LoraAdapters, Weight
 from flexperts.testing import tiny_model
@@ -21,8 +22,9 @@ OTHER_ROWS = torch.tensor([2.0, 0.25, 0.0])
 
 def adapters(base: Any | None = None, **settings: Any) -> LoraAdapters:
     base = base if base is not None else tiny_model(seed=1)
-    given = {"rank": 3, "alpha": 6.0, "dropout": 0.0, "projections": (), "seed": 5, "personal": True}
-    return LoraAdapters(base, **(given | settings))
+    given = {"rank": 3, "alpha": 6.0, "projections": (), "seed": 5, "personal": True} | settings
+    config = LoraConfig.model_validate({n: given.pop(n) for n in LoraConfig.model_fields if n in given})
+    return LoraAdapters(base, config, **given)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from flexperts.config.run import TrainingConfig
 from flexperts.data.batches import IGNORED, pad_batch
 from flexperts.data.prompts import Example
 from flexperts.errors import FederationError
@@ -23,26 +24,20 @@ from flexperts.parameters.split import ParameterSplit, split_parameters
 from flexperts.testing import tiny_model
 from flexperts.training.local import LocalSettings, StepHooks, steps_per_round, train_local
 
-SETTINGS = LocalSettings(
-    steps=1,
-    batch_size=4,
-    micro_batch_size=4,
-    lr=0.01,
-    personal_lr=0.002,
-    weight_decay=0.0,
-    max_grad_norm=1e9,
-    first_step=0,
-    total_steps=10,
-    warmup_steps=0,
-    precision="fp32",
-    pad_token_id=258,
-)
+TRAINING = TrainingConfig(batch_size=4, lr=0.01, personal_lr=0.002, max_grad_norm=1e9)
+SETTINGS = LocalSettings(training=TRAINING, precision="fp32", pad_token_id=258, steps=1, total_steps=10)
 EXAMPLES = [
     Example((10, 11, 12, 13, 14, 257), 3),
     Example((20, 21, 257), 1),
     Example((30, 31, 32, 33, 34, 35, 36, 37, 257), 7),
     Example((40, 41, 42, 43, 257), 2),
 ]
+
+
+def settings_with(**fields: Any) -> LocalSettings:
+    """SETTINGS with other values of its own or of the recipe's section."""
+    section = {n: fields.pop(n) for n in TrainingConfig.model_fields if n in fields}
+    return replace(SETTINGS, training=TRAINING.model_copy(update=section), **fields)
 
 
 @pytest.fixture
@@ -98,7 +93,7 @@ def cosine(step: int, warmup: int, total: int) -> float:
 def test_the_schedule_goes_on_over_rounds(model: Any, split: ParameterSplit, steps: Steps, warmup: int) -> None:
     """Rounds of 4 steps follow one cosine of 12, with both groups' own peak rates."""
     for first in (0, 4, 8):
-        settings = replace(SETTINGS, steps=4, first_step=first, total_steps=12, warmup_steps=warmup)
+        settings = settings_with(steps=4, first_step=first, total_steps=12, warmup_steps=warmup)
         train_local(model, split, EXAMPLES, settings, stream())
     expected = [[peak * cosine(s, warmup, 12) for peak in (0.01, 0.002)] for s in range(12)]
     assert steps.rates == [pytest.approx(rates) for rates in expected]
@@ -115,9 +110,9 @@ def test_personal_and_shared_parameters_move_at_their_rates(model: Any, split: P
 
 def test_each_round_starts_with_a_fresh_optimizer(model: Any, split: ParameterSplit) -> None:
     """With old moments, the step after others would differ from the first one's length."""
-    train_local(model, split, EXAMPLES, replace(SETTINGS, steps=3), stream())
+    train_local(model, split, EXAMPLES, settings_with(steps=3), stream())
     before = {n: p.detach().clone() for n, p in split.shared.items()}
-    train_local(model, split, EXAMPLES, replace(SETTINGS, first_step=3), stream())
+    train_local(model, split, EXAMPLES, settings_with(first_step=3), stream())
     moved = max(float((p.detach() - before[n]).abs().max()) for n, p in split.shared.items())
     assert moved == pytest.approx(0.01 * cosine(3, 0, 10), rel=1e-3)
 
@@ -133,7 +128,7 @@ def test_no_moments_are_left_behind(model: Any, split: ParameterSplit) -> None:
 
 def test_only_trained_parameters_change(model: Any, split: ParameterSplit) -> None:
     before = {n: p.detach().clone() for n, p in model.state_dict().items()}
-    train_local(model, split, EXAMPLES, replace(SETTINGS, steps=3, weight_decay=0.1), stream())
+    train_local(model, split, EXAMPLES, settings_with(steps=3, weight_decay=0.1), stream())
     changed = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
     assert changed == split.trained.keys()
     assert all(p.grad is None for p in split.frozen.values())
@@ -148,7 +143,7 @@ def test_weight_decay_is_decoupled(model: Any, split: ParameterSplit) -> None:
         with torch.no_grad():
             for name, parameter in split.shared.items():
                 parameter.copy_(before[name])
-        train_local(model, replace(split, personal={}), EXAMPLES, replace(SETTINGS, weight_decay=decay), stream())
+        train_local(model, replace(split, personal={}), EXAMPLES, settings_with(weight_decay=decay), stream())
         after[decay] = {n: p.detach().clone() for n, p in split.shared.items()}
     for name, tensor in before.items():
         torch.testing.assert_close(after[0.5][name], after[0.0][name] - 0.01 * 0.5 * tensor, atol=1e-6, rtol=0)
@@ -157,7 +152,7 @@ def test_weight_decay_is_decoupled(model: Any, split: ParameterSplit) -> None:
 def test_gradients_are_clipped_over_both_groups_together(split: ParameterSplit, steps: Steps) -> None:
     for threshold in (1e9, 0.01):
         fresh = tiny_model(seed=1)
-        settings = replace(SETTINGS, max_grad_norm=threshold)
+        settings = settings_with(max_grad_norm=threshold)
         train_local(fresh, matching(fresh, split), EXAMPLES, settings, stream())
     assert steps.norm(0) > 0.02  # else the test clips nothing
     assert steps.norm(1) == pytest.approx(0.01, rel=1e-4)
@@ -179,7 +174,7 @@ def test_small_gradients_are_left_alone(model: Any, split: ParameterSplit, steps
     free = [p.grad.clone() for p in split.trained.values()]  # type: ignore[union-attr]
     for parameter in split.trained.values():
         parameter.grad = None
-    train_local(model, split, EXAMPLES, replace(SETTINGS, max_grad_norm=1e3), stream())
+    train_local(model, split, EXAMPLES, settings_with(max_grad_norm=1e3), stream())
     for ours, expected in zip(steps.grads[0], free, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-6)
 
@@ -190,7 +185,7 @@ def test_micro_batches_add_up_to_the_batch(split: ParameterSplit, steps: Steps, 
     losses = []
     for micro in (4, size):
         fresh = tiny_model(seed=1)
-        settings = replace(SETTINGS, micro_batch_size=micro)
+        settings = settings_with(micro_batch_size=micro)
         losses.append(train_local(fresh, matching(fresh, split), EXAMPLES, settings, stream()).loss)
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     for whole, parts in zip(*steps.grads, strict=True):
@@ -211,7 +206,7 @@ def test_weights_that_the_last_step_breaks_are_refused(
     model: Any, split: ParameterSplit, rates: dict[str, float]
 ) -> None:
     """The loss of that step is finite; without this look a silo would keep such a personal part."""
-    settings = replace(SETTINGS, steps=1, **rates)
+    settings = settings_with(steps=1, **rates)
     with pytest.raises(FederationError, match=r".* after the last step: it must be finite; lower training\.lr"):
         train_local(model, split, EXAMPLES, settings, stream())
 
@@ -273,7 +268,7 @@ def test_training_is_a_function_of_the_generator(split: ParameterSplit) -> None:
     def trained(seed: int) -> list[Tensor]:
         fresh = tiny_model(seed=1)
         parts = matching(fresh, split)
-        settings = replace(SETTINGS, steps=3, batch_size=2)
+        settings = settings_with(steps=3, batch_size=2)
         train_local(fresh, parts, EXAMPLES, settings, torch.Generator().manual_seed(seed))
         return list(parts.trained.values())
 
@@ -287,7 +282,7 @@ def test_training_is_a_function_of_the_generator(split: ParameterSplit) -> None:
 
 def test_every_step_reports_its_loss(model: Any, split: ParameterSplit) -> None:
     losses: list[float] = []
-    result = train_local(model, split, EXAMPLES, replace(SETTINGS, steps=5), stream(), losses.append)
+    result = train_local(model, split, EXAMPLES, settings_with(steps=5), stream(), losses.append)
     assert len(losses) == result.steps == 5
     assert result.loss == pytest.approx(sum(losses) / 5)
     assert losses[-1] < losses[0]
@@ -296,7 +291,7 @@ def test_every_step_reports_its_loss(model: Any, split: ParameterSplit) -> None:
 def test_trained_weights_stay_fp32_under_bf16_products(split: ParameterSplit) -> None:
     fresh = tiny_model(seed=1)
     parts = matching(fresh, split)
-    result = train_local(fresh, parts, EXAMPLES, replace(SETTINGS, precision="bf16"), stream())
+    result = train_local(fresh, parts, EXAMPLES, settings_with(precision="bf16"), stream())
     assert {p.dtype for p in parts.trained.values()} == {torch.float32}
     exact = by_hand(tiny_model(seed=1), EXAMPLES).item()
     assert result.loss == pytest.approx(exact, rel=0.02)
@@ -316,7 +311,8 @@ def test_trained_weights_stay_fp32_under_bf16_products(split: ParameterSplit) ->
 def test_steps_per_round(
     rows: int, batch_size: int, local_steps: int | None, local_epochs: float, steps: int
 ) -> None:
-    assert steps_per_round(rows, batch_size, local_steps, local_epochs) == steps
+    training = TrainingConfig(batch_size=batch_size, local_steps=local_steps, local_epochs=local_epochs)
+    assert steps_per_round(rows, training) == steps
 
 
 # What methods add to a step
@@ -342,7 +338,7 @@ def pull(split: ParameterSplit) -> Tensor:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_a_penalty_adds_its_gradient_once_per_step(split: ParameterSplit, steps: Steps, size: int) -> None:
-    settings = replace(SETTINGS, micro_batch_size=size)
+    settings = settings_with(micro_batch_size=size)
     plain = gradients_of(split, steps, settings, None)
     ours = gradients_of(split, steps, settings, StepHooks(penalty=lambda: torch.zeros(())))
     own = [3 * p.detach() for p in matching(tiny_model(seed=1), split).shared.values()]
@@ -360,7 +356,7 @@ def test_a_penalty_is_evaluated_once_per_step_and_left_out_of_the_loss(model: An
         return calls[-1]
 
     expected = by_hand(model, EXAMPLES).item()
-    settings = replace(SETTINGS, steps=3, micro_batch_size=1)
+    settings = settings_with(steps=3, micro_batch_size=1)
     losses: list[float] = []
     train_local(model, split, EXAMPLES, settings, stream(), losses.append, hooks=StepHooks(penalty=penalty))
     assert len(calls) == 3
@@ -369,7 +365,7 @@ def test_a_penalty_is_evaluated_once_per_step_and_left_out_of_the_loss(model: An
 
 
 def test_the_penalty_is_clipped_with_the_loss(split: ParameterSplit, steps: Steps) -> None:
-    settings = replace(SETTINGS, max_grad_norm=0.01)
+    settings = settings_with(max_grad_norm=0.01)
     gradients_of(split, steps, settings, StepHooks(penalty=lambda: torch.zeros(())))
     assert steps.norm(0) == pytest.approx(0.01, rel=1e-4)
 
@@ -384,7 +380,7 @@ def test_corrections_see_clipped_gradients_and_are_not_clipped(
         for parameter in split.trained.values():
             parameter.grad.add_(5.0)  # type: ignore[union-attr]
 
-    settings = replace(SETTINGS, steps=2, micro_batch_size=1, max_grad_norm=0.01)
+    settings = settings_with(steps=2, micro_batch_size=1, max_grad_norm=0.01)
     train_local(model, split, EXAMPLES, settings, stream(), hooks=StepHooks(correct=correct))
     assert len(seen) == 2
     assert float(torch.cat([g.flatten() for g in seen[0]]).double().norm()) == pytest.approx(0.01, rel=1e-4)
@@ -412,7 +408,7 @@ def test_the_context_of_a_batch_spans_its_passes(model: Any, split: ParameterSpl
         register_optimizer_step_pre_hook(stepped),
     ]
     hooks = StepHooks(around_batch=around, correct=lambda: events.append("correct"))
-    settings = replace(SETTINGS, steps=2, micro_batch_size=2)
+    settings = settings_with(steps=2, micro_batch_size=2)
     train_local(model, split, EXAMPLES, settings, stream(), lambda loss: events.append("told"), hooks=hooks)
     for handle in handles:
         handle.remove()
@@ -425,7 +421,7 @@ def test_no_hooks_are_the_same_as_empty_ones(split: ParameterSplit) -> None:
     for hooks in (None, StepHooks()):
         fresh = tiny_model(seed=1)
         parts = matching(fresh, split)
-        train_local(fresh, parts, EXAMPLES, replace(SETTINGS, steps=2), stream(), hooks=hooks)
+        train_local(fresh, parts, EXAMPLES, settings_with(steps=2), stream(), hooks=hooks)
         trained.append(list(parts.trained.values()))
     assert all(torch.equal(a, b) for a, b in zip(*trained, strict=True))
 
@@ -447,7 +443,7 @@ def test_sgd_by_hand(model: Any, split: ParameterSplit, decay: float) -> None:
             assert parameter.grad is not None
             weights[name] = weights[name] - rate * (parameter.grad.double() + decay * weights[name])
     before = {n: p.detach().clone() for n, p in split.trained.items()}
-    settings = replace(SETTINGS, optimizer="sgd", lr=100.0, personal_lr=1.0, weight_decay=decay, steps=2)
+    settings = settings_with(optimizer="sgd", lr=100.0, personal_lr=1.0, weight_decay=decay, steps=2)
     train_local(model, split, EXAMPLES, settings, stream())
     for name, parameter in split.trained.items():
         moved = float((parameter.detach() - before[name]).abs().max())
@@ -458,7 +454,7 @@ def test_sgd_by_hand(model: Any, split: ParameterSplit, decay: float) -> None:
 @pytest.mark.parametrize(("warmup", "first"), [(0, 0), (3, 0), (3, 2), (0, 8)])
 def test_the_sum_of_rates_by_hand(model: Any, split: ParameterSplit, warmup: int, first: int) -> None:
     """It is over this round's steps and of the shared group's rate."""
-    settings = replace(SETTINGS, steps=4, first_step=first, total_steps=12, warmup_steps=warmup)
+    settings = settings_with(steps=4, first_step=first, total_steps=12, warmup_steps=warmup)
     result = train_local(model, split, EXAMPLES, settings, stream())
     assert result.lr_sum == pytest.approx(0.01 * sum(cosine(s, warmup, 12) for s in range(first, first + 4)))
 
@@ -480,7 +476,7 @@ def test_the_sum_of_rates_without_a_shared_group(model: Any, split: ParameterSpl
 )
 def test_a_phase_takes_a_share_of_every_round(share: float, expected: tuple[int, ...]) -> None:
     """Its own schedule: as if the run had only the phase's steps."""
-    whole = replace(SETTINGS, steps=10, first_step=20, total_steps=40, warmup_steps=5)
+    whole = settings_with(steps=10, first_step=20, total_steps=40, warmup_steps=5)
     part = whole.part(share)
     assert (part.steps, part.first_step, part.total_steps, part.warmup_steps) == expected
     kept = {"steps", "first_step", "total_steps", "warmup_steps"}
@@ -492,7 +488,7 @@ def test_a_phase_takes_a_share_of_every_round(share: float, expected: tuple[int,
 def test_phases_of_all_rounds_join_to_one_schedule(share: float, per_round: int) -> None:
     """Every round's phase starts where the last one's ended, and the last one's end is the schedule's."""
     parts = [
-        replace(SETTINGS, steps=per_round, first_step=r * per_round, total_steps=4 * per_round).part(share)
+        settings_with(steps=per_round, first_step=r * per_round, total_steps=4 * per_round).part(share)
         for r in range(4)
     ]
     assert [p.first_step for p in parts] == [r * parts[0].steps for r in range(4)]
@@ -510,5 +506,5 @@ def test_a_cpu_trains_with_attention_in_fp32(
         return kernel(query, *args, **kwargs)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
-    train_local(model, split, EXAMPLES, replace(SETTINGS, precision="bf16"), stream())
+    train_local(model, split, EXAMPLES, settings_with(precision="bf16"), stream())
     assert set(seen) == {(torch.float32, False)}

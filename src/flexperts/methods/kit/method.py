@@ -33,12 +33,11 @@ OnBatch = Callable[[PaddedBatch], None]
 """Called with the prompts of every batch before it is scored or answered."""
 
 
-class Options(Section):
-    """A method's settings, ``[method.options]`` in a recipe; the base class has none."""
-
-
 class Method:
     """Base of all methods."""
+
+    class Options(Section):
+        """A method's settings, ``[method.options]`` in a recipe; none by default."""
 
     name: ClassVar[str]
     """Its name in recipes."""
@@ -50,8 +49,6 @@ class Method:
     """The values that leave a client, in words."""
     keeps: ClassVar[str] = "nothing"
     """The values that a client trains and never sends, in words."""
-    Options: ClassVar[type[Options]] = Options
-    """The class of the method's settings."""
     needs_experts: ClassVar[bool] = False
     """Whether the base must be a Mixture-of-Experts."""
     has_personal_lora: ClassVar[bool] = False
@@ -72,8 +69,8 @@ class Method:
     plan_note: ClassVar[str] = ""
     """How a run's costs can differ from the planned ones; empty if they cannot."""
 
-    def __init__(self, options: Any = None) -> None:
-        self.options: Any = options if options is not None else self.Options()
+    def __init__(self, options: Options | None = None) -> None:
+        self.options = options or self.Options()
 
     def check(self, config: RunConfig) -> None:
         """Raise a ConfigError for settings that are wrong for this method."""

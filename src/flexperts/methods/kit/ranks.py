@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,6 @@ from flexperts.communication.messages import Update
 from flexperts.config.names import client_names
 from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError
-from flexperts.methods.kit import method
 from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.kit.turn import Turn
@@ -93,19 +92,18 @@ def _by_name(ranks: dict[str, int]) -> dict[str, int]:
     return {names[text]: rank for text, rank in ranks.items()}
 
 
-class RankOptions(method.Options):
-    """Ranks by client."""
-
-    ranks: Annotated[dict[str, Annotated[int, Field(ge=1)]], AfterValidator(_by_name)] = {}  # noqa: RUF012  pydantic copies it
-    """Client -> its LoRA rank, at most lora.rank; clients not named here have lora.rank."""
-
-
 class RankedMethod(Method):
     """Base of methods whose clients may differ in rank: each receives, trains and sends factors of its rank."""
 
     additive = False
 
-    Options: ClassVar[type[method.Options]] = RankOptions
+    class Options(Method.Options):
+        """Ranks by client."""
+
+        ranks: Annotated[dict[str, Annotated[int, Field(ge=1)]], AfterValidator(_by_name)] = Field({})
+        """Client -> its LoRA rank, at most lora.rank; clients not named here have lora.rank."""
+
+    options: Options
 
     def check(self, config: RunConfig) -> None:
         """Raise a ConfigError for ranks above the adapter's."""
@@ -129,8 +127,7 @@ class RankedMethod(Method):
 
     def rank(self, server: Server, client: str) -> int:
         """Return a client's rank in the coming round."""
-        rank: int = self.options.ranks.get(client, rank_of(server.shared.tensors()))
-        return rank
+        return self.options.ranks.get(client, rank_of(server.shared.tensors()))
 
     def receive(self, turn: Turn) -> None:
         """Load the received factors, padded with zeros."""

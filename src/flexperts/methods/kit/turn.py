@@ -72,14 +72,11 @@ class Site:
 
     def score_experts(self) -> list[LayerScores]:
         """Score every expert of every layer on the client's own rows, with the untouched base."""
-        graft, training = self.config.graft, self.config.training
         settings = CalibrationSettings(
-            rows=graft.calibration_rows,
-            tokens=graft.calibration_tokens,
-            batch_size=training.micro_batch_size or training.batch_size,
+            graft=self.config.graft,
+            batch_size=self.config.training.rows_per_pass,
             pad_token_id=self.pad_token_id,
             precision=self.config.model.precision,
-            pairs=graft.experts > 1,
         )
         stream = self.generator("calibration")
         with self.lora.use():
