@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flexperts.communication.compression import Packed, unpack
-from flexperts.errors import FederationError, PrivacyError
+from flexperts.errors import PrivacyError, incompatible
 from flexperts.parameters.split import ParameterSplit, kept_storages, storage
 from flexperts.parameters.vector import Manifest, Payload, Vector
 
@@ -132,18 +132,14 @@ def payload_of(content: RecordDict, sender: str, sent: Payload | None = None) ->
         return Payload.empty()
     packed = _PACKING in info_of(content)
     if set(content.array_records) != {SHARED} or not (packed or set(arrays) == {f"{SHARED}/{SHARED}"}):
-        raise FederationError(
-            f"{sender} sent arrays {sorted(arrays)}", "a message carries one payload and no other", "refuse it"
-        )
+        raise incompatible(f"{sender} sent arrays {sorted(arrays)}", "a message carries one payload and no other")
     values = {name: _values(array, sender) for name, array in content.array_records[SHARED].items()}
     if packed:
         return _rebuilt(Packed(values, info_of(content)), sender, sent)
     manifest, vector = _manifest(content, sender), values[SHARED]
     if vector.dtype != np.float32 or vector.shape != (manifest.size,):
-        raise FederationError(
-            f"{sender} sent {vector.dtype}{list(vector.shape)}",
-            f"its manifest says float32[{manifest.size}]",
-            "use one flexperts version and one recipe on every silo",
+        raise incompatible(
+            f"{sender} sent {vector.dtype}{list(vector.shape)}", f"its manifest says float32[{manifest.size}]"
         )
     return Payload(manifest, vector)
 
@@ -151,9 +147,7 @@ def payload_of(content: RecordDict, sender: str, sent: Payload | None = None) ->
 def _rebuilt(packed: Packed, sender: str, sent: Payload | None) -> Payload:
     """Return what was sent plus the packed update."""
     if sent is None:
-        raise FederationError(
-            f"{sender} sent a packed update", "there is nothing here that it could change", "refuse it"
-        )
+        raise incompatible(f"{sender} sent a packed update", "there is nothing here that it could change")
     return Payload(sent.manifest, sent.vector + unpack(packed, sent.size, sender))
 
 
@@ -161,10 +155,9 @@ def _values(array: Array, sender: str) -> NDArray[Any]:
     try:
         return _view(array)
     except Exception as error:  # another machine's bytes: NumPy raises whatever its parser meets in them
-        raise FederationError(
+        raise incompatible(
             f"{sender} sent an array that cannot be read ({error!r})",
             "arrays come in NumPy's format without objects",
-            "use one flexperts version on every silo",
         ) from error
 
 
@@ -193,8 +186,6 @@ def _manifest(content: RecordDict, sender: str) -> Manifest:
             raise TypeError("a shape is not of whole numbers")
         return manifest
     except (KeyError, TypeError, ValueError, RecursionError, zlib.error) as error:
-        raise FederationError(
-            f"{sender} sent an array without a readable manifest ({error!r})",
-            "a payload says what it holds",
-            "use one flexperts version on every silo",
+        raise incompatible(
+            f"{sender} sent an array without a readable manifest ({error!r})", "a payload says what it holds"
         ) from error
