@@ -30,10 +30,10 @@ from flexperts.data.batches import pad_batch
 from flexperts.data.prompts import PromptEncoder
 from flexperts.data.rows import Row
 from flexperts.evaluation.scores import EvaluationSettings, evaluate
-from flexperts.methods.kit.turn import copy_tensors
 from flexperts.modeling.load import load_base
 from flexperts.modeling.lora import LoraAdapters
 from flexperts.parameters.split import ParameterSplit
+from flexperts.parameters.vector import copy_tensors
 from flexperts.testing import save_tiny_base
 from flexperts.training.local import LocalSettings, train_local
 

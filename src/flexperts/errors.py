@@ -16,6 +16,8 @@ Every message is one line: value, rule, remedy.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 _LONGEST_SHOWN = 200
@@ -25,6 +27,17 @@ def shown(value: Any) -> str:
     """Return a value as text for a message, cut if it is long."""
     text = repr(value)
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+
+
+def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the known name that is most similar to a name, if its similarity (0 to 1) reaches the cutoff."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str, cutoff: float = 0.6) -> str:
+    """Return the question whether the closest known name was meant, or another text if no name is similar."""
+    near = closest(name, known, cutoff)
+    return f"did you mean {near!r}?" if near else otherwise
 
 
 class FlexpertsError(ValueError):
@@ -74,6 +87,11 @@ class ArtifactError(FlexpertsError):
 
 class FederationError(FlexpertsError):
     """A round cannot continue."""
+
+
+def incompatible(value: str, rule: str) -> FederationError:
+    """Return the error for a message that no client or server of this version and recipe sends."""
+    return FederationError(value, rule, "use one flexperts version and one recipe on the server and every silo")
 
 
 class ServingError(FlexpertsError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from flexperts.config.data import DataConfig
 from flexperts.config.run import RunConfig
 from flexperts.config.section import Section
 from flexperts.config.silo import SiloConfig
-from flexperts.errors import ConfigError, shown
+from flexperts.errors import ConfigError, closest, shown
 from flexperts.files import damaged, text_of
 
 _PACKAGE = Path(__file__).parent
@@ -148,13 +147,10 @@ def _offence(detail: Mapping[str, Any], schema: type[Section]) -> str:
     path = [str(part) for part in detail["loc"]]
     key = ".".join(path)
     if detail["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(path[-1], _keys_at(path[:-1], schema), n=1, cutoff=0.5)
-        known = (
-            f"did you mean {'.'.join([*path[:-1], close[0]])!r}?"
-            if close
-            else f"known: {_keys_at(path[:-1], schema)}"
-        )
-        return f"unknown key {key!r} ({known})"
+        known = _keys_at(path[:-1], schema)
+        near = closest(path[-1], known, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*path[:-1], near])!r}?" if near else f"known: {known}"
+        return f"unknown key {key!r} ({hint})"
     value = "" if detail["type"] in ("missing", "value_error") else f" = {shown(detail['input'])}"
     return f"{key or 'recipe'}{value}: {detail['msg'].removeprefix('Value error, ')}"
 

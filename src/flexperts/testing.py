@@ -5,7 +5,6 @@ Nothing in the package imports this module.
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
 from importlib import resources
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from flexperts.errors import ConfigError
+from flexperts.errors import ConfigError, did_you_mean
 from flexperts.moe.batched import BatchedExperts
 from flexperts.moe.layout import LayerExperts
 from flexperts.moe.parallel import ParallelExperts
@@ -68,8 +67,7 @@ def tiny_settings(family: str | None = None) -> dict[str, Any]:
         ConfigError: There is no such family.
     """
     if family is not None and family not in FAMILIES:
-        close = difflib.get_close_matches(family, FAMILIES, n=1)
-        remedy = f"did you mean {close[0]!r}?" if close else f"choose one of its {len(FAMILIES)} keys"
+        remedy = did_you_mean(family, FAMILIES, f"choose one of its {len(FAMILIES)} keys")
         raise ConfigError(f"family {family!r}", "it must be a key of flexperts.testing.FAMILIES", remedy)
     return {**_TINY["common"], **(FAMILIES[family] if family else {})}
 

@@ -12,13 +12,14 @@ from torch.nn import Parameter
 
 from flexperts.config.run import RunConfig
 from flexperts.data.prompts import Example
-from flexperts.errors import GraftError
+from flexperts.errors import FederationError, GraftError
 from flexperts.methods.kit.method import Method, named_parameters
 from flexperts.methods.kit.turn import Prepared, Site
 from flexperts.modeling.load import LoadedBase
 from flexperts.modeling.lora import LoraAdapters
 from flexperts.moe.experts import find_experts
 from flexperts.parameters.split import ParameterSplit, split_parameters
+from flexperts.parameters.vector import copy_tensors
 from flexperts.parts.part import Part
 from flexperts.seeding import derive_seed
 
@@ -85,7 +86,8 @@ class ClientModel:
             self.lora.reset()
             parts |= {name: part.to(self.device) for name, part in self.method.parts(site).items()}
             split = self._split(parts)
-            load_personal_tensors(personal, split.personal)
+            if personal:
+                _load_personal(personal, split.personal)
             for part in parts.values():
                 part.attach()
             yield split, parts
@@ -104,19 +106,12 @@ class ClientModel:
         return split_parameters(parameters, shared, trained - shared)
 
 
-@torch.no_grad()
-def load_personal_tensors(source: Mapping[str, Tensor], target: Mapping[str, Parameter]) -> None:
-    """Copy stored personal tensors into a split's personal group; an empty source leaves the initial values."""
-    if not source:
-        return
-    ours = {n: tuple(p.shape) for n, p in target.items()}
-    theirs = {n: tuple(t.shape) for n, t in source.items()}
-    if ours != theirs:
-        odd = sorted(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n))
+def _load_personal(stored: Mapping[str, Tensor], personal: Mapping[str, Parameter]) -> None:
+    try:
+        copy_tensors(stored, personal)
+    except FederationError as error:
         raise GraftError(
-            f"personal state: {odd[0]} is {theirs.get(odd[0])}, the model has {ours.get(odd[0])}",
+            f"personal state: {error.value}",
             "a personal state only fits the graft settings that it was trained with",
             "use the config of the run that it belongs to, or delete the client's personal file to start it anew",
-        )
-    for name, tensor in source.items():
-        target[name].copy_(tensor)
+        ) from error

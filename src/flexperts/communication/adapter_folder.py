@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from flexperts.errors import FederationError
+from flexperts.errors import incompatible
 from flexperts.files import write_bytes, write_text
 
 
@@ -37,8 +37,6 @@ def _of_rank(rank: int, config_json: str) -> dict[str, Any]:
         config = dict(json.loads(config_json))
         return config | {"r": rank, "lora_alpha": float(config["lora_alpha"]) * (rank / int(config["r"]))}
     except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
-        raise FederationError(
-            f"adapter configuration {config_json[:80]!r}",
-            f"it holds PEFT's r and lora_alpha ({error!r})",
-            "use one flexperts version on every silo",
+        raise incompatible(
+            f"adapter configuration {config_json[:80]!r}", f"it holds PEFT's r and lora_alpha ({error!r})"
         ) from error

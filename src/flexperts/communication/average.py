@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flexperts.communication.messages import Update
-from flexperts.errors import FederationError
+from flexperts.errors import FederationError, incompatible
 from flexperts.parameters.vector import Vector
 
 
@@ -29,9 +29,7 @@ def weighted_mean(updates: Iterable[Update]) -> Vector:
         elif update.vector.shape == total.shape:
             _add_weighted(total, update)
         else:
-            raise FederationError(
-                f"{update.client} sent {update.vector.size} values", f"others sent {total.size}", "use one recipe"
-            )
+            raise incompatible(f"{update.client} sent {update.vector.size} values", f"others sent {total.size}")
         rows, last = rows + update.rows, update.client
         del update  # before the next one arrives
     if total is None:
@@ -70,7 +68,7 @@ def holders_mean(current: Mapping[str, Tensor], updates: Iterable[Update]) -> di
     for update in checked(updates):
         for name, tensor in update.tensors().items():
             if name not in current or tensor.shape != current[name].shape:
-                raise FederationError(f"{update.client} sent {name}", "no such tensor is shared", "use one recipe")
+                raise incompatible(f"{update.client} sent {name}", "no such tensor is shared")
             sums[name] = sums[name] + tensor * update.rows if name in sums else tensor * update.rows
             rows[name] = rows.get(name, 0) + update.rows
     return {n: sums[n] / rows[n] if n in sums else t for n, t in current.items()}

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexperts.config.federation import CompressionConfig
-from flexperts.errors import FederationError
+from flexperts.errors import FederationError, incompatible
 from flexperts.parameters.vector import Vector
 
 _TOP = 127
@@ -169,6 +169,4 @@ def _whole(packed: Packed, name: str, least: int, most: int, sender: str) -> int
 
 
 def _unfit(sender: str, value: str, rule: str) -> FederationError:
-    return FederationError(
-        f"{sender} sent {value} in a packed update", rule, "use one flexperts version and one recipe on every silo"
-    )
+    return incompatible(f"{sender} sent {value} in a packed update", rule)

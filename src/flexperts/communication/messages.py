@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flexperts.communication.compression import Packed, unpack
-from flexperts.errors import FederationError, PrivacyError
+from flexperts.errors import PrivacyError, incompatible
 from flexperts.parameters.split import ParameterSplit, kept_storages, storage_address
 from flexperts.parameters.vector import Manifest, Payload, Vector
 
@@ -132,20 +132,14 @@ def payload_of(content: RecordDict, sender: str, sent: Payload | None = None) ->
         return Payload.empty()
     packed = _PACKING in info_of(content)
     if set(content.array_records) != {SHARED} or not (packed or set(arrays) == {f"{SHARED}/{SHARED}"}):
-        raise FederationError(
-            f"{sender} sent arrays {sorted(arrays)}",
-            "a message must contain exactly one payload",
-            "use one flexperts version and one recipe on every silo",
-        )
+        raise incompatible(f"{sender} sent arrays {sorted(arrays)}", "a message must contain exactly one payload")
     values = {name: _values(array, sender) for name, array in content.array_records[SHARED].items()}
     if packed:
         return _rebuilt(Packed(values, info_of(content)), sender, sent)
     manifest, vector = _manifest(content, sender), values[SHARED]
     if vector.dtype != np.float32 or vector.shape != (manifest.size,):
-        raise FederationError(
-            f"{sender} sent {vector.dtype}{list(vector.shape)}",
-            f"its manifest says float32[{manifest.size}]",
-            "use one flexperts version and one recipe on every silo",
+        raise incompatible(
+            f"{sender} sent {vector.dtype}{list(vector.shape)}", f"its manifest says float32[{manifest.size}]"
         )
     return Payload(manifest, vector)
 
@@ -153,10 +147,8 @@ def payload_of(content: RecordDict, sender: str, sent: Payload | None = None) ->
 def _rebuilt(packed: Packed, sender: str, sent: Payload | None) -> Payload:
     """Return what was sent plus the packed update."""
     if sent is None:
-        raise FederationError(
-            f"{sender} sent a packed update",
-            "this message has no weights that an update could change",
-            "use one flexperts version and one recipe on every silo",
+        raise incompatible(
+            f"{sender} sent a packed update", "this message has no weights that an update could change"
         )
     return Payload(sent.manifest, sent.vector + unpack(packed, sent.size, sender))
 
@@ -165,10 +157,9 @@ def _values(array: Array, sender: str) -> NDArray[Any]:
     try:
         return _view(array)
     except Exception as error:  # bytes from another machine: NumPy's parser can raise errors of many types
-        raise FederationError(
+        raise incompatible(
             f"{sender} sent an array that cannot be read ({error!r})",
             "arrays must be in NumPy's format, without objects",
-            "use one flexperts version on every silo",
         ) from error
 
 
@@ -197,8 +188,7 @@ def _manifest(content: RecordDict, sender: str) -> Manifest:
             raise TypeError("a shape has a size that is not a valid whole number")
         return manifest
     except (KeyError, TypeError, ValueError, RecursionError, zlib.error) as error:
-        raise FederationError(
+        raise incompatible(
             f"{sender} sent an array without a readable manifest ({error!r})",
             "a payload must have a list of its tensors",
-            "use one flexperts version on every silo",
         ) from error

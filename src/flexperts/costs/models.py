@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from flexperts.errors import ModelError
+from flexperts.errors import ModelError, did_you_mean
 from flexperts.modeling.load import LoadedBase
 from flexperts.modeling.skeleton import skeleton
 
@@ -64,8 +63,8 @@ def describe(name: str) -> Description:
 
 
 def _unknown(name: str, short: str) -> ModelError:
-    close = difflib.get_close_matches(short, shipped_configs(), n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}?" if close else f"configs that ship: {', '.join(shipped_configs())}"
+    shipped = shipped_configs()
+    hint = did_you_mean(short, shipped, f"configs that ship: {', '.join(shipped)}", cutoff=0.5)
     return ModelError(f"model {name!r}", "there is no config with this name", f"{_REMEDY}; {hint}")
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 
 from flexperts.data.records import Say, names_shown
-from flexperts.errors import DataError
+from flexperts.errors import DataError, closest
 
 FIELDS = ("instruction", "context", "response", "category")
 REQUIRED = ("instruction", "response")
@@ -108,5 +107,5 @@ def _hint(field: str, column: str, columns: Sequence[str], mapped: Mapping[str, 
     """
     others = {name for other, names in KNOWN.items() if other != field for name in (*names, mapped.get(other))}
     free = {name.casefold(): name for name in columns if name not in others - {*_MEANT[field]}}
-    close = difflib.get_close_matches(column.casefold(), list(free), n=1, cutoff=0.75)
-    return next((free[word] for word in (*close, *_MEANT[field]) if word in free), None)
+    near = closest(column.casefold(), free, cutoff=0.75)
+    return next((free[word] for word in (near, *_MEANT[field]) if word in free), None)

@@ -24,7 +24,7 @@ from flexperts.deployment.kept import keep_choices, keep_recipe, keep_rows, with
 from flexperts.deployment.settings import for_silo
 from flexperts.deployment.state import private_folder
 from flexperts.deployment.wire import Fields, deserialize, serialize
-from flexperts.errors import FederationError, FlexpertsError
+from flexperts.errors import FlexpertsError, incompatible
 from flexperts.methods.registry import make_method
 from flexperts.modeling.load import LoadedBase, load_base
 from flexperts.observer import Observer, observing
@@ -37,7 +37,6 @@ _DONE = {
     "evaluate": "evaluated",
 }
 
-_ONE_VERSION = "use one flexperts version for the server and every silo"
 log = logging.getLogger(__name__)
 
 
@@ -73,7 +72,7 @@ class Worker:
     def _answer(self, fields: Fields, content: RecordDict) -> RecordDict:
         kind, run, recipe = (_field(fields, name) for name in ("kind", "run", "recipe"))
         if kind not in ANSWERS:
-            raise FederationError(f"request {kind[:80]!r}", f"a silo answers {', '.join(ANSWERS)}", _ONE_VERSION)
+            raise incompatible(f"request {kind[:80]!r}", f"a silo answers {', '.join(ANSWERS)}")
         started = time.monotonic()
         with observing(self.observer):
             resident = self._resident_of(run, recipe)
@@ -148,7 +147,7 @@ class Worker:
 
 def _field(fields: Fields, name: str) -> str:
     if name not in fields:
-        raise FederationError(f"a request without {name}", "it must have kind, run and recipe", _ONE_VERSION)
+        raise incompatible(f"a request without {name}", "it must have kind, run and recipe")
     return fields[name]
 
 

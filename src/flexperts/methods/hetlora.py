@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flexperts.communication.average import checked
 from flexperts.communication.messages import DERIVED, Update
-from flexperts.errors import FederationError
+from flexperts.errors import incompatible
 from flexperts.methods.kit.ranks import (
     Factors,
     RankedMethod,
@@ -156,9 +156,8 @@ def _told_rank(update: Update) -> int:
     tensors = update.tensors()
     told, most = tensors[_NEXT_RANK].item(), rank_of(tensors)
     if told not in range(1, most + 1):
-        raise FederationError(
+        raise incompatible(
             f"{update.client} reports the next rank {told:g}",
             f"it must be a whole number from 1 to {most}, its rank in this round",
-            "use one flexperts version on every silo",
         )
     return int(told)

@@ -7,7 +7,6 @@ import code: only methods registered here, by an installed package or by ``regis
 
 from __future__ import annotations
 
-import difflib
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from flexperts.errors import ConfigError
+from flexperts.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from flexperts.config.run import MethodConfig
@@ -103,8 +102,7 @@ def method_class(name: str) -> type[Method]:
     """Return the class registered under ``name``, imported on first use."""
     _find_installed()
     if name not in _METHODS:
-        close = difflib.get_close_matches(name, _METHODS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "see `flexperts methods`"
+        hint = did_you_mean(name, _METHODS, "see `flexperts methods`")
         raise ConfigError(f"method {name!r}", f"methods are {', '.join(method_names())}", hint)
     if name not in _LOADED:
         _LOADED[name] = _imported(name, _METHODS[name])
@@ -149,8 +147,7 @@ def _offences(error: ValidationError, method: type[Method]) -> str:
     for offence in error.errors():
         key = ".".join(map(str, offence["loc"]))
         if offence["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known) or 'none'}"
+            hint = did_you_mean(key, known, f"known: {', '.join(known) or 'none'}", cutoff=0.5)
             parts.append(f"{method.name} has no option {key!r} ({hint})")
         else:
             parts.append(f"{key} = {offence['input']!r}: {offence['msg'].removeprefix('Value error, ')}")

@@ -6,7 +6,6 @@ accelerate copies a layer's experts to the device during its forward pass.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from accelerate.utils import convert_file_size_to_int
 from torch import nn
 
 from flexperts.config.model import ModelConfig
-from flexperts.errors import ModelError
+from flexperts.errors import ModelError, did_you_mean
 from flexperts.modeling.memory import free_bytes
 from flexperts.modeling.skeleton import skeleton
 from flexperts.moe.experts import find_experts
@@ -72,8 +71,7 @@ def _mapped(wanted: dict[str, Any], model: nn.Module, device: torch.device) -> _
     """Place a layer's experts as the recipe says for them or for the nearest module that contains them."""
     names = dict(model.named_modules())
     if unknown := sorted(wanted.keys() - names.keys()):
-        close = difflib.get_close_matches(unknown[0], names, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "use module names as `flexperts inspect` shows them"
+        hint = did_you_mean(unknown[0], names, "use module names as `flexperts inspect` shows them")
         raise ModelError(f"model.device_map names {unknown[0]!r}", "the base has no such module", hint)
     return lambda experts: _beside(
         experts, next((wanted[up] for up in _upwards(experts.name) if up in wanted), str(device)), device

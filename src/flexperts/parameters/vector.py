@@ -20,13 +20,12 @@ from numpy.typing import NDArray
 from pydantic import Field, TypeAdapter
 from torch import Tensor
 
-from flexperts.errors import FederationError
+from flexperts.errors import incompatible
 
 Vector = NDArray[np.float32]
 
 _Length = Annotated[int, Field(ge=0, lt=2**63)]
 _PAIRS = TypeAdapter(list[tuple[str, tuple[_Length, ...]]])
-_ONE = "use one flexperts version and one recipe on every silo"
 
 
 @dataclass(frozen=True)
@@ -53,10 +52,10 @@ class Manifest:
         try:
             pairs = _PAIRS.validate_json(text, strict=True)
         except ValueError as error:
-            raise FederationError(f"manifest {text[:80]!r}", "it must list names with shapes", _ONE) from error
+            raise incompatible(f"manifest {text[:80]!r}", "it must list names with shapes") from error
         names = tuple(name for name, _ in pairs)
         if names != tuple(sorted(set(names))):
-            raise FederationError(f"manifest {text[:80]!r}", "its names must be unique and sorted", _ONE)
+            raise incompatible(f"manifest {text[:80]!r}", "its names must be unique and sorted")
         return cls(names, tuple(shape for _, shape in pairs))
 
     def to_json(self) -> str:
@@ -71,10 +70,8 @@ class Manifest:
     def unflatten(self, vector: Vector) -> dict[str, Tensor]:
         """Split a vector into named fp32 tensors that share its memory, or that of a copy if it is read-only."""
         if vector.shape != (self.size,) or vector.dtype != np.float32:
-            raise FederationError(
-                f"vector {vector.dtype}{list(vector.shape)}",
-                f"the manifest requires float32[{self.size}]",
-                _ONE,
+            raise incompatible(
+                f"vector {vector.dtype}{list(vector.shape)}", f"the manifest requires float32[{self.size}]"
             )
         if is_sizes_only(vector):
             return {n: torch.empty(s, device="meta") for n, s in zip(self.names, self.shapes, strict=True)}
@@ -142,12 +139,21 @@ class Payload:
     def check(self, expected: Manifest, sender: str) -> Self:
         """Return this payload if it contains exactly the expected tensors."""
         if self.manifest != expected:
-            raise FederationError(
+            raise incompatible(
                 f"{sender} sent {_difference(self.manifest, expected)}",
                 "a message must contain exactly the tensors that the method declares",
-                "use one flexperts version and one recipe on every silo",
             )
         return self
+
+
+@torch.no_grad()
+def copy_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    """Copy tensors into others of the same names and shapes, in place."""
+    sent, expected = Manifest.of(source), Manifest.of(target)
+    if sent != expected:
+        raise incompatible(_difference(sent, expected), "names and shapes must be those of the model")
+    for name, tensor in source.items():
+        target[name].copy_(tensor)
 
 
 def _difference(sent: Manifest, expected: Manifest) -> str:

@@ -15,7 +15,6 @@ Shapes: N experts, M subsets, k experts chosen. Source: FLEx (arXiv 2506.00965);
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Sequence
 from itertools import combinations
@@ -24,7 +23,7 @@ from typing import TypeVar
 import torch
 from torch import Generator, Tensor
 
-from flexperts.errors import ConfigError, GraftError
+from flexperts.errors import ConfigError, GraftError, did_you_mean
 from flexperts.selection.selection import LayerScores
 
 Layer = TypeVar("Layer")
@@ -103,8 +102,7 @@ def select(rule: str, layer: LayerScores, k: int, generator: Generator) -> tuple
         generator: Stream of the random rule.
     """
     if rule not in RULES:
-        close = difflib.get_close_matches(rule, RULES, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "choose one of them"
+        hint = did_you_mean(rule, RULES, "choose one of them")
         raise ConfigError(f"graft.selection = {rule!r}", f"rules are {', '.join(RULES)}", hint)
     layer.check_count(k)
     return RULES[rule](layer, k, generator)

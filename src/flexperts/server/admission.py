@@ -13,7 +13,7 @@ from flexperts.communication.average import check_finite
 from flexperts.communication.messages import Metrics, Update, info_of, metrics_of, payload_of
 from flexperts.config.names import normal
 from flexperts.config.run import RunConfig
-from flexperts.errors import FederationError, FlexpertsError
+from flexperts.errors import FederationError, FlexpertsError, incompatible
 from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.server_state import Server
 from flexperts.parameters.vector import Vector
@@ -21,7 +21,6 @@ from flexperts.protection.pipeline import told
 
 _REPORTED = ("loss", "steps", "tokens", "rows", "shared_parameters", "personal_parameters", "personal_sent")
 _BLOCK = 1 << 20
-_ONE_RECIPE = "use one flexperts version and one recipe on every silo"
 
 
 class Admission:
@@ -57,8 +56,8 @@ class Admission:
             wanted = ("rows", *(f"nll.{state}" for state in self.method.states))
             _check_reported(client, metrics, wanted, finite=False)  # a diverged model has such scores
             if not (metrics["rows"] >= 1 and float(metrics["rows"]).is_integer()):
-                raise FederationError(
-                    f"{client}: {metrics['rows']} rows", "the number of scored rows must be 1 or more", _ONE_RECIPE
+                raise incompatible(
+                    f"{client}: {metrics['rows']} rows", "the number of scored rows must be 1 or more"
                 )
             return {name: None if self._is_void(name, metrics) else value for name, value in metrics.items()}
         except FederationError:
@@ -179,9 +178,9 @@ def _check_reported(client: str, metrics: Metrics, wanted: Sequence[str], *, fin
     for name in wanted:
         value = metrics.get(name)
         if not isinstance(value, int | float) or (finite and not math.isfinite(value)):
-            raise FederationError(f"{client} reports {name} = {value}", "it must be a number", _ONE_RECIPE)
+            raise incompatible(f"{client} reports {name} = {value}", "it must be a number")
 
 
 def _unreadable(client: str, error: Exception) -> FederationError:
     said = str(error) if isinstance(error, FlexpertsError) else repr(error)
-    return FederationError(f"{client}'s reply", f"it cannot be read ({said})", _ONE_RECIPE)
+    return incompatible(f"{client}'s reply", f"it cannot be read ({said})")

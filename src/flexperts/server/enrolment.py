@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 
 from flexperts.config.federation import FederationConfig
 from flexperts.config.names import alike, readings_of
-from flexperts.errors import FederationError, FlexpertsError
+from flexperts.errors import FederationError, FlexpertsError, incompatible
 from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.server_state import Server
 from flexperts.server.exchange import LazyGrid
@@ -147,11 +147,7 @@ def agreed(method: Method, reports: Mapping[str, Any]) -> Any:
     except FlexpertsError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise FederationError(
-            "the client's report",
-            f"the method cannot read it ({error!r})",
-            "use one flexperts version and one recipe on every silo",
-        ) from error
+        raise incompatible("the client's report", f"the method cannot read it ({error!r})") from error
 
 
 def other_base(one: Introduction, base: str) -> FederationError:

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flexperts.communication.messages import info_of, records
 from flexperts.communication.traffic import encoded_bytes
 from flexperts.config.names import alike, client_name, skeletons
-from flexperts.errors import FederationError, FlexpertsError
+from flexperts.errors import FederationError, FlexpertsError, incompatible
 from flexperts.observer import Observer
 from flexperts.server.exchange import Asked, error_of, one_line, request, sendable
 
@@ -50,10 +50,9 @@ class Introduction:
             return cls(name, str(info["base"]), rows, report, encoded_bytes(reply.content))
         except Exception as error:  # another machine's bytes
             said = str(error) if isinstance(error, FlexpertsError) else repr(error)
-            raise FederationError(
+            raise incompatible(
                 f"its introduction cannot be read ({said})",
                 "a client sends its name, base, number of rows and report",
-                "use one flexperts version on every silo",
             ) from error
 
 

@@ -18,7 +18,7 @@ from flexperts.communication.messages import Update, info_of, payload_of, record
 from flexperts.communication.traffic import encoded_bytes
 from flexperts.config.federation import FederationConfig
 from flexperts.config.run import RunConfig
-from flexperts.errors import FederationError, FlexpertsError
+from flexperts.errors import FederationError, FlexpertsError, incompatible
 from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.registry import make_method
@@ -169,8 +169,4 @@ def _read_initial(name: str, replies: list[Message]) -> Initial:
     except FederationError:
         raise
     except Exception as error:  # another machine's bytes
-        raise FederationError(
-            f"{name}'s initial weights",
-            f"they cannot be read ({error!r})",
-            "use one flexperts version on every silo",
-        ) from error
+        raise incompatible(f"{name}'s initial weights", f"they cannot be read ({error!r})") from error

@@ -5,13 +5,12 @@ This module does not load torch, so the HTTP server and its tests can use it wit
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from flexperts.config.names import normal
-from flexperts.errors import ConfigError, FlexpertsError
+from flexperts.errors import ConfigError, FlexpertsError, did_you_mean
 
 if TYPE_CHECKING:
     from flexperts.methods.kit.method import State
@@ -50,8 +49,7 @@ def find_model(text: str, models: Sequence[ModelName]) -> ModelName:
     texts |= {f"{model.client}@{model.state}": model for model in models}
     if text in texts:
         return texts[text]
-    near = difflib.get_close_matches(text, texts, 1)
-    remedy = f"did you mean {near[0]!r}?" if near else "choose one of these"
+    remedy = did_you_mean(text, texts, "choose one of these")
     raise ConfigError(f"model {text!r}", f"the models are {', '.join(map(str, models))}", remedy)
 
 

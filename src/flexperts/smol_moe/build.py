@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fcntl
 import json
 import re
@@ -16,7 +15,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexperts.errors import ModelError
+from flexperts.errors import ModelError, did_you_mean
 from flexperts.files import unwritable
 from flexperts.smol_moe.sources import Report, cache_dir, file_sha256, find_dense, writing_cache
 from flexperts.smol_moe.upcycle import upcycle
@@ -66,8 +65,7 @@ def base_spec(name: str) -> BaseSpec:
     """Look up a shipped base."""
     if name in BASES:
         return BASES[name]
-    near = difflib.get_close_matches(name, BASES, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"choose one of {sorted(BASES)}"
+    hint = did_you_mean(name, BASES, f"choose one of {sorted(BASES)}")
     raise ModelError(f"base {name!r}", "is not shipped with flexperts", hint)
 
 
@@ -254,11 +252,10 @@ def resolve_base(name_or_path: str, report: Report = to_stderr) -> str:
         return str(_model_folder(path))
     if _HUB_ID.fullmatch(name_or_path) and not name_or_path.startswith(("./", "../", "~")):
         return name_or_path
-    near = difflib.get_close_matches(name_or_path, BASES, n=1)
     raise ModelError(
         f"base {name_or_path!r}",
         "must be a shipped base, an existing folder, or a hub id of the form org/name",
-        f"did you mean {near[0]!r}?" if near else f"use {sorted(BASES)[0]!r} or correct the path",
+        did_you_mean(name_or_path, BASES, f"use {sorted(BASES)[0]!r} or correct the path"),
     )
 
 

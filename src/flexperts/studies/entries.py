@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from flexperts.config.run import RunConfig
-from flexperts.errors import ConfigError
+from flexperts.errors import ConfigError, did_you_mean
 from flexperts.methods.registry import make_method, method_names
 from flexperts.protection.pipeline import check_protections
 from flexperts.recipe import load_recipe
@@ -113,8 +112,7 @@ def _settings(name: str, config: RunConfig) -> tuple[str, ...]:
         keys = {key.strip(): value.strip(" \"'") for key, _, value in (s.partition("=") for s in variants[name])}
         return (*_no_options(keys.get("method.name", config.method.name), config), *variants[name])
     known = [*method_names(), *variants]
-    close = difflib.get_close_matches(name, known, n=1)
-    remedy = f"did you mean {close[0]!r}?" if close else "name a method, or define it under [compare.variants]"
+    remedy = did_you_mean(name, known, "name a method, or define it under [compare.variants]")
     raise ConfigError(f"entry {name!r}", "it is neither a method nor a variant of the recipe", remedy)
 
 

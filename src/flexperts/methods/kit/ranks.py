@@ -7,7 +7,6 @@ factor, and vice versa. The scaling alpha / R is the same for all ranks.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Annotated
 
@@ -20,7 +19,7 @@ from flexperts.communication.average import checked
 from flexperts.communication.messages import Update
 from flexperts.config.names import client_names
 from flexperts.config.run import RunConfig
-from flexperts.errors import ConfigError
+from flexperts.errors import ConfigError, did_you_mean
 from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.kit.turn import Turn
@@ -118,11 +117,10 @@ class RankedMethod(Method):
     def check_clients(self, clients: Collection[str]) -> None:
         """Raise a ConfigError for ranks of clients that the run does not have."""
         for client in sorted(self.options.ranks.keys() - set(clients)):
-            close = difflib.get_close_matches(client, clients, n=1)
             raise ConfigError(
                 f"method.options.ranks.{client}",
                 f"the run's clients are {', '.join(sorted(clients))}",
-                f"did you mean {close[0]!r}?" if close else "use one of these names",
+                did_you_mean(client, clients, "use one of these names"),
             )
 
     def rank(self, server: Server, client: str) -> int:

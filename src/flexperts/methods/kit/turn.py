@@ -7,16 +7,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Generator, Tensor, nn
 from torch.nn import Parameter
 
 from flexperts.config.run import RunConfig
 from flexperts.data.prompts import Example
-from flexperts.errors import FederationError
 from flexperts.modeling.lora import LoraAdapters
 from flexperts.moe.layout import LayerExperts
 from flexperts.parameters.split import ParameterSplit
+from flexperts.parameters.vector import copy_tensors
 from flexperts.parts.part import Part
 from flexperts.seeding import generator
 from flexperts.selection.selection import CalibrationSettings, LayerScores, score_experts
@@ -170,18 +169,3 @@ def _only(everything: Mapping[str, Parameter], training: Mapping[str, Parameter]
                 parameter.requires_grad_(False)
                 stack.callback(parameter.requires_grad_, True)
         yield
-
-
-@torch.no_grad()
-def copy_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
-    """Copy tensors into others of the same names and shapes, in place."""
-    ours, theirs = ({n: tuple(t.shape) for n, t in side.items()} for side in (target, source))
-    if ours != theirs:
-        odd = min(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n))
-        raise FederationError(
-            f"{odd} arrives as {theirs.get(odd)}",
-            f"the model has {ours.get(odd)}",
-            "use one flexperts version and one recipe on every silo",
-        )
-    for name, tensor in source.items():
-        target[name].copy_(tensor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import time
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from flexperts.errors import did_you_mean
 from flexperts.serving.contract import ModelName, Sampling
 from flexperts.serving.http.refusals import RefusedError, invalid
 from flexperts.serving.http.settings import Limits
@@ -142,8 +142,7 @@ def _check_extra(field: str, value: Any) -> None:
         values = " or ".join(map(repr, _ONLY[field]))
         rule = f"it can only be {values}" if values else "it is not supported"
         raise invalid(field, rule, "leave it out", field)
-    near = difflib.get_close_matches(field, [*ChatRequest.model_fields, *_ONLY], 1)
-    remedy = f"did you mean {near[0]!r}?" if near else "leave it out"
+    remedy = did_you_mean(field, [*ChatRequest.model_fields, *_ONLY], "leave it out")
     raise invalid(f"{field[:100]!r}", "there is no such field", remedy, field[:100])
 
 
