@@ -58,10 +58,10 @@ class Tracking(Observer):
     def split(self, method: str, table: Sequence[Mapping[str, Any]]) -> None:
         """Start a run for the method in every tracker, with the recipe as hyperparameters."""
         self.close()
-        config, run = self._config, method
-        # run_federation starts the reference after it has written the method's summary.
-        if self._config.method.reference and (self._out / "summary.json").exists():
-            config, run = config.with_method(method), f"reference/{method}"
+        # The reference's rounds begin when the method's own summary is written.
+        is_reference = self._config.method.reference and (self._out / "summary.json").exists()
+        config = self._config.with_method(method) if is_reference else self._config
+        run = f"reference/{method}" if is_reference else method
         settings = {"run": f"{self._name}/{run}", **hyperparameters(config)}
         for name in self._classes:
             self._start(name, run, settings)
@@ -132,14 +132,13 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
 def _by_client(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Return loss and scores as group -> client -> value; a round without some of them has no such group."""
     groups: dict[str, dict[str, float]] = {}
-    for client, metrics in record["clients"].items():
-        if "loss" in metrics:
-            groups.setdefault("loss", {})[client] = metrics["loss"]
+    losses = {client: metrics["loss"] for client, metrics in record["clients"].items() if "loss" in metrics}
+    if losses:
+        groups["loss"] = losses
     for client, scores in record["scores"].items():
         for key, value in scores.items():
-            metric, dot, state = key.partition(".")
-            if dot and value is not None:  # else it is a count of rows, or not finite
-                groups.setdefault(f"{metric}/{state}", {})[client] = value
+            if "." in key and value is not None:  # else it is a count of rows, or not finite
+                groups.setdefault(key.replace(".", "/", 1), {})[client] = value
     return groups
 
 

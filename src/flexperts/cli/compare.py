@@ -66,28 +66,24 @@ def command(
 
     planned = jobs(plan, out)
     chosen: list[tuple[str, object]] = [("--methods", methods), ("--seeds", seeds), ("--reference", reference)]
-    chosen += [
-        ("--out", out),
-        *(("--set", value) for value in settings),
-        *(("--track", value) for value in track or ()),
-    ]
+    chosen += [("--out", out), ("--set", settings), ("--track", track)]
     chosen += [("--workers", workers if workers > 1 else None), ("--keep-weights", keep_weights)]
     again = command_line("compare", str(recipe), options=chosen)
 
+    def done() -> int:
+        return sum(job.done for job in planned)
+
     def kept() -> str:
-        done = sum(job.done for job in planned)
-        return f"{done} of {len(planned)} runs are finished, kept in {out}; resume with {again}"
+        return f"{done()} of {len(planned)} runs are finished, kept in {out}; resume with {again}"
 
     with stoppable(kept), ProgressDisplay() as display:
-        before = sum(job.done for job in planned)
-        display.say(f"{len(planned)} runs, {before} of them finished already; everything is in {out}")
+        display.say(f"{len(planned)} runs, {done()} of them finished already; everything is in {out}")
 
         def tell(job: Job, error: str | None) -> None:
-            done = sum(job.done for job in planned)
             noted = job.folder / "error.txt"
             where = f" (see {noted})" if noted.exists() else ""
             outcome = f"failed: {error}{where}" if error else "finished"
-            display.say(f"[{done}/{len(planned)}] {job}: {outcome}")
+            display.say(f"[{done()}/{len(planned)}] {job}: {outcome}")
 
         failed = run_comparison(
             plan,

@@ -186,12 +186,16 @@ def cut_line(answers: Mapping[str, Mapping[str, Any] | None]) -> str:
         answers: Client -> its ``answers`` in a summary.
     """
     told = {name: its for name, its in answers.items() if its}
-    scored = {n: {state: c for state, c in its["cut"].items() if c is not None} for n, its in told.items()}
-    last = {name: [*by_state.items()][-1] for name, by_state in scored.items() if by_state}
-    states = " or ".join(dict.fromkeys(state for state, _ in last.values()))
-    shown = [f"{name} {count}" for name, (_, count) in last.items() if count]
+    states, shown = [], []
+    for name, its in told.items():
+        counted = [(state, count) for state, count in its["cut"].items() if count is not None]
+        if counted:
+            state, count = counted[-1]
+            states.append(state)
+            shown += [f"{name} {count}"] if count else []
     longer = sum(its["longer_references"] or 0 for its in told.values())
     limits = " or ".join(map(str, sorted({its["max_new_tokens"] for its in told.values()})))
-    parts = [f"{states} answers cut at {limits} tokens: {', '.join(shown)}"] if shown else []
+    named = " or ".join(dict.fromkeys(states))
+    parts = [f"{named} answers cut at {limits} tokens: {', '.join(shown)}"] if shown else []
     parts += [f"{longer} references are longer than {limits} tokens"] if longer else []
     return "; ".join(parts)

@@ -39,11 +39,15 @@ def command_line(*words: str, options: Sequence[tuple[str, object]] = ()) -> str
 
     Args:
         words: Command and arguments.
-        options: Names and values; an option with None or False is left out, and True makes it a flag.
+        options: Names and values; an option with None or False is left out, True makes it a flag, and a list
+            repeats it.
     """
-    given = [(name, value) for name, value in options if value is not None and value is not False]
-    parts = [part for name, value in given for part in ([name] if value is True else [name, str(value)])]
-    return shlex.join(["flexperts", *words, *parts])
+    line = ["flexperts", *words]
+    for name, value in options:
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None and one is not False:
+                line += [name] if one is True else [name, str(one)]
+    return shlex.join(line)
 
 
 def standing(out: Path, again: str) -> str:

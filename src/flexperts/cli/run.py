@@ -58,9 +58,9 @@ def command(
     name = f"{recipe.stem}-{datetime.now():%Y%m%d-%H%M%S}"
     deployed = engine != "in-process"
     out = out or (Path(name) if deployed else Path("runs") / name)
-    options = [("--out", out), ("--engine", engine if deployed else None), ("--resume", True)]
-    repeated = [("--set", value) for value in settings or ()] + [("--track", value) for value in track or ()]
-    again = command_line("run", str(recipe), options=[*repeated, *options])
+    options: list[tuple[str, object]] = [("--set", settings), ("--track", track), ("--out", out)]
+    options += [("--engine", engine if deployed else None), ("--resume", True)]
+    again = command_line("run", str(recipe), options=options)
     if deployed:
         _deploy(config, engine, str(out), resume, track, again)
     else:

@@ -16,7 +16,7 @@ from flexperts.data.batches import pad_batch
 from flexperts.data.clients import Clients, load_clients
 from flexperts.data.prompts import Example, PromptEncoder, encoder_of
 from flexperts.data.records import Say
-from flexperts.data.rows import ClientRows
+from flexperts.data.rows import ClientRows, Row
 from flexperts.errors import DataError, GraftError, ModelError
 from flexperts.evaluation.mmlu import KnowledgeScore
 from flexperts.evaluation.scores import EvaluationSettings, Scores
@@ -87,34 +87,33 @@ class Workspace:
 
     def _fitting(self, name: str, rows: ClientRows, say: Say) -> ClientRows:
         """Return a client's rows that can be encoded; the others are skipped or refused as the recipe says."""
-        sides = {side: getattr(rows, side) for side in ("train", "test", "validation")}
         bad: list[BadRow] = []
-        cut: list[str] = []
-        for side, its in sides.items():
-            fitting = []
-            for row in its:
-                try:
-                    example = self.encoder.encode(row)
-                except DataError as error:
-                    what = f"{error.value.removeprefix(f'{row.where}: ')} ({error.rule})"
-                    bad.append(BadRow(row.where, what, "such a row cannot be encoded"))
-                    continue
-                fitting.append((row, example))
-                if side == "train":
-                    self._longest_response = max(self._longest_response, example.response_length)
-                else:
-                    self._longest_prompt = max(self._longest_prompt, example.prompt_length)
-                cut += [row.where] * example.cut
-            sides[side] = tuple(row for row, _ in fitting)
-            if side == "train" and len(self._encoded) < CLIENTS_KEPT:
-                self._encoded[name] = [example for _, example in fitting]
-        fewest = min(len(its) for side, its in sides.items() if getattr(rows, side))
+        train, test, validation = (self._encodable(side, bad) for side in (rows.train, rows.test, rows.validation))
+        for _, example in train:
+            self._longest_response = max(self._longest_response, example.response_length)
+        for _, example in (*test, *validation):
+            self._longest_prompt = max(self._longest_prompt, example.prompt_length)
+        if len(self._encoded) < CLIENTS_KEPT:
+            self._encoded[name] = [example for _, example in train]
+        fitting = ClientRows(*(tuple(row for row, _ in side) for side in (train, test, validation)))
+        is_empty = any(getattr(rows, side) and not its for side, its in vars(fitting).items())
         total = len(rows.train) + len(rows.test) + len(rows.validation)
-        settle_bad_rows(name, bad, total if fewest else len(bad), self.config.data.on_bad_row, say)
-        if cut:
+        settle_bad_rows(name, bad, len(bad) if is_empty else total, self.config.data.on_bad_row, say)
+        if cut := [row.where for row, example in (*train, *test, *validation) if example.cut]:
             longest = self.config.training.max_length
             say(f"{name}: {len(cut)} contexts are cut to training.max_length = {longest} tokens: {some(cut)}")
-        return ClientRows(**sides)
+        return fitting
+
+    def _encodable(self, rows: Sequence[Row], bad: list[BadRow]) -> list[tuple[Row, Example]]:
+        """Return the rows that can be encoded, with their encodings; add the others to ``bad``."""
+        found = []
+        for row in rows:
+            try:
+                found.append((row, self.encoder.encode(row)))
+            except DataError as error:
+                what = f"{error.value.removeprefix(f'{row.where}: ')} ({error.rule})"
+                bad.append(BadRow(row.where, what, "such a row cannot be encoded"))
+        return found
 
     @cached_property
     def base(self) -> LoadedBase:

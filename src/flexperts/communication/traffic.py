@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -59,14 +59,17 @@ def _may_repeat(arrays: Sequence[Array]) -> bool:
 
 
 def _bytes_of_chunks(array: Array) -> int:
-    """Return the bytes that an array's data add to its encoding: chunks, headings, names and numbers."""
-    size = len(array.data)
+    """Return the bytes that an array's data add to its encoding.
+
+    Each object is ``TYPE CHILDREN LENGTH-OF-BODY``, a zero byte, then the body.
+    """
+    size, fields = len(array.data), {"dtype": array.dtype, "shape": array.shape, "stype": array.stype}
     chunks = [min(_CHUNK, size - at) for at in range(0, size, _CHUNK)]
-    headings = [len(f"ArrayChunk  {chunk}\0") for chunk in chunks]
-    names = max(0, (_NAME + 1) * len(chunks) - 1)
-    told = {"dtype": array.dtype, "shape": array.shape, "stype": array.stype, "arraychunk_ids": []}
-    before, numbers = len(json.dumps(told)), len(json.dumps([*range(len(chunks))])) - len("[]")
-    return sum(chunks) + sum(headings) + names + numbers + len(str(before + numbers)) - len(str(before))
+    children = ",".join(["x" * _NAME] * len(chunks))
+    with_data = json.dumps(fields | {"arraychunk_ids": [*range(len(chunks))]})
+    without = json.dumps(fields | {"arraychunk_ids": []})
+    own = len(f"Array {children} {len(with_data)}\0{with_data}") - len(f"Array  {len(without)}\0{without}")
+    return own + sum(len(f"ArrayChunk  {chunk}\0") + chunk for chunk in chunks)
 
 
 def personal_bytes(content: RecordDict, personal: Parameters, *before: Vector) -> int:
@@ -91,6 +94,13 @@ def personal_bytes(content: RecordDict, personal: Parameters, *before: Vector) -
         if len(window) >= _SHORTEST and window in encoded:
             found += len(raw)
     return found
+
+
+def mean_groups(rounds: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str, float]:
+    """Return mean bytes by tensor group over rounds and the clients in each; empty without any client."""
+    payloads = [groups for clients in rounds for groups in clients.values()]
+    names = sorted({name for groups in payloads for name in groups})
+    return {name: sum(groups.get(name, 0) for groups in payloads) / len(payloads) for name in names}
 
 
 def payload_bytes(manifest: Manifest) -> int:

@@ -13,10 +13,11 @@ import torch
 
 from flexperts.client.model import ClientModel
 from flexperts.communication.compression import packed_bytes
+from flexperts.communication.traffic import mean_groups
 from flexperts.config.run import RunConfig
 from flexperts.costs.flops import added_flops, base_flops
 from flexperts.costs.models import Description, describe, experts_per_token, meta_base
-from flexperts.costs.rounds import RoundBytes, mean_groups, mean_packed, planned_rounds, planned_sites
+from flexperts.costs.rounds import RoundBytes, mean_packed, planned_rounds, planned_sites
 from flexperts.errors import ConfigError, FlexpertsError
 from flexperts.methods.registry import make_method, method_names
 from flexperts.modeling.load import LoadedBase
@@ -132,7 +133,7 @@ def plan_method(
             flops = facts.flops_per_token + added_flops(model, parts, facts.experts_per_token)
     finally:
         model.close()
-    up, down = mean_groups(rounds, "uplink"), mean_groups(rounds, "downlink")
+    up, down = mean_groups(r.uplink for r in rounds), mean_groups(r.downlink for r in rounds)
     sent, received = mean_packed(rounds), float(sum(down.values()))
     return MethodPlan(
         name=name or method.name,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -37,7 +37,13 @@ class PlannedSite(Site):
 
     def score_experts(self) -> list[LayerScores]:
         """Return scores of one token per expert, equal for all experts."""
-        return [_alike(e.name, e.num_experts, self.top_k) for e in self.experts]
+        scores = []
+        for layer in self.experts:
+            ones = torch.ones(layer.num_experts, dtype=torch.float64)
+            scores.append(
+                LayerScores(layer.name, torch.diag(ones), ones / 2, 1.0, ones * self.top_k, ones, len(ones))
+            )
+        return scores
 
 
 @dataclass(frozen=True)
@@ -64,32 +70,32 @@ class RoundBytes:
 
 def planned_sites(model: ClientModel, clients: Collection[str], top_k: int) -> dict[str, PlannedSite]:
     """Return every client's site by name, as it is after all clients have joined."""
-    sites = {name: _prepared(model, name, top_k) for name in sorted(clients)}
+    sites = {}
+    for name in sorted(clients):
+        site = PlannedSite(**vars(model.site(name, [], Prepared())), top_k=top_k)
+        sites[name] = replace(site, prepared=model.method.prepare(site))
     agreement = model.method.agree(_reports(model, sites))
     return {name: replace(site, agreement=agreement) for name, site in sites.items()}
 
 
 def planned_rounds(model: ClientModel, sites: dict[str, PlannedSite]) -> list[RoundBytes]:
     """Return the recipe's rounds and the method's extra ones; with partial participation, the first clients."""
-    method, config = model.method, model.config
+    method, federation, compression = model.method, model.config.federation, model.config.compression
     server = _server(model, sites)
-    drawn = sorted(sites)[: config.federation.drawn(len(sites))]
+    drawn = sorted(sites)[: federation.drawn(len(sites))]
     rounds = []
-    for number in range(1, config.federation.rounds + method.extra_rounds(config.federation.rounds) + 1):
-        present = sorted(method.participants(server, drawn))
-        down = {name: method.broadcast(server, name).manifest for name in present}
-        up = {name: method.uplink(server, name) for name in present}
-        packed = {name: packed_bytes(manifest.size, config.compression) for name, manifest in up.items()}
-        rounds.append(RoundBytes(number, _by_group(up), _by_group(down), packed))
+    for number in range(1, federation.rounds + method.extra_rounds(federation.rounds) + 1):
+        participants = sorted(method.participants(server, drawn))
+        received = {name: group_bytes(method.broadcast(server, name).manifest) for name in participants}
+        declared = {name: method.uplink(server, name) for name in participants}
+        sent = {name: group_bytes(manifest) for name, manifest in declared.items()}
+        packed = {name: packed_bytes(manifest.size, compression) for name, manifest in declared.items()}
+        rounds.append(RoundBytes(number, sent, received, packed))
         if method.sends_back:
-            method.aggregate(server, [_update(name, manifest) for name, manifest in up.items()])
+            updates = [Update(name, _shapes(manifest), 1, {}) for name, manifest in declared.items()]
+            method.aggregate(server, updates)
         server.round = number
     return rounds
-
-
-def _prepared(model: ClientModel, name: str, top_k: int) -> PlannedSite:
-    site = PlannedSite(**vars(model.site(name, [], Prepared())), top_k=top_k)
-    return replace(site, prepared=model.method.prepare(site))
 
 
 def _reports(model: ClientModel, sites: dict[str, PlannedSite]) -> dict[str, Any]:
@@ -108,28 +114,8 @@ def _server(model: ClientModel, sites: dict[str, PlannedSite]) -> Server:
     return server
 
 
-def _update(client: str, manifest: Manifest) -> Update:
-    return Update(client, _shapes(manifest), 1, {})
-
-
 def _shapes(manifest: Manifest) -> Payload:
     return Payload(manifest, sizes_only(manifest.size)) if manifest.size else Payload.empty()
-
-
-def _by_group(manifests: dict[str, Manifest]) -> dict[str, Groups]:
-    return {name: group_bytes(manifest) for name, manifest in manifests.items()}
-
-
-def _alike(name: str, count: int, top_k: int) -> LayerScores:
-    ones = torch.ones(count, dtype=torch.float64)
-    return LayerScores(name, torch.eye(count, dtype=torch.float64), ones / 2, 1.0, ones * top_k, ones, count)
-
-
-def mean_groups(rounds: Sequence[RoundBytes], direction: Literal["uplink", "downlink"]) -> dict[str, float]:
-    """Return mean bytes by group over all rounds and their participants; empty without participants."""
-    payloads = [groups for each in rounds for groups in getattr(each, direction).values()]
-    names = sorted({group for groups in payloads for group in groups})
-    return {name: sum(groups.get(name, 0) for groups in payloads) / len(payloads) for name in names}
 
 
 def mean_packed(rounds: Sequence[RoundBytes]) -> float:

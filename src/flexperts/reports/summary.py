@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from flexperts.reports.cells import interval, number, p_value, spread
 from flexperts.reports.reading import (
     METRICS,
@@ -23,29 +21,29 @@ from flexperts.reports.score_tables import DIGITS
 
 def summary(comparison: Comparison) -> list[str]:
     """Return sentences: the best entry, its interval against the reference, and the verdicts of the others."""
-    scored = [e for e in ordered(comparison) if mean(own(e, "own", "rouge_l")) is not None]
-    by_nll = [e for e in comparison["entries"] if mean(own(e, "own", "nll")) is not None]
-    if not scored and not by_nll:
+    entries = comparison["entries"]
+    by_rouge = next((e for e in ordered(comparison) if mean(own(e, "own", "rouge_l")) is not None), None)
+    with_nll = [e for e in entries if mean(own(e, "own", "nll")) is not None]
+    by_nll = min(with_nll, key=lambda e: mean(own(e, "own", "nll")) or 0.0, default=None)
+    if not by_rouge and not by_nll:
         return ["No entry has a score yet."]
-    best = min(by_nll, key=lambda e: mean(own(e, "own", "nll")) or 0.0) if by_nll else None
-    sentences = [_best(comparison, scored[0], "rouge_l")] if scored else []
-    if best is not None and len(comparison["entries"]) > 1:
-        if scored and best["name"] == scored[0]["name"]:
-            sentences.append(f"It is also best by NLL ({spread(own(best, 'own', 'nll'), DIGITS['nll']).text}).")
-        else:
-            sentences.append(_best(comparison, best, "nll"))
-    elif best is not None and not scored:
-        sentences.append(_best(comparison, best, "nll"))
-    return [*sentences, *_standing(comparison, "rouge_l" if scored else "nll"), *_caution(comparison)]
+    sentences = []
+    if by_rouge:
+        sentences.append(_best(comparison, by_rouge, "rouge_l"))
+    if by_nll and by_nll is not by_rouge:
+        sentences.append(_best(comparison, by_nll, "nll"))
+    elif by_nll and len(entries) > 1:
+        sentences.append(f"It is also best by NLL ({spread(own(by_nll, 'own', 'nll'), DIGITS['nll']).text}).")
+    return [*sentences, *_standing(comparison, "rouge_l" if by_rouge else "nll"), *_caution(comparison)]
 
 
 def facts(comparison: Comparison) -> list[tuple[str, str]]:
     """Return the comparison's size: name and value, such as ("clients", "4")."""
-    found = [(_plural(comparison["entries"], "entry", "entries"), comparison["entries"])]
-    found += [
-        (_plural(comparison[f"{name}s"], name, f"{name}s"), comparison[f"{name}s"]) for name in ("client", "seed")
-    ]
-    return [(name, str(len(values))) for name, values in found] + [("scored rows", comparison["split"])]
+    found = []
+    for one, many in (("entry", "entries"), ("client", "clients"), ("seed", "seeds")):
+        count = len(comparison[many])
+        found.append((one if count == 1 else many, str(count)))
+    return [*found, ("scored rows", comparison["split"])]
 
 
 def _best(comparison: Comparison, entry: Entry, metric: str) -> str:
@@ -69,9 +67,10 @@ def _difference(comparison: Comparison, entry: Entry, metric: str) -> str:
         return ""
     p = p_value(test.get("p_adjusted"))
     adjusted = "" if p.value is None else f" (adjusted p {p.text if p.text.startswith('<') else '= ' + p.text})"
-    zero = "includes 0" if holds_zero(test) else "excludes 0"
-    so = ": not statistically significant" if holds_zero(test) else ": not significant after adjustment"
-    so = so if found == "open" else ""
+    if holds_zero(test):
+        zero, so = "includes 0", ": not statistically significant"
+    else:
+        zero, so = "excludes 0", ": not significant after adjustment" if found == "open" else ""
     level, text = f"{100 * comparison['confidence']:g} %", interval(test, DIGITS[metric]).text
     return f" Its difference to {comparison['reference']} is {text}; the {level} interval {zero}{adjusted}{so}."
 
@@ -96,7 +95,3 @@ def _caution(comparison: Comparison) -> list[str]:
     compared = any(entry.get("against") for entry in comparison["entries"])
     one = compared and len(comparison["seeds"]) == 1
     return ["All scores are from one seed; another seed may give another order."] if one else []
-
-
-def _plural(values: Any, one: str, many: str) -> str:
-    return one if len(values) == 1 else many

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -92,6 +92,15 @@ def _fitting(method: Method, members: Membership) -> tuple[Any, dict[str, Any]]:
         else:
             reports[name] = report
     return agreement, reports
+
+
+def enrol_fitting(method: Method, server: Server, members: Membership, names: Iterable[str]) -> None:
+    """Add clients that are online to a run that has begun; turn away those that do not fit."""
+    for name in names:
+        try:
+            enrol(method, server, members.told[name])
+        except FlexpertsError as error:
+            members.turn_away(name, str(error))
 
 
 def enrol(method: Method, server: Server, one: Introduction) -> None:

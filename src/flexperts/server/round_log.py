@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,7 +77,3 @@ class RoundLog:
         """Record why a message was not used; a client can have several reasons."""
         before = self.refused.get(client)
         self.refused[client] = f"{before}; {reason}" if before else reason
-
-    def close_training(self, heard: Collection[str]) -> None:
-        """Record the participants that are not among the clients that sent something."""
-        self.missing = [name for name in self.participants if name not in heard]

@@ -16,9 +16,8 @@ from flexperts.communication.adapter_folder import write_adapter
 from flexperts.communication.average import check_finite
 from flexperts.communication.messages import Update, info_of, payload_of, records
 from flexperts.communication.traffic import encoded_bytes
-from flexperts.config.federation import FederationConfig
 from flexperts.config.run import RunConfig
-from flexperts.errors import FederationError, FlexpertsError, incompatible
+from flexperts.errors import FederationError, incompatible
 from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.registry import make_method
@@ -26,7 +25,7 @@ from flexperts.observer import Observer, Once
 from flexperts.parameters.vector import Payload
 from flexperts.protection.pipeline import check_enough, check_protections
 from flexperts.server.checkpoint import load_server, save_server
-from flexperts.server.enrolment import enrol, found, gather, require
+from flexperts.server.enrolment import enrol_fitting, found, gather, require
 from flexperts.server.exchange import error_of, one_line, request, sendable
 from flexperts.server.membership import Membership
 from flexperts.server.round_log import RoundLog
@@ -75,60 +74,51 @@ def serve(
     method.check(config)
     check_protections(method, config)
     observer.stage(f"{config.method.name}: clients join")
-    server = load_server(run.checkpoint) if run.checkpoint.exists() else None
-    federation = _awaited(config.federation, server)
-    base = gather(grid, members, federation, server.base if server else "")
-    server = _taken_up(method, members, server) if server else _new(method, members, config)
-    server.base = base
-    require(members, federation)
-    initial = ask_initial(grid, members, server, federation.deadline)
-    _start(method, server, initial, run, observer)
+    server, initial = _joined(grid, config, run, method, members)
+    observer.split(method.name, initial.split)
     setup = time.monotonic() - started
     finished = [RoundLog(**record) for record in run.keep_rounds(server.round)]
-    before = sum(sum(log.seconds.values()) for log in finished)
-    strategy = FlexpertsStrategy(method, config, members, server, run, observer, finished)
     save_server(run.checkpoint, server)
+    strategy = FlexpertsStrategy(method, config, members, server, run, observer, finished)
     left = strategy.rounds_total - server.round
     strategy.start(grid, ArrayRecord(), num_rounds=left, timeout=config.federation.deadline)
     write_adapter(run.shared, initial.adapter, method.adapter(server))
-    seconds = {"setup": setup, **strategy.seconds(), "total": time.monotonic() - started + before}
-    summary = summarize(config, strategy.rounds, seconds, base, server.clients)
+    total = time.monotonic() - started + sum(sum(log.seconds.values()) for log in finished)
+    seconds = {"setup": setup, **strategy.seconds(), "total": total}
+    summary = summarize(config, strategy.rounds, seconds, server.base, server.clients)
     summary["bytes"]["join_total"] = sum(one.size for one in members.told.values()) + initial.size
     run.write_summary(amend(summary))
 
 
-def _awaited(federation: FederationConfig, server: Server | None) -> FederationConfig:
-    """Return the settings for gathering clients; a resumed run may have fewer, because some were forgotten."""
-    fewest = min(federation.min_clients, len(server.clients)) if server else federation.min_clients
-    return federation.model_copy(update={"min_clients": fewest})
+def _joined(
+    grid: Grid, config: RunConfig, run: RunDirectory, method: Method, members: Membership
+) -> tuple[Server, Initial]:
+    """Wait for clients, and return the state that the rounds start from, with one client's initial weights.
 
-
-def _new(method: Method, members: Membership, config: RunConfig) -> Server:
-    """Return the state of a new run with the clients that are online; it has no weights yet."""
-    server = Server(Payload.empty(), {}, seed=config.seed)
-    found(method, members, server)
-    check_enough(config, len(server.clients))
-    return server
-
-
-def _taken_up(method: Method, members: Membership, server: Server) -> Server:
-    """Add the clients that are online, known or new, to a resumed run."""
-    for name in members.online:
-        try:
-            enrol(method, server, members.told[name])
-        except FlexpertsError as error:
-            members.turn_away(name, str(error))
-    return server
-
-
-def _start(method: Method, server: Server, initial: Initial, run: RunDirectory, observer: Observer) -> None:
-    """Give a new run its initial weights; a resumed run keeps those of its checkpoint."""
-    if run.checkpoint.exists():
-        observer.stage(f"resuming after round {server.round}")
+    A new run has the clients that are online, and takes the initial weights. A resumed run keeps the weights of its
+    checkpoint, and adds the clients that are online, known or new.
+    """
+    federation, resumed = config.federation, run.checkpoint.exists()
+    if resumed:
+        server = load_server(run.checkpoint)
+        fewest = min(federation.min_clients, len(server.clients))  # some may have been forgotten
+        federation = federation.model_copy(update={"min_clients": fewest})
+    else:
+        server = Server(Payload.empty(), {}, seed=config.seed)
+    server.base = gather(grid, members, federation, server.base)
+    if resumed:
+        enrol_fitting(method, server, members, members.online)
+    else:
+        found(method, members, server)
+        check_enough(config, len(server.clients))
+    require(members, federation)
+    initial = ask_initial(grid, members, server, federation.deadline)
+    if resumed:
+        members.observer.stage(f"resuming after round {server.round}")
     else:
         server.shared = initial.payload
         method.start(server)
-    observer.split(method.name, initial.split)
+    return server, initial
 
 
 def ask_initial(grid: Grid, members: Membership, server: Server, deadline: float) -> Initial:

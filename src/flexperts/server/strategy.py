@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from flexperts.artifacts import RunDirectory
 from flexperts.communication.messages import Update, records
 from flexperts.communication.traffic import encoded_bytes
 from flexperts.config.run import RunConfig
-from flexperts.errors import FederationError, FlexpertsError
+from flexperts.errors import FederationError
 from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.server_state import Server
 from flexperts.observer import Observer
@@ -26,7 +26,7 @@ from flexperts.protection.pipeline import privacy_spent, reduced
 from flexperts.seeding import derive_seed, generator
 from flexperts.server.admission import Admission, leaked
 from flexperts.server.checkpoint import save_server
-from flexperts.server.enrolment import enrol
+from flexperts.server.enrolment import enrol_fitting
 from flexperts.server.exchange import Asked, error_of, one_line, request, sendable
 from flexperts.server.membership import Membership
 from flexperts.server.round_log import RoundLog
@@ -62,7 +62,6 @@ class FlexpertsStrategy(Strategy):
         self.rounds: list[RoundLog] = list(finished)
         self.rounds_total = config.federation.rounds + method.extra_rounds(config.federation.rounds)
         self._asked = Asked()
-        self._heard: set[str] = set()
         self._started = 0.0
 
     def seconds(self) -> dict[str, float]:
@@ -81,19 +80,21 @@ class FlexpertsStrategy(Strategy):
         self.rounds.append(log)
         self.observer.stage(f"round {log.number} of {self.rounds_total}")
         self._meet(grid, log)
-        log.participants, self._asked, self._heard = self._participants(), Asked(), set()
+        log.participants, self._asked = self._participants(), Asked()
+        log.missing = list(log.participants)
         return sendable(grid, self._train_requests(log))
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Stream the usable replies through the method's rule into the server's next state."""
+        """Stream the usable replies through the method's rule into the server's next state.
+
+        The rule asks for one update after the other, and each reply is read and recorded when its turn comes.
+        """
         log = self.rounds[-1]
-        updates = self._updates(replies, log)
-        first = list(islice(updates, 1))  # without any update, the quorum's error is raised below
-        if first or not log.participants:
-            self.method.aggregate(self.server, reduced(self.config, self.server.shared, _joined(first, updates)))
-        log.close_training(self._heard)
+        updates = _unless_empty(self._updates(replies, log))
+        if updates or not log.participants:  # otherwise no update came, and the quorum's error says why
+            self.method.aggregate(self.server, reduced(self.config, self.server.shared, updates or ()))
         self._check_quorum(log)
         self.server.round += 1
         log.privacy = privacy_spent(self.config, self.server.round)
@@ -123,11 +124,7 @@ class FlexpertsStrategy(Strategy):
     def _meet(self, grid: Grid, log: RoundLog) -> None:
         """Update the members, and record who joined and left since the last round."""
         change = self.members.look(grid, self.config.federation.deadline)
-        for name in change.joined:
-            try:
-                enrol(self.method, self.server, self.members.told[name])
-            except FlexpertsError as error:
-                self.members.turn_away(name, str(error))
+        enrol_fitting(self.method, self.server, self.members, change.joined)
         log.left, log.joined = change.left, sorted(set(change.joined) & set(self.members.online))
         for word, names in (("gone", log.left), ("joining", log.joined)):
             if names:
@@ -178,8 +175,10 @@ class FlexpertsStrategy(Strategy):
         return {"run": self.members.run, "round": number, "agreement": json.dumps(self.server.agreement)}
 
     def _updates(self, replies: Iterable[Message], log: RoundLog) -> Iterator[Update]:
+        """Yield the usable updates; what each reply brought, or why it was refused, is recorded as it is read."""
         for name, reply in self._by_client(replies):
-            self._heard.add(name)
+            if name in log.missing:
+                log.missing.remove(name)
             update = self._usable(name, reply, log)
             if update is not None:
                 yield update
@@ -265,8 +264,8 @@ class FlexpertsStrategy(Strategy):
         return self.members.nodes.get(node, f"node {node}")
 
 
-def _joined(first: list[Update], others: Iterator[Update]) -> Iterator[Update]:
-    """Yield all updates, without keeping a reference to any."""
-    while first:
-        yield first.pop()
-    yield from others
+def _unless_empty(updates: Iterator[Update]) -> Iterator[Update] | None:
+    """Return the same updates, or None if there are none; the first one is read here."""
+    for first in updates:
+        return chain(iter([first]), updates)  # chain would keep a list, and with it the first update, in memory
+    return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from flexperts.communication.traffic import mean_groups
 from flexperts.config.run import RunConfig
 from flexperts.evaluation.scores import SCORES, Scores
 from flexperts.evaluation.words import TOKENIZER
@@ -142,12 +143,5 @@ def _bytes(rounds: Iterable[RoundLog]) -> dict[str, Any]:
         "downlink_total": sum(down),
         "evaluation_total": sum(sum(sizes.values()) for log in logs for sizes in log.evaluation.values()),
         "personal_sent": sum(log.personal_sent for log in logs),
-        "groups": {way: _by_group(log.groups[way] for log in logs) for way in ("uplink", "downlink")},
+        "groups": {way: mean_groups(log.groups[way] for log in logs) for way in ("uplink", "downlink")},
     }
-
-
-def _by_group(rounds: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str, float]:
-    """Return the mean payload bytes of every group of tensors, per client and round."""
-    payloads = [groups for clients in rounds for groups in clients.values()]
-    names = sorted({name for groups in payloads for name in groups})
-    return {name: sum(groups.get(name, 0) for groups in payloads) / len(payloads) for name in names}

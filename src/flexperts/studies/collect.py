@@ -186,13 +186,21 @@ def _answers_of(seeds: list[dict[str, Any]], states: tuple[str, ...]) -> dict[st
 
 
 def _scores(entry: Finished, state: str) -> dict[str, Any]:
-    own = [{c: s["clients"][c] for c in entry.clients} for s in entry.summaries]
     return {
-        "own": _kinds(SCORES, [{c: {k: v[k][state] for k in SCORES} for c, v in seed.items()} for seed in own]),
+        "own": _kinds(SCORES, [_own(summary, entry.clients, state) for summary in entry.summaries]),
         "others": _kinds(SCORES, _others(entry, state)),
-        "general": _kinds(SCORES, [b.get("general", {}).get(state, {}) for b in entry.beyond]),
-        "mmlu": _kinds(("accuracy",), [b.get("mmlu", {}).get(state, {}) for b in entry.beyond]),
+        "general": _kinds(SCORES, _beyond(entry, "general", state)),
+        "mmlu": _kinds(("accuracy",), _beyond(entry, "mmlu", state)),
     }
+
+
+def _own(summary: Mapping[str, Any], clients: Sequence[str], state: str) -> dict[str, Any]:
+    return {client: {kind: summary["clients"][client][kind][state] for kind in SCORES} for client in clients}
+
+
+def _beyond(entry: Finished, rows: str, state: str) -> list[dict[str, Any]]:
+    """Return, by seed, scores by client on some rows that are not its own; empty where not measured."""
+    return [beyond.get(rows, {}).get(state, {}) for beyond in entry.beyond]
 
 
 def _others(entry: Finished, state: str) -> list[dict[str, Any]]:
@@ -201,7 +209,7 @@ def _others(entry: Finished, state: str) -> list[dict[str, Any]]:
     For a model that all clients share, runs do not record such scores; they are computed from the other clients'
     scores on the same rows.
     """
-    noted = [dict(beyond.get("others", {}).get(state, {})) for beyond in entry.beyond]
+    noted = _beyond(entry, "others", state)
     if state == "personalized" or all(noted):
         return noted
     if not entry.others_rows or len(entry.clients) < 2:
@@ -211,14 +219,17 @@ def _others(entry: Finished, state: str) -> list[dict[str, Any]]:
 
 def _of_the_others(clients: Mapping[str, Sequence[Any]], state: str, count: int) -> dict[str, Any]:
     own = {client: _scored([row["scores"][state] for row in rows[:count]]) for client, rows in clients.items()}
-    return {
-        name: {kind: mean_of(own[other][kind] for other in own if other != name) for kind in SCORES} for name in own
-    }
+    found = {}
+    for name in own:
+        others = [scores for other, scores in own.items() if other != name]
+        found[name] = {kind: mean_of(scores[kind] for scores in others) for kind in SCORES}
+    return found
 
 
 def _scored(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """Return a client's scores over some of its rows, computed as in a run."""
-    nlls, points = (tuple(math.nan if row[key] is None else row[key] for row in rows) for key in ("nll", "rouge_l"))
+    nlls = tuple(math.nan if row["nll"] is None else row["nll"] for row in rows)
+    points = tuple(math.nan if row["rouge_l"] is None else row["rouge_l"] for row in rows)
     return Scores(nlls, tuple(row["tokens"] for row in rows), points).metrics()
 
 
@@ -261,31 +272,28 @@ def _mean(values: Sequence[Any]) -> Any:
 def curves(entry: Finished) -> dict[str, Any]:
     """Return, by state, each score over the evaluated rounds; the training loss is under ``training``."""
     rounds = [run.rounds() for run in entry.runs.values()]
-    wanted = {"training": {"nll": ("clients", "loss")}}
-    wanted |= {state: {score: ("scores", f"{score}.{state}") for score in SCORES} for state in entry.states}
-    found = {
-        state: {score: curve for score, where in scores.items() if (curve := _curve(rounds, *where))}
-        for state, scores in wanted.items()
-    }
-    return {state: scores for state, scores in found.items() if scores}
+    wanted = [("training", "nll", "clients", "loss")]
+    wanted += [(state, score, "scores", f"{score}.{state}") for state in entry.states for score in SCORES]
+    found: dict[str, Any] = {}
+    for state, score, part, key in wanted:
+        if curve := _curve(rounds, part, key):
+            found.setdefault(state, {})[score] = curve
+    return found
 
 
 def _curve(seeds: Sequence[Sequence[Mapping[str, Any]]], part: str, key: str) -> dict[str, Any] | None:
-    """Return one number over rounds; None if no round has it in every seed."""
+    """Return the mean over clients of one number, over rounds; None if no round has it in every seed."""
     points: dict[int, list[float]] = {}
     for logs in zip(*seeds, strict=False):
-        values = [value for log in logs if (value := _over_clients(log[part], key)) is not None]
-        if len(values) == len(logs):
-            points[logs[0]["number"]] = values
+        values = [mean_of(its[key] for its in log[part].values() if key in its) for log in logs]
+        known = [value for value in values if value is not None]
+        if len(known) == len(logs):
+            points[logs[0]["number"]] = known
     if not points:
         return None
     table = np.array(list(points.values()))
     ends = {"mean": table.mean(1), "low": table.min(1), "high": table.max(1)}
     return {"rounds": list(points)} | {name: over.tolist() for name, over in ends.items()}
-
-
-def _over_clients(clients: Mapping[str, Mapping[str, float | None]], key: str) -> float | None:
-    return mean_of(numbers[key] for numbers in clients.values() if key in numbers)
 
 
 _OVER_ROUNDS = ("entropy", "divergence", "agreement", "opening")
@@ -364,25 +372,19 @@ def examples(reference: Finished, finished: Sequence[Finished], count: int) -> d
 
 
 def _examples(shown: Sequence[Finished], seed: int, client: str, count: int) -> list[dict[str, Any]]:
-    kept = {entry.name: entry.predictions[seed][client] for entry in shown}
-    if any(some is None for some in kept.values()):
+    kept = [entry.predictions[seed][client] for entry in shown]
+    if None in kept:
         return []  # the answers of a deployed run stay at the silos
-    lines = {name: some[:count] for name, some in kept.items()}
-    rows = lines[shown[0].name]
-    return [
-        {key: _cut(row[key]) for key in ("instruction", "context", "response")}
-        | {"answers": _answers(shown, {name: some[number] for name, some in lines.items()})}
-        for number, row in enumerate(rows)
-    ]
-
-
-def _answers(shown: Sequence[Finished], lines: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """Return the answers to one row, by entry and state; the unchanged base has one answer for all entries."""
-    return {_label(e.name, state): _cut(lines[e.name][state]) for e in shown for state in e.states}
-
-
-def _label(entry: str, state: str) -> str:
-    return "zero-shot" if state == "zero_shot" else f"{entry} {state}"
+    found = []
+    for lines in zip(*(rows[:count] for rows in kept), strict=True):  # one row, with every entry's answers
+        texts: dict[str, Any] = {key: _cut(lines[0][key]) for key in ("instruction", "context", "response")}
+        texts["answers"] = {
+            "zero-shot" if state == "zero_shot" else f"{entry.name} {state}": _cut(line[state])
+            for entry, line in zip(shown, lines, strict=True)
+            for state in entry.states
+        }
+        found.append(texts)
+    return found
 
 
 def _cut(text: str) -> str:
