@@ -17,7 +17,7 @@ from flexperts.client.client import Client
 from flexperts.client.request import Request
 from flexperts.errors import ConfigError
 from flexperts.methods.kit.method import State
-from flexperts.methods.kit.turn import Turn
+from flexperts.methods.kit.ranks import Factors, stacked
 from flexperts.modeling.lora import SHARED_PREFIX, LoraAdapters
 from flexperts.moe.fused import FusedExperts
 from flexperts.moe.layout import LayerExperts
@@ -29,8 +29,6 @@ from flexperts.parts.personal_expert import LowRankExpert
 from flexperts.parts.router_deltas import RouterDeltas
 from flexperts.parts.stacked_lora import StackedLora
 
-Factors = dict[str, tuple[Tensor, Tensor]]
-"""Attention layer -> LoRA's (A ``[r, in]``, B ``[out, r]``)."""
 _WEIGHTS = (Grafts, ExpertAdapters, RouterDeltas, StackedLora)
 """The parts that only change weights of the base or add grafts."""
 
@@ -97,13 +95,22 @@ class Exported(Client):
             tokens: Token ids ``[B, S]`` for ``Content.logits``.
         """
         with self.in_use(request) as turn, self.method.in_state(turn, state) as on_batch:
-            parts = [part for part in turn.parts.values() if part.enabled]
-            lora = _lora(turn.site.lora, [part for part in parts if isinstance(part, StackedLora)])
+            site, enabled = turn.site, {name: part for name, part in turn.parts.items() if part.enabled}
+            parts = enabled.values()
             if reason := "; ".join(filter(None, map(unfit, parts))):
                 raise self._refused(state, reason)
+            lora = _lora(site.lora, [part for part in parts if isinstance(part, StackedLora)])
             if on_batch is not None or lora is None:
                 raise self._refused(state, "its weights change with every input")
-            return _read(turn, lora, logits_of(turn.model, tokens))
+            routers = [part.layers for part in parts if isinstance(part, RouterDeltas)]
+            return Content(
+                lora=lora,
+                scale=site.lora.scale,
+                grafts={name: part for name, part in enabled.items() if isinstance(part, Grafts)},
+                experts=[part for part in parts if isinstance(part, ExpertAdapters)],
+                routers=[(experts, layers[key(experts.name)]) for layers in routers for experts in site.experts],
+                logits=logits_of(turn.model, tokens),
+            )
 
     def _refused(self, state: State, reason: str) -> ConfigError:
         others = [s for s in self.method.states if s not in ("zero_shot", state)]
@@ -156,19 +163,6 @@ def unfit(part: Part) -> str:
     return f"{type(odd[0].module).__name__} does not store its experts as fused tensors" if odd else ""
 
 
-def _read(turn: Turn, lora: Factors, logits: Tensor) -> Content:
-    parts = {name: part for name, part in turn.parts.items() if part.enabled}
-    routers = [part for part in parts.values() if isinstance(part, RouterDeltas)]
-    return Content(
-        lora,
-        turn.site.lora.scale,
-        {name: part for name, part in parts.items() if isinstance(part, Grafts)},
-        [part for part in parts.values() if isinstance(part, ExpertAdapters)],
-        [(experts, part.layers[key(experts.name)]) for part in routers for experts in turn.site.experts],
-        logits,
-    )
-
-
 def _lora(lora: LoraAdapters, stacks: Sequence[StackedLora]) -> Factors | None:
     """Return one pair of factors per layer that combines all adapters and stacks in use.
 
@@ -179,13 +173,13 @@ def _lora(lora: LoraAdapters, stacks: Sequence[StackedLora]) -> Factors | None:
         return None
     if not all(used.values()):
         return {}
+    adapters: list[Factors] = [
+        {site: (A, B / lora.scale) for site, (A, B) in zip(used, pairs, strict=True)}
+        for pairs in zip(*used.values(), strict=True)
+    ]
     layers: Any = [part.layers for part in stacks]
-    pairs = {
-        s: [(A, B / lora.scale) for A, B in used[s]] + [(layer[key(s)].A, layer[key(s)].B) for layer in layers]
-        for s in lora.sites
-    }
+    adapters += [{site: (layer[key(site)].A, layer[key(site)].B) for site in used} for layer in layers]
     # Adapters that add nothing are left out, such as the new adapter of a stacking method.
-    numbers = range(len(pairs[lora.sites[0]]))
-    kept = [i for i in numbers if any(pairs[s][i][1].any() for s in lora.sites)] or [0]
-    sides = {s: list(zip(*(pairs[s][i] for i in kept), strict=True)) for s in lora.sites}
-    return {s: (torch.cat(A).float().cpu(), torch.cat(B, 1).float().cpu()) for s, (A, B) in sides.items()}
+    adding = [adapter for adapter in adapters if any(B.any() for _, B in adapter.values())] or adapters[:1]
+    together = stacked([(1, adapter) for adapter in adding])
+    return {site: (A.float().cpu(), B.float().cpu()) for site, (A, B) in together.items()}
