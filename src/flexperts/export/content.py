@@ -17,8 +17,7 @@ from flexperts.client.client import Client
 from flexperts.client.request import Request
 from flexperts.errors import ConfigError
 from flexperts.methods.kit.method import State
-from flexperts.methods.kit.ranks import Factors
-from flexperts.methods.kit.turn import Turn
+from flexperts.methods.kit.ranks import Factors, stacked
 from flexperts.modeling.lora import SHARED_PREFIX, LoraAdapters
 from flexperts.moe.fused import FusedExperts
 from flexperts.moe.layout import LayerExperts
@@ -96,13 +95,22 @@ class Exported(Client):
             tokens: Token ids ``[B, S]`` for ``Content.logits``.
         """
         with self.in_use(request) as turn, self.method.in_state(turn, state) as on_batch:
-            parts = [part for part in turn.parts.values() if part.enabled]
-            lora = _lora(turn.site.lora, [part for part in parts if isinstance(part, StackedLora)])
+            site, enabled = turn.site, {name: part for name, part in turn.parts.items() if part.enabled}
+            parts = enabled.values()
             if reason := "; ".join(filter(None, map(unfit, parts))):
                 raise self._refused(state, reason)
+            lora = _lora(site.lora, [part for part in parts if isinstance(part, StackedLora)])
             if on_batch is not None or lora is None:
                 raise self._refused(state, "its weights change with every input")
-            return _read(turn, lora, logits_of(turn.model, tokens))
+            routers = [part.layers for part in parts if isinstance(part, RouterDeltas)]
+            return Content(
+                lora=lora,
+                scale=site.lora.scale,
+                grafts={name: part for name, part in enabled.items() if isinstance(part, Grafts)},
+                experts=[part for part in parts if isinstance(part, ExpertAdapters)],
+                routers=[(experts, layers[key(experts.name)]) for layers in routers for experts in site.experts],
+                logits=logits_of(turn.model, tokens),
+            )
 
     def _refused(self, state: State, reason: str) -> ConfigError:
         others = [s for s in self.method.states if s not in ("zero_shot", state)]
@@ -155,19 +163,6 @@ def unfit(part: Part) -> str:
     return f"{type(odd[0].module).__name__} does not store its experts as fused tensors" if odd else ""
 
 
-def _read(turn: Turn, lora: Factors, logits: Tensor) -> Content:
-    parts = {name: part for name, part in turn.parts.items() if part.enabled}
-    routers = [part for part in parts.values() if isinstance(part, RouterDeltas)]
-    return Content(
-        lora,
-        turn.site.lora.scale,
-        {name: part for name, part in parts.items() if isinstance(part, Grafts)},
-        [part for part in parts.values() if isinstance(part, ExpertAdapters)],
-        [(experts, part.layers[key(experts.name)]) for part in routers for experts in turn.site.experts],
-        logits,
-    )
-
-
 def _lora(lora: LoraAdapters, stacks: Sequence[StackedLora]) -> Factors | None:
     """Return one pair of factors per layer that combines all adapters and stacks in use.
 
@@ -178,13 +173,13 @@ def _lora(lora: LoraAdapters, stacks: Sequence[StackedLora]) -> Factors | None:
         return None
     if not all(used.values()):
         return {}
+    adapters: list[Factors] = [
+        {target: (A, B / lora.scale) for target, (A, B) in zip(used, pairs, strict=True)}
+        for pairs in zip(*used.values(), strict=True)
+    ]
     layers: Any = [part.layers for part in stacks]
-    pairs = {
-        t: [(A, B / lora.scale) for A, B in used[t]] + [(layer[key(t)].A, layer[key(t)].B) for layer in layers]
-        for t in lora.targets
-    }
+    adapters += [{target: (layer[key(target)].A, layer[key(target)].B) for target in used} for layer in layers]
     # Adapters that add nothing are left out, such as the new adapter of a stacking method.
-    numbers = range(len(pairs[lora.targets[0]]))
-    kept = [i for i in numbers if any(pairs[t][i][1].any() for t in lora.targets)] or [0]
-    sides = {t: list(zip(*(pairs[t][i] for i in kept), strict=True)) for t in lora.targets}
-    return {t: (torch.cat(A).float().cpu(), torch.cat(B, 1).float().cpu()) for t, (A, B) in sides.items()}
+    adding = [adapter for adapter in adapters if any(B.any() for _, B in adapter.values())] or adapters[:1]
+    together = stacked([(1, adapter) for adapter in adding])
+    return {target: (A.float().cpu(), B.float().cpu()) for target, (A, B) in together.items()}

@@ -31,6 +31,7 @@ from flexperts.training.local import LocalSettings, Objective, TrainResult
 
 _MIXTURES = "mixture.sites."
 _EXPERT_MEAN, _TOKEN_MEAN, _ASSIGNED = f"{DERIVED}expert.", f"{DERIVED}tokens.", "assigned."
+"""Starts of names: ``<layer>.<expert>``; ``<layer>``, in the server's memory ``<layer>.<client>``; ``<layer>``."""
 
 
 class FedAMoLE(OwnParts):
@@ -136,9 +137,8 @@ class FedAMoLE(OwnParts):
         stream = server.generator("assignment")
         for layer, rank in _layers(server).items():
             draw = torch.rand(self.options.experts, len(server.clients), generator=stream)
-            server.memory[f"{_ASSIGNED}{layer}"] = assign_experts(draw, *self._bounds)
-            for e in range(self.options.experts):
-                server.memory[f"{_EXPERT_MEAN}{layer}.{e}"] = torch.zeros(rank)
+            server.memory[_ASSIGNED + layer] = assign_experts(draw, *self._bounds)
+            server.memory |= {f"{_EXPERT_MEAN}{layer}.{e}": torch.zeros(rank) for e in range(self.options.experts)}
 
     def regroup(self, server: Server) -> None:
         """Assign the experts to the current clients, and forget the embeddings of clients that have left."""
@@ -151,15 +151,15 @@ class FedAMoLE(OwnParts):
 
     def broadcast(self, server: Server, client: str) -> Payload:
         """Return the tensors that all clients hold, and the client's assigned experts."""
-        return Payload.of(_part(server, client))
+        return Payload.of(_part(server, _assigned_to(server, client)))
 
     def uplink(self, server: Server, client: str) -> Manifest:
         """Declare the tensors of the broadcast, and one embedding per held expert and per layer."""
-        sent = _part(server, client)
-        for layer in _layers(server):
-            experts = [e for e in range(self.options.experts) if f"{_MIXTURES}{layer}.experts.{e}.A" in sent]
-            sent |= {f"{_EXPERT_MEAN}{layer}.{e}": server.memory[f"{_EXPERT_MEAN}{layer}.{e}"] for e in experts}
-            sent[f"{_TOKEN_MEAN}{layer}"] = server.memory[f"{_EXPERT_MEAN}{layer}.0"]
+        held = _assigned_to(server, client)
+        sent = _part(server, held)
+        for layer, rank in _layers(server).items():
+            names = [f"{_EXPERT_MEAN}{layer}.{e}" for e in held[layer]]
+            sent |= dict.fromkeys([*names, _TOKEN_MEAN + layer], torch.empty(rank))
         return Manifest.of(sent)
 
     def aggregate(self, server: Server, updates: Iterable[Update]) -> None:
@@ -171,9 +171,13 @@ class FedAMoLE(OwnParts):
         self._reassign(server)
 
     def _reassign(self, server: Server) -> None:
-        for layer in _layers(server):
-            gain = affinity(*_embeddings(server, layer))
-            server.memory[f"{_ASSIGNED}{layer}"] = assign_experts(gain, *self._bounds)
+        """Assign the experts by the last known embeddings; those of a client that never took part are zero."""
+        memory, every = server.memory, range(self.options.experts)
+        for layer, rank in _layers(server).items():
+            experts = torch.stack([memory[f"{_EXPERT_MEAN}{layer}.{e}"] for e in every])
+            names = [f"{_TOKEN_MEAN}{layer}.{client}" for client in sorted(server.clients)]
+            tokens = torch.stack([memory.get(name, torch.zeros(rank)) for name in names])
+            memory[_ASSIGNED + layer] = assign_experts(affinity(experts, tokens), *self._bounds)
 
     @property
     def _bounds(self) -> tuple[int, int, int]:
@@ -201,10 +205,9 @@ def _mixture(turn: Turn) -> LoraMixture:
 
 def _held(turn: Turn) -> dict[str, list[int]]:
     """Return the experts that were sent, by adapted layer."""
-    numbers = range(len(_mixture(turn).held[turn.site.lora.targets[0]]))
     return {
-        name: [e for e in numbers if f"{_MIXTURES}{key(name)}.experts.{e}.A" in turn.received]
-        for name in turn.site.lora.targets
+        name: [e for e in pool if f"{_MIXTURES}{key(name)}.experts.{e}.A" in turn.received]
+        for name, pool in _mixture(turn).held.items()
     }
 
 
@@ -215,12 +218,18 @@ def _layers(server: Server) -> dict[str, int]:
     return {n.removeprefix(_MIXTURES).removesuffix(end): t.shape[0] for n, t in sent if n.endswith(end)}
 
 
-def _part(server: Server, client: str) -> dict[str, Tensor]:
-    """Return all shared tensors except the experts that the client does not hold."""
-    place, part = sorted(server.clients).index(client), {}
+def _assigned_to(server: Server, client: str) -> dict[str, list[int]]:
+    """Return the experts that a client holds, by layer."""
+    place = sorted(server.clients).index(client)
+    return {n: server.memory[_ASSIGNED + n][:, place].nonzero().flatten().tolist() for n in _layers(server)}
+
+
+def _part(server: Server, held: Mapping[str, Collection[int]]) -> dict[str, Tensor]:
+    """Return all shared tensors except the experts that are not held."""
+    part = {}
     for name, tensor in server.shared.tensors().items():
         layer, kind, *rest = name.removeprefix(_MIXTURES).split(".")
-        if kind != "experts" or server.memory[f"{_ASSIGNED}{layer}"][int(rest[0]), place]:
+        if kind != "experts" or int(rest[0]) in held[layer]:
             part[name] = tensor
     return part
 
@@ -233,15 +242,6 @@ def _without_tokens(server: Server, updates: Iterable[Update]) -> Iterator[Updat
         own = {n: t for n, t in tensors.items() if n.startswith(_TOKEN_MEAN)}
         server.memory |= {f"{n}.{update.client}": t.clone() for n, t in own.items()}
         yield replace(update, payload=Payload.of({n: t for n, t in tensors.items() if n not in own}))
-
-
-def _embeddings(server: Server, layer: str) -> tuple[Tensor, Tensor]:
-    """Return the last known embeddings of a layer: the experts' ``[N, r]`` and the clients' ``[C, r]``."""
-    number = len(server.memory[f"{_ASSIGNED}{layer}"])
-    experts = [server.memory[f"{_EXPERT_MEAN}{layer}.{e}"] for e in range(number)]
-    nothing = torch.zeros_like(experts[0])
-    tokens = [server.memory.get(f"{_TOKEN_MEAN}{layer}.{client}", nothing) for client in sorted(server.clients)]
-    return torch.stack(experts), torch.stack(tokens)
 
 
 def check_places(experts: int, clients: int, clients_per_expert: int, least: int, most: int) -> None:

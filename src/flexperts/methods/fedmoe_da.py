@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from flexperts.communication.average import check_finite, holders_mean
 from flexperts.communication.messages import DERIVED, Update
-from flexperts.methods.kit.held_experts import EXPERTS, ROUTER, OwnParts
+from flexperts.methods.kit.held_experts import EXPERTS, ROUTER, OwnParts, place_of
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.kit.turn import Site, Turn
 from flexperts.modeling.lora import SHARED_PREFIX
@@ -22,7 +23,16 @@ from flexperts.parts.part import Part, key
 from flexperts.parts.router_deltas import RouterDeltas
 
 _ROUTER_ROWS = f"{DERIVED}router_rows."
-_MIXING, _OF_CLIENT = "mix.", "own."
+
+
+def _own(client: str, name: str) -> str:
+    """Return the name in the server's memory of what a client sent last; its experts are mixed there."""
+    return f"own.{client}.{name}"
+
+
+def _mix(layer: str) -> str:
+    """Return the name in the server's memory of a layer's A."""
+    return f"mix.{layer}"
 
 
 class FedMoEDA(OwnParts):
@@ -92,8 +102,9 @@ class FedMoEDA(OwnParts):
     # The server.
 
     def broadcast(self, server: Server, client: str) -> Payload:
-        """Return the global LoRA with the client's own mixed experts and own router."""
-        return Payload.of(_own(server, client))
+        """Return the global LoRA with the client's own mixed experts and own router; at first, the common start."""
+        shared = server.shared.tensors().items()
+        return Payload.of({name: server.memory.get(_own(client, name), start) for name, start in shared})
 
     def uplink(self, server: Server, client: str) -> Manifest:
         """Declare all trained parameters and, in rounds that compute A, the routers' rows."""
@@ -104,41 +115,37 @@ class FedMoEDA(OwnParts):
 
     def regroup(self, server: Server) -> None:
         """Forget the experts and routers of clients that have left, and mix without them from now on."""
-        own = {f"{_OF_CLIENT}{client}.{n}" for client in server.clients for n in _names_of(server)}
-        kept = {n: t for n, t in server.memory.items() if not n.startswith(_OF_CLIENT) or n in own}
-        changed = len(kept) != len(server.memory)
-        server.memory = kept
-        if changed:
+        layers = _layers(server)
+        names = [*server.shared.manifest.names, *(_ROUTER_ROWS + layer for layer in layers)]
+        current = {_own(client, name) for client in server.clients for name in names} | set(map(_mix, layers))
+        gone = server.memory.keys() - current
+        for name in gone:
+            del server.memory[name]
+        if gone:
             self._compute_mix(server)
 
     def aggregate(self, server: Server, updates: Iterable[Update]) -> None:
         """Average LoRA; keep every participant's experts and router, and mix the experts."""
-        lora = {n: t for n, t in server.shared.tensors().items() if n.startswith(SHARED_PREFIX)}
-        present: list[str] = []
-        mean = holders_mean(lora, self._kept(server, updates, present))
-        server.shared = Payload.of({**server.shared.tensors(), **mean})
+        shared, lora = server.shared.tensors(), []
+        for update in updates:
+            check_finite(update)
+            tensors = update.tensors()
+            adapter = {n: tensors.pop(n) for n in list(tensors) if n.startswith(SHARED_PREFIX)}
+            lora.append(replace(update, payload=Payload.of(adapter)))
+            server.memory |= {_own(update.client, n): t.clone() for n, t in tensors.items()}
+        before = {n: t for n, t in shared.items() if n.startswith(SHARED_PREFIX)}
+        server.shared = Payload.of(shared | holders_mean(before, lora))
         if self._mixes_anew(server.round + 1):
             self._compute_mix(server)
-        _mix_experts(server, present)
+        _mix_experts(server, [update.client for update in lora])
 
     def _mixes_anew(self, number: int) -> bool:
         return (number - 1) % self.options.every == 0
 
-    def _kept(self, server: Server, updates: Iterable[Update], present: list[str]) -> Iterator[Update]:
-        """Store everything except LoRA in the server's memory, and yield LoRA."""
-        for update in updates:
-            check_finite(update)
-            tensors = update.tensors()
-            lora = {n: t for n, t in tensors.items() if n.startswith(SHARED_PREFIX)}
-            yield Update(update.client, Payload.of(lora), update.rows, update.metrics)
-            present.append(update.client)
-            own = {n: t for n, t in tensors.items() if n not in lora}
-            server.memory |= {f"{_OF_CLIENT}{update.client}.{n}": t.clone() for n, t in own.items()}
-
     def _compute_mix(self, server: Server) -> None:
         for layer in _layers(server):
-            rows = torch.cat([server.memory[_rows(c, layer)] for c in _known(server, layer)])
-            server.memory[f"{_MIXING}{layer}"] = mixing(rows, self.options.peers, self.options.tau)
+            rows = [server.memory[_own(client, _ROUTER_ROWS + layer)] for client in _known(server, layer)]
+            server.memory[_mix(layer)] = mixing(torch.cat(rows), self.options.peers, self.options.tau)
 
 
 def mixing(rows: Tensor, peers: int, tau: float) -> Tensor:
@@ -156,46 +163,28 @@ def _mix_experts(server: Server, present: Collection[str]) -> None:
     """Replace the participants' experts by their mixtures, all computed from the experts before mixing."""
     for layer in _layers(server):
         clients = _known(server, layer)
-        for names in _by_suffix(server, layer).values():
-            shape = server.shared.tensors()[names[0]].shape
-            flat = [server.memory[f"{_OF_CLIENT}{c}.{n}"].flatten() for c in clients for n in names]
-            mixed = server.memory[f"{_MIXING}{layer}"] @ torch.stack(flat).double()
-            places = [(client, name) for client in clients for name in names]
-            for (client, name), tensor in zip(places, mixed, strict=True):
+        for names in _expert_names(server, layer).values():
+            pairs = [(client, _own(client, name)) for client in clients for name in names]
+            before = [server.memory[own] for _, own in pairs]
+            mixed = server.memory[_mix(layer)] @ torch.stack([t.flatten() for t in before]).double()
+            for (client, own), old, new in zip(pairs, before, mixed, strict=True):
                 if client in present:
-                    server.memory[f"{_OF_CLIENT}{client}.{name}"] = tensor.float().view(shape).clone()
-
-
-def _own(server: Server, client: str) -> dict[str, Tensor]:
-    """Return a client's own tensors; before its first round, the common start."""
-    return {n: server.memory.get(f"{_OF_CLIENT}{client}.{n}", t) for n, t in server.shared.tensors().items()}
-
-
-def _names_of(server: Server) -> set[str]:
-    """Return the names of all tensors that the server may keep for one client."""
-    return {*server.shared.manifest.names, *(f"{_ROUTER_ROWS}{layer}" for layer in _layers(server))}
+                    server.memory[own] = new.float().view_as(old)
 
 
 def _layers(server: Server) -> list[str]:
     return sorted(n.removeprefix(ROUTER) for n in server.shared.manifest.names if n.startswith(ROUTER))
 
 
-def _rows(client: str, layer: str) -> str:
-    return f"{_OF_CLIENT}{client}.{_ROUTER_ROWS}{layer}"
-
-
 def _known(server: Server, layer: str) -> list[str]:
     """Return the clients whose router rows the server has, sorted."""
-    return [client for client in sorted(server.clients) if _rows(client, layer) in server.memory]
+    return [client for client in sorted(server.clients) if _own(client, _ROUTER_ROWS + layer) in server.memory]
 
 
-def _by_suffix(server: Server, layer: str) -> dict[str, list[str]]:
+def _expert_names(server: Server, layer: str) -> dict[str, list[str]]:
     """Return, for each tensor of an expert, its names for all experts of the layer, in the router's order."""
-    start = f"{EXPERTS}{layer}."
+    names = [name for name in server.shared.manifest.names if name.startswith(f"{EXPERTS}{layer}.")]
     found: dict[str, list[str]] = {}
-    for name in sorted(
-        (n for n in server.shared.manifest.names if n.startswith(start)),
-        key=lambda n: int(n.removeprefix(start).split(".")[0]),
-    ):
-        found.setdefault(name.removeprefix(start).split(".")[1], []).append(name)
+    for name in sorted(names, key=place_of):
+        found.setdefault(name.rpartition(".")[2], []).append(name)
     return found

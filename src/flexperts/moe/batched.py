@@ -63,17 +63,14 @@ class BatchedExperts(LayerExperts):
         return self.parent.register_forward_hook(added)
 
     def watch(self, note: Note) -> Iterator[RemovableHandle]:
-        """Record x and routing at the router, and at the experts the routed output without the shared expert."""
-        routing: list[Tensor] = []
+        """Record every call: the unscaled x at the router, the output without the shared expert at the experts."""
+        router: Any = self.parent.router
+        routed: list[tuple[Tensor, ...]] = []  # the router's x, scores and logits in the call that is running
 
-        def routed(router: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-            scores, logits = output
-            index = logits.topk(router.top_k, dim=-1).indices  # type: ignore[arg-type]
-            routing[:] = args[0], index, scores.gather(-1, index)
+        def seen(_module: nn.Module, _args: object, output: Tensor) -> None:
+            hidden, scores, logits = routed.pop()
+            index = logits.topk(router.top_k, dim=-1).indices
+            note(hidden, index, scores.gather(-1, index), output.view(-1, *hidden.shape).sum(0))
 
-        def computed(_module: nn.Module, _args: object, output: Tensor) -> None:
-            hidden, index, scores = routing
-            note(hidden, index, scores, output.view(-1, *hidden.shape).sum(0))
-
-        yield self.parent.router.register_forward_hook(routed)  # type: ignore[union-attr]
-        yield self.module.register_forward_hook(computed)
+        yield router.register_forward_hook(lambda _router, args, output: routed.append((args[0], *output)))
+        yield self.module.register_forward_hook(seen)

@@ -59,22 +59,19 @@ class ParallelExperts(LayerExperts):
         return ExpertWeights(*parts)  # type: ignore[arg-type]
 
     def watch(self, note: Note) -> Iterator[RemovableHandle]:
-        """Record routing at the router, in the tokens' order, and x and the routed output at the block."""
-        routing: list[Tensor] = []
+        """Record every call of the block, with the routing in the tokens' order."""
+        routed: list[tuple[Any, ...]] = []  # what the router returned in the call that is running
 
-        def routed(_router: nn.Module, args: tuple[Tensor, ...], output: tuple[Any, ...]) -> None:
-            order, _, gates, counts, _ = output
+        def seen(block: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            hidden, summed = (t.reshape(-1, t.shape[-1]) for t in (args[0], output))
+            order, _, gates, counts, _ = routed.pop()
             experts = torch.arange(len(counts), device=order.device)
             sorted_experts = experts.repeat_interleave(torch.tensor(counts, device=order.device))
-            routing[:] = (_unsorted(values, order).view(len(args[0]), -1) for values in (sorted_experts, gates))
+            index, gates = (_unsorted(values, order).view(len(hidden), -1) for values in (sorted_experts, gates))
+            note(hidden, index, gates, summed - cast(Tensor, block.bias))
 
-        def computed(_block: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            hidden, summed = (t.reshape(-1, t.shape[-1]) for t in (args[0], output))
-            index, gates = routing
-            note(hidden, index, gates, summed - cast(Tensor, self.module.bias))
-
-        yield self.module.router.register_forward_hook(routed)  # type: ignore[union-attr]
-        yield self.module.register_forward_hook(computed)
+        yield self.module.router.register_forward_hook(lambda _router, _args, output: routed.append(output))  # type: ignore[union-attr]
+        yield self.module.register_forward_hook(seen)
 
     def _activation(self, projected: Tensor) -> Tensor:
         return cast(Tensor, self.module.activation(projected))  # type: ignore[operator]

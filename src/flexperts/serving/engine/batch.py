@@ -87,7 +87,8 @@ class Batch:
 
     def __init__(self, model: Any, lane: Lane, encoder: PromptEncoder, precision: Precision) -> None:
         self.rows: list[RequestState] = []
-        self._model, self._lane, self._encoder, self._precision = model, lane, encoder, precision
+        self.lane = lane
+        self._model, self._encoder, self._precision = model, encoder, precision
         self._device = next(model.parameters()).device
         self._cache: Any = None
         self._mask = torch.empty(0, 0, dtype=torch.long)
@@ -96,8 +97,8 @@ class Batch:
     def add(self, rows: Sequence[RequestState]) -> None:
         """Read the prompts of new rows and take their first tokens; the cache must allow new rows."""
         prompts = prompt_batch([row.prompt for row in rows], self._encoder)
-        self._lane.read(prompts)
-        self._lane.select([row.model for row in rows])
+        self.lane.read(prompts)
+        self.lane.select([row.model for row in rows])
         mask = prompts.attention_mask.to(self._device)
         logits, cache = self._forward(prompts.input_ids.to(self._device), mask, None)
         if self.rows:
@@ -134,7 +135,7 @@ class Batch:
             self._keep(stay)
             changed = True
         if changed and self.rows:
-            self._lane.select([row.model for row in self.rows])
+            self.lane.select([row.model for row in self.rows])
 
     def _keep(self, numbers: Sequence[int]) -> None:
         self.rows = [self.rows[number] for number in numbers]

@@ -71,7 +71,6 @@ class ServingEngine:
         self._changed = threading.Condition()
         self._closed, self._counters = False, Counters()
         self._failure: FlexpertsError | None = None
-        self._lane: Lane | None = None
         self._batch: Batch | None = None
         self._open = ExitStack()
         self._thread = threading.Thread(target=self._run, name="flexperts serving", daemon=True)
@@ -181,8 +180,7 @@ class ServingEngine:
             self._queue.clear()
         for row in rows:
             row.fail(self._failure) if self._failure else row.drop()
-        self._batch = None
-        self._open.close()
+        self._leave()
 
     def _has_work(self) -> bool:
         """Wait for a request, then briefly for others to share its batch; return False if the engine is closed."""
@@ -194,9 +192,12 @@ class ServingEngine:
 
     def _advance(self) -> None:
         """Let waiting rows that fit join the batch, and take one token for every row."""
+        self._forget_cancelled()
         new: list[RequestState] = []
         try:
-            self._admit(new)
+            while self._queue and self._fits(self._queue[0], new):
+                new.append(self._queue.popleft())
+                self._enter(self._lanes[new[-1].model])
             batch = self._batch
             if batch and new:
                 batch.add(new)
@@ -211,13 +212,6 @@ class ServingEngine:
             self._leave()
             probe(self._base)  # if the device cannot compute any more, this ends the engine
 
-    def _admit(self, new: list[RequestState]) -> None:
-        """Move rows from the head of the queue to ``new``, in order."""
-        self._forget_cancelled()
-        while self._queue and self._fits(self._queue[0], new):
-            new.append(self._queue.popleft())
-            self._enter(self._lanes[new[-1].model])
-
     def _forget_cancelled(self) -> None:
         with self._changed:
             gone = [row for row in self._queue if row.cancelled]
@@ -226,30 +220,29 @@ class ServingEngine:
             row.drop()
 
     def _fits(self, row: RequestState, new: Sequence[RequestState]) -> bool:
-        """Return whether a row may join the running rows and the new ones."""
-        others = [*(self._batch.rows if self._batch else ()), *new]
-        if self._batch is None or not others:
+        """Return whether a row may share a batch with the running rows and the new ones."""
+        batch = self._batch
+        if batch is None or not (batch.rows or new):
             return True
-        longest = max(other.most_tokens for other in (row, *others))
+        rows = [row, *batch.rows, *new]
+        may_join = self._sharing == "any time" or (self._sharing == "from the start" and not batch.rows)
         return (
-            self._lanes[row.model] is self._lane
-            and not self._lane.one_row
-            and self._sharing != "never"
-            and (self._sharing == "any time" or not self._batch.rows)
-            and len(others) < self._max_rows
-            and (len(others) + 1) * longest <= self._max_tokens
+            may_join
+            and self._lanes[row.model] is batch.lane
+            and not batch.lane.one_row
+            and len(rows) <= self._max_rows
+            and len(rows) * max(r.most_tokens for r in rows) <= self._max_tokens
         )
 
     def _leave(self) -> None:
-        """Undo the lane's changes to the base; lane and batch are forgotten first, in case this fails."""
-        self._lane, self._batch = None, None
+        """Undo the lane's changes to the base; the batch is forgotten first, in case this fails."""
+        self._batch = None
         self._open.close()
 
     def _enter(self, lane: Lane) -> None:
         """Set the base up for a lane, if it is not already."""
-        if lane is self._lane:
+        if self._batch and self._batch.lane is lane:
             return
         self._leave()
         self._open.enter_context(lane.opened())
-        self._lane = lane
         self._batch = Batch(self._base, lane, self._encoder, self._trained.config.model.precision)

@@ -22,8 +22,6 @@ from flexperts.parts.grafts import Graft
 from flexperts.parts.personal_expert import FullExpert, LowRankExpert
 from flexperts.serving.engine.mixed_lora import by_row
 
-_DELTAS = ("up_lora_A", "up_lora_B", "down_lora_A", "down_lora_B")
-
 
 class MixedGrafts:
     """All grafts of a run, by layer.
@@ -77,6 +75,14 @@ class _Personal:
             return self.expert.frozen
         return ExpertWeights(**{name: p.detach() for name, p in self.expert.named_parameters()})
 
+    @property
+    def deltas(self) -> tuple[Tensor, ...]:
+        """A and scaled B of the up projection, then of the down projection; empty for a whole expert."""
+        e = self.expert
+        if isinstance(e, FullExpert):
+            return ()
+        return e.up_lora_A, e.up_lora_B * e.scale, e.down_lora_A, e.down_lora_B * e.scale
+
 
 @dataclass(frozen=True)
 class _Selected:
@@ -86,7 +92,7 @@ class _Selected:
         rows: Row of each of the P pairs, ``[P]``; pairs that share weights are adjacent.
         runs: Weights, and the number of adjacent pairs that use them.
         gate_weight, gate_bias, scale: One per pair, ``[P, D, 1]``, ``[P, 1, 1]``, ``[P, 1, 1]``.
-        deltas: The low-rank factors of every pair, transposed so that tokens come first; empty for whole experts.
+        deltas: Low-rank factors ``[P, in, r]``, ``[P, r, out]`` of up, then of down; empty for whole experts.
     """
 
     rows: Tensor
@@ -150,20 +156,18 @@ def _personal(graft: Graft) -> Iterator[_Personal]:
 
 
 def _gathered(pairs: Sequence[tuple[int, _Personal]]) -> _Selected:
-    personal = [p for _, p in pairs]
-    weight, dtype = personal[0].gate_weight, personal[0].gate_weight.dtype
-    groups = [list(group) for _, group in groupby(personal, key=lambda p: p.shared_by)]
-    low = [p.expert for p in personal if isinstance(p.expert, LowRankExpert)]
+    """Stack the small tensors of all pairs, and list the large ones, which adjacent pairs share."""
+    rows, personal = zip(*pairs, strict=True)
+    gate = personal[0].gate_weight
+    runs = [list(run) for _, run in groupby(personal, key=lambda p: p.shared_by)]
+    deltas = zip(*(p.deltas for p in personal), strict=True)
     return _Selected(
-        rows=torch.tensor([row for row, _ in pairs], device=weight.device),
-        runs=tuple((group[0].weights, len(group)) for group in groups),
+        rows=torch.tensor(rows, device=gate.device),
+        runs=tuple((run[0].weights, len(run)) for run in runs),
         gate_weight=torch.stack([p.gate_weight for p in personal]),
         gate_bias=torch.stack([p.gate_bias for p in personal]),
-        scale=torch.tensor([p.scale for p in personal], device=weight.device, dtype=dtype).view(-1, 1, 1),
-        deltas=tuple(
-            torch.stack([getattr(e, name) * (e.scale if name.endswith("B") else 1) for e in low]).to(dtype).mT
-            for name in (_DELTAS if low else ())
-        ),
+        scale=gate.new_tensor([p.scale for p in personal]).view(-1, 1, 1),
+        deltas=tuple(torch.stack(factors).to(gate.dtype).mT for factors in deltas),
     )
 
 
