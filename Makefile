@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup run test slow families quantization faults fuzz deployment test-all coverage bench docs check format dist clean
+.PHONY: help setup run test test-oldest slow families quantization faults fuzz deployment test-all coverage bench docs check format dist clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -23,6 +23,14 @@ run: setup  ## Personalize a pretrained MoE for four silos, with FedAvg for comp
 
 test: setup  ## Run the default tests
 	$(BIN)/python -m pytest -n 2
+
+test-oldest: setup  ## Run the default tests with the oldest versions that pyproject.toml allows, in .venv-oldest
+	@mkdir -p build
+	$(BIN)/uv pip compile --quiet --resolution lowest-direct --python $(BIN)/python --extra dev --output-file build/oldest.txt pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --constraint build/oldest.txt torch
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --constraint build/oldest.txt --editable '.[dev]'
+	.venv-oldest/bin/python -m pytest -n 2
 
 coverage: setup  ## Run the default tests, show which lines they reach, write build/coverage/index.html
 	$(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-report=html --cov-report=xml
@@ -80,4 +88,4 @@ dist:  ## Build sdist and wheel into dist/, check both, try the wheel in an empt
 	build/wheel/bin/flexperts --help
 
 clean:  ## Remove caches and the environment
-	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-oldest build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

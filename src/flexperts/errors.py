@@ -17,7 +17,8 @@ Every message is one line: value, rule, remedy.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _LONGEST_SHOWN = 200
@@ -59,6 +60,21 @@ class FlexpertsError(ValueError):
 
 class ConfigError(FlexpertsError):
     """A recipe, an override or a command-line value breaks a rule."""
+
+
+@contextmanager
+def optional(extra: str, purpose: str) -> Iterator[None]:
+    """Turn the import of a module that is not installed into an error that names the extra which brings it.
+
+    Raises:
+        ConfigError: An import inside found no module.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"the module {error.name} is missing", f"{purpose} needs it", f"run pip install 'flexperts[{extra}]'"
+        ) from error
 
 
 class DataError(FlexpertsError):

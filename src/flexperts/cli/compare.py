@@ -59,11 +59,12 @@ def command(
     out = out or Path("runs") / recipe.stem
 
     from flexperts.cli.display import ProgressDisplay
-    from flexperts.cli.report import report
+    from flexperts.cli.report import check_plots, report
     from flexperts.studies.claim import alone_in
     from flexperts.studies.collect import collect_comparison
     from flexperts.studies.runner import Job, jobs, run_comparison
 
+    check_plots()
     planned = jobs(plan, out)
     chosen: list[tuple[str, object]] = [("--methods", methods), ("--seeds", seeds), ("--reference", reference)]
     chosen += [("--out", out), ("--set", settings), ("--track", track)]

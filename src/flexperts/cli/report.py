@@ -24,11 +24,20 @@ def command(
     """Write comparison.json, report.html (opens from disk) and report.md into a finished directory."""
     from flexperts.cli.console import console
 
+    check_plots()
     report(console(), _collected(path, samples), path)
 
 
 _WIDE = 120
 """From so many columns on, the terminal table shows more than the scores on each client's own rows."""
+
+
+def check_plots() -> None:
+    """Refuse a report that could not draw its plots, before anything is trained or read for it."""
+    from flexperts.errors import optional
+
+    with optional("report", "a report"):
+        import matplotlib  # noqa: F401
 
 
 def report(console: Any, comparison: Mapping[str, Any], out: Path) -> None:

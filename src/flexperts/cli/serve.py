@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flexperts.cli.generate import Base
+from flexperts.errors import optional
 from flexperts.serving.http.settings import Address, Limits
 
 if TYPE_CHECKING:
@@ -135,11 +136,9 @@ def _serve(
     open_engine: Callable[[], Engine], ring: KeyRing, key: str | None, address: Address, limits: Limits, grace: int
 ) -> None:
     """Listen at once, answer when the base is loaded, and serve until stopped or until the engine fails."""
-    try:
+    with optional("serve", "serving"):
         from flexperts.serving.http.server import make_server, running
         from flexperts.serving.http.service import Service
-    except ModuleNotFoundError as error:
-        raise _missing(error) from error
 
     service = Service(ring, limits)
     server = make_server(service, address)
@@ -150,14 +149,6 @@ def _serve(
         service.ready(engine)
         _say_ready(engine, address, address.url(door), key)
         _wait(engine)
-
-
-def _missing(error: ModuleNotFoundError) -> Exception:
-    from flexperts.errors import ConfigError
-
-    return ConfigError(
-        f"the module {error.name} is missing", "serving needs it", "run pip install 'flexperts[serve]'"
-    )
 
 
 def _say_ready(engine: Engine, address: Address, url: str, key: str | None) -> None:

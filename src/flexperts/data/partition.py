@@ -23,7 +23,7 @@ from flexperts.data.holdout import check_disjoint, hold_out
 from flexperts.data.records import Say, unsaid
 from flexperts.data.rows import ClientRows, Label, Row, read_labelled
 from flexperts.data.sources import open_table
-from flexperts.errors import DataError
+from flexperts.errors import DataError, optional
 from flexperts.seeding import derive_seed
 
 Labelled = tuple[list[Row], list[str]]
@@ -168,10 +168,13 @@ def _divide(codes: list[int], settings: PartitionConfig, each: int, seed: int) -
     import numpy
     from datasets import Dataset
 
+    with optional("partition", "data.partition"):
+        from flwr_datasets import partitioner as partitioners
+
     order: list[int] = numpy.random.default_rng(derive_seed(seed, "order")).permutation(len(codes)).tolist()
     try:
         with _quiet():
-            partitioner = _partitioner(settings, each, seed)
+            partitioner = _partitioner(partitioners, settings, each, seed)
             partitioner.dataset = Dataset.from_dict({"row": order, "label": [codes[i] for i in order]})
             return [list(partitioner.load_partition(n)["row"]) for n in range(partitioner.num_partitions)]
     except ValueError as error:
@@ -192,19 +195,17 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _partitioner(settings: PartitionConfig, each: int, seed: int) -> Any:
-    from flwr_datasets import partitioner
-
+def _partitioner(partitioners: Any, settings: PartitionConfig, each: int, seed: int) -> Any:
     clients = settings.clients or 1
     if settings.by == "natural":
-        return partitioner.NaturalIdPartitioner("label")
+        return partitioners.NaturalIdPartitioner("label")
     if settings.by == "iid":
-        return partitioner.IidPartitioner(clients)
+        return partitioners.IidPartitioner(clients)
     if settings.by == "dirichlet":
-        return partitioner.DirichletPartitioner(
+        return partitioners.DirichletPartitioner(
             clients, "label", settings.alpha, settings.min_rows, self_balancing=True, seed=seed
         )
-    return partitioner.PathologicalPartitioner(clients, "label", each, "deterministic", seed=seed)
+    return partitioners.PathologicalPartitioner(clients, "label", each, "deterministic", seed=seed)
 
 
 def _checked(shares: list[list[int]], rows: int, settings: PartitionConfig) -> list[list[int]]:

@@ -20,7 +20,7 @@ from flexperts.data.bad_rows import BadRow, settle_bad_rows
 from flexperts.data.batches import PaddedBatch
 from flexperts.data.records import whole_number
 from flexperts.data.sources import open_table
-from flexperts.errors import ConfigError, DataError
+from flexperts.errors import ConfigError, DataError, optional
 from flexperts.modeling.forward import Precision
 from flexperts.seeding import generator
 
@@ -130,12 +130,8 @@ def _shuffled(name: str, size: int, seed: int) -> list[int]:
 
 
 def _harness() -> ModuleType:
-    try:
+    with optional("knowledge", "MMLU"):
         from flexperts.evaluation import harness
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"the module {error.name} is missing", "MMLU needs lm-eval", "pip install 'flexperts[knowledge]'"
-        ) from error
     return harness
 
 
