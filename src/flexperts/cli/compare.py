@@ -12,7 +12,9 @@ from flexperts.cli.report import Samples
 
 
 def command(
-    recipe: Annotated[Path, typer.Argument(help="Recipe: a TOML file, or a name that ships: study-silos.")],
+    recipe: Annotated[
+        Path, typer.Argument(help="Recipe: a TOML file, or one that ships: quickstart, large, study-silos.")
+    ],
     methods: Annotated[
         str | None,
         typer.Option(

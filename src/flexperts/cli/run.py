@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def command(
-    recipe: Annotated[Path, typer.Argument(help="Recipe: a TOML file, or a name that ships: quickstart.")],
+    recipe: Annotated[
+        Path, typer.Argument(help="Recipe: a TOML file, or one that ships: quickstart, large, study-silos.")
+    ],
     settings: Annotated[
         list[str] | None,
         typer.Option(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import re
 import zlib
 from pathlib import Path
 
@@ -22,6 +23,7 @@ _OTHERS = {
     b"\xd0\xcf\x11\xe0": "an old Excel workbook",
     b"PAR1": "a Parquet file",
 }
+_BEYOND_ASCII = re.compile(rb"[\x80-\xff]+")
 _SAVE = "save it as UTF-8 (spreadsheets call it CSV UTF-8)"
 
 
@@ -68,15 +70,18 @@ def _undecodable(path: Path, content: bytes, encoding: str, error: UnicodeDecode
     if 4 * broken <= letters and _is_western(content):
         convert = "iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW"
         return DataError(f"{path}", f"{found}; it looks like Windows-1252 or Latin-1", f"{_SAVE}, or: {convert}")
-    return DataError(f"{path}", found, f"{_SAVE}, or convert it: iconv -f ITS-ENCODING -t UTF-8 FILE > NEW")
+    convert = "iconv -f ITS-ENCODING -t UTF-8 FILE > NEW, with CP949, CP932, GB18030 or the like as ITS-ENCODING"
+    return DataError(f"{path}", found, f"{_SAVE}, or convert it and look at the result: {convert}")
 
 
 def _is_western(content: bytes) -> bool:
+    """Return whether this may be Windows-1252: letters beyond ASCII are then mostly single."""
     try:
         content.decode("cp1252")
     except UnicodeDecodeError:
         return False
-    return True
+    runs = [len(run) for run in _BEYOND_ASCII.findall(content)]
+    return 2 * runs.count(1) > sum(runs)
 
 
 def _zeros(path: Path, content: bytes) -> DataError:

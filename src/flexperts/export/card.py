@@ -217,7 +217,7 @@ def _note(facts: Facts) -> str:
         if not facts.content.grafts:
             return "The architecture is the base's: software that serves the base also serves this folder."
         return (
-            "Loading runs the code in `modeling_grafted.py` and `grafts.py` in this folder, about a hundred lines: "
+            "Loading runs the code in `modeling_grafted.py` and `grafts.py` in this folder, about 200 lines: "
             "read it before you trust it. Software that supports only standard architectures refuses this folder."
         )
     base = _base_name(facts.run)

@@ -88,7 +88,9 @@ def check_quantizer(config: Any, base: str) -> None:
     """
     if find_spec("bitsandbytes") is None:
         raise ModelError(
-            "model.quantization", "it needs bitsandbytes", "install flexperts[quantization], or set it to none"
+            "model.quantization",
+            "it needs bitsandbytes",
+            "run pip install 'flexperts[quantization]', or set it to none",
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(

@@ -142,5 +142,5 @@ def noised(change: Vector, clip: float, noise_multiplier: float) -> Vector:
 def _check_accountant() -> None:
     if find_spec(_ACCOUNTANT) is None:
         raise ConfigError(
-            "privacy.noise", "epsilon is computed by dp-accounting", "pip install 'flexperts[privacy]'"
+            "privacy.noise", "epsilon is computed by dp-accounting", "run pip install 'flexperts[privacy]'"
         )

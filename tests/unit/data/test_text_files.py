@@ -112,3 +112,19 @@ def test_characters_that_a_conversion_lost_are_told(tmp_path: Path) -> None:
     assert notes == [
         f"{tmp_path / 'rows.csv'}: 1 rows contain U+FFFD, which replaces a character that a conversion lost"
     ]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        ("cp949", "김민지 환자의 진료 기록"),
+        ("cp932", "患者さんの記録です"),
+        ("gb18030", "病人的记录"),
+        ("cp1251", "история болезни"),
+    ],
+)
+def test_text_of_other_scripts_is_not_taken_for_western(tmp_path: Path, encoding: str, text: str) -> None:
+    said = refusal(tmp_path / "rows.csv", f"instruction,response\nquestion about records,{text}\n".encode(encoding))
+    assert "it is not UTF-8 text (line 2)" in said
+    assert "WINDOWS-1252" not in said
+    assert "look at the result" in said
