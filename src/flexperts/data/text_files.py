@@ -23,7 +23,8 @@ _OTHERS = {
     b"\xd0\xcf\x11\xe0": "an old Excel workbook",
     b"PAR1": "a Parquet file",
 }
-_BEYOND_ASCII = re.compile(rb"[\x80-\xff]+")
+_WESTERN = re.compile(rb"(?<![\x80-\xff])[\x80\x85\x91-\x97\xa0-\xff]{1,2}(?![\x80-\xff])")
+"""One or two letters or marks of Windows-1252; text of other scripts has longer runs, or other bytes."""
 _SAVE = "save it as UTF-8 (spreadsheets call it CSV UTF-8)"
 
 
@@ -75,13 +76,12 @@ def _undecodable(path: Path, content: bytes, encoding: str, error: UnicodeDecode
 
 
 def _is_western(content: bytes) -> bool:
-    """Return whether this may be Windows-1252: letters beyond ASCII are then mostly single."""
     try:
         content.decode("cp1252")
     except UnicodeDecodeError:
         return False
-    runs = [len(run) for run in _BEYOND_ASCII.findall(content)]
-    return 2 * runs.count(1) > sum(runs)
+    beyond_ascii = sum(1 for byte in content if byte > 0x7F)
+    return 2 * sum(map(len, _WESTERN.findall(content))) > beyond_ascii
 
 
 def _zeros(path: Path, content: bytes) -> DataError:

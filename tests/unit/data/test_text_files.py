@@ -119,6 +119,7 @@ def test_characters_that_a_conversion_lost_are_told(tmp_path: Path) -> None:
     [
         ("cp949", "김민지 환자의 진료 기록"),
         ("cp932", "患者さんの記録です"),
+        ("cp932", "カルテ"),
         ("gb18030", "病人的记录"),
         ("cp1251", "история болезни"),
     ],
