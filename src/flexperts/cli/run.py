@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -142,5 +143,5 @@ def _deploy(config: RunConfig, engine: str, name: str, resume: bool, track: list
             "it did not complete",
             f"fix what the `error:` line of its log says, then resume with {again}",
         )
-    if RunDirectory(folder).has_finished:
+    if os.access(folder / "summary.json", os.R_OK):  # not where another user runs the SuperLink
         RunDisplay().result(RunDirectory.open(folder).summary(), folder)
