@@ -153,7 +153,7 @@ def served(
     if ready:
         service.ready(engine)
     server = make_server(service, address)
-    with address.listen() as door, running(server, service, door, grace):
+    with address.listen(limits.connections) as door, running(server, service, door, grace):
         yield Served(address.url(door), service)
 
 

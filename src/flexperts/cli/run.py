@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flexperts.cli.generate import Trust, sets_trust
 from flexperts.cli.interrupted import command_line, standing, stoppable
 
 if TYPE_CHECKING:
@@ -48,10 +49,11 @@ def command(
             "settings decide what else it collects, such as terminal output. Repeatable.",
         ),
     ] = None,
+    trust: Trust = False,
 ) -> None:
     """Run a recipe: train, average, evaluate, and write a run directory."""
     from flexperts.errors import ConfigError
-    from flexperts.recipe import load_recipe
+    from flexperts.recipe import check_trust, load_recipe
 
     if resume and out is None:
         raise ConfigError("--resume", "it needs the directory of the run to resume", "add --out DIRECTORY")
@@ -60,11 +62,12 @@ def command(
     deployed = engine != "in-process"
     out = out or (Path(name) if deployed else Path("runs") / name)
     options: list[tuple[str, object]] = [("--set", settings), ("--track", track), ("--out", out)]
-    options += [("--engine", engine if deployed else None), ("--resume", True)]
+    options += [("--engine", engine if deployed else None), ("--trust-remote-code", trust), ("--resume", True)]
     again = command_line("run", str(recipe), options=options)
     if deployed:
         _deploy(config, engine, str(out), resume, track, again)
     else:
+        check_trust(config, recipe, trusted=trust or sets_trust(settings or ()))
         with stoppable(lambda: standing(out, again)), _offering(out, again):
             _run(config, out, resume, track or (), again)
 

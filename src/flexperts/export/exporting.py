@@ -56,6 +56,7 @@ def export_run(
     dtype: str | None = None,
     base: str | None = None,
     check: bool = True,
+    trust_remote_code: bool = False,
 ) -> Export:
     """Write a client's model of a finished run; the folder appears complete and checked, or not at all.
 
@@ -70,6 +71,7 @@ def export_run(
         dtype: Storage type of the weights; None takes the base's.
         base: Where the run's base is, if not where its recipe says.
         check: Whether to load the folder in a fresh process and compare its logits with the run's.
+        trust_remote_code: Whether code of the base may run; a recipe that asks for it is refused otherwise.
     """
     _known("--form", form, FORMS)
     _known("--dtype", dtype, (*DTYPES, None))
@@ -78,7 +80,7 @@ def export_run(
     if form == "adapter" and dtype is not None:
         raise ConfigError(f"--dtype {dtype}", "an adapter is always stored in float32", "leave --dtype out")
     with _appearing(out) as folder:
-        run = TrainedRun(path, base=base)
+        run = TrainedRun(path, base=base, trust_remote_code=trust_remote_code)
         _check_plain(run, form)
         stored = dtype or run.config.model.dtype
         if form in ("transformers", "merged"):

@@ -51,6 +51,7 @@ def join(
     observer: Observer | None = None,
     workspace: Workspace | None = None,
     base: str | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Add a new client to a finished run: it prepares, trains its personal part alone, and is scored.
 
@@ -68,6 +69,7 @@ def join(
         observer: Receives progress.
         workspace: A workspace of the same base, in memory already.
         base: Folder of the run's base, if it is not where the recipe says.
+        trust_remote_code: Whether code of the base may run; a recipe that asks for it is refused otherwise.
 
     Returns:
         The record that is also in ``joined/NAME.json``: rows (counts and hashes), steps, seed, loss, scores.
@@ -79,7 +81,8 @@ def join(
     run = RunDirectory.open(Path(path))
     observer = observer or Observer()
     with sole_writer(run.path), observing(observer):
-        config, summary = recipe_of(run, base), run.summary()
+        trusted = trust_remote_code or workspace is not None
+        config, summary = recipe_of(run, base, trusted=trusted), run.summary()
         method = make_method(config.method)
         _check_personal(method, summary)
         name = client_name(name or _name_of(str(data)))
