@@ -39,13 +39,13 @@ def write_bytes(path: Path, content: bytes, *, mode: int = PRIVATE) -> None:
     ``sole_writer`` of the folder removes the temporary file of a killed process.
 
     Args:
-        path: The file; its folder is created with the same access if it does not exist.
+        path: The file; folders that do not exist are created with the same access.
         content: The bytes.
         mode: ``PRIVATE`` or ``PUBLIC``.
     """
     temporary = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
-        path.parent.mkdir(mode | (mode & 0o444) >> 2, parents=True, exist_ok=True)
+        make_folder(path.parent, mode)
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.write(content)
             file.flush()
@@ -55,6 +55,13 @@ def write_bytes(path: Path, content: bytes, *, mode: int = PRIVATE) -> None:
         with suppress(OSError, ValueError):
             temporary.unlink(missing_ok=True)
         raise unwritable(path, error) from error
+
+
+def make_folder(folder: Path, mode: int = PRIVATE) -> None:
+    """Create a folder, and those that it is in, if they do not exist; ``mode`` is that of files in it."""
+    for place in reversed((folder, *folder.parents)):
+        if not place.exists():
+            place.mkdir(mode | (mode & 0o444) >> 2, exist_ok=True)
 
 
 def placeless(value: Any) -> Any:

@@ -23,7 +23,7 @@ from flexperts.data.records import name_and_ending
 from flexperts.data.sources import HUB
 from flexperts.errors import ArtifactError, ConfigError
 from flexperts.evaluation.scores import SCORES, Scores
-from flexperts.files import sealed, sole_writer, unwritable, write_json
+from flexperts.files import make_folder, sealed, sole_writer, unwritable, write_json
 from flexperts.finished.trained import TrainedRun, kept_data, recipe_of, with_rows_of
 from flexperts.methods.kit.method import Method, State
 from flexperts.methods.registry import make_method
@@ -239,7 +239,7 @@ def _publish(staging: Path, run: Path) -> None:
     for path in sorted(p for p in staging.rglob("*") if p.is_file() and p.parent.name != "before"):
         target = run / path.relative_to(staging)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(target.parent)
             path.replace(target)
         except OSError as error:
             for other in moved:  # else they would block another attempt

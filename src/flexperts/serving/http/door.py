@@ -13,6 +13,8 @@ from contextlib import suppress
 
 Peer = tuple[str, int]
 """Address and port of a connection's other end."""
+_HELD = 1024
+"""Connections that the system holds until they are accepted."""
 PATIENCE = 10.0
 """Seconds for which a connection may wait."""
 
@@ -30,6 +32,10 @@ class Door(socket.socket):
         self._most = most
         self._open: dict[Peer, socket.socket] = {}
         self._waiting: dict[Peer, asyncio.TimerHandle] = {}
+
+    def listen(self, backlog: int = 0, /) -> None:
+        """Listen; the system holds more connections than the event loop accepts before it reads from them."""
+        super().listen(max(backlog, _HELD))
 
     def accept(self) -> tuple[socket.socket, tuple[str, int]]:
         """Accept a connection; called by the event loop."""
