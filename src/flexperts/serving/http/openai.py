@@ -158,7 +158,7 @@ def _check_extra(field: str, value: Any) -> None:
         values = " or ".join(map(repr, _ONLY[field]))
         rule = f"it can only be {values}" if values else "it is not supported"
         raise invalid(field, rule, "leave it out", field)
-    remedy = did_you_mean(field, [*ChatRequest.model_fields, *_ONLY], "leave it out")
+    remedy = did_you_mean(field[:100], [*ChatRequest.model_fields, *_ONLY], "leave it out")
     raise invalid(f"{field[:100]!r}", "there is no such field", remedy, field[:100])
 
 
