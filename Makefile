@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup run test test-oldest slow families quantization faults fuzz deployment test-all coverage bench docs check format dist clean
+.PHONY: help setup locked lock run test test-oldest slow families quantization faults fuzz deployment test-all coverage bench docs check format dist clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -17,6 +17,16 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
+
+# Hatchling builds the editable install; pip can check only files that it downloads itself.
+locked:  ## Create .venv only from files with the hashes in requirements.lock (PyPI's, with GPU libraries)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $(STAMP)
+
+lock: setup  ## Write requirements.lock from constraints.txt
+	printf 'hatchling>=1.27\neditables>=0.5\n' | $(BIN)/uv pip compile --quiet --generate-hashes --no-header --no-annotate --python-version 3.11 --constraint constraints.txt --extra dev --output-file requirements.lock pyproject.toml -
 
 run: setup  ## Personalize a pretrained MoE for four silos, with FedAvg for comparison (about eight minutes on two cores)
 	$(BIN)/flexperts run recipes/quickstart.toml

@@ -49,6 +49,7 @@ from flexperts.files import (
     read_lines,
     sealed,
     text_of,
+    unlinked,
     unwritable,
     write_json,
     write_text,
@@ -137,9 +138,15 @@ class RunDirectory:
         """Open an existing run.
 
         Raises:
-            ArtifactError: There is no run.
+            ArtifactError: There is no run, or this user cannot enter its directory.
         """
-        if not (path / "config.toml").is_file():
+        try:
+            holds_run = (path / "config.toml").is_file()
+        except OSError as error:
+            raise ArtifactError(
+                f"{path}", f"it cannot be read ({error})", "run this as the user who made the run"
+            ) from error
+        if not holds_run:
             raise ArtifactError(
                 f"{path}", "it holds no run (no config.toml)", "give the --out directory of a `flexperts run`"
             )
@@ -235,7 +242,7 @@ class RunDirectory:
             ArtifactError: It cannot be written completely; ``keep_rounds`` removes an incomplete line.
         """
         try:
-            with self._rounds.open("a", encoding="utf-8") as lines:
+            with open(self._rounds, "a", encoding="utf-8", opener=unlinked) as lines:
                 lines.write(json_text(sealed(record)) + "\n")
                 lines.flush()
                 os.fsync(lines.fileno())

@@ -4,6 +4,9 @@ Only one process at a time may write a folder. It holds a ``flock`` lock on a fi
 releases when the process ends. The file exists while the lock is held, and is left behind by a killed process.
 Network file systems either share such locks between machines (NFS does), or keep them to one machine, or refuse
 them.
+
+Files are readable by their owner only, unless a caller says otherwise. A new file is opened under a random name and
+never through a link, so that another user of the folder can neither read it nor lead it elsewhere.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -24,17 +28,25 @@ from flexperts.errors import ArtifactError
 
 _SEAL = "sha256"
 LOCK = ".lock"
+PRIVATE, PUBLIC = 0o600, 0o666
+"""Modes of files: for their owner only, or for everyone whom the process's umask admits."""
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes, *, mode: int = PRIVATE) -> None:
     """Write a file atomically: a reader sees the old file or the new one, never a part.
 
-    The content is on disk when this returns. The next write replaces the temporary file of a killed process.
+    The content is on disk when this returns. A link in the file's place is replaced, not followed. The next
+    ``sole_writer`` of the folder removes the temporary file of a killed process.
+
+    Args:
+        path: The file; folders that do not exist are created with the same access.
+        content: The bytes.
+        mode: ``PRIVATE`` or ``PUBLIC``.
     """
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        make_folder(path.parent, mode)
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -43,6 +55,13 @@ def write_bytes(path: Path, content: bytes) -> None:
         with suppress(OSError, ValueError):
             temporary.unlink(missing_ok=True)
         raise unwritable(path, error) from error
+
+
+def make_folder(folder: Path, mode: int = PRIVATE) -> None:
+    """Create a folder, and those that it is in, if they do not exist; ``mode`` is that of files in it."""
+    for place in reversed((folder, *folder.parents)):
+        if not place.exists():
+            place.mkdir(mode | (mode & 0o444) >> 2, exist_ok=True)
 
 
 def placeless(value: Any) -> Any:
@@ -59,14 +78,19 @@ def unwritable(path: Path, error: Exception) -> ArtifactError:
     return ArtifactError(f"{path}", f"it cannot be written ({error})", "free some space or choose another folder")
 
 
-def write_text(path: Path, text: str) -> None:
+def unlinked(path: str, flags: int) -> int:
+    """Open a private file that is not a link; an ``opener`` for ``open``."""
+    return os.open(path, flags | os.O_NOFOLLOW, PRIVATE)
+
+
+def write_text(path: Path, text: str, *, mode: int = PRIVATE) -> None:
     """Write a text file; see ``write_bytes``."""
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode(), mode=mode)
 
 
-def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
+def write_json(path: Path, value: Any, *, indent: int | None = 2, mode: int = PRIVATE) -> None:
     """Write a value as JSON, atomically; without ``indent`` on one line, for large values."""
-    write_text(path, json_text(value, indent=indent) + "\n")
+    write_text(path, json_text(value, indent=indent) + "\n", mode=mode)
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:
@@ -153,7 +177,8 @@ def sole_writer(
 ) -> Iterator[None]:
     """Lock a folder against other writing processes inside the block.
 
-    The folder is created if it does not exist, and removed again if it stays empty.
+    The folder is created if it does not exist, and removed again if it stays empty. A new or empty one is closed to
+    other users. Temporary files of killed processes in it are removed; links to other folders are refused.
 
     Args:
         folder: The folder.
@@ -163,15 +188,36 @@ def sole_writer(
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(0o700, parents=True, exist_ok=True)
+            if not any(folder.iterdir()):
+                with suppress(PermissionError):  # another user's folder; its files are private all the same
+                    folder.chmod(0o700)
         except OSError as error:
             raise _unlockable(folder, error) from error
         with holding(folder / LOCK, folder, patience=patience, waiting=waiting):
+            _refuse_links(folder)
+            remove_parts(folder)
             yield
     finally:
         for place in made:
             with suppress(OSError):  # it is not empty
                 place.rmdir()
+
+
+def _refuse_links(folder: Path) -> None:
+    """Refuse links to folders inside a folder: files that are written there would go elsewhere."""
+    for path in folder.rglob("*"):
+        if path.is_symlink() and path.is_dir():
+            raise ArtifactError(
+                f"{path}", "it is a link, and nothing is written through links", "replace it with the folder itself"
+            )
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove temporary files of killed processes; no process may be writing the folder."""
+    for part in folder.rglob(".*.part"):
+        with suppress(OSError):  # a folder, or read-only
+            part.unlink()
 
 
 @contextmanager
@@ -196,8 +242,8 @@ def holding(
     except OSError as error:
         raise _unlockable(what, error) from error
     try:
-        with suppress(OSError):  # on a full disk, messages cannot name us
-            path.write_text(f"{os.getpid()}\n{socket.gethostname()}\n", encoding="utf-8")
+        with suppress(OSError), open(path, "w", encoding="utf-8", opener=unlinked) as file:
+            file.write(f"{os.getpid()}\n{socket.gethostname()}\n")  # on a full disk, messages cannot name us
         yield
     finally:
         with suppress(OSError):

@@ -70,6 +70,22 @@ def recorded_recipe(run: Path, overrides: Iterable[str] = ()) -> RunConfig:
     return parse_recipe(text, overrides, where=str(path)) if overrides else config
 
 
+def check_trust(config: RunConfig, where: Path, *, trusted: bool) -> None:
+    """Refuse a file that asks for a base's own code, unless the caller trusts that code as well.
+
+    Args:
+        config: The recipe in the file.
+        where: The file.
+        trusted: Whether the caller does, by ``--trust-remote-code`` or ``trust_remote_code=True``.
+    """
+    if config.model.trust_remote_code and not trusted:
+        raise ConfigError(
+            f"{where}: model.trust_remote_code = true",
+            f"it asks to run code of the base {config.model.base!r}, and a file alone must not decide that",
+            "add --trust-remote-code if you trust the author of the base",
+        )
+
+
 def parse_recipe(
     text: str, overrides: Iterable[str] = (), *, folder: Path | None = None, where: str = "recipe"
 ) -> RunConfig:

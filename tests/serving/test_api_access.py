@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import ssl
-from datetime import UTC, datetime, timedelta
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
 
 from flexperts.serving.http.keys import OPERATOR
 from flexperts.serving.http.settings import Address
 
-from .scripted_engine import ASK, KEYS, ScriptedEngine, Served, bearer, openai_of, served, told
+from .scripted_engine import ASK, KEYS, ScriptedEngine, Served, bearer, openai_of, self_signed, served, told
 
 
 @pytest.mark.parametrize("key", ["nobody", KEYS["clinic"] + "x", KEYS["clinic"][:-1], "x y", "ключ"])
@@ -99,21 +92,7 @@ def test_neither_keys_nor_prompts_are_logged(client: openai.OpenAI, caplog: pyte
 
 @pytest.fixture
 def certificate(tmp_path: Path) -> Path:
-    """A certificate for 127.0.0.1 that signs itself, its key in the same file."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
-    day = timedelta(days=1)
-    made = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(datetime.now(UTC) - day)
-        .not_valid_after(datetime.now(UTC) + day)
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    path = tmp_path / "server.pem"
-    path.write_bytes(made.public_bytes(Encoding.PEM) + secret)
-    return path
+    return self_signed(tmp_path / "server.pem")
 
 
 def test_tls(engine: ScriptedEngine, certificate: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from flexperts.cli.generate import Trust, sets_trust
 from flexperts.cli.interrupted import command_line, stoppable
 from flexperts.cli.report import Samples
 
@@ -47,9 +48,11 @@ def command(
         typer.Option(metavar="TRACKER", help="Log every run; see the same option of `flexperts run`. Repeatable."),
     ] = None,
     samples: Samples = 0,
+    trust: Trust = False,
 ) -> None:
     """Run every method with every seed, then write table, HTML report and Markdown; resumable at any point."""
     from flexperts.errors import ConfigError
+    from flexperts.recipe import check_trust
     from flexperts.studies.entries import plan_comparison
 
     names = [name.strip() for name in (methods or "").split(",") if name.strip()]
@@ -58,6 +61,8 @@ def command(
             f"--methods {methods!r}", "it names no method", "give at least one name, or leave the option out"
         )
     plan = plan_comparison(recipe, settings, entries=names, seeds=seeds, reference=reference)
+    for entry in plan.entries:
+        check_trust(plan.config(entry, plan.seeds[0]), recipe, trusted=trust or sets_trust(settings))
     out = out or Path("runs") / recipe.stem
 
     from flexperts.cli.display import ProgressDisplay
@@ -71,6 +76,7 @@ def command(
     chosen: list[tuple[str, object]] = [("--methods", methods), ("--seeds", seeds), ("--reference", reference)]
     chosen += [("--out", out), ("--set", settings), ("--track", track)]
     chosen += [("--workers", workers if workers > 1 else None), ("--keep-weights", keep_weights)]
+    chosen += [("--trust-remote-code", trust)]
     again = command_line("compare", str(recipe), options=chosen)
 
     def done() -> int:

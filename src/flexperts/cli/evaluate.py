@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flexperts.cli.generate import Base
+from flexperts.cli.generate import Base, Trust
 
 
 def command(
@@ -24,6 +24,7 @@ def command(
         ),
     ] = [],  # noqa: B006 - typer copies it
     base: Base = None,
+    trust: Trust = False,
 ) -> None:
     """Score clients' models of a finished run again, from its files, on its scored rows or on others."""
     from flexperts.artifacts import RunDirectory
@@ -39,7 +40,7 @@ def command(
 
     with RunDisplay() as display, observing(display):
         display.stage("loading the base, reading rows")
-        trained = TrainedRun(run, base=base)
+        trained = TrainedRun(run, base=base, trust_remote_code=trust)
         given = rows_elsewhere(trained, data) if data else {}
         for line in said(given):
             display.notice(line)

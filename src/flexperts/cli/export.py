@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flexperts.cli.generate import Base
+from flexperts.cli.generate import Base, Trust
 
 Client = Annotated[
     str | None,
@@ -39,6 +39,7 @@ def command(
     state: StateOption = None,
     dtype: Dtype = None,
     base: Base = None,
+    trust: Trust = False,
     verify: Annotated[bool, typer.Option(help="Load it in a fresh process and compare logits.")] = True,
 ) -> None:
     """Write a model of a finished run as a folder that transformers or PEFT can load, with a model card."""
@@ -49,7 +50,17 @@ def command(
     from flexperts.export.exporting import export_run
     from flexperts.reports.cells import size
 
-    done = export_run(run, to, client=client, form=form, state=state, dtype=dtype, base=base, check=verify)
+    done = export_run(
+        run,
+        to,
+        client=client,
+        form=form,
+        state=state,
+        dtype=dtype,
+        base=base,
+        check=verify,
+        trust_remote_code=trust,
+    )
     typer.echo(f"{done.folder}: {size(done.bytes).text}, state {done.state}")
     if done.difference:
         typer.echo(str(done.difference))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,10 +21,22 @@ Base = Annotated[
     typer.Option("--base", metavar="PATH", help="Folder of the run's base.", show_default="the recipe's"),
 ]
 
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the base's own Python code, if the recipe asks for it too. Only for authors whom you trust.",
+    ),
+]
 MaxTokens = Annotated[
     int | None,
     typer.Option("--max-tokens", min=1, metavar="N", help="Longest answer.", show_default="as in the evaluation"),
 ]
+
+
+def sets_trust(settings: Iterable[str]) -> bool:
+    """Return whether a --set on the command line decides that code of the base may run."""
+    return any(one.partition("=")[0].strip() == "model.trust_remote_code" for one in settings)
 
 
 def say(answer: Answer) -> None:
@@ -41,6 +54,7 @@ def command(
     state: StateOption = None,
     max_tokens: MaxTokens = None,
     base: Base = None,
+    trust: Trust = False,
 ) -> None:
     """Print one client's answer to an instruction; on stderr, whether it was cut."""
     from flexperts.artifacts import RunDirectory
@@ -49,4 +63,5 @@ def command(
 
     from flexperts.finished.trained import TrainedRun
 
-    say(TrainedRun(run, base=base).generate(client, instruction, context, state, max_new_tokens=max_tokens))
+    trained = TrainedRun(run, base=base, trust_remote_code=trust)
+    say(trained.generate(client, instruction, context, state, max_new_tokens=max_tokens))

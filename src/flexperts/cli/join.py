@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flexperts.cli.generate import Base
+from flexperts.cli.generate import Base, Trust
 from flexperts.cli.interrupted import stoppable
 
 
@@ -38,6 +38,7 @@ def command(
         ),
     ] = None,
     base: Base = None,
+    trust: Trust = False,
     seed: Annotated[
         int | None,
         typer.Option(help="Seed of its batches.", show_default="the run's"),
@@ -61,6 +62,7 @@ def command(
             settings=settings or (),
             seed=seed,
             base=base,
+            trust_remote_code=trust,
             observer=display,
         )
     display.console.print(_table(record, summary))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flexperts.cli.generate import Trust, sets_trust
 from flexperts.cli.interrupted import command_line, standing, stoppable
 
 if TYPE_CHECKING:
@@ -49,10 +51,11 @@ def command(
             "settings decide what else it collects, such as terminal output. Repeatable.",
         ),
     ] = None,
+    trust: Trust = False,
 ) -> None:
     """Run a recipe: train, average, evaluate, and write a run directory."""
     from flexperts.errors import ConfigError
-    from flexperts.recipe import load_recipe
+    from flexperts.recipe import check_trust, load_recipe
 
     if resume and out is None:
         raise ConfigError("--resume", "it needs the directory of the run to resume", "add --out DIRECTORY")
@@ -61,11 +64,12 @@ def command(
     deployed = engine != "in-process"
     out = out or (Path(name) if deployed else Path("runs") / name)
     options: list[tuple[str, object]] = [("--set", settings), ("--track", track), ("--out", out)]
-    options += [("--engine", engine if deployed else None), ("--resume", True)]
+    options += [("--engine", engine if deployed else None), ("--trust-remote-code", trust), ("--resume", True)]
     again = command_line("run", str(recipe), options=options)
     if deployed:
         _deploy(config, engine, str(out), resume, track, again)
     else:
+        check_trust(config, recipe, trusted=trust or sets_trust(settings or ()))
         with stoppable(lambda: standing(out, again)), _offering(out, again):
             _run(config, out, resume, track or (), again)
 
@@ -144,5 +148,5 @@ def _deploy(config: RunConfig, engine: str, name: str, resume: bool, track: list
             "it did not complete",
             f"fix what the `error:` line of its log says, then resume with {again}",
         )
-    if RunDirectory(folder).has_finished:
+    if os.access(folder / "summary.json", os.R_OK):  # not where another user runs the SuperLink
         RunDisplay().result(RunDirectory.open(folder).summary(), folder)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flexperts.cli.generate import Base
+from flexperts.cli.generate import Base, Trust
 from flexperts.errors import optional
 from flexperts.serving.http.settings import Address, Limits
 
@@ -38,6 +38,10 @@ _Prompt = Annotated[
     int | None,
     typer.Option(min=1, help="Longest prompt in tokens.", show_default="limited by the model's context"),
 ]
+_PromptBytes = Annotated[
+    int | None,
+    typer.Option(min=1, help="Longest prompt in bytes.", show_default="16 for each token that a prompt may have"),
+]
 _Certificate = Annotated[Path | None, typer.Option(metavar="PEM", help="Serve HTTPS with this certificate.")]
 _PrivateKey = Annotated[Path | None, typer.Option(metavar="PEM", help="The certificate's private key.")]
 
@@ -46,6 +50,7 @@ def command(
     run: Annotated[str, typer.Argument(help="Run directory; with --silo, the id of a run that the silo keeps.")],
     silo: _Silo = None,
     base: Base = None,
+    trust: Trust = False,
     keys: _Keys = None,
     make_keys: _Made = None,
     host: Annotated[str, typer.Option(help="Address or name to listen on.")] = Address.host,
@@ -60,6 +65,10 @@ def command(
     ] = Limits.per_client,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = Limits.answer_tokens,
     max_prompt: _Prompt = None,
+    max_prompt_bytes: _PromptBytes = None,
+    max_connections: Annotated[
+        int, typer.Option(min=128, help="Most connections of callers who have not shown a key.")
+    ] = Limits.connections,
     max_body: Annotated[int, typer.Option(min=1024, help="Longest request in bytes.")] = Limits.body_bytes,
     timeout: Annotated[float, typer.Option(min=1, help="Most seconds for one answer.")] = Limits.seconds,
     grace: Annotated[int, typer.Option(min=0, help="Seconds to finish open requests when stopped.")] = 30,
@@ -67,19 +76,21 @@ def command(
     """Serve all models of a run from one resident base: OpenAI's API under /v1, a chat page at /."""
     from flexperts.serving.http import keys as keys_of
 
-    clients, load = _at_silo(silo, run, base) if silo else _of_run(Path(run), base)
+    clients, load = _at_silo(silo, run, base) if silo else _of_run(Path(run), base, trust)
     if make_keys:
         _print_keys(make_keys, keys_of.make_keys(make_keys, clients))
         return
 
     address = Address(host, port, tls_cert, tls_key)
     ring, key = _keys(keys, address, clients)
-    limits = Limits(max_queue, per_client, max_tokens, max_prompt, max_body, timeout)
+    limits = Limits(
+        max_queue, per_client, max_tokens, max_prompt, max_body, timeout, max_prompt_bytes, max_connections
+    )
     _end_on_signals()
     _serve(lambda: load(max_rows=max_rows, max_tokens=batch_tokens), ring, key, address, limits, grace)
 
 
-def _of_run(path: Path, base: str | None) -> tuple[Collection[str], Callable[..., Engine]]:
+def _of_run(path: Path, base: str | None, trust: bool) -> tuple[Collection[str], Callable[..., Engine]]:
     """Return a run's clients, and a function that loads its models."""
     from flexperts.artifacts import RunDirectory
 
@@ -88,7 +99,7 @@ def _of_run(path: Path, base: str | None) -> tuple[Collection[str], Callable[...
     def load(**sizes: int) -> Engine:
         from flexperts.serving.engine.engine import open_engine
 
-        return open_engine(path, base=base, **sizes)
+        return open_engine(path, base=base, trust_remote_code=trust, **sizes)
 
     return {*directory.summary()["clients"], *directory.joined()}, load
 
@@ -143,7 +154,7 @@ def _serve(
     service = Service(ring, limits)
     server = make_server(service, address)
     _log_to_stderr()
-    with address.listen() as door, running(server, service, door, grace):
+    with address.listen(limits.connections) as door, running(server, service, door, grace):
         typer.echo("loading", err=True)
         engine = open_engine()
         service.ready(engine)

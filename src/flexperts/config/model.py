@@ -39,7 +39,8 @@ class ModelConfig(Section):
     preflight: bool = True
     """Let `flexperts run` refuse what does not fit the machine's memory, before it loads a base of 1 GB or more."""
     trust_remote_code: bool = False
-    """Run code that comes with the base; only for bases you trust."""
+    """Run code that comes with the base, if --trust-remote-code on the command line asks for it too; only for bases
+    that you trust."""
 
     @model_validator(mode="after")
     def _quantized_in_one_place(self) -> Self:

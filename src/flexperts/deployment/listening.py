@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from flexperts.deployment.state import lock_of, make_private, socket_of
 from flexperts.errors import ArtifactError
+from flexperts.files import remove_parts
 
 LONGEST_MESSAGE = 1 << 33
 """Size in bytes of the longest message that is read."""
@@ -32,6 +33,7 @@ def listening(state: Path) -> Iterator[Listener]:
     make_private(state)
     with _alone(state):
         socket_of(state).unlink(missing_ok=True)  # left by a killed worker; we hold the lock
+        remove_parts(state)
         with Listener(str(socket_of(state)), family="AF_UNIX", backlog=_WAITING) as listener:
             socket_of(state).chmod(0o600)
             yield listener

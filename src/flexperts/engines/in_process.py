@@ -118,8 +118,7 @@ def _tidy(out: Path) -> None:
     """Remove temporary files of a process that was killed at the end of a run."""
     if (out / LOCK).exists():
         with suppress(ArtifactError), sole_writer(out):  # another process may have it, or it is read-only
-            for part in out.rglob(".*.part"):
-                part.unlink(missing_ok=True)
+            pass
 
 
 def _is_extended(config: RunConfig, out: Path) -> bool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import glob
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from flexperts.config.names import normal
@@ -53,8 +56,11 @@ def export_run(
     dtype: str | None = None,
     base: str | None = None,
     check: bool = True,
+    trust_remote_code: bool = False,
 ) -> Export:
     """Write a client's model of a finished run; the folder appears complete and checked, or not at all.
+
+    A folder with a client's personal weights is for this user only; a model that all clients share is for everyone.
 
     Args:
         path: The run directory.
@@ -65,6 +71,7 @@ def export_run(
         dtype: Storage type of the weights; None takes the base's.
         base: Where the run's base is, if not where its recipe says.
         check: Whether to load the folder in a fresh process and compare its logits with the run's.
+        trust_remote_code: Whether code of the base may run; a recipe that asks for it is refused otherwise.
     """
     _known("--form", form, FORMS)
     _known("--dtype", dtype, (*DTYPES, None))
@@ -73,7 +80,7 @@ def export_run(
     if form == "adapter" and dtype is not None:
         raise ConfigError(f"--dtype {dtype}", "an adapter is always stored in float32", "leave --dtype out")
     with _appearing(out) as folder:
-        run = TrainedRun(path, base=base)
+        run = TrainedRun(path, base=base, trust_remote_code=trust_remote_code)
         _check_plain(run, form)
         stored = dtype or run.config.model.dtype
         if form in ("transformers", "merged"):
@@ -95,6 +102,7 @@ def export_run(
             write_model(folder, run.workspace.base, content, tokenizer)
         found = _checked(facts, folder, tokens) if check else None
         write_card(folder, facts, found)
+        _set_modes(folder, private=chosen == "personalized" or not run.model.method.one_global)
         folder.replace(out)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     return Export(out, chosen, size, found)
@@ -189,18 +197,24 @@ def _misfit(form: str, content: Content) -> tuple[str, str] | None:
 @contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
     """Yield a folder to be renamed to ``out``; otherwise it is deleted. Other processes are locked out."""
-    folder = out.with_name(f".{out.name}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with holding(out.with_name(f".{out.name}.lock"), out):
+            for left in out.parent.glob(f".{glob.escape(out.name)}.*.part"):  # by a killed process
+                shutil.rmtree(left, ignore_errors=True)
+            folder = Path(tempfile.mkdtemp(".part", f".{out.name}.", out.parent))
             try:
-                shutil.rmtree(folder, ignore_errors=True)  # left by a killed process
-                folder.mkdir()
                 yield folder
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise unwritable(out, error) from error
+
+
+def _set_modes(folder: Path, *, private: bool) -> None:
+    """Make a folder readable for this user only, or for everyone."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o700 if path.is_dir() else 0o600) | (0 if private else 0o055 if path.is_dir() else 0o044))
 
 
 def _checked(facts: Facts, folder: Path, tokens: Tensor) -> LogitDifference:

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from flexperts.communication.adapter_folder import write_adapter
 from flexperts.errors import ArtifactError
 from flexperts.export import grafts as shipped
 from flexperts.export.content import Content, graft_tensors
-from flexperts.files import read_json, write_json, write_text
+from flexperts.files import read_json, unwritable, write_json, write_text
 from flexperts.modeling.load import LoadedBase
 from flexperts.modeling.skeleton import auto_class
 from flexperts.parts.graft_file import save_grafts
@@ -72,10 +71,8 @@ def write_model(folder: Path, base: LoadedBase, content: Content, tokenizer: Any
         # A model with its own code is loaded as stored here; a standard one needs the layout of hub checkpoints.
         base.model.save_pretrained(folder, save_original_format=not grafted)
         (tokenizer or base.tokenizer).save_pretrained(folder)
-        for weights in folder.glob("*.safetensors"):
-            weights.chmod(0o644)  # safetensors writes 0600
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{folder}", f"it cannot be written ({error})", "free some space") from error
+    except Exception as error:  # of these libraries, one raises bare exceptions where a disk is full
+        raise unwritable(folder, error) from error
     if grafted:
         _write_code(folder, base.model, layout)
 

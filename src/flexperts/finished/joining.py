@@ -23,7 +23,7 @@ from flexperts.data.records import name_and_ending
 from flexperts.data.sources import HUB
 from flexperts.errors import ArtifactError, ConfigError
 from flexperts.evaluation.scores import SCORES, Scores
-from flexperts.files import sealed, sole_writer, unwritable, write_json
+from flexperts.files import make_folder, sealed, sole_writer, unwritable, write_json
 from flexperts.finished.trained import TrainedRun, kept_data, recipe_of, with_rows_of
 from flexperts.methods.kit.method import Method, State
 from flexperts.methods.registry import make_method
@@ -51,6 +51,7 @@ def join(
     observer: Observer | None = None,
     workspace: Workspace | None = None,
     base: str | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Add a new client to a finished run: it prepares, trains its personal part alone, and is scored.
 
@@ -68,6 +69,7 @@ def join(
         observer: Receives progress.
         workspace: A workspace of the same base, in memory already.
         base: Folder of the run's base, if it is not where the recipe says.
+        trust_remote_code: Whether code of the base may run; a recipe that asks for it is refused otherwise.
 
     Returns:
         The record that is also in ``joined/NAME.json``: rows (counts and hashes), steps, seed, loss, scores.
@@ -79,7 +81,8 @@ def join(
     run = RunDirectory.open(Path(path))
     observer = observer or Observer()
     with sole_writer(run.path), observing(observer):
-        config, summary = recipe_of(run, base), run.summary()
+        trusted = trust_remote_code or workspace is not None
+        config, summary = recipe_of(run, base, trusted=trusted), run.summary()
         method = make_method(config.method)
         _check_personal(method, summary)
         name = client_name(name or _name_of(str(data)))
@@ -236,7 +239,7 @@ def _publish(staging: Path, run: Path) -> None:
     for path in sorted(p for p in staging.rglob("*") if p.is_file() and p.parent.name != "before"):
         target = run / path.relative_to(staging)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(target.parent)
             path.replace(target)
         except OSError as error:
             for other in moved:  # else they would block another attempt

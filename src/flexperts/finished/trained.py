@@ -28,7 +28,7 @@ from flexperts.methods.registry import make_method
 from flexperts.modeling.load import LoadedBase
 from flexperts.observer import Observer
 from flexperts.parameters.store import load_personal
-from flexperts.recipe import located, recorded_recipe
+from flexperts.recipe import check_trust, located, recorded_recipe
 from flexperts.server.checkpoint import load_server
 
 
@@ -41,16 +41,27 @@ class TrainedRun:
         path: The run directory.
         workspace: The run's base and rows, if they are in memory already.
         base: Folder of the base, if it is not where the recipe says.
+        trust_remote_code: Whether code of the base may run; a recipe that asks for it is refused otherwise.
 
     Raises:
         ArtifactError: The directory holds no finished run, or its files do not fit the base.
+        ConfigError: Its recipe asks to run code of the base, and the caller does not.
         ModelError: The base cannot be loaded.
     """
 
-    def __init__(self, path: Path, workspace: Workspace | None = None, *, base: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        workspace: Workspace | None = None,
+        *,
+        base: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
         self.run = RunDirectory.open(path)
         self.summary = self.run.summary()
-        self.config = with_recorded_limit(recipe_of(self.run, base), self.summary)
+        self.config = with_recorded_limit(
+            recipe_of(self.run, base, trusted=trust_remote_code or workspace is not None), self.summary
+        )
         same_rows = partial(check_same_rows, self.run.partition)
         self.workspace = workspace or Workspace(self.config, started_with=same_rows)
         self._check_base()
@@ -179,19 +190,19 @@ class TrainedRun:
             raise DataError(error.value, error.rule, remedy) from error
 
 
-def recipe_of(run: RunDirectory, base: str | None = None) -> RunConfig:
+def recipe_of(run: RunDirectory, base: str | None = None, *, trusted: bool) -> RunConfig:
     """Return a run's recipe.
 
     Args:
         run: The run.
         base: Folder of its base, if it is not where the recipe says.
+        trusted: See ``check_trust``; true also where the base is in memory already.
     """
     config = recorded_recipe(run.path)
-    return (
-        config
-        if base is None
-        else config.model_copy(update={"model": config.model.model_copy(update={"base": base})})
-    )
+    if base is not None:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"base": base})})
+    check_trust(config, run.path / "config.toml", trusted=trusted)
+    return config
 
 
 def state_named(method: Method, name: str | None) -> State:

@@ -178,7 +178,7 @@ def _refused(base: str, error: Exception) -> ModelError:
         return ModelError(
             f"model.base = {base!r}",
             "it needs its own Python code to run",
-            "set model.trust_remote_code = true if you trust its author",
+            "set model.trust_remote_code = true if you trust its author, and add --trust-remote-code",
         )
     reason = f"it cannot be loaded ({said.splitlines()[0]})"
     return ModelError(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flexperts.checked_file import read_meta, read_sealed, write_sealed
 from flexperts.errors import ArtifactError
-from flexperts.files import damaged
+from flexperts.files import damaged, make_folder
 
 _FORMAT = "flexperts-personal-2"
 
@@ -102,7 +102,7 @@ class PersonalStore:
         """Write the state of a round; a state of an earlier round becomes the one before."""
         if self.path.exists() and _meta(self.path, read_meta(self.path, _FORMAT)).round < meta.round:
             try:
-                self.older.parent.mkdir(exist_ok=True)
+                make_folder(self.older.parent)
                 self.path.replace(self.older)
             except OSError as error:
                 raise ArtifactError(

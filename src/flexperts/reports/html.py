@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from flexperts.files import write_json, write_text
+from flexperts.files import PRIVATE, PUBLIC, write_json, write_text
 from flexperts.reports.bytes_plot import bytes_plot
 from flexperts.reports.cells import Table
 from flexperts.reports.curve_plots import CURVES, curve_plots, drift_plots
@@ -82,7 +82,8 @@ def _safe_svg(plot: Plot) -> Markup:
 
 
 def write_reports(comparison: Comparison, out: Path) -> None:
-    """Write comparison.json, report.html (opens from disk) and report.md."""
-    write_json(out / "comparison.json", comparison, indent=None)
-    write_text(out / "report.html", html_report(comparison))
-    write_text(out / "report.md", markdown_report(comparison))
+    """Write comparison.json, report.html (opens from disk) and report.md; with rows in them, for this user only."""
+    mode = PRIVATE if rows_shown(comparison) else PUBLIC
+    write_json(out / "comparison.json", comparison, indent=None, mode=mode)
+    write_text(out / "report.html", html_report(comparison), mode=mode)
+    write_text(out / "report.md", markdown_report(comparison), mode=mode)

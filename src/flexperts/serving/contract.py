@@ -15,6 +15,8 @@ from flexperts.errors import ConfigError, FlexpertsError, did_you_mean
 if TYPE_CHECKING:
     from flexperts.methods.kit.method import State
 
+SMALLEST = 1.2e-38
+"""The smallest number above 0 that a request may have: smaller ones are 0, or inexact, in the engine's fp32."""
 Finish = Literal["stop", "length", "cancelled", "error"]
 """Why an answer ended: end token or stop string, token limit, cancelled by its caller, or the engine failed."""
 Message = Mapping[str, str]

@@ -11,7 +11,7 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from flexperts.errors import ConfigError
-from flexperts.serving.contract import Finish, Piece, Sampling
+from flexperts.serving.contract import SMALLEST, Finish, Piece, Sampling
 
 _COLD = 1e-4
 """Temperature below which the likeliest token is taken: no other has a chance, and logits would overflow."""
@@ -21,8 +21,12 @@ def check_sampling(sampling: Sampling) -> None:
     """Refuse values that are out of range."""
     wrong = [
         (f"max_tokens = {sampling.max_new_tokens}", "at least 1", sampling.max_new_tokens >= 1),
-        (f"temperature = {sampling.temperature}", "a number, 0 or more", 0 <= sampling.temperature < math.inf),
-        (f"top_p = {sampling.top_p}", "above 0 and at most 1", 0 < sampling.top_p <= 1),
+        (
+            f"temperature = {sampling.temperature}",
+            f"0, or a number of at least {SMALLEST}",
+            sampling.temperature == 0 or SMALLEST <= sampling.temperature < math.inf,
+        ),
+        (f"top_p = {sampling.top_p}", f"at least {SMALLEST} and at most 1", SMALLEST <= sampling.top_p <= 1),
         (f"stop = {list(sampling.stop)}", "texts that are not empty", all(sampling.stop)),
     ]
     for value, rule, holds in wrong:

@@ -28,7 +28,12 @@ _NO_LIMIT = 1 << 20
 
 
 def open_engine(
-    run: Path, *, max_rows: int = 16, max_tokens: int = 16_384, base: str | None = None
+    run: Path,
+    *,
+    max_rows: int = 16,
+    max_tokens: int = 16_384,
+    base: str | None = None,
+    trust_remote_code: bool = False,
 ) -> ServingEngine:
     """Load a finished run and start answering.
 
@@ -37,8 +42,10 @@ def open_engine(
         max_rows: Most rows of a batch.
         max_tokens: Most tokens in a batch's cache: prompts, answers and padding together.
         base: Where the run's base is, if not where its recipe says.
+        trust_remote_code: Whether code of the base may run; a recipe that asks for it is refused otherwise.
     """
-    return ServingEngine(TrainedRun(run, base=base), max_rows=max_rows, max_tokens=max_tokens)
+    trained = TrainedRun(run, base=base, trust_remote_code=trust_remote_code)
+    return ServingEngine(trained, max_rows=max_rows, max_tokens=max_tokens)
 
 
 class ServingEngine:

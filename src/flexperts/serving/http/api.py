@@ -8,9 +8,11 @@ from importlib.resources import files
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from flexperts.errors import ConfigError, ServingError
 from flexperts.serving.http import chat
@@ -40,7 +42,24 @@ def make_app(service: Service) -> Starlette:
             *page_routes(),
         ],
         exception_handlers={RefusedError: _refusal, HTTPException: _no_endpoint},
+        middleware=[Middleware(_Waiting, service)],
     )
+
+
+class _Waiting:
+    """Tells the door which connections wait: those whose request shows no key, and those whose answer has ended."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or (door := self._service.door) is None:
+            return await self._app(scope, receive, send)
+        door.wait(scope["client"])
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            door.wait(scope["client"])
 
 
 class _Endpoints:

@@ -36,10 +36,17 @@ async def complete(service: Service, request: Request) -> Response:
     label = ""
     try:
         owner = service.owner(request)
-        wanted = parse_chat(await _body(request, service.limits.body_bytes))
-        model = service.model(wanted.model, owner)
-        label = str(model)
-        answer = await _submit(service, owner, model, wanted)
+        service.load.take(owner, service.engine.queue_length)
+        try:
+            wanted = parse_chat(await _body(request, service.limits.body_bytes))
+            model = service.model(wanted.model, owner)
+            label = str(model)
+            answer = await _delivery(service, owner, model, wanted)
+        except BaseException as error:
+            service.load.leave(owner)
+            if isinstance(error, FlexpertsError):
+                raise refused(error) from error
+            raise
         if wanted.stream:
             return EventStream(service, answer, wanted.include_usage)
         whole = await _unless_gone(request, answer)
@@ -101,22 +108,13 @@ class EventStream(StreamingResponse):
             yield event(reply.counts(usage(self._answer.prompt_tokens, self._answer.tokens)))
 
 
-async def _submit(service: Service, owner: str, model: ModelName, wanted: ChatRequest) -> Delivery:
-    """Submit a request to the engine; its place is taken before any work, and free again when it has ended."""
-    service.load.take(owner, service.engine.queue_length)
-    try:
-        return await _delivery(service, owner, model, wanted)
-    except BaseException as error:
-        service.load.leave(owner)
-        if isinstance(error, FlexpertsError):
-            raise refused(error) from error
-        raise
-
-
 async def _delivery(service: Service, owner: str, model: ModelName, wanted: ChatRequest) -> Delivery:
+    """Submit a request to the engine; its place is free again when the engine has ended it."""
     sampling, engine = wanted.sampling(service.limits), service.engine
-    prompt = await run_in_threadpool(engine.prompt_tokens, wanted.conversation)
-    _check_length(len(prompt), service.limits.prompt_tokens)
+    _check_length(wanted.bytes, service.limits.longest_prompt(engine.context_length), "bytes")
+    async with service.tokenizing.of(owner):
+        prompt = await run_in_threadpool(engine.prompt_tokens, wanted.conversation)
+    _check_length(len(prompt), service.limits.prompt_tokens, "tokens")
     return Delivery(
         engine,
         model,
@@ -128,10 +126,10 @@ async def _delivery(service: Service, owner: str, model: ModelName, wanted: Chat
     )
 
 
-def _check_length(prompt: int, most: int | None) -> None:
+def _check_length(prompt: int, most: int | None, unit: str) -> None:
     if most is not None and prompt > most:
         raise DataError(
-            f"a prompt of {prompt} tokens", f"this server accepts at most {most}", "shorten the messages"
+            f"a prompt of {prompt} {unit}", f"this server accepts at most {most}", "shorten the messages"
         )
 
 

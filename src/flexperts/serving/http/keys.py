@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import re
 import secrets
 import tomllib
@@ -86,11 +85,7 @@ def make_keys(path: Path, clients: Collection[str]) -> dict[str, str]:
     hashes = _hashes(path, clients) if path.exists() else {}
     new = {owner: new_key() for owner in (OPERATOR, *sorted(clients)) if not hashes.get(owner)}
     hashes |= {owner: [hash_of(key)] for owner, key in new.items()}
-    before = os.umask(0o077)
-    try:
-        write_text(path, _HEADER + tomli_w.dumps({"keys": hashes}))
-    finally:
-        os.umask(before)
+    write_text(path, _HEADER + tomli_w.dumps({"keys": hashes}))
     return new
 
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 from uuid import uuid4
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from flexperts.errors import did_you_mean
-from flexperts.serving.contract import ModelName, Sampling
+from flexperts.errors import did_you_mean, shown
+from flexperts.serving.contract import SMALLEST, ModelName, Sampling
 from flexperts.serving.http.refusals import RefusedError, invalid
 from flexperts.serving.http.settings import Limits
 
@@ -42,6 +42,15 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 
 
 _Stop = Annotated[str, Field(max_length=200)]  # limited, because every token is compared with all stop strings
+
+
+def _not_tiny(value: float) -> float:
+    if 0 < value < SMALLEST:
+        raise ValueError(f"it must be 0 or at least {SMALLEST}")
+    return value
+
+
+_Number = Annotated[float, AfterValidator(_not_tiny)]
 
 
 class _TextPart(BaseModel):
@@ -89,8 +98,8 @@ class ChatRequest(BaseModel):
     messages: list[ChatMessage] = Field(min_length=1, max_length=1000)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
+    temperature: _Number | None = Field(default=None, ge=0, le=2)
+    top_p: _Number | None = Field(default=None, gt=0, le=1)
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     stop: _Stop | Annotated[list[_Stop], Field(max_length=4)] | None = None
@@ -101,6 +110,11 @@ class ChatRequest(BaseModel):
         """The turns for the engine; OpenAI's newer role "developer" becomes "system"."""
         roles = {"developer": "system"}
         return [{"role": roles.get(m.role, m.role), "content": m.text} for m in self.messages]
+
+    @property
+    def bytes(self) -> int:
+        """Length of all turns in UTF-8."""
+        return sum(len(message.text.encode()) for message in self.messages)
 
     @property
     def include_usage(self) -> bool:
@@ -136,13 +150,15 @@ def parse_chat(body: bytes) -> ChatRequest:
 
 def _check_extra(field: str, value: Any) -> None:
     """Refuse an unsupported field, unless it would not change the answer."""
-    if field in _HARMLESS or value is None or value in _ONLY.get(field, ()):
+    if field in _HARMLESS or value is None:
+        return
+    if any(value == only and isinstance(value, bool) == isinstance(only, bool) for only in _ONLY.get(field, ())):
         return
     if field in _ONLY:
         values = " or ".join(map(repr, _ONLY[field]))
         rule = f"it can only be {values}" if values else "it is not supported"
         raise invalid(field, rule, "leave it out", field)
-    remedy = did_you_mean(field, [*ChatRequest.model_fields, *_ONLY], "leave it out")
+    remedy = did_you_mean(field[:100], [*ChatRequest.model_fields, *_ONLY], "leave it out")
     raise invalid(f"{field[:100]!r}", "there is no such field", remedy, field[:100])
 
 
@@ -151,10 +167,10 @@ def _explained(error: ValidationError) -> RefusedError:
     found = max(error.errors(include_url=False), key=lambda offence: len(offence["loc"]))
     steps = [str(step) for step in found["loc"] if step != "str" and not str(step).startswith("list[")]
     place, value = ".".join(steps), found["input"]
-    shown = f" = {value}" if isinstance(value, int | float) else ""
+    told = f" = {shown(value)}" if isinstance(value, int | float) else ""
     rule = found["msg"].removeprefix("Value error, ")
     remedy = "send a JSON object" if found["type"] == "json_invalid" else "send a value that fits this rule"
-    return invalid(f"{place}{shown}" if place else "the request's body", rule, remedy, place or None)
+    return invalid(f"{place}{told}" if place else "the request's body", rule, remedy, place or None)
 
 
 DONE = b"data: [DONE]\n\n"

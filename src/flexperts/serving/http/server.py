@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +10,14 @@ import uvicorn
 
 from flexperts.errors import ConfigError
 from flexperts.serving.http.api import make_app
+from flexperts.serving.http.door import Door
 from flexperts.serving.http.service import Service
 from flexperts.serving.http.settings import Address
 
+_HEADERS = 16 << 10
+"""Longest head of a request, in bytes."""
+_BACKLOG = 64
+"""Most connections that are accepted before one of them is read; fewer than may wait."""
 _LAST_WORDS = 5
 """Seconds for which callers can still read how their requests ended."""
 
@@ -33,6 +37,11 @@ def make_server(service: Service, address: Address) -> uvicorn.Server:
         access_log=False,
         server_header=False,
         ws="none",
+        loop="asyncio",  # another one would not accept connections through the door
+        http="h11",  # the other parser does not bound headers
+        h11_max_incomplete_event_size=_HEADERS,
+        backlog=_BACKLOG,
+        proxy_headers=False,  # a connection is known by its own address
         ssl_certfile=address.certificate,
         ssl_keyfile=address.key,
     )
@@ -47,7 +56,7 @@ def make_server(service: Service, address: Address) -> uvicorn.Server:
 
 
 @contextmanager
-def running(server: uvicorn.Server, service: Service, door: socket.socket, grace: float = 30) -> Iterator[None]:
+def running(server: uvicorn.Server, service: Service, door: Door, grace: float = 30) -> Iterator[None]:
     """Run a server on a separate thread inside the block, so that loading and signals stay on the main thread.
 
     Args:
@@ -56,6 +65,7 @@ def running(server: uvicorn.Server, service: Service, door: socket.socket, grace
         door: The socket on which the server listens.
         grace: Seconds for which requests in progress may still run at the end; a second signal ends them at once.
     """
+    service.door = door
     thread = threading.Thread(target=server.run, args=([door],), name="flexperts http")
     thread.start()
     try:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from itertools import groupby
 
 from starlette.requests import Request
 
 from flexperts.errors import ConfigError
 from flexperts.serving.contract import Engine, ModelName, find_model
+from flexperts.serving.http.door import Door
 from flexperts.serving.http.keys import OPERATOR, KeyRing, may_call
 from flexperts.serving.http.metrics import Metrics
 from flexperts.serving.http.refusals import RefusedError, later, refused, stopping
@@ -32,6 +36,8 @@ class Service:
     def __init__(self, keys: KeyRing, limits: Limits) -> None:
         self.limits, self.load, self.metrics = limits, Load(limits), Metrics()
         self.since = int(time.time())
+        self.door: Door | None = None
+        self.tokenizing = Turns()
         self._keys = keys
         self._engine: Engine | None = None
         self._closed = False
@@ -74,6 +80,8 @@ class Service:
                 "the API key", "it is missing or unknown", "send a valid one as `Authorization: Bearer KEY`"
             )
             raise RefusedError(401, error, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        if self.door:
+            self.door.keep(request.client)
         return owner
 
     def check_operator(self, owner: str) -> None:
@@ -96,6 +104,23 @@ class Service:
     def by_client(self, owner: str) -> dict[str, list[ModelName]]:
         """Return the models that an owner may call, by client, the most personal one last."""
         return {client: [*group] for client, group in groupby(self.models(owner), lambda model: model.client)}
+
+
+class Turns:
+    """Turns at something that only one caller can use at a time; used only on the event loop's thread.
+
+    The owners of keys take turns: of each owner's callers only the first waits for its turn, the others behind it.
+    """
+
+    def __init__(self) -> None:
+        self._owners: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._turn = asyncio.Lock()  # asyncio's locks are first come, first served
+
+    @asynccontextmanager
+    async def of(self, owner: str) -> AsyncIterator[None]:
+        """Wait for an owner's turn, and hold it inside the block."""
+        async with self._owners[owner], self._turn:
+            yield
 
 
 _RETRY_AFTER = 2

@@ -8,6 +8,9 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from flexperts.errors import ConfigError
+from flexperts.serving.http.door import Door
+
+_CONNECTIONS = 256
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,15 @@ class Address:
         except ValueError:
             return self.host == "localhost"
 
-    def listen(self) -> socket.socket:
-        """Return a socket that listens on this address."""
+    def listen(self, connections: int = _CONNECTIONS) -> Door:
+        """Return a socket that listens on this address.
+
+        Args:
+            connections: Most connections of callers who have not shown a key.
+        """
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         try:
-            return socket.create_server((self.host, self.port), family=family)
+            return Door(socket.create_server((self.host, self.port), family=family), connections)
         except (OSError, OverflowError, UnicodeError) as error:
             where = f"--host {self.host} --port {self.port}"
             raise ConfigError(
@@ -49,6 +56,10 @@ class Address:
         """Return the URL of a listening socket."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'https' if self.certificate else 'http'}://{host}:{door.getsockname()[1]}"
+
+
+BYTES = 16
+"""Bytes of a prompt for each token that it may have; texts have three to six per token."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,9 @@ class Limits:
         prompt_tokens: Longest prompt, in tokens; None means the context is the only limit.
         body_bytes: Longest request body, in bytes.
         seconds: Longest time from a request to the end of its answer.
+        prompt_bytes: Longest prompt in bytes of UTF-8, checked before it is tokenized; None means ``BYTES`` for
+            each token that a prompt may have.
+        connections: Most connections of callers who have not shown a key.
     """
 
     queue: int = 64
@@ -70,3 +84,13 @@ class Limits:
     prompt_tokens: int | None = None
     body_bytes: int = 1 << 20
     seconds: float = 300.0
+    prompt_bytes: int | None = None
+    connections: int = _CONNECTIONS
+
+    def longest_prompt(self, context: int) -> int:
+        """Return the bytes of the longest prompt.
+
+        Args:
+            context: The engine's context, in tokens.
+        """
+        return self.prompt_bytes or BYTES * min(context, self.prompt_tokens or context)
