@@ -47,7 +47,10 @@ def serve(silo: _Silo) -> None:
     from flexperts.cli.display import RunDisplay
     from flexperts.deployment import listening
 
-    with RunDisplay(console(stderr=True)) as display, listening.listening(Path(settings.state)) as door:
+    with (
+        RunDisplay(console(stderr=True)) as display,
+        listening.listening(Path(settings.state), settings.socket) as door,
+    ):
         from flexperts.deployment.worker import Worker
 
         handler = logging.StreamHandler()  # made inside the display, so that rich keeps its bar below these lines
@@ -55,7 +58,7 @@ def serve(silo: _Silo) -> None:
         logging.getLogger("flexperts").addHandler(handler)
         worker = Worker(settings, display)
         display.stage(f"{settings.name}: serving {settings.state}")
-        listening.serve_requests(door, worker.reply)
+        listening.serve_requests(door, worker.reply, settings.socket)
 
 
 @app.command("check")
@@ -132,6 +135,20 @@ def _show_state(settings: SiloConfig) -> None:
     served = state.exists() and is_served(state)
     typer.echo(f"{state}: {'private' if state.exists() else 'will be created'}")
     typer.echo("a worker serves it" if served else "no worker serves it now")
+
+
+@app.command("units")
+def units(
+    silo: _Silo,
+    superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the SuperNode finds its SuperLink.")],
+    out: Annotated[Path, typer.Option(help="A new folder.")],
+) -> None:
+    """Write systemd units, and a script for use without systemd, that run the SuperNode as a stranger."""
+    from flexperts.deployment.units import write_units
+    from flexperts.recipe import load_silo
+
+    for path in write_units(silo, load_silo(silo), superlink, out):
+        typer.echo(f"{path}")
 
 
 @app.command("runs")
