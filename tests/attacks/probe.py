@@ -18,8 +18,8 @@ def tried(told: dict[str, Any]) -> dict[str, str]:
     """Try everything and return what worked, by name, with the beginning of what was got.
 
     Args:
-        told: ``files`` and ``folders`` of the silo's machine; ``writes``: paths to write to; ``needles``: texts in files;
-            ``addresses``: HOST, PORT; ``socket``: the worker's; ``abstract``: name of an abstract socket;
+        told: ``files`` and ``folders`` of the silo's machine; ``needles``: texts in the files; ``writes``: paths to
+            write to; ``addresses``: HOST, PORT; ``socket``: the worker's; ``abstract``: name of an abstract socket;
             ``processes``: ids of the silo's processes.
     """
     tries: dict[str, Callable[[], object]] = {f"read {path}": _reader(path) for path in told["files"]}

@@ -20,8 +20,10 @@ from typing import Any
 
 import pytest
 from flwr.app import Context, Message, RecordDict
+from typer.testing import CliRunner
 
 import flexperts
+from flexperts.cli.main import app
 from flexperts.communication.messages import info_of, records
 from flexperts.config.silo import SiloConfig, SiloSocket
 from flexperts.deployment import listening, relay
@@ -419,6 +421,25 @@ def test_systemd_finds_the_units_safe(silo: SiloConfig, tmp_path: Path) -> None:
         line for line in done.stderr.splitlines() if "flexperts-" in line and "is not executable" not in line
     ]
     assert complaints == []
+
+
+def test_the_command_writes_the_units_and_check_names_who_may_ask(tmp_path: Path) -> None:
+    user = pwd.getpwuid(os.getuid()).pw_name
+    text = 'name = "clinic"\nstate = "state"\nbase = "smol-moe"\n[data]\ntrain = "none.jsonl"\n[socket]\n'
+    file = tmp_path / "silo.toml"
+    file.write_text(f'{text}path = "ask/worker.sock"\ngroup = "{own_group()}"\nusers = ["{user}"]\n')
+    words = ["silo", "units", str(file), "--superlink", "server.example:443", "--out", str(tmp_path / "units")]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert f"note: {file} is hidden by the units'" in done.output
+    assert os.access(tmp_path / "units" / "isolated-supernode", os.X_OK)
+    again = CliRunner().invoke(app, words)
+    assert isinstance(again.exception, ConfigError)
+    assert "choose a new folder" in str(again.exception)
+    checked = CliRunner().invoke(app, ["silo", "check", str(file)])
+    assert f"{tmp_path}/ask/worker.sock: answers {user}, by group {own_group()}" in checked.output
+    file.write_text(file.read_text().replace(f'["{user}"]', '["nobody-of-this-name"]'))
+    assert "no such user" in str(CliRunner().invoke(app, ["silo", "check", str(file)]).exception)
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,7 @@ def _show_rows(name: str, config: RunConfig) -> None:
 
 
 def _show_state(settings: SiloConfig) -> None:
+    from flexperts.deployment.callers import check_names
     from flexperts.deployment.listening import is_served
     from flexperts.deployment.state import check_private
 
@@ -134,6 +135,9 @@ def _show_state(settings: SiloConfig) -> None:
     check_private(state)
     served = state.exists() and is_served(state)
     typer.echo(f"{state}: {'private' if state.exists() else 'will be created'}")
+    if door := settings.socket:
+        check_names(door)
+        typer.echo(f"{door.path}: answers {', '.join(door.users)}, by group {door.group}")
     typer.echo("a worker serves it" if served else "no worker serves it now")
 
 
@@ -145,10 +149,12 @@ def units(
 ) -> None:
     """Write systemd units, and a script for use without systemd, that run the SuperNode as a stranger."""
     from flexperts.deployment.units import write_units
+    from flexperts.observer import observing
     from flexperts.recipe import load_silo
 
-    for path in write_units(silo, load_silo(silo), superlink, out):
-        typer.echo(f"{path}")
+    with observing(_Notes()):
+        for path in write_units(silo, load_silo(silo), superlink, out):
+            typer.echo(f"{path}")
 
 
 @app.command("runs")

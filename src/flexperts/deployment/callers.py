@@ -29,10 +29,17 @@ def user_of_peer(connection: socket.socket) -> int:
     return int(struct.unpack(_PEER, credentials)[1])
 
 
+def check_names(door: SiloSocket) -> None:
+    """Refuse a socket whose users or group this machine does not have, or whose path is too long."""
+    check_length(Path(door.path))
+    allowed_users(door)
+    _group(door.group)
+
+
 def make_folder(door: SiloSocket) -> Path:
     """Make the folder of a socket that a group can open, or check an existing one, and return the socket's path."""
+    check_names(door)
     path = Path(door.path)
-    check_length(path)
     try:
         path.parent.mkdir(mode=0o700)
     except FileExistsError:

@@ -10,12 +10,14 @@ import flexperts
 from flexperts.config.silo import SiloConfig
 from flexperts.errors import ConfigError
 from flexperts.files import write_text
+from flexperts.observer import current_observer
 
 _TEMPLATES = Path(__file__).parent / "units"
 _PATH = re.compile(r"(/[\w.+-]+)+")
 _NAME = re.compile(r"[a-z_][a-z0-9_-]*")
 _ADDRESS = re.compile(r"(?P<host>[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?):(?P<port>[0-9]{1,5})")
-_HOMES = ("/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/")
+_HIDDEN = ("/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/")
+_PACKAGE = Path(flexperts.__file__).parents[1]
 
 
 def write_units(file: Path, silo: SiloConfig, superlink: str, out: Path) -> list[Path]:
@@ -62,7 +64,11 @@ def _values(file: Path, silo: SiloConfig, superlink: str) -> dict[str, str]:
     roots = [str(p) for p in _roots()]
     bin_folder = Path(sys.prefix) / "bin"
     paths = {"SILO": file.absolute(), "STATE": Path(silo.state), "SOCKET": Path(door.path), "BIN": bin_folder}
-    for path in [*map(str, paths.values()), *roots]:
+    for path in dict.fromkeys([*map(str, paths.values()), *roots]):
+        if path.startswith(_HIDDEN):
+            current_observer().notice(
+                f"{path} is hidden by the units' ProtectHome or PrivateTmp; use another folder"
+            )
         if not _PATH.fullmatch(path):
             rule = "a path in a unit has letters, digits, '.', '_', '+' and '-' only"
             raise ConfigError(path, rule, "move the folder, or give it another name")
@@ -73,14 +79,14 @@ def _values(file: Path, silo: SiloConfig, superlink: str) -> dict[str, str]:
         "APP": door.users[0],
         "HOST": address["host"],
         "PORT": address["port"],
+        "PACKAGE": str(_PACKAGE),
         "ROOTS": " ".join(roots),
     }
 
 
 def _roots() -> list[Path]:
     """Return the folders that hold Python, its packages and flexperts, without those in /usr."""
-    package = Path(flexperts.__file__).parents[1]
-    found = dict.fromkeys(Path(p).absolute() for p in (sys.prefix, sys.base_prefix, package))
+    found = dict.fromkeys(Path(p).absolute() for p in (sys.prefix, sys.base_prefix, _PACKAGE))
     outer = [p for p in found if not p.is_relative_to("/usr")]
     return [p for p in outer if not any(p != other and p.is_relative_to(other) for other in outer)]
 
