@@ -59,3 +59,4 @@ class SiloConfig(Section):
     """Let the base's own Python code run; no recipe can switch it on."""
     data: SiloData
     socket: SiloSocket | None = None
+    """Socket for a SuperNode that runs as another user; see docs/deploy.md."""
