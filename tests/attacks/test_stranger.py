@@ -397,6 +397,10 @@ def test_units_are_hardened(silo: SiloConfig, tmp_path: Path) -> None:
         assert expected | {"CapabilityBoundingSet": "", "RestrictNamespaces": "yes"} == {
             key: unit[key] for key in (*expected, "CapabilityBoundingSet", "RestrictNamespaces")
         }, name
+    filters = {name: re.findall("^SystemCallFilter=(.*)", texts[name], re.MULTILINE) for name in services}
+    assert {tuple(found[:2]) for found in filters.values()} == {
+        ("@system-service", "~@privileged")
+    }  # a list of allowed
     users = {services[f"flexperts-{name}.service"]["User"] for name in ("worker", "supernode", "apps")}
     assert len(users) == 3
     private = {name for name, unit in services.items() if unit.get("PrivateNetwork") == "yes"}
