@@ -90,7 +90,7 @@ def table(path: str, schema: Schema, where: str) -> str:
     rows = [
         f"| `{key}` | {kind(found)} | {default(found, key in schema.get('required', ()))} | {meaning(found)} |"
         for key, found in schema["properties"].items()
-        if path or not section_of(found)
+        if path or not section_of(found) or found.get("default", found) is None  # optional: its own line says so
     ]
     head = ["| key | type and limits | default | meaning |", "|---|---|---|---|"]
     return "\n".join([heading, meaning(schema), "", *head, *rows])

@@ -208,8 +208,14 @@ def _absolute_silo(silo: SiloConfig, folder: Path) -> SiloConfig:
     """Resolve a silo's paths; a base that is not a local folder is a name."""
     files = {side: _resolved(getattr(silo.data, side), folder) for side in ("train", "test")}
     base = str((folder / silo.base).resolve()) if (folder / silo.base).is_dir() else silo.base
-    state = _resolved(silo.state, folder)
-    return silo.model_copy(update={"state": state, "base": base, "data": silo.data.model_copy(update=files)})
+    own: dict[str, object] = {
+        "state": _resolved(silo.state, folder),
+        "base": base,
+        "data": silo.data.model_copy(update=files),
+    }
+    if silo.socket is not None:
+        own["socket"] = silo.socket.model_copy(update={"path": _resolved(silo.socket.path, folder)})
+    return silo.model_copy(update=own)
 
 
 def _resolved(source: str | None, folder: Path) -> str | None:

@@ -47,7 +47,10 @@ def serve(silo: _Silo) -> None:
     from flexperts.cli.display import RunDisplay
     from flexperts.deployment import listening
 
-    with RunDisplay(console(stderr=True)) as display, listening.listening(Path(settings.state)) as door:
+    with (
+        RunDisplay(console(stderr=True)) as display,
+        listening.listening(Path(settings.state), settings.socket) as door,
+    ):
         from flexperts.deployment.worker import Worker
 
         handler = logging.StreamHandler()  # made inside the display, so that rich keeps its bar below these lines
@@ -55,7 +58,7 @@ def serve(silo: _Silo) -> None:
         logging.getLogger("flexperts").addHandler(handler)
         worker = Worker(settings, display)
         display.stage(f"{settings.name}: serving {settings.state}")
-        listening.serve_requests(door, worker.reply)
+        listening.serve_requests(door, worker.reply, settings.socket)
 
 
 @app.command("check")
@@ -124,6 +127,7 @@ def _show_rows(name: str, config: RunConfig) -> None:
 
 
 def _show_state(settings: SiloConfig) -> None:
+    from flexperts.deployment.callers import check_names
     from flexperts.deployment.listening import is_served
     from flexperts.deployment.state import check_private
 
@@ -131,7 +135,26 @@ def _show_state(settings: SiloConfig) -> None:
     check_private(state)
     served = state.exists() and is_served(state)
     typer.echo(f"{state}: {'private' if state.exists() else 'will be created'}")
+    if door := settings.socket:
+        check_names(door)
+        typer.echo(f"{door.path}: answers {', '.join(door.users)}, by group {door.group}")
     typer.echo("a worker serves it" if served else "no worker serves it now")
+
+
+@app.command("units")
+def units(
+    silo: _Silo,
+    superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the SuperNode finds its SuperLink.")],
+    out: Annotated[Path, typer.Option(help="A new folder.")],
+) -> None:
+    """Write systemd units, and a script for use without systemd, that run the SuperNode as a stranger."""
+    from flexperts.deployment.units import write_units
+    from flexperts.observer import observing
+    from flexperts.recipe import load_silo
+
+    with observing(_Notes()):
+        for path in write_units(silo, load_silo(silo), superlink, out):
+            typer.echo(f"{path}")
 
 
 @app.command("runs")

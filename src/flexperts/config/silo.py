@@ -29,6 +29,17 @@ class SiloData(ClientFiles):
     """What to do with bad rows: refuse = stop and name all of them; drop = leave them out and say which."""
 
 
+class SiloSocket(Section):
+    """A socket for a SuperNode that runs as another user; without it, the socket is in the state folder."""
+
+    path: str
+    """The socket, alone in its folder; the worker makes the folder, or checks that no one else can write to it."""
+    group: Annotated[str, Field(min_length=1)]
+    """Group that owns the socket; its members can open it."""
+    users: Annotated[list[str], Field(min_length=1)]
+    """Users (names or numbers) whose processes get answers; all others are refused, members of the group too."""
+
+
 class SiloConfig(Section):
     """One silo. Only the name is ever sent."""
 
@@ -47,3 +58,5 @@ class SiloConfig(Section):
     trust_remote_code: bool = False
     """Let the base's own Python code run; no recipe can switch it on."""
     data: SiloData
+    socket: SiloSocket | None = None
+    """Socket for a SuperNode that runs as another user; see docs/deploy.md."""

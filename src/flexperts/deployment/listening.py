@@ -1,4 +1,4 @@
-"""The worker's Unix socket in the state folder: it serves one caller at a time, bytes only."""
+"""The worker's Unix socket: it serves one caller at a time, bytes only, and only the users that may ask."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import logging
 import os
 import socket
 import struct
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from multiprocessing.connection import Connection, Listener
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Listener
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from flexperts.config.silo import SiloSocket
+from flexperts.deployment.callers import allowed_users, give_to_group, make_folder, user_of_peer
 from flexperts.deployment.state import lock_of, make_private, socket_of
 from flexperts.errors import ArtifactError
 from flexperts.files import remove_parts
@@ -21,6 +24,8 @@ LONGEST_MESSAGE = 1 << 33
 """Size in bytes of the longest message that is read."""
 _PATIENCE = 60
 """Seconds after which a caller that stalls in the middle of a message is dropped."""
+_LONGEST_TRANSFER = 600
+"""Seconds after which a caller is dropped whose request, or whose reading of the reply, has not ended."""
 _WAITING = 16
 """Most callers that wait for their turn."""
 
@@ -28,14 +33,22 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def listening(state: Path) -> Iterator[Listener]:
-    """Yield the socket of a state folder, for this process alone; it is removed after the block."""
+def listening(state: Path, door: SiloSocket | None = None) -> Iterator[Listener]:
+    """Yield the worker's socket, for this process alone; it is removed after the block.
+
+    Args:
+        state: The silo's state folder, in which the socket is unless there is a ``door``.
+        door: The socket for other users, in a folder of its own.
+    """
     make_private(state)
     with _alone(state):
-        socket_of(state).unlink(missing_ok=True)  # left by a killed worker; we hold the lock
+        path = socket_of(state) if door is None else make_folder(door)
+        path.unlink(missing_ok=True)  # left by a killed worker; we hold the lock
         remove_parts(state)
-        with Listener(str(socket_of(state)), family="AF_UNIX", backlog=_WAITING) as listener:
-            socket_of(state).chmod(0o600)
+        with Listener(str(path), family="AF_UNIX", backlog=_WAITING) as listener:
+            path.chmod(0o600)
+            if door is not None:
+                give_to_group(path, door, 0o660)
             yield listener
 
 
@@ -48,22 +61,32 @@ def is_served(state: Path) -> bool:
         return True
 
 
-def serve_requests(listener: Listener, answer: Callable[[bytes], bytes]) -> None:
+def serve_requests(listener: Listener, answer: Callable[[bytes], bytes], door: SiloSocket | None = None) -> None:
     """Answer requests one at a time, until a ``BaseException`` such as ``SystemExit`` is raised.
 
-    A connection is one request and one reply. Callers that close the connection, stall or send too much are
-    dropped.
+    A connection is one request and one reply. Callers that are not among the users of ``door`` (by default, this
+    process's user) are dropped before anything is read from them; so are those that close the connection, stall or
+    send too much.
 
     Args:
         listener: The socket that callers connect to.
         answer: Function from a request to its reply; it raises no ``Exception``.
+        door: The silo's settings for a socket that other users can open.
     """
+    allowed = allowed_users(door)
     while True:
-        with listener.accept() as connection:
+        with listener.accept() as connection, socket.socket(fileno=os.dup(connection.fileno())) as same:
+            user = user_of_peer(same)
+            if user not in allowed:
+                log.warning("a process of user %d is refused: it is not in socket.users", user)
+                continue
             try:
-                _bound(connection)
-                connection.send_bytes(answer(connection.recv_bytes(LONGEST_MESSAGE)))
-            except (OSError, EOFError) as error:
+                with _bounded(same):
+                    request = connection.recv_bytes(LONGEST_MESSAGE)
+                reply = answer(request)
+                with _bounded(same):
+                    connection.send_bytes(reply)
+            except (OSError, EOFError, MemoryError) as error:
                 log.warning("a connection was closed early (%s)", type(error).__name__)
 
 
@@ -78,9 +101,21 @@ def _alone(state: Path) -> Iterator[None]:
         ) from error
 
 
-def _bound(connection: Connection) -> None:
-    """Limit the wait of every read and write, so that the next caller does not wait for ever."""
+@contextmanager
+def _bounded(same: socket.socket) -> Iterator[None]:
+    """Limit each wait of a transfer, and the whole of it, so that the next caller does not wait for ever."""
     limit = struct.pack("ll", _PATIENCE, 0)
-    with socket.socket(fileno=os.dup(connection.fileno())) as same:
-        same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-        same.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+    same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+    same.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+    end = threading.Timer(_LONGEST_TRANSFER, _hang_up, [same])
+    end.daemon = True
+    end.start()
+    try:
+        yield
+    finally:
+        end.cancel()
+
+
+def _hang_up(same: socket.socket) -> None:
+    with suppress(OSError):  # the caller has gone
+        same.shutdown(socket.SHUT_RDWR)

@@ -1,7 +1,8 @@
 """The ClientApp on a SuperNode: it sends every message to the silo's worker and returns the answer.
 
 Flower starts a process for each message, so this one imports no torch and loads nothing. If there is no answer, the
-reply has the ``client``'s name and the reason as ``error``, and the round continues without this silo.
+reply has the ``client``'s name and the reason as ``error``, and the round continues without this silo. Flower would
+send the text of an exception, so none leaves here but ``ConfigError``, whose text names no private value.
 """
 
 from __future__ import annotations
@@ -27,8 +28,13 @@ _NO_WORKER = "no worker answers; start `flexperts silo serve`"
 
 
 def _reply(kind: str, message: Message, context: Context) -> Message:
-    name, state = _silo(context)
-    return Message(_relayed(kind, message.content, context, name, socket_of(state)), reply_to=message)
+    name, socket = _door(context)
+    try:
+        answer = _relayed(kind, message.content, context, name, socket)
+    except Exception as error:
+        log.exception("no answer")
+        answer = _failed(name, type(error).__name__)
+    return Message(answer, reply_to=message)
 
 
 app = ClientApp()
@@ -41,9 +47,10 @@ app.evaluate()(partial(_reply, "evaluate"))
 def _relayed(kind: str, content: RecordDict, context: Context, name: str, socket: Path) -> RecordDict:
     """Return the worker's answer, or an error record with the reason."""
     told = dict(content.config_records.get("info", ConfigRecord()))
+    shared = "socket" in context.node_config
     run = {"run": str(told.get("run", "")), "recipe": str(context.run_config.get("recipe", ""))}
     try:
-        fields, answer = deserialize(_exchange(socket, serialize({"kind": kind} | run, content)))
+        fields, answer = deserialize(_exchange(socket, serialize({"kind": kind} | run, content), shared=shared))
     except FederationError as error:
         log.error("%s", error)
         return _failed(name, type(error).__name__)
@@ -53,28 +60,48 @@ def _relayed(kind: str, content: RecordDict, context: Context, name: str, socket
     return _failed(name, fields["error"]) if "error" in fields else answer
 
 
-def _exchange(path: Path, request: bytes) -> bytes:
-    """Send one request and wait for its reply; a socket of another user is refused, as that user could read it."""
-    found = path.stat()
-    if found.st_uid != os.getuid() or not stat.S_ISSOCK(found.st_mode):
-        raise PermissionError(f"{path} is not a socket of this user")
+def _exchange(path: Path, request: bytes, *, shared: bool) -> bytes:
+    """Send one request and wait for its reply; a socket that some other user may have made is refused.
+
+    A socket for several users must be made by the only user who can write to its folder, others by this user.
+    """
+    found, folder = path.lstat(), path.parent.stat()
+    expected = folder.st_uid if shared and not folder.st_mode & 0o022 else os.getuid()
+    if found.st_uid != expected or not stat.S_ISSOCK(found.st_mode):
+        raise PermissionError(f"{path} is not a socket of the worker's user")
     with Client(str(path), family="AF_UNIX") as connection:
         connection.send_bytes(request)
         return connection.recv_bytes()
 
 
-def _silo(context: Context) -> tuple[str, Path]:
-    """Return the silo's name and state folder, from the file named in this SuperNode's configuration."""
+def _door(context: Context) -> tuple[str, Path]:
+    """Return the silo's name and the worker's socket, from this SuperNode's configuration."""
     try:
-        path = Path(str(context.node_config["silo"]))
-        silo = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-        return client_name(str(silo["name"])), (path.parent / str(silo["state"])).resolve()
-    except (KeyError, OSError, ValueError) as error:
+        if "socket" in context.node_config:
+            return client_name(str(context.node_config["name"])), Path(str(context.node_config["socket"]))
+        name, state = _silo(context)
+    except ConfigError:
+        raise
+    except Exception as error:
         raise ConfigError(
             f"this SuperNode's silo ({type(error).__name__})",
-            "its --node-config must set silo to the silo's TOML file, and that file must have name and state",
-            "run `flexperts silo check` on that file",
+            "its --node-config must set silo to the silo's TOML file, which has name and state; or name and socket",
+            "run `flexperts silo check` on the silo's file",
         ) from error
+    return name, socket_of(state)
+
+
+def _silo(context: Context) -> tuple[str, Path]:
+    """Return the silo's name and state folder, from the file named in this SuperNode's configuration."""
+    path = Path(str(context.node_config["silo"]))
+    silo = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    if "socket" in silo:
+        raise ConfigError(
+            "this SuperNode's silo has a [socket]",
+            "the SuperNode of such a silo must not need the silo's file",
+            "set name and socket in --node-config instead; see docs/deploy.md",
+        )
+    return client_name(str(silo["name"])), (path.parent / str(silo["state"])).resolve()
 
 
 def _failed(name: str, error: str) -> RecordDict:

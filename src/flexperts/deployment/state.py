@@ -54,13 +54,7 @@ def make_private(state: Path) -> None:
 
 def check_private(state: Path) -> None:
     """Refuse a state folder that others can enter, or that cannot hold a socket; the folder need not exist."""
-    length = len(os.fsencode(socket_of(state)))
-    if length > _LONGEST_SOCKET:
-        raise ConfigError(
-            f"{socket_of(state)}",
-            f"the path of a socket has at most {_LONGEST_SOCKET} bytes, this one has {length}",
-            "choose a state folder with a shorter path",
-        )
+    check_length(socket_of(state))
     if not state.exists():
         return
     found = state.stat()
@@ -68,6 +62,17 @@ def check_private(state: Path) -> None:
         raise ArtifactError(f"{state}", "it is not a folder of this user", "choose another state folder")
     if found.st_mode & 0o077:
         raise ArtifactError(f"{state}", "group or others can enter it", f"run chmod 700 {state}")
+
+
+def check_length(path: Path) -> None:
+    """Refuse a path that is too long for a socket."""
+    length = len(os.fsencode(path))
+    if length > _LONGEST_SOCKET:
+        raise ConfigError(
+            f"{path}",
+            f"the path of a socket has at most {_LONGEST_SOCKET} bytes, this one has {length}",
+            "choose a folder with a shorter path",
+        )
 
 
 def delete_run(state: Path, run: str) -> None:

@@ -1,0 +1,1 @@
+"""A Flower App that looks for everything on a silo's machine."""
