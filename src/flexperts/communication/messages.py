@@ -171,11 +171,12 @@ def payload_of(content: RecordDict, sender: str, expected: Expected | None = Non
     info = {n: v for n, v in info_of(content).items() if n in _OF_PAYLOADS}
     packed = _PACKING in info
     if not arrays:
+        if expected is not None:
+            Payload.empty().check(expected.manifest, sender)
         if info:
-            raise incompatible(
-                f"{sender} sent {shown(sorted(info))}", "a message without weights has no such fields"
-            )
-        return Payload.empty() if expected is None else Payload.empty().check(expected.manifest, sender)
+            rule = "a message without weights has no such fields"
+            raise incompatible(f"{sender} sent {shown(sorted(info))}", rule)
+        return Payload.empty()
     if set(content.array_records) != {SHARED} or not (packed or set(arrays) == {f"{SHARED}/{SHARED}"}):
         raise incompatible(
             f"{sender} sent arrays {shown(sorted(arrays))}", "a message must contain exactly one payload"
@@ -183,6 +184,8 @@ def payload_of(content: RecordDict, sender: str, expected: Expected | None = Non
     values = {name: _values(array, sender) for name, array in content.array_records[SHARED].items()}
     if packed:
         return _rebuilt(Packed(values, info), sender, expected)
+    if unknown := sorted(info.keys() - {_MANIFEST}):
+        raise incompatible(f"{sender} sent {shown(unknown)}", "weights that are not packed have no such fields")
     manifest, vector = _manifest(info, sender, expected), values[SHARED]
     if expected is not None:
         Payload(manifest, vector).check(expected.manifest, sender)

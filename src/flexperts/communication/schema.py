@@ -99,6 +99,7 @@ class InitialFields(Fields):
     client: Name
     split: Json
     adapter: Json
+    digest: Word = ""
 
 
 class SplitRow(Fields):
@@ -188,17 +189,20 @@ class InitialQuery(Query):
     """A request for initial weights; ``agreement`` is JSON, and null before there is one."""
 
     agreement: Json
+    weights: bool = True
 
 
-class TrainRequest(InitialQuery):
+class TrainRequest(Query):
     """A request to train the given round."""
 
+    agreement: Json
     round: Annotated[int, Field(ge=1, le=MOST_ROUNDS)]
 
 
-class EvaluateRequest(InitialQuery):
+class EvaluateRequest(Query):
     """A request to score model states after the given round."""
 
+    agreement: Json
     round: Round
     states: Annotated[list[State], Field(min_length=1, max_length=3)]
     answers: bool
