@@ -101,7 +101,7 @@ def test_bombs_as_updates(recipe: Recipe, tmp_path: Path, packing: str) -> None:
     kinds = [kind for kind in BOMBS if packing == "none" or (kind.startswith(("int8", "fp16", "top_k")))]
     kinds = [kind for kind in kinds if not kind.startswith(packing) or kind.endswith(("2 GB", "another block"))]
     grid, config = ScriptedGrid(*trio()), recipe(*FOUR, f"federation.rounds={len(kinds)}")
-    a, b, c = trio()
+    a, _, c = trio()
     if packing == "none":
         grid.faults |= {("train", at, "b"): BOMBS[kind] for at, kind in enumerate(kinds, 1)}
         server, rounds = run_on(grid, config, tmp_path / "run")
@@ -166,7 +166,7 @@ def test_bombs_as_introductions(recipe: Recipe, tmp_path: Path) -> None:
         sends(note=b"x" * 10 * MIB),
     ]
     grid.faults["query.join", 0, "b"] = lambda request, reply: faults.pop(0)(request, reply)
-    server, rounds = run_on(grid, recipe(*FOUR, "federation.rounds=3"), tmp_path / "run", watch)
+    server, _ = run_on(grid, recipe(*FOUR, "federation.rounds=3"), tmp_path / "run", watch)
     assert faults == []
     assert sorted(server.clients) == ["a", "c"]
     assert all(len(reason) < 500 for _, reason in watch.refusals)

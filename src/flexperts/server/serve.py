@@ -171,7 +171,7 @@ def _read_initial(name: str, replies: list[Message], federation: FederationConfi
         check_finite(Update(name, payload, 1, {}))
         payload = replace(payload, vector=payload.vector.copy())  # it outlives the message
         return Initial(payload, split, fields.adapter, encoded_bytes(content))
-    except FlexpertsError as error:
-        raise FederationError(f"{name}'s initial weights", f"{error.value}: {error.rule}", error.remedy) from error
-    except Exception as error:  # another machine's bytes
-        raise incompatible(f"{name}'s initial weights", f"they cannot be read ({error!r})") from error
+    except FlexpertsError as fault:
+        raise FederationError(f"{name}'s initial weights", f"{fault.value}: {fault.rule}", fault.remedy) from fault
+    except Exception as fault:  # another machine's bytes
+        raise incompatible(f"{name}'s initial weights", f"they cannot be read ({fault!r})") from fault
