@@ -15,9 +15,10 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.superlink.grid import HttpGrid, http_grid
 
 from flexperts.communication.messages import info_of, records
+from flexperts.communication.traffic import CHUNK
 from flexperts.deployment import bounded_grid
 from flexperts.deployment.bounded_grid import BoundedGrid
-from flexperts.engines.flower_private import CHUNK, assume_identity, empty_run, stamp
+from flexperts.engines.flower_private import assume_identity, empty_run, stamp
 from flexperts.server.exchange import error_of
 
 MIB = 1 << 20

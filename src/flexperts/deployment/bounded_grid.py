@@ -5,16 +5,22 @@ Flower's own grid reads a reply of any size, and raises what reading raises: one
 
 from __future__ import annotations
 
+import json
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any
 
 from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 from google.protobuf.message import DecodeError
 
-from flexperts.engines.flower_private import Run, bound_pulls, without_content
+from flexperts.communication.traffic import CHUNK
 from flexperts.errors import one_line
 
+_HEAD = 1 << 10
+"""Bytes that a piece of an array may have besides its values."""
 _POLL = 3.0
 """Seconds between two looks for replies, as in Flower's grid."""
 _UNREADABLE = 1
@@ -41,14 +47,14 @@ class BoundedGrid(Grid):
 
     def __init__(self, grid: Grid, most: int) -> None:
         self._grid = grid
-        bound_pulls(grid, most)
+        _bound_pulls(grid, most)
 
-    def set_run(self, run: Run) -> None:
+    def set_run(self, run: Any) -> None:
         """Pass it on."""
         self._grid.set_run(run)
 
     @property
-    def run(self) -> Run:
+    def run(self) -> Any:
         """Run information."""
         return self._grid.run
 
@@ -75,11 +81,10 @@ class BoundedGrid(Grid):
         end = None if timeout is None else time.monotonic() + timeout
         sent = list(messages)
         del messages
-        waiting = {
-            message_id: sent[at] for at, message_id in enumerate(self._grid.push_messages(sent)) if message_id
-        }
-        waiting = {message_id: without_content(message) for message_id, message in waiting.items()}
-        del sent  # the weights in it
+        ids = self._grid.push_messages(sent)
+        for message in sent:
+            message.content = RecordDict()  # the weights in it
+        waiting = {message_id: message for message_id, message in zip(ids, sent, strict=False) if message_id}
         replies: list[Message] = []
         while waiting and (end is None or time.monotonic() < end):
             for message_id, question in list(waiting.items()):
@@ -97,3 +102,45 @@ class BoundedGrid(Grid):
         except _FAULTS as error:
             reason = one_line(f"its reply cannot be read ({error!r})")
             return [Message(Error(_UNREADABLE, reason), reply_to=question)]
+
+
+def _bound_pulls(grid: Grid, most: int) -> None:
+    """Let a grid of Flower's refuse a message of more than so many bytes with a ValueError while it is pulled.
+
+    Flower has no setting for it: this replaces the function by which the grid's module pulls a message's objects.
+    """
+    module: Any = sys.modules[type(grid).__module__]
+    pull: Callable[..., dict[str, bytes]] = getattr(module.pull_objects, "__wrapped__", module.pull_objects)
+
+    @wraps(pull)
+    def bounded(
+        object_ids: Iterable[str], pull_object_fn: Callable[[str], bytes], **settings: Any
+    ) -> dict[str, bytes]:
+        size = 0
+
+        def one(object_id: str) -> bytes:
+            nonlocal size
+            content = pull_object_fn(object_id)
+            size += _size_of(content)
+            if size > most:
+                raise ValueError(f"it has more than {most:,} bytes")
+            return content
+
+        return pull(object_ids=object_ids, pull_object_fn=one, **settings)
+
+    module.pull_objects = bounded
+
+
+def _size_of(content: bytes) -> int:
+    """Return the bytes that an encoded object adds to its message.
+
+    An array lists its pieces by number, and can list one of them many times: each time counts.
+    """
+    head, _, body = content.partition(b"\0")
+    if head.startswith(b"ArrayChunk ") and len(body) > CHUNK + _HEAD:
+        raise ValueError(f"it has an array in pieces of more than {CHUNK:,} bytes")
+    repeated = 0
+    if head.startswith(b"Array "):
+        pieces = json.loads(body)["arraychunk_ids"]
+        repeated = CHUNK * (len(pieces) - len(set(pieces)))
+    return len(content) + repeated
