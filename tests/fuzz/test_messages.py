@@ -152,4 +152,4 @@ FACTORS = {"base_model.a.lora_A.weight": (2, 3), "base_model.a.lora_B.weight": (
 )
 def test_adapter_configurations(text: str, folder: Path) -> None:
     manifest = Manifest(tuple(FACTORS), tuple(FACTORS.values()))
-    write_adapter(folder / "shared", text, Payload(manifest, manifest.zeros()).tensors())
+    write_adapter(folder / "shared", text, Payload(manifest, np.zeros(manifest.size, np.float32)).tensors())

@@ -115,7 +115,7 @@ def test_fields(drawn_fields: Any, folder: Path) -> None:
             assert name.startswith(("nll.", "rouge_l."))
             assert told[name] is None
         else:
-            assert told[name] == value
+            assert told[name] == (pytest.approx(value) if isinstance(value, int) else value)  # as a float
     json.dumps(told, allow_nan=False).encode()
 
 
@@ -171,7 +171,10 @@ class Silent:
     name = "bank"
 
     def __getattr__(self, name: str) -> Any:
-        raise FederationError("it was asked", "it has no model", "none")
+        def asked(*given: Any, **named: Any) -> None:
+            raise FederationError("it was asked", "it has no model", "none")
+
+        return asked
 
 
 KINDS = {
