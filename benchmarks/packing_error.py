@@ -50,7 +50,7 @@ def one_update(settings: list[str], folder: Path) -> tuple[Payload, Vector]:
 
 def line(name: str, sent: Payload, change: Vector, packed: Packed | None) -> str:
     """Return one row of the table."""
-    got = change if packed is None else unpack(packed, change.size, name)
+    got = change if packed is None else unpack(packed, change.size, PACKINGS[name], name)
     whole, size = (encoded_bytes(records({}, {}, sent, some)) for some in (None, packed))
     error = np.linalg.norm(got - change) / np.linalg.norm(change)
     return f"| {name} | {size:,} | {size / whole:.1%} | {error:.2g} |"

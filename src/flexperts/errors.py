@@ -24,6 +24,19 @@ from typing import Any
 _LONGEST_SHOWN = 200
 
 
+def printable(text: str) -> str:
+    """Return a text with every character that cannot be printed as an escape: control, format, bidi, line ends."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def one_line(text: str, longest: int = 400) -> str:
+    """Return any text as one printable line of bounded length."""
+    line = printable(" ".join(text[: 4 * longest].split()))
+    return line if len(line) <= longest else f"{line[:longest]}..."
+
+
 def shown(value: Any) -> str:
     """Return a value as text for a message, cut if it is long."""
     text = repr(value)
@@ -42,7 +55,7 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str, cutoff: float 
 
 
 class FlexpertsError(ValueError):
-    """Base of all errors that a user can cause and fix.
+    """Base of all errors that a user can cause and fix; its text is one printable line.
 
     Args:
         value: What was found, with its name.
@@ -51,6 +64,7 @@ class FlexpertsError(ValueError):
     """
 
     def __init__(self, value: str, rule: str, remedy: str) -> None:
+        value, rule, remedy = map(printable, (value, rule, remedy))  # they may quote a file or another machine
         super().__init__(f"{value}: {rule}; {remedy}")
         self.value, self.rule, self.remedy = value, rule, remedy
 

@@ -161,7 +161,7 @@ def test_a_run_keeps_its_recipe(worker: Worker, handed: Handed) -> None:
         ({"kind": "query.secrets", "run": RUN, "recipe": ""}, "FederationError"),
         ({"kind": "query.join", "run": RUN, "recipe": "["}, "ConfigError"),
         ({"kind": "query.join", "run": RUN, "recipe": "data.at_silos = true\nmethod.name = 'no'"}, "ConfigError"),
-        ({"kind": "train", "run": RUN, "recipe": None}, "KeyError"),
+        ({"kind": "train", "run": RUN, "recipe": None}, "FederationError"),
     ],
 )
 def test_a_wrong_request_is_refused_and_the_next_one_answered(

@@ -10,19 +10,21 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
-from harness import PLAIN, TEXT, fuzz, mutated
+from harness import PLAIN, TEXT, clean_refusals, fuzz, mutated
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from flexperts.communication.adapter_folder import write_adapter
 from flexperts.communication.compression import pack
-from flexperts.communication.messages import payload_of, records
+from flexperts.communication.messages import Expected, payload_of, records
 from flexperts.config.federation import CompressionConfig
 from flexperts.deployment import wire
 from flexperts.parameters.vector import Manifest, Payload
 
 MANIFEST = Manifest(("base_model.a", "part.b"), ((2, 3), ()))
 SENT = Payload(MANIFEST, np.arange(7, dtype=np.float32))
+KINDS: list[Any] = ["none", "fp16", "int8", "top_k"]
+WANTED = [Expected(MANIFEST, SENT, CompressionConfig(kind=kind, block=3)) for kind in KINDS]
 SHAPES = st.lists(st.integers(-2, 9), max_size=3)
 
 
@@ -96,7 +98,9 @@ def test_messages(drawn: Any, folder: Path) -> None:
     fields, records_of_arrays, packed = drawn
     content = RecordDict({name: ArrayRecord(items) for name, items in records_of_arrays.items()})
     content["info"] = ConfigRecord(fields)
-    check(payload_of(content, "bank", SENT if packed else None))
+    for expected in WANTED if packed else [None]:
+        with clean_refusals():
+            check(payload_of(content, "bank", expected))
 
 
 def check(payload: Payload) -> None:
@@ -109,7 +113,8 @@ def check(payload: Payload) -> None:
 def test_packed_updates(drawn: Any, folder: Path) -> None:
     """Right messages in which one thing is replaced."""
     kind, choose = drawn
-    packed = pack(np.linspace(-1, 1, 7, dtype=np.float32), CompressionConfig(kind=kind, block=3, fraction=0.4))
+    settings = CompressionConfig(kind=kind, block=3, fraction=0.4)
+    packed = pack(np.linspace(-1, 1, 7, dtype=np.float32), settings)
     content = records({}, payload=SENT, packed=packed)
     info, held = content.config_records["info"], content.array_records["shared"]
     if choose.draw(st.booleans()):
@@ -119,7 +124,7 @@ def test_packed_updates(drawn: Any, folder: Path) -> None:
         )
     else:
         held[choose.draw(st.sampled_from(sorted(held)))] = choose.draw(arrays())
-    check(payload_of(content, "bank", SENT))
+    check(payload_of(content, "bank", Expected(MANIFEST, SENT, settings)))
 
 
 CONTENT = records({"client": "bank", "round": 3, "states": ["global"]}, {"loss": 0.5}, SENT)
@@ -147,4 +152,4 @@ FACTORS = {"base_model.a.lora_A.weight": (2, 3), "base_model.a.lora_B.weight": (
 )
 def test_adapter_configurations(text: str, folder: Path) -> None:
     manifest = Manifest(tuple(FACTORS), tuple(FACTORS.values()))
-    write_adapter(folder / "shared", text, Payload(manifest, manifest.zeros()).tensors())
+    write_adapter(folder / "shared", text, Payload(manifest, np.zeros(manifest.size, np.float32)).tensors())

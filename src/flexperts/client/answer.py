@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from flwr.app import RecordDict
 
 from flexperts.client.client import Client
 from flexperts.client.request import Request
-from flexperts.communication.messages import info_of, payload_of, records
+from flexperts.communication.messages import check_records, fields_of, payload_of, records
+from flexperts.communication.schema import AnyFields, EvaluateRequest, InitialQuery, Query, TrainRequest
 from flexperts.communication.traffic import personal_bytes
 from flexperts.errors import PrivacyError
+
+_SERVER = "server"
+_Asked = TypeVar("_Asked", TrainRequest, EvaluateRequest)
 
 
 def answer(kind: str, content: RecordDict, client: Client) -> RecordDict:
@@ -28,18 +33,19 @@ def answer(kind: str, content: RecordDict, client: Client) -> RecordDict:
 
 def _join(content: RecordDict, client: Client) -> RecordDict:
     """Send the client's introduction to the server."""
+    _read(content, Query)
     return records(client.join(), {})
 
 
 def _initial(content: RecordDict, client: Client) -> RecordDict:
     """Send the shared weights that round 1 starts from; the server asks one client."""
-    payload, texts = client.initial(json.loads(info_of(content)["agreement"]))
+    payload, texts = client.initial(json.loads(_read(content, InitialQuery).agreement))
     return records({"client": client.name, **texts}, {}, payload)
 
 
 def _train(content: RecordDict, client: Client) -> RecordDict:
     """Train one round and send what the method shares."""
-    request = request_of(content)
+    request, _ = request_of(content, TrainRequest)
     trained = client.train(request)
     update = trained.update
     info = {"client": client.name, "round": request.round, "base": client.model.base.fingerprint}
@@ -53,26 +59,37 @@ def _train(content: RecordDict, client: Client) -> RecordDict:
 
 def _evaluate(content: RecordDict, client: Client) -> RecordDict:
     """Score model states on the client's own rows; only the scores are sent."""
-    info, request = info_of(content), request_of(content)
+    request, asked = request_of(content, EvaluateRequest)
     client.settle(request)
-    scores = client.evaluate(request, info["states"], answers=info["answers"])
-    client.write_routing(request, info["states"])
+    scores = client.evaluate(request, asked.states, answers=asked.answers)
+    client.write_routing(request, asked.states)
     metrics: dict[str, float | int] = {
         f"{kind}.{state}": math.nan if value is None else value
         for state, its in scores.items()
         for kind, value in its.metrics().items()
     }
-    if info["answers"]:
+    if asked.answers:
         client.write_predictions(scores)
         metrics |= client.answer_counts(scores)
     rows = next(iter(scores.values())).rows
     return records({"client": client.name, "round": request.round}, metrics | {"rows": rows})
 
 
-def request_of(content: RecordDict) -> Request:
-    """Return a train or evaluate message as a ``Request``."""
-    info = info_of(content)
-    return Request(payload_of(content, "server"), json.loads(info["agreement"]), int(info["round"]))
+def request_of(content: RecordDict, schema: type[_Asked]) -> tuple[Request, _Asked]:
+    """Return a train or evaluate message as a ``Request``, and its other fields.
+
+    Args:
+        content: The message.
+        schema: Its schema.
+    """
+    asked = _read(content, schema)
+    return Request(payload_of(content, _SERVER), json.loads(asked.agreement), asked.round), asked
+
+
+def _read(content: RecordDict, schema: type[AnyFields]) -> AnyFields:
+    """Return a request's fields by their schema; the server may be another machine."""
+    check_records(content, _SERVER, "info")
+    return fields_of(content, schema, _SERVER)
 
 
 ANSWERS: Mapping[str, Callable[[RecordDict, Client], RecordDict]] = {

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexperts.config.federation import CompressionConfig
-from flexperts.errors import FederationError, incompatible
+from flexperts.errors import FederationError, incompatible, shown
 from flexperts.parameters.vector import Vector
 
 _TOP = 127
@@ -52,25 +52,35 @@ def pack(change: Vector, settings: CompressionConfig) -> Packed:
     packers: dict[str, Callable[[], Packed]] = {
         "fp16": lambda: _pack_fp16(change),
         "int8": lambda: _pack_int8(change, settings.block),
-        "top_k": lambda: _pack_top_k(change, settings.fraction),
+        "top_k": lambda: _pack_top_k(change, _kept(change.size, settings)),
     }
     return packers[settings.kind]()
 
 
 def packed_bytes(size: int, settings: CompressionConfig) -> int:
     """Return how many bytes the arrays of an update of ``size`` values take: packed, or fp32 for kind "none"."""
-    kept = max(1, round(settings.fraction * size))
     scales = -(-size // settings.block)
-    sizes = {"none": 4 * size, "fp16": 2 * size, "int8": size + 4 * scales, "top_k": (4 + 2) * kept}
+    top = (4 + 2) * _kept(size, settings)
+    sizes = {"none": 4 * size, "fp16": 2 * size, "int8": size + 4 * scales, "top_k": top}
     return sizes[settings.kind] if size else 0
 
 
-def unpack(packed: Packed, size: int, sender: str) -> Vector:
-    """Rebuild an update of ``size`` values."""
+def unpack(packed: Packed, size: int, settings: CompressionConfig, sender: str) -> Vector:
+    """Rebuild an update of ``size`` values.
+
+    Args:
+        packed: What was sent; it must be what ``pack`` makes of such an update by these settings, and its types and
+            sizes are checked before anything is expanded.
+        size: Values of the update.
+        settings: The recipe's packing.
+        sender: Who sent it, for errors.
+    """
     kind = packed.about.get("packing")
-    if kind not in _UNPACKERS:
-        raise _unfit(sender, f"packing {kind!r}", f"packings are {', '.join(_UNPACKERS)}")
-    return _UNPACKERS[str(kind)](packed, size, sender)
+    if kind != settings.kind or settings.kind not in _UNPACKERS:
+        raise _unfit(sender, f"packing {shown(kind)}", f"the recipe's is {settings.kind!r}")
+    if unknown := sorted(packed.about.keys() - {"packing", "block" if kind == "int8" else "exponent"}):
+        raise _unfit(sender, f"the fields {shown(unknown)}", "this packing has no such fields")
+    return _UNPACKERS[settings.kind](packed, size, settings, sender)
 
 
 def _pack_fp16(change: Vector) -> Packed:
@@ -78,7 +88,7 @@ def _pack_fp16(change: Vector) -> Packed:
     return Packed({"values": _to_half(change, exponent)}, {"packing": "fp16", "exponent": exponent})
 
 
-def _unpack_fp16(packed: Packed, size: int, sender: str) -> Vector:
+def _unpack_fp16(packed: Packed, size: int, settings: CompressionConfig, sender: str) -> Vector:
     (values,) = _arrays(packed, sender, values=(np.float16, size))
     return _from_half(values, packed, sender)
 
@@ -94,8 +104,8 @@ def _pack_int8(change: Vector, block: int) -> Packed:
     return Packed({"values": values, "scales": scales}, {"packing": "int8", "block": block})
 
 
-def _unpack_int8(packed: Packed, size: int, sender: str) -> Vector:
-    block = _whole(packed, "block", 1, 2**31, sender)
+def _unpack_int8(packed: Packed, size: int, settings: CompressionConfig, sender: str) -> Vector:
+    block = _whole(packed, "block", settings.block, settings.block, sender)
     values, scales = _arrays(packed, sender, values=(np.int8, size), scales=(np.float32, -(-size // block)))
     if not (np.isfinite(scales) & (scales >= 0)).all():
         raise _unfit(sender, "scales that are negative or not finite", "scales must be finite and not negative")
@@ -104,28 +114,31 @@ def _unpack_int8(packed: Packed, size: int, sender: str) -> Vector:
     return whole
 
 
-def _pack_top_k(change: Vector, fraction: float) -> Packed:
-    """Keep the values with the largest magnitudes, at least one, in the order of their positions."""
-    count = max(1, round(fraction * change.size))
+def _kept(size: int, settings: CompressionConfig) -> int:
+    """Return how many values top_k keeps, at least one."""
+    return max(1, round(settings.fraction * size))
+
+
+def _pack_top_k(change: Vector, count: int) -> Packed:
+    """Keep the values with the largest magnitudes, in the order of their positions."""
     kept = np.sort(np.argpartition(np.abs(change), change.size - count)[change.size - count :])
     exponent = _exponent(change)
     indices, values = kept.astype(np.uint32), _to_half(change[kept], exponent)
     return Packed({"indices": indices, "values": values}, {"packing": "top_k", "exponent": exponent})
 
 
-def _unpack_top_k(packed: Packed, size: int, sender: str) -> Vector:
-    values, indices = _arrays(packed, sender, values=(np.float16, None), indices=(np.uint32, None))
-    if len(indices) != len(values):
-        raise _unfit(sender, f"{len(indices)} indices of {len(values)} values", "each value needs one index")
+def _unpack_top_k(packed: Packed, size: int, settings: CompressionConfig, sender: str) -> Vector:
+    count = _kept(size, settings)
+    values, indices = _arrays(packed, sender, values=(np.float16, count), indices=(np.uint32, count))
     places = indices.astype(np.int64)
-    if len(places) and (places[-1] >= size or (np.diff(places) <= 0).any()):
+    if places[-1] >= size or (np.diff(places) <= 0).any():
         raise _unfit(sender, f"indices up to {places.max()}", f"they must be below {size}, sorted and unique")
     change = np.zeros(size, np.float32)
     change[places] = _from_half(values, packed, sender)
     return change
 
 
-_UNPACKERS: Mapping[str, Callable[[Packed, int, str], Vector]] = {
+_UNPACKERS: Mapping[str, Callable[[Packed, int, CompressionConfig, str], Vector]] = {
     "fp16": _unpack_fp16,
     "int8": _unpack_int8,
     "top_k": _unpack_top_k,
@@ -149,14 +162,14 @@ def _from_half(values: NDArray[np.float16], packed: Packed, sender: str) -> Vect
     return change
 
 
-def _arrays(packed: Packed, sender: str, **expected: tuple[type[Any], int | None]) -> list[NDArray[Any]]:
+def _arrays(packed: Packed, sender: str, **expected: tuple[type[Any], int]) -> list[NDArray[Any]]:
     """Return the named arrays; refuse others, and arrays that are not flat or not of the given types and sizes."""
     if set(packed.arrays) != set(expected):
-        raise _unfit(sender, f"arrays {sorted(packed.arrays)}", f"this packing needs {sorted(expected)}")
+        raise _unfit(sender, f"arrays {shown(sorted(packed.arrays))}", f"this packing needs {sorted(expected)}")
     for name, (kind, size) in expected.items():
         array = packed.arrays[name]
-        if array.dtype != kind or array.shape != (len(array) if size is None and array.ndim else size,):
-            rule = f"{name} must be {kind.__name__}[{'any number' if size is None else size}]"
+        if array.dtype != kind or array.shape != (size,):
+            rule = f"{name} must be {kind.__name__}[{size}]"
             raise _unfit(sender, f"{name} {array.dtype}{list(array.shape)}", rule)
     return [packed.arrays[name] for name in expected]
 
@@ -164,7 +177,8 @@ def _arrays(packed: Packed, sender: str, **expected: tuple[type[Any], int | None
 def _whole(packed: Packed, name: str, least: int, most: int, sender: str) -> int:
     value = packed.about.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise _unfit(sender, f"{name} = {value!r}", f"it must be a whole number from {least} to {most}")
+        allowed = f"{least}" if least == most else f"a whole number from {least} to {most}"
+        raise _unfit(sender, f"{name} = {shown(value)}", f"it must be {allowed}")
     return value
 
 

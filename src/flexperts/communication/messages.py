@@ -2,7 +2,8 @@
 
 A payload is built from a ``ParameterSplit``'s shared group and from tensors that a method declares as derived;
 personal and frozen parameters cannot enter it. A reply may hold its update packed (``compression.py``) in place of
-the fp32 vector and its manifest: the server knows the manifest from its request, and rebuilds the vector. Requests:
+the fp32 vector and its manifest: the server knows the manifest from its request, and rebuilds the vector. The other
+fields are those of ``schema.py``. Requests:
 ``query.join`` (who are you), ``query.initial`` (your initial shared weights), ``train``, ``evaluate``.
 """
 
@@ -21,7 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flexperts.communication.compression import Packed, unpack
-from flexperts.errors import PrivacyError, incompatible
+from flexperts.communication.schema import ROOM, AnyFields, checked
+from flexperts.config.federation import CompressionConfig
+from flexperts.errors import PrivacyError, incompatible, shown
 from flexperts.parameters.split import ParameterSplit, kept_storages, storage_address
 from flexperts.parameters.vector import Manifest, Payload, Vector
 
@@ -29,13 +32,33 @@ SHARED = "shared"
 DERIVED = "derived."
 """Start of the names of tensors that are computed from training and sent with the shared parameters."""
 _INFO, _METRICS, _MANIFEST, _PACKING = "info", "metrics", "manifest", "packing"
-_LONGEST_MANIFEST = 2**26
-"""Most bytes of an unpacked manifest; enough for a million tensors."""
-_LARGEST = 2**48
-"""Limit on the sizes in a tensor's shape; real ones are far smaller."""
+_OF_PAYLOADS = frozenset({_MANIFEST, _PACKING, "block", "exponent"})
+"""Text fields that belong to a payload."""
+_LONGEST_MANIFEST = 2**24
+"""Most bytes of an unpacked manifest where the receiver knows none; enough for 100,000 tensors."""
 
 Info = Mapping[str, Any]
 Metrics = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The payload that a reply must hold, as the server knows it before the reply arrives.
+
+    Args:
+        manifest: Its tensors.
+        sent: The payload that the sender had received; a packed reply holds the difference to it.
+        packing: How the recipe packs.
+    """
+
+    manifest: Manifest
+    sent: Payload
+    packing: CompressionConfig
+
+    @property
+    def most(self) -> int:
+        """Most bytes that a reply has: values in fp32, which are never fewer than packed ones, manifest, fields."""
+        return 4 * self.manifest.size + len(self.manifest.to_json()) + ROOM
 
 
 @dataclass(frozen=True)
@@ -119,38 +142,73 @@ def metrics_of(content: RecordDict) -> Metrics:
     return dict(content.metric_records[_METRICS].items())
 
 
-def payload_of(content: RecordDict, sender: str, sent: Payload | None = None) -> Payload:
+def fields_of(content: RecordDict, schema: type[AnyFields], sender: str) -> AnyFields:
+    """Return a message's texts and whole numbers by a schema; those of its payload are left out.
+
+    Args:
+        content: A request's or a reply's content.
+        schema: Its schema.
+        sender: Name of the sender, for errors.
+    """
+    return checked(schema, {n: v for n, v in info_of(content).items() if n not in _OF_PAYLOADS}, sender)
+
+
+def check_records(content: RecordDict, sender: str, *names: str) -> None:
+    """Refuse a message with other records than those named and the payload's."""
+    if other := sorted(set(content) - {*names, SHARED} - set(content.array_records)):
+        raise incompatible(f"{sender} sent the records {shown(other)}", "no such record is known")
+
+
+def payload_of(content: RecordDict, sender: str, expected: Expected | None = None) -> Payload:
     """Return a message's checked payload; its values are a read-only view of the message's bytes.
 
     Args:
         content: A request's or a reply's content.
         sender: Name of the sender, for errors.
-        sent: The payload that the sender had received; a packed reply holds the difference to it.
+        expected: What the payload must be; without it, a vector with any manifest is taken.
     """
     arrays = {f"{r}/{a}": array for r, record in content.array_records.items() for a, array in record.items()}
+    info = {n: v for n, v in info_of(content).items() if n in _OF_PAYLOADS}
+    packed = _PACKING in info
     if not arrays:
+        if expected is not None:
+            Payload.empty().check(expected.manifest, sender)
+        if info:
+            rule = "a message without weights has no such fields"
+            raise incompatible(f"{sender} sent {shown(sorted(info))}", rule)
         return Payload.empty()
-    packed = _PACKING in info_of(content)
     if set(content.array_records) != {SHARED} or not (packed or set(arrays) == {f"{SHARED}/{SHARED}"}):
-        raise incompatible(f"{sender} sent arrays {sorted(arrays)}", "a message must contain exactly one payload")
+        raise incompatible(
+            f"{sender} sent arrays {shown(sorted(arrays))}", "a message must contain exactly one payload"
+        )
     values = {name: _values(array, sender) for name, array in content.array_records[SHARED].items()}
     if packed:
-        return _rebuilt(Packed(values, info_of(content)), sender, sent)
-    manifest, vector = _manifest(content, sender), values[SHARED]
+        return _rebuilt(Packed(values, info), sender, expected)
+    if unknown := sorted(info.keys() - {_MANIFEST}):
+        raise incompatible(f"{sender} sent {shown(unknown)}", "weights that are not packed have no such fields")
+    manifest, vector = _manifest(info, sender, expected), values[SHARED]
+    if expected is not None:
+        Payload(manifest, vector).check(expected.manifest, sender)
     if vector.dtype != np.float32 or vector.shape != (manifest.size,):
         raise incompatible(
             f"{sender} sent {vector.dtype}{list(vector.shape)}", f"its manifest says float32[{manifest.size}]"
         )
+    if expected is not None and expected.packing.kind != "none" and np.isfinite(vector).all():
+        # A client packs every update of finite numbers; another one is refused for its values.
+        raise incompatible(
+            f"{sender} sent an update that is not packed", f"the recipe's is {expected.packing.kind!r}"
+        )
     return Payload(manifest, vector)
 
 
-def _rebuilt(packed: Packed, sender: str, sent: Payload | None) -> Payload:
+def _rebuilt(packed: Packed, sender: str, expected: Expected | None) -> Payload:
     """Return what was sent plus the packed update."""
-    if sent is None:
+    if expected is None:
         raise incompatible(
             f"{sender} sent a packed update", "this message has no weights that an update could change"
         )
-    return Payload(sent.manifest, sent.vector + unpack(packed, sent.size, sender))
+    sent = expected.sent.check(expected.manifest, sender)
+    return Payload(sent.manifest, sent.vector + unpack(packed, sent.size, expected.packing, sender))
 
 
 def _values(array: Array, sender: str) -> NDArray[Any]:
@@ -171,21 +229,26 @@ def _view(array: Array) -> NDArray[Any]:
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("its header is not of version 1.0")
     shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+    if (str(dtype), shape) != (array.dtype, tuple(array.shape)):
+        raise ValueError("its header says another type or shape than its record")
     values = np.frombuffer(array.data, dtype, math.prod(shape), file.tell())  # refuses objects
     return values.reshape(shape, order="F" if by_columns else "C")
 
 
-def _manifest(content: RecordDict, sender: str) -> Manifest:
+def _manifest(info: Info, sender: str, expected: Expected | None) -> Manifest:
+    """Return a payload's manifest. An expected one is compared as text, and only another one is parsed."""
+    known = None if expected is None else expected.manifest.to_json()
+    most = _LONGEST_MANIFEST if known is None else 2 * len(known) + ROOM
     try:
         unzip = zlib.decompressobj()
-        text = unzip.decompress(info_of(content)[_MANIFEST], _LONGEST_MANIFEST)
-        if not unzip.eof:
+        text = unzip.decompress(info[_MANIFEST], most)
+        if not unzip.eof or unzip.unused_data:
             raise ValueError("it is cut off, or too long")
+        if expected is not None and text.decode() == known:
+            return expected.manifest
         manifest = Manifest.from_json(text.decode())
-        if not all(isinstance(name, str) for name in manifest.names):
-            raise TypeError("a name is not text")
-        if not all(type(side) is int and 0 <= side < _LARGEST for shape in manifest.shapes for side in shape):
-            raise TypeError("a shape has a size that is not a valid whole number")
+        if not all(name.isprintable() for name in manifest.names):  # they are in files and on pages
+            raise ValueError("a name has a character that cannot be printed")
         return manifest
     except (KeyError, TypeError, ValueError, RecursionError, zlib.error) as error:
         raise incompatible(

@@ -17,8 +17,10 @@ from flexperts.parameters.vector import Manifest, Vector
 
 _WINDOW = 1024
 _SHORTEST = 16
-_CHUNK, _NAME = 5 << 20, 64
-"""Size in bytes of Flower's chunks of an array, and number of letters in an object's name."""
+CHUNK = 5 << 20
+"""Size in bytes of Flower's chunks of an array."""
+_NAME = 64
+"""Number of letters in the name of one of Flower's objects."""
 _VALUE = 4
 """Bytes of an fp32 value."""
 _PARTS = {**dict.fromkeys(("experts", "graft", "common_graft", "gated", "mixture"), "experts"), "router": "routers"}
@@ -54,7 +56,7 @@ def encoded_bytes(content: RecordDict) -> int:
 def _may_repeat(arrays: Sequence[Array]) -> bool:
     """Return whether two objects could be equal: arrays of one type and shape, or chunks with the same start."""
     kinds = {(array.dtype, array.shape, array.stype) for array in arrays}
-    starts = [array.data[at : at + _SHORTEST] for array in arrays for at in range(0, len(array.data), _CHUNK)]
+    starts = [array.data[at : at + _SHORTEST] for array in arrays for at in range(0, len(array.data), CHUNK)]
     return len(kinds) < len(arrays) or len(set(starts)) < len(starts)
 
 
@@ -64,7 +66,7 @@ def _bytes_of_chunks(array: Array) -> int:
     Each object is ``TYPE CHILDREN LENGTH-OF-BODY``, a zero byte, then the body.
     """
     size, fields = len(array.data), {"dtype": array.dtype, "shape": array.shape, "stype": array.stype}
-    chunks = [min(_CHUNK, size - at) for at in range(0, size, _CHUNK)]
+    chunks = [min(CHUNK, size - at) for at in range(0, size, CHUNK)]
     children = ",".join(["x" * _NAME] * len(chunks))
     with_data = json.dumps(fields | {"arraychunk_ids": [*range(len(chunks))]})
     without = json.dumps(fields | {"arraychunk_ids": []})

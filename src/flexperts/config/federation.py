@@ -24,6 +24,9 @@ class FederationConfig(Section):
     """Seconds that a deployed run waits for clients to join, and in each round to train and to evaluate."""
     max_update_rms: float = Field(10.0, gt=0)
     """Root mean square of an update's values (trained minus sent) above which it is refused."""
+    max_message_bytes: int = Field(2**30, ge=2**20)
+    """Size of the largest message that the server reads. An update is limited to what the method declares; this
+    limit is for initial weights, whose size the server does not know."""
     aggregation: Literal["mean", "median", "trimmed_mean", "krum"] = "mean"
     """How updates are combined: their mean, weighted by rows, or a rule that tolerates some wrong updates. Such a
     rule counts every client once and needs all replies in memory; see docs/privacy.md."""

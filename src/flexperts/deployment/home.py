@@ -11,6 +11,7 @@ from flexperts.client.answer import request_of
 from flexperts.client.client import Client, Resident
 from flexperts.client.request import Request
 from flexperts.client.workspace import Workspace
+from flexperts.communication.schema import EvaluateRequest
 from flexperts.config.silo import SiloConfig
 from flexperts.deployment.kept import with_kept_choices
 from flexperts.deployment.settings import for_silo
@@ -50,7 +51,7 @@ class HomeModel:
                 "this silo has not yet received its final shared weights",
                 "wait for its evaluation on the server",
             ) from error
-        self.request = request_of(content)
+        self.request, _ = request_of(content, EvaluateRequest)
         recipe = recorded_recipe(RunDirectory.open(folder).path)
         config = with_kept_choices(for_silo(recipe, silo), folder)
         self.method = make_method(config.method)

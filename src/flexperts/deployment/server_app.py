@@ -11,6 +11,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from flexperts.artifacts import RunDirectory
+from flexperts.deployment.bounded_grid import BoundedGrid
 from flexperts.deployment.settings import run_folder
 from flexperts.errors import ArtifactError, FlexpertsError
 from flexperts.files import sole_writer
@@ -41,7 +42,8 @@ def main(grid: Grid, context: Context) -> None:
                 extend(RunDirectory(out), config, current_observer())
             run = _open(out, config.to_toml(), resume=resume)
             if not run.has_finished:
-                serve(grid, config, run, current_observer())
+                bounded = BoundedGrid(grid, config.federation.max_message_bytes)
+                serve(bounded, config, run, current_observer())
         log.info("finished; everything is in %s", out)
     except FlexpertsError as error:
         log.error("error: %s", error)

@@ -47,6 +47,8 @@ def deserialize(message: bytes) -> tuple[Fields, RecordDict]:
         content = RecordDict()
         for name, kind, items in value["records"]:
             content[_text(name)] = _restored(kind, items, tensors)
+        if tensors:
+            raise ValueError("it has tensors that no record names")
         return {_text(n): _text(t) for n, t in value["fields"].items()}, content
     except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _unreadable(error) from error
@@ -69,7 +71,8 @@ def _stored(array: Array, tensors: Tensors) -> str:
 
 def _restored(kind: str, items: Any, tensors: Tensors) -> ArrayRecord | ConfigRecord | MetricRecord:
     if kind == "arrays":
-        return ArrayRecord({_text(name): Array(tensors[key]) for name, key in items})
+        # Each tensor belongs to one name: otherwise a small message could become a large one.
+        return ArrayRecord({_text(name): Array(tensors.pop(key)) for name, key in items})
     values = {_text(name): _value(plain) for name, plain in items}
     if kind == "metrics":
         return MetricRecord(values)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from pathlib import Path
 
 from flwr.app import RecordDict
@@ -24,7 +25,7 @@ from flexperts.deployment.kept import keep_choices, keep_recipe, keep_rows, with
 from flexperts.deployment.settings import for_silo
 from flexperts.deployment.state import private_folder
 from flexperts.deployment.wire import Fields, deserialize, serialize
-from flexperts.errors import FlexpertsError, incompatible
+from flexperts.errors import FlexpertsError, incompatible, one_line, printable
 from flexperts.methods.registry import make_method
 from flexperts.modeling.load import LoadedBase, load_base
 from flexperts.observer import Observer, observing
@@ -153,6 +154,7 @@ def _field(fields: Fields, name: str) -> str:
 
 def _log(error: Exception) -> None:
     if isinstance(error, FlexpertsError):
-        log.error("%s: %s", type(error).__name__, " ".join(str(error).split()))
-    else:
-        log.error("%s", type(error).__name__, exc_info=error)
+        log.error("%s: %s", type(error).__name__, one_line(str(error)))
+    else:  # its text may quote the request
+        trace = "".join(traceback.format_exception(error)).splitlines()
+        log.error("%s\n%s", type(error).__name__, "\n".join(map(printable, trace)))

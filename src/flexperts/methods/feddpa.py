@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from flexperts.communication.messages import Update
+from flexperts.communication.schema import Count
 from flexperts.data.batches import PaddedBatch, pad_batch
 from flexperts.data.prompts import Example
 from flexperts.errors import FederationError
@@ -152,6 +153,7 @@ class FedDPAF(FedDPA):
 
     name = "feddpa_f"
     summary = "FedAvg, then a local LoRA trained with the finished global one, weighted by each input's similarity"
+    report_type: ClassVar[Any] = Count
 
     def extra_rounds(self, rounds: int) -> int:
         """Return 1: one round follows the recipe's."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -11,8 +13,18 @@ from torch import Tensor
 
 from flexperts.communication.average import holders_mean
 from flexperts.communication.messages import Update
+from flexperts.communication.schema import Count, Word
 from flexperts.config.run import RunConfig
-from flexperts.methods.kit.held_experts import ROUTER, OwnParts, held_part, joined_routers, split_routers
+from flexperts.errors import incompatible, shown
+from flexperts.methods.kit.held_experts import (
+    EXPERTS,
+    ROUTER,
+    OwnParts,
+    held_part,
+    joined_routers,
+    place_of,
+    split_routers,
+)
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.kit.turn import Prepared, Site, Turn
 from flexperts.parameters.vector import Manifest, Payload
@@ -48,6 +60,7 @@ class FedMoEStyle(OwnParts):
     sends = "attention LoRA, held experts' LoRA and router rows, and the held experts' numbers"
     plan_note = "FLOPs assume that all experts are used equally; clients hold those that they use most"
     needs_experts = True
+    report_type: ClassVar[Any] = dict[Word, Annotated[list[Count], Field(min_length=1)]]
 
     class Options(OwnParts.Options):
         """Size of the sub-MoE, and its trained parts."""
@@ -117,6 +130,18 @@ class FedMoEStyle(OwnParts):
         }
 
     # The server.
+
+    def check_report(self, server: Server, client: str) -> None:
+        """Refuse a report of other layers or experts than those of the shared weights."""
+        held, known = server.reports[client], defaultdict[str, set[int]](set)
+        for name in server.shared.manifest.names:
+            if name.startswith(EXPERTS):
+                layer, expert = place_of(name)
+                known[layer].add(expert)
+        if held.keys() != known.keys() or not all(set(held[layer]) <= known[layer] for layer in known):
+            raise incompatible(
+                f"{client} reports experts {shown(held)}", "each layer's are some of those of its base"
+            )
 
     def broadcast(self, server: Server, client: str) -> Payload:
         """Return LoRA and the client's held experts and router rows."""

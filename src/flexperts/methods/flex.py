@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 
+from flexperts.communication.schema import Number, Word
 from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError
 from flexperts.methods.kit.local_steps import personal_then_shared, proximal
@@ -53,6 +54,7 @@ class Flex(Method):
     source = "arXiv 2506.00965"
     keeps = "grafted experts and their gate"
     needs_experts = True
+    report_type: ClassVar[Any] = dict[Word, list[Number]] | None
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "global", "personalized")
 
     class Options(Method.Options):

@@ -24,8 +24,10 @@ from flexperts.errors import incompatible
 
 Vector = NDArray[np.float32]
 
-_Length = Annotated[int, Field(ge=0, lt=2**63)]
-_PAIRS = TypeAdapter(list[tuple[str, tuple[_Length, ...]]])
+_MOST_TENSORS = 2**18
+_Length = Annotated[int, Field(ge=0, lt=2**48)]
+_Shape = Annotated[tuple[_Length, ...], Field(max_length=16)]
+_PAIRS = TypeAdapter(list[tuple[Annotated[str, Field(max_length=1000)], _Shape]])
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,9 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Read what ``to_json`` wrote."""
+        """Read what ``to_json`` wrote; the text may come from another machine."""
+        if text.count("[") > 2 * _MOST_TENSORS + 1:
+            raise incompatible(f"manifest {text[:80]!r}", f"it must list at most {_MOST_TENSORS:,} tensors")
         try:
             pairs = _PAIRS.validate_json(text, strict=True)
         except ValueError as error:

@@ -27,7 +27,7 @@ class Packing(Protection):
         if settings.error_feedback and RESIDUAL in memory:
             change = change + memory[RESIDUAL].cpu().numpy()
         packed = pack(change, settings)
-        rebuilt = unpack(packed, change.size, "packing")
+        rebuilt = unpack(packed, change.size, settings, "packing")
         if settings.error_feedback:
             memory[RESIDUAL] = torch.from_numpy(change - rebuilt)
         return rebuilt, packed

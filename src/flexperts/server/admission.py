@@ -3,23 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from flwr.app import RecordDict
 
 from flexperts.communication.average import check_finite
-from flexperts.communication.messages import Metrics, Update, info_of, metrics_of, payload_of
+from flexperts.communication.messages import (
+    Expected,
+    Info,
+    Metrics,
+    Update,
+    check_records,
+    fields_of,
+    info_of,
+    metrics_of,
+    payload_of,
+)
+from flexperts.communication.schema import (
+    LONGEST_NAME,
+    MEASURES,
+    MOST,
+    MOST_ROWS,
+    ROOM,
+    Heading,
+    TrainedHeading,
+    answer_counts,
+    check_size,
+    checked,
+    measure_fields,
+    score_fields,
+)
 from flexperts.config.names import normal
 from flexperts.config.run import RunConfig
-from flexperts.errors import FederationError, FlexpertsError, incompatible
+from flexperts.errors import FederationError, FlexpertsError, incompatible, one_line
 from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.server_state import Server
-from flexperts.parameters.vector import Vector
+from flexperts.parameters.vector import Payload, Vector
 from flexperts.protection.pipeline import told
 
-_REPORTED = ("loss", "steps", "tokens", "rows", "shared_parameters", "personal_parameters", "personal_sent")
 _BLOCK = 1 << 20
 
 
@@ -39,42 +60,58 @@ class Admission:
     def update(self, client: str, content: RecordDict) -> Update:
         """Return the update in a reply to a training request of the coming round."""
         try:
-            info = info_of(content)
-            _check_heading(client, info, self.server.round + 1)
-            self._check_base(client, info)
-            return self._update(client, content)
+            manifest = self.method.uplink(self.server, client)
+            expected = Expected(manifest, self.server.shared, self.config.compression)
+            check_size(content, expected.most, client)
+            check_records(content, client, "info", "metrics")
+            _check_heading(client, info_of(content), self.server.round + 1)
+            self._check_base(client, fields_of(content, TrainedHeading, client).base)
+            return self._update(client, content, expected)
         except FederationError:
             raise
         except Exception as error:  # bytes from another machine: no fault in them may stop the round
             raise _unreadable(client, error) from error
 
-    def scores(self, client: str, content: RecordDict) -> dict[str, float | int | None]:
-        """Return the scores in a reply to an evaluation request of the finished round; None where not finite."""
+    def scores(self, client: str, content: RecordDict, *, answers: bool) -> dict[str, float | int | None]:
+        """Return the scores in a reply to an evaluation request of the finished round; None where not finite.
+
+        Args:
+            client: The client that was asked.
+            content: Its reply.
+            answers: Whether it was asked for answers; without them, scores of answers are not taken.
+        """
         try:
+            check_size(content, ROOM, client)
+            check_records(content, client, "info", "metrics")
             _check_heading(client, info_of(content), self.server.round)
             metrics = metrics_of(content)
-            wanted = ("rows", *(f"nll.{state}" for state in self.method.states))
-            _check_reported(client, metrics, wanted, finite=False)  # a diverged model has such scores
-            if not (metrics["rows"] >= 1 and float(metrics["rows"]).is_integer()):
-                raise incompatible(
-                    f"{client}: {metrics['rows']} rows", "the number of scored rows must be 1 or more"
-                )
-            return {name: None if self._is_void(name, metrics) else value for name, value in metrics.items()}
+            known = checked(score_fields(self.method.states, answers=answers), metrics, client).model_dump()
+            fields_of(content, Heading, client)
+            payload_of(content, client).check(Payload.empty().manifest, client)
+            self._check_scored(client, known, metrics)
+            known["rows"] = int(known["rows"])
+            taken = [name for name in metrics if answers or name.partition(".")[0] in ("rows", "nll")]
+            return {name: None if _is_void(name, known) else known[name] for name in taken}
         except FederationError:
             raise
         except Exception as error:  # as above
             raise _unreadable(client, error) from error
 
-    @staticmethod
-    def _is_void(name: str, metrics: Metrics) -> bool:
-        """Return whether a score is not finite, or is a ROUGE-L of a model state whose NLL is not finite."""
-        kind, _, state = name.partition(".")
-        loss = metrics.get(f"nll.{state}", 0.0) if kind == "rouge_l" else 0.0
-        return not (math.isfinite(metrics[name]) and math.isfinite(loss))
+    def _check_scored(self, client: str, known: Metrics, sent: Metrics) -> None:
+        rows, most = known["rows"], self.config.evaluation.rows or MOST_ROWS
+        if not (1 <= rows <= most and rows.is_integer()):
+            raise incompatible(
+                f"{client}: {rows:.12g} rows", f"the number of scored rows must be a whole number from 1 to {most}"
+            )
+        counts = answer_counts(self.method.states)
+        if (found := sum(name in sent for name in counts)) not in (0, len(counts)):
+            raise incompatible(
+                f"{client} reports {found} counts about answers", f"it must be all of {', '.join(counts)}, or none"
+            )
 
-    def _update(self, client: str, content: RecordDict) -> Update:
-        metrics = metrics_of(content)
-        _check_reported(client, metrics, tuple(told(self.config, dict.fromkeys(_REPORTED))))
+    def _update(self, client: str, content: RecordDict, expected: Expected) -> Update:
+        schema = measure_fields(tuple(told(self.config, MEASURES)))
+        metrics = checked(schema, metrics_of(content), client).model_dump()
         self._check_rows(client, metrics["rows"])
         if metrics["personal_sent"] != 0:
             raise FederationError(
@@ -82,28 +119,28 @@ class Admission:
                 "no personal byte is sent",
                 "report this bug",
             )
-        payload = payload_of(content, client, self.server.shared)
-        payload.check(self.method.uplink(self.server, client), client)
+        payload = payload_of(content, client, expected)
         known = {name: value for name, value in metrics.items() if name != "personal_sent"}
-        update = Update(client, payload, int(metrics["rows"]), known)
+        known["rows"] = rows = int(metrics["rows"])
+        update = Update(client, payload, rows, known)
         self._check_values(update)
         self.method.check_update(self.server, update)
         return update
 
-    def _check_base(self, client: str, info: Any) -> None:
-        if self.server.base and info["base"] != self.server.base:
+    def _check_base(self, client: str, base: str) -> None:
+        if self.server.base and base != self.server.base:
             raise FederationError(
-                f"{client} trained the base {str(info['base'])[:16]}",
+                f"{client} trained the base {base[:16]}",
                 f"the run's base is {self.server.base[:16]}",
                 "install the same base on every silo",
             )
 
-    def _check_rows(self, client: str, rows: Any) -> None:
+    def _check_rows(self, client: str, rows: float) -> None:
         rows_of = self.server.clients
         expected = sum(rows_of.values()) if self.method.pools_rows else rows_of[client]
         if rows != expected or expected < 1:
             raise FederationError(
-                f"{client} counts {rows} rows",
+                f"{client} counts {rows:.12g} rows",
                 f"on joining it reported {expected}",
                 "restart that silo: it then joins with the rows that it has now",
             )
@@ -145,7 +182,7 @@ def quick_norm(values: Vector) -> float:
 def leaked(content: RecordDict) -> int:
     """Return how many personal bytes a client reports to have found in its own reply."""
     found = metrics_of(content).get("personal_sent") if "metrics" in content.metric_records else None
-    return found if isinstance(found, int) and found > 0 else 0
+    return min(found, MOST) if isinstance(found, int) and found > 0 else 0
 
 
 def root_mean_square(values: Vector, start: Vector | None = None) -> float:
@@ -159,26 +196,26 @@ def root_mean_square(values: Vector, start: Vector | None = None) -> float:
     return math.sqrt(total / max(1, values.size))
 
 
-def _check_heading(client: str, info: Any, number: int) -> None:
-    if normal(str(info["client"])) != client:
+def _is_void(name: str, known: Metrics) -> bool:
+    """Return whether a score is not finite, or is a ROUGE-L of a model state whose NLL is not finite."""
+    kind, _, state = name.partition(".")
+    return known[name] is None or (kind == "rouge_l" and known[f"nll.{state}"] is None)
+
+
+def _check_heading(client: str, info: Info, number: int) -> None:
+    told = info["client"]
+    if not isinstance(told, str) or normal(told[:LONGEST_NAME]) != client:
         raise FederationError(
-            f"node of {client} answers as {info['client']}",
+            f"node of {client} answers as {one_line(str(told), LONGEST_NAME)}",
             "a node has one client name",
             "use one name in that silo's file and restart the silo",
         )
     if info["round"] != number:
         raise FederationError(
-            f"{client} answers to round {info['round']}",
+            f"{client} answers to round {one_line(str(info['round']), LONGEST_NAME)}",
             f"this is round {number}",
             "raise federation.deadline if silos are often late",
         )
-
-
-def _check_reported(client: str, metrics: Metrics, wanted: Sequence[str], *, finite: bool = True) -> None:
-    for name in wanted:
-        value = metrics.get(name)
-        if not isinstance(value, int | float) or (finite and not math.isfinite(value)):
-            raise incompatible(f"{client} reports {name} = {value}", "it must be a number")
 
 
 def _unreadable(client: str, error: Exception) -> FederationError:

@@ -7,10 +7,14 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from flwr.serverapp import Grid
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from flexperts.communication.schema import refusal
 from flexperts.config.federation import FederationConfig
 from flexperts.config.names import alike, readings_of
 from flexperts.errors import FederationError, FlexpertsError, incompatible
@@ -77,6 +81,19 @@ def found(method: Method, members: Membership, server: Server) -> None:
     method.check_clients(server.clients)
 
 
+def without_misfits(method: Method, members: Membership, server: Server) -> None:
+    """Turn away the clients of a new run whose report does not fit the initial weights."""
+    turned_away = False
+    for name in server.clients:
+        try:
+            method.check_report(server, name)
+        except FederationError as error:
+            members.turn_away(name, str(error))
+            turned_away = True
+    if turned_away:
+        found(method, members, server)
+
+
 def _fitting(method: Method, members: Membership) -> tuple[Any, dict[str, Any]]:
     """Return the agreement and its reports; turn away clients whose report does not fit those before it."""
     told = {name: members.told[name].report for name in members.online}
@@ -117,6 +134,8 @@ def enrol(method: Method, server: Server, one: Introduction) -> None:
         )
     clients = {**server.clients, one.client: one.rows}
     reports = {**server.reports, one.client: one.report}
+    agreed(method, {one.client: one.report})
+    method.check_report(replace(server, clients=clients, reports=reports), one.client)
     change_clients(method, server, clients, reports, "start a new run with it")
 
 
@@ -151,12 +170,23 @@ def change_clients(
 
 def agreed(method: Method, reports: Mapping[str, Any]) -> Any:
     """Return the method's agreement on reports, which may come from other machines."""
+    for name, report in reports.items():
+        try:
+            _type_of(method.report_type).validate_python(report, strict=True)
+        except ValidationError as error:
+            said = refusal(error, name).rule
+            raise incompatible(f"{name}'s report", f"the method cannot read it ({said})") from None
     try:
         return method.agree(reports)
     except FlexpertsError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise incompatible("the client's report", f"the method cannot read it ({error!r})") from error
+
+
+@lru_cache(64)
+def _type_of(report_type: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(report_type, config=ConfigDict(allow_inf_nan=False))
 
 
 def other_base(one: Introduction, base: str) -> FederationError:

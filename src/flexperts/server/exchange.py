@@ -8,8 +8,7 @@ from flwr.app import Message, Metadata, RecordDict
 from flwr.serverapp import Grid
 
 from flexperts.communication.messages import info_of
-
-_LONGEST = 400
+from flexperts.errors import one_line
 
 
 class LazyGrid(Grid):
@@ -62,10 +61,4 @@ def error_of(reply: Message) -> str | None:
         told = info_of(reply.content).get("error")
     except (KeyError, TypeError, ValueError):
         return None  # the caller reads the reply next and reports what is wrong with it
-    return None if told is None else one_line(str(told)) or "error"
-
-
-def one_line(text: str) -> str:
-    """Return any text as one line of bounded length."""
-    line = " ".join(text.split())
-    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
+    return None if told is None else one_line(told if isinstance(told, str) else "") or "error"

@@ -10,12 +10,20 @@ from typing import Any
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from flexperts.communication.messages import info_of, records
+from flexperts.communication.messages import (
+    check_records,
+    fields_of,
+    info_of,
+    payload_of,
+    records,
+)
+from flexperts.communication.schema import LONGEST_NAME, LONGEST_TEXT, ROOM, Joining, NoNumbers, check_size, checked
 from flexperts.communication.traffic import encoded_bytes
 from flexperts.config.names import alike, client_name, skeletons
-from flexperts.errors import FederationError, FlexpertsError, incompatible
+from flexperts.errors import FederationError, FlexpertsError, incompatible, one_line
 from flexperts.observer import Observer
-from flexperts.server.exchange import Asked, error_of, one_line, request, sendable
+from flexperts.parameters.vector import Payload
+from flexperts.server.exchange import Asked, error_of, request, sendable
 
 
 @dataclass(frozen=True)
@@ -42,12 +50,15 @@ class Introduction:
         if (error := error_of(reply)) is not None:
             raise FederationError("it cannot join", error, "see that silo's log")
         try:
-            info = info_of(reply.content)
-            name, rows = client_name(str(info["client"])), int(info["train_rows"])
-            report = json.loads(str(info["report"]))
+            check_size(reply.content, LONGEST_TEXT + ROOM, "it")
+            check_records(reply.content, "it", "info", "metrics")
+            checked(NoNumbers, reply.content.metric_records.get("metrics", {}), "it")
+            payload_of(reply.content, "it").check(Payload.empty().manifest, "it")
+            told = fields_of(reply.content, Joining, "it")
+            name, rows = client_name(told.client), told.train_rows
             if rows < 1:
                 raise ValueError(f"{rows} train rows")
-            return cls(name, str(info["base"]), rows, report, encoded_bytes(reply.content))
+            return cls(name, told.base, rows, json.loads(told.report), encoded_bytes(reply.content))
         except Exception as error:  # another machine's bytes
             said = str(error) if isinstance(error, FlexpertsError) else repr(error)
             raise incompatible(
@@ -166,7 +177,8 @@ class Membership:
     def _called(self, node: int, reply: Message) -> str:
         """Return the name of a node that cannot join; its number if it gives no valid name or one in use."""
         try:
-            name = client_name(str(info_of(reply.content)["client"]))
+            told = info_of(reply.content)["client"]
+            name = client_name(told if isinstance(told, str) and len(told) <= LONGEST_NAME else "")
         except (KeyError, ValueError):
             return f"node {node}"
         return f"node {node}" if name in self._node_of else name

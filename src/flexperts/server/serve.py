@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,10 +14,18 @@ from flwr.serverapp import Grid
 from flexperts.artifacts import RunDirectory
 from flexperts.communication.adapter_folder import write_adapter
 from flexperts.communication.average import check_finite
-from flexperts.communication.messages import Update, info_of, payload_of, records
+from flexperts.communication.messages import (
+    Update,
+    check_records,
+    fields_of,
+    payload_of,
+    records,
+)
+from flexperts.communication.schema import InitialFields, NoNumbers, check_size, checked, table_of
 from flexperts.communication.traffic import encoded_bytes
+from flexperts.config.federation import FederationConfig
 from flexperts.config.run import RunConfig
-from flexperts.errors import FederationError, incompatible
+from flexperts.errors import FederationError, FlexpertsError, incompatible, one_line
 from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.registry import make_method
@@ -25,8 +33,8 @@ from flexperts.observer import Observer, Once
 from flexperts.parameters.vector import Payload
 from flexperts.protection.pipeline import check_enough, check_protections
 from flexperts.server.checkpoint import load_server, save_server
-from flexperts.server.enrolment import enrol_fitting, found, gather, require
-from flexperts.server.exchange import error_of, one_line, request, sendable
+from flexperts.server.enrolment import enrol_fitting, found, gather, require, without_misfits
+from flexperts.server.exchange import error_of, request, sendable
 from flexperts.server.membership import Membership
 from flexperts.server.round_log import RoundLog
 from flexperts.server.strategy import FlexpertsStrategy
@@ -112,16 +120,19 @@ def _joined(
         found(method, members, server)
         check_enough(config, len(server.clients))
     require(members, federation)
-    initial = ask_initial(grid, members, server, federation.deadline)
+    initial = ask_initial(grid, members, server, federation)
     if resumed:
         members.observer.stage(f"resuming after round {server.round}")
     else:
         server.shared = initial.payload
+        without_misfits(method, members, server)
+        require(members, federation)
+        check_enough(config, len(server.clients))
         method.start(server)
     return server, initial
 
 
-def ask_initial(grid: Grid, members: Membership, server: Server, deadline: float) -> Initial:
+def ask_initial(grid: Grid, members: Membership, server: Server, federation: FederationConfig) -> Initial:
     """Return the initial shared weights of the first client, by name, that sends usable ones.
 
     One client is enough: all draw the same weights from the run's seed.
@@ -130,9 +141,9 @@ def ask_initial(grid: Grid, members: Membership, server: Server, deadline: float
     for name in members.online:
         content = records({"run": members.run, "agreement": json.dumps(server.agreement)})
         asked = request(content, "query.initial", members.node(name), "join")
-        replies = list(grid.send_and_receive(sendable(grid, iter([asked])), timeout=deadline))
+        replies = list(grid.send_and_receive(sendable(grid, iter([asked])), timeout=federation.deadline))
         try:
-            return _read_initial(name, replies)
+            return _read_initial(name, replies, federation)
         except FederationError as error:
             faults.append(one_line(str(error)))
             members.observer.refused(name, faults[-1])
@@ -143,20 +154,24 @@ def ask_initial(grid: Grid, members: Membership, server: Server, deadline: float
     )
 
 
-def _read_initial(name: str, replies: list[Message]) -> Initial:
+def _read_initial(name: str, replies: list[Message], federation: FederationConfig) -> Initial:
     if not replies:
         raise FederationError(f"{name} sent no initial weights", "it did not answer in time", "see that silo's log")
     if (error := error_of(replies[0])) is not None:
         raise FederationError(f"{name} answers with an error", error, "see that silo's log")
-    content = replies[0].content
+    content, most = replies[0].content, federation.max_message_bytes
+    remedy = "raise federation.max_message_bytes if this run's messages are larger"
     try:
-        info: Mapping[str, Any] = info_of(content)
-        payload, adapter = payload_of(content, name), str(info["adapter"])
+        check_size(content, most, name, remedy)
+        check_records(content, name, "info", "metrics")
+        fields = fields_of(content, InitialFields, name)
+        checked(NoNumbers, content.metric_records.get("metrics", {}), name)
+        split = table_of(fields.split, name)
+        payload = payload_of(content, name)
         check_finite(Update(name, payload, 1, {}))
-        json.loads(adapter)
         payload = replace(payload, vector=payload.vector.copy())  # it outlives the message
-        return Initial(payload, json.loads(str(info["split"])), adapter, encoded_bytes(content))
-    except FederationError:
-        raise
-    except Exception as error:  # another machine's bytes
-        raise incompatible(f"{name}'s initial weights", f"they cannot be read ({error!r})") from error
+        return Initial(payload, split, fields.adapter, encoded_bytes(content))
+    except FlexpertsError as fault:
+        raise FederationError(f"{name}'s initial weights", f"{fault.value}: {fault.rule}", fault.remedy) from fault
+    except Exception as fault:  # another machine's bytes
+        raise incompatible(f"{name}'s initial weights", f"they cannot be read ({fault!r})") from fault

@@ -18,7 +18,7 @@ from flexperts.artifacts import RunDirectory
 from flexperts.communication.messages import Update, records
 from flexperts.communication.traffic import encoded_bytes
 from flexperts.config.run import RunConfig
-from flexperts.errors import FederationError
+from flexperts.errors import FederationError, one_line
 from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.server_state import Server
 from flexperts.observer import Observer
@@ -27,7 +27,7 @@ from flexperts.seeding import derive_seed, generator
 from flexperts.server.admission import Admission, leaked
 from flexperts.server.checkpoint import save_server
 from flexperts.server.enrolment import enrol_fitting
-from flexperts.server.exchange import Asked, error_of, one_line, request, sendable
+from flexperts.server.exchange import Asked, error_of, request, sendable
 from flexperts.server.membership import Membership
 from flexperts.server.round_log import RoundLog
 from flexperts.server.summary import not_finite
@@ -202,7 +202,7 @@ class FlexpertsStrategy(Strategy):
         """Record a reply's scores, or why there are none."""
         try:
             self._check_turn(name, reply, log.evaluation["downlink"], log.scores)
-            log.score(name, self.admission.scores(name, reply.content))
+            log.score(name, self.admission.scores(name, reply.content, answers=self._answers()))
             log.evaluation["uplink"][name] = encoded_bytes(reply.content)
             for state, reason in not_finite(log.scores[name]).items():
                 self.observer.notice(f"{name}, {state}: no score; {reason}")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from flexperts.communication.compression import Packed, pack, packed_bytes, unpack
-from flexperts.communication.messages import info_of, payload_of, records
+from flexperts.communication.messages import Expected, info_of, payload_of, records
 from flexperts.communication.traffic import encoded_bytes, personal_bytes
 from flexperts.config.federation import CompressionConfig
 from flexperts.engines.flower_private import assume_identity
@@ -28,7 +28,8 @@ def settings(kind: str, **given: Any) -> CompressionConfig:
 
 
 def there_and_back(change: Vector, kind: str, **given: Any) -> Vector:
-    return unpack(pack(change, settings(kind, **given)), change.size, "bank")
+    chosen = settings(kind, **given)
+    return unpack(pack(change, chosen), change.size, chosen, "bank")
 
 
 @given(CHANGES)
@@ -60,8 +61,9 @@ def test_sizes_are_told_without_packing(change: Vector, kind: str, block: int, f
 
 @given(CHANGES, st.floats(0.01, 1.0))
 def test_top_k_keeps_the_largest_and_nothing_else(change: Vector, fraction: float) -> None:
-    packed = pack(change, settings("top_k", fraction=fraction))
-    got, kept = unpack(packed, change.size, "bank"), packed.arrays["indices"]
+    chosen = settings("top_k", fraction=fraction)
+    packed = pack(change, chosen)
+    got, kept = unpack(packed, change.size, chosen, "bank"), packed.arrays["indices"]
     assert len(kept) == max(1, round(fraction * change.size))
     dropped = np.setdiff1d(np.arange(change.size), kept)
     assert not got[dropped].any()
@@ -75,9 +77,10 @@ def test_by_hand() -> None:
     packed = pack(change, settings("int8", block=3))
     assert packed.arrays["values"].tolist() == [127, -50, 0, 0, 64, -127]
     np.testing.assert_allclose(packed.arrays["scales"], [0.01, 20 / 127], rtol=1e-6)
-    top = pack(change, settings("top_k", fraction=1 / 3))
+    third = settings("top_k", fraction=1 / 3)
+    top = pack(change, third)
     assert top.arrays["indices"].tolist() == [4, 5]
-    assert unpack(top, 6, "bank").tolist() == [0, 0, 0, 0, 10, -20]
+    assert unpack(top, 6, third, "bank").tolist() == [0, 0, 0, 0, 10, -20]
     assert there_and_back(change, "fp16")[4:].tolist() == [10, -20]
 
 
@@ -104,6 +107,10 @@ def server() -> None:
     assume_identity(1)
 
 
+def wanted(kind: str, sent: Payload = SENT) -> Expected:
+    return Expected(sent.manifest, sent, settings(kind))
+
+
 def message(packed: Packed) -> Any:
     return records({"client": "bank", "round": 1}, {"rows": 3}, Payload(MANIFEST, SENT.vector + CHANGE), packed)
 
@@ -112,8 +119,8 @@ def message(packed: Packed) -> Any:
 def test_the_server_rebuilds_the_clients_bits_from_a_smaller_message(kind: str, per_value: float) -> None:
     packed = pack(CHANGE, settings(kind))
     content = message(packed)
-    got = payload_of(content, "bank", SENT)
-    expected = SENT.vector + unpack(packed, 500, "bank")
+    got = payload_of(content, "bank", wanted(kind))
+    expected = SENT.vector + unpack(packed, 500, settings(kind), "bank")
     assert got.manifest == MANIFEST
     assert got.vector.tobytes() == expected.tobytes()
     assert info_of(content)["client"] == "bank"
@@ -143,7 +150,7 @@ def test_a_packed_message_needs_what_it_changes() -> None:
         payload_of(content, "bank")
     other = Payload(Manifest(("a",), ((499,),)), SENT.vector[:499])
     with pytest.raises(FederationError, match=r"bank sent values float16\[500\] in a packed update"):
-        payload_of(content, "bank", other)
+        payload_of(content, "bank", wanted("fp16", other))
 
 
 HALF, TOP, WHOLE = (pack(CHANGE, settings(kind)) for kind in ("fp16", "top_k", "int8"))
@@ -162,7 +169,8 @@ def about(packed: Packed, **about: Any) -> Packed:
     [
         (about(HALF, packing="zip"), "packing 'zip'"),
         (about(HALF, packing=3), "packing 3"),
-        (about(HALF, packing="int8"), "block = None"),
+        (about(HALF, packing="int8"), "packing 'int8'"),
+        (about(HALF, block=1), "the fields ['block']"),
         (replace(HALF, about={"packing": "fp16"}), "exponent = None"),
         (about(HALF, exponent=1.5), "exponent = 1.5"),
         (about(HALF, exponent=True), "exponent = True"),
@@ -173,7 +181,9 @@ def about(packed: Packed, **about: Any) -> Packed:
         (changed(HALF, values=HALF.arrays["values"].reshape(2, 250)), "values float16[2, 250]"),
         (changed(HALF, graft=CHANGE), "arrays ['graft', 'values']"),
         (about(WHOLE, block=0), "block = 0"),
-        (about(WHOLE, block=128), "scales float32[2]"),
+        (about(WHOLE, block=128), "block = 128"),
+        (about(WHOLE, block=2**31), "block = 2147483648"),
+        (changed(WHOLE, scales=np.ones(1, np.float32)), "scales float32[1]"),
         (changed(WHOLE, scales=np.array([1, np.nan], np.float32)), "scales that are negative or not finite"),
         (changed(WHOLE, scales=np.array([np.inf, 1], np.float32)), "scales that are negative or not finite"),
         (changed(WHOLE, scales=np.array([-1, 1], np.float32)), "scales that are negative or not finite"),
@@ -183,28 +193,33 @@ def about(packed: Packed, **about: Any) -> Packed:
         (changed(TOP, indices=np.arange(476, 501, dtype=np.uint32)), "indices up to 500"),
         (changed(TOP, indices=np.append(np.arange(24), 2**32 - 1).astype(np.uint32)), "indices up to 4294967295"),
         (changed(TOP, indices=TOP.arrays["indices"].astype(np.int64)), "indices int64[25]"),
-        (changed(TOP, indices=TOP.arrays["indices"][:-1]), "24 indices of 25 values"),
+        (changed(TOP, indices=TOP.arrays["indices"][:-1]), "indices uint32[24]"),
+        (changed(TOP, **{n: a[:24] for n, a in TOP.arrays.items()}), "values float16[24]"),
         (changed(TOP, values=np.float16(1)), "values float16[]"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(packed: Packed, said: str) -> None:
+    kind = next(
+        kind for kind, own in (("int8", "scales"), ("top_k", "indices"), ("fp16", "values")) if own in packed.arrays
+    )
     with pytest.raises(FederationError) as caught:
-        unpack(packed, 500, "bank")
+        unpack(packed, 500, settings(kind), "bank")
     assert f"bank sent {said}" in str(caught.value)
 
 
 @pytest.mark.parametrize("packed", [HALF, WHOLE, TOP])
 def test_values_that_are_not_finite_come_out_so(packed: Packed) -> None:
     """The server refuses such an update as it refuses one that came bare."""
+    chosen = settings(str(packed.about["packing"]))
     if packed is WHOLE:
         bad = changed(packed, scales=np.array([3e38, 1], np.float32))
-        assert not np.isfinite(unpack(bad, 500, "bank")).all()
+        assert not np.isfinite(unpack(bad, 500, chosen, "bank")).all()
         return
     for value in (np.nan, np.inf):
         values = packed.arrays["values"].copy()
         values[3] = value
-        assert (~np.isfinite(unpack(changed(packed, values=values), 500, "bank"))).sum() == 1
-    assert np.isinf(unpack(about(packed, exponent=130), 500, "bank")).any()
+        assert (~np.isfinite(unpack(changed(packed, values=values), 500, chosen, "bank"))).sum() == 1
+    assert np.isinf(unpack(about(packed, exponent=130), 500, chosen, "bank")).any()
 
 
 @pytest.mark.parametrize("raw", [b"", b"\x93NUMPY", b"plain", b"\x93NUMPY\x01\x00v\x00{'descr': '|O'}"])
@@ -216,7 +231,7 @@ def test_bytes_that_are_no_array_are_refused(raw: bytes) -> None:
         name = "values" if info is content else "shared"
         info["shared"] = ArrayRecord({name: Array(dtype="float16", shape=(500,), stype="numpy.ndarray", data=raw)})
         with pytest.raises(FederationError, match="bank sent an array that cannot be read"):
-            payload_of(info, "bank", SENT)
+            payload_of(info, "bank", wanted("fp16"))
 
 
 LITTLE = arrays(st.sampled_from([np.float16, np.float32, np.int8, np.uint32, np.int64]), st.integers(0, 4))
@@ -231,7 +246,7 @@ def test_whatever_comes_is_rebuilt_or_refused(given_arrays: dict[str, Any], give
     sent = Payload(Manifest(("w",), ((3,),)), np.ones(3, np.float32))
     content = records({}, None, sent, Packed(given_arrays, {"packing": "fp16"} | given_info))
     try:
-        got = payload_of(content, "bank", sent)
+        got = payload_of(content, "bank", wanted("fp16", sent))
     except FederationError:
         return
     assert got.vector.dtype == np.float32

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexperts.errors import FederationError
+from flexperts.errors import FederationError, printable
 from flexperts.parameters.vector import Manifest, Payload
 
 SHAPES = st.dictionaries(st.text(max_size=4), st.lists(st.integers(0, 3), max_size=3).map(tuple), max_size=6)
@@ -47,7 +47,7 @@ def test_check_passes_only_for_equal_names_and_shapes(
     with pytest.raises(FederationError) as caught:
         payload.check(manifest, "bank")
     named = [n for n in sent.keys() | expected.keys() if sent.get(n) != expected.get(n)]
-    assert any(str(caught.value).startswith(f"bank sent {name} as ") for name in named)
+    assert any(str(caught.value).startswith(f"bank sent {printable(name)} as ") for name in named)
 
 
 @pytest.mark.parametrize(

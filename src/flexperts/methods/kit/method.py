@@ -66,6 +66,9 @@ class Method:
     """Whether a broadcast holds the replies of the rounds before, and so is as large as they are together."""
     settles: ClassVar[bool] = False
     """Whether a state needs the values that ``settle`` computes from the client's train rows."""
+    report_type: ClassVar[Any] = None
+    """Type of what ``report`` returns, for pydantic. A report comes from another machine: the server takes nothing
+    else, without conversions, and no number that is not finite."""
     plan_note: ClassVar[str] = ""
     """How a run's costs can differ from the planned ones; empty if they cannot."""
 
@@ -165,6 +168,9 @@ class Method:
     def agree(self, reports: Mapping[str, Any]) -> Any:
         """Return the agreement that all clients receive after joining, as plain JSON values."""
         return None
+
+    def check_report(self, server: Server, client: str) -> None:
+        """Raise a FederationError for a client's report that does not fit the shared weights."""
 
     def start(self, server: Server) -> None:
         """Set up the server's memory before round 1."""

@@ -1,0 +1,146 @@
+"""Flower's grid of a deployed run, with a bound on every reply; one that is too large or unreadable is an error.
+
+Flower's own grid reads a reply of any size, and raises what reading raises: one silo could end the run of all.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any
+
+from flwr.app import Error, Message, RecordDict
+from flwr.serverapp import Grid
+from google.protobuf.message import DecodeError
+
+from flexperts.communication.traffic import CHUNK
+from flexperts.errors import one_line
+
+_HEAD = 1 << 10
+"""Bytes that a piece of an array may have besides its values."""
+_POLL = 3.0
+"""Seconds between two looks for replies, as in Flower's grid."""
+_UNREADABLE = 1
+_FAULTS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+    DecodeError,
+)
+"""What reading a damaged reply raises; errors of the network are others."""
+
+
+class BoundedGrid(Grid):
+    """A grid that pulls replies one by one, so that a bad one is that silo's alone.
+
+    Args:
+        grid: Flower's grid.
+        most: Bytes that a reply may have.
+    """
+
+    def __init__(self, grid: Grid, most: int) -> None:
+        self._grid = grid
+        _bound_pulls(grid, most)
+
+    def set_run(self, run: Any) -> None:
+        """Pass it on."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        """Run information."""
+        return self._grid.run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Pass it on."""
+        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the nodes that are online."""
+        return self._grid.get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Pass it on."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Pass it on."""
+        return self._grid.pull_messages(message_ids)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Send messages and return the replies that came within so many seconds."""
+        end = None if timeout is None else time.monotonic() + timeout
+        sent = list(messages)
+        del messages
+        ids = self._grid.push_messages(sent)
+        for message in sent:
+            message.content = RecordDict()  # the weights in it
+        waiting = {message_id: message for message_id, message in zip(ids, sent, strict=False) if message_id}
+        replies: list[Message] = []
+        while waiting and (end is None or time.monotonic() < end):
+            for message_id, question in list(waiting.items()):
+                found = self._replies_to(message_id, question)
+                replies += found
+                if found:
+                    del waiting[message_id]
+            if waiting:
+                time.sleep(_POLL)
+        return replies
+
+    def _replies_to(self, message_id: str, question: Message) -> list[Message]:
+        try:
+            return list(self._grid.pull_messages([message_id]))
+        except _FAULTS as error:
+            reason = one_line(f"its reply cannot be read ({error!r})")
+            return [Message(Error(_UNREADABLE, reason), reply_to=question)]
+
+
+def _bound_pulls(grid: Grid, most: int) -> None:
+    """Let a grid of Flower's refuse a message of more than so many bytes with a ValueError while it is pulled.
+
+    Flower has no setting for it: this replaces the function by which the grid's module pulls a message's objects.
+    """
+    module: Any = sys.modules[type(grid).__module__]
+    pull: Callable[..., dict[str, bytes]] = getattr(module.pull_objects, "__wrapped__", module.pull_objects)
+
+    @wraps(pull)
+    def bounded(
+        object_ids: Iterable[str], pull_object_fn: Callable[[str], bytes], **settings: Any
+    ) -> dict[str, bytes]:
+        size = 0
+
+        def one(object_id: str) -> bytes:
+            nonlocal size
+            content = pull_object_fn(object_id)
+            size += _size_of(content)
+            if size > most:
+                raise ValueError(f"it has more than {most:,} bytes")
+            return content
+
+        return pull(object_ids=object_ids, pull_object_fn=one, **settings)
+
+    module.pull_objects = bounded
+
+
+def _size_of(content: bytes) -> int:
+    """Return the bytes that an encoded object adds to its message.
+
+    An array lists its pieces by number, and can list one of them many times: each time counts.
+    """
+    head, _, body = content.partition(b"\0")
+    if head.startswith(b"ArrayChunk ") and len(body) > CHUNK + _HEAD:
+        raise ValueError(f"it has an array in pieces of more than {CHUNK:,} bytes")
+    repeated = 0
+    if head.startswith(b"Array "):
+        pieces = json.loads(body)["arraychunk_ids"]
+        repeated = CHUNK * (len(pieces) - len(set(pieces)))
+    return len(content) + repeated
