@@ -38,7 +38,7 @@ def gather(grid: Grid, members: Membership, settings: FederationConfig, base: st
     end = time.monotonic() + settings.deadline
     while True:
         members.look(grid, max(end - time.monotonic(), _POLL))
-        bases = {name: members.told[name].base for name in members.online}
+        bases = {name: members.told[name].base for name in members.arrived}
         common = base or most_common(bases)
         fitting = [name for name, its in bases.items() if its == common]
         # All nodes of a lazy grid are online from the start.
@@ -65,9 +65,12 @@ def require(members: Membership, settings: FederationConfig) -> None:
 
 
 def most_common(bases: Mapping[str, str]) -> str:
-    """Return the base that most clients have; with a tie, that of the first client by name."""
-    counts = Counter(bases.values())
-    return next((bases[name] for name in sorted(bases) if counts[bases[name]] == max(counts.values())), "")
+    """Return the base that most clients have; with a tie, the one that was there first.
+
+    Args:
+        bases: Client -> base, in the order in which the clients came.
+    """
+    return max(Counter(bases.values()).items(), key=lambda pair: pair[1], default=("", 0))[0]
 
 
 def found(method: Method, members: Membership, server: Server) -> None:
@@ -78,29 +81,69 @@ def found(method: Method, members: Membership, server: Server) -> None:
 
 
 def _fitting(method: Method, members: Membership) -> tuple[Any, dict[str, Any]]:
-    """Return the agreement and its reports; turn away clients whose report does not fit those before it."""
+    """Return the agreement and its reports, by name; turn away clients whose report does not fit those of most."""
     told = {name: members.told[name].report for name in members.online}
-    with suppress(FlexpertsError):  # nearly always all fit; adding them one by one costs quadratic time
+    with suppress(FlexpertsError):  # nearly always all fit; comparing them one by one costs quadratic time
         return agreed(method, told), told
-    agreement: Any = None
+    groups: list[dict[str, Any]] = []
+    for name in members.arrived:
+        report = {name: told[name]}
+        with suppress(FlexpertsError):
+            agreed(method, report)
+            home = next((group for group in groups if _fit(method, {**_first(group), **report})), None)
+            if home is None:
+                groups.append(home := {})
+            home |= report
+    kept = max(groups, key=len, default={})  # of two that are as large, the one that was there first
     reports: dict[str, Any] = {}
-    for name, report in told.items():
+    for name in sorted(told, key=lambda name: (name not in kept, name)):
         try:
-            agreement = agreed(method, {**reports, name: report})
+            agreed(method, {**reports, name: told[name]})
         except FlexpertsError as error:
             members.turn_away(name, str(error))
         else:
-            reports[name] = report
-    return agreement, reports
+            reports[name] = told[name]
+    reports = dict(sorted(reports.items()))
+    return agreed(method, reports) if reports else None, reports
+
+
+def _fit(method: Method, reports: Mapping[str, Any]) -> bool:
+    with suppress(FlexpertsError):
+        agreed(method, reports)
+        return True
+    return False
+
+
+def _first(group: Mapping[str, Any]) -> dict[str, Any]:
+    return dict([next(iter(group.items()))])
+
+
+def check_report(method: Method, server: Server, client: str) -> None:
+    """Refuse a client with whose report the method cannot say what the client will send."""
+    try:
+        method.uplink(server, client)
+    except FlexpertsError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise incompatible(f"{client}'s report", f"the method cannot use it ({error!r})") from error
 
 
 def enrol_fitting(method: Method, server: Server, members: Membership, names: Iterable[str]) -> None:
-    """Add clients that are online to a run that has begun; turn away those that do not fit."""
+    """Add clients that are online to a run that has begun; turn away those that do not fit.
+
+    Args:
+        method: The method.
+        server: The run's state.
+        members: The clients that are online.
+        names: The clients to add, in the order in which they came.
+    """
     for name in names:
         try:
             enrol(method, server, members.told[name])
         except FlexpertsError as error:
             members.turn_away(name, str(error))
+        else:
+            members.bind(name)
 
 
 def enrol(method: Method, server: Server, one: Introduction) -> None:
@@ -117,7 +160,13 @@ def enrol(method: Method, server: Server, one: Introduction) -> None:
         )
     clients = {**server.clients, one.client: one.rows}
     reports = {**server.reports, one.client: one.report}
+    before = server.clients, server.reports, dict(server.memory)
     change_clients(method, server, clients, reports, "start a new run with it")
+    try:
+        check_report(method, server, one.client)
+    except FlexpertsError:
+        server.clients, server.reports, server.memory = before
+        raise
 
 
 def change_clients(
