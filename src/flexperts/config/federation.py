@@ -26,11 +26,10 @@ class FederationConfig(Section):
     """Root mean square of an update's values (trained minus sent) above which it is refused."""
     max_norm_ratio: Annotated[float, Field(gt=1)] | Literal["off"] = 10.0
     """How many times the round's median an update may be, both as root mean square; a larger one is refused. It
-    needs three usable updates in the round. "off" = max_update_rms alone. Runs in one process do not use this rule:
-    they average every update as it arrives."""
+    needs three usable updates in the round. "off" = max_update_rms alone. Not used in runs in one process."""
     max_share: float = Field(0.5, gt=0, le=1)
     """Largest share of one silo in a round's mean; a silo that reports more rows counts for fewer. With n updates
-    the limit is at least 1/n; with fewer than three, or at 1, there is none."""
+    the limit is at least 1/n; with fewer than three, or at 1, there is none. Not used in runs in one process."""
     aggregation: Literal["mean", "median", "trimmed_mean", "krum"] = "mean"
     """How updates are combined: their mean, weighted by rows, or a rule that tolerates some wrong updates. Such a
     rule counts every client once and needs all replies in memory; see docs/privacy.md."""

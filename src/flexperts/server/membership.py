@@ -67,8 +67,8 @@ class Change:
 class Membership:
     """The nodes that are online.
 
-    A name belongs to the first node that takes part under it, online or not, and a node has one name. Flower has one
-    node id for each SuperNode key.
+    A name belongs to the first node that takes part under it, online or not, and a node has one name. In Flower, a
+    SuperNode key always has the same node id.
 
     Args:
         observer: Receives the clients that are turned away.

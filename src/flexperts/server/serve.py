@@ -21,6 +21,7 @@ from flexperts.parameters.vector import Payload
 from flexperts.protection.pipeline import check_enough, check_protections
 from flexperts.server.checkpoint import load_server, save_server
 from flexperts.server.enrolment import check_report, enrol_fitting, found, gather, require
+from flexperts.server.exchange import LazyGrid
 from flexperts.server.membership import Membership
 from flexperts.server.round_log import RoundLog
 from flexperts.server.start import Initial, agreed_start
@@ -84,7 +85,9 @@ def _joined(
         federation = federation.model_copy(update={"min_clients": fewest})
     else:
         server = Server(Payload.empty(), {}, seed=config.seed)
-    server.max_share, members.owners = federation.max_share, server.nodes
+    members.owners = server.nodes
+    if not isinstance(grid, LazyGrid):  # in one process, no client reports its own rows
+        server.max_share = federation.max_share
     server.base = gather(grid, members, federation, server.base)
     if resumed:
         initial = agreed_start(grid, members, server, federation.deadline)

@@ -182,8 +182,8 @@ class FlexpertsStrategy(Strategy):
     def _updates(self, replies: Iterable[Message], log: RoundLog) -> Iterator[Update]:
         """Yield the usable updates with the rows that they count for; each reply is recorded as it is read.
 
-        Replies of a list are read twice, because an update is judged beside all others of its round, and all of
-        them decoded may not fit in memory. A lazy grid has one reply at a time, of a client in this process.
+        Replies from other machines are a list. They are read twice, because an update is judged beside all others
+        of its round, and all of them decoded may not fit in memory.
         """
         if isinstance(replies, list | tuple):
             usable = self._fitting(replies, log)
@@ -191,11 +191,10 @@ class FlexpertsStrategy(Strategy):
             for name, reply in usable.items():
                 yield replace(self.admission.update(name, reply.content), rows=rows[name])
             return
-        rows = self._counted(log.participants, log)
         for name, reply in self._by_client(replies):
             update = self._usable(name, reply, log)
             if update is not None:
-                yield replace(update, rows=rows[name])
+                yield update
             del update  # before the next one arrives
 
     def _fitting(self, replies: Iterable[Message], log: RoundLog) -> dict[str, Message]:

@@ -29,7 +29,8 @@ class Server:
         start: Digest of the initial weights, their tensors and the split, as most clients reported it; empty if it
             is not known.
         nodes: Client -> the node that its name belongs to.
-        max_share: ``federation.max_share``; it is a setting, and no part of the checkpoint.
+        max_share: Largest share of one client in a mean: ``federation.max_share``, or 1 if all clients are in this
+            process. It is not in the checkpoint.
     """
 
     shared: Payload
