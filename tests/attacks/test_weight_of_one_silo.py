@@ -85,7 +85,7 @@ def test_no_share_is_larger_than_the_cap(rows: list[int], share: float) -> None:
     assert capped(found, share) == pytest.approx(found)
 
 
-@pytest.mark.parametrize("method", ["fedavg", "fedprox", "flora", "flexlora"])
+@pytest.mark.parametrize("method", ["fedavg", "fedavgm", "flexlora"])
 @pytest.mark.parametrize("claimed", [10**6, 2**31])
 def test_a_silo_that_claims_many_rows_has_half_of_the_mean(
     recipe: Recipe, tmp_path: Path, method: str, claimed: int
@@ -98,10 +98,9 @@ def test_a_silo_that_claims_many_rows_has_half_of_the_mean(
     assert bits(server) == bits(claims)
     assert all(torch.equal(server.memory[name], tensor) for name, tensor in claims.memory.items())
     assert [each["capped"] for each in rounds] == [{"0": 30}] * 4
-    said = (
-        f"0 reports {claimed} rows and counts for 30: no silo has more than federation.max_share = 0.5 of the mean"
-    )
-    assert watch.notices.count(said) == 1
+    said = [text for text in watch.notices if text.startswith(f"0 reports {claimed} rows and counts for 30: ")]
+    assert len(said) == 1
+    assert "federation.max_share = 0.5" in said[0]
 
 
 def test_when_others_do_not_answer_its_share_stays(recipe: Recipe, tmp_path: Path) -> None:
@@ -164,11 +163,10 @@ def test_a_routers_worth_is_a_claim_too() -> None:
 # The size of an update.
 
 
-@pytest.mark.parametrize("times", [11, 700])
+@pytest.mark.parametrize("times", [30, 700])
 @pytest.mark.parametrize("rows", [10, 10**6])
-@pytest.mark.parametrize("options", [(), ("compression.kind=int8",)], ids=["plain", "packed"])
 def test_an_update_beyond_the_rounds_median_is_refused(
-    recipe: Recipe, tmp_path: Path, times: float, rows: int, options: tuple[str, ...]
+    recipe: Recipe, tmp_path: Path, times: float, rows: int
 ) -> None:
     """Though 700 usual ones are below the absolute limit."""
     config = recipe(*FOUR)
@@ -186,8 +184,8 @@ def test_an_update_beyond_the_rounds_median_is_refused(
 
 
 def test_the_rule_can_be_set_and_switched_off(recipe: Recipe, tmp_path: Path) -> None:
-    for setting, refused in (("12", []), ("2", ["0"]), ('"off"', [])):
-        grid = ScriptedGrid(Calm("0", 10, times=11), *three())
+    for setting, refused in (("100", []), ("2", ["0"]), ('"off"', [])):
+        grid = ScriptedGrid(Calm("0", 10, times=30), *three())
         config = recipe(*FOUR, f"federation.max_norm_ratio={setting}")
         _, rounds = run_on(grid, config, tmp_path / setting.strip('"'))
         assert [[*each["refused"]] for each in rounds] == [refused] * 4
@@ -206,8 +204,8 @@ def test_where_nobody_changes_anything_nobody_is_too_large(recipe: Recipe, tmp_p
 
 
 def test_a_quorum_counts_usable_updates_only(recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(FederationError, match="round 1: 3 of 4 .*0 refused .*the round's median"):
-        config = recipe(*FOUR, "federation.quorum=1")
+    config = recipe(*FOUR, "federation.quorum=1")
+    with pytest.raises(FederationError, match=r"round 1: 3 of 4 .*0 refused .*the round's median"):
         run_on(ScriptedGrid(Calm("0", 10, times=700), *three()), config, tmp_path / "run")
 
 
