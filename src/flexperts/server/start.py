@@ -160,8 +160,8 @@ def _other_start(name: str, digest: str, start: str) -> FederationError:
 
 
 def _read_digest(name: str, reply: Message) -> str:
-    if (error := error_of(reply)) is not None:
-        raise FederationError(f"{name} answers with an error", error, "see that silo's log")
+    if (told := error_of(reply)) is not None:
+        raise FederationError(f"{name} answers with an error", told, "see that silo's log")
     try:
         info = info_of(reply.content)
         digest, _ = str(info["digest"]), json.loads(str(info["split"]))
@@ -175,8 +175,8 @@ def _read_digest(name: str, reply: Message) -> str:
 def _read_initial(name: str, replies: list[Message]) -> Initial:
     if not replies:
         raise FederationError(f"{name} sent no initial weights", "it did not answer in time", "see that silo's log")
-    if (error := error_of(replies[0])) is not None:
-        raise FederationError(f"{name} answers with an error", error, "see that silo's log")
+    if (told := error_of(replies[0])) is not None:
+        raise FederationError(f"{name} answers with an error", told, "see that silo's log")
     content = replies[0].content
     try:
         payload, split = payload_of(content, name), str(info_of(content)["split"])
