@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from flexperts.communication.messages import Expected, payload_of, records
+from flexperts.communication.messages import Expected, info_of, payload_of, records
 from flexperts.config.federation import CompressionConfig
 from flexperts.config.run import RunConfig
 from flexperts.deployment import wire
@@ -140,9 +140,17 @@ def test_an_expected_manifest_costs_no_parsing(monkeypatch: pytest.MonkeyPatch) 
     assert payload.manifest == START.manifest
 
 
+def when_asked_for_weights(fault: Fault) -> Fault:
+    """The silo's digest is honest."""
+    return lambda request, reply: fault(request, reply) if info_of(request.content)["weights"] else [reply]
+
+
 BIG = np.zeros(2 * MIB, np.float32)
 STARTS: dict[str, Fault] = {
-    "weights of 8 MiB": sends({"shared": BIG}, manifest=zlib.compress(b'[["a", [2097152]]]')),
+    "weights of 8 MiB": when_asked_for_weights(
+        sends({"shared": BIG}, manifest=zlib.compress(b'[["a", [2097152]]]'))
+    ),
+    "weights of 8 MiB, unasked": sends({"shared": BIG}, manifest=zlib.compress(b'[["a", [2097152]]]')),
     **{f"manifest: {kind}": sends(manifest=manifest) for kind, manifest in MANIFESTS.items()},
 }
 

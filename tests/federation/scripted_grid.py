@@ -59,8 +59,8 @@ class Silo:
         return records({"client": self.name, "base": self.base, "report": json.dumps(self.report), **rows}, {})
 
     def _initial(self, kind: str, content: RecordDict) -> RecordDict:
-        adapter = json.dumps({"r": 2, "lora_alpha": 4})
-        return records({"client": self.name, "split": "[]", "adapter": adapter}, {}, START)
+        told = {"client": self.name, "split": "[]", "digest": START.digest("[]")}
+        return records(told, {}, START if info_of(content)["weights"] else None)
 
     def _round(self, kind: str, content: RecordDict) -> RecordDict:
         info, payload = info_of(content), payload_of(content, "server")
@@ -80,7 +80,7 @@ class ScriptedGrid(Grid):
     """Walks over messages twice and returns a list in the wrong order, as Flower's own grid may.
 
     Args:
-        silos: Who is online; nodes get the numbers 101, 102, ...
+        silos: Who is online; a silo's name decides its node, as its key does in a deployed run.
     """
 
     def __init__(self, *silos: Silo) -> None:
@@ -95,9 +95,14 @@ class ScriptedGrid(Grid):
 
     def enter(self, silo: Silo, node: int | None = None) -> int:
         """Bring a silo online."""
-        node = node or 101 + len(self.nodes)
+        node = node or self._node_of(silo.name)
         self.nodes[node] = silo
         return node
+
+    def _node_of(self, name: str) -> int:
+        """Return a silo's node: 101 for a, 102 for b, ..., the same in every grid; for others one that is free."""
+        own = 101 + ord(name[0]) - ord("a")
+        return own if len(name) == 1 and own not in self.nodes else 101 + len(self.nodes)
 
     def leave(self, name: str) -> Silo:
         """Take a silo offline."""

@@ -38,9 +38,11 @@ def _join(content: RecordDict, client: Client) -> RecordDict:
 
 
 def _initial(content: RecordDict, client: Client) -> RecordDict:
-    """Send the shared weights that round 1 starts from; the server asks one client."""
-    payload, texts = client.initial(json.loads(_read(content, InitialQuery).agreement))
-    return records({"client": client.name, **texts}, {}, payload)
+    """Send the digest of what round 1 starts from; the weights too, which the server asks of one client."""
+    asked = _read(content, InitialQuery)
+    payload, split = client.initial(json.loads(asked.agreement))
+    told = {"client": client.name, "split": split, "digest": payload.digest(split)}
+    return records(told, {}, payload if asked.weights else None)
 
 
 def _train(content: RecordDict, client: Client) -> RecordDict:

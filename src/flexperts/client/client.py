@@ -93,14 +93,12 @@ class Client:
             "report": json.dumps(self.method.report(site)),
         }
 
-    def initial(self, agreement: Any) -> tuple[Payload, dict[str, str]]:
-        """Return the shared weights before any training, and the parameter table and PEFT configuration as JSON."""
+    def initial(self, agreement: Any) -> tuple[Payload, str]:
+        """Return the shared weights before any training, and the parameter table as JSON; alike on every client."""
         _, meta = self._stored(_NEWEST)
         site = self.method.initial_site(self.model.site(self.name, self.examples, _prepared(meta), agreement))
         with self.model.lend(site, {}) as (split, _):
-            table = json.dumps(split.describe())
-            adapter = self.model.lora.config_json(self.config.model.base)
-            return encode(split, self.method.initial(split)), {"split": table, "adapter": adapter}
+            return encode(split, self.method.initial(split)), json.dumps(split.describe())
 
     def train(self, request: Request) -> Trained:
         """Train one round from the server's weights; the personal part is saved on disk."""

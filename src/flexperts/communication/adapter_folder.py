@@ -10,8 +10,12 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
+from flexperts.config.run import RunConfig
 from flexperts.errors import incompatible
 from flexperts.files import write_bytes, write_text
+from flexperts.modeling.lora import SHARED_PREFIX, adapter_json, peft_config
+
+_MODULES, _A = f"{SHARED_PREFIX}model.", ".lora_A.weight"
 
 
 def write_adapter(folder: Path, config_json: str, tensors: Mapping[str, Tensor]) -> None:
@@ -30,6 +34,12 @@ def write_adapter(folder: Path, config_json: str, tensors: Mapping[str, Tensor])
     write_text(folder / "adapter_config.json", json.dumps(_of_rank(rank, config_json), indent=2, sort_keys=True))
     weights = save({n: t.contiguous().clone() for n, t in tensors.items()}, metadata={"format": "pt"})
     write_bytes(folder / "adapter_model.safetensors", weights)
+
+
+def adapter_config(config: RunConfig, tensors: Mapping[str, Tensor]) -> str:
+    """Return PEFT's configuration of a client's adapter as JSON: the recipe's, on the modules of the tensors."""
+    targets = [name.removeprefix(_MODULES).removesuffix(_A) for name in sorted(tensors) if name.endswith(_A)]
+    return adapter_json(peft_config(config.lora, targets), config.model.base)
 
 
 def _of_rank(rank: int, config_json: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -52,6 +52,27 @@ def _as_tensor(vector: Vector) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         return torch.from_numpy(vector)
+
+
+def capped(weights: Sequence[float], share: float) -> list[float]:
+    """Return weights of a mean with the largest ones lowered, so that none is more than a share of their sum.
+
+    With n weights the share is at least 1/n. Fewer than three weights are returned as they are: of two, neither can
+    be called too large.
+
+    Args:
+        weights: Not negative, such as rows; whole numbers stay whole and are rounded down.
+        share: The largest share, above 0 and at most 1.
+    """
+    ordered, rest = sorted(weights, reverse=True), sum(weights)
+    if len(ordered) < 3 or ordered[0] <= (share := max(share, 1 / len(ordered))) * rest:
+        return list(weights)
+    for count, largest in enumerate(ordered):  # the first ``count`` are lowered to one value, the others stay
+        most = share * rest / (1 - count * share)
+        if largest <= most:
+            break
+        rest -= largest
+    return [weight if weight <= most else type(weight)(most) for weight in weights]
 
 
 def holders_mean(current: Mapping[str, Tensor], updates: Iterable[Update]) -> dict[str, Tensor]:

@@ -94,12 +94,11 @@ class Joining(Fields):
 
 
 class InitialFields(Fields):
-    """The texts beside the initial weights: the parameter table and PEFT's configuration, as JSON."""
+    """The texts beside the initial weights: the parameter table as JSON, and the digest of both, SHA-256 in hex."""
 
     client: Name
     split: Json
-    adapter: Json
-    digest: Word = ""
+    digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class SplitRow(Fields):

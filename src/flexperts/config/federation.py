@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -24,6 +24,12 @@ class FederationConfig(Section):
     """Seconds that a deployed run waits for clients to join, and in each round to train and to evaluate."""
     max_update_rms: float = Field(10.0, gt=0)
     """Root mean square of an update's values (trained minus sent) above which it is refused."""
+    max_norm_ratio: Annotated[float, Field(gt=1)] | Literal["off"] = 10.0
+    """How many times the round's median an update may be, both as root mean square; a larger one is refused. It
+    needs three usable updates in the round. "off" = max_update_rms alone. Not used in runs in one process."""
+    max_share: float = Field(0.5, gt=0, le=1)
+    """Largest share of one silo in a round's mean; a silo that reports more rows counts for fewer. With n updates
+    the limit is at least 1/n; with fewer than three, or at 1, there is none. Not used in runs in one process."""
     max_message_bytes: int = Field(2**30, ge=2**20)
     """Size of the largest message that the server reads. An update is limited to what the method declares; this
     limit is for initial weights, whose size the server does not know."""

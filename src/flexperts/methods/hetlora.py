@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from flexperts.communication.average import checked
+from flexperts.communication.average import capped, checked
 from flexperts.communication.messages import DERIVED, Update
 from flexperts.errors import incompatible
 from flexperts.methods.kit.ranks import (
@@ -121,7 +121,7 @@ class HetLoRA(RankedMethod):
             norms.append(product_norm(factors(tensors)))
             rows.append(float(update.rows))
             arrived.append(padded(tensors, rank_of(current)))
-        weights = norms if sum(norms) else rows
+        weights = capped(norms if sum(norms) else rows, server.max_share)
         shares = [(w / sum(weights), each) for w, each in zip(weights, arrived, strict=True)]
         mean = {n: torch.stack([w * each[n] for w, each in shares]).sum(0) for n in current}
         server.shared = Payload.of(_beyond(mean, current, top))

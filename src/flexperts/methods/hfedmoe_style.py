@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from flexperts.communication.average import check_finite, holders_mean
+from flexperts.communication.average import capped, check_finite, holders_mean
 from flexperts.communication.messages import DERIVED, Update
 from flexperts.methods.kit.held_experts import EXPERTS, ROUTER, place_of
 from flexperts.methods.kit.method import Method
@@ -110,7 +111,7 @@ class HFedMoEStyle(Method):
         """Average experts over the clients that count for them, and routers weighted by their experts' value."""
         current, routers = server.shared.tensors(), _Routers()
         mean = holders_mean(current, self._counting(updates, routers))
-        server.shared = Payload.of({**mean, **routers.mean()})
+        server.shared = Payload.of({**mean, **routers.mean(server.max_share)})
 
     def _counting(self, updates: Iterable[Update], routers: _Routers) -> Iterator[Update]:
         """Yield each update with LoRA and the experts that count, and add its routers to ``routers``."""
@@ -140,21 +141,24 @@ def _counts(name: str, members: Mapping[str, set[int]]) -> bool:
 
 @dataclass
 class _Routers:
-    """Running sums of the routers' weighted mean."""
+    """The routers of all clients with their weights; a share can be limited only once all weights are known."""
 
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    worth: dict[str, float] = field(default_factory=dict)
+    routers: dict[str, list[Tensor]] = field(default_factory=dict)
+    worth: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, name: str, router: Tensor, worth: float) -> None:
         """Add a client's router with its weight, of any scale."""
         if worth > 0:
-            weighted = router.double() * worth
-            self.sums[name] = self.sums[name] + weighted if name in self.sums else weighted
-            self.worth[name] = self.worth.get(name, 0.0) + worth
+            self.routers.setdefault(name, []).append(router.clone())
+            self.worth.setdefault(name, []).append(worth)
 
-    def mean(self) -> dict[str, Tensor]:
+    def mean(self, max_share: float) -> dict[str, Tensor]:
         """Return the weighted means, with weights scaled to sum 1; routers without any weight are left out."""
-        return {name: (total / self.worth[name]).float() for name, total in self.sums.items()}
+        return {name: self._mean(name, capped(self.worth[name], max_share)) for name in self.routers}
+
+    def _mean(self, name: str, weights: list[float]) -> Tensor:
+        weighted = (router.double() * weight for router, weight in zip(self.routers[name], weights, strict=True))
+        return (reduce(torch.add, weighted) / sum(weights)).float()
 
 
 @dataclass

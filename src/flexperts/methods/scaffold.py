@@ -108,7 +108,7 @@ class Scaffold(Method):
         """Step towards the clients' mean, and add the participants' changes to the control variates."""
         rows: list[int] = []
         mean = self.uplink(server, "").unflatten(weighted_mean(_counting(updates, rows)))
-        part = sum(rows) / sum(server.clients.values())
+        part = sum(rows) / sum(server.counted.values())
         for name, control in server.memory.items():
             server.memory[name] = control + part * mean[_CONTROL + name]
         server.shared = replace(server.shared, vector=flatten(self._stepped(server.shared.tensors(), mean)))

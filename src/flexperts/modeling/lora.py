@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,13 +46,7 @@ class LoraAdapters:
         self.base, self.checkpointing = base, checkpointing
         self.rank, self.scale = config.rank, config.alpha / config.rank
         self.targets = attention_linears(base, config.projections)
-        self._config = PeftLoraConfig(
-            task_type="CAUSAL_LM",
-            r=config.rank,
-            lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
-            target_modules=self.targets,
-        )
+        self._config = peft_config(config, self.targets)
         with torch.random.fork_rng(devices=[]):
             # Every silo draws the same A, so that the first average starts from one model.
             torch.manual_seed(seed)
@@ -130,20 +124,8 @@ class LoraAdapters:
         return factors
 
     def config_json(self, base: str) -> str:
-        """Return the text of PEFT's adapter_config.json for the shared adapter, the same on every client.
-
-        PEFT writes sets in random order, and the base as a local path. Here sets are sorted, and the path is
-        removed because it may be private.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                self.model.peft_config["default"].save_pretrained(folder)
-            except OSError as error:
-                raise unwritable(Path(folder), error) from error
-            config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-        config["target_modules"] = sorted(config["target_modules"])
-        config["base_model_name_or_path"] = placeless(base)
-        return json.dumps(config, indent=2, sort_keys=True)
+        """Return the text of PEFT's adapter_config.json for the shared adapter, the same on every client."""
+        return adapter_json(self._config, base)
 
     def _activate(self, names: list[str]) -> None:
         """Switch adapters, and undo PEFT's changes to requires_grad."""
@@ -172,6 +154,34 @@ class LoraAdapters:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def peft_config(config: LoraConfig, targets: Sequence[str]) -> PeftLoraConfig:
+    """Return PEFT's configuration of the adapter that a recipe describes, on these target modules."""
+    return PeftLoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=list(targets),
+    )
+
+
+def adapter_json(config: PeftLoraConfig, base: str) -> str:
+    """Return the text of PEFT's adapter_config.json, the same on every machine.
+
+    PEFT writes sets in random order, and the base as a local path. Here sets are sorted, and the path is removed
+    because it may be private.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            config.save_pretrained(folder)
+        except OSError as error:
+            raise unwritable(Path(folder), error) from error
+        told = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    told["target_modules"] = sorted(told["target_modules"])
+    told["base_model_name_or_path"] = placeless(base)
+    return json.dumps(told, indent=2, sort_keys=True)
 
 
 def _name(name: str) -> str:

@@ -131,6 +131,11 @@ class Payload:
         """Return the payload of a message without weights."""
         return cls(Manifest((), ()), np.zeros(0, dtype=np.float32))
 
+    def digest(self, *texts: str) -> str:
+        """Return the SHA-256, in hex, of names, shapes, values and some texts that belong to them."""
+        told = [self.manifest.to_json(), vector_hash(self.vector), *texts]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
     @property
     def size(self) -> int:
         """Number of fp32 values."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from statistics import median
 
 import numpy as np
 from flwr.app import RecordDict
 
 from flexperts.communication.average import check_finite
 from flexperts.communication.messages import (
+    DERIVED,
     Expected,
     Info,
     Metrics,
@@ -164,6 +167,46 @@ class Admission:
                 f"it must be at most federation.max_update_rms = {allowed:g}",
                 "lower training.lr on that silo",
             )
+
+    def sizes(self, update: Update) -> dict[str, float]:
+        """Return the root mean square of an update's change to what was sent: of parameters, of derived values.
+
+        Parameters that were not sent are taken as they are; derived values that were not sent are left out.
+        """
+        if self.method.additive:
+            return {"parameters": root_mean_square(update.vector, self.server.shared.vector)}
+        sent = self.method.broadcast(self.server, update.client).tensors()
+        changes: dict[str, list[Vector]] = {"parameters": [], "derived values": []}
+        for name, tensor in update.tensors().items():
+            before = sent.get(name)
+            if before is not None and before.shape == tensor.shape:
+                tensor = tensor - before
+            elif name.startswith(DERIVED):
+                continue
+            changes["derived values" if name.startswith(DERIVED) else "parameters"].append(tensor.numpy().ravel())
+        return {kind: root_mean_square(np.concatenate(parts)) for kind, parts in changes.items() if parts}
+
+    def too_large(self, sizes: Mapping[str, Mapping[str, float]]) -> dict[str, FederationError]:
+        """Return the clients whose update is too large beside the round's median, with the error.
+
+        Args:
+            sizes: Client -> what ``sizes`` returned; of fewer than three, none is too large.
+        """
+        allowed, found = self.config.federation.max_norm_ratio, dict[str, FederationError]()
+        if allowed == "off" or len(sizes) < 3:
+            return found
+        for kind in ("parameters", "derived values"):
+            told = {client: its[kind] for client, its in sizes.items() if kind in its}
+            middle = median(told.values()) if told else 0.0
+            for client, size in told.items():
+                if 0 < allowed * middle < size:
+                    found[client] = FederationError(
+                        f"{client}: root mean square of the update's {kind} {size:.3g}, {size / middle:.3g} times "
+                        f"the round's median {middle:.3g}",
+                        f"it must be at most federation.max_norm_ratio = {allowed:g} times",
+                        "look at that silo's log; if its update is right, start a new run with a higher ratio",
+                    )
+        return found
 
     def _norm(self, start: Vector) -> float:
         """Return the norm of the weights that a round starts from, computed once."""

@@ -30,6 +30,8 @@ class _Rest(BaseModel):
     agreement: Any
     seed: int
     base: str = ""
+    start: str = ""
+    nodes: dict[str, int] = {}
 
 
 def save_server(path: Path, server: Server) -> None:

@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -42,7 +41,7 @@ def gather(grid: Grid, members: Membership, settings: FederationConfig, base: st
     end = time.monotonic() + settings.deadline
     while True:
         members.look(grid, max(end - time.monotonic(), _POLL))
-        bases = {name: members.told[name].base for name in members.online}
+        bases = {name: members.told[name].base for name in members.arrived}
         common = base or most_common(bases)
         fitting = [name for name, its in bases.items() if its == common]
         # All nodes of a lazy grid are online from the start.
@@ -69,9 +68,12 @@ def require(members: Membership, settings: FederationConfig) -> None:
 
 
 def most_common(bases: Mapping[str, str]) -> str:
-    """Return the base that most clients have; with a tie, that of the first client by name."""
-    counts = Counter(bases.values())
-    return next((bases[name] for name in sorted(bases) if counts[bases[name]] == max(counts.values())), "")
+    """Return the base that most clients have; with a tie, the one that was there first.
+
+    Args:
+        bases: Client -> base, in the order in which the clients came.
+    """
+    return max(Counter(bases.values()).items(), key=lambda pair: pair[1], default=("", 0))[0]
 
 
 def found(method: Method, members: Membership, server: Server) -> None:
@@ -81,43 +83,71 @@ def found(method: Method, members: Membership, server: Server) -> None:
     method.check_clients(server.clients)
 
 
-def without_misfits(method: Method, members: Membership, server: Server) -> None:
-    """Turn away the clients of a new run whose report does not fit the initial weights."""
-    turned_away = False
-    for name in server.clients:
-        try:
-            method.check_report(server, name)
-        except FederationError as error:
-            members.turn_away(name, str(error))
-            turned_away = True
-    if turned_away:
-        found(method, members, server)
-
-
 def _fitting(method: Method, members: Membership) -> tuple[Any, dict[str, Any]]:
-    """Return the agreement and its reports; turn away clients whose report does not fit those before it."""
+    """Return the agreement and its reports, by name; turn away clients whose report does not fit those of most."""
     told = {name: members.told[name].report for name in members.online}
-    with suppress(FlexpertsError):  # nearly always all fit; adding them one by one costs quadratic time
+    with suppress(FlexpertsError):  # nearly always all fit; comparing them one by one costs quadratic time
         return agreed(method, told), told
-    agreement: Any = None
+    groups: list[dict[str, Any]] = []
+    for name in members.arrived:
+        report = {name: told[name]}
+        with suppress(FlexpertsError):
+            agreed(method, report)
+            home = next((group for group in groups if _fit(method, {**_first(group), **report})), None)
+            if home is None:
+                groups.append(home := {})
+            home |= report
+    kept = max(groups, key=len, default={})  # of two that are as large, the one that was there first
     reports: dict[str, Any] = {}
-    for name, report in told.items():
+    for name in sorted(told, key=lambda name: (name not in kept, name)):
         try:
-            agreement = agreed(method, {**reports, name: report})
+            agreed(method, {**reports, name: told[name]})
         except FlexpertsError as error:
             members.turn_away(name, str(error))
         else:
-            reports[name] = report
-    return agreement, reports
+            reports[name] = told[name]
+    reports = dict(sorted(reports.items()))
+    return agreed(method, reports) if reports else None, reports
+
+
+def _fit(method: Method, reports: Mapping[str, Any]) -> bool:
+    with suppress(FlexpertsError):
+        agreed(method, reports)
+        return True
+    return False
+
+
+def _first(group: Mapping[str, Any]) -> dict[str, Any]:
+    return dict([next(iter(group.items()))])
+
+
+def check_report(method: Method, server: Server, client: str) -> None:
+    """Refuse a client whose report does not fit the shared weights, or says not what the client will send."""
+    try:
+        method.check_report(server, client)
+        method.uplink(server, client)
+    except FlexpertsError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise incompatible(f"{client}'s report", f"the method cannot use it ({error!r})") from error
 
 
 def enrol_fitting(method: Method, server: Server, members: Membership, names: Iterable[str]) -> None:
-    """Add clients that are online to a run that has begun; turn away those that do not fit."""
+    """Add clients that are online to a run that has begun; turn away those that do not fit.
+
+    Args:
+        method: The method.
+        server: The run's state.
+        members: The clients that are online.
+        names: The clients to add, in the order in which they came.
+    """
     for name in names:
         try:
             enrol(method, server, members.told[name])
         except FlexpertsError as error:
             members.turn_away(name, str(error))
+        else:
+            members.bind(name)
 
 
 def enrol(method: Method, server: Server, one: Introduction) -> None:
@@ -135,8 +165,13 @@ def enrol(method: Method, server: Server, one: Introduction) -> None:
     clients = {**server.clients, one.client: one.rows}
     reports = {**server.reports, one.client: one.report}
     agreed(method, {one.client: one.report})
-    method.check_report(replace(server, clients=clients, reports=reports), one.client)
+    before = server.clients, server.reports, dict(server.memory)
     change_clients(method, server, clients, reports, "start a new run with it")
+    try:
+        check_report(method, server, one.client)
+    except FlexpertsError:
+        server.clients, server.reports, server.memory = before
+        raise
 
 
 def change_clients(

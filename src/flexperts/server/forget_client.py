@@ -12,21 +12,22 @@ from flexperts.server.checkpoint import load_server, save_server
 from flexperts.server.enrolment import change_clients
 
 
-def forget_client(run: RunDirectory, client: str) -> None:
+def forget_client(run: RunDirectory, client: str, *, key_only: bool = False) -> None:
     """Remove a client from a stopped run's checkpoint: its name, its report, and the server's values for it.
 
-    The effect of its past updates stays in the shared weights, and the rounds on record do not change. If the
-    client comes back, it joins as a new client.
+    The effect of its past updates stays in the shared weights, and the rounds on record do not change. Its name is
+    free: who comes with it joins as a new client.
 
     Args:
         run: The run; it must be stopped and unfinished.
         client: The client that has left.
+        key_only: Keep the client, and release its name for a node with another key.
     """
     with sole_writer(run.path):
-        _forget(run, client)
+        _forget(run, client, key_only=key_only)
 
 
-def _forget(run: RunDirectory, client: str) -> None:
+def _forget(run: RunDirectory, client: str, *, key_only: bool) -> None:
     if run.has_finished:
         raise ArtifactError(
             f"{run.path}", "the run has finished", "use `flexperts forget` on a run that was stopped before its end"
@@ -36,6 +37,10 @@ def _forget(run: RunDirectory, client: str) -> None:
         raise ArtifactError(
             f"client {client!r}", f"the run's clients are {', '.join(sorted(server.clients))}", "choose one of them"
         )
+    server.nodes.pop(client, None)
+    if key_only:
+        save_server(run.checkpoint, server)
+        return
     if len(server.clients) == 1:
         raise ArtifactError(f"client {client!r}", "the run has no other client", "delete the run's folder instead")
     method = make_method(recorded_recipe(run.path).method)

@@ -19,7 +19,7 @@ from flexperts.communication.messages import (
 )
 from flexperts.communication.schema import LONGEST_NAME, LONGEST_TEXT, ROOM, Joining, NoNumbers, check_size, checked
 from flexperts.communication.traffic import encoded_bytes
-from flexperts.config.names import alike, client_name, skeletons
+from flexperts.config.names import alike, client_name, readings_of, skeletons
 from flexperts.errors import FederationError, FlexpertsError, incompatible, one_line
 from flexperts.observer import Observer
 from flexperts.parameters.vector import Payload
@@ -78,6 +78,9 @@ class Change:
 class Membership:
     """The nodes that are online.
 
+    A name belongs to the first node that takes part under it, online or not, and a node has one name. In Flower, a
+    SuperNode key always has the same node id.
+
     Args:
         observer: Receives the clients that are turned away.
         run: The run's id. Every request holds it, because silos keep one state per run id.
@@ -85,6 +88,8 @@ class Membership:
 
     def __init__(self, observer: Observer, run: str = "") -> None:
         self.run = run
+        self.owners: dict[str, int] = {}
+        """Client of the run -> the node that its name belongs to."""
         self.nodes: dict[int, str] = {}
         """Node id -> client, for the clients that are online now."""
         self.told: dict[str, Introduction] = {}
@@ -100,6 +105,11 @@ class Membership:
     def online(self) -> list[str]:
         """Names of the clients that are online, sorted."""
         return sorted(self._node_of)
+
+    @property
+    def arrived(self) -> list[str]:
+        """Names of the clients that are online, in the order in which they came."""
+        return list(self._node_of)
 
     def node(self, client: str) -> int:
         """Return an online client's node."""
@@ -120,6 +130,10 @@ class Membership:
         strangers = sorted(online - self.nodes.keys() - self._away)
         joined = self._introduced(grid, strangers, timeout) if strangers else []
         return Change(sorted(joined), left)
+
+    def bind(self, client: str) -> None:
+        """Give a name to the node that is online under it, unless it belongs to a node already."""
+        self.owners.setdefault(client, self.node(client))
 
     def turn_away(self, client: str, reason: str) -> None:
         """Remove an online client that may not take part."""
@@ -157,15 +171,32 @@ class Membership:
         except FederationError as error:
             self._refuse(node, self._called(node, reply), str(error), ask_again=True)
             return None
-        if one.client in self._node_of:
-            self._refuse(node, one.client, f"node {node} has the same name as a client that is online; rename one")
-            return None
-        if (other := alike(one.client, self._readings)) is not None:
-            self._refuse(node, one.client, f"its name looks like that of {other}, which is online; rename one")
+        if (fault := self._taken(node, one.client)) is not None:
+            who = one.client if self.owners.get(one.client, node) == node else f"node {node}"
+            self._refuse(node, who, fault)
             return None
         self.nodes[node], self._node_of[one.client], self.told[one.client] = one.client, node, one
         self._readings |= dict.fromkeys(skeletons(one.client), one.client)
         return one.client
+
+    def _taken(self, node: int, name: str) -> str | None:
+        """Return why a node cannot have a name; None if it can."""
+        if self.owners.get(name, node) != node:
+            return (
+                f"node {node} says {name}, a name that belongs to node {self.owners[name]}; if that silo has a new "
+                f"SuperNode key, run `flexperts forget`"
+            )
+        if (own := next((n for n, its in self.owners.items() if its == node), name)) != name:
+            return (
+                f"node {node} is the client {own} of this run and now says {name}; use one name in that silo's file"
+            )
+        if name in self._node_of:
+            return f"node {node} has the same name as a client that is online; rename one"
+        if (other := alike(name, self._readings)) is not None:
+            return f"its name looks like that of {other}, which is online; rename one"
+        if name not in self.owners and (other := alike(name, readings_of(self.owners))) is not None:
+            return f"its name looks like that of {other}, a client of this run; rename one"
+        return None
 
     def _take_off(self, node: int) -> str:
         client = self.nodes.pop(node)
@@ -175,13 +206,13 @@ class Membership:
         return client
 
     def _called(self, node: int, reply: Message) -> str:
-        """Return the name of a node that cannot join; its number if it gives no valid name or one in use."""
+        """Return the name of a node that cannot join; its number if it gives no valid name or another node's."""
         try:
             told = info_of(reply.content)["client"]
             name = client_name(told if isinstance(told, str) and len(told) <= LONGEST_NAME else "")
         except (KeyError, ValueError):
             return f"node {node}"
-        return f"node {node}" if name in self._node_of else name
+        return f"node {node}" if name in self._node_of or self.owners.get(name, node) != node else name
 
     def _refuse(self, node: int, who: str, reason: str, *, ask_again: bool = False) -> None:
         if not ask_again:

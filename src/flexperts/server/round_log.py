@@ -37,6 +37,7 @@ class RoundLog:
         joined: Clients that joined or returned before this round.
         left: Clients that left before this round.
         privacy: The guarantee of differential privacy after this round; None without noise.
+        capped: Client -> rows that its update counted for, if those were fewer than it reported.
         planned: The run's planned number of rounds when this one began; the learning rate's cosine is over it.
             0 in rounds of earlier versions.
     """
@@ -59,12 +60,18 @@ class RoundLog:
     joined: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     privacy: dict[str, Any] | None = None
+    capped: dict[str, int] = field(default_factory=dict)
     planned: int = 0
 
     def declare(self, direction: str, client: str, manifest: Manifest) -> None:
         """Record the sizes of a client's payload, as the method declares them."""
         self.groups[direction][client] = group_bytes(manifest)
         self.declared[direction][client] = payload_bytes(manifest)
+
+    def withdraw(self, client: str) -> None:
+        """Remove what an update brought, which is not used after all."""
+        for table in (self.clients, self.uplink, self.declared["uplink"], self.groups["uplink"]):
+            table.pop(client, None)
 
     def score(self, client: str, metrics: Mapping[str, float | int | None]) -> None:
         """Record the metrics of a client's evaluation."""

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -15,6 +16,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from flexperts.artifacts import RunDirectory
+from flexperts.communication.average import capped
 from flexperts.communication.messages import Update, records
 from flexperts.communication.traffic import encoded_bytes
 from flexperts.config.run import RunConfig
@@ -30,6 +32,7 @@ from flexperts.server.enrolment import enrol_fitting
 from flexperts.server.exchange import Asked, error_of, request, sendable
 from flexperts.server.membership import Membership
 from flexperts.server.round_log import RoundLog
+from flexperts.server.start import check_start
 from flexperts.server.summary import not_finite
 
 
@@ -124,7 +127,9 @@ class FlexpertsStrategy(Strategy):
     def _meet(self, grid: Grid, log: RoundLog) -> None:
         """Update the members, and record who joined and left since the last round."""
         change = self.members.look(grid, self.config.federation.deadline)
-        enrol_fitting(self.method, self.server, self.members, change.joined)
+        check_start(grid, self.members, self.server, change.joined, self.config.federation.deadline)
+        joined = [name for name in self.members.arrived if name in change.joined]
+        enrol_fitting(self.method, self.server, self.members, joined)
         log.left, log.joined = change.left, sorted(set(change.joined) & set(self.members.online))
         for word, names in (("gone", log.left), ("joining", log.joined)):
             if names:
@@ -175,17 +180,56 @@ class FlexpertsStrategy(Strategy):
         return {"run": self.members.run, "round": number, "agreement": json.dumps(self.server.agreement)}
 
     def _updates(self, replies: Iterable[Message], log: RoundLog) -> Iterator[Update]:
-        """Yield the usable updates; what each reply brought, or why it was refused, is recorded as it is read."""
+        """Yield the usable updates with the rows that they count for; each reply is recorded as it is read.
+
+        Replies from other machines are a list. They are read twice, because an update is judged beside all others
+        of its round, and all of them decoded may not fit in memory.
+        """
+        if isinstance(replies, list | tuple):
+            usable = self._fitting(replies, log)
+            rows = self._counted(usable, log)
+            for name, reply in usable.items():
+                yield replace(self.admission.update(name, reply.content), rows=rows[name])
+            return
         for name, reply in self._by_client(replies):
-            if name in log.missing:
-                log.missing.remove(name)
             update = self._usable(name, reply, log)
             if update is not None:
                 yield update
             del update  # before the next one arrives
 
+    def _fitting(self, replies: Iterable[Message], log: RoundLog) -> dict[str, Message]:
+        """Return the replies with updates that are usable, alone and beside each other."""
+        usable: dict[str, Message] = {}
+        sizes: dict[str, dict[str, float]] = {}
+        for name, reply in self._by_client(replies):
+            if (update := self._usable(name, reply, log)) is not None:
+                usable[name], sizes[name] = reply, self.admission.sizes(update)
+        for name, error in self.admission.too_large(sizes).items():
+            log.withdraw(name)
+            log.refuse(name, self._refused(name, error))
+            del usable[name]
+        return usable
+
+    def _counted(self, names: Iterable[str], log: RoundLog) -> dict[str, int]:
+        """Return the rows that each update counts for; record and name the clients that count for fewer."""
+        has, share = self.server.clients, self.config.federation.max_share
+        if self.method.pools_rows:
+            return dict.fromkeys(names, sum(has.values()))
+        known = self.server.counted
+        before = {name: known[name] for name in names}
+        rows = dict(zip(before, map(int, capped(list(before.values()), share)), strict=True))
+        log.capped = {name: count for name, count in rows.items() if count < has[name]}
+        for name, count in log.capped.items():
+            self.observer.notice(
+                f"{name} reports {has[name]} rows and counts for {count}: no silo has more than "
+                f"federation.max_share = {share:g} of the mean"
+            )
+        return rows
+
     def _usable(self, name: str, reply: Message, log: RoundLog) -> Update | None:
         """Return a reply's update and record its measures; if it is refused, record why and return None."""
+        if name in log.missing:
+            log.missing.remove(name)
         try:
             self._check_turn(name, reply, log.participants, log.clients)
             log.personal_sent += leaked(reply.content)

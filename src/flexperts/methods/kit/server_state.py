@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Generator, Tensor
 
+from flexperts.communication.average import capped
 from flexperts.parameters.vector import Payload
 from flexperts.seeding import generator
 
@@ -25,6 +26,11 @@ class Server:
         memory: Tensors that the method keeps, such as moments.
         seed: The run's seed.
         base: Fingerprint of the clients' base; empty if it is not known.
+        start: Digest of the initial weights, their tensors and the split, as most clients reported it; empty if it
+            is not known.
+        nodes: Client -> the node that its name belongs to.
+        max_share: Largest share of one client in a mean: ``federation.max_share``, or 1 if all clients are in this
+            process. It is not in the checkpoint.
     """
 
     shared: Payload
@@ -35,6 +41,14 @@ class Server:
     memory: dict[str, Tensor] = field(default_factory=dict)
     seed: int = 0
     base: str = ""
+    start: str = ""
+    nodes: dict[str, int] = field(default_factory=dict)
+    max_share: float = 1.0
+
+    @property
+    def counted(self) -> dict[str, int]:
+        """Client -> the rows that it counts for in means: what it reported, up to ``max_share`` of all rows."""
+        return dict(zip(self.clients, map(int, capped(list(self.clients.values()), self.max_share)), strict=True))
 
     def generator(self, *purpose: str | int) -> Generator:
         """Return a random stream for the server."""
