@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from typing import get_args
 
 from flwr.app import RecordDict
 
@@ -12,7 +13,8 @@ from flexperts.client.client import Client
 from flexperts.client.request import Request
 from flexperts.communication.messages import info_of, payload_of, records
 from flexperts.communication.traffic import personal_bytes
-from flexperts.errors import PrivacyError
+from flexperts.errors import FederationError, PrivacyError, incompatible
+from flexperts.methods.kit.method import State
 
 
 def answer(kind: str, content: RecordDict, client: Client) -> RecordDict:
@@ -39,7 +41,7 @@ def _initial(content: RecordDict, client: Client) -> RecordDict:
 
 def _train(content: RecordDict, client: Client) -> RecordDict:
     """Train one round and send what the method shares."""
-    request = request_of(content)
+    request = checked_request(content, client)
     trained = client.train(request)
     update = trained.update
     info = {"client": client.name, "round": request.round, "base": client.model.base.fingerprint}
@@ -53,7 +55,7 @@ def _train(content: RecordDict, client: Client) -> RecordDict:
 
 def _evaluate(content: RecordDict, client: Client) -> RecordDict:
     """Score model states on the client's own rows; only the scores are sent."""
-    info, request = info_of(content), request_of(content)
+    info, request = info_of(content), checked_request(content, client)
     client.settle(request)
     scores = client.evaluate(request, info["states"], answers=info["answers"])
     client.write_routing(request, info["states"])
@@ -72,7 +74,24 @@ def _evaluate(content: RecordDict, client: Client) -> RecordDict:
 def request_of(content: RecordDict) -> Request:
     """Return a train or evaluate message as a ``Request``."""
     info = info_of(content)
-    return Request(payload_of(content, "server"), json.loads(info["agreement"]), int(info["round"]))
+    if type(info["round"]) is not int:
+        raise incompatible(f"round {info['round']!r}", "it must be a whole number")
+    return Request(payload_of(content, "server"), json.loads(info["agreement"]), info["round"])
+
+
+def checked_request(content: RecordDict, client: Client) -> Request:
+    """Return a train or evaluate message as a ``Request``; refuse rounds and states that the run does not have.
+
+    A state of a round far ahead would replace the client's stored states, and every real round would be refused.
+    """
+    request, rounds = request_of(content), client.config.federation.rounds
+    last = rounds + client.method.extra_rounds(rounds)
+    if not 1 <= request.round <= last:
+        rule = f"this run has rounds 1 to {last}"
+        raise FederationError(f"round {request.round}", rule, "resume the run from its own directory")
+    if odd := [state for state in info_of(content).get("states", ()) if state not in get_args(State)]:
+        raise incompatible(f"model state {odd[0]!r}", f"states are {', '.join(get_args(State))}")
+    return request
 
 
 ANSWERS: Mapping[str, Callable[[RecordDict, Client], RecordDict]] = {
