@@ -7,6 +7,7 @@
     ├── GraftError       selection, attachment or a personal state that does not fit
     ├── SplitError       a parameter that is not exactly one of shared / personal / frozen
     ├── PrivacyError     an attempt to encode something that must stay on the client
+    ├── PolicyError      a request that a silo's own policy does not allow
     ├── ArtifactError    a run directory or file that is missing, damaged or of another format
     ├── FederationError  a round that cannot continue
     └── ServingError     a request that the serving engine cannot answer
@@ -109,6 +110,10 @@ class SplitError(FlexpertsError):
 
 class PrivacyError(FlexpertsError):
     """Something that must stay on the client was about to be encoded."""
+
+
+class PolicyError(FlexpertsError):
+    """A silo's own policy does not allow a request; a server is told the rule alone."""
 
 
 class ArtifactError(FlexpertsError):

@@ -206,6 +206,7 @@ class Cluster:
         home.mkdir()
         data = f'[data]\ntrain = "{rows / "train.jsonl"}"\ntest = "{rows / "test.jsonl"}"\n'
         text = f'name = "{name}"\nstate = "state"\nbase = "{base}"\ndevice = "cpu"\ndtype = "float32"\n{data}'
+        text += "[policy]\nmin_score_rows = 1\n"
         (home / "silo.toml").write_text(text, encoding="utf-8")
         if self.tls:
             shell(home, 'ssh-keygen -q -t ecdsa -b 384 -N "" -f key')

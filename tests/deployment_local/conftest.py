@@ -36,6 +36,8 @@ def silo_file(tmp_path: Path, rows: Path, tiny_base: Path) -> Path:
         [data]
         train = "{rows / "clinic" / "train.jsonl"}"
         test = "{rows / "clinic" / "test.jsonl"}"
+        [policy]
+        min_score_rows = 1
         """
     )
     return path

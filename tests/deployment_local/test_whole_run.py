@@ -36,7 +36,7 @@ def silo_at(folder: Path, rows: Path, base: Path) -> Path:
     path = folder / "silo.toml"
     head = f'name = "{folder.name}"\nstate = "state"\nbase = "{base}"\ndtype = "float32"\ndevice = "cpu"\n'
     sides = "\n".join(f'{side} = "{rows / folder.name / side}.jsonl"' for side in ("train", "test"))
-    path.write_text(f"{head}[data]\n{sides}\n")
+    path.write_text(f"{head}[data]\n{sides}\n[policy]\nmin_score_rows = 2\n")
     return path
 
 

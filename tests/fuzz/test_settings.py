@@ -127,6 +127,11 @@ state = "state"
 base = "smol-moe"
 [data]
 train = "train.csv"
+[policy]
+methods = ["flex"]
+noise = "local"
+max_epsilon = 3.0
+min_score_rows = 5
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -77,13 +78,15 @@ def check(
     from flexperts.recipe import load_recipe, load_silo
 
     settings = load_silo(silo)
-    config = for_silo(load_recipe(recipe) if recipe else RunConfig(data=DataConfig(at_silos=True)), settings)
+    planned = load_recipe(recipe) if recipe else RunConfig(data=DataConfig(at_silos=True))
+    config = for_silo(planned, settings)
     files: dict[_Side, str | None] = {"train": settings.data.train, "test": settings.data.test}
     with observing(Once(_Notes())):  # each file alone first, so that errors in all of them are found
         wrong = []
         for side, file in files.items():
             wrong += _caught(_read_file, settings.name, file, config.data, side) if file else []
         wrong = wrong or _caught(_show_rows, settings.name, config)
+    wrong += _caught(_show_policy, settings, planned if recipe else None)
     wrong += _caught(_show_state, settings)
     for error in wrong[:-1]:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
@@ -126,6 +129,21 @@ def _show_rows(name: str, config: RunConfig) -> None:
     typer.echo(f"{name}: {len(rows.train)} train rows, {len(rows.test)} test rows; all fit {longest} tokens")
 
 
+def _show_policy(settings: SiloConfig, config: RunConfig | None) -> None:
+    """Print the silo's rules, and test the recipe of the planned run against them."""
+    from flexperts.deployment.policy import check_policy, check_recipe, rules
+    from flexperts.methods.registry import make_method
+
+    check_policy(settings.policy)
+    told = rules(settings.policy)
+    for rule in told.values():
+        typer.echo(f"policy: {rule}")
+    open_ = [key for key in type(settings.policy).model_fields if key not in told and key != "delta"]
+    typer.echo(f"policy: not set: {', '.join(open_)}")
+    if config is not None:
+        check_recipe(settings.policy, config, make_method(config.method))
+
+
 def _show_state(settings: SiloConfig) -> None:
     from flexperts.deployment.callers import check_names
     from flexperts.deployment.listening import is_served
@@ -159,21 +177,31 @@ def units(
 
 @app.command("runs")
 def runs(silo: _Silo) -> None:
-    """List the runs whose private state is kept at the silo."""
+    """List the runs whose private state is kept at the silo, and the epsilon that updates have spent."""
     from rich.table import Table
 
     from flexperts.cli.console import console
     from flexperts.deployment.kept import kept_runs
+    from flexperts.deployment.ledger import Ledger
     from flexperts.recipe import load_silo
     from flexperts.reports.cells import size
 
     settings = load_silo(silo)
-    table = Table()
-    for column in ("run", "method", "last round", "size"):
-        table.add_column(column, no_wrap=True, justify="right" if column in ("last round", "size") else "left")
-    for kept in kept_runs(Path(settings.state), settings.name):
-        table.add_row(kept.run, kept.method, str(kept.round), size(kept.bytes).text)
+    ledger, table = Ledger(Path(settings.state), settings.policy), Table()
+    for column in ("run", "method", "last round", "size", "epsilon"):
+        table.add_column(column, no_wrap=True, justify="left" if column in ("run", "method") else "right")
+    for kept in kept_runs(Path(settings.state), settings.name, ledger):
+        spent = "not counted" if kept.epsilon is None else _epsilon(kept.epsilon)
+        table.add_row(kept.run, kept.method, str(kept.round), size(kept.bytes).text, spent)
     console().print(table)
+    budget = settings.policy.max_epsilon
+    allowed = "no budget" if budget is None else f"policy.max_epsilon = {budget:g}"
+    total = _epsilon(ledger.epsilon(*ledger.runs.values()))
+    typer.echo(f"epsilon of all runs: {total} at delta {settings.policy.delta:g}; {allowed}")
+
+
+def _epsilon(spent: float) -> str:
+    return f"{spent:.4g}" if math.isfinite(spent) else "unbounded"
 
 
 @app.command("generate")

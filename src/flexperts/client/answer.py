@@ -14,7 +14,7 @@ from flexperts.client.request import Request
 from flexperts.communication.messages import check_records, fields_of, payload_of, records
 from flexperts.communication.schema import AnyFields, EvaluateRequest, InitialQuery, Query, TrainRequest
 from flexperts.communication.traffic import personal_bytes
-from flexperts.errors import PrivacyError
+from flexperts.errors import FederationError, PrivacyError
 
 _SERVER = "server"
 _Asked = TypeVar("_Asked", TrainRequest, EvaluateRequest)
@@ -47,7 +47,7 @@ def _initial(content: RecordDict, client: Client) -> RecordDict:
 
 def _train(content: RecordDict, client: Client) -> RecordDict:
     """Train one round and send what the method shares."""
-    request, _ = request_of(content, TrainRequest)
+    request, _ = checked_request(content, TrainRequest, client)
     trained = client.train(request)
     update = trained.update
     info = {"client": client.name, "round": request.round, "base": client.model.base.fingerprint}
@@ -61,7 +61,7 @@ def _train(content: RecordDict, client: Client) -> RecordDict:
 
 def _evaluate(content: RecordDict, client: Client) -> RecordDict:
     """Score model states on the client's own rows; only the scores are sent."""
-    request, asked = request_of(content, EvaluateRequest)
+    request, asked = checked_request(content, EvaluateRequest, client)
     client.settle(request)
     scores = client.evaluate(request, asked.states, answers=asked.answers)
     client.write_routing(request, asked.states)
@@ -86,6 +86,20 @@ def request_of(content: RecordDict, schema: type[_Asked]) -> tuple[Request, _Ask
     """
     asked = _read(content, schema)
     return Request(payload_of(content, _SERVER), json.loads(asked.agreement), asked.round), asked
+
+
+def checked_request(content: RecordDict, schema: type[_Asked], client: Client) -> tuple[Request, _Asked]:
+    """Do what ``request_of`` does; refuse a round that the run does not have.
+
+    A state of a round far ahead would replace the client's stored states, and every real round would be refused.
+    """
+    request, asked = request_of(content, schema)
+    rounds = client.config.federation.rounds
+    last = rounds + client.method.extra_rounds(rounds)
+    if not 1 <= request.round <= last:
+        rule = f"this run has rounds 1 to {last}"
+        raise FederationError(f"round {request.round}", rule, "resume the run from its own directory")
+    return request, asked
 
 
 def _read(content: RecordDict, schema: type[AnyFields]) -> AnyFields:

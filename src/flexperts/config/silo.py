@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from flexperts.config.data import ClientFiles, Columns, OnBadRow
@@ -40,6 +40,42 @@ class SiloSocket(Section):
     """Users (names or numbers) whose processes get answers; all others are refused, members of the group too."""
 
 
+class SiloPolicy(Section):
+    """What the silo allows, whatever a server asks. Its worker refuses the rest, and tells the server the rule."""
+
+    methods: tuple[str, ...] | None = Field(None, min_length=1)
+    """Methods that a run may use; without it, all."""
+    bases: tuple[str, ...] | None = Field(None, min_length=1)
+    """Names of the base that a recipe may give; without it, any. The base itself is always the silo's own."""
+    max_runs: int | None = Field(None, ge=0)
+    """Most runs that the silo takes part in, forgotten ones included; without it, any number."""
+    max_rounds: int = Field(1000, ge=1)
+    """Most rounds of a run, a method's extra rounds included."""
+    max_evaluations: int | None = Field(None, ge=1)
+    """Most evaluations in a run; without it, any number."""
+    noise: Literal["none", "local"] = "none"
+    """local = a run must have privacy.noise = "local"; none = it need not."""
+    min_noise_multiplier: float | None = Field(None, gt=0)
+    """Least privacy.noise_multiplier; needs noise = "local"."""
+    max_epsilon: float | None = Field(None, gt=0)
+    """Budget: most epsilon that the updates of all runs together may spend; needs noise = "local"."""
+    delta: float = Field(1e-5, gt=0, lt=1)
+    """The delta at which the silo counts epsilon."""
+    scores: bool = True
+    """Whether evaluations are answered. A round's mean train loss is sent either way, unless noise is local."""
+    min_score_rows: int = Field(5, ge=1)
+    """Fewest rows behind a score, behind the difference between two scores, and behind a round's train loss."""
+    min_clients: int | None = Field(None, ge=1)
+    """Least federation.min_clients; without it, any."""
+
+    @model_validator(mode="after")
+    def _noise_is_required(self) -> Self:
+        for key in ("min_noise_multiplier", "max_epsilon"):
+            if getattr(self, key) is not None and self.noise != "local":
+                raise ValueError(f"policy.{key} needs policy.noise = 'local'")
+        return self
+
+
 class SiloConfig(Section):
     """One silo. Only the name is ever sent."""
 
@@ -60,3 +96,4 @@ class SiloConfig(Section):
     data: SiloData
     socket: SiloSocket | None = None
     """Socket for a SuperNode that runs as another user; see docs/deploy.md."""
+    policy: SiloPolicy = SiloPolicy()

@@ -9,8 +9,10 @@ from pathlib import Path
 from flexperts.artifacts import RunDirectory
 from flexperts.config.changes import recipe_changes, rounds_before
 from flexperts.config.run import RunConfig
+from flexperts.config.silo import SiloPolicy
 from flexperts.data.clients import Clients, partition_manifest
 from flexperts.data.unchanged import check_same_rows
+from flexperts.deployment.ledger import Ledger
 from flexperts.deployment.state import private_folder, run_ids
 from flexperts.errors import ArtifactError
 from flexperts.files import mapping, read_json, write_json, write_text
@@ -28,13 +30,15 @@ class KeptRun:
         run: The run's id.
         method: Its method.
         round: Last round in which the silo trained.
-        bytes: Size of all its files.
+        bytes: Size of all its files; 0 if only the ledger knows the run.
+        epsilon: What its updates have spent; infinite without local noise, None if the ledger does not know it.
     """
 
     run: str
     method: str
     round: int
     bytes: int
+    epsilon: float | None
 
 
 def keep_recipe(folder: Path, recipe: str) -> None:
@@ -77,17 +81,24 @@ def keep_rows(folder: Path, clients: Clients) -> bool:
     return (folder / "config.toml").exists()
 
 
-def kept_runs(state: Path, client: str) -> Iterator[KeptRun]:
-    """Yield the runs of a state folder, sorted by id.
+def kept_runs(state: Path, client: str, ledger: Ledger | None = None) -> Iterator[KeptRun]:
+    """Yield the runs of a state folder and of its ledger, sorted by id.
 
     Args:
         state: The state folder.
         client: The silo's name.
+        ledger: The folder's ledger; without it, one with a policy's default delta.
     """
-    for run in run_ids(state):
+    kept, ledger = run_ids(state), ledger or Ledger(state, SiloPolicy())
+    for run in sorted({*kept, *ledger.runs}):
+        spent = ledger.runs.get(run)
+        epsilon = None if spent is None else ledger.epsilon(spent)
+        if spent is not None and run not in kept:
+            yield KeptRun(run, spent.method, spent.round, 0, epsilon)
+            continue
         folder = private_folder(state, run)
         recipe = recorded_recipe(RunDirectory.open(folder).path)
         personal = folder / "personal" / f"{client}.safetensors"
         last = load_personal(personal)[1].round if personal.exists() else 0
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        yield KeptRun(run, recipe.method.name, last, size)
+        yield KeptRun(run, recipe.method.name, last, size, epsilon)

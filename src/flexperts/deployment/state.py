@@ -38,6 +38,11 @@ def private_folder(state: Path, run: str) -> Path:
     return state / "runs" / run
 
 
+def replies_folder(state: Path, run: str) -> Path:
+    """Return the folder of the last replies to one run's server; it need not exist."""
+    return state / "replies" / private_folder(state, run).name
+
+
 def run_ids(state: Path) -> list[str]:
     """Return the ids of the runs in a state folder, sorted."""
     return sorted(p.name for p in (state / "runs").glob("*") if _RUN.fullmatch(p.name) and p.is_dir())
@@ -76,11 +81,12 @@ def check_length(path: Path) -> None:
 
 
 def delete_run(state: Path, run: str) -> None:
-    """Delete one run's private state."""
+    """Delete one run's private state; what it has received stays in the ledger."""
     folder = private_folder(state, run)
     if not folder.is_dir():
         raise ArtifactError(f"run {run}", f"{state} has no such run", _LISTED)
     try:
+        shutil.rmtree(replies_folder(state, run), ignore_errors=True)
         shutil.rmtree(folder)
     except OSError as error:
         raise ArtifactError(f"{folder}", f"it cannot be deleted ({error})", "delete it by hand") from error

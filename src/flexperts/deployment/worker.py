@@ -12,23 +12,26 @@ from pathlib import Path
 
 from flwr.app import RecordDict
 
-from flexperts.client.answer import ANSWERS, answer
+from flexperts.client.answer import ANSWERS, answer, checked_request, request_of
 from flexperts.client.answer_limit import answer_limit, check_limit
-from flexperts.client.client import Resident
+from flexperts.client.client import Client, Resident
 from flexperts.client.workspace import Workspace
-from flexperts.communication.messages import info_of
+from flexperts.communication.schema import EvaluateRequest, TrainRequest
 from flexperts.config.model import ModelConfig
 from flexperts.config.run import RunConfig
 from flexperts.config.silo import SiloConfig
 from flexperts.deployment.home import keep_received
 from flexperts.deployment.kept import keep_choices, keep_recipe, keep_rows, with_kept_choices
+from flexperts.deployment.ledger import Asked, Ledger
+from flexperts.deployment.policy import check_loss, check_policy, check_recipe, refusal
 from flexperts.deployment.settings import for_silo
 from flexperts.deployment.state import private_folder
 from flexperts.deployment.wire import Fields, deserialize, serialize
-from flexperts.errors import FlexpertsError, incompatible, one_line, printable
+from flexperts.errors import FlexpertsError, PolicyError, incompatible, one_line, printable
 from flexperts.methods.registry import make_method
 from flexperts.modeling.load import LoadedBase, load_base
 from flexperts.observer import Observer, observing
+from flexperts.protection.pipeline import check_protections
 from flexperts.recipe import parse_recipe
 
 _DONE = {
@@ -56,33 +59,64 @@ class Worker:
         self._run: tuple[str, str] | None = None
         self._resident: Resident | None = None
         self._base: LoadedBase | None = None
+        check_policy(silo.policy)
+        self._ledger = Ledger(Path(silo.state), silo.policy)
         self._load(self._settings(silo))
 
     def reply(self, request: bytes) -> bytes:
         """Return the reply to a request, both packed by ``wire``.
 
         An error reply names the error's class alone: its text may quote rows or paths, so it is only logged here.
+        What the silo's policy does not allow is refused with the rule.
         """
         try:
             fields, content = deserialize(request)
-            return serialize({}, self._answer(fields, content))
+            return self._answer(fields, content)
+        except PolicyError as error:
+            _log(error)
+            return serialize({"error": f"{type(error).__name__}: {error.rule}"})
         except Exception as error:  # the worker must survive any error
             _log(error)
             return serialize({"error": type(error).__name__})
 
-    def _answer(self, fields: Fields, content: RecordDict) -> RecordDict:
+    def _answer(self, fields: Fields, content: RecordDict) -> bytes:
         kind, run, recipe = (_field(fields, name) for name in ("kind", "run", "recipe"))
         if kind not in ANSWERS:
             raise incompatible(f"request {kind[:80]!r}", f"a silo answers {', '.join(ANSWERS)}")
         started = time.monotonic()
         with observing(self.observer):
             resident = self._resident_of(run, recipe)
-            reply = answer(kind, content, resident.client(self.silo.name))
-        if kind == "evaluate":
-            keep_received(resident.folder, content)
-        told = info_of(reply).get("round")
-        when = f"run {run[:8]}" + (f", round {told}" if told is not None else "")
-        self.observer.stage(f"{when}: {_DONE[kind]}, {time.monotonic() - started:.0f} s")
+            client = resident.client(self.silo.name)
+            if kind not in ("train", "evaluate"):
+                reply, when, done = serialize({}, answer(kind, content, client)), f"run {run[:8]}", _DONE[kind]
+            else:
+                asked = _asked(run, kind, content, client)
+                stored = self._ledger.reply_to(asked, client.config.privacy)
+                reply = stored or self._released(asked, content, client)
+                when = f"run {run[:8]}, round {asked.round}"
+                done = f"{_DONE[kind]} before, and sent the same reply" if stored else _DONE[kind]
+        self.observer.stage(f"{when}: {done}, {time.monotonic() - started:.0f} s")
+        return reply
+
+    def _released(self, asked: Asked, content: RecordDict, client: Client) -> bytes:
+        """Return the reply to a new request to train or evaluate, after it has been entered in the ledger."""
+        policy, privacy, scored = self.silo.policy, client.config.privacy, client.scored_rows
+        if asked.kind == "train":
+            check_loss(policy, client.config, len(client.rows.train))
+            scored = ()
+        else:
+            try:
+                if not policy.scores:
+                    raise refusal(policy, "scores", "an evaluation")
+                self._ledger.check_scored(scored)
+            except PolicyError:  # without scores, the evaluation still brings the weights of the silo's own model
+                client.settle(request_of(content, EvaluateRequest)[0])
+                keep_received(client.folder, content)
+                raise
+        reply = serialize({}, answer(asked.kind, content, client))
+        if asked.kind == "evaluate":
+            keep_received(client.folder, content)
+        self._ledger.record(asked, reply, privacy, scored)
         return reply
 
     def _resident_of(self, run: str, recipe: str) -> Resident:
@@ -99,12 +133,15 @@ class Worker:
         """Set up a run, and refuse what would otherwise fail in the middle of it. Rows are read again."""
         mine = with_kept_choices(for_silo(config, self.silo), folder)
         method = make_method(mine.method)
+        check_recipe(self.silo.policy, config, method)
         method.check(mine)
+        check_protections(method, mine)
         # The adapter that is sent names the base as the recipe does, not by its path here.
         mine = mine.model_copy(update={"model": mine.model.model_copy(update={"base": config.model.base})})
         workspace = Workspace(mine, self._load_as(config))
         workspace.check(mine, needs_experts=method.needs_experts or mine.evaluation.routing_rows > 0)
         check_limit(workspace, mine, self.observer)
+        self._ledger.join(folder.name, method.name)
         if keep_rows(folder, workspace.clients):
             self.observer.notice(
                 f"run {folder.name[:8]}: its first rows are not on record; the current rows are recorded now"
@@ -150,6 +187,14 @@ def _field(fields: Fields, name: str) -> str:
     if name not in fields:
         raise incompatible(f"a request without {name}", "it must have kind, run and recipe")
     return fields[name]
+
+
+def _asked(run: str, kind: str, content: RecordDict, client: Client) -> Asked:
+    if kind == "evaluate":
+        request, its = checked_request(content, EvaluateRequest, client)
+        return Asked.of(run, kind, request, its.states, its.answers)
+    request, _ = checked_request(content, TrainRequest, client)
+    return Asked.of(run, kind, request)
 
 
 def _log(error: Exception) -> None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
-from math import sqrt
+from math import inf, sqrt
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 from flexperts.communication.average import weighted_mean
 from flexperts.communication.compression import Packed
 from flexperts.communication.messages import Update
+from flexperts.config.federation import PrivacyConfig
 from flexperts.errors import ConfigError
 from flexperts.methods.flex import Flex
 from flexperts.methods.kit.method import Method
@@ -25,6 +26,8 @@ from flexperts.protection.protection import Protection
 _ACCOUNTANT = "dp_accounting"
 _BITS = 52
 """Random bits of a value; with one more, adding 0.5 would round."""
+_LEAST = 1e-4
+"""Noise over sensitivity below which epsilon, over 5e7 there, counts as infinite: the accountant diverges."""
 
 
 class Noise(Protection):
@@ -51,17 +54,13 @@ class Noise(Protection):
         does not lower epsilon here: a fixed number is drawn in every round, with a known seed.
         """
         privacy = self.config.privacy
-        _check_accountant()
-        from dp_accounting import get_epsilon_gaussian  # over a second of imports
-
-        multiplier = privacy.noise_multiplier / (2 if privacy.noise == "local" else 1)
-        epsilon = get_epsilon_gaussian(multiplier / sqrt(rounds), privacy.delta) if rounds else 0.0
+        epsilon = gaussian_epsilon(accounted_multiplier(privacy) / sqrt(rounds), privacy.delta) if rounds else 0.0
         return {
             "mode": privacy.noise,
             "clip": privacy.clip,
             "noise_multiplier": privacy.noise_multiplier,
             "delta": privacy.delta,
-            "epsilon": float(epsilon),
+            "epsilon": epsilon,
         }
 
 
@@ -109,6 +108,30 @@ class CentralNoise(Noise):
 
         mean = weighted_mean(bounded())
         return mean + gaussian(mean.size, self.config.privacy.noise_multiplier * clip / clients)
+
+
+def accounted_multiplier(privacy: PrivacyConfig) -> float:
+    """Return the noise of one round over what one client can change: ``clip``, or 2 ``clip`` under local noise."""
+    return privacy.noise_multiplier / (2 if privacy.noise == "local" else 1)
+
+
+def gaussian_epsilon(multiplier: float, delta: float) -> float:
+    """Return the epsilon of one Gaussian release; infinite where there is next to no noise.
+
+    Source: Balle and Wang, 2018 (arXiv 1805.06530). Releases with multipliers z_i compose to one with
+    (sum of 1 / z_i^2)^(-1/2).
+
+    Args:
+        multiplier: Standard deviation of the noise over the sensitivity.
+        delta: The delta at which epsilon is given.
+
+    Raises:
+        ConfigError: This installation has no accountant.
+    """
+    _check_accountant()
+    from dp_accounting import get_epsilon_gaussian  # over a second of imports
+
+    return float(get_epsilon_gaussian(multiplier, delta)) if multiplier >= _LEAST else inf
 
 
 def clipped(change: Vector, norm: float) -> Vector:
