@@ -391,24 +391,19 @@ def test_units_are_hardened(silo: SiloConfig, tmp_path: Path) -> None:
     texts = {path.name: path.read_text() for path in written}
     assert not [name for name, text in texts.items() if re.search(r"@[A-Z]+@", text)]
     services = {name: dict(UNIT.findall(text)) for name, text in texts.items() if name.endswith(".service")}
-    assert len(services) == 5
+    assert services.keys() == {"flexperts-worker.service", "flexperts-supernode.service"}
+    expected = {"NoNewPrivileges": "yes", "ProtectSystem": "strict", "ProtectHome": "yes", "PrivateTmp": "yes"}
     for name, unit in services.items():
-        expected = {"NoNewPrivileges": "yes", "ProtectSystem": "strict", "ProtectHome": "yes", "PrivateTmp": "yes"}
-        assert expected | {"CapabilityBoundingSet": "", "RestrictNamespaces": "yes"} == {
-            key: unit[key] for key in (*expected, "CapabilityBoundingSet", "RestrictNamespaces")
+        assert expected | {"CapabilityBoundingSet": ""} == {
+            k: unit[k] for k in (*expected, "CapabilityBoundingSet")
         }, name
-    filters = {name: re.findall("^SystemCallFilter=(.*)", texts[name], re.MULTILINE) for name in services}
-    assert {tuple(found[:2]) for found in filters.values()} == {
-        ("@system-service", "~@privileged")
-    }  # a list of allowed
-    users = {services[f"flexperts-{name}.service"]["User"] for name in ("worker", "supernode", "apps")}
-    assert len(users) == 3
-    private = {name for name, unit in services.items() if unit.get("PrivateNetwork") == "yes"}
-    assert services.keys() - private == {"flexperts-superlink.service"}
-    apps = texts["flexperts-apps.service"]
-    assert "TemporaryFileSystem=/:ro" in apps
-    assert not [word for word in (silo.state, "/etc/flexperts", "LoadCredential", "supernode.key") if word in apps]
-    assert f'name="clinic" socket="{silo.socket.path}"' in texts["flexperts-supernode.service"]  # type: ignore[union-attr]
+    worker, node = services["flexperts-worker.service"], services["flexperts-supernode.service"]
+    assert worker["User"] != node["User"] == silo.socket.users[0]  # type: ignore[union-attr]
+    assert (worker["PrivateNetwork"], worker["RestrictAddressFamilies"]) == ("yes", "AF_UNIX")
+    assert node["InaccessiblePaths"] == silo.state
+    filters = re.findall("^SystemCallFilter=(.*)", texts["flexperts-worker.service"], re.MULTILINE)
+    assert filters[:2] == ["@system-service", "~@privileged"]  # what comes first makes it a list of what is allowed
+    assert f'name="clinic" socket="{silo.socket.path}"' in texts["isolated-supernode"]  # type: ignore[union-attr]
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
@@ -417,7 +412,9 @@ def test_systemd_finds_the_units_safe(silo: SiloConfig, tmp_path: Path) -> None:
     units = [path for path in written if path.suffix in (".service", ".socket")]
     for unit in units:
         if unit.suffix == ".service":
-            words = ["systemd-analyze", "security", "--offline=true", "--threshold=20", unit]
+            # bubblewrap needs some of what systemd counts; the sandbox is stricter, and has its own test
+            most = "20" if "worker" in unit.name else "50"
+            words = ["systemd-analyze", "security", "--offline=true", f"--threshold={most}", unit]
             done = subprocess.run(words, capture_output=True, text=True, check=False)
             assert done.returncode == 0, f"{unit.name}: {done.stdout[-200:]}"
     done = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True, check=False)

@@ -165,7 +165,7 @@ def units(
     superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the SuperNode finds its SuperLink.")],
     out: Annotated[Path, typer.Option(help="A new folder.")],
 ) -> None:
-    """Write systemd units, and a script for use without systemd, that run the SuperNode as a stranger."""
+    """Write a sandbox for the SuperNode, and systemd units for it and the worker."""
     from flexperts.deployment.units import write_units
     from flexperts.observer import observing
     from flexperts.recipe import load_silo

@@ -1,4 +1,4 @@
-"""Files that let a SuperNode run as a stranger: systemd units, and a script with bubblewrap for other systems."""
+"""Files that let a SuperNode run as a stranger: a script with bubblewrap, and systemd units."""
 
 from __future__ import annotations
 
