@@ -236,7 +236,8 @@ def refusal(error: ValidationError, sender: str) -> FederationError:
     name = ".".join(map(str, first["loc"])) or "the value"
     if first["type"] == "missing":
         return incompatible(f"{sender} reports {name} = None", "it cannot be read without this field")
-    rule = _RULES.get(first["type"], first["msg"]).format(**first.get("ctx", {}))
+    known = _RULES.get(first["type"])
+    rule = known.format(**first["ctx"]) if known and "ctx" in first else known or first["msg"]
     return incompatible(f"{sender} reports {name[:100]} = {shown(first['input'])}", rule)
 
 

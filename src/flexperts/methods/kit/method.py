@@ -72,7 +72,7 @@ class Method:
     plan_note: ClassVar[str] = ""
     """How a run's costs can differ from the planned ones; empty if they cannot."""
 
-    def __init__(self, options: Options | None = None) -> None:
+    def __init__(self, options: Method.Options | None = None) -> None:
         self.options = options or self.Options()
 
     def check(self, config: RunConfig) -> None:
