@@ -386,7 +386,8 @@ def test_run_refuses_data(
 
 @pytest.mark.parametrize("name", ["two\nlines", "[bold]", "[/bold]", "it's"])
 def test_errors_are_shown_literally_on_one_line(tmp_path: Path, name: str) -> None:
-    refused(call("run", tmp_path / f"{name}.toml"), f"{name.replace(chr(10), ' ')}.toml: there is no such recipe")
+    shown = name.replace("\n", "\\n")
+    refused(call("run", tmp_path / f"{name}.toml"), f"{shown}.toml: there is no such recipe")
 
 
 def test_missing_recipe_as_users_see_it(tmp_path: Path) -> None:

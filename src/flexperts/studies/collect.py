@@ -128,7 +128,7 @@ def collect_run(path: Path, *, samples: int = 0) -> dict[str, Any]:
         name = f"{name} as reference" if name == finished[0].name else name
         finished.append(Finished(name, (), {int(other.summary()["seed"]): other}))
     recipe = recorded_recipe(run.path).to_toml()
-    return collect(path.resolve().name, recipe, finished, finished[-1].name, samples=samples)
+    return collect(path.resolve().name, recipe, finished, finished[0].name, samples=samples)
 
 
 def _entry(entry: Finished) -> dict[str, Any]:
