@@ -172,7 +172,7 @@ def test_a_quantized_checkpoint_is_refused(tiny_base: Path, monkeypatch: pytest.
 
 def test_without_the_extra_the_error_says_what_to_install(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flexperts.modeling.quantization.find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"install flexperts\[quantization\]"):
+    with pytest.raises(ModelError, match=r"pip install 'flexperts\[quantization\]"):
         load(tiny_base, "nf4")
 
 
