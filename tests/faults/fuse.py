@@ -33,7 +33,7 @@ class Fuse:
 
     def install(self) -> None:
         """Put places around every write, sync and rename of a file in the folder."""
-        fsync, replace, opened = os.fsync, Path.replace, Path.open
+        fsync, replace, opened, fdopened = os.fsync, Path.replace, Path.open, os.fdopen
 
         def counted_fsync(descriptor: int) -> None:
             self.place("before a sync")
@@ -52,7 +52,14 @@ class Fuse:
                 return HalfwayFile(file, self, "a line" if "a" in mode else "a file")
             return file
 
-        os.fsync, Path.replace, Path.open = counted_fsync, counted_replace, counted_open  # type: ignore[assignment,method-assign]
+        def counted_fdopen(descriptor: int, mode: str = "r", *rest: Any, **options: Any) -> Any:
+            file = fdopened(descriptor, mode, *rest, **options)
+            if "w" in mode and Path(f"/proc/self/fd/{descriptor}").readlink().is_relative_to(self.folder.resolve()):
+                return HalfwayFile(file, self, "a file")
+            return file
+
+        os.fsync, os.fdopen = counted_fsync, counted_fdopen
+        Path.replace, Path.open = counted_replace, counted_open  # type: ignore[assignment,method-assign]
 
 
 class HalfwayFile:
