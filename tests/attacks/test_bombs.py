@@ -107,6 +107,7 @@ def test_bombs_as_updates(recipe: Recipe, tmp_path: Path, packing: str) -> None:
         server, rounds = run_on(grid, config, tmp_path / "run")
         taken = [kind for kind, record in zip(kinds, rounds, strict=True) if [*record["refused"]] != ["b"]]
         assert taken == []
+        assert "are expected here" in rounds[kinds.index("a vector of 100 MB")]["refused"]["b"]
         assert bits(server) == expected([(a, c)] * len(kinds)).tobytes()
         return
     wanted = Expected(START.manifest, START, CompressionConfig(kind=packing))  # type: ignore[arg-type]
@@ -178,6 +179,7 @@ def test_bombs_as_introductions(recipe: Recipe, tmp_path: Path) -> None:
     assert faults == []
     assert sorted(server.clients) == ["a", "c"]
     assert all(len(reason) < 500 for _, reason in watch.refusals)
+    assert any("are expected here" in reason for _, reason in watch.refusals)
 
 
 def test_bombs_as_scores(recipe: Recipe, tmp_path: Path) -> None:
@@ -191,6 +193,7 @@ def test_bombs_as_scores(recipe: Recipe, tmp_path: Path) -> None:
     grid.faults |= {("evaluate", at, "b"): fault for at, fault in enumerate(faults, 1)}
     _, rounds = run_on(grid, recipe(*FOUR, "evaluation.every=1"), tmp_path / "run")
     assert [[*record["unscored"]] for record in rounds] == [["b"]] * 4
+    assert "at most 65,536 are expected here" in rounds[1]["unscored"]["b"]
 
 
 def test_one_tensor_under_many_names_on_the_socket() -> None:

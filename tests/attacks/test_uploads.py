@@ -150,6 +150,8 @@ def test_an_upload_that_cannot_be_read_is_one_silo_s_error(kind: str) -> None:
     assert reason is not None
     assert "its reply cannot be read" in reason
     assert reason.isprintable()
+    if kind == "two megabytes":
+        assert "it has more than 1,048,576 bytes" in reason
     assert [info_of(by_node[node].content)["client"] for node in (101, 103)] == ["b", "b"]
 
 

@@ -69,6 +69,8 @@ class Notices(Observer):
         ([1, 10**6], 0.5, [1, 10**6]),
         ([0.0, 0.0, 0.0], 0.5, [0.0, 0.0, 0.0]),
         ([], 0.5, []),
+        ([5, 5, 1], 0.3, [1, 1, 1]),
+        ([1, 2, 3, 4, 5, 6], 0.1, [1, 1, 1, 1, 1, 1]),
     ],
 )
 def test_rows_are_capped(rows: list[int], share: float, counted: list[int]) -> None:
@@ -241,6 +243,6 @@ def test_parameters_are_measured_from_what_their_client_was_sent(recipe: Recipe)
     assert [*judge.too_large(sizes)] == ["a"]
 
 
-def test_no_setting_lets_a_usual_update_be_too_large(recipe: Recipe) -> None:
+def test_an_update_below_ten_times_the_median_is_taken(recipe: Recipe) -> None:
     judge = Admission(SimpleNamespace(additive=True), recipe(), Server(START, {}))  # type: ignore[arg-type]
     assert judge.too_large({n: {"parameters": size} for n, size in zip("abcd", (1, 2, 4, 9), strict=True)}) == {}

@@ -72,7 +72,13 @@ def capped(weights: Sequence[float], share: float) -> list[float]:
         if largest <= most:
             break
         rest -= largest
+    most = max(most, ordered[-1])  # rounding must not lower the smallest
     return [weight if weight <= most else type(weight)(most) for weight in weights]
+
+
+def capped_rows(rows: Mapping[str, int], share: float) -> dict[str, int]:
+    """Return what ``capped`` makes of clients' rows."""
+    return dict(zip(rows, map(int, capped(list(rows.values()), share)), strict=True))
 
 
 def holders_mean(current: Mapping[str, Tensor], updates: Iterable[Update]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from io import BytesIO
 from typing import Any
 
@@ -55,10 +56,15 @@ class Expected:
     sent: Payload
     packing: CompressionConfig
 
+    @cached_property
+    def text(self) -> str:
+        """The manifest as JSON."""
+        return self.manifest.to_json()
+
     @property
     def most(self) -> int:
         """Most bytes that a reply has: values in fp32, which are never fewer than packed ones, manifest, fields."""
-        return 4 * self.manifest.size + len(self.manifest.to_json()) + ROOM
+        return 4 * self.manifest.size + len(self.text) + ROOM
 
 
 @dataclass(frozen=True)
@@ -237,7 +243,7 @@ def _view(array: Array) -> NDArray[Any]:
 
 def _manifest(info: Info, sender: str, expected: Expected | None) -> Manifest:
     """Return a payload's manifest. An expected one is compared as text, and only another one is parsed."""
-    known = None if expected is None else expected.manifest.to_json()
+    known = None if expected is None else expected.text
     most = _LONGEST_MANIFEST if known is None else 2 * len(known) + ROOM
     try:
         unzip = zlib.decompressobj()

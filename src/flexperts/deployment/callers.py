@@ -8,6 +8,7 @@ import pwd
 import socket
 import stat
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 from flexperts.config.silo import SiloSocket
@@ -75,23 +76,20 @@ def _check_folder(folder: Path) -> None:
 
 
 def _user(name: str) -> int:
-    try:
-        return _number(name) or pwd.getpwnam(name).pw_uid
-    except (KeyError, ValueError) as error:
-        raise ConfigError(
-            f"socket.users has {name!r}", "this machine has no such user", "create the user, or correct the name"
-        ) from error
+    return _id("socket.users", "user", name, lambda: pwd.getpwnam(name).pw_uid)
 
 
 def _group(name: str) -> int:
+    return _id("socket.group", "group", name, lambda: grp.getgrnam(name).gr_gid)
+
+
+def _id(setting: str, kind: str, name: str, look_up: Callable[[], int]) -> int:
+    """Return an id that is written as a number, or look up a name. Root has its name only; 2**32 - 1 means none."""
+    if name.isascii() and name.isdigit() and 0 < int(name) < 2**32 - 1:
+        return int(name)
     try:
-        return _number(name) or grp.getgrnam(name).gr_gid
+        return look_up()
     except (KeyError, ValueError) as error:
         raise ConfigError(
-            f"socket.group = {name!r}", "this machine has no such group", "create the group, or correct the name"
+            f"{setting}: {name!r}", f"this machine has no such {kind}", f"create the {kind}, or correct the name"
         ) from error
-
-
-def _number(name: str) -> int | None:
-    """Return an id that is written as a number; 2**32 - 1 means no user to the system. Root is asked by name."""
-    return int(name) if name.isascii() and name.isdigit() and 0 < int(name) < 2**32 - 1 else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -126,18 +126,22 @@ class FedMoEDA(OwnParts):
 
     def aggregate(self, server: Server, updates: Iterable[Update]) -> None:
         """Average LoRA; keep every participant's experts and router, and mix the experts."""
-        shared, lora = server.shared.tensors(), []
-        for update in updates:
-            check_finite(update)
-            tensors = update.tensors()
-            adapter = {n: tensors.pop(n) for n in list(tensors) if n.startswith(SHARED_PREFIX)}
-            lora.append(replace(update, payload=Payload.of(adapter)))
-            server.memory |= {_own(update.client, n): t.clone() for n, t in tensors.items()}
+        shared, present = server.shared.tensors(), list[str]()
+
+        def adapters() -> Iterator[Update]:
+            for update in updates:
+                check_finite(update)
+                tensors = update.tensors()
+                adapter = {n: tensors.pop(n) for n in list(tensors) if n.startswith(SHARED_PREFIX)}
+                server.memory |= {_own(update.client, n): t.clone() for n, t in tensors.items()}
+                present.append(update.client)
+                yield replace(update, payload=Payload.of(adapter))
+
         before = {n: t for n, t in shared.items() if n.startswith(SHARED_PREFIX)}
-        server.shared = Payload.of(shared | holders_mean(before, lora))
+        server.shared = Payload.of(shared | holders_mean(before, adapters()))
         if self._mixes_anew(server.round + 1):
             self._compute_mix(server)
-        _mix_experts(server, [update.client for update in lora])
+        _mix_experts(server, present)
 
     def _mixes_anew(self, number: int) -> bool:
         return (number - 1) % self.options.every == 0

@@ -138,9 +138,10 @@ class FedMoEStyle(OwnParts):
             if name.startswith(EXPERTS):
                 layer, expert = place_of(name)
                 known[layer].add(expert)
-        if held.keys() != known.keys() or not all(set(held[layer]) <= known[layer] for layer in known):
+        different = all(len(set(its)) == len(its) for its in held.values())
+        if held.keys() != known.keys() or not different or not all(set(held[n]) <= known[n] for n in known):
             raise incompatible(
-                f"{client} reports experts {shown(held)}", "each layer's are some of those of its base"
+                f"{client} reports experts {shown(held)}", "each layer's are different ones of its base"
             )
 
     def broadcast(self, server: Server, client: str) -> Payload:

@@ -121,7 +121,9 @@ class HetLoRA(RankedMethod):
             norms.append(product_norm(factors(tensors)))
             rows.append(float(update.rows))
             arrived.append(padded(tensors, rank_of(current)))
-        weights = capped(norms if sum(norms) else rows, server.max_share)
+        weights = capped(norms, server.max_share)
+        if not sum(weights):  # of one product that is not zero, no share can be taken
+            weights = capped(rows, server.max_share)
         shares = [(w / sum(weights), each) for w, each in zip(weights, arrived, strict=True)]
         mean = {n: torch.stack([w * each[n] for w, each in shares]).sum(0) for n in current}
         server.shared = Payload.of(_beyond(mean, current, top))

@@ -171,8 +171,11 @@ class Admission:
     def sizes(self, update: Update) -> dict[str, float]:
         """Return the root mean square of an update's change to what was sent: of parameters, of derived values.
 
-        Parameters that were not sent are taken as they are; derived values that were not sent are left out.
+        Parameters that were not sent are taken as they are; derived values that were not sent are left out. The
+        result is empty if no limit needs it.
         """
+        if self.config.federation.max_norm_ratio == "off":
+            return {}
         if self.method.additive:
             return {"parameters": root_mean_square(update.vector, self.server.shared.vector)}
         sent = self.method.broadcast(self.server, update.client).tensors()

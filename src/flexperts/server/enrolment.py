@@ -164,7 +164,6 @@ def enrol(method: Method, server: Server, one: Introduction) -> None:
         )
     clients = {**server.clients, one.client: one.rows}
     reports = {**server.reports, one.client: one.report}
-    agreed(method, {one.client: one.report})
     before = server.clients, server.reports, dict(server.memory)
     change_clients(method, server, clients, reports, "start a new run with it")
     try:

@@ -186,7 +186,7 @@ class Membership:
                 f"node {node} says {name}, a name that belongs to node {self.owners[name]}; if that silo has a new "
                 f"SuperNode key, run `flexperts forget`"
             )
-        if (own := next((n for n, its in self.owners.items() if its == node), name)) != name:
+        if name not in self.owners and (own := next((n for n, its in self.owners.items() if its == node), None)):
             return (
                 f"node {node} is the client {own} of this run and now says {name}; use one name in that silo's file"
             )

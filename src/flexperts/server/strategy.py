@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from flexperts.artifacts import RunDirectory
-from flexperts.communication.average import capped
+from flexperts.communication.average import capped_rows
 from flexperts.communication.messages import Update, records
 from flexperts.communication.traffic import encoded_bytes
 from flexperts.config.run import RunConfig
@@ -212,12 +212,11 @@ class FlexpertsStrategy(Strategy):
 
     def _counted(self, names: Iterable[str], log: RoundLog) -> dict[str, int]:
         """Return the rows that each update counts for; record and name the clients that count for fewer."""
-        has, share = self.server.clients, self.config.federation.max_share
+        has, share = self.server.clients, self.server.max_share
         if self.method.pools_rows:
             return dict.fromkeys(names, sum(has.values()))
         known = self.server.counted
-        before = {name: known[name] for name in names}
-        rows = dict(zip(before, map(int, capped(list(before.values()), share)), strict=True))
+        rows = capped_rows({name: known[name] for name in names}, share)
         log.capped = {name: count for name, count in rows.items() if count < has[name]}
         for name, count in log.capped.items():
             self.observer.notice(

@@ -12,7 +12,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flexperts.errors import incompatible
 from flexperts.methods.kit.method import Method, OnBatch, State
 from flexperts.methods.kit.turn import Turn
 
@@ -37,12 +36,7 @@ def held_part(tensors: Mapping[str, Tensor], held: Held) -> dict[str, Tensor]:
             if expert in held[layer]:
                 part[name] = tensor
         elif name.startswith(ROUTER):
-            rows = list(held[name.removeprefix(ROUTER)])
-            if len(set(rows)) < len(rows) or not set(rows) <= set(range(len(tensor))):
-                raise incompatible(
-                    f"{len(rows)} held experts in {name}", f"they must be different ones of {len(tensor)}"
-                )
-            part[name] = tensor[rows]
+            part[name] = tensor[list(held[name.removeprefix(ROUTER)])]
         else:
             part[name] = tensor
     return part

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Generator, Tensor
 
-from flexperts.communication.average import capped
+from flexperts.communication.average import capped_rows
 from flexperts.parameters.vector import Payload
 from flexperts.seeding import generator
 
@@ -48,7 +48,7 @@ class Server:
     @property
     def counted(self) -> dict[str, int]:
         """Client -> the rows that it counts for in means: what it reported, up to ``max_share`` of all rows."""
-        return dict(zip(self.clients, map(int, capped(list(self.clients.values()), self.max_share)), strict=True))
+        return capped_rows(self.clients, self.max_share)
 
     def generator(self, *purpose: str | int) -> Generator:
         """Return a random stream for the server."""
