@@ -59,6 +59,8 @@ def write_bytes(path: Path, content: bytes, *, mode: int = PRIVATE) -> None:
 
 def make_folder(folder: Path, mode: int = PRIVATE) -> None:
     """Create a folder, and those that it is in, if they do not exist; ``mode`` is that of files in it."""
+    if folder.exists():
+        return
     for place in reversed((folder, *folder.parents)):
         if not place.exists():
             place.mkdir(mode | (mode & 0o444) >> 2, exist_ok=True)
@@ -215,7 +217,7 @@ def _refuse_links(folder: Path) -> None:
 
 def remove_parts(folder: Path) -> None:
     """Remove temporary files of killed processes; no process may be writing the folder."""
-    for part in folder.rglob(".*.part"):
+    for part in folder.rglob(f".{'[0-9a-f]' * 16}.part"):
         with suppress(OSError):  # a folder, or read-only
             part.unlink()
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from functools import wraps
+from threading import Lock
 from typing import Any
 
 from flwr.app import Error, Message, RecordDict
@@ -116,14 +117,16 @@ def _bound_pulls(grid: Grid, most: int) -> None:
     def bounded(
         object_ids: Iterable[str], pull_object_fn: Callable[[str], bytes], **settings: Any
     ) -> dict[str, bytes]:
-        size = 0
+        size, lock = 0, Lock()  # Flower pulls in several threads
 
         def one(object_id: str) -> bytes:
             nonlocal size
             content = pull_object_fn(object_id)
-            size += _size_of(content)
-            if size > most:
-                raise ValueError(f"it has more than {most:,} bytes")
+            added = _size_of(content)
+            with lock:
+                size += added
+                if size > most:
+                    raise ValueError(f"it has more than {most:,} bytes")
             return content
 
         return pull(object_ids=object_ids, pull_object_fn=one, **settings)

@@ -146,10 +146,9 @@ class Ledger:
 
     def check_scored(self, rows: Sequence[Row]) -> None:
         """Refuse scores that stand for too few rows, alone or combined with scores that were sent before."""
-        before = [set(group) for group in self._content.scored]
-        for group in _groups(before, _hashes(rows)):
+        for group in self._regrouped(rows):
             texts = {one[:_HASH] for one in group}  # equal rows count as one
-            if group not in before and len(texts) < self.policy.min_score_rows:
+            if group not in self._content.scored and len(texts) < self.policy.min_score_rows:
                 raise refusal(self.policy, "min_score_rows", f"{len(rows)} rows, {len(texts)} of them separately")
 
     def record(self, asked: Asked, reply: bytes, privacy: PrivacyConfig, scored: Sequence[Row] = ()) -> None:
@@ -167,10 +166,14 @@ class Ledger:
         else:
             spent = replace(spent, evaluations=spent.evaluations + 1)
         answered = {**spent.answered, asked.kind: (asked.request, _sha256(reply))}
-        groups = _groups([set(group) for group in self._content.scored], _hashes(scored))
         # In this order: a reply that is not in the ledger is never sent.
         write_bytes(self._reply(asked), reply)
-        self._write(asked.run, replace(spent, answered=answered), [sorted(group) for group in groups])
+        self._write(asked.run, replace(spent, answered=answered), self._regrouped(scored))
+
+    def _regrouped(self, rows: Iterable[Row]) -> list[list[str]]:
+        """Return the groups of scored rows after scores on these rows."""
+        groups = _groups([set(group) for group in self._content.scored], _hashes(rows))
+        return [sorted(group) for group in groups]
 
     def _trained(self, spent: Spent, number: int, privacy: PrivacyConfig) -> Spent:
         """Return what a run has received after one more round."""

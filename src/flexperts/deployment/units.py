@@ -35,11 +35,11 @@ def write_units(file: Path, silo: SiloConfig, superlink: str, out: Path) -> list
     except OSError as error:
         raise ConfigError(f"--out {out}", f"it cannot be created ({error})", "choose a new folder") from error
     written = []
-    hardened = _rendered(_TEMPLATES / "hardened.conf", values).strip()
+    values["HARDENED"] = (_TEMPLATES / "hardened.conf").read_text(encoding="utf-8").strip()
     for template in sorted(_TEMPLATES.iterdir()):
         if template.name != "hardened.conf":
             path = out / template.name
-            write_text(path, _rendered(template, values | {"HARDENED": hardened}))
+            write_text(path, _rendered(template, values))
             path.chmod(0o755 if template.name == "isolated-supernode" else 0o644)
             written.append(path)
     return written

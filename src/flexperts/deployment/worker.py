@@ -27,7 +27,7 @@ from flexperts.deployment.policy import check_loss, check_policy, check_recipe, 
 from flexperts.deployment.settings import for_silo
 from flexperts.deployment.state import private_folder
 from flexperts.deployment.wire import Fields, deserialize, serialize
-from flexperts.errors import FlexpertsError, PolicyError, incompatible, one_line, printable
+from flexperts.errors import FlexpertsError, PolicyError, incompatible, printable
 from flexperts.methods.registry import make_method
 from flexperts.modeling.load import LoadedBase, load_base
 from flexperts.observer import Observer, observing
@@ -199,7 +199,7 @@ def _asked(run: str, kind: str, content: RecordDict, client: Client) -> Asked:
 
 def _log(error: Exception) -> None:
     if isinstance(error, FlexpertsError):
-        log.error("%s: %s", type(error).__name__, one_line(str(error)))
+        log.error("%s: %s", type(error).__name__, error)
     else:  # its text may quote the request
         trace = "".join(traceback.format_exception(error)).splitlines()
         log.error("%s\n%s", type(error).__name__, "\n".join(map(printable, trace)))

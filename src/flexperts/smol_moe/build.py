@@ -9,9 +9,8 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -190,8 +189,7 @@ def _quiet_transformers() -> Iterator[None]:
     was = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        with redirect_stderr(StringIO()):  # for the bar of its GGUF reader, which is not transformers' own
-            yield
+        yield
     finally:
         if was:
             logging.enable_progress_bar()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,9 +75,10 @@ def read_weights(path: Path) -> tuple[LlamaConfig, dict[str, torch.Tensor]]:
         config = AutoConfig.from_pretrained(**_place(path), trust_remote_code=False)
         if config.model_type != "llama":
             raise _unfit(path, f"has model_type {config.model_type!r}, not llama")
-        model, found = LlamaForCausalLM.from_pretrained(
-            **_place(path), config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
+        with redirect_stderr(StringIO()):  # the GGUF reader shows a bar that no setting of transformers hides
+            model, found = LlamaForCausalLM.from_pretrained(
+                **_place(path), config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
     except ModelError:
         raise
     except (OSError, ValueError, struct.error) as error:

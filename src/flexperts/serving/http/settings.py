@@ -6,9 +6,12 @@ import socket
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flexperts.errors import ConfigError
-from flexperts.serving.http.door import Door
+
+if TYPE_CHECKING:
+    from flexperts.serving.http.door import Door
 
 _CONNECTIONS = 256
 
@@ -43,6 +46,10 @@ class Address:
         Args:
             connections: Most connections of callers who have not shown a key.
         """
+        from flexperts.serving.http.door import (
+            Door,
+        )  # it imports asyncio, which the command line's help does not need
+
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         try:
             return Door(socket.create_server((self.host, self.port), family=family), connections)
