@@ -217,7 +217,7 @@ def _refuse_links(folder: Path) -> None:
 
 def remove_parts(folder: Path) -> None:
     """Remove temporary files of killed processes; no process may be writing the folder."""
-    for part in folder.rglob(f".{'[0-9a-f]' * 16}.part"):
+    for part in folder.rglob(".*.part"):  # older versions named them by the file
         with suppress(OSError):  # a folder, or read-only
             part.unlink()
 
