@@ -19,7 +19,7 @@ from statistics import mean
 from typing import Any
 
 from flexperts.client.workspace import Workspace
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.environment import environment
 from flexperts.files import write_json
 from flexperts.recipe import load_recipe

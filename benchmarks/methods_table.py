@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from flexperts.client.workspace import Workspace
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.environment import environment
 from flexperts.files import write_json
 from flexperts.methods.registry import method_names

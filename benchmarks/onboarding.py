@@ -24,7 +24,7 @@ from flexperts.artifacts import RunDirectory
 from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
 from flexperts.data.silos.generate import SILOS, write_silos
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.environment import environment
 from flexperts.files import write_json, write_text
 from flexperts.finished.joining import join

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from flexperts.data.silos.generate import write_silos
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.environment import environment
 from flexperts.evaluation.generation import prompt_batch
 from flexperts.files import write_json

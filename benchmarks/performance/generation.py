@@ -24,7 +24,7 @@ from transformers import GenerationConfig
 
 from flexperts.data.batches import pad_batch
 from flexperts.data.prompts import PromptEncoder
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.evaluation.generation import end_tokens, generate, longest_first, prompt_batch
 from flexperts.evaluation.scores import EvaluationSettings, evaluate, rouge_l
 from flexperts.finished.trained import TrainedRun

@@ -21,7 +21,7 @@ from flexperts.artifacts import RunDirectory
 from flexperts.client.workspace import Workspace
 from flexperts.communication.compression import pack
 from flexperts.config.federation import CompressionConfig
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.recipe import load_recipe
 
 RECIPE = ROOT / "recipes" / "quickstart.toml"

@@ -16,7 +16,7 @@ from typing import Any
 
 from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.observer import Observer
 
 EVALUATED = 10

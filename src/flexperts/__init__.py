@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from flexperts.artifacts import RunDirectory
     from flexperts.communication.messages import Update
     from flexperts.config.run import RunConfig
-    from flexperts.engines.in_process import run_federation
+    from flexperts.engines.run import run_federation
     from flexperts.errors import FlexpertsError
     from flexperts.finished.joining import join
     from flexperts.finished.trained import TrainedRun
@@ -56,7 +56,7 @@ _HOMES = {
     "parse_recipe": "recipe",
     "reconstruction_scores": "selection.selection",
     "register_method": "methods.registry",
-    "run_federation": "engines.in_process",
+    "run_federation": "engines.run",
     "save_grafts": "parts.graft_file",
     "split_parameters": "parameters.split",
 }

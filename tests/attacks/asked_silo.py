@@ -10,11 +10,11 @@ from typing import Any
 from flwr.app import RecordDict
 
 from flexperts.communication.messages import info_of, payload_of, records
+from flexperts.communication.wire import deserialize, serialize
 from flexperts.config.run import RunConfig
 from flexperts.data.silos.generate import write_silos
 from flexperts.deployment.settings import at_silos
 from flexperts.deployment.state import make_private
-from flexperts.deployment.wire import deserialize, serialize
 from flexperts.deployment.worker import Worker
 from flexperts.parameters.vector import Payload
 from flexperts.recipe import load_silo

@@ -12,7 +12,7 @@ import pytest
 
 from flexperts.artifacts import RunDirectory
 from flexperts.config.run import RunConfig
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.errors import ArtifactError
 from flexperts.export.exporting import FORMS, export_run
 from flexperts.files import LOCK, PRIVATE, PUBLIC, sole_writer, write_bytes, write_json, write_text

@@ -13,7 +13,7 @@ import pytest
 from flexperts.cli import serve
 from flexperts.cli.main import main
 from flexperts.config.run import RunConfig
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.errors import ConfigError
 from flexperts.finished.joining import join
 from flexperts.finished.trained import TrainedRun

@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 from flexperts.artifacts import RunDirectory
 from flexperts.cli.main import app
 from flexperts.communication.messages import payload_of
+from flexperts.communication.wire import deserialize
 from flexperts.config.run import RunConfig
 from flexperts.config.silo import SiloPolicy
 from flexperts.deployment import ledger as ledger_module
 from flexperts.deployment.kept import kept_runs
 from flexperts.deployment.ledger import Ledger
 from flexperts.deployment.state import delete_run
-from flexperts.deployment.wire import deserialize
 from flexperts.engines.grid import InProcessGrid
 from flexperts.errors import ArtifactError
 from flexperts.files import unwritable

@@ -25,10 +25,10 @@ from typer.testing import CliRunner
 import flexperts
 from flexperts.cli.main import app
 from flexperts.communication.messages import info_of, records
+from flexperts.communication.wire import serialize
 from flexperts.config.silo import SiloConfig, SiloSocket
 from flexperts.deployment import listening, relay
 from flexperts.deployment.units import write_units
-from flexperts.deployment.wire import serialize
 from flexperts.engines.flower_private import stamp
 from flexperts.engines.grid import InProcessGrid
 from flexperts.errors import ArtifactError, ConfigError

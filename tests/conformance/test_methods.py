@@ -20,7 +20,7 @@ from flexperts.client.workspace import Workspace
 from flexperts.communication.traffic import encoded_objects
 from flexperts.config.run import RunConfig
 from flexperts.engines.grid import InProcessGrid
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.errors import ConfigError
 from flexperts.finished.trained import TrainedRun
 from flexperts.methods.registry import make_method, method_class, method_names
@@ -85,7 +85,7 @@ def test_a_method_keeps_its_word(
     workspace = Workspace(config)
     before = {n: t.clone() for n, t in workspace.base.model.state_dict().items()}
     hooks = count_hooks(workspace.base.model)
-    monkeypatch.setattr("flexperts.engines.in_process.Workspace", lambda config, **_: workspace)
+    monkeypatch.setattr("flexperts.engines.run.Workspace", lambda config, **_: workspace)
     replies = record_replies(monkeypatch)
     summary = run_federation(config, tmp_path / "whole")
 

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from flexperts.config.data import DataConfig
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.parameters.store import load_personal
 from flexperts.recipe import load_recipe
 from flexperts.server.checkpoint import load_server

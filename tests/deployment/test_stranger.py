@@ -17,7 +17,7 @@ import tomli_w
 
 from flexperts.config.data import DataConfig
 from flexperts.deployment.units import write_units
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.recipe import load_recipe, load_silo
 from flexperts.server.checkpoint import load_server
 

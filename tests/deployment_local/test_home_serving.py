@@ -11,11 +11,11 @@ import pytest
 from flwr.app import RecordDict
 
 from flexperts.cli.main import main
+from flexperts.communication.wire import deserialize, serialize
 from flexperts.config.run import RunConfig
 from flexperts.config.silo import SiloConfig
 from flexperts.deployment.home import HomeModel, HomeRun
 from flexperts.deployment.state import make_private
-from flexperts.deployment.wire import deserialize, serialize
 from flexperts.deployment.worker import Worker
 from flexperts.errors import ArtifactError
 from flexperts.serving.contract import Piece, Sampling, find_model

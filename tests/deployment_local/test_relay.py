@@ -14,9 +14,9 @@ from flwr.app import Array, ArrayRecord, RecordDict
 
 from flexperts.communication.messages import info_of, records
 from flexperts.communication.traffic import encoded_objects
+from flexperts.communication.wire import deserialize, serialize
 from flexperts.config.run import RunConfig
 from flexperts.deployment.state import make_private
-from flexperts.deployment.wire import deserialize, serialize
 from flexperts.deployment.worker import Worker
 from flexperts.engines.grid import InProcessGrid
 from flexperts.errors import ConfigError

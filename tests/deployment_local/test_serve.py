@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 from flexperts.cli.main import app
 from flexperts.communication.messages import info_of
+from flexperts.communication.wire import deserialize, serialize
 from flexperts.config.run import RunConfig
 from flexperts.deployment.listening import listening
-from flexperts.deployment.wire import deserialize, serialize
 from flexperts.errors import ArtifactError, DataError, FederationError
 
 from .asking import RUN, converse, say

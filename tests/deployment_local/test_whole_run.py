@@ -15,7 +15,7 @@ from flexperts.deployment.settings import at_silos
 from flexperts.deployment.state import make_private
 from flexperts.deployment.worker import Worker
 from flexperts.engines.grid import InProcessGrid
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.errors import ArtifactError
 from flexperts.finished.trained import TrainedRun
 from flexperts.observer import Observer

@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 from safetensors.numpy import save
 
 from flexperts.communication.traffic import encoded_objects
-from flexperts.deployment.wire import deserialize, serialize
+from flexperts.communication.wire import deserialize, serialize
 from flexperts.errors import FederationError
 
 INTEGERS = st.integers(-(2**63), 2**63 - 1)

@@ -16,13 +16,13 @@ from flexperts.client.client import Resident
 from flexperts.client.workspace import Workspace
 from flexperts.communication.messages import info_of, records
 from flexperts.communication.traffic import encoded_objects
+from flexperts.communication.wire import deserialize, serialize
 from flexperts.config.run import RunConfig
 from flexperts.config.silo import SiloConfig
 from flexperts.deployment import worker as worker_module
 from flexperts.deployment.kept import keep_recipe, kept_runs
 from flexperts.deployment.settings import for_silo
 from flexperts.deployment.state import make_private
-from flexperts.deployment.wire import deserialize, serialize
 from flexperts.deployment.worker import Worker
 from flexperts.errors import ArtifactError
 from flexperts.observer import Observer

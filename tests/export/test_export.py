@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from flexperts.artifacts import RunDirectory
 from flexperts.cli.main import main
 from flexperts.config.run import RunConfig
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.errors import ArtifactError, ConfigError
 from flexperts.export import exporting
 from flexperts.export.content import logits_of

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.export.exporting import export_run
 from flexperts.recipe import parse_recipe
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from flexperts.config.run import RunConfig
 from flexperts.data.prompts import PromptEncoder
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.export.exporting import export_run
 from flexperts.export.template import stop_where_trained, trained_tokenizer
 from flexperts.testing import byte_tokenizer, tiny_model

@@ -18,7 +18,7 @@ import torch
 from fuse import Fuse, FuseObserver
 
 from flexperts.client.workspace import Workspace
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.recipe import parse_recipe
 
 MEASURES = ("seconds", "peak_memory", "sha256")

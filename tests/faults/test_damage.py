@@ -16,7 +16,7 @@ from siege import left_behind
 
 from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.errors import ArtifactError, FlexpertsError
 from flexperts.observer import Observer
 
@@ -142,7 +142,7 @@ def test_damage_to_a_finished_run_is_told(place: Place, tmp_path: Path, name: st
 
 FULL = """
 import resource, sys
-import flexperts.cli.display, flexperts.engines.in_process, flexperts.tracking  # torch writes while it loads
+import flexperts.cli.display, flexperts.engines.run, flexperts.tracking  # torch writes while it loads
 from flexperts.cli.main import main
 limit = int(sys.argv.pop(1))
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from flexperts.client.answer_limit import answer_limit, check_limit, chosen_limit
 from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.errors import ConfigError
 from flexperts.finished.joining import join
 from flexperts.finished.trained import TrainedRun

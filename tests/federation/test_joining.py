@@ -21,7 +21,7 @@ from flexperts.artifacts import RunDirectory
 from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
 from flexperts.data.silos.generate import write_silos
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.errors import ArtifactError, ConfigError, DataError, FlexpertsError
 from flexperts.finished.joining import join
 from flexperts.finished.trained import TrainedRun

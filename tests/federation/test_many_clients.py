@@ -12,7 +12,7 @@ import pytest
 from flexperts.client import workspace as module
 from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.errors import ArtifactError
 from flexperts.finished.joining import join
 from flexperts.methods.fedavg import FedAvg

@@ -15,7 +15,7 @@ from flwr.app import Message
 from flexperts.artifacts import RunDirectory
 from flexperts.communication.messages import records
 from flexperts.config.run import RunConfig
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.errors import ArtifactError, FederationError
 from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.server_state import Server

@@ -14,7 +14,7 @@ from flexperts.client.workspace import Workspace
 from flexperts.config.changes import rounds_before
 from flexperts.config.run import RunConfig
 from flexperts.data.silos.generate import write_silos
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.errors import ArtifactError, ConfigError
 from flexperts.finished.joining import join
 from flexperts.methods.kit import turn as turns

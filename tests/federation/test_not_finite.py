@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from flexperts.cli.display import score_notes, score_table
 from flexperts.config.run import RunConfig
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.errors import ModelError
 from flexperts.finished.joining import join
 from flexperts.finished.trained import TrainedRun

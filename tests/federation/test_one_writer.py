@@ -16,7 +16,7 @@ import pytest
 
 from flexperts.artifacts import RunDirectory
 from flexperts.config.run import RunConfig
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.errors import ArtifactError
 from flexperts.files import LOCK, holder, holding, sole_writer
 from flexperts.finished.joining import join
@@ -149,7 +149,7 @@ RUN = """
     import sys
     from pathlib import Path
     from flexperts.errors import ArtifactError
-    from flexperts.engines.in_process import run_federation
+    from flexperts.engines.run import run_federation
     from flexperts.recipe import parse_recipe
     try:
         run_federation(parse_recipe(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), resume=True)

@@ -10,7 +10,7 @@ import pytest
 
 from flexperts.communication.messages import Update
 from flexperts.config.run import RunConfig
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.errors import ConfigError
 from flexperts.methods.registry import make_method
 from flexperts.parameters.vector import Manifest, Payload

@@ -13,7 +13,7 @@ import pytest
 
 from flexperts.communication.messages import Update
 from flexperts.config.run import RunConfig
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.finished.trained import TrainedRun
 from flexperts.methods.fedavg import FedAvg
 from flexperts.methods.kit.method import Method

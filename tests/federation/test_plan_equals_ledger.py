@@ -14,7 +14,7 @@ from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
 from flexperts.costs.models import describe, meta_base
 from flexperts.costs.plan import MethodPlan, model_facts, plan_method
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.methods.registry import method_class, method_names
 from flexperts.testing import METHOD_SETTINGS
 

@@ -17,7 +17,7 @@ from flexperts.client.model import ClientModel
 from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
 from flexperts.engines.flower_private import assume_identity
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.errors import ConfigError
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.registry import make_method, method_class, method_names

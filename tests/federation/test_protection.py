@@ -18,7 +18,7 @@ from torch import Tensor
 from flexperts.cli.display import RunDisplay
 from flexperts.communication.messages import Update
 from flexperts.config.run import RunConfig
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.errors import FederationError
 from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.server_state import Server

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flexperts.client.workspace import Workspace
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.parameters.store import load_personal
 from flexperts.recipe import load_recipe
 
@@ -24,7 +24,7 @@ def test_two_runs_are_bit_identical_and_leave_the_base_alone(
     config = load_recipe(RECIPE, SMALL)
     resident = Workspace(config)
     before = {name: tensor.clone() for name, tensor in resident.base.model.state_dict().items()}
-    monkeypatch.setattr("flexperts.engines.in_process.Workspace", lambda config: resident)
+    monkeypatch.setattr("flexperts.engines.run.Workspace", lambda config: resident)
     for name in ("a", "b"):
         summary = run_federation(config, tmp_path / name)
         assert summary["bytes"]["personal_sent"] == 0

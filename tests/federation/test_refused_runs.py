@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from flexperts.config.run import RunConfig
 from flexperts.data.prompts import PromptEncoder
 from flexperts.data.sources import read_source
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.errors import ArtifactError, ConfigError, DataError, FlexpertsError
 from flexperts.files import write_text
 from flexperts.testing import byte_tokenizer

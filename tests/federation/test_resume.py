@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from flexperts.config.run import RunConfig
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.errors import ArtifactError
 from flexperts.finished.trained import TrainedRun
 from flexperts.observer import Observer

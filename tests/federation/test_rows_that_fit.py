@@ -10,7 +10,7 @@ import pytest
 
 from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.errors import ConfigError, DataError, FlexpertsError
 from flexperts.observer import Observer, observing
 from flexperts.recipe import parse_recipe

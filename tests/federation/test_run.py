@@ -20,7 +20,7 @@ from flexperts.config.run import RunConfig
 from flexperts.data.clients import load_clients, partition_manifest
 from flexperts.data.silos.generate import write_silos
 from flexperts.engines.grid import InProcessGrid
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.finished.trained import TrainedRun
 from flexperts.recipe import parse_recipe
 
@@ -115,7 +115,7 @@ def test_the_base_is_bit_identical_after_a_run(
     config = recipe("method.reference=local", "training.gradient_checkpointing=true")
     resident = Workspace(config)
     before = {name: tensor.clone() for name, tensor in resident.base.model.state_dict().items()}
-    monkeypatch.setattr("flexperts.engines.in_process.Workspace", lambda config: resident)
+    monkeypatch.setattr("flexperts.engines.run.Workspace", lambda config: resident)
     run_federation(config, tmp_path / "run")
     after = resident.base.model.state_dict()
     assert after.keys() == before.keys()

@@ -11,7 +11,7 @@ import pytest
 
 from flexperts.config.run import RunConfig
 from flexperts.data.clients import load_clients
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 
 Recipe = Callable[..., RunConfig]
 CLIENTS = ["clinic", "help_desk", "law_firm", "shop"]

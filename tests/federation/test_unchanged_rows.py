@@ -16,7 +16,7 @@ from flexperts.data.clients import load_clients, partition_manifest, rows_hash
 from flexperts.data.rows import ClientRows, Row
 from flexperts.data.silos.generate import write_silos
 from flexperts.data.unchanged import check_unchanged
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.errors import ArtifactError, DataError
 from flexperts.finished.joining import join
 from flexperts.finished.trained import TrainedRun

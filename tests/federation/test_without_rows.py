@@ -14,7 +14,7 @@ from flexperts.client.workspace import Workspace
 from flexperts.config.data import DataConfig
 from flexperts.config.run import RunConfig
 from flexperts.data.silos.generate import write_silos
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.errors import ArtifactError, DataError, FlexpertsError, ModelError
 from flexperts.export.exporting import export_run
 from flexperts.finished.elsewhere import rows_elsewhere

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.methods.registry import method_names
 from flexperts.recipe import parse_recipe
 from flexperts.testing import METHOD_SETTINGS, save_tiny_base

@@ -15,7 +15,7 @@ from flexperts.client.client import Client
 from flexperts.client.model import ClientModel
 from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.methods.registry import make_method
 
 Recipe = Callable[..., RunConfig]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 
 IDS = torch.arange(24).reshape(2, 12)
 

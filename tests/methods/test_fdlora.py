@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flexperts.communication.messages import Update
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.methods.fdlora import FDLoRA, fused, search
 from flexperts.methods.kit.server_state import Server
 from flexperts.parameters.vector import Payload

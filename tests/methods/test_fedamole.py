@@ -14,7 +14,7 @@ import torch
 
 from flexperts.communication.messages import Update
 from flexperts.config.run import RunConfig, TrainingConfig
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.errors import ConfigError
 from flexperts.finished.trained import TrainedRun
 from flexperts.methods.fedamole import FedAMoLE, affinity, assign_experts, balanced

@@ -13,7 +13,7 @@ from flexperts.client.client import Client, Request
 from flexperts.client.model import ClientModel
 from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.registry import make_method
 from flexperts.parts.expert_adapters import ExpertAdapters

@@ -17,7 +17,7 @@ from torch import Tensor
 from flexperts.data.batches import PaddedBatch
 from flexperts.data.prompts import PromptEncoder
 from flexperts.data.rows import Row
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.errors import FederationError
 from flexperts.evaluation.generation import generate, prompt_batch
 from flexperts.evaluation.scores import EvaluationSettings, evaluate

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flexperts.communication.messages import Update
 from flexperts.config.run import RunConfig
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.finished.trained import TrainedRun
 from flexperts.methods.fedmoe_da import FedMoEDA, mixing
 from flexperts.methods.kit.server_state import Server

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from flexperts.communication.messages import Update, encode
 from flexperts.config.run import RunConfig, TrainingConfig
 from flexperts.data.prompts import Example
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.errors import ConfigError
 from flexperts.methods.fedavg import FedAvg
 from flexperts.methods.fedprox import FedProx

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flexperts.config.run import RunConfig
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.methods.flex import Flex
 from flexperts.parameters.store import load_personal
 from flexperts.parts.expert_adapters import ExpertAdapters

@@ -13,7 +13,7 @@ import torch
 
 from flexperts.communication.messages import Update
 from flexperts.config.run import RunConfig
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.finished.trained import TrainedRun
 from flexperts.methods.hfedmoe_style import ExpertBudget, HFedMoEStyle, routing_matrix, values_of
 from flexperts.methods.kit.server_state import Server

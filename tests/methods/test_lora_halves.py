@@ -20,7 +20,7 @@ from flexperts.client.workspace import Workspace
 from flexperts.communication.messages import Update, payload_of
 from flexperts.config.run import RunConfig
 from flexperts.engines.grid import InProcessGrid
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.finished.trained import TrainedRun
 from flexperts.methods.ffa_lora import FFALoRA
 from flexperts.methods.kit.server_state import Server

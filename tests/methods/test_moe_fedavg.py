@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flexperts.config.run import RunConfig
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.errors import ConfigError
 from flexperts.methods.registry import make_method
 from flexperts.training.local import LocalSettings

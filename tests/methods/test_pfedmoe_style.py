@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from flexperts.artifacts import RunDirectory
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.server.checkpoint import load_server
 
 

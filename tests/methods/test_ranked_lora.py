@@ -21,7 +21,7 @@ from flexperts.client.model import ClientModel
 from flexperts.client.workspace import Workspace
 from flexperts.communication.messages import Update
 from flexperts.config.run import RunConfig
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.errors import ConfigError, FederationError
 from flexperts.finished.trained import TrainedRun
 from flexperts.methods.flexlora import truncated

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from flexperts.communication.messages import Update
 from flexperts.config.run import RunConfig
 from flexperts.engines.flower_private import assume_identity
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.registry import method_class

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flexperts.config.run import RunConfig
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.finished.trained import TrainedRun
 from flexperts.parameters.vector import Payload
 from flexperts.serving.contract import ModelName, Piece, Sampling

@@ -22,7 +22,7 @@ import pytest
 
 from flexperts.cli.main import main
 from flexperts.config.run import RunConfig
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.finished.trained import TrainedRun
 from flexperts.serving.engine.engine import open_engine
 from flexperts.serving.http.keys import OPERATOR

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.recipe import load_recipe
 from flexperts.studies.collect import collect_comparison
 from flexperts.studies.entries import ComparisonPlan, plan_comparison

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from flexperts.data.rows import Row
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.errors import DataError
 from flexperts.evaluation.scores import rouge_l
 from flexperts.finished.trained import TrainedRun

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.errors import ArtifactError
 from flexperts.recipe import load_recipe
 from flexperts.reports.html import html_report

@@ -17,7 +17,7 @@ from clock import Clock
 from torch import Tensor
 from work import Work
 
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.observer import Observer
 from flexperts.server.checkpoint import load_server
 

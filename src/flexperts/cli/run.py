@@ -84,7 +84,7 @@ def _run(config: RunConfig, out: Path, resume: bool, track: Sequence[str], again
     check_memory(config)
 
     from flexperts.cli.display import RunDisplay
-    from flexperts.engines.in_process import run_federation
+    from flexperts.engines.run import run_federation
     from flexperts.observer import Observers
     from flexperts.tracking import Tracking
 

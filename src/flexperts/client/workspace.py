@@ -63,7 +63,7 @@ class Workspace:
     config: RunConfig
     loaded: LoadedBase | None = None
     untouched: Untouched = field(default_factory=Untouched)
-    started_with: Callable[[Clients], None] = lambda clients: None
+    started_with: Callable[[Clients], None] | None = None
     _encoded: dict[str, list[Example]] = field(default_factory=dict, init=False, repr=False)
     _longest_response: int = field(default=0, init=False, repr=False)
     _longest_prompt: int = field(default=0, init=False, repr=False)
@@ -74,6 +74,13 @@ class Workspace:
             return Workspace(config)
         return self if _rows_of(config) == _rows_of(self.config) else Workspace(config, self.base, self.untouched)
 
+    def rows_only(self) -> Workspace:
+        """Return a workspace with the same rows for another process, which loads the base itself."""
+        other = Workspace(self.config)
+        other.__dict__["clients"] = self.clients
+        other._longest_response, other._longest_prompt = self._longest_response, self._longest_prompt
+        return other
+
     @cached_property
     def clients(self) -> Clients:
         """Every client's rows; all of them can be encoded."""
@@ -82,7 +89,8 @@ class Workspace:
         for line in self.encoder.notices:
             say(line)
         clients = {name: self._fitting(name, rows, say) for name, rows in read.items()}
-        self.started_with(clients)
+        if self.started_with is not None:
+            self.started_with(clients)
         return clients
 
     def _fitting(self, name: str, rows: ClientRows, say: Say) -> ClientRows:

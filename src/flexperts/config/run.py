@@ -59,6 +59,19 @@ class TrainingConfig(Section):
         return self.micro_batch_size or self.batch_size
 
 
+class EngineConfig(Section):
+    """How this machine computes a run. It is not in the run's record: a resumed run may have another."""
+
+    workers: int | Literal["auto"] = Field(1, ge=1)
+    """Processes in which clients take their turns side by side, on one copy of the base; with 1, this process. auto
+    starts one per core or card, as many as there are clients in a round and as memory allows."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of a turn; by default the cores are divided among the workers. Results depend on it in their last
+    bits, and not on the number of workers."""
+    devices: tuple[str, ...] = ()
+    """Devices of the workers in turn, such as cuda:0 and cuda:1; by default all cards, or the CPU without cards."""
+
+
 class RunConfig(Section):
     """A run, whole."""
 
@@ -78,6 +91,7 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     knowledge: KnowledgeConfig = KnowledgeConfig()
     compare: CompareConfig = CompareConfig()
+    engine: EngineConfig = EngineConfig()
 
     @model_validator(mode="after")
     def _validation_exists(self) -> Self:
@@ -86,8 +100,8 @@ class RunConfig(Section):
         return self
 
     def to_toml(self) -> str:
-        """Return the complete run as TOML, defaults written out."""
-        return tomli_w.dumps(self.model_dump(exclude_none=True, mode="json", exclude={"compare"}))
+        """Return the complete run as TOML, defaults written out; ``compare`` and ``engine`` decide no result."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True, mode="json", exclude={"compare", "engine"}))
 
     def with_choices(self, template_date: str | None = None, max_new_tokens: int | None = None) -> RunConfig:
         """Return the same run with what was chosen in the place of what it leaves open."""

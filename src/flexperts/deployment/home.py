@@ -12,11 +12,11 @@ from flexperts.client.client import Client, Resident
 from flexperts.client.request import Request
 from flexperts.client.workspace import Workspace
 from flexperts.communication.schema import EvaluateRequest
+from flexperts.communication.wire import deserialize, serialize
 from flexperts.config.silo import SiloConfig
 from flexperts.deployment.kept import with_kept_choices
 from flexperts.deployment.settings import for_silo
 from flexperts.deployment.state import private_folder
-from flexperts.deployment.wire import deserialize, serialize
 from flexperts.errors import ArtifactError
 from flexperts.evaluation.generation import Answer
 from flexperts.files import write_bytes

@@ -18,9 +18,9 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from flexperts.communication.wire import deserialize, serialize
 from flexperts.config.names import client_name
 from flexperts.deployment.state import socket_of
-from flexperts.deployment.wire import deserialize, serialize
 from flexperts.errors import ConfigError, FederationError
 
 log = logging.getLogger(__name__)

@@ -17,6 +17,7 @@ from flexperts.client.answer_limit import answer_limit, check_limit
 from flexperts.client.client import Client, Resident
 from flexperts.client.workspace import Workspace
 from flexperts.communication.schema import EvaluateRequest, TrainRequest
+from flexperts.communication.wire import Fields, deserialize, serialize
 from flexperts.config.model import ModelConfig
 from flexperts.config.run import RunConfig
 from flexperts.config.silo import SiloConfig
@@ -26,7 +27,6 @@ from flexperts.deployment.ledger import Asked, Ledger
 from flexperts.deployment.policy import check_loss, check_policy, check_recipe, refusal
 from flexperts.deployment.settings import for_silo
 from flexperts.deployment.state import private_folder
-from flexperts.deployment.wire import Fields, deserialize, serialize
 from flexperts.errors import FlexpertsError, PolicyError, incompatible, printable
 from flexperts.methods.registry import make_method
 from flexperts.modeling.load import LoadedBase, load_base

@@ -1,7 +1,8 @@
-"""Flower's Grid inside one process: clients use one resident base in turn, replies come one at a time."""
+"""Flower's Grid on one machine: replies come one at a time, in the order of the requests."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from flwr.app import Message, RecordDict
@@ -14,21 +15,25 @@ Answer = Callable[[str, RecordDict], RecordDict]
 """Function from a request's kind and content to the reply's content."""
 
 
-class InProcessGrid(LazyGrid):
-    """A grid that calls a node's answer function for each message.
+class LocalGrid(LazyGrid):
+    """A grid whose nodes are on this machine and always answer.
 
-    Replies are produced lazily: a strategy that adds them up as it iterates holds one reply at a time. An exception
-    in a client reaches the caller.
+    Replies are produced lazily and in the order of the requests: a strategy that adds them up as it iterates holds
+    few replies at a time. An exception in a client reaches the caller.
 
     Args:
-        nodes: Node id -> its answer function.
+        nodes: The nodes' ids.
     """
 
-    def __init__(self, nodes: Mapping[int, Answer]) -> None:
+    def __init__(self, nodes: Iterable[int]) -> None:
         assume_identity(_RUN_ID)
         self._run = empty_run(_RUN_ID)
-        self._nodes = dict(sorted(nodes.items()))
+        self._ids = sorted(nodes)
         self._waiting: dict[str, Message] = {}
+
+    @abstractmethod
+    def replies(self, messages: Iterable[Message]) -> Iterator[Message]:
+        """Yield the replies to messages in their order; each message is taken when its client is next."""
 
     def set_run(self, run: Run) -> None:
         """Set the run information."""
@@ -52,7 +57,7 @@ class InProcessGrid(LazyGrid):
 
     def get_node_ids(self) -> Iterable[int]:
         """Return all node ids, sorted."""
-        return list(self._nodes)
+        return list(self._ids)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Keep messages until their replies are pulled."""
@@ -61,19 +66,44 @@ class InProcessGrid(LazyGrid):
         return list(pushed)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
-        """Run the clients that have these messages, one by one, and yield their replies."""
+        """Yield the replies to these messages, by node."""
         pulled = [self._waiting.pop(i) for i in message_ids if i in self._waiting]
-        for message in sorted(pulled, key=lambda m: m.metadata.dst_node_id):
-            yield self._deliver(message)
+        yield from self.replies(sorted(pulled, key=lambda m: m.metadata.dst_node_id))
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """Deliver messages in the given order, each when the caller reads its reply. Nothing can time out."""
+        """Yield the replies in the order of the messages. Nothing can time out."""
+        yield from self.replies(_stamped(messages))
+
+
+class InProcessGrid(LocalGrid):
+    """A grid that calls a node's answer function for each message, when the caller reads the reply.
+
+    Args:
+        nodes: Node id -> its answer function.
+    """
+
+    def __init__(self, nodes: Mapping[int, Answer]) -> None:
+        super().__init__(nodes)
+        self._nodes = nodes
+
+    def replies(self, messages: Iterable[Message]) -> Iterator[Message]:
+        """Yield the replies to messages in their order, one by one."""
         for message in messages:
-            stamp(message)
             yield self._deliver(message)
 
     def _deliver(self, message: Message) -> Message:
         answer = self._nodes[message.metadata.dst_node_id]
-        reply = Message(answer(message.metadata.message_type, message.content), reply_to=message)
-        stamp(reply)
-        return reply
+        return reply_to(message, answer(message.metadata.message_type, message.content))
+
+
+def _stamped(messages: Iterable[Message]) -> Iterator[Message]:
+    for message in messages:
+        stamp(message)
+        yield message
+
+
+def reply_to(message: Message, content: RecordDict) -> Message:
+    """Return the reply to a message."""
+    reply = Message(content, reply_to=message)
+    stamp(reply)
+    return reply

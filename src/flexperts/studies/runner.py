@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from flexperts.client.workspace import Workspace
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.errors import FlexpertsError
 from flexperts.files import content_of, write_json, write_text
 from flexperts.observer import Observer, Observers, Once

@@ -12,7 +12,7 @@ from torch import nn
 
 from flexperts.config.model import ModelConfig
 from flexperts.config.run import RunConfig
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.errors import ConfigError, ModelError
 from flexperts.modeling.load import LoadedBase, load_base
 from flexperts.modeling.placement import placement

@@ -1,4 +1,4 @@
-"""Messages on the socket between relay and worker: Flower's records as one safetensors value with JSON in it.
+"""Messages between processes of one machine: Flower's records as one safetensors value with JSON in it.
 
 Arrays are tensors and keep their types; everything else is JSON under one metadata key. Nothing is pickled, and
 neither side needs torch to read a message.

@@ -1,0 +1,253 @@
+"""The main path, from a recipe to a finished run directory.
+
+recipe -> rows and base -> clients join and select -> rounds -> scores -> summary
+
+Clients take their turns on an engine: in this process, or in worker processes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexperts.artifacts import RunDirectory
+from flexperts.client.answer_limit import check_limit
+from flexperts.client.workspace import Workspace
+from flexperts.config.run import RunConfig
+from flexperts.data.clients import partition_manifest
+from flexperts.data.unchanged import check_same_rows
+from flexperts.engines.engine import Engine
+from flexperts.engines.in_process import InProcess
+from flexperts.engines.workers import Workers
+from flexperts.errors import ArtifactError
+from flexperts.files import LOCK, sole_writer, write_json
+from flexperts.finished.beyond import check_beyond, is_wanted, look_beyond
+from flexperts.finished.trained import TrainedRun
+from flexperts.methods.kit.server_state import Server
+from flexperts.methods.registry import make_method
+from flexperts.modeling.placement import computing_device
+from flexperts.observer import Observer, current_observer, observing
+from flexperts.parameters.store import PersonalStore
+from flexperts.protection.pipeline import check_enough, check_protections
+from flexperts.recipe import recorded_recipe
+from flexperts.server.checkpoint import load_server
+from flexperts.server.extending import extend, is_extended
+from flexperts.server.serve import serve
+
+
+def run_federation(
+    config: RunConfig,
+    out: Path,
+    observer: Observer | None = None,
+    *,
+    resume: bool = False,
+    workspace: Workspace | None = None,
+) -> dict[str, Any]:
+    """Run a recipe with all clients on this machine.
+
+    Args:
+        config: The run.
+        out: The run directory to create; it may only hold a run with ``resume``.
+        observer: Receives progress; none by default.
+        resume: Resume the run in ``out`` after its last finished round; ``config`` must be that run's recipe,
+            except for the number of rounds (see ``extending``).
+        workspace: Base and rows that are loaded already, for a recipe with the same seed, model, data, evaluation
+            and longest example; many runs can share one.
+
+    Returns:
+        The summary, which is also in ``out/summary.json``; a reference method's summary is under ``reference``.
+
+    Raises:
+        FlexpertsError: Recipe, data or base break a rule, a resumed run has other rows than before, or another
+            process writes the directory; these are checked before anything is written.
+    """
+    config = _dated(config, out)
+    if (summary := _standing(config, out, resume=resume)) is not None:
+        _tidy(out)
+        return summary
+    with sole_writer(out), observing(observer or Observer()):
+        summary = _standing(config, out, resume=resume)  # another process may just have ended
+        workspace = (workspace or Workspace(config)).for_run(config)
+        return _run(config, out, workspace) if summary is None else summary
+
+
+def _dated(config: RunConfig, out: Path) -> RunConfig:
+    """Return the recipe with the date that chat templates got when the run in ``out`` began."""
+    if not (out / "config.toml").exists():
+        return config
+    return config.with_choices(template_date=recorded_recipe(out).model.template_date)
+
+
+def _run(config: RunConfig, out: Path, workspace: Workspace) -> dict[str, Any]:
+    """Run what is not finished yet, in a directory that only this process writes."""
+    started, run = time.monotonic(), RunDirectory(out)
+    logging.getLogger("flwr").setLevel(logging.WARNING)  # Flower logs many lines every round
+    current_observer().stage(f"everything goes to {out}")
+    _check(config, run, workspace)
+    with engine_of(workspace, config, out) as engine:
+        base = _prepare(config, engine)
+        config = config.with_choices(template_date=workspace.encoder.date)
+        loading = time.monotonic() - started
+        summary = _run_method(engine, base, config, out, loading)
+        if config.method.reference:
+            reference = config.with_method(config.method.reference)
+            summary["reference"] = _run_method(engine, base, reference, run.reference)
+            run.write_summary(summary)
+    return summary
+
+
+def _standing(config: RunConfig, out: Path, *, resume: bool) -> dict[str, Any] | None:
+    """Return the summary of the run in ``out`` if it is finished, else None; refuse a run of another recipe."""
+    if not (resume and (out / "config.toml").exists()):
+        RunDirectory.check_free(out, config.to_toml())
+        return None
+    if _is_extended(config, out):
+        return None
+    run = RunDirectory.create_or_resume(out, config.to_toml())
+    if not run.has_finished:
+        return None
+    summary = run.summary(checked=True)
+    looked = run.beyond.exists() or not is_wanted(config)
+    return summary if looked and ("reference" in summary or not config.method.reference) else None
+
+
+def _tidy(out: Path) -> None:
+    """Remove temporary files of a process that was killed at the end of a run."""
+    if (out / LOCK).exists():
+        with suppress(ArtifactError), sole_writer(out):  # another process may have it, or it is read-only
+            pass
+
+
+def _is_extended(config: RunConfig, out: Path) -> bool:
+    """Return whether the recipe changes the number of rounds of its run or the reference's; refuse invalid ones."""
+    runs = [(RunDirectory(out), config)]
+    if config.method.reference:
+        runs.append((RunDirectory(RunDirectory(out).reference), config.with_method(config.method.reference)))
+    extended = [is_extended(run, its) for run, its in runs if (run.path / "config.toml").exists()]
+    return any(extended)
+
+
+def engine_of(workspace: Workspace, config: RunConfig, folder: Path) -> Engine:
+    """Return the engine that a recipe asks for.
+
+    Args:
+        workspace: The rows, and the base if it is in memory.
+        config: The run.
+        folder: An existing folder on a disk.
+    """
+    wanted, cores = config.engine, torch.get_num_threads()
+    devices = wanted.devices
+    on_cards = computing_device(devices[0] if devices else config.model.device).type == "cuda"
+    if on_cards and not devices:
+        devices = tuple(f"cuda:{number}" for number in range(torch.cuda.device_count()))
+    if wanted.workers == "auto":
+        workers = min(config.federation.drawn(len(workspace.clients)), len(devices) if on_cards else cores)
+    else:
+        workers = wanted.workers
+    threads = wanted.threads or max(1, cores // workers)
+    if workers == 1:
+        return InProcess(workspace, threads)
+    return Workers(workspace, workers, threads, devices if on_cards else (), folder)
+
+
+def _check(config: RunConfig, run: RunDirectory, workspace: Workspace) -> None:
+    """Read the rows, and check all that can be checked without the base."""
+    observer = current_observer()
+    methods = [make_method(its.method) for its in _configs(config)]
+    for method, its in zip(methods, _configs(config), strict=True):
+        method.check(its)
+        check_protections(method, its)
+    observer.stage("reading rows")
+    check_beyond(config)
+    for method in methods:
+        method.check_clients(workspace.clients)
+    check_enough(config, len(workspace.clients))
+    if (run.path / "config.toml").exists():
+        check_same_rows(run.partition, workspace.clients)
+
+
+def _prepare(config: RunConfig, engine: Engine) -> str:
+    """Load the base, check what needs it, and return its fingerprint."""
+    observer = current_observer()
+    observer.stage(f"loading {config.model.base}")
+    routed = bool(config.evaluation.routing_rows)
+    methods = [make_method(its.method) for its in _configs(config)]
+    base = engine.prepare(config, needs_experts=routed or any(method.needs_experts for method in methods))
+    check_limit(engine.workspace, config, observer)
+    return base
+
+
+def _configs(config: RunConfig) -> list[RunConfig]:
+    """Return the run, and its reference's if the recipe names one."""
+    return [config, *([config.with_method(config.method.reference)] if config.method.reference else [])]
+
+
+def _run_method(engine: Engine, base: str, config: RunConfig, out: Path, loading: float = 0.0) -> dict[str, Any]:
+    """Run one method, measure it beyond the clients' rows if the recipe says so, and return its summary.
+
+    Steps that were finished before the run was resumed are skipped.
+
+    Args:
+        engine: Where clients take their turns.
+        base: The base's fingerprint.
+        config: The run.
+        out: The run directory.
+        loading: Seconds to load rows and base; they count as the run's.
+    """
+    run = RunDirectory(out)
+    if (out / "config.toml").exists() and is_extended(run, config):
+        extend(run, config, current_observer())
+    if not run.has_finished:
+        _run_rounds(engine, base, config, run, loading)
+    if is_wanted(config) and not run.beyond.exists():
+        current_observer().stage(f"{config.method.name}: other clients' rows and general tasks")
+        trained = TrainedRun(out, engine.workspace)
+        try:
+            write_json(run.beyond, look_beyond(trained, current_observer()))
+        finally:
+            trained.close()
+    return run.summary()
+
+
+def _run_rounds(engine: Engine, base: str, config: RunConfig, run: RunDirectory, loading: float) -> None:
+    """Serve a method's rounds to the engine's clients, and write the summary."""
+    workspace = engine.workspace
+    if run.checkpoint.exists():
+        # On one machine the clients never change.
+        _check_states(run, load_server(run.checkpoint, workspace.clients), base)
+
+    def amend(summary: dict[str, Any]) -> dict[str, Any]:
+        took = {
+            name: round(value + loading * (name in ("setup", "total")), 2)
+            for name, value in summary["seconds"].items()
+        }
+        return summary | {"seconds": took, "peak_memory": engine.peak, "engine": engine.facts}
+
+    with engine.grid(config, run) as grid:
+        if not (run.path / "config.toml").exists():  # a resumed run keeps its first file
+            write_json(run.partition, partition_manifest(workspace.clients))
+        RunDirectory.create_or_resume(run.path, config.to_toml())
+        serve(grid, config, run, current_observer(), amend)
+
+
+def _check_states(run: RunDirectory, server: Server, base: str) -> None:
+    """Refuse a client's state that is older than its last round, such as after the newest file was deleted.
+
+    A client whose update was refused has a newer state than the server's records say; it keeps that state.
+    """
+    trained = {name: log["number"] for log in run.finished_rounds(server.round) for name in log["clients"]}
+    for name, last in sorted(trained.items()):
+        store = PersonalStore(run.path / "personal" / f"{name}.safetensors", base)
+        state = store.load(server.round)
+        if state is None or state[1].round < last:
+            found = "missing" if state is None else f"of round {state[1].round}"
+            raise ArtifactError(
+                f"the newest state of {name} in {store.path.parent} is {found}",
+                f"{name} last trained in round {last}",
+                "restore it from a copy, or start a new run",
+            )
