@@ -21,7 +21,7 @@ from flexperts.errors import FederationError
 from flexperts.observer import current_observer
 
 _AHEAD = 4
-"""Results per worker that may wait for an earlier one; they wait on disk."""
+"""Calls per worker that are under way or whose results wait for an earlier one's."""
 
 
 @dataclass
@@ -37,10 +37,30 @@ class Call:
     what: str
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
-    died: int = field(default=0, init=False)
+    deaths: int = field(default=0, init=False)
     """Workers that died in this call."""
-    waiting: IO[bytes] | None = field(default=None, init=False)
-    """The result, while it waits for an earlier call's."""
+    outcome: IO[bytes] | None = field(default=None, init=False)
+    """The worker's last message, on disk: many results may wait for one that takes long."""
+
+    def end(self, message: bytes, folder: Path) -> None:
+        """Keep the outcome until it is this call's turn."""
+        self.outcome = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - ``result`` closes it
+        self.outcome.write(message)
+        self.outcome.seek(0)
+
+    def result(self) -> Any:
+        """Return the result of a call that has ended, or raise its error."""
+        assert self.outcome is not None
+        with self.outcome as file:
+            kind, value = pickle.load(file)
+        if kind == "error":
+            raise value
+        return value
+
+    def drop(self) -> None:
+        """Free the disk space of an outcome that is not wanted."""
+        if self.outcome is not None:
+            self.outcome.close()
 
 
 class Pool:
@@ -73,22 +93,25 @@ class Pool:
             FederationError: A worker died in the same call again.
             Exception: A call raised it; one that is not this package's is a ``RuntimeError`` with its traceback.
         """
-        calls, ahead = iter(calls), _AHEAD * self._count
-        order: deque[Call] = deque()
-        while True:
-            while len(self._running) < self._count and len(order) < ahead and (call := next(calls, None)):
-                order.append(call)
-                self._start(call)
-            if not order:
-                return
-            first = order[0]
-            if first.waiting is None and (found := self._heard(first)) is not None:
-                order.popleft()
-                yield pickle.loads(found)
-            elif first.waiting is not None:
-                order.popleft()
-                with first.waiting as file:
-                    yield pickle.load(file)
+        calls, order = iter(calls), deque[Call]()
+        try:
+            while True:
+                while len(self._running) < self._count and len(order) < _AHEAD * self._count:
+                    if (call := next(calls, None)) is None:
+                        break
+                    order.append(call)
+                    self._start(call)
+                if not order:
+                    return
+                if order[0].outcome is None:
+                    self._listen()
+                else:
+                    yield order.popleft().result()
+        finally:
+            for connection in list(self._running):  # no one waits for these results any more
+                self._let_go(connection)
+            for call in order:
+                call.drop()
 
     def _start(self, call: Call) -> None:
         """Give a call to a worker that is free, or to a new one."""
@@ -98,9 +121,8 @@ class Pool:
         with suppress(ConnectionError):  # it has died, which is found when it is listened to
             connection.send((call.function, call.arguments))
 
-    def _heard(self, first: Call) -> bytes | None:
-        """Wait for the workers' next messages, and handle them; return the result of ``first`` if it came."""
-        found = None
+    def _listen(self) -> None:
+        """Wait for the workers' next messages, and handle them."""
         for connection in wait(self._running):
             assert isinstance(connection, Connection)
             try:
@@ -108,37 +130,33 @@ class Pool:
             except (EOFError, OSError):
                 self._bury(connection)
                 continue
-            kind, *told = pickle.loads(message)
+            kind, *event = pickle.loads(message)
             if kind == "event":
-                name, arguments = told
+                name, arguments = event
                 getattr(current_observer(), name)(*arguments)
-                continue
-            call = self._running.pop(connection)
-            if kind == "error":
-                raise told[0]
-            result = pickle.dumps(told[0])
-            if call is first:
-                found = result
             else:
-                call.waiting = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - read, and closed, at its turn
-                call.waiting.write(result)
-                call.waiting.seek(0)
-        return found
+                self._running.pop(connection).end(message, self._folder)
 
     def _bury(self, connection: Connection) -> None:
-        """Repeat a dead worker's call with a new worker."""
+        """Repeat a dead worker's call with a new worker, or end it with an error."""
+        call = self._let_go(connection)
+        call.deaths += 1
+        if call.deaths == 1:
+            current_observer().notice(f"{call.what}: its worker process died; a new one repeats it")
+            self._start(call)
+            return
+        error = FederationError(
+            f"{call.what}: two worker processes died in it",
+            "they were killed, probably for lack of memory",
+            "use fewer workers, or free memory, and resume",
+        )
+        call.end(pickle.dumps(("error", error)), self._folder)
+
+    def _let_go(self, connection: Connection) -> Call:
+        """Forget a worker that runs a call, and return the call; it ends when it next speaks."""
         connection.close()
         self._workers.remove(connection)
-        call = self._running.pop(connection)
-        call.died += 1
-        if call.died > 1:
-            raise FederationError(
-                f"{call.what}: two worker processes died in it",
-                "they were killed, probably for lack of memory",
-                "use fewer workers, or free memory, and resume",
-            )
-        current_observer().notice(f"{call.what}: its worker process died; a new one repeats it")
-        self._start(call)
+        return self._running.pop(connection)
 
     def _forked(self) -> Connection:
         """Return the connection to a new worker; a fork server that has died is replaced."""
@@ -146,9 +164,9 @@ class Pool:
             self._server.close()
             self._server = _Server(self._setting)
         ours, theirs = socket.socketpair()
-        with theirs:
+        with ours, theirs:
             self._server.fork(theirs)
-        self._workers.append(connection := Connection(ours.detach()))
+            self._workers.append(connection := Connection(os.dup(ours.fileno())))
         return connection
 
 
