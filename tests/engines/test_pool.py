@@ -39,7 +39,11 @@ def call(function: Callable[..., object], *arguments: object) -> Call:
 
 def test_results_come_in_the_order_of_the_calls(pool: Pool, tmp_path: Path) -> None:
     signpost = str(tmp_path / "signpost")
-    late = [call(calls.after, signpost, "first"), *(call(calls.echo, n) for n in range(3)), call(calls.make, signpost)]
+    late = [
+        call(calls.after, signpost, "first"),
+        *(call(calls.echo, n) for n in range(3)),
+        call(calls.make, signpost),
+    ]
     assert list(pool.results(late)) == ["first", 0, 1, 2, signpost]
 
 

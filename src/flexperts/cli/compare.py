@@ -41,7 +41,7 @@ def command(
         list[str],
         typer.Option("--set", metavar="KEY=VALUE", help="Override a setting of every run. Repeatable."),
     ] = [],  # noqa: B006 - typer copies it
-    workers: Annotated[int, typer.Option(min=1, help="Runs at the same time; each loads a base.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at the same time, on one copy of the base.")] = 1,
     keep_weights: Annotated[bool, typer.Option("--keep-weights", help="Keep every run's weights.")] = False,
     track: Annotated[
         list[str] | None,

@@ -40,6 +40,15 @@ def command(
             "calls NAME; --out is then a name in the SuperLink's FLEXPERTS_RUNS. See docs/deploy.md.",
         ),
     ] = "in-process",
+    workers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N | auto",
+            help="Processes in which clients take their turns side by side, on one copy of the base; with auto, as "
+            "many as there are cores or cards, and clients in a round.",
+            show_default="engine.workers of the recipe",
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the run in --out.")] = False,
     track: Annotated[
         list[str] | None,
@@ -59,12 +68,18 @@ def command(
 
     if resume and out is None:
         raise ConfigError("--resume", "it needs the directory of the run to resume", "add --out DIRECTORY")
-    config = load_recipe(recipe, settings or ())
+    given = [*(settings or ()), *([] if workers is None else [f"engine.workers={workers}"])]
+    config = load_recipe(recipe, given)
     name = f"{recipe.stem}-{datetime.now():%Y%m%d-%H%M%S}"
     deployed = engine != "in-process"
     out = out or (Path(name) if deployed else Path("runs") / name)
     options: list[tuple[str, object]] = [("--set", settings), ("--track", track), ("--out", out)]
-    options += [("--engine", engine if deployed else None), ("--trust-remote-code", trust), ("--resume", True)]
+    options += [
+        ("--workers", workers),
+        ("--engine", engine if deployed else None),
+        ("--trust-remote-code", trust),
+        ("--resume", True),
+    ]
     again = command_line("run", str(recipe), options=options)
     if deployed:
         _deploy(config, engine, str(out), resume, track, again)

@@ -118,7 +118,7 @@ def _take_turn(
     if _resident is None or _resident.folder != folder:
         if _resident is not None:
             _resident.model.close()
-        _resident = Resident(workspace.for_run(config), config, folder)
+        _resident = Resident(workspace, config, folder)
         reset_peak(_resident.model.device)
     scores = workspace.untouched.scores
     scores.update(known)

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import shutil
-import signal
 import traceback
-import warnings
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 
 from flexperts.client.workspace import Workspace
+from flexperts.config.run import EngineConfig
+from flexperts.engines.fork_server import Setting
+from flexperts.engines.pool import Call, Pool
 from flexperts.engines.run import run_federation
-from flexperts.errors import FlexpertsError
+from flexperts.errors import FederationError, FlexpertsError
 from flexperts.files import content_of, write_json, write_text
+from flexperts.modeling.placement import computing_device
 from flexperts.observer import Observer, Observers, Once
 from flexperts.studies.claim import alone_in, claimed
 from flexperts.studies.entries import ComparisonPlan, Entry
@@ -90,7 +88,8 @@ def run_comparison(
     Args:
         plan: The comparison.
         out: The comparison's directory; an interrupted comparison resumes, and entries and seeds may be added.
-        workers: Number of processes; each has a base in memory.
+        workers: Runs at the same time, in as many processes with one copy of the base. With 1, every run has the
+            workers that its recipe says.
         keep_weights: Whether to keep every run's weights.
         track: Trackers that log every run, by accelerate's names.
         observer: Receives the progress of runs in this process (``workers`` = 1).
@@ -101,8 +100,7 @@ def run_comparison(
     with alone_in(out):
         write_json(out / CLAIM, claimed(plan, out))
     observer = Once(observer or Observer())  # runs of one recipe repeat many notices
-    manner = _Manner(plan, keep_weights, tuple(track), observer if workers == 1 else Observer())
-    run = partial(_run, manner)
+    manner = _Manner(plan, keep_weights, tuple(track), workers > 1, observer if workers == 1 else Observer())
 
     def ended(job: Job, error: str | None) -> None:
         for line in _notes_of(job):
@@ -110,10 +108,10 @@ def run_comparison(
         on_done(job, error)
 
     waiting = [job for job in jobs(plan, out) if not job.done]
-    failed, busy = _sort_out(_run_all(partial(run, _AT_ONCE), waiting, workers), ended)
+    failed, busy = _sort_out(_run_all(manner, _AT_ONCE, waiting, workers, out), ended)
     if busy:
         observer.stage(f"waiting for runs of another process: {', '.join(map(str, busy))}")
-        failed += _sort_out(_run_all(partial(run, _FOREVER), busy, workers), ended)[0]
+        failed += _sort_out(_run_all(manner, _FOREVER, busy, workers, out), ended)[0]
     return failed
 
 
@@ -145,29 +143,36 @@ class _Manner:
     plan: ComparisonPlan
     keep_weights: bool
     track: tuple[str, ...]
+    side_by_side: bool
     observer: Observer
 
 
 def _run_all(
-    run: Callable[[Job], str | None], waiting: Sequence[Job], workers: int
+    manner: _Manner, patience: float, waiting: Sequence[Job], workers: int, out: Path
 ) -> Generator[tuple[Job, str | None]]:
+    """Yield each job with its error; with several workers, in the order of the jobs as well."""
     if workers == 1:
         try:
-            yield from ((job, run(job)) for job in waiting)
+            yield from ((job, _run(None, manner, patience, job)) for job in waiting)
         finally:
             _release()
         return
-    # Each worker is a new interpreter: CUDA cannot be used in a forked one.
-    fresh = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, fresh, initializer=_share_cores, initargs=(workers,)) as pool:
-        try:
-            started = {pool.submit(run, job): job for job in waiting}
-            yield from ((started[future], _outcome(future)) for future in as_completed(started))
-        except BaseException:  # such as Ctrl-C: the pool would wait for runs that take hours
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
+    if not waiting:
+        return
+    first = manner.plan.config(waiting[0].entry, waiting[0].seed)
+    on_card = computing_device(first.model.device).type == "cuda"
+    threads = first.engine.threads or max(1, torch.get_num_threads() // workers)
+    pool = Pool(Setting(Workspace(first), threads, (first.model.device,) if on_card else ()), workers, out)
+    try:
+        left = deque(waiting)
+        while left:
+            try:
+                for error in pool.results(Call(str(job), _run, (manner, patience, job)) for job in tuple(left)):
+                    yield left.popleft(), error
+            except FederationError as error:  # a job whose workers die must not stop the others
+                yield left.popleft(), str(error)
+    finally:
+        pool.close()
 
 
 def _sort_out(outcomes: Generator[tuple[Job, str | None]], on_done: OnDone) -> tuple[list[Job], list[Job]]:
@@ -184,27 +189,6 @@ def _sort_out(outcomes: Generator[tuple[Job, str | None]], on_done: OnDone) -> t
     return failed, busy
 
 
-def _share_cores(workers: int) -> None:
-    """Limit a worker to its share of the cores; otherwise each would use all, and they would slow each other down.
-
-    Ctrl-C reaches all processes of a terminal, so workers ignore it, and the parent process ends them. Warnings are
-    ignored as in the parent process.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for kind in (DeprecationWarning, FutureWarning):
-        warnings.simplefilter("ignore", kind)
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
-
-
-def _outcome(future: Future[str | None]) -> str | None:
-    """Return a job's error; a killed process could not return one."""
-    try:
-        return future.result()
-    except BrokenProcessPool:
-        return "its process was killed, probably for lack of memory: use fewer workers and start again"
-
-
 _workspace: Workspace | None = None
 """Base and rows that the runs of one process share."""
 
@@ -215,8 +199,17 @@ def _release() -> None:
     _workspace = None
 
 
-def _run(manner: _Manner, patience: float, job: Job) -> str | None:
-    """Run one job, unless it is done, and return its error; ``_BUSY`` if another process holds its lock."""
+def _run(workspace: Workspace | None, manner: _Manner, patience: float, job: Job) -> str | None:
+    """Run one job, unless it is done, and return its error; ``_BUSY`` if another process holds its lock.
+
+    Args:
+        workspace: In a worker, what it was forked with.
+        manner: How jobs are run.
+        patience: Seconds to wait for another process that runs the job.
+        job: The job.
+    """
+    global _workspace
+    _workspace = _workspace or workspace
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(job.folder.with_name(f"{job.folder.name}.lock"), timeout=patience)
     try:
@@ -231,6 +224,8 @@ def _run_alone(manner: _Manner, job: Job) -> str | None:
     global _workspace
     try:
         config = manner.plan.config(job.entry, job.seed)
+        if manner.side_by_side:
+            config = config.model_copy(update={"engine": EngineConfig(threads=torch.get_num_threads())})
         _workspace = _workspace.for_run(config) if _workspace else Workspace(config)
         with Tracking(manner.track, config, job.folder, name=str(job)) as tracking:
             observer = Observers(manner.observer, tracking, _Notes(job.folder / _NOTES))
