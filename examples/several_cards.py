@@ -22,9 +22,8 @@ from flexperts.modeling.load import load_base
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
 
 
-def main(out: Path, *overrides: str) -> None:
+def main(out: Path, device: torch.device, *overrides: str) -> None:
     config = load_recipe(RECIPE, overrides)
-    device = own_device()
     base = load_base(config.model.model_copy(update={"device": "cpu"}))
     shard_layers(base.model, device)
     with TemporaryDirectory() as folder:
@@ -34,7 +33,6 @@ def main(out: Path, *overrides: str) -> None:
     if dist.get_rank() == 0:
         mean = summary["mean"]["nll"]
         print(f"NLL: {mean['zero_shot']:.3f} untouched, {mean['global']:.3f} global; everything is in {out}")
-    dist.destroy_process_group()
 
 
 def own_device() -> torch.device:
@@ -58,4 +56,5 @@ def check_same(scores: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path("runs/several-cards"), *sys.argv[1:])
+    main(Path("runs/several-cards"), own_device(), *sys.argv[1:])
+    dist.destroy_process_group()

@@ -30,14 +30,14 @@ CPU = torch.device("cpu")
 
 
 def runs(folder: str, *several: str) -> None:
-    main = runpy.run_path(str(EXAMPLE))["main"]
+    example = runpy.run_path(str(EXAMPLE))
+    device = example["own_device"]()
     for number, overrides in enumerate(several):
-        main(Path(folder) / str(number), *overrides.split())
+        example["main"](Path(folder) / str(number), device, *overrides.split())
 
 
 @torch.no_grad()
 def layers(*families: str) -> None:
-    dist.init_process_group()
     for family in families:
         model = tiny_model(family)
         before = [model(TOKENS).logits, *_weights(model)]
@@ -49,7 +49,6 @@ def layers(*families: str) -> None:
         assert fingerprint(model) == name, family
         assert first_not_finite(model) is None, family
         assert all(map(torch.equal, before, [model(TOKENS).logits, *_weights(model)])), family
-    dist.destroy_process_group()
 
 
 def _weights(model: torch.nn.Module) -> list[torch.Tensor]:
@@ -58,7 +57,6 @@ def _weights(model: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def refusals(base: str) -> None:
-    dist.init_process_group()
     usual = parse_recipe("data.silos = {}")
     noisy = parse_recipe("data.silos = {}", ["privacy.noise=local"])
     whole = AutoModelForCausalLM.from_pretrained(base)
@@ -68,7 +66,6 @@ def refusals(base: str) -> None:
     said = [_refusal(whole, noisy), _refusal(tensor, usual)]
     if dist.get_rank() == 0:
         print(json.dumps(said))
-    dist.destroy_process_group()
 
 
 def _refusal(model, config) -> str:
@@ -81,4 +78,7 @@ def _refusal(model, config) -> str:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if sys.argv[1] != "runs":  # the example starts its own group
+        dist.init_process_group()
     globals()[sys.argv[1]](*sys.argv[2:])
+    dist.destroy_process_group()

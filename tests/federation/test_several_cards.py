@@ -22,12 +22,12 @@ from flexperts.testing import FAMILIES, tiny_model
 ROOT = Path(__file__).parents[2]
 LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
 RUNS = (
-    "method.name=fedavg",
-    "method.name=flex",
+    "model.dtype=float32 model.precision=fp32 method.name=fedavg",
+    "model.dtype=float32 model.precision=fp32 method.name=flex",
     "method.name=flex graft.rank=4 training.gradient_checkpointing=true",
 )
 SMALL = """
-    model.dtype=float32 model.precision=fp32 data.silos.train_rows=8 data.silos.test_rows=4 training.max_length=640
+    data.silos.train_rows=8 data.silos.test_rows=4 training.max_length=640
     federation.rounds=2 training.local_steps=2 evaluation.max_new_tokens=4
 """
 LAYOUTS = ("qwen2_moe", "gpt_oss", "dbrx", "llama4_text", "granitemoe")
@@ -59,6 +59,8 @@ def test_two_processes_with_half_a_base_each_are_one_process(tiny_base: Path, tm
         for file, tensors in one.items():
             assert tensors.keys() == two[file].keys()
             assert all(torch.equal(tensors[name], two[file][name]) for name in tensors), file
+    longer = parse_recipe(config.to_toml(), ["federation.rounds=3"])
+    assert run_federation(longer, tmp_path / "two" / "2", resume=True)["rounds"] == 3
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def _check_alone() -> None:
     """Refuse to be one of several processes of one launcher: each would do the whole command."""
     if (count := os.environ.get("WORLD_SIZE", "")).isdecimal() and int(count) > 1:
         rule = "each of these processes would do the whole command, on files that only one may write"
-        remedy = "start it without torchrun or accelerate launch; for several cards see docs/large-models.md"
+        remedy = "start it without torchrun, or unset WORLD_SIZE; for several cards see docs/large-models.md"
         raise ConfigError(f"WORLD_SIZE = {int(count)}", rule, remedy)
 
 
