@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -46,6 +47,7 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Show the versi
     if version:
         typer.echo(__version__)
         raise typer.Exit
+    _check_alone()
 
 
 app.command("run")(run.command)
@@ -95,6 +97,14 @@ def _check_arguments(arguments: list[str]) -> None:
             )
             told = ascii(argument[:_SHOWN]).replace("\\udc", "\\x")  # as Python writes bytes
             raise ConfigError(f"argument {told}", rule, remedy) from error
+
+
+def _check_alone() -> None:
+    """Refuse to be one of several processes of one launcher: each would do the whole command."""
+    if (count := os.environ.get("WORLD_SIZE", "")).isdecimal() and int(count) > 1:
+        rule = "each of these processes would do the whole command, on files that only one may write"
+        remedy = "start it without torchrun, or unset WORLD_SIZE; for several cards see docs/large-models.md"
+        raise ConfigError(f"WORLD_SIZE = {int(count)}", rule, remedy)
 
 
 def _check_home() -> None:

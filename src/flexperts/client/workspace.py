@@ -20,6 +20,7 @@ from flexperts.data.rows import ClientRows, Row
 from flexperts.errors import DataError, GraftError, ModelError
 from flexperts.evaluation.mmlu import KnowledgeScore
 from flexperts.evaluation.scores import EvaluationSettings, Scores
+from flexperts.modeling.cards import check_cards
 from flexperts.modeling.forward import Precision, autocast, token_losses
 from flexperts.modeling.load import LoadedBase, load_base, load_tokenizer
 from flexperts.modeling.routing import LayerRouting
@@ -154,6 +155,7 @@ class Workspace:
             config: The run; settings that decide neither rows nor base may differ from the workspace's.
             needs_experts: Whether a method of the run works on experts.
         """
+        check_cards(self.base.model, config)
         attention_linears(self.base.model, config.lora.projections)
         self._check_loss(config)
         wanted, found = config.graft.experts, find_experts(self.base.model) if needs_experts else []

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from flexperts.config.section import Section
+from flexperts.errors import shown
 
 
 class ModelConfig(Section):
@@ -41,6 +42,17 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
     """Run code that comes with the base, if --trust-remote-code on the command line asks for it too; only for bases
     that you trust."""
+
+    @field_validator("device_map", mode="before")
+    @classmethod
+    def _one_computing_device(cls, given: object) -> object:
+        places = given.values() if isinstance(given, dict) else () if given in ("auto", None) else (given,)
+        if odd := [place for place in places if place not in ("cpu", "disk")]:
+            raise ValueError(
+                f"{shown(odd[0])} is not a place for experts: write auto, or module names with cpu or disk; for "
+                "several cards see docs/large-models.md"
+            )
+        return given
 
     @model_validator(mode="after")
     def _quantized_in_one_place(self) -> Self:

@@ -1,4 +1,4 @@
-"""Reading of frozen weights: in memory, quantized, or offloaded between forward passes."""
+"""Reading of frozen weights: in memory, quantized, offloaded between forward passes, or divided over processes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate.utils import has_offloaded_params
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from flexperts.moe.quantized import QuantizedTensor
 
@@ -15,7 +16,8 @@ def read(module: nn.Module, name: str) -> Tensor | None:
     """Return a parameter of ``module``, detached, or None if there is none with this name.
 
     A parameter that accelerate has offloaded is read from its file or from the CPU's memory; of a tensor in a file,
-    only the used part is loaded. The module is not changed.
+    only the used part is loaded. A parameter that FSDP2 has divided is gathered from all processes, which must all
+    call this. The module is not changed.
     """
     parameter = getattr(module, name, None)
     if parameter is None:
@@ -23,7 +25,8 @@ def read(module: nn.Module, name: str) -> Tensor | None:
     if has_offloaded_params(module):
         offloaded: Any = module._hf_hook
         return torch.as_tensor(offloaded.weights_map[name])
-    return parameter.detach()  # type: ignore[no-any-return]
+    values: Tensor = parameter.detach()
+    return values.full_tensor() if isinstance(values, DTensor) else values
 
 
 def read_part(module: nn.Module, name: str, index: int | slice) -> Tensor | None:

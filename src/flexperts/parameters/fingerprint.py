@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate.utils import has_offloaded_params
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _SAMPLES = 1024
@@ -19,7 +20,7 @@ def fingerprint(model: nn.Module) -> str:
     Two checkpoints of one architecture differ in nearly all values, so a sample distinguishes them; hashing all
     bytes of a large base would take minutes at every start. The fingerprint identifies a base; it does not protect
     against tampering. A quantized weight is hashed by its codes and scales, so a quantized base has another
-    fingerprint. Offloading does not change the fingerprint.
+    fingerprint. Neither offloading nor FSDP2 changes it.
     """
     digest = hashlib.sha256()
     tied = getattr(model, "all_tied_weights_keys", None) or {}  # after offloading they are not the same tensor
@@ -36,16 +37,19 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def stored_tensors(model: nn.Module, name: str, parameter: Any) -> list[Tensor]:
-    """Return the tensors that store a parameter's values, also if it is offloaded."""
+    """Return the tensors that store a parameter's values, also if it is offloaded or divided over processes."""
     path, _, own = name.rpartition(".")
     module: Any = model.get_submodule(path)
-    return [module._hf_hook.weights_map[own]] if has_offloaded_params(module) else inner_tensors(parameter)
+    if has_offloaded_params(module):
+        return [module._hf_hook.weights_map[own]]
+    return [parameter.full_tensor()] if isinstance(parameter, DTensor) else inner_tensors(parameter)
 
 
 def inner_tensors(tensor: Any) -> list[Tensor]:
-    """Return the tensors that store a parameter's values, such as a quantized weight's codes and scales."""
+    """Return the tensors that store a parameter's values in this process, such as a quantized weight's codes."""
     if is_traceable_wrapper_subclass(tensor):
-        return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        inner = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        return [value for value in inner if isinstance(value, Tensor)]
     return [tensor]
 
 
