@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin
 from pydantic import ValidationError
 
 from flexperts.config.data import DataConfig
-from flexperts.config.run import RunConfig
+from flexperts.config.run import EngineConfig, RunConfig
 from flexperts.config.section import Section
 from flexperts.config.silo import SiloConfig
 from flexperts.errors import ConfigError, closest, shown
@@ -98,6 +98,18 @@ def parse_recipe(
     except ValidationError as error:
         raise _explain(error, where, RunConfig) from error
     return config if folder is None else _absolute(config, folder)
+
+
+def engine_of(workers: str | None) -> EngineConfig:
+    """Return the engine settings of a command without a recipe.
+
+    Args:
+        workers: The option's text; by default there are no worker processes.
+    """
+    try:
+        return EngineConfig.model_validate({} if workers is None else {"workers": _value(workers)})
+    except ValidationError as error:
+        raise _explain(error, "--workers", EngineConfig) from error
 
 
 def _text(path: Path, kind: str, there: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -128,10 +127,8 @@ def test_killed_parents_leave_no_process_and_their_run_resumes(recipe: Recipe, t
         with_patience(lambda run=run: run.poll() is not None or len(descendants(run.pid)) >= 3)
         time.sleep(stream.uniform(0, 4))
         below = descendants(run.pid)
-        sent = run.poll() is None
-        os.kill(run.pid, signal.SIGKILL)
-        run.wait()
-        kills += sent
+        run.kill()
+        kills += run.wait() == -signal.SIGKILL
         _, alive = psutil.wait_procs(below, timeout=20)
         assert alive == []
     assert kills >= 1

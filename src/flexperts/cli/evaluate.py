@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from flexperts.cli.generate import Base, Trust
+from flexperts.cli.run import Workers
 
 
 def command(
@@ -24,43 +25,34 @@ def command(
         ),
     ] = [],  # noqa: B006 - typer copies it
     base: Base = None,
+    workers: Workers = None,
     trust: Trust = False,
 ) -> None:
     """Score clients' models of a finished run again, from its files, on its scored rows or on others."""
     from flexperts.artifacts import RunDirectory
+    from flexperts.recipe import engine_of
 
+    engine = engine_of(workers)
     RunDirectory.open(run).summary()  # refuse a wrong path before anything heavy loads
 
     from flexperts.cli.display import RunDisplay
-    from flexperts.client.answer_limit import answer_limit, check_limit
-    from flexperts.finished.elsewhere import rows_elsewhere, said
-    from flexperts.finished.trained import TrainedRun
+    from flexperts.engines.scoring import score_run
     from flexperts.observer import observing
     from flexperts.server.summary import not_finite_of
 
     with RunDisplay() as display, observing(display):
         display.stage("loading the base, reading rows")
-        trained = TrainedRun(run, base=base, trust_remote_code=trust)
-        given = rows_elsewhere(trained, data) if data else {}
-        for line in said(given):
-            display.notice(line)
-        rows = {name: its.rows for name, its in given.items()} if data else trained.own_rows()
-        if not data:
-            check_limit(trained.workspace, trained.config, display)
-        display.stage(f"scoring {len(rows)} clients")
-        scores = trained.evaluate(display, rows)
-    marks = dict.fromkeys(trained.joined, " (joined)")
-    marks |= {n: f"{marks.get(n, '')} (other rows)" for n, its in given.items() if not its.own}
-    display.console.print(_table(scores, marks))
-    cut = {client: [*its.values()][-1].cut for client, its in scores.items()}
+        found = score_run(run, data, base=base, trust_remote_code=trust, engine=engine)
+    display.console.print(_table(found.scores, found.marks))
+    cut = {client: [*its.values()][-1].cut for client, its in found.scores.items()}
     if shown := ", ".join(f"{client} {count}" for client, count in cut.items() if count):
-        display.notice(f"answers cut at {answer_limit(trained.workspace, trained.config)} tokens: {shown}")
-    for client, its in scores.items():
+        display.notice(f"answers cut at {found.limit} tokens: {shown}")
+    for client, its in found.scores.items():
         for state, why in not_finite_of(its).items():
             display.notice(f"{client}, {state}: no score; {why}")
 
 
-def _table(scores: dict[str, Any], marks: Mapping[str, str]) -> Any:
+def _table(scores: Mapping[str, Mapping[Any, Any]], marks: Mapping[str, str]) -> Any:
     from rich.table import Table
 
     from flexperts.server.summary import score_text

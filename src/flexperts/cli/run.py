@@ -18,6 +18,17 @@ if TYPE_CHECKING:
     from flexperts.config.run import RunConfig
 
 
+Workers = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N | auto",
+        help="Processes in which clients take their turns side by side, on one copy of the base; auto starts as "
+        "many as there are cores or cards, and clients for them.",
+        show_default="1, or what the recipe says",
+    ),
+]
+
+
 def command(
     recipe: Annotated[
         Path, typer.Argument(help="Recipe: a TOML file, or one that ships: quickstart, large, study-silos.")
@@ -40,15 +51,7 @@ def command(
             "calls NAME; --out is then a name in the SuperLink's FLEXPERTS_RUNS. See docs/deploy.md.",
         ),
     ] = "in-process",
-    workers: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N | auto",
-            help="Processes in which clients take their turns side by side, on one copy of the base; with auto, as "
-            "many as there are cores or cards, and clients in a round.",
-            show_default="engine.workers of the recipe",
-        ),
-    ] = None,
+    workers: Workers = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the run in --out.")] = False,
     track: Annotated[
         list[str] | None,

@@ -14,10 +14,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
+import torch
+
+from flexperts.client.workspace import Workspace
+from flexperts.config.run import EngineConfig
 from flexperts.engines.fork_server import Setting
 from flexperts.errors import FederationError
+from flexperts.modeling.placement import computing_device
 from flexperts.observer import current_observer
 
 _AHEAD = 4
@@ -63,17 +68,38 @@ class Call:
             self.outcome.close()
 
 
+def pool_for(workspace: Workspace, engine: EngineConfig, most: int, folder: Path) -> Pool | None:
+    """Return the worker processes that a recipe's ``[engine]`` asks for, or None if this process does their work.
+
+    Args:
+        workspace: The rows, and which base to load.
+        engine: What is asked for.
+        most: Calls that can run at the same time.
+        folder: An existing folder on a disk.
+    """
+    cores, devices = torch.get_num_threads(), engine.devices
+    on_cards = computing_device(devices[0] if devices else workspace.config.model.device).type == "cuda"
+    if on_cards and not devices:
+        devices = tuple(f"cuda:{number}" for number in range(torch.cuda.device_count()))
+    asked = engine.workers
+    workers = min(most, len(devices) if on_cards else cores) if asked == "auto" else asked
+    if workers <= 1:
+        return None
+    threads = engine.threads or max(1, cores // workers)
+    return Pool(Setting(workspace, threads, devices if on_cards else ()), workers, folder)
+
+
 class Pool:
     """A fork server and its workers, until ``close``.
 
     Args:
         setting: What they work with.
-        workers: Number of workers.
+        count: Number of workers.
         folder: An existing folder on a disk, for results that wait.
     """
 
-    def __init__(self, setting: Setting, workers: int, folder: Path) -> None:
-        self._setting, self._folder, self._count = setting, folder, workers
+    def __init__(self, setting: Setting, count: int, folder: Path) -> None:
+        self.setting, self.count, self._folder = setting, count, folder
         self._server = _Server(setting)
         self._workers: list[Connection] = []
         self._running: dict[Connection, Call] = {}
@@ -96,7 +122,7 @@ class Pool:
         calls, order = iter(calls), deque[Call]()
         try:
             while True:
-                while len(self._running) < self._count and len(order) < _AHEAD * self._count:
+                while len(self._running) < self.count and len(order) < _AHEAD * self.count:
                     if (call := next(calls, None)) is None:
                         break
                     order.append(call)
@@ -112,6 +138,12 @@ class Pool:
                 self._let_go(connection)
             for call in order:
                 call.drop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def _start(self, call: Call) -> None:
         """Give a call to a worker that is free, or to a new one."""
@@ -162,7 +194,7 @@ class Pool:
         """Return the connection to a new worker; a fork server that has died is replaced."""
         if not self._server.alive:
             self._server.close()
-            self._server = _Server(self._setting)
+            self._server = _Server(self.setting)
         ours, theirs = socket.socketpair()
         with ours, theirs:
             self._server.fork(theirs)

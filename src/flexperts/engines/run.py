@@ -23,6 +23,7 @@ from flexperts.data.clients import partition_manifest
 from flexperts.data.unchanged import check_same_rows
 from flexperts.engines.engine import Engine
 from flexperts.engines.in_process import InProcess
+from flexperts.engines.pool import pool_for
 from flexperts.engines.workers import Workers
 from flexperts.errors import ArtifactError
 from flexperts.files import LOCK, sole_writer, write_json
@@ -30,7 +31,6 @@ from flexperts.finished.beyond import check_beyond, is_wanted, look_beyond
 from flexperts.finished.trained import TrainedRun
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.registry import make_method
-from flexperts.modeling.placement import computing_device
 from flexperts.observer import Observer, current_observer, observing
 from flexperts.parameters.store import PersonalStore
 from flexperts.protection.pipeline import check_enough, check_protections
@@ -140,19 +140,11 @@ def engine_of(workspace: Workspace, config: RunConfig, folder: Path) -> Engine:
         config: The run.
         folder: An existing folder on a disk.
     """
-    wanted, cores = config.engine, torch.get_num_threads()
-    devices = wanted.devices
-    on_cards = computing_device(devices[0] if devices else config.model.device).type == "cuda"
-    if on_cards and not devices:
-        devices = tuple(f"cuda:{number}" for number in range(torch.cuda.device_count()))
-    if wanted.workers == "auto":
-        workers = min(config.federation.drawn(len(workspace.clients)), len(devices) if on_cards else cores)
-    else:
-        workers = wanted.workers
-    threads = wanted.threads or max(1, cores // workers)
-    if workers == 1:
-        return InProcess(workspace, threads)
-    return Workers(workspace, workers, threads, devices if on_cards else (), folder)
+    drawn = config.federation.drawn(len(workspace.clients))
+    pool = pool_for(workspace.rows_only(), config.engine, drawn, folder)
+    if pool is None:
+        return InProcess(workspace, config.engine.threads or torch.get_num_threads())
+    return Workers(workspace, pool)
 
 
 def _check(config: RunConfig, run: RunDirectory, workspace: Workspace) -> None:

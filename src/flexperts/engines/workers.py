@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +19,6 @@ from flexperts.config.run import RunConfig
 from flexperts.data.clients import rows_hash
 from flexperts.data.rows import ClientRows
 from flexperts.engines.engine import Engine, prepare
-from flexperts.engines.fork_server import Setting
 from flexperts.engines.grid import LocalGrid, reply_to
 from flexperts.engines.pool import Call, Pool
 from flexperts.evaluation.scores import EvaluationSettings, Scores
@@ -34,18 +33,12 @@ class Workers(Engine):
 
     Args:
         workspace: The rows.
-        workers: Number of workers.
-        threads: CPU threads of each.
-        devices: Devices of the workers in turn; none means the CPU.
-        folder: An existing folder on a disk, for replies that wait for earlier ones.
+        pool: The workers.
     """
 
-    def __init__(
-        self, workspace: Workspace, workers: int, threads: int, devices: Sequence[str], folder: Path
-    ) -> None:
-        super().__init__(workspace, threads)
-        self.workers = workers
-        self._pool = Pool(Setting(workspace.rows_only(), threads, devices), workers, folder)
+    def __init__(self, workspace: Workspace, pool: Pool) -> None:
+        super().__init__(workspace, pool.setting.threads)
+        self.workers, self._pool = pool.count, pool
         self._grid: _WorkerGrid | None = None
 
     def __exit__(self, *error: object) -> None:

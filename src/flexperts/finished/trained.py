@@ -84,7 +84,7 @@ class TrainedRun:
         try:
             return self.workspace.base
         except ModelError as error:
-            raise ModelError(error.value, error.rule, f"{error.remedy}; or give its new path as --base") from error
+            raise elsewhere(error) from error
 
     def close(self) -> None:
         """Remove the adapters from the base."""
@@ -188,6 +188,11 @@ class TrainedRun:
         except DataError as error:
             remedy = f"{error.remedy}; or give rows from another place with `flexperts evaluate --data`"
             raise DataError(error.value, error.rule, remedy) from error
+
+
+def elsewhere(error: ModelError) -> ModelError:
+    """Return the error for a run's base that cannot be loaded; its remedy names the option for another place."""
+    return ModelError(error.value, error.rule, f"{error.remedy}; or give its new path as --base")
 
 
 def recipe_of(run: RunDirectory, base: str | None = None, *, trusted: bool) -> RunConfig:

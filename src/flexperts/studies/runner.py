@@ -15,12 +15,10 @@ from filelock import FileLock, Timeout
 
 from flexperts.client.workspace import Workspace
 from flexperts.config.run import EngineConfig
-from flexperts.engines.fork_server import Setting
-from flexperts.engines.pool import Call, Pool
+from flexperts.engines.pool import Call, pool_for
 from flexperts.engines.run import run_federation
 from flexperts.errors import FederationError, FlexpertsError
 from flexperts.files import content_of, write_json, write_text
-from flexperts.modeling.placement import computing_device
 from flexperts.observer import Observer, Observers, Once
 from flexperts.studies.claim import alone_in, claimed
 from flexperts.studies.entries import ComparisonPlan, Entry
@@ -160,19 +158,17 @@ def _run_all(
     if not waiting:
         return
     first = manner.plan.config(waiting[0].entry, waiting[0].seed)
-    on_card = computing_device(first.model.device).type == "cuda"
-    threads = first.engine.threads or max(1, torch.get_num_threads() // workers)
-    pool = Pool(Setting(Workspace(first), threads, (first.model.device,) if on_card else ()), workers, out)
-    try:
-        left = deque(waiting)
+    engine = first.engine.model_copy(update={"workers": workers})
+    pool = pool_for(Workspace(first), engine, len(waiting), out)
+    assert pool is not None
+    left = deque(waiting)
+    with pool:
         while left:
             try:
                 for error in pool.results(Call(str(job), _run, (manner, patience, job)) for job in tuple(left)):
                     yield left.popleft(), error
             except FederationError as error:  # a job whose workers die must not stop the others
                 yield left.popleft(), str(error)
-    finally:
-        pool.close()
 
 
 def _sort_out(outcomes: Generator[tuple[Job, str | None]], on_done: OnDone) -> tuple[list[Job], list[Job]]:
