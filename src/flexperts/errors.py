@@ -18,6 +18,7 @@ Every message is one line: value, rule, remedy.
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -127,6 +128,14 @@ class FederationError(FlexpertsError):
 def incompatible(value: str, rule: str) -> FederationError:
     """Return the error for a message that no client or server of this version and recipe sends."""
     return FederationError(value, rule, "use one flexperts version and one recipe on the server and every silo")
+
+
+def logged(error: Exception) -> str:
+    """Return an error as text for a log, escaped: a user's error as one line, any other with its trace."""
+    if isinstance(error, FlexpertsError):
+        return f"{type(error).__name__}: {error}"
+    trace = "".join(traceback.format_exception(error)).splitlines()
+    return "\n".join([type(error).__name__, *map(printable, trace)])
 
 
 class ServingError(FlexpertsError):

@@ -9,6 +9,7 @@ import pwd
 import re
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -51,18 +52,20 @@ def own_group() -> str:
 
 
 @contextmanager
-def served(state: Path, door: SiloSocket, answer: Callable[[bytes], bytes]) -> Iterator[None]:
+def served(
+    state: Path, door: SiloSocket, answer: Callable[[bytes | None], bytes], most: int = 1 << 30
+) -> Iterator[None]:
     """Serve a shared socket from a thread until the block ends."""
     stop = threading.Event()
 
-    def until_told(request: bytes) -> bytes:
+    def until_told(request: bytes | None) -> bytes:
         if stop.is_set():
             raise SystemExit
         return answer(request)
 
     def loop(listener: Listener) -> None:
         with suppress(OSError):  # the block has ended and closed it
-            listening.serve_requests(listener, until_told, door)
+            listening.serve_requests(listener, until_told, most, door)
 
     with listening.listening(state, door) as listener:
         threading.Thread(target=loop, args=(listener,), daemon=True).start()
@@ -167,6 +170,25 @@ def test_a_caller_that_drips_or_claims_too_much_is_dropped(tmp_path: Path, monke
         assert asked_by(os.getuid(), door) == "hello"
 
 
+def test_no_more_is_read_than_the_policy_allows(tmp_path: Path) -> None:
+    """A caller that sends on gets the reply, too; one that only claims so much does not have to send it."""
+    most, seen = 1 << 20, list[int | None]()
+    door = open_to(tmp_path, pwd.getpwuid(os.getuid()).pw_name)
+
+    def answer(request: bytes | None) -> bytes:
+        seen.append(None if request is None else len(request))
+        return b"answer"
+
+    with served(tmp_path / "state", door, answer, most):
+        for size in (most, most + 1, 64 * most):
+            assert relay._exchange(Path(door.path), bytes(size), shared=True) == b"answer"
+        with socket.socket(socket.AF_UNIX) as caller:
+            caller.connect(door.path)
+            caller.sendall(struct.pack("!iQ", -1, 1 << 40))
+            assert caller.recv(99).endswith(b"answer")
+    assert seen == [most, None, None, None]
+
+
 def _accepting_once(receive: Callable[..., bytes], accept: Callable[..., Any]) -> Callable[..., Any]:
     """Return an ``accept`` whose first connection cannot receive."""
     first = [True]
@@ -195,7 +217,7 @@ def test_a_folder_in_which_others_can_replace_the_socket_is_refused(tmp_path: Pa
 def test_users_and_groups_must_exist(tmp_path: Path, name: str) -> None:
     door = open_to(tmp_path, name)
     with pytest.raises(ConfigError, match=r"no such user; create"), listening.listening(tmp_path / "s", door) as it:
-        listening.serve_requests(it, lambda request: request, door)
+        listening.serve_requests(it, lambda request: request, 1 << 30, door)
     door = open_to(tmp_path, "root", group=name)
     with pytest.raises(ConfigError, match=r"no such group; create"), listening.listening(tmp_path / "s", door):
         pass

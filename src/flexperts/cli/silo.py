@@ -59,7 +59,7 @@ def serve(silo: _Silo) -> None:
         logging.getLogger("flexperts").addHandler(handler)
         worker = Worker(settings, display)
         display.stage(f"{settings.name}: serving {settings.state}")
-        listening.serve_requests(door, worker.reply, settings.socket)
+        listening.serve_requests(door, worker.reply, settings.policy.max_message_bytes, settings.socket)
 
 
 @app.command("check")
@@ -89,7 +89,7 @@ def check(
     wrong += _caught(_show_policy, settings, planned if recipe else None)
     wrong += _caught(_show_state, settings)
     for error in wrong[:-1]:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        typer.echo(f"error: {error}", err=True)
     if wrong:
         raise wrong[-1]
 
