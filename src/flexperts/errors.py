@@ -21,6 +21,7 @@ import difflib
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 _LONGEST_SHOWN = 200
@@ -88,9 +89,23 @@ def optional(extra: str, purpose: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"the module {error.name} is missing", f"{purpose} needs it", f"run pip install 'flexperts[{extra}]'"
-        ) from error
+        raise _missing(f"{error.name}", extra, purpose) from error
+
+
+def require(module: str, extra: str, purpose: str) -> None:
+    """Refuse what needs a module that is not installed, without importing it.
+
+    Raises:
+        ConfigError: There is no such module; the error names the extra which brings it.
+    """
+    if find_spec(module) is None:
+        raise _missing(module, extra, purpose)
+
+
+def _missing(module: str, extra: str, purpose: str) -> ConfigError:
+    return ConfigError(
+        f"the module {module} is missing", f"{purpose} needs it", f"run pip install 'flexperts[{extra}]'"
+    )
 
 
 class DataError(FlexpertsError):

@@ -20,7 +20,7 @@ from flexperts.client.answer_limit import check_limit
 from flexperts.client.client import Resident
 from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
-from flexperts.data.clients import partition_manifest
+from flexperts.data.clients import Clients, partition_manifest
 from flexperts.data.unchanged import check_same_rows
 from flexperts.engines.grid import InProcessGrid
 from flexperts.errors import ArtifactError
@@ -34,10 +34,13 @@ from flexperts.modeling.quantization import storage_line
 from flexperts.observer import Observer, current_observer, observing
 from flexperts.parameters.store import PersonalStore
 from flexperts.protection.pipeline import check_enough, check_protections
-from flexperts.recipe import recorded_recipe
+from flexperts.recipe import check_extras, recorded_recipe
 from flexperts.server.checkpoint import load_server
 from flexperts.server.extending import extend, is_extended
 from flexperts.server.serve import serve
+
+_NAMED = 10
+"""Most clients whose numbers of rows are shown one by one."""
 
 
 def run_federation(
@@ -133,6 +136,7 @@ def _is_extended(config: RunConfig, out: Path) -> bool:
 def _prepare(config: RunConfig, run: RunDirectory, workspace: Workspace) -> None:
     """Load and check everything; rows come first, because their errors are found without the base."""
     observer = current_observer()
+    check_extras(config)
     configs = [config, *([config.with_method(config.method.reference)] if config.method.reference else [])]
     methods = [make_method(c.method) for c in configs]
     for method, its_config in zip(methods, configs, strict=True):
@@ -143,6 +147,7 @@ def _prepare(config: RunConfig, run: RunDirectory, workspace: Workspace) -> None
     for method in methods:
         method.check_clients(workspace.clients)
     check_enough(config, len(workspace.clients))
+    observer.stage(_rows_line(workspace.clients))
     if (run.path / "config.toml").exists():
         check_same_rows(run.partition, workspace.clients)
     observer.stage(f"loading {config.model.base}")
@@ -151,6 +156,17 @@ def _prepare(config: RunConfig, run: RunDirectory, workspace: Workspace) -> None
     if config.model.quantization != "none":
         observer.stage(storage_line(workspace.base.model))
     check_limit(workspace, config, observer)
+
+
+def _rows_line(clients: Clients) -> str:
+    """Return the number of rows of every client, or the range where there are many."""
+    sides = [side for side in ("train", "validation", "test") if any(getattr(r, side) for r in clients.values())]
+    counts = [[len(getattr(rows, side)) for side in sides] for rows in clients.values()]
+    if len(counts) <= _NAMED:
+        each = (f"{name} {'/'.join(map(str, its))}" for name, its in zip(clients, counts, strict=True))
+        return f"rows ({'/'.join(sides)}): {', '.join(each)}"
+    ranges = (f"{min(its)} to {max(its)}" for its in zip(*counts, strict=True))
+    return f"rows ({'/'.join(sides)}) of {len(counts)} clients: {' / '.join(ranges)}"
 
 
 def _run_method(workspace: Workspace, config: RunConfig, out: Path, loading: float = 0.0) -> dict[str, Any]:
