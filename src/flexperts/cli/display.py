@@ -127,8 +127,8 @@ def split_table(method: str, rows: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(column, justify="right" if column in ("tensors", "parameters", "size") else "left")
     for row in rows:
         numbers = (str(row["tensors"]), f"{row['parameters']:,}", size(row["bytes"]).text)
-        words = (str(row["trained"]), str(row["leaves"])) if row["tensors"] else ("-", "-")
-        table.add_row(str(row["group"]), *numbers, *words)
+        place = (str(row["trained"]), str(row["leaves"])) if row["tensors"] else ("-", "-")
+        table.add_row(str(row["group"]), *numbers, *place)
     return table
 
 
