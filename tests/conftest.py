@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +30,17 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget the methods that a test registers."""
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
     monkeypatch.setattr(registry, "_LOADED", dict(registry._LOADED))
+
+
+@pytest.fixture(scope="session")
+def sandbox() -> None:
+    """Skip where the sandbox of ``flexperts silo units`` cannot run."""
+    if missing := [tool for tool in ("bwrap", "socat") if shutil.which(tool) is None]:
+        pytest.skip(f"{' and '.join(missing)} not installed")
+    words = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "true"]
+    tried = subprocess.run(words, capture_output=True, text=True, check=False)
+    if tried.returncode:
+        pytest.skip(f"no namespaces here: {tried.stderr.strip()}")
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,10 @@ Every message is one line: value, rule, remedy.
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 _LONGEST_SHOWN = 200
@@ -87,9 +89,23 @@ def optional(extra: str, purpose: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"the module {error.name} is missing", f"{purpose} needs it", f"run pip install 'flexperts[{extra}]'"
-        ) from error
+        raise _missing(f"{error.name}", extra, purpose) from error
+
+
+def require(module: str, extra: str, purpose: str) -> None:
+    """Refuse what needs a module that is not installed, without importing it.
+
+    Raises:
+        ConfigError: There is no such module; the error names the extra which brings it.
+    """
+    if find_spec(module) is None:
+        raise _missing(module, extra, purpose)
+
+
+def _missing(module: str, extra: str, purpose: str) -> ConfigError:
+    return ConfigError(
+        f"the module {module} is missing", f"{purpose} needs it", f"run pip install 'flexperts[{extra}]'"
+    )
 
 
 class DataError(FlexpertsError):
@@ -127,6 +143,14 @@ class FederationError(FlexpertsError):
 def incompatible(value: str, rule: str) -> FederationError:
     """Return the error for a message that no client or server of this version and recipe sends."""
     return FederationError(value, rule, "use one flexperts version and one recipe on the server and every silo")
+
+
+def logged(error: Exception) -> str:
+    """Return an error as text for a log, escaped: a user's error as one line, any other with its trace."""
+    if isinstance(error, FlexpertsError):
+        return f"{type(error).__name__}: {error}"
+    trace = "".join(traceback.format_exception(error)).splitlines()
+    return "\n".join([type(error).__name__, *map(printable, trace)])
 
 
 class ServingError(FlexpertsError):

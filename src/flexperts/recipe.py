@@ -13,7 +13,7 @@ from flexperts.config.data import DataConfig
 from flexperts.config.run import EngineConfig, RunConfig
 from flexperts.config.section import Section
 from flexperts.config.silo import SiloConfig
-from flexperts.errors import ConfigError, closest, shown
+from flexperts.errors import ConfigError, closest, require, shown
 from flexperts.files import damaged, text_of
 
 _PACKAGE = Path(__file__).parent
@@ -84,6 +84,26 @@ def check_trust(config: RunConfig, where: Path, *, trusted: bool) -> None:
             f"it asks to run code of the base {config.model.base!r}, and a file alone must not decide that",
             "add --trust-remote-code if you trust the author of the base",
         )
+
+
+def check_extras(config: RunConfig) -> None:
+    """Refuse settings that need an extra which is not installed, before anything is imported or read for them."""
+    if config.data.partition is not None:
+        require("flwr_datasets", "partition", "data.partition")
+    if config.privacy.noise != "none":
+        require("dp_accounting", "privacy", "privacy.noise")
+    if config.knowledge.mmlu is not None:
+        require("lm_eval", "knowledge", "knowledge.mmlu")
+    if config.model.quantization != "none":
+        require("bitsandbytes", "quantization", "model.quantization")
+
+
+def check_silo_extras(silo: SiloConfig) -> None:
+    """Do what ``check_extras`` does, for a silo's file."""
+    if silo.quantization != "none":
+        require("bitsandbytes", "quantization", "quantization")
+    if silo.policy.noise != "none":
+        require("dp_accounting", "privacy", "policy.noise")
 
 
 def parse_recipe(

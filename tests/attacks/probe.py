@@ -32,7 +32,7 @@ def tried(told: dict[str, Any]) -> dict[str, str]:
         "look up a name": lambda: socket.getaddrinfo("localhost.example", 80),
         "read rows from another process": lambda: next(_memory(told["needles"])),
         "remove the socket": lambda: os.unlink(told["socket"]),  # noqa: PTH108
-        "follow links": lambda: _reader(_linked(told["files"][0]))(),
+        "follow links": lambda: _read_by_link(told["files"][0]),
     }
     for number in told["processes"]:
         tries[f"signal {number}"] = lambda number=number: os.kill(number, 0)
@@ -87,10 +87,13 @@ def _memory(needles: list[str]) -> Iterator[str]:
                 yield from (needle for needle in needles if needle in text)
 
 
-def _linked(path: str) -> str:
-    link = "/tmp/link"
-    os.symlink(path, link)  # noqa: PTH211
-    return link
+def _read_by_link(path: str) -> object:
+    link = Path(f"/tmp/link-{os.getpid()}")
+    link.symlink_to(path)
+    try:
+        return _reader(str(link))()
+    finally:
+        link.unlink()
 
 
 if __name__ == "__main__":

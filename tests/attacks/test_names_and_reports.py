@@ -159,7 +159,7 @@ def test_of_two_bases_the_one_that_was_there_first_is_the_runs(
     assert bits(server) == expected([(a, b)] * 4).tobytes()
 
 
-REPORTS: list[Any] = [{"other": [1, 2]}, {"layer": [1]}, {"layer": "no"}, {"layer": [[1], [2]]}, "text", 3, [1], {}]
+REPORTS: list[Any] = [{"other": [1, 2]}, {"layer": [1]}, {"layer": "no"}, {"layer": [[1], [2]]}, "text", 3, [1]]
 
 
 @pytest.mark.parametrize("report", REPORTS, ids=str)
@@ -169,12 +169,15 @@ def test_a_malformed_report_turns_only_its_own_silo_away(recipe: Recipe, tmp_pat
     config = recipe(*SHARING)
     honest, _ = run_on(ScriptedGrid(*silos), config, tmp_path / "honest")
     server, rounds = run_on(ScriptedGrid(Silo("0", 4, report=report), *silos), config, tmp_path / "attacked")
-    if not report:  # it says nothing about any expert, which is allowed
-        assert sorted(server.clients) == ["0", "a", "b"]
-        return
     assert [*rounds[0]["refused"]] == ["0"]
     assert server.agreement == honest.agreement
     assert bits(server) == bits(honest)
+
+
+def test_a_report_about_no_expert_is_allowed(recipe: Recipe, tmp_path: Path) -> None:
+    silos = Silo("a", 3, report=losses(3, 1)), Silo("b", 4, report={})
+    server, rounds = run_on(ScriptedGrid(*silos), recipe(*SHARING), tmp_path / "run")
+    assert (server.clients, rounds[0]["refused"]) == ({"a": 3, "b": 4}, {})
 
 
 @pytest.mark.parametrize("report", [9, 10**6, "4", [4], None])
@@ -198,7 +201,12 @@ def test_a_silo_of_another_recipe_turns_no_other_away(recipe: Recipe, tmp_path: 
 
 HELD: list[Any] = [
     {},
+    {"other": [0]},
+    {"model/layers/0/mlp/experts": [0]},
+    {"l": []},
+    {"l": [-1]},
     {"l": [9]},
+    {"l": [10**9]},
     {"l": [0, 0]},
     {"l": [0] * 10**6},
     {"l": "no"},

@@ -109,6 +109,45 @@ def test_no_command_runs_it_because_a_file_says_so(
     assert not (handed.parent / "ran").exists()
 
 
+SAYS = ["--set", "model.trust_remote_code=true"]
+UNSAYS = ["--set", "model.trust_remote_code=false"]
+SETTING = {
+    "run": COMMANDS["run"],
+    "compare": [*COMMANDS["compare"], "--seeds", "1"],
+    "inspect": ["inspect", "{run}/base"],
+}
+
+
+@pytest.mark.parametrize("command", SETTING)
+def test_a_setting_on_the_command_line_runs_it(
+    handed: Path, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for said in ([*SAYS, *UNSAYS], [*UNSAYS, *SAYS]):
+        assert not (handed.parent / "ran").exists()
+        words = [word.format(run=handed, place=handed.parent / said[-1]) for word in SETTING[command]]
+        call(monkeypatch, *words, *said)
+    assert "a file alone must not decide that" not in capsys.readouterr().err
+    assert (handed.parent / "ran").exists()
+
+
+@pytest.mark.parametrize("said", [[], UNSAYS, [*SAYS, *UNSAYS]])
+def test_no_variant_of_a_recipe_says_it(
+    handed: Path, said: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = handed / "config.toml"
+    text = recipe.read_text().replace("trust_remote_code = true", "trust_remote_code = false")
+    recipe.write_text(f"{text}\n[compare.variants]\nodd = ['model.trust_remote_code=true']\n")
+    words = ["compare", recipe, "--methods", "odd", "--out", handed.parent / "compared", *said]
+    assert call(monkeypatch, *words) == 2
+    assert "a file alone must not decide that" in capsys.readouterr().err
+    assert not (handed.parent / "ran").exists()
+
+
+def test_a_plan_runs_none(handed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call(monkeypatch, "plan", handed / "base", "--methods", "fedavg", *SAYS)
+    assert not (handed.parent / "ran").exists()
+
+
 def test_no_function_does(handed: Path) -> None:
     rows = handed.parent / "rows.jsonl"
     for use in (lambda: TrainedRun(handed), lambda: open_engine(handed), lambda: join(handed, rows)):

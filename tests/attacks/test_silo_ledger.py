@@ -49,7 +49,7 @@ def epsilon_of(text: str, rounds: int) -> float:
 
 
 def counted(asked: AskedSilo) -> dict[str, float | None]:
-    return {kept.run: kept.epsilon for kept in kept_runs(asked.state, "clinic")}
+    return {kept.run: kept.epsilon for kept in kept_runs(asked.state, "clinic", Ledger(asked.state, SiloPolicy()))}
 
 
 def test_a_replay_gets_the_same_bytes_and_other_weights_get_none(asked: AskedSilo) -> None:

@@ -142,7 +142,8 @@ def test_run_shows_its_stages_and_scores(finished: tuple[Path, str]) -> None:
     out, printed = finished
     summary = json.loads((out / "summary.json").read_text())
     lines = printed.splitlines()
-    for stage in ("reading rows", "flex: clients join", "round 1 of 1"):
+    rows = f"rows (train/test): {', '.join(f'{client} 8/4' for client in CLIENTS)}"
+    for stage in ("reading rows", rows, "flex: clients join", "round 1 of 1"):
         assert stage in lines
     assert lines[-1].endswith(f"everything is in {out}")  # whole, however long
     assert "0 personal bytes sent" in printed

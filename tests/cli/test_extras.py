@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import tomli_w
 from typer.testing import CliRunner
 
 from flexperts.cli.main import app
 from flexperts.data.clients import load_clients
 from flexperts.data.silos.generate import write_silos
+from flexperts.engines.run import run_federation
 from flexperts.errors import ConfigError, FlexpertsError
-from flexperts.recipe import parse_recipe
+from flexperts.recipe import load_recipe, parse_recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,6 +57,70 @@ def test_a_partition_without_flwr_datasets_is_refused(tmp_path: Path, monkeypatc
     config = parse_recipe(recipe, folder=tmp_path)
     with pytest.raises(ConfigError, match=re.escape("pip install 'flexperts[partition]'")):
         load_clients(config.data, seed=0)
+
+
+NEEDED = {
+    "partition": ("flwr_datasets", '[data.partition]\nsource = "all.jsonl"\nby = "iid"\nclients = 2\n'),
+    "privacy": ("dp_accounting", '[privacy]\nnoise = "local"\n'),
+    "knowledge": ("lm_eval", '[knowledge]\nmmlu = "hub"\n'),
+    "quantization": ("bitsandbytes", '[model]\nquantization = "int8"\n'),
+}
+"""Extra -> a module of it, and a setting that needs it."""
+FIRST = """
+import sys
+sys.modules[sys.argv.pop(1)] = None
+from flexperts.cli.main import main
+try:
+    main()
+finally:
+    print(*sys.modules)
+"""
+
+
+def needing(extra: str, folder: Path) -> Path:
+    """Write a recipe without rows or base, so that whatever is read first is refused."""
+    text = NEEDED[extra][1] + ("" if extra == "partition" else '[data]\nfolder = "none"\n')
+    (folder / "recipe.toml").write_text(text)
+    return folder / "recipe.toml"
+
+
+@pytest.mark.parametrize("command", ["run", "compare"])
+@pytest.mark.parametrize("extra", NEEDED)
+def test_a_setting_is_refused_before_anything_is_loaded(extra: str, command: str, tmp_path: Path) -> None:
+    words = [sys.executable, "-c", FIRST, NEEDED[extra][0], command, needing(extra, tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"run pip install 'flexperts[{extra}]'" in done.stderr
+    assert not {"torch", "transformers", "datasets"} & set(done.stdout.split())
+
+
+@pytest.mark.parametrize("extra", NEEDED)
+def test_a_library_call_too(extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, NEEDED[extra][0], None)
+    config = load_recipe(needing(extra, tmp_path), ["method.name=fedavg"])
+    with pytest.raises(ConfigError, match=re.escape(f"flexperts[{extra}]")):
+        run_federation(config, tmp_path / "out")
+
+
+@pytest.mark.parametrize("command", ["serve", "check"])
+@pytest.mark.parametrize(
+    ("extra", "setting"), [("quantization", 'quantization = "nf4"'), ("privacy", '[policy]\nnoise = "local"')]
+)
+def test_a_silo_too(
+    extra: str, setting: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, NEEDED[extra][0], None)
+    silo = tomllib.loads(f'name = "clinic"\nstate = "state"\nbase = "none"\n{setting}')
+    (tmp_path / "silo.toml").write_text(tomli_w.dumps(silo | {"data": {"train": "none.jsonl"}}))
+    result = CliRunner().invoke(app, ["silo", command, str(tmp_path / "silo.toml")])
+    assert f"flexperts[{extra}]" in f"{result.exception} {result.output}"
+    assert not (tmp_path / "state").exists()
+
+
+def test_every_extra_of_a_setting_is_tried() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    of_commands = {"report", "serve", "tensorboard"}
+    assert project["optional-dependencies"].keys() == NEEDED.keys() | of_commands | {"docs", "dev"}
 
 
 def test_the_extras_that_messages_and_pages_name_exist() -> None:

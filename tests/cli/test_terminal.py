@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.nn import Parameter
 
 from flexperts.cli.console import console
-from flexperts.cli.display import RunDisplay, score_table
+from flexperts.cli.display import RunDisplay, score_table, split_table
 from flexperts.cli.main import main
+from flexperts.parameters.split import ParameterSplit
 from flexperts.recipe import shipped_recipes
 
 SOURCE = Path(__file__).parents[2] / "src" / "flexperts"
@@ -255,6 +258,16 @@ def test_names_are_utf_8_in_any_locale(finished: Path, locale: str) -> None:
     code, printed, said = start("join", finished, "--data", "a.csv", "--name", "Zürich", **plain)
     assert (code, printed.strip()) == (2, b"")
     assert said.startswith(b"error: client 'Z\\xfcrich': ")  # it is found, and its files are
+
+
+def test_a_group_without_parameters_is_neither_trained_nor_sent() -> None:
+    table = split_table("fedavg", ParameterSplit({"a": Parameter(torch.ones(2))}, {}, {}).describe())
+    rows = [*zip(*(column.cells for column in table.columns), strict=True)]
+    assert rows == [
+        ("shared", "1", "2", "8 B", "yes", "to the server, every round"),
+        ("personal", "0", "0", "0 B", "-", "-"),
+        ("frozen", "0", "0", "0 B", "-", "-"),
+    ]
 
 
 def test_rows_in_a_folder_whose_name_is_no_text(tmp_path: Path, tiny_base: Path) -> None:

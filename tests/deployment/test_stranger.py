@@ -51,20 +51,10 @@ class Strangers(Cluster):
             file.write(f'[socket]\npath = "ask/worker.sock"\ngroup = "{group}"\nusers = ["{user}"]\n')
 
 
-def missing() -> str:
-    """Return why the sandbox cannot be tried here, or an empty text."""
-    if tools := [tool for tool in ("bwrap", "socat") if shutil.which(tool) is None]:
-        return f"{' and '.join(tools)} not installed"
-    words = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "true"]
-    tried = subprocess.run(words, capture_output=True, text=True, check=False)
-    return f"no namespaces here: {tried.stderr.strip()}" if tried.returncode else ""
-
-
+@pytest.mark.usefixtures("sandbox")
 def test_an_app_finds_nothing(
     tmp_path: Path, tiny_base: Path, rows: dict[str, Path], deployed: Callable[..., Path]
 ) -> None:
-    if reason := missing():
-        pytest.skip(reason)
     recipe, folder = deployed(1), tmp_path / "cluster"
     folder.mkdir()
     lure = socket.create_server(("0.0.0.0", free_port()))

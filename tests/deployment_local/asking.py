@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context, Message, RecordDict, UserConfig
 
 from flexperts.communication.messages import info_of, payload_of, records
 from flexperts.deployment import listening, relay
-from flexperts.engines.flower_private import stamp
+from flexperts.engines.flower_private import assume_identity, stamp
 
 RUN = "0123456789abcdef" * 2
 BAD_RUNS = [
@@ -47,17 +48,17 @@ def converse(ask: Ask) -> dict[str, RecordDict]:
 
 
 @contextmanager
-def serving(state: Path, answer: Callable[[bytes], bytes]) -> Iterator[None]:
+def serving(state: Path, answer: Callable[[Any], bytes], most: int = 1 << 30) -> Iterator[None]:
     """Serve a state folder from a thread inside the block, with any function in the worker's place."""
 
-    def until_told(request: bytes) -> bytes:
+    def until_told(request: bytes | None) -> bytes:
         if request == b"stop":
             raise SystemExit
         return answer(request)
 
     def loop(door: Listener) -> None:
         with suppress(SystemExit):
-            listening.serve_requests(door, until_told)
+            listening.serve_requests(door, until_told, most)
 
     with listening.listening(state) as door:
         thread = threading.Thread(target=loop, args=(door,), daemon=True)
@@ -85,6 +86,7 @@ def say(state: Path, request: bytes) -> bytes | None:
 
 def through_relay(silo_file: Path, recipe: str) -> Ask:
     """Return a node's answer: its SuperNode runs Flower's ClientApp on each message."""
+    assume_identity(1)
     config: UserConfig = {"silo": str(silo_file)}
     context = Context(run_id=1, node_id=1, node_config=config, state=RecordDict(), run_config={"recipe": recipe})
 

@@ -18,8 +18,8 @@ from flexperts.errors import ArtifactError
 from .asking import say, serving
 
 
-def echo(request: bytes) -> bytes:
-    return b"echo " + request
+def echo(request: bytes | None) -> bytes:
+    return b"echo " + (request or b"")
 
 
 def raw(state: Path) -> socket.socket:

@@ -66,6 +66,20 @@ def test_what_the_worker_says_comes_back_whole(silo_file: Path, handed: Callable
     assert worker.loads == 1
 
 
+def test_a_request_that_is_too_long_is_told_the_silos_rule(
+    silo_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with silo_file.open("a") as file:
+        file.write("max_message_bytes = 1048576\n")
+    silo = load_silo(silo_file)
+    worker = Worker(silo)
+    with serving(Path(silo.state), worker.reply, silo.policy.max_message_bytes):
+        reply = through(silo_file)("train", records({"agreement": "x" * (1 << 21)}))
+    rule = "a request may have at most 1,048,576 bytes (policy.max_message_bytes)"
+    assert info_of(reply)["error"] == f"PolicyError: {rule}; see that silo's log"
+    assert f"a longer request: {rule}; change the recipe, or this silo's policy" in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["query.join", "query.initial", "train", "evaluate"])
 def test_kind_run_and_recipe_reach_the_worker(silo_file: Path, tmp_path: Path, kind: str) -> None:
     seen: list[Any] = []

@@ -21,6 +21,7 @@ from flexperts.config.run import RunConfig
 from flexperts.config.silo import SiloConfig
 from flexperts.deployment import worker as worker_module
 from flexperts.deployment.kept import keep_recipe, kept_runs
+from flexperts.deployment.ledger import Ledger
 from flexperts.deployment.settings import for_silo
 from flexperts.deployment.state import make_private
 from flexperts.deployment.worker import Worker
@@ -101,7 +102,8 @@ def test_the_base_is_loaded_once_for_all_messages_and_runs(
     lines = worker.observer.lines  # type: ignore[attr-defined]
     assert sum("base loaded" in line for line in lines) == 1
     assert any(line.startswith("run 01234567, round 1: trained, ") for line in lines)
-    kept = {kept.run: (kept.method, kept.round) for kept in kept_runs(Path(silo.state), "clinic")}
+    listed = kept_runs(Path(silo.state), "clinic", Ledger(Path(silo.state), silo.policy))
+    kept = {kept.run: (kept.method, kept.round) for kept in listed}
     assert kept == {RUN: ("flex", 1), OTHER: ("fedavg", 1), "a" * 32: ("flex", 1)}
 
 

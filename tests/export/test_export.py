@@ -303,6 +303,14 @@ def test_what_does_not_load_or_computes_something_else_fails_the_check(loading: 
         verify(loading, torch.ones(1, 3, dtype=torch.long), torch.randn(1, 3, 5, generator=stream), torch.float32)
 
 
+def test_a_difference_beyond_float32_is_said_to_be_of_bfloat16() -> None:
+    assert [LogitDifference(1.0, relative, 1.0, 9).is_coarse for relative in (0.0, 9e-4, 2e-3)] == [
+        False,
+        False,
+        True,
+    ]
+
+
 def test_the_command_says_what_it_wrote_and_how_far_it_is_from_the_run(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

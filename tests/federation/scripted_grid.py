@@ -55,8 +55,8 @@ class Silo:
         return {"query.join": self._join, "query.initial": self._initial}.get(kind, self._round)(kind, content)
 
     def _join(self, kind: str, content: RecordDict) -> RecordDict:
-        rows = {"train_rows": self.rows, "test_rows": 2}
-        return records({"client": self.name, "base": self.base, "report": json.dumps(self.report), **rows}, {})
+        told = {"client": self.name, "base": self.base, "train_rows": self.rows, "report": json.dumps(self.report)}
+        return records(told, {})
 
     def _initial(self, kind: str, content: RecordDict) -> RecordDict:
         told = {"client": self.name, "split": "[]", "digest": START.digest("[]")}

@@ -90,7 +90,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "manifest": (no_manifest, "without a readable manifest"),
     "round before": (changed(info={"round": 1}), "b answers to round 1: this is round 2"),
     "round to come": (changed(info={"round": 3}), "b answers to round 3: this is round 2"),
-    "round as text": (changed(info={"round": "2"}), "this is round 2"),
+    "round as text": (changed(info={"round": "2"}), "b reports round = '2': it must be a whole number"),
     "base": (changed(info={"base": "0ther"}), "b trained the base 0ther"),
     "no base": (changed(without=["base"]), "it cannot be read"),
     "norm": (values(lambda v: v + 100), "federation.max_update_rms = 10"),

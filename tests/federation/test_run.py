@@ -18,9 +18,10 @@ from flexperts.artifacts import RunDirectory
 from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
 from flexperts.data.clients import load_clients, partition_manifest
+from flexperts.data.rows import ClientRows
 from flexperts.data.silos.generate import write_silos
 from flexperts.engines.grid import InProcessGrid
-from flexperts.engines.run import run_federation
+from flexperts.engines.run import _NAMED, _rows_line, run_federation
 from flexperts.finished.trained import TrainedRun
 from flexperts.recipe import parse_recipe
 
@@ -204,3 +205,15 @@ def test_a_run_keeps_who_had_which_rows_and_none_of_their_texts(recipe: Recipe, 
     held = sum(c["train_rows"] + c["test_rows"] for c in kept["clients"].values())
     assert held == len(rows)
     assert not [row for row in rows if row["response"] in text and len(row["response"]) > 20]
+
+
+def test_numbers_of_rows_by_client_and_of_many_clients_their_range() -> None:
+    def clients(count: int, validation: int = 0) -> dict[str, ClientRows]:
+        sides = {n: (("r",) * (n + 1), ("r",) * 2, ("r",) * validation) for n in range(count)}
+        return {f"c{n}": ClientRows(*each) for n, each in sides.items()}  # type: ignore[arg-type]
+
+    assert _rows_line(clients(2)) == "rows (train/test): c0 1/2, c1 2/2"
+    assert _rows_line(clients(2, 3)) == "rows (train/validation/test): c0 1/3/2, c1 2/3/2"
+    assert (
+        _rows_line(clients(_NAMED + 1)) == f"rows (train/test) of {_NAMED + 1} clients: 1 to {_NAMED + 1} / 2 to 2"
+    )

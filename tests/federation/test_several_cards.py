@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flexperts.engines.in_process import run_federation
+from flexperts.engines.run import run_federation
 from flexperts.errors import ConfigError, ModelError
 from flexperts.modeling.cards import check_cards, shard_layers
 from flexperts.recipe import load_recipe, parse_recipe

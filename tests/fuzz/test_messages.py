@@ -14,7 +14,6 @@ from harness import PLAIN, TEXT, clean_refusals, fuzz, mutated
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from flexperts.communication.adapter_folder import write_adapter
 from flexperts.communication.compression import pack
 from flexperts.communication.messages import Expected, payload_of, records
 from flexperts.config.federation import CompressionConfig
@@ -136,20 +135,3 @@ def test_bytes_on_the_silo_s_socket(message: bytes, folder: Path) -> None:
     fields, content = wire.deserialize(message)
     assert all(isinstance(text, str) for text in fields.values())
     assert all(isinstance(record, ArrayRecord | ConfigRecord | MetricRecord) for record in content.values())
-
-
-ADAPTER = json.dumps({"r": 2, "lora_alpha": 4, "peft_type": "LORA"})
-FACTORS = {"base_model.a.lora_A.weight": (2, 3), "base_model.a.lora_B.weight": (3, 2)}
-
-
-@fuzz(
-    400,
-    st.one_of(
-        texts(ADAPTER),
-        PLAIN.map(json.dumps),
-        st.fixed_dictionaries({"r": PLAIN, "lora_alpha": PLAIN}).map(json.dumps),
-    ),
-)
-def test_adapter_configurations(text: str, folder: Path) -> None:
-    manifest = Manifest(tuple(FACTORS), tuple(FACTORS.values()))
-    write_adapter(folder / "shared", text, Payload(manifest, np.zeros(manifest.size, np.float32)).tensors())

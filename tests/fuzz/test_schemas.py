@@ -46,7 +46,7 @@ TEXTS: list[type[Fields]] = [
 """Schemas of texts and whole numbers: what is in a ConfigRecord."""
 NUMBERED: list[type[Fields]] = [
     schema.NoNumbers,
-    schema.measure_fields(),
+    schema.measure_fields(tuple(schema.MEASURES)),
     schema.score_fields(STATES, answers=True),
     schema.score_fields(STATES, answers=False),
 ]
@@ -146,7 +146,7 @@ def test_evaluations(content: RecordDict, folder: Path) -> None:
     json.dumps(found, allow_nan=False)
 
 
-@fuzz(1500, replies(schema.TrainedHeading, schema.measure_fields()))
+@fuzz(1500, replies(schema.TrainedHeading, schema.measure_fields(tuple(schema.MEASURES))))
 def test_updates(content: RecordDict, folder: Path) -> None:
     content_of_round = dict(info_of(content)) if "info" in content.config_records else {}
     if content_of_round.get("round") == 3:

@@ -51,27 +51,33 @@ def command(
     trust: Trust = False,
 ) -> None:
     """Run every method with every seed, then write table, HTML report and Markdown; resumable at any point."""
+    from flexperts.cli.report import check_plots
     from flexperts.errors import ConfigError
-    from flexperts.recipe import check_trust
-    from flexperts.studies.entries import plan_comparison
+    from flexperts.recipe import check_extras, check_trust, load_recipe
 
     names = [name.strip() for name in (methods or "").split(",") if name.strip()]
     if methods is not None and not names:
         raise ConfigError(
             f"--methods {methods!r}", "it names no method", "give at least one name, or leave the option out"
         )
+    check_plots()
+    check_extras(load_recipe(recipe, settings))
+
+    from flexperts.studies.entries import plan_comparison
+
     plan = plan_comparison(recipe, settings, entries=names, seeds=seeds, reference=reference)
     for entry in plan.entries:
-        check_trust(plan.config(entry, plan.seeds[0]), recipe, trusted=trust or sets_trust(settings))
+        config = plan.config(entry, plan.seeds[0])
+        check_trust(config, recipe, trusted=trust or sets_trust(settings))
+        check_extras(config)
     out = out or Path("runs") / recipe.stem
 
     from flexperts.cli.display import ProgressDisplay
-    from flexperts.cli.report import check_plots, report
+    from flexperts.cli.report import report
     from flexperts.studies.claim import alone_in
     from flexperts.studies.collect import collect_comparison
     from flexperts.studies.runner import Job, jobs, run_comparison
 
-    check_plots()
     planned = jobs(plan, out)
     chosen: list[tuple[str, object]] = [("--methods", methods), ("--seeds", seeds), ("--reference", reference)]
     chosen += [("--out", out), ("--set", settings), ("--track", track)]

@@ -14,6 +14,7 @@ from rich.table import Table
 from flexperts.cli.console import console as terminal
 from flexperts.observer import Observer
 from flexperts.reports.cells import size
+from flexperts.reports.reading import STATES
 
 
 class ProgressDisplay(Observer):
@@ -126,7 +127,8 @@ def split_table(method: str, rows: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(column, justify="right" if column in ("tensors", "parameters", "size") else "left")
     for row in rows:
         numbers = (str(row["tensors"]), f"{row['parameters']:,}", size(row["bytes"]).text)
-        table.add_row(str(row["group"]), *numbers, str(row["trained"]), str(row["leaves"]))
+        place = (str(row["trained"]), str(row["leaves"])) if row["tensors"] else ("-", "-")
+        table.add_row(str(row["group"]), *numbers, *place)
     return table
 
 
@@ -174,7 +176,8 @@ def score_notes(summary: Mapping[str, Any]) -> Iterator[str]:
     """Yield notes on a table of scores: why scores are missing, and which answers were cut."""
     for source in [summary, *([summary["reference"]] if summary.get("reference") else [])]:
         for client, states in (source.get("not_finite") or {}).items():
-            yield from (f"{source['method']}, {client}, {state}: no score; {why}" for state, why in states.items())
+            for state, why in states.items():
+                yield f"{source['method']}, {client}, {STATES.get(state, state)}: no score; {why}"
         if line := cut_line({name: client.get("answers") for name, client in source["clients"].items()}):
             yield f"{source['method']}: {line}"
 
@@ -191,7 +194,7 @@ def cut_line(answers: Mapping[str, Mapping[str, Any] | None]) -> str:
         counted = [(state, count) for state, count in its["cut"].items() if count is not None]
         if counted:
             state, count = counted[-1]
-            states.append(state)
+            states.append(STATES.get(state, state))
             shown += [f"{name} {count}"] if count else []
     longer = sum(its["longer_references"] or 0 for its in told.values())
     limits = " or ".join(map(str, sorted({its["max_new_tokens"] for its in told.values()})))

@@ -38,6 +38,7 @@ def command(
     from flexperts.cli.display import RunDisplay
     from flexperts.engines.scoring import score_run
     from flexperts.observer import observing
+    from flexperts.reports.reading import STATES
     from flexperts.server.summary import not_finite_of
 
     with RunDisplay() as display, observing(display):
@@ -49,18 +50,20 @@ def command(
         display.notice(f"answers cut at {found.limit} tokens: {shown}")
     for client, its in found.scores.items():
         for state, why in not_finite_of(its).items():
-            display.notice(f"{client}, {state}: no score; {why}")
+            display.notice(f"{client}, {STATES[state]}: no score; {why}")
 
 
 def _table(scores: Mapping[str, Mapping[Any, Any]], marks: Mapping[str, str]) -> Any:
     from rich.table import Table
 
+    from flexperts.reports.reading import STATES
     from flexperts.server.summary import score_text
 
     others = any("other rows" in mark for mark in marks.values())
     rows = "rows given here, not all of them the run's" if others else "each client's own scored rows"
     states = list(next(iter(scores.values())))
-    table = Table("client", *states, title=f"ROUGE-L (NLL) on {rows}", title_justify="left")
+    columns = [STATES[state] for state in states]
+    table = Table("client", *columns, title=f"ROUGE-L (NLL) on {rows}", title_justify="left")
     for client, by_state in scores.items():
         shown = (score_text(by_state[s].rouge_l, by_state[s].nll) for s in states)
         table.add_row(f"{client}{marks.get(client, '')}", *shown)

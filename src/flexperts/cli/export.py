@@ -63,4 +63,5 @@ def command(
     )
     typer.echo(f"{done.folder}: {size(done.bytes).text}, state {done.state}")
     if done.difference:
-        typer.echo(str(done.difference))
+        why = "; rounding to bfloat16 explains this" if done.difference.is_coarse else ""
+        typer.echo(f"{done.difference}{why}")

@@ -35,8 +35,9 @@ MaxTokens = Annotated[
 
 
 def sets_trust(settings: Iterable[str]) -> bool:
-    """Return whether a --set on the command line decides that code of the base may run."""
-    return any(one.partition("=")[0].strip() == "model.trust_remote_code" for one in settings)
+    """Return whether a --set on the command line says that code of the base may run; the last one counts."""
+    said = [one.partition("=")[2] for one in settings if one.partition("=")[0].strip() == "model.trust_remote_code"]
+    return bool(said) and said[-1].strip() == "true"
 
 
 def say(answer: Answer) -> None:

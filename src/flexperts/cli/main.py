@@ -81,7 +81,7 @@ def main() -> None:
     except FlexpertsError as error:
         say = console(stderr=True)
         say.print("error:", style="red", end=" ")
-        say.print(" ".join(str(error).split()), soft_wrap=True)
+        say.print(str(error), soft_wrap=True)
         sys.exit(2)
 
 

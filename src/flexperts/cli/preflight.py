@@ -68,7 +68,7 @@ def _table(made: Preflight) -> Any:
     table = Table(
         title=f"memory on {made.device}: {size(made.peak.total).text} of {size(made.free).text} free",
         title_justify="left",
-        caption=f"a server on a machine of its own: {size(made.server).text}",
+        caption=f"a server on a separate machine: {size(made.server).text}",
         caption_justify="left",
     )
     table.add_column("at the peak of")

@@ -67,7 +67,7 @@ def command(
 ) -> None:
     """Run a recipe: train, average, evaluate, and write a run directory."""
     from flexperts.errors import ConfigError
-    from flexperts.recipe import check_trust, load_recipe
+    from flexperts.recipe import check_extras, check_trust, load_recipe
 
     if resume and out is None:
         raise ConfigError("--resume", "it needs the directory of the run to resume", "add --out DIRECTORY")
@@ -88,6 +88,7 @@ def command(
         _deploy(config, engine, str(out), resume, track, again)
     else:
         check_trust(config, recipe, trusted=trust or sets_trust(settings or ()))
+        check_extras(config)
         with stoppable(lambda: standing(out, again)), _offering(out, again):
             _run(config, out, resume, track or (), again)
 

@@ -37,9 +37,10 @@ def serve(silo: _Silo) -> None:
     import signal
     import sys
 
-    from flexperts.recipe import load_silo
+    from flexperts.recipe import check_silo_extras, load_silo
 
     settings = load_silo(silo)
+    check_silo_extras(settings)
     os.umask(0o077)
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, lambda *_: sys.exit(0))
@@ -59,7 +60,7 @@ def serve(silo: _Silo) -> None:
         logging.getLogger("flexperts").addHandler(handler)
         worker = Worker(settings, display)
         display.stage(f"{settings.name}: serving {settings.state}")
-        listening.serve_requests(door, worker.reply, settings.socket)
+        listening.serve_requests(door, worker.reply, settings.policy.max_message_bytes, settings.socket)
 
 
 @app.command("check")
@@ -75,7 +76,7 @@ def check(
     from flexperts.config.run import RunConfig
     from flexperts.deployment.settings import for_silo
     from flexperts.observer import Once, observing
-    from flexperts.recipe import load_recipe, load_silo
+    from flexperts.recipe import check_silo_extras, load_recipe, load_silo
 
     settings = load_silo(silo)
     planned = load_recipe(recipe) if recipe else RunConfig(data=DataConfig(at_silos=True))
@@ -86,10 +87,11 @@ def check(
         for side, file in files.items():
             wrong += _caught(_read_file, settings.name, file, config.data, side) if file else []
         wrong = wrong or _caught(_show_rows, settings.name, config)
+    wrong += _caught(check_silo_extras, settings)
     wrong += _caught(_show_policy, settings, planned if recipe else None)
     wrong += _caught(_show_state, settings)
     for error in wrong[:-1]:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        typer.echo(f"error: {error}", err=True)
     if wrong:
         raise wrong[-1]
 

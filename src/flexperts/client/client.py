@@ -76,7 +76,7 @@ class Client:
         return [example for owner in owners for example in self.workspace.examples(owner)]
 
     def join(self) -> dict[str, str | int]:
-        """Return what the server may know of this client: name, base, row counts, the method's report.
+        """Return what the server may know of this client: name, base, number of train rows, the method's report.
 
         If the report needs ``Method.prepare``, the client prepares now; else in its first round, because of many
         clients few may ever train.
@@ -89,7 +89,6 @@ class Client:
             "client": self.name,
             "base": self.model.base.fingerprint,
             "train_rows": len(self.rows.train),
-            "test_rows": len(self.rows.test),
             "report": json.dumps(self.method.report(site)),
         }
 

@@ -11,42 +11,32 @@ from safetensors.torch import save
 from torch import Tensor
 
 from flexperts.config.run import RunConfig
-from flexperts.errors import incompatible
 from flexperts.files import write_bytes, write_text
-from flexperts.modeling.lora import SHARED_PREFIX, adapter_json, peft_config
+from flexperts.modeling.lora import SHARED_PREFIX, adapter_entries, peft_config
 
 _MODULES, _A = f"{SHARED_PREFIX}model.", ".lora_A.weight"
 
 
-def write_adapter(folder: Path, config_json: str, tensors: Mapping[str, Tensor]) -> None:
+def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write adapter_config.json and adapter_model.safetensors; a method without shared LoRA writes nothing.
 
     The rank is that of the tensors: some methods' global adapter is larger than a client's, at the same scaling.
 
     Args:
         folder: Where the adapter goes.
-        config_json: PEFT's configuration of a client's adapter.
+        config: Entries of PEFT's configuration of a client's adapter.
         tensors: The adapter's factors by PEFT's names.
     """
     if not tensors:
         return
     rank = next(t.shape[0] for n, t in sorted(tensors.items()) if ".lora_A." in n)
-    write_text(folder / "adapter_config.json", json.dumps(_of_rank(rank, config_json), indent=2, sort_keys=True))
+    resized = {**config, "r": rank, "lora_alpha": config["lora_alpha"] * (rank / config["r"])}
+    write_text(folder / "adapter_config.json", json.dumps(resized, indent=2, sort_keys=True))
     weights = save({n: t.contiguous().clone() for n, t in tensors.items()}, metadata={"format": "pt"})
     write_bytes(folder / "adapter_model.safetensors", weights)
 
 
-def adapter_config(config: RunConfig, tensors: Mapping[str, Tensor]) -> str:
-    """Return PEFT's configuration of a client's adapter as JSON: the recipe's, on the modules of the tensors."""
+def adapter_config(config: RunConfig, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return PEFT's configuration of a client's adapter: the recipe's, on the modules of the tensors."""
     targets = [name.removeprefix(_MODULES).removesuffix(_A) for name in sorted(tensors) if name.endswith(_A)]
-    return adapter_json(peft_config(config.lora, targets), config.model.base)
-
-
-def _of_rank(rank: int, config_json: str) -> dict[str, Any]:
-    try:
-        config = dict(json.loads(config_json))
-        return config | {"r": rank, "lora_alpha": float(config["lora_alpha"]) * (rank / int(config["r"]))}
-    except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
-        raise incompatible(
-            f"adapter configuration {config_json[:80]!r}", f"it holds PEFT's r and lora_alpha ({error!r})"
-        ) from error
+    return adapter_entries(peft_config(config.lora, targets), config.model.base)

@@ -89,7 +89,6 @@ class Joining(Fields):
     client: Name
     base: Fingerprint
     train_rows: Rows
-    test_rows: Rows = 0
     report: Json
 
 
@@ -145,7 +144,7 @@ class NoNumbers(Fields):
 
 
 @lru_cache(64)
-def measure_fields(told: tuple[str, ...] = tuple(MEASURES)) -> type[Fields]:
+def measure_fields(told: tuple[str, ...]) -> type[Fields]:
     """Return the schema of a round's measures.
 
     Args:

@@ -67,6 +67,8 @@ class SiloPolicy(Section):
     """Fewest rows behind a score, behind the difference between two scores, and behind a round's train loss."""
     min_clients: int | None = Field(None, ge=1)
     """Least federation.min_clients; without it, any."""
+    max_message_bytes: int = Field(2**30, ge=2**20)
+    """Size of the largest request that is read; raise it for runs whose shared weights are larger."""
 
     @model_validator(mode="after")
     def _noise_is_required(self) -> Self:

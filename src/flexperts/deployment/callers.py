@@ -6,13 +6,12 @@ import grp
 import os
 import pwd
 import socket
-import stat
 import struct
 from collections.abc import Callable
 from pathlib import Path
 
 from flexperts.config.silo import SiloSocket
-from flexperts.deployment.state import check_length
+from flexperts.deployment.state import check_length, check_own
 from flexperts.errors import ArtifactError, ConfigError
 
 _PEER = "3i"
@@ -44,7 +43,8 @@ def make_folder(door: SiloSocket) -> Path:
     try:
         path.parent.mkdir(mode=0o700)
     except FileExistsError:
-        _check_folder(path.parent)
+        rule = "group or others can replace the socket in it"
+        check_own(path.parent, 0o022, rule, f"run chmod go-w {path.parent}")
     except OSError as error:
         raise ArtifactError(
             f"{path.parent}", f"it cannot be created ({type(error).__name__})", "choose another socket.path"
@@ -65,14 +65,6 @@ def give_to_group(path: Path, door: SiloSocket, mode: int) -> None:
             f"run `usermod -aG {door.group} USER` for the worker's USER, and start the worker again",
         ) from error
     path.chmod(mode)
-
-
-def _check_folder(folder: Path) -> None:
-    found = folder.stat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise ArtifactError(f"{folder}", "the socket's folder must belong to the worker's user", "choose another")
-    if found.st_mode & 0o022:
-        raise ArtifactError(f"{folder}", "group or others can replace the socket in it", f"run chmod go-w {folder}")
 
 
 def _user(name: str) -> int:

@@ -9,7 +9,6 @@ from pathlib import Path
 from flexperts.artifacts import RunDirectory
 from flexperts.config.changes import recipe_changes, rounds_before
 from flexperts.config.run import RunConfig
-from flexperts.config.silo import SiloPolicy
 from flexperts.data.clients import Clients, partition_manifest
 from flexperts.data.unchanged import check_same_rows
 from flexperts.deployment.ledger import Ledger
@@ -81,15 +80,15 @@ def keep_rows(folder: Path, clients: Clients) -> bool:
     return (folder / "config.toml").exists()
 
 
-def kept_runs(state: Path, client: str, ledger: Ledger | None = None) -> Iterator[KeptRun]:
+def kept_runs(state: Path, client: str, ledger: Ledger) -> Iterator[KeptRun]:
     """Yield the runs of a state folder and of its ledger, sorted by id.
 
     Args:
         state: The state folder.
         client: The silo's name.
-        ledger: The folder's ledger; without it, one with a policy's default delta.
+        ledger: The folder's ledger.
     """
-    kept, ledger = run_ids(state), ledger or Ledger(state, SiloPolicy())
+    kept = run_ids(state)
     for run in sorted({*kept, *ledger.runs}):
         spent = ledger.runs.get(run)
         epsilon = None if spent is None else ledger.epsilon(spent)

@@ -9,7 +9,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing.connection import Listener
+from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -20,8 +20,6 @@ from flexperts.deployment.state import lock_of, make_private, socket_of
 from flexperts.errors import ArtifactError
 from flexperts.files import remove_parts
 
-LONGEST_MESSAGE = 1 << 33
-"""Size in bytes of the longest message that is read."""
 _PATIENCE = 60
 """Seconds after which a caller that stalls in the middle of a message is dropped."""
 _LONGEST_TRANSFER = 600
@@ -61,16 +59,19 @@ def is_served(state: Path) -> bool:
         return True
 
 
-def serve_requests(listener: Listener, answer: Callable[[bytes], bytes], door: SiloSocket | None = None) -> None:
+def serve_requests(
+    listener: Listener, answer: Callable[[bytes | None], bytes], most: int, door: SiloSocket | None = None
+) -> None:
     """Answer requests one at a time, until a ``BaseException`` such as ``SystemExit`` is raised.
 
     A connection is one request and one reply. Callers that are not among the users of ``door`` (by default, this
-    process's user) are dropped before anything is read from them; so are those that close the connection, stall or
-    send too much.
+    process's user) are dropped before anything is read from them; so are those that close the connection or stall.
 
     Args:
         listener: The socket that callers connect to.
-        answer: Function from a request to its reply; it raises no ``Exception``.
+        answer: Function from a request to its reply; it raises no ``Exception``. It gets None for a request that is
+            too long.
+        most: Bytes of the longest request that is read.
         door: The silo's settings for a socket that other users can open.
     """
     allowed = allowed_users(door)
@@ -82,12 +83,22 @@ def serve_requests(listener: Listener, answer: Callable[[bytes], bytes], door: S
                 continue
             try:
                 with _bounded(same):
-                    request = connection.recv_bytes(LONGEST_MESSAGE)
+                    request = _received(connection, most)
                 reply = answer(request)
                 with _bounded(same):
                     connection.send_bytes(reply)
             except (OSError, EOFError, MemoryError) as error:
                 log.warning("a connection was closed early (%s)", type(error).__name__)
+
+
+def _received(connection: Connection, most: int) -> bytes | None:
+    """Return a request; None if it is longer than ``most`` bytes, of which none is read."""
+    try:
+        return connection.recv_bytes(most)
+    except OSError:
+        if connection.readable:
+            raise
+        return None
 
 
 @contextmanager

@@ -27,6 +27,7 @@ def rules(policy: SiloPolicy) -> dict[str, str]:
         "scores": not policy.scores and "this silo sends no scores",
         "min_score_rows": f"a score must stand for at least {policy.min_score_rows} rows",
         "min_clients": policy.min_clients and f"federation.min_clients must be at least {policy.min_clients}",
+        "max_message_bytes": f"a request may have at most {policy.max_message_bytes:,} bytes",
     }
     return {key: f"{text} (policy.{key})" for key, text in texts.items() if text}
 

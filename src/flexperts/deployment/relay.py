@@ -11,6 +11,7 @@ import logging
 import os
 import stat
 import tomllib
+from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Client
 from pathlib import Path
@@ -21,18 +22,18 @@ from flwr.clientapp import ClientApp
 from flexperts.communication.wire import deserialize, serialize
 from flexperts.config.names import client_name
 from flexperts.deployment.state import socket_of
-from flexperts.errors import ConfigError, FederationError
+from flexperts.errors import ConfigError, logged
 
 log = logging.getLogger(__name__)
 _NO_WORKER = "no worker answers; start `flexperts silo serve`"
 
 
 def _reply(kind: str, message: Message, context: Context) -> Message:
-    name, socket = _door(context)
+    name, socket, shared = _door(context)
     try:
-        answer = _relayed(kind, message.content, context, name, socket)
+        answer = _relayed(kind, message.content, context, name, socket, shared=shared)
     except Exception as error:
-        log.exception("no answer")
+        log.error("no answer: %s", logged(error))
         answer = _failed(name, type(error).__name__)
     return Message(answer, reply_to=message)
 
@@ -44,16 +45,14 @@ app.train()(partial(_reply, "train"))
 app.evaluate()(partial(_reply, "evaluate"))
 
 
-def _relayed(kind: str, content: RecordDict, context: Context, name: str, socket: Path) -> RecordDict:
+def _relayed(
+    kind: str, content: RecordDict, context: Context, name: str, socket: Path, *, shared: bool
+) -> RecordDict:
     """Return the worker's answer, or an error record with the reason."""
     told = dict(content.config_records.get("info", ConfigRecord()))
-    shared = "socket" in context.node_config
     run = {"run": str(told.get("run", "")), "recipe": str(context.run_config.get("recipe", ""))}
     try:
         fields, answer = deserialize(_exchange(socket, serialize({"kind": kind} | run, content), shared=shared))
-    except FederationError as error:
-        log.error("%s", error)
-        return _failed(name, type(error).__name__)
     except (OSError, EOFError) as error:
         log.error("%s: %r", socket, error)
         return _no_answer(name, _NO_WORKER)
@@ -70,15 +69,16 @@ def _exchange(path: Path, request: bytes, *, shared: bool) -> bytes:
     if found.st_uid != expected or not stat.S_ISSOCK(found.st_mode):
         raise PermissionError(f"{path} is not a socket of the worker's user")
     with Client(str(path), family="AF_UNIX") as connection:
-        connection.send_bytes(request)
+        with suppress(BrokenPipeError, ConnectionResetError):  # the worker does not read a request that is too long
+            connection.send_bytes(request)
         return connection.recv_bytes()
 
 
-def _door(context: Context) -> tuple[str, Path]:
-    """Return the silo's name and the worker's socket, from this SuperNode's configuration."""
+def _door(context: Context) -> tuple[str, Path, bool]:
+    """Return the silo's name, the worker's socket, and whether that is for several users."""
     try:
         if "socket" in context.node_config:
-            return client_name(str(context.node_config["name"])), Path(str(context.node_config["socket"]))
+            return client_name(str(context.node_config["name"])), Path(str(context.node_config["socket"])), True
         name, state = _silo(context)
     except ConfigError:
         raise
@@ -88,7 +88,7 @@ def _door(context: Context) -> tuple[str, Path]:
             "its --node-config must set silo to the silo's TOML file, which has name and state; or name and socket",
             "run `flexperts silo check` on the silo's file",
         ) from error
-    return name, socket_of(state)
+    return name, socket_of(state), False
 
 
 def _silo(context: Context) -> tuple[str, Path]:

@@ -84,7 +84,7 @@ class LogObserver(Observer):
 
     def split(self, method: str, table: Sequence[Mapping[str, Any]]) -> None:
         """Log the table of what trains, what is sent and what stays."""
-        for row in table:
+        for row in (row for row in table if row["tensors"]):
             log.info(
                 "%s: %s: %d parameters, trained: %s, leaves: %s",
                 *(method, row["group"], row["parameters"], row["trained"], row["leaves"]),

@@ -60,13 +60,24 @@ def make_private(state: Path) -> None:
 def check_private(state: Path) -> None:
     """Refuse a state folder that others can enter, or that cannot hold a socket; the folder need not exist."""
     check_length(socket_of(state))
-    if not state.exists():
-        return
-    found = state.stat()
+    if state.exists():
+        check_own(state, 0o077, "group or others can enter it", f"run chmod 700 {state}")
+
+
+def check_own(folder: Path, closed: int, rule: str, remedy: str) -> None:
+    """Refuse a folder of another user, or one that others can use.
+
+    Args:
+        folder: The folder.
+        closed: Bits that its mode may not have.
+        rule: What the error says about a mode with one of them.
+        remedy: What it tells the user to do.
+    """
+    found = folder.stat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise ArtifactError(f"{state}", "it is not a folder of this user", "choose another state folder")
-    if found.st_mode & 0o077:
-        raise ArtifactError(f"{state}", "group or others can enter it", f"run chmod 700 {state}")
+        raise ArtifactError(f"{folder}", "it is not a folder of this user", "choose another folder")
+    if found.st_mode & closed:
+        raise ArtifactError(f"{folder}", rule, remedy)
 
 
 def check_length(path: Path) -> None:

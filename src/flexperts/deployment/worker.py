@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import time
-import traceback
 from pathlib import Path
 
 from flwr.app import RecordDict
@@ -27,7 +26,7 @@ from flexperts.deployment.ledger import Asked, Ledger
 from flexperts.deployment.policy import check_loss, check_policy, check_recipe, refusal
 from flexperts.deployment.settings import for_silo
 from flexperts.deployment.state import private_folder
-from flexperts.errors import FlexpertsError, PolicyError, incompatible, printable
+from flexperts.errors import PolicyError, incompatible, logged
 from flexperts.methods.registry import make_method
 from flexperts.modeling.load import LoadedBase, load_base
 from flexperts.observer import Observer, observing
@@ -63,20 +62,21 @@ class Worker:
         self._ledger = Ledger(Path(silo.state), silo.policy)
         self._load(self._settings(silo))
 
-    def reply(self, request: bytes) -> bytes:
-        """Return the reply to a request, both packed by ``wire``.
+    def reply(self, request: bytes | None) -> bytes:
+        """Return the reply to a request, both packed by ``wire``; None is one that was too long to be read.
 
         An error reply names the error's class alone: its text may quote rows or paths, so it is only logged here.
         What the silo's policy does not allow is refused with the rule.
         """
         try:
-            fields, content = deserialize(request)
-            return self._answer(fields, content)
+            if request is None:
+                raise refusal(self.silo.policy, "max_message_bytes", "a longer request")
+            return self._answer(*deserialize(request))
         except PolicyError as error:
-            _log(error)
+            log.error("%s", logged(error))
             return serialize({"error": f"{type(error).__name__}: {error.rule}"})
         except Exception as error:  # the worker must survive any error
-            _log(error)
+            log.error("%s", logged(error))
             return serialize({"error": type(error).__name__})
 
     def _answer(self, fields: Fields, content: RecordDict) -> bytes:
@@ -195,11 +195,3 @@ def _asked(run: str, kind: str, content: RecordDict, client: Client) -> Asked:
         return Asked.of(run, kind, request, its.states, its.answers)
     request, _ = checked_request(content, TrainRequest, client)
     return Asked.of(run, kind, request)
-
-
-def _log(error: Exception) -> None:
-    if isinstance(error, FlexpertsError):
-        log.error("%s: %s", type(error).__name__, error)
-    else:  # its text may quote the request
-        trace = "".join(traceback.format_exception(error)).splitlines()
-        log.error("%s\n%s", type(error).__name__, "\n".join(map(printable, trace)))

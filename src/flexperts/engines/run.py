@@ -19,7 +19,7 @@ from flexperts.artifacts import RunDirectory
 from flexperts.client.answer_limit import check_limit
 from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
-from flexperts.data.clients import partition_manifest
+from flexperts.data.clients import Clients, partition_manifest
 from flexperts.data.unchanged import check_same_rows
 from flexperts.engines.engine import Engine
 from flexperts.engines.in_process import InProcess
@@ -34,10 +34,13 @@ from flexperts.methods.registry import make_method
 from flexperts.observer import Observer, current_observer, observing
 from flexperts.parameters.store import PersonalStore
 from flexperts.protection.pipeline import check_enough, check_protections
-from flexperts.recipe import recorded_recipe
+from flexperts.recipe import check_extras, recorded_recipe
 from flexperts.server.checkpoint import load_server
 from flexperts.server.extending import extend, is_extended
 from flexperts.server.serve import serve
+
+_NAMED = 10
+"""Most clients whose numbers of rows are shown one by one."""
 
 
 def run_federation(
@@ -150,6 +153,7 @@ def engine_of(workspace: Workspace, config: RunConfig, folder: Path) -> Engine:
 def _check(config: RunConfig, run: RunDirectory, workspace: Workspace) -> None:
     """Read the rows, and check all that can be checked without the base."""
     observer = current_observer()
+    check_extras(config)
     methods = [make_method(its.method) for its in _configs(config)]
     for method, its in zip(methods, _configs(config), strict=True):
         method.check(its)
@@ -159,8 +163,20 @@ def _check(config: RunConfig, run: RunDirectory, workspace: Workspace) -> None:
     for method in methods:
         method.check_clients(workspace.clients)
     check_enough(config, len(workspace.clients))
+    observer.stage(_rows_line(workspace.clients))
     if (run.path / "config.toml").exists():
         check_same_rows(run.partition, workspace.clients)
+
+
+def _rows_line(clients: Clients) -> str:
+    """Return the number of rows of every client, or the range where there are many."""
+    sides = [side for side in ("train", "validation", "test") if any(getattr(r, side) for r in clients.values())]
+    counts = [[len(getattr(rows, side)) for side in sides] for rows in clients.values()]
+    if len(counts) <= _NAMED:
+        each = (f"{name} {'/'.join(map(str, its))}" for name, its in zip(clients, counts, strict=True))
+        return f"rows ({'/'.join(sides)}): {', '.join(each)}"
+    ranges = (f"{min(its)} to {max(its)}" for its in zip(*counts, strict=True))
+    return f"rows ({'/'.join(sides)}) of {len(counts)} clients: {' / '.join(ranges)}"
 
 
 def _prepare(config: RunConfig, engine: Engine) -> str:

@@ -87,15 +87,15 @@ def export_run(
             _cast(run, getattr(torch, stored))
         tokens = _reference_tokens(run)
         owner, chosen, content = _read(run, client, form, state, tokens)
-        config_json = run.model.lora.config_json(run.config.model.base)
+        peft = run.model.lora.peft_entries(run.config.model.base)
         run.close()
         tokenizer = trained_tokenizer(run.workspace.encoder)
         facts = Facts(run, out.name, form, owner, chosen, stored, content, bool(tokenizer.chat_template))
         if form == "adapter":
-            write_peft(folder, config_json, content)
+            write_peft(folder, peft, content)
             write_template(folder, tokenizer)
         elif form == "personal":
-            write_personal(folder, config_json, content, facts.as_json(), getattr(torch, stored))
+            write_personal(folder, peft, content, facts.as_json(), getattr(torch, stored))
             write_template(folder, tokenizer)
         else:
             stop_where_trained(run.workspace.base.model, run.workspace.encoder)

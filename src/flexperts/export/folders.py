@@ -8,6 +8,7 @@ personal       a PEFT folder, and the grafts in separate files
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +78,15 @@ def write_model(folder: Path, base: LoadedBase, content: Content, tokenizer: Any
         _write_code(folder, base.model, layout)
 
 
-def write_peft(folder: Path, config_json: str, content: Content) -> None:
+def write_peft(folder: Path, peft: Mapping[str, Any], content: Content) -> None:
     """Write LoRA as a PEFT folder.
 
     Args:
         folder: Where it goes.
-        config_json: PEFT's configuration of the run's adapter.
+        peft: Entries of PEFT's configuration of the run's adapter.
         content: What the model has beyond the base.
     """
-    write_adapter(folder, config_json, content.adapter())
+    write_adapter(folder, peft, content.adapter())
 
 
 def write_template(folder: Path, tokenizer: Any) -> None:
@@ -95,18 +96,18 @@ def write_template(folder: Path, tokenizer: Any) -> None:
 
 
 def write_personal(
-    folder: Path, config_json: str, content: Content, about: dict[str, Any], dtype: torch.dtype
+    folder: Path, peft: Mapping[str, Any], content: Content, about: dict[str, Any], dtype: torch.dtype
 ) -> None:
     """Write LoRA as a PEFT folder, the grafts as files, and their metadata as JSON; grafts in memory are converted.
 
     Args:
         folder: The folder.
-        config_json: PEFT's configuration of the run's adapter.
+        peft: Entries of PEFT's configuration of the run's adapter.
         content: What the model has beyond the base.
         about: Other entries of the JSON.
         dtype: Storage type of the grafts.
     """
-    write_peft(folder, config_json, content)
+    write_peft(folder, peft, content)
     for name, part in content.grafts.items():
         save_grafts(folder / f"{name}.safetensors", part.to(dtype))
     indices = {

@@ -60,6 +60,11 @@ class LogitDifference:
         relative = off.square().mean().sqrt() / reference.std()
         return cls(off.abs().max().item(), relative.item(), agree.float().mean().item(), agree.numel())
 
+    @property
+    def is_coarse(self) -> bool:
+        """Whether it is more than rounding to float32 explains, so that rounding to bfloat16 must."""
+        return self.relative > _LIMITS[torch.float32]
+
     def __str__(self) -> str:
         return (
             f"loaded in a fresh process: largest logit difference {self.largest:.2g} ({100 * self.relative:.2g} % "

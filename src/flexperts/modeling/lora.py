@@ -123,9 +123,9 @@ class LoraAdapters:
             factors[target] = [(A.detach().clone(), B.detach()) for A, B in pairs]
         return factors
 
-    def config_json(self, base: str) -> str:
-        """Return the text of PEFT's adapter_config.json for the shared adapter, the same on every client."""
-        return adapter_json(self._config, base)
+    def peft_entries(self, base: str) -> dict[str, Any]:
+        """Return the entries of PEFT's adapter_config.json for the shared adapter, the same on every client."""
+        return adapter_entries(self._config, base)
 
     def _activate(self, names: list[str]) -> None:
         """Switch adapters, and undo PEFT's changes to requires_grad."""
@@ -167,8 +167,8 @@ def peft_config(config: LoraConfig, targets: Sequence[str]) -> PeftLoraConfig:
     )
 
 
-def adapter_json(config: PeftLoraConfig, base: str) -> str:
-    """Return the text of PEFT's adapter_config.json, the same on every machine.
+def adapter_entries(config: PeftLoraConfig, base: str) -> dict[str, Any]:
+    """Return the entries of PEFT's adapter_config.json, the same on every machine.
 
     PEFT writes sets in random order, and the base as a local path. Here sets are sorted, and the path is removed
     because it may be private.
@@ -178,10 +178,8 @@ def adapter_json(config: PeftLoraConfig, base: str) -> str:
             config.save_pretrained(folder)
         except OSError as error:
             raise unwritable(Path(folder), error) from error
-        told = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-    told["target_modules"] = sorted(told["target_modules"])
-    told["base_model_name_or_path"] = placeless(base)
-    return json.dumps(told, indent=2, sort_keys=True)
+        told: dict[str, Any] = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    return told | {"target_modules": sorted(told["target_modules"]), "base_model_name_or_path": placeless(base)}
 
 
 def _name(name: str) -> str:

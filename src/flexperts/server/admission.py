@@ -13,17 +13,14 @@ from flexperts.communication.average import check_finite
 from flexperts.communication.messages import (
     DERIVED,
     Expected,
-    Info,
     Metrics,
     Update,
     check_records,
     fields_of,
-    info_of,
     metrics_of,
     payload_of,
 )
 from flexperts.communication.schema import (
-    LONGEST_NAME,
     MEASURES,
     MOST,
     MOST_ROWS,
@@ -38,7 +35,7 @@ from flexperts.communication.schema import (
 )
 from flexperts.config.names import normal
 from flexperts.config.run import RunConfig
-from flexperts.errors import FederationError, FlexpertsError, incompatible, one_line
+from flexperts.errors import FederationError, FlexpertsError, incompatible
 from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.server_state import Server
 from flexperts.parameters.vector import Payload, Vector
@@ -67,8 +64,9 @@ class Admission:
             expected = Expected(manifest, self.server.shared, self.config.compression)
             check_size(content, expected.most, client)
             check_records(content, client, "info", "metrics")
-            _check_heading(client, info_of(content), self.server.round + 1)
-            self._check_base(client, fields_of(content, TrainedHeading, client).base)
+            heading = fields_of(content, TrainedHeading, client)
+            _check_heading(client, heading, self.server.round + 1)
+            self._check_base(client, heading.base)
             return self._update(client, content, expected)
         except FederationError:
             raise
@@ -86,10 +84,9 @@ class Admission:
         try:
             check_size(content, ROOM, client)
             check_records(content, client, "info", "metrics")
-            _check_heading(client, info_of(content), self.server.round)
             metrics = metrics_of(content)
             known = checked(score_fields(self.method.states, answers=answers), metrics, client).model_dump()
-            fields_of(content, Heading, client)
+            _check_heading(client, fields_of(content, Heading, client), self.server.round)
             payload_of(content, client).check(Payload.empty().manifest, client)
             self._check_scored(client, known, metrics)
             known["rows"] = int(known["rows"])
@@ -248,17 +245,16 @@ def _is_void(name: str, known: Metrics) -> bool:
     return known[name] is None or (kind == "rouge_l" and known[f"nll.{state}"] is None)
 
 
-def _check_heading(client: str, info: Info, number: int) -> None:
-    told = info["client"]
-    if not isinstance(told, str) or normal(told[:LONGEST_NAME]) != client:
+def _check_heading(client: str, heading: Heading, number: int) -> None:
+    if normal(heading.client) != client:
         raise FederationError(
-            f"node of {client} answers as {one_line(str(told), LONGEST_NAME)}",
+            f"node of {client} answers as {heading.client}",
             "a node has one client name",
             "use one name in that silo's file and restart the silo",
         )
-    if info["round"] != number:
+    if heading.round != number:
         raise FederationError(
-            f"{client} answers to round {one_line(str(info['round']), LONGEST_NAME)}",
+            f"{client} answers to round {heading.round}",
             f"this is round {number}",
             "raise federation.deadline if silos are often late",
         )

@@ -85,6 +85,11 @@ def found(method: Method, members: Membership, server: Server) -> None:
 
 def _fitting(method: Method, members: Membership) -> tuple[Any, dict[str, Any]]:
     """Return the agreement and its reports, by name; turn away clients whose report does not fit those of most."""
+    for name in members.online:
+        try:
+            _check_type(method, members.told[name])
+        except FlexpertsError as error:
+            members.turn_away(name, str(error))
     told = {name: members.told[name].report for name in members.online}
     with suppress(FlexpertsError):  # nearly always all fit; comparing them one by one costs quadratic time
         return agreed(method, told), told
@@ -162,6 +167,7 @@ def enrol(method: Method, server: Server, one: Introduction) -> None:
             f"the run has a client {other!a}, and two names must not look alike",
             "rename one of the two silos",
         )
+    _check_type(method, one)
     clients = {**server.clients, one.client: one.rows}
     reports = {**server.reports, one.client: one.report}
     before = server.clients, server.reports, dict(server.memory)
@@ -203,19 +209,22 @@ def change_clients(
 
 
 def agreed(method: Method, reports: Mapping[str, Any]) -> Any:
-    """Return the method's agreement on reports, which may come from other machines."""
-    for name, report in reports.items():
-        try:
-            _type_of(method.report_type).validate_python(report, strict=True)
-        except ValidationError as error:
-            said = refusal(error, name).rule
-            raise incompatible(f"{name}'s report", f"the method cannot read it ({said})") from None
+    """Return the method's agreement on reports of its type, which may come from other machines."""
     try:
         return method.agree(reports)
     except FlexpertsError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise incompatible("the client's report", f"the method cannot read it ({error!r})") from error
+
+
+def _check_type(method: Method, one: Introduction) -> None:
+    """Refuse a report that is not of the method's type."""
+    try:
+        _type_of(method.report_type).validate_python(one.report, strict=True)
+    except ValidationError as error:
+        said = refusal(error, one.client).rule
+        raise incompatible(f"{one.client}'s report", f"the method cannot read it ({said})") from None
 
 
 @lru_cache(64)

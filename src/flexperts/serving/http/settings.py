@@ -13,8 +13,6 @@ from flexperts.errors import ConfigError
 if TYPE_CHECKING:
     from flexperts.serving.http.door import Door
 
-_CONNECTIONS = 256
-
 
 @dataclass(frozen=True)
 class Address:
@@ -40,15 +38,13 @@ class Address:
         except ValueError:
             return self.host == "localhost"
 
-    def listen(self, connections: int = _CONNECTIONS) -> Door:
+    def listen(self, connections: int) -> Door:
         """Return a socket that listens on this address.
 
         Args:
             connections: Most connections of callers who have not shown a key.
         """
-        from flexperts.serving.http.door import (
-            Door,
-        )  # it imports asyncio, which the command line's help does not need
+        from flexperts.serving.http.door import Door  # it imports asyncio, which `--help` does not need
 
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         try:
@@ -65,7 +61,7 @@ class Address:
         return f"{'https' if self.certificate else 'http'}://{host}:{door.getsockname()[1]}"
 
 
-BYTES = 16
+_BYTES = 16
 """Bytes of a prompt for each token that it may have; texts have three to six per token."""
 
 
@@ -80,7 +76,7 @@ class Limits:
         prompt_tokens: Longest prompt, in tokens; None means the context is the only limit.
         body_bytes: Longest request body, in bytes.
         seconds: Longest time from a request to the end of its answer.
-        prompt_bytes: Longest prompt in bytes of UTF-8, checked before it is tokenized; None means ``BYTES`` for
+        prompt_bytes: Longest prompt in bytes of UTF-8, checked before it is tokenized; None means 16 for
             each token that a prompt may have.
         connections: Most connections of callers who have not shown a key.
     """
@@ -92,7 +88,7 @@ class Limits:
     body_bytes: int = 1 << 20
     seconds: float = 300.0
     prompt_bytes: int | None = None
-    connections: int = _CONNECTIONS
+    connections: int = 256
 
     def longest_prompt(self, context: int) -> int:
         """Return the bytes of the longest prompt.
@@ -100,4 +96,4 @@ class Limits:
         Args:
             context: The engine's context, in tokens.
         """
-        return self.prompt_bytes or BYTES * min(context, self.prompt_tokens or context)
+        return self.prompt_bytes or _BYTES * min(context, self.prompt_tokens or context)
