@@ -21,20 +21,22 @@ from safetensors.torch import save_file
 from work import Work
 
 SYSTEMS = {
-    "bare": ("bare_loop", "fedavg"),
-    "fedavg": ("flexperts_rounds", "fedavg"),
-    "flex": ("flexperts_rounds", "flex"),
-    "openfedllm": ("openfedllm", "fedavg"),
-    "flowertune": ("flowertune", "fedavg"),
-    "ray": ("flower_ray", "fedavg"),
+    "bare": ("bare_loop", "fedavg", 1),
+    "fedavg": ("flexperts_rounds", "fedavg", 1),
+    "flex": ("flexperts_rounds", "flex", 1),
+    "fedavg2": ("flexperts_rounds", "fedavg", "auto"),
+    "flex2": ("flexperts_rounds", "flex", "auto"),
+    "openfedllm": ("openfedllm", "fedavg", 1),
+    "flowertune": ("flowertune", "fedavg", 1),
+    "ray": ("flower_ray", "fedavg", 1),
 }
-"""Name -> module here with a function ``run``, and flexperts' method."""
+"""Name -> module here with a function ``run``, flexperts' method, and its workers."""
 
 
 def main(system: str, folder: str, clients: str, rounds: str, out: str) -> None:
     """Run it; the adapter goes to ``OUT.safetensors``, the costs to ``OUT.json``."""
-    module, method = SYSTEMS[system]
-    clock, work = Clock(), Work(Path(folder), int(clients), int(rounds), method)
+    module, method, workers = SYSTEMS[system]
+    clock, work = Clock(), Work(Path(folder), int(clients), int(rounds), method, workers)
     adapter = importlib.import_module(module).run(work, clock)
     save_file({name.replace(".default.", "."): t.contiguous() for name, t in adapter.items()}, f"{out}.safetensors")
     told = {

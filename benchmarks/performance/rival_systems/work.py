@@ -31,9 +31,12 @@ class Work:
         rounds: How many rounds are measured. The run that the schedule is made for has one more: flexperts scores
             the last one, and scoring is no part of the work.
         method: Of flexperts; the rivals do what its ``fedavg`` does.
+        workers: Of flexperts.
     """
 
-    def __init__(self, folder: Path, clients: int, rounds: int, method: str = "fedavg") -> None:
+    def __init__(
+        self, folder: Path, clients: int, rounds: int, method: str = "fedavg", workers: int | str = 1
+    ) -> None:
         found = sorted(path.parent for path in (folder / "silos").glob("*/*/train.jsonl"))[:clients]
         self.rounds, self.base = rounds, str(resolve_base(BASE))
         self.config = RunConfig.model_validate(
@@ -41,6 +44,7 @@ class Work:
                 "model": {"base": BASE},
                 "data": {"clients": {f"{path.name}-{path.parent.name}": _files(path) for path in found}},
                 "method": {"name": method},
+                "engine": {"workers": workers},
                 "training": {"local_steps": STEPS, "batch_size": BATCH},
                 "federation": {"rounds": rounds + 1, "min_clients": clients, "deadline": 600},
             }
