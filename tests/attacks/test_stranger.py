@@ -391,6 +391,34 @@ def test_what_only_a_user_separates_is_not_read_by_another(silo: SiloConfig, tmp
     assert "PermissionError" in done.stderr
 
 
+SERVE = """
+import os, sys, flexperts.deployment.worker
+from flexperts.cli.main import main
+os.setgroups([]); os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[2]))
+sys.argv = ["flexperts", "silo", "serve", sys.argv[1]]
+main()
+"""
+
+
+@as_root
+@pytest.mark.parametrize("closed", ["base/config.json", "base", "rows"])
+def test_what_the_workers_user_cannot_open_is_named(tmp_path: Path, tiny_base: Path, closed: str) -> None:
+    shutil.copytree(tiny_base, tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").chmod(0o644)
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "silo.toml").write_text(
+        f'name = "a"\nstate = "{tmp_path}/rows/state"\nbase = "{tmp_path}/base"\n[data]\ntrain = "none.jsonl"\n'
+    )
+    open_path(tmp_path)
+    os.chown(tmp_path / "rows", OTHER, OTHER)
+    (tmp_path / closed).chmod(0)
+    words = [sys.executable, "-c", SERVE, f"{tmp_path}/silo.toml", str(OTHER)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert f"{tmp_path}/{closed}" in done.stderr
+
+
 UNIT = re.compile(r"^(\w+)=(.*)$", re.MULTILINE)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -29,7 +31,7 @@ from flexperts.cli import (
     silo,
 )
 from flexperts.cli.console import console, escape_what_cannot_be_shown, take_names_as_utf8
-from flexperts.errors import ConfigError, FlexpertsError
+from flexperts.errors import ArtifactError, ConfigError, FlexpertsError
 
 _SHOWN = 80
 """Most characters of an argument that an error message repeats."""
@@ -77,12 +79,26 @@ def main() -> None:
     try:
         _check_arguments(sys.argv[1:])
         _check_home()
-        app()
+        with _permitted():
+            app()
     except FlexpertsError as error:
         say = console(stderr=True)
         say.print("error:", style="red", end=" ")
         say.print(str(error), soft_wrap=True)
         sys.exit(2)
+
+
+@contextmanager
+def _permitted() -> Iterator[None]:
+    """Make an error of a path that this user cannot open, wherever a command has met it."""
+    try:
+        yield
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        path, rule = os.fsdecode(error.filename), f"this user cannot open it ({error.strerror})"
+        remedy = f"change the owner or mode of what `namei -l {path}` lists, or start the command as another user"
+        raise ArtifactError(path, rule, remedy) from error
 
 
 def _check_arguments(arguments: list[str]) -> None:

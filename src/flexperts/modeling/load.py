@@ -48,6 +48,7 @@ class LoadedBase:
 def load_tokenizer(config: ModelConfig) -> tuple[Any, Any]:
     """Load the tokenizer and transformers' configuration of the base that a recipe names."""
     source, trusted = resolve_base(config.base), config.trust_remote_code
+    _check_readable(Path(source))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
         return tokenizer, AutoConfig.from_pretrained(source, trust_remote_code=trusted)
@@ -70,6 +71,7 @@ def load_base(config: ModelConfig, tokenizer: Any = None) -> LoadedBase:
     # Silence its table of keys, which _check_complete reports, and warnings about tensor parallelism.
     for name in ("modeling_utils", "distributed.tensor_parallel"):
         logging.getLogger(f"transformers.{name}").setLevel(logging.ERROR)
+    _check_readable(Path(source))
     _check_weights(Path(source))
     # Otherwise a hub repository without safetensors would be converted by a service, and its result loaded.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
@@ -150,6 +152,16 @@ def _lacking(folder: Path) -> Iterator[str]:
 
 _NUMBERED = re.compile(r"(.+\.)(\d+)(\.\D+)")
 """The name of a weight in a numbered part: text before the number, the number, text after it."""
+
+
+def _check_readable(folder: Path) -> None:
+    """Refuse a local base that another user saved for itself; libraries then say that files are missing."""
+    if folder.is_dir() and (closed := [path for path in folder.iterdir() if not os.access(path, os.R_OK)]):
+        raise ModelError(
+            f"base file {str(min(closed))!r}",
+            "this user cannot read it (safetensors files are made with mode 0600)",
+            f"run chmod -R a+rX {folder}",
+        )
 
 
 def _check_weights(folder: Path) -> None:
