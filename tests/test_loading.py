@@ -20,6 +20,8 @@ CALLS = {
 # Connection.send and .recv pickle; send_bytes and recv_bytes do not.
 METHODS = {"recv", "send"}
 SOCKETS = {"multiprocessing", "multiprocessing.connection"}
+OWN_PROCESSES = {"engines/pool.py", "engines/fork_server.py"}
+"""Files that pickle: they talk with processes that they have started, over socket pairs that no other can open."""
 
 
 def dotted(node: ast.expr) -> str:
@@ -78,7 +80,11 @@ def is_false(node: ast.expr | None) -> bool:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_nothing_unsafe_is_loaded(path: Path) -> None:
-    assert unsafe(path.read_text(encoding="utf-8")) == []
+    found = unsafe(path.read_text(encoding="utf-8"))
+    if str(path.relative_to(SOURCE)) in OWN_PROCESSES:
+        assert found
+        found = [one for one in found if "pickle" not in one]
+    assert found == []
 
 
 @pytest.mark.parametrize(
