@@ -17,17 +17,21 @@ _SMALL = 1_000_000_000
 """Size in bytes below which a checkpoint's memory is not estimated."""
 
 
-def check_memory(config: RunConfig) -> None:
-    """Show the memory that a run of a large base needs, and refuse the run if it is not free."""
+def check_memory(config: RunConfig) -> RunConfig:
+    """Show the memory that a run of a large base needs, and refuse the run if it is not free.
+
+    Returns:
+        The run, with the number of workers that fit if it leaves that open.
+    """
     from flexperts.cli.console import console as terminal
     from flexperts.errors import FlexpertsError
     from flexperts.smol_moe.build import resolve_base
 
     model, console = config.model, terminal()
     if not model.preflight or model.trust_remote_code or _is_small(Path(resolve_base(model.base))):
-        return
+        return config
     from flexperts.costs.activations import row_lengths
-    from flexperts.costs.preflight import Estimator, check_fits
+    from flexperts.costs.preflight import Estimator, check_fits, with_workers_that_fit
     from flexperts.data.clients import load_clients
 
     try:
@@ -36,9 +40,10 @@ def check_memory(config: RunConfig) -> None:
         made = estimator.estimate(config)
     except FlexpertsError as error:  # the run itself will report the error
         console.print(f"memory: not estimated ({error})", soft_wrap=True)
-        return
+        return config
     console.print(_table(made))
     check_fits(made, {} if made.peak.total <= made.free else estimator.savings(config))
+    return with_workers_that_fit(config, made)
 
 
 def storage_table(rows: Sequence[Storage]) -> Table:

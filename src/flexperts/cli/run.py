@@ -100,7 +100,7 @@ def _run(config: RunConfig, out: Path, resume: bool, track: Sequence[str], again
 
     if not resume:
         RunDirectory.check_free(out, config.to_toml(), again)
-    check_memory(config)
+    config = check_memory(config)
 
     from flexperts.cli.display import RunDisplay
     from flexperts.engines.run import run_federation

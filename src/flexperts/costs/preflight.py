@@ -68,6 +68,7 @@ class Preflight:
         server: Bytes of a separate server: no base, but the shared weights, their mean and one update.
         device: The computing device.
         free: Free bytes of the device.
+        clients: Number of clients.
     """
 
     base: int
@@ -75,11 +76,18 @@ class Preflight:
     server: int
     device: str
     free: int
+    clients: int
 
     @property
     def peak(self) -> Need:
         """The phase that needs most memory."""
         return max(self.needs, key=lambda need: need.total)
+
+    @property
+    def workers(self) -> int:
+        """Worker processes that fit, at least 1: they share the base, and each needs the rest of the peak."""
+        base = self.peak.parts["base"]
+        return max(1, (self.free - base) // (self.peak.total - base))
 
 
 class Estimator:
@@ -107,7 +115,9 @@ class Estimator:
         )
         planned = plan_method(model, facts, config, self.clients, bandwidth=1.0)
         needs = tuple(_phases(stored, planned, passing, config, device))
-        return Preflight(facts.weights, needs, PROCESS + 12 * planned.shared, str(device), free_bytes(device))
+        return Preflight(
+            facts.weights, needs, PROCESS + 12 * planned.shared, str(device), free_bytes(device), len(self.clients)
+        )
 
     def savings(self, config: RunConfig) -> dict[str, int]:
         """Return the settings that lower the peak, each by itself, and the saved bytes, largest first."""
@@ -138,6 +148,32 @@ def check_fits(made: Preflight, savings: dict[str, int]) -> None:
         f"{gigabytes(made.free)} are free",
         f"reduce memory ({'; '.join(knobs)}), or set model.preflight = false to try anyway",
     )
+
+
+def with_workers_that_fit(config: RunConfig, made: Preflight) -> RunConfig:
+    """Return a run with at most as many worker processes as fit, if it leaves their number open.
+
+    Args:
+        config: The run.
+        made: Its memory.
+
+    Raises:
+        ModelError: It asks for more.
+    """
+    asked, fit = config.engine.workers, made.workers
+    if made.device != "cpu" or asked == 1 or (asked == "auto" and fit >= torch.get_num_threads()):
+        return config
+    if asked == "auto":
+        fit = min(fit, config.federation.drawn(made.clients))
+        return config.model_copy(update={"engine": config.engine.model_copy(update={"workers": fit})})
+    if asked > fit:
+        raise ModelError(
+            f"engine.workers = {asked}",
+            f"each needs {gigabytes(made.peak.total - made.peak.parts['base'])} beside the base, and "
+            f"{gigabytes(made.free)} are free",
+            f"lower it to {fit}, or set model.preflight = false to try anyway",
+        )
+    return config
 
 
 def gigabytes(value: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from flexperts.config.run import RunConfig
 from flexperts.costs import preflight
 from flexperts.costs.activations import Activations, Lengths, row_lengths
-from flexperts.costs.preflight import PROCESS, Estimator, check_fits
+from flexperts.costs.preflight import PROCESS, Estimator, check_fits, with_workers_that_fit
 from flexperts.data.clients import load_clients
 from flexperts.errors import ModelError
 from flexperts.moe.quantized import quantized_bytes
@@ -103,3 +104,22 @@ def test_the_longest_row_is_measured(tiny_base: Path, tmp_path: Path) -> None:
     lengths = row_lengths(config, load_clients(config.data, config.seed))
     assert lengths.response == 5  # four letters and the end
     assert lengths.row == len("<|user|>bb3\n<|assistant|>") + 5
+
+
+def test_workers_share_the_base_and_each_needs_the_rest(
+    estimator: Estimator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    made = estimator.estimate(recipe())
+    turn = made.peak.total - made.base
+    made = replace(made, free=made.base + 3 * turn + turn // 2, clients=20)
+    assert made.workers == 3
+    auto = recipe("engine.workers=auto")
+    assert with_workers_that_fit(auto, made).engine.workers == 3
+    assert with_workers_that_fit(auto, replace(made, clients=2)).engine.workers == 2
+    assert with_workers_that_fit(auto, replace(made, free=10**15)) == auto
+    assert with_workers_that_fit(auto, replace(made, device="cuda:0")) == auto
+    for few in (1, 3):
+        assert with_workers_that_fit(recipe(f"engine.workers={few}"), made).engine.workers == few
+    with pytest.raises(ModelError, match=r"engine.workers = 4: each needs .* lower it to 3"):
+        with_workers_that_fit(recipe("engine.workers=4"), made)
