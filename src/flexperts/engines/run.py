@@ -2,7 +2,7 @@
 
 recipe -> rows and base -> clients join and select -> rounds -> scores -> summary
 
-Clients take their turns on an engine: in this process, or in worker processes.
+Clients take their turns on an engine: in this process, in worker processes, or in Ray's actors.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ from flexperts.config.run import RunConfig
 from flexperts.data.clients import partition_manifest
 from flexperts.data.unchanged import check_same_rows
 from flexperts.engines.engine import Engine
+from flexperts.engines.fork_server import Setting
 from flexperts.engines.in_process import InProcess
+from flexperts.engines.pool import Pool
+from flexperts.engines.ray import Actors, is_cluster
 from flexperts.engines.workers import Workers
-from flexperts.errors import ArtifactError
+from flexperts.errors import ArtifactError, ConfigError
 from flexperts.files import LOCK, sole_writer, write_json
 from flexperts.finished.beyond import check_beyond, is_wanted, look_beyond
 from flexperts.finished.trained import TrainedRun
@@ -141,18 +144,26 @@ def engine_of(workspace: Workspace, config: RunConfig, folder: Path) -> Engine:
         folder: An existing folder on a disk.
     """
     wanted, cores = config.engine, torch.get_num_threads()
-    devices = wanted.devices
+    on_ray, devices = wanted.kind == "ray", wanted.devices
+    if on_ray and devices:
+        raise ConfigError("engine.devices", "with engine.kind = ray, Ray gives each actor a card", "leave it out")
     on_cards = computing_device(devices[0] if devices else config.model.device).type == "cuda"
     if on_cards and not devices:
         devices = tuple(f"cuda:{number}" for number in range(torch.cuda.device_count()))
     if wanted.workers == "auto":
-        workers = min(config.federation.drawn(len(workspace.clients)), len(devices) if on_cards else cores)
+        workers = config.federation.drawn(len(workspace.clients))
+        if not (on_ray and is_cluster()):
+            workers = min(workers, len(devices) if on_cards else cores)
     else:
         workers = wanted.workers
     threads = wanted.threads or max(1, cores // workers)
+    if on_ray:
+        actors = Actors(Setting(workspace.rows_only(), threads), workers, cards=on_cards, folder=folder)
+        return Workers(workspace, actors, actors.count, threads)
     if workers == 1:
         return InProcess(workspace, threads)
-    return Workers(workspace, workers, threads, devices if on_cards else (), folder)
+    setting = Setting(workspace.rows_only(), threads, devices if on_cards else ())
+    return Workers(workspace, Pool(setting, workers, folder), workers, threads)
 
 
 def _check(config: RunConfig, run: RunDirectory, workspace: Workspace) -> None:

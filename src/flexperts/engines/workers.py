@@ -1,9 +1,9 @@
-"""The engine with worker processes: clients take turns side by side."""
+"""The engine with worker processes, on this machine or on Ray: clients take turns side by side."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,9 +19,9 @@ from flexperts.config.run import RunConfig
 from flexperts.data.clients import rows_hash
 from flexperts.data.rows import ClientRows
 from flexperts.engines.engine import Engine, prepare
-from flexperts.engines.fork_server import Setting
 from flexperts.engines.grid import LocalGrid, reply_to
 from flexperts.engines.pool import Call, Pool
+from flexperts.engines.ray import Actors
 from flexperts.evaluation.scores import EvaluationSettings, Scores
 from flexperts.modeling.memory import peak_bytes, reset_peak
 from flexperts.server.exchange import LazyGrid
@@ -34,18 +34,14 @@ class Workers(Engine):
 
     Args:
         workspace: The rows.
-        workers: Number of workers.
+        pool: The workers.
+        workers: Their number.
         threads: CPU threads of each.
-        devices: Devices of the workers in turn; none means the CPU.
-        folder: An existing folder on a disk, for replies that wait for earlier ones.
     """
 
-    def __init__(
-        self, workspace: Workspace, workers: int, threads: int, devices: Sequence[str], folder: Path
-    ) -> None:
+    def __init__(self, workspace: Workspace, pool: Pool | Actors, workers: int, threads: int) -> None:
         super().__init__(workspace, threads)
-        self.workers = workers
-        self._pool = Pool(Setting(workspace.rows_only(), threads, devices), workers, folder)
+        self.workers, self._pool = workers, pool
         self._grid: _WorkerGrid | None = None
 
     def __exit__(self, *error: object) -> None:
@@ -78,10 +74,10 @@ class _WorkerGrid(LocalGrid):
         folder: Its directory.
     """
 
-    def __init__(self, pool: Pool, workspace: Workspace, config: RunConfig, folder: Path) -> None:
+    def __init__(self, pool: Pool | Actors, workspace: Workspace, config: RunConfig, folder: Path) -> None:
         self._names = dict(enumerate(workspace.clients, 1))
         super().__init__(self._names)
-        self._pool, self._workspace, self._config, self._folder = pool, workspace, config, folder
+        self._pool, self._workspace, self._config, self._folder = pool, workspace, config, folder.resolve()
         self.peak: int | None = None
 
     def replies(self, messages: Iterable[Message]) -> Iterator[Message]:
@@ -118,7 +114,7 @@ def _take_turn(
     if _resident is None or _resident.folder != folder:
         if _resident is not None:
             _resident.model.close()
-        _resident = Resident(workspace.for_run(config), config, folder)
+        _resident = Resident(workspace, config, folder)
         reset_peak(_resident.model.device)
     scores = workspace.untouched.scores
     scores.update(known)
