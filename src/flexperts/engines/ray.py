@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import tempfile
 import threading
 import warnings
@@ -29,6 +30,8 @@ from flexperts.observer import current_observer, observing
 
 ADDRESS = "RAY_ADDRESS"
 """Environment variable with the address of a Ray cluster; it is Ray's own."""
+_REACHED = 10.0
+"""Seconds in which a cluster must answer."""
 _DEATHS = {"max_restarts": -1, "max_task_retries": 1}
 """Ray's options for actors that die."""
 _AHEAD = 4
@@ -203,9 +206,12 @@ def _connect(ray: Any, cards: int | None, cores: int) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = os.environ.get(ADDRESS) or "local"
     size = {} if is_cluster() else {"num_cpus": cores, "num_gpus": cards}
+    host, _, port = address.rpartition(":")
     try:
+        if port.isdigit():  # Ray itself tries for many minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_REACHED).close()
         ray.init(address, **size, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise FederationError(
             f"Ray at {address}", one_line(str(error)), f"start the cluster, or unset {ADDRESS} to use this machine"
         ) from error
