@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup locked lock run test test-oldest slow families quantization faults fuzz deployment test-all coverage bench docs check format dist clean
+.PHONY: help setup locked lock run test test-oldest slow families quantization ray faults fuzz deployment test-all coverage bench docs check format dist clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -65,11 +65,17 @@ quantization: setup  ## Bases in 8 and 4 bits
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --constraint constraints.txt --target build/quantization bitsandbytes
 	PYTHONPATH=build/quantization $(BIN)/python -m pytest -m quantization
 
-test-all: test slow families quantization faults fuzz deployment  ## All tiers, one at a time
-
-# Ray stays out of .venv: only one rival needs it.
-bench: setup  ## Measure speed and scale, write docs/performance.md (the page says how long it takes)
+# Ray stays out of .venv: only these tests and one rival in the benchmarks need it.
+build/ray: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --constraint constraints.txt --target build/ray ray
+	@touch $@
+
+ray: build/ray  ## Clients in Ray's actors
+	PYTHONPATH=build/ray $(BIN)/python -m pytest -m ray
+
+test-all: test slow families quantization ray faults fuzz deployment  ## All tiers, one at a time
+
+bench: build/ray  ## Measure speed and scale, write docs/performance.md (the page says how long it takes)
 	$(BIN)/python benchmarks/performance/suite.py
 
 docs: setup  ## Build the pages and the API reference into build/docs, warnings as errors

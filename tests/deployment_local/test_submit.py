@@ -20,8 +20,8 @@ def test_a_connection_is_one_of_flowers(tmp_path: Path, monkeypatch: pytest.Monk
     assert connection_of("superlink://mine") == "mine"
     with pytest.raises(ConfigError, match=r"has mine; add \[superlink.mien\]"):
         connection_of("superlink://mien")
-    for engine in ("mine", "superlink://", "ray", ""):
-        with pytest.raises(ConfigError, match="engines are in-process and superlink://NAME"):
+    for engine in ("mine", "superlink://", "rays", ""):
+        with pytest.raises(ConfigError, match="engines are in-process, ray and superlink://NAME"):
             connection_of(engine)
 
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from flexperts.config.run import RunConfig
 
 
+LOCAL = ("in-process", "ray")
+"""Values of ``--engine`` with which this command serves the run itself."""
 Workers = Annotated[
     str | None,
     typer.Option(
@@ -44,13 +46,15 @@ def command(
         typer.Option(help="Run directory to create.", show_default="runs/<recipe>-<time>"),
     ] = None,
     engine: Annotated[
-        str,
+        str | None,
         typer.Option(
-            metavar="in-process | superlink://NAME",
-            help="Where the silos are: in this process, or connected to the SuperLink that Flower's config.toml "
-            "calls NAME; --out is then a name in the SuperLink's FLEXPERTS_RUNS. See docs/deploy.md.",
+            metavar="in-process | ray | superlink://NAME",
+            help="Where the silos are: on this machine, in actors of Ray, or connected to the SuperLink that "
+            "Flower's config.toml calls NAME; --out is then a name in the SuperLink's FLEXPERTS_RUNS. See "
+            "docs/deploy.md.",
+            show_default="the recipe's engine.kind",
         ),
-    ] = "in-process",
+    ] = None,
     workers: Workers = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the run in --out.")] = False,
     track: Annotated[
@@ -71,21 +75,17 @@ def command(
 
     if resume and out is None:
         raise ConfigError("--resume", "it needs the directory of the run to resume", "add --out DIRECTORY")
-    given = [*(settings or ()), *([] if workers is None else [f"engine.workers={workers}"])]
-    config = load_recipe(recipe, given)
+    given = [f"engine.workers={workers}"] if workers is not None else []
+    given += [f"engine.kind={engine}"] if engine in LOCAL else []
+    config = load_recipe(recipe, [*(settings or ()), *given])
     name = f"{recipe.stem}-{datetime.now():%Y%m%d-%H%M%S}"
-    deployed = engine != "in-process"
-    out = out or (Path(name) if deployed else Path("runs") / name)
+    address = None if engine in LOCAL else engine  # without the option, the recipe decides, and the run is local
+    out = out or (Path(name) if address is not None else Path("runs") / name)
     options: list[tuple[str, object]] = [("--set", settings), ("--track", track), ("--out", out)]
-    options += [
-        ("--workers", workers),
-        ("--engine", engine if deployed else None),
-        ("--trust-remote-code", trust),
-        ("--resume", True),
-    ]
+    options += [("--workers", workers), ("--engine", engine), ("--trust-remote-code", trust), ("--resume", True)]
     again = command_line("run", str(recipe), options=options)
-    if deployed:
-        _deploy(config, engine, str(out), resume, track, again)
+    if address is not None:
+        _deploy(config, address, str(out), resume, track, again)
     else:
         check_trust(config, recipe, trusted=trust or sets_trust(settings or ()))
         check_extras(config)

@@ -77,7 +77,7 @@ class Workspace:
 
     def rows_only(self) -> Workspace:
         """Return a workspace with the same rows for another process, which loads the base itself."""
-        other = Workspace(self.config)
+        other = Workspace(self.config.with_choices(template_date=self.encoder.date))
         other.__dict__["clients"] = self.clients
         other._longest_response, other._longest_prompt = self._longest_response, self._longest_prompt
         return other

@@ -62,6 +62,8 @@ class TrainingConfig(Section):
 class EngineConfig(Section):
     """How this machine computes a run. It is not in the run's record: a resumed run may have another."""
 
+    kind: Literal["in-process", "ray"] = "in-process"
+    """Where clients take their turns: on this machine, or in actors of Ray, each with a base of its own."""
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
     """Processes in which clients take their turns side by side, on one copy of the base; with 1, this process. auto
     starts one per core or card, as many as there are clients in a round and as memory allows."""

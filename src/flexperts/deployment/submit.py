@@ -28,7 +28,7 @@ def connection_of(engine: str) -> str:
     if not engine.startswith(SCHEME) or not name:
         raise ConfigError(
             f"--engine {engine}",
-            f"engines are in-process and {SCHEME}NAME, NAME being a connection in Flower's config.toml",
+            f"engines are in-process, ray and {SCHEME}NAME, NAME being a connection in Flower's config.toml",
             "see docs/deploy.md",
         )
     path = Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr") / "config.toml"

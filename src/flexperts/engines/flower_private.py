@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
 from uuid import uuid4
 
 from flwr.app import Message
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-__all__ = ["Run", "assume_identity", "empty_run", "stamp"]
+__all__ = ["Run", "actor_pool", "assume_identity", "empty_run", "stamp"]
 
 _SERVER_NODE_ID = 1
 
@@ -31,3 +33,20 @@ def stamp(message: Message) -> str:
     message_id = uuid4().hex
     message.metadata.__dict__["_message_id"] = message_id
     return message_id
+
+
+def actor_pool(options: Mapping[str, Any], begin: Callable[[], None]) -> Any:
+    """Return a pool, empty yet, of the Ray actors in which Flower's simulation runtime runs client apps.
+
+    ``actors_capacity`` is how many fit in the Ray that this process is connected to, at least 1.
+
+    Args:
+        options: Ray's options of each actor, such as ``num_cpus`` and ``num_gpus``.
+        begin: Called in each actor when it starts.
+
+    Raises:
+        ValueError: Not even one fits.
+    """
+    from flwr.simulation.ray_transport.ray_actor import BasicActorPool, ClientAppActor  # these import Ray
+
+    return BasicActorPool(ClientAppActor, dict(options), {"on_actor_init_fn": begin})

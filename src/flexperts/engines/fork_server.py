@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -41,6 +41,13 @@ class Setting:
     devices: Sequence[str] = ()
 
 
+class Sink(Protocol):
+    """What takes events, such as a connection."""
+
+    def send(self, event: Any, /) -> None:
+        """Take one."""
+
+
 class Remote(Observer):
     """Observer that sends every event to the parent process.
 
@@ -48,7 +55,7 @@ class Remote(Observer):
         connection: Where to.
     """
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Sink) -> None:
         self._connection = connection
 
     def stage(self, text: str) -> None:
@@ -100,7 +107,7 @@ def _loaded(setting: Setting) -> Exception | None:
     try:
         _ = setting.workspace.encoder, setting.devices or setting.workspace.base
     except Exception as error:
-        return _sendable(error)
+        return sendable(error)
     return None
 
 
@@ -128,10 +135,10 @@ def _outcome(function: Callable[..., Any], workspace: Workspace, arguments: tupl
     except ConnectionError:
         raise  # the parent process has ended
     except Exception as error:
-        return "error", _sendable(error)
+        return "error", sendable(error)
 
 
-def _sendable(error: Exception) -> Exception:
+def sendable(error: Exception) -> Exception:
     """Return an error that another process can read: one of ours, or any other's traceback as text."""
     if isinstance(error, FlexpertsError):
         return error

@@ -2,7 +2,7 @@
 
 recipe -> rows and base -> clients join and select -> rounds -> scores -> summary
 
-Clients take their turns on an engine: in this process, or in worker processes.
+Clients take their turns on an engine: in this process, in worker processes, or in Ray's actors.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from flexperts.data.unchanged import check_same_rows
 from flexperts.engines.engine import Engine
 from flexperts.engines.in_process import InProcess
 from flexperts.engines.pool import pool_for
+from flexperts.engines.ray import actors_for
 from flexperts.engines.workers import Workers
 from flexperts.errors import ArtifactError
 from flexperts.files import LOCK, sole_writer, write_json
@@ -143,8 +144,8 @@ def engine_of(workspace: Workspace, config: RunConfig, folder: Path) -> Engine:
         config: The run.
         folder: An existing folder on a disk.
     """
-    drawn = config.federation.drawn(len(workspace.clients))
-    pool = pool_for(workspace.rows_only(), config.engine, drawn, folder)
+    start = actors_for if config.engine.kind == "ray" else pool_for
+    pool = start(workspace.rows_only(), config.engine, config.federation.drawn(len(workspace.clients)), folder)
     if pool is None:
         return InProcess(workspace, config.engine.threads or torch.get_num_threads())
     return Workers(workspace, pool)

@@ -1,4 +1,4 @@
-"""The engine with worker processes: clients take turns side by side."""
+"""The engine with worker processes, on this machine or on Ray: clients take turns side by side."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from flexperts.data.rows import ClientRows
 from flexperts.engines.engine import Engine, prepare
 from flexperts.engines.grid import LocalGrid, reply_to
 from flexperts.engines.pool import Call, Pool
+from flexperts.engines.ray import Actors
 from flexperts.evaluation.scores import EvaluationSettings, Scores
 from flexperts.modeling.memory import peak_bytes, reset_peak
 from flexperts.server.exchange import LazyGrid
@@ -36,7 +37,7 @@ class Workers(Engine):
         pool: The workers.
     """
 
-    def __init__(self, workspace: Workspace, pool: Pool) -> None:
+    def __init__(self, workspace: Workspace, pool: Pool | Actors) -> None:
         super().__init__(workspace, pool.setting.threads)
         self.workers, self._pool = pool.count, pool
         self._grid: _WorkerGrid | None = None
@@ -71,10 +72,10 @@ class _WorkerGrid(LocalGrid):
         folder: Its directory.
     """
 
-    def __init__(self, pool: Pool, workspace: Workspace, config: RunConfig, folder: Path) -> None:
+    def __init__(self, pool: Pool | Actors, workspace: Workspace, config: RunConfig, folder: Path) -> None:
         self._names = dict(enumerate(workspace.clients, 1))
         super().__init__(self._names)
-        self._pool, self._workspace, self._config, self._folder = pool, workspace, config, folder
+        self._pool, self._workspace, self._config, self._folder = pool, workspace, config, folder.resolve()
         self.peak: int | None = None
 
     def replies(self, messages: Iterable[Message]) -> Iterator[Message]:
