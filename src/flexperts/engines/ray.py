@@ -47,9 +47,8 @@ def actors_for(workspace: Workspace, engine: EngineConfig, most: int, folder: Pa
         raise ConfigError("engine.devices", "with engine.kind = ray, Ray gives each actor a card", "leave it out")
     on_cards, cores = computing_device(workspace.config.model.device).type == "cuda", torch.get_num_threads()
     here = torch.cuda.device_count() if on_cards else cores
-    count = engine.workers
-    if not isinstance(count, int):
-        count = most if _is_cluster() else min(most, here)
+    open_count = most if _is_cluster() else min(most, here)
+    count = open_count if engine.workers == "auto" else engine.workers
     setting = Setting(workspace, engine.threads or max(1, cores // count))
     return Actors(setting, count, cards=on_cards, folder=folder)
 
