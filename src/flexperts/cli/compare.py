@@ -65,7 +65,7 @@ def command(
         check_trust(plan.config(entry, plan.seeds[0]), recipe, trusted=trust or sets_trust(settings))
     out = out or Path("runs") / recipe.stem
 
-    from flexperts.cli.display import ProgressDisplay
+    from flexperts.cli.live import ProgressDisplay
     from flexperts.cli.report import check_plots, report
     from flexperts.studies.claim import alone_in
     from flexperts.studies.collect import collect_comparison
@@ -102,6 +102,7 @@ def command(
             track=track or (),
             observer=display,
             on_done=tell,
+            on_progress=display.follow,
         )
     with alone_in(out):
         report(display.console, collect_comparison(out, samples=samples), out)

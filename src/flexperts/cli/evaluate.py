@@ -39,8 +39,8 @@ def command(
     from flexperts.server.summary import not_finite_of
 
     with RunDisplay() as display, observing(display):
-        display.stage("loading the base, reading rows")
         trained = TrainedRun(run, base=base, trust_remote_code=trust)
+        display.stage("reading rows")
         given = rows_elsewhere(trained, data) if data else {}
         for line in said(given):
             display.notice(line)

@@ -47,20 +47,22 @@ def command(
 
     RunDirectory.open(run).summary()  # refuse a wrong path before anything heavy loads
 
+    from flexperts.cli.live import showing_stages
     from flexperts.export.exporting import export_run
     from flexperts.reports.cells import size
 
-    done = export_run(
-        run,
-        to,
-        client=client,
-        form=form,
-        state=state,
-        dtype=dtype,
-        base=base,
-        check=verify,
-        trust_remote_code=trust,
-    )
+    with showing_stages():
+        done = export_run(
+            run,
+            to,
+            client=client,
+            form=form,
+            state=state,
+            dtype=dtype,
+            base=base,
+            check=verify,
+            trust_remote_code=trust,
+        )
     typer.echo(f"{done.folder}: {size(done.bytes).text}, state {done.state}")
     if done.difference:
         typer.echo(str(done.difference))

@@ -81,15 +81,16 @@ def _run(config: RunConfig, out: Path, resume: bool, track: Sequence[str], again
 
     if not resume:
         RunDirectory.check_free(out, config.to_toml(), again)
-    check_memory(config)
 
     from flexperts.cli.display import RunDisplay
     from flexperts.engines.run import run_federation
     from flexperts.observer import Observers
     from flexperts.tracking import Tracking
 
-    with Tracking(track, config, out) as tracking, RunDisplay() as display:
-        summary = run_federation(config, out, Observers(display, tracking), resume=resume)
+    with RunDisplay() as display:
+        check_memory(config)
+        with Tracking(track, config, out) as tracking:
+            summary = run_federation(config, out, Observers(display, tracking), resume=resume)
     display.result(summary, out)
 
 

@@ -49,7 +49,7 @@ def serve(silo: _Silo) -> None:
     from flexperts.deployment import listening
 
     with (
-        RunDisplay(console(stderr=True)) as display,
+        RunDisplay(console(stderr=True), stages_last=False) as display,
         listening.listening(Path(settings.state), settings.socket) as door,
     ):
         from flexperts.deployment.worker import Worker
@@ -218,9 +218,14 @@ def generate(
 
     settings = load_silo(silo)
 
+    from flexperts.cli.live import showing_stages
     from flexperts.deployment.home import HomeModel
 
-    say(HomeModel(settings, run).generate(instruction, context, state, max_new_tokens=max_tokens))
+    with showing_stages() as display:
+        model = HomeModel(settings, run)
+        display.stage("answering")
+        answer = model.generate(instruction, context, state, max_new_tokens=max_tokens)
+    say(answer)
 
 
 @app.command("forget")

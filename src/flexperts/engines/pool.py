@@ -110,8 +110,7 @@ class Pool:
                 continue
             kind, *told = pickle.loads(message)
             if kind == "event":
-                name, arguments = told
-                getattr(current_observer(), name)(*arguments)
+                _pass_on(*told)
                 continue
             call = self._running.pop(connection)
             if kind == "error":
@@ -152,6 +151,11 @@ class Pool:
         return connection
 
 
+def _pass_on(event: str, *arguments: Any) -> None:
+    """Tell this process's observer of an event in another process."""
+    getattr(current_observer(), event)(*arguments)
+
+
 class _Server:
     """The fork server as the parent process sees it; its start does not wait for the base."""
 
@@ -179,9 +183,14 @@ class _Server:
             Exception: It cannot load the base or the rows.
         """
         try:
-            if not self._loaded and (error := self._connection.recv()) is not None:
-                raise error
-            self._loaded = True
+            while not self._loaded:
+                match self._connection.recv():
+                    case ("event", *told):
+                        _pass_on(*told)
+                    case None:
+                        self._loaded = True
+                    case error:
+                        raise error
             socket.send_fds(self._control, [b"f"], [theirs.fileno()])
             self._connection.recv()
         except (EOFError, ConnectionError) as error:

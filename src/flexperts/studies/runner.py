@@ -6,14 +6,16 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import traceback
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ from flexperts.engines.run import run_federation
 from flexperts.errors import FlexpertsError
 from flexperts.files import content_of, write_json, write_text
 from flexperts.observer import Observer, Observers, Once
+from flexperts.progress import Line, RunProgress
 from flexperts.studies.claim import alone_in, claimed
 from flexperts.studies.entries import ComparisonPlan, Entry
 from flexperts.studies.finished import CLAIM, DONE, RUNS, SEED, folder_name
@@ -32,6 +35,8 @@ from flexperts.tracking import Tracking, tracker_classes
 HEAVY = ("personal", "shared", "checkpoint.safetensors")
 """Files of a finished run with weights, which a comparison does not read."""
 
+_LONGEST = 500
+"""Most characters of a line that a worker sends."""
 _BUSY = "another process runs it"
 """Returned for a job that another process is running."""
 _NOTES = "notes.txt"
@@ -65,6 +70,8 @@ class Job:
 
 OnDone = Callable[[Job, str | None], None]
 """Called with each job, and its error if it failed."""
+OnProgress = Callable[[str, Line | None], None]
+"""Called with a run's name and where it is; None when it has ended."""
 
 
 def jobs(plan: ComparisonPlan, out: Path) -> list[Job]:
@@ -81,6 +88,7 @@ def run_comparison(
     track: Sequence[str] = (),
     observer: Observer | None = None,
     on_done: OnDone = lambda job, error: None,
+    on_progress: OnProgress = lambda run, line: None,
 ) -> list[Job]:
     """Run all jobs that are not finished; return those that failed, with a traceback in their ``error.txt``.
 
@@ -95,6 +103,7 @@ def run_comparison(
         track: Trackers that log every run, by accelerate's names.
         observer: Receives the progress of runs in this process (``workers`` = 1).
         on_done: Called after each job, with its error if it failed.
+        on_progress: Called about every second for each run in another process (``workers`` > 1), by another thread.
     """
     tracker_classes(track)
     claimed(plan, out)  # refuse before anything is written
@@ -110,10 +119,10 @@ def run_comparison(
         on_done(job, error)
 
     waiting = [job for job in jobs(plan, out) if not job.done]
-    failed, busy = _sort_out(_run_all(partial(run, _AT_ONCE), waiting, workers), ended)
+    failed, busy = _sort_out(_run_all(partial(run, _AT_ONCE), waiting, workers, on_progress), ended)
     if busy:
         observer.stage(f"waiting for runs of another process: {', '.join(map(str, busy))}")
-        failed += _sort_out(_run_all(partial(run, _FOREVER), busy, workers), ended)[0]
+        failed += _sort_out(_run_all(partial(run, _FOREVER), busy, workers, on_progress), ended)[0]
     return failed
 
 
@@ -149,7 +158,7 @@ class _Manner:
 
 
 def _run_all(
-    run: Callable[[Job], str | None], waiting: Sequence[Job], workers: int
+    run: Callable[[Job], str | None], waiting: Sequence[Job], workers: int, on_progress: OnProgress
 ) -> Generator[tuple[Job, str | None]]:
     if workers == 1:
         try:
@@ -159,7 +168,13 @@ def _run_all(
         return
     # Each worker is a new interpreter: CUDA cannot be used in a forked one.
     fresh = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, fresh, initializer=_share_cores, initargs=(workers,)) as pool:
+    reader, writer = fresh.Pipe(duplex=False)
+    with (
+        reader,
+        writer,
+        _reading(reader, on_progress),
+        ProcessPoolExecutor(workers, fresh, initializer=_set_up, initargs=(workers, writer)) as pool,
+    ):
         try:
             started = {pool.submit(run, job): job for job in waiting}
             yield from ((started[future], _outcome(future)) for future in as_completed(started))
@@ -184,12 +199,60 @@ def _sort_out(outcomes: Generator[tuple[Job, str | None]], on_done: OnDone) -> t
     return failed, busy
 
 
-def _share_cores(workers: int) -> None:
-    """Limit a worker to its share of the cores; otherwise each would use all, and they would slow each other down.
+@contextmanager
+def _reading(reader: Connection, on_progress: OnProgress) -> Iterator[None]:
+    """Pass on what workers tell of their runs inside the block."""
+    ended = threading.Event()
+
+    def read() -> None:
+        while not ended.is_set():
+            if reader.poll(0.2):
+                on_progress(*reader.recv())
+
+    thread = threading.Thread(target=read, name="flexperts progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@contextmanager
+def _telling(job: Job) -> Iterator[Observer]:
+    """Yield an observer; in a worker, where the run is, is sent to the parent process every second."""
+    progress, ended, writer = RunProgress(), threading.Event(), _parent
+    if writer is None:
+        yield Observer()
+        return
+
+    def tell() -> None:
+        # Messages are much shorter than PIPE_BUF: those of several processes arrive whole.
+        with suppress(OSError):  # the parent process has ended
+            while not ended.wait(1):
+                for line in progress.lines()[:1]:
+                    writer.send((str(job), replace(line, text=line.text[:_LONGEST])))
+            writer.send((str(job), None))
+
+    thread = threading.Thread(target=tell, name="flexperts progress", daemon=True)
+    thread.start()
+    try:
+        yield progress
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _set_up(workers: int, writer: Connection) -> None:
+    """Connect a worker with the parent process, and limit it to its share of the cores.
+
+    Without the limit each would use all cores, and they would slow each other down.
 
     Ctrl-C reaches all processes of a terminal, so workers ignore it, and the parent process ends them. Warnings are
     ignored as in the parent process.
     """
+    global _parent
+    _parent = writer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for kind in (DeprecationWarning, FutureWarning):
         warnings.simplefilter("ignore", kind)
@@ -205,6 +268,8 @@ def _outcome(future: Future[str | None]) -> str | None:
         return "its process was killed, probably for lack of memory: use fewer workers and start again"
 
 
+_parent: Connection | None = None
+"""In a worker: where it tells of its runs."""
 _workspace: Workspace | None = None
 """Base and rows that the runs of one process share."""
 
@@ -232,8 +297,9 @@ def _run_alone(manner: _Manner, job: Job) -> str | None:
     try:
         config = manner.plan.config(job.entry, job.seed)
         _workspace = _workspace.for_run(config) if _workspace else Workspace(config)
-        with Tracking(manner.track, config, job.folder, name=str(job)) as tracking:
-            observer = Observers(manner.observer, tracking, _Notes(job.folder / _NOTES))
+        with Tracking(manner.track, config, job.folder, name=str(job)) as tracking, _telling(job) as telling:
+            observer = Observers(manner.observer, tracking, telling, _Notes(job.folder / _NOTES))
+            observer.run(str(job))
             run_federation(config, job.folder, observer, resume=True, workspace=_workspace)
     except Exception as error:
         write_text(job.folder / "error.txt", traceback.format_exc())
