@@ -12,7 +12,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import Pipe
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import pytest
@@ -27,6 +29,7 @@ from flexperts.errors import ArtifactError, ConfigError, FlexpertsError
 from flexperts.files import read_json
 from flexperts.methods.kit.turn import Turn
 from flexperts.observer import Observer
+from flexperts.progress import Line
 from flexperts.studies import runner
 from flexperts.studies.collect import collect_comparison
 from flexperts.studies.entries import ComparisonPlan, plan_comparison
@@ -336,6 +339,24 @@ def test_a_base_that_is_kept_is_scored_anew_where_contexts_are_cut_elsewhere(
     assert found["long", "long"] == found["short", "long"]
     assert found["long", "short"] == found["short", "short"]
     assert found["long", "long"] != found["long", "short"]
+
+
+def test_a_worker_tells_where_its_run_is(monkeypatch: pytest.MonkeyPatch, plan: Planned, tmp_path: Path) -> None:
+    job, heard = jobs(plan(entries=["fedavg"], seeds=1), tmp_path)[0], Queue[tuple[str, Line | None]]()
+    reader, writer = Pipe(duplex=False)
+    monkeypatch.setattr(runner, "_parent", writer)
+    with runner._reading(reader, lambda *told: heard.put(told)):
+        with runner._telling(job) as observer:
+            observer.run(str(job))
+            observer.phase("training", 4, 2, 3)
+            observer.turn_ended("Zürich")
+            name, line = heard.get(timeout=60)
+        while heard.get(timeout=60) != ("fedavg, seed 0", None):
+            pass
+    assert name == "fedavg, seed 0"
+    assert line is not None
+    assert (line.text, line.done, line.total) == ("fedavg, seed 0, round 2 of 3, training", 1, 4)
+    assert line.facts.startswith("1 of 4 clients, ETA ")
 
 
 def test_workers_divide_the_cores_unless_the_user_has(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -13,10 +14,11 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -207,7 +209,8 @@ def _reading(reader: Connection, on_progress: OnProgress) -> Iterator[None]:
     def read() -> None:
         while not ended.is_set():
             if reader.poll(0.2):
-                on_progress(*reader.recv())
+                name, *line = json.loads(reader.recv_bytes())
+                on_progress(name, Line(*line) if line else None)
 
     thread = threading.Thread(target=read, name="flexperts progress", daemon=True)
     thread.start()
@@ -226,13 +229,16 @@ def _telling(job: Job) -> Iterator[Observer]:
         yield Observer()
         return
 
+    def send(*line: Any) -> None:
+        # This is shorter than PIPE_BUF, so messages of several processes arrive whole.
+        writer.send_bytes(json.dumps([str(job), *line], ensure_ascii=False).encode(errors="replace"))
+
     def tell() -> None:
-        # Messages are much shorter than PIPE_BUF: those of several processes arrive whole.
         with suppress(OSError):  # the parent process has ended
             while not ended.wait(1):
                 for line in progress.lines()[:1]:
-                    writer.send((str(job), replace(line, text=line.text[:_LONGEST])))
-            writer.send((str(job), None))
+                    send(line.text[:_LONGEST], line.facts, line.done, line.total)
+            send()
 
     thread = threading.Thread(target=tell, name="flexperts progress", daemon=True)
     thread.start()
@@ -244,15 +250,18 @@ def _telling(job: Job) -> Iterator[Observer]:
 
 
 def _set_up(workers: int, writer: Connection) -> None:
-    """Connect a worker with the parent process, and limit it to its share of the cores.
+    """Prepare a worker; ``writer`` is where it tells of its runs."""
+    global _parent
+    _parent = writer
+    _share_cores(workers)
 
-    Without the limit each would use all cores, and they would slow each other down.
+
+def _share_cores(workers: int) -> None:
+    """Limit a worker to its share of the cores; otherwise each would use all, and they would slow each other down.
 
     Ctrl-C reaches all processes of a terminal, so workers ignore it, and the parent process ends them. Warnings are
     ignored as in the parent process.
     """
-    global _parent
-    _parent = writer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for kind in (DeprecationWarning, FutureWarning):
         warnings.simplefilter("ignore", kind)
