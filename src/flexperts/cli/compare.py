@@ -65,13 +65,15 @@ def command(
         check_trust(plan.config(entry, plan.seeds[0]), recipe, trusted=trust or sets_trust(settings))
     out = out or Path("runs") / recipe.stem
 
-    from flexperts.cli.live import ProgressDisplay
+    from flexperts.cli.live import ProgressDisplay, showing_stages
     from flexperts.cli.report import check_plots, report
-    from flexperts.studies.claim import alone_in
-    from flexperts.studies.collect import collect_comparison
-    from flexperts.studies.runner import Job, jobs, run_comparison
 
-    check_plots()
+    with showing_stages():
+        from flexperts.studies.claim import alone_in
+        from flexperts.studies.collect import collect_comparison
+        from flexperts.studies.runner import Job, jobs, run_comparison
+
+        check_plots()
     planned = jobs(plan, out)
     chosen: list[tuple[str, object]] = [("--methods", methods), ("--seeds", seeds), ("--reference", reference)]
     chosen += [("--out", out), ("--set", settings), ("--track", track)]
@@ -104,7 +106,8 @@ def command(
             on_done=tell,
             on_progress=display.follow,
         )
-    with alone_in(out):
-        report(display.console, collect_comparison(out, samples=samples), out)
+        display.stage("making the report")
+        with alone_in(out):
+            report(display.console, collect_comparison(out, samples=samples), out)
     if failed:
         raise typer.Exit(1)

@@ -32,13 +32,14 @@ def command(
     RunDirectory.open(run).summary()  # refuse a wrong path before anything heavy loads
 
     from flexperts.cli.display import RunDisplay
-    from flexperts.client.answer_limit import answer_limit, check_limit
-    from flexperts.finished.elsewhere import rows_elsewhere, said
-    from flexperts.finished.trained import TrainedRun
     from flexperts.observer import observing
-    from flexperts.server.summary import not_finite_of
 
     with RunDisplay() as display, observing(display):
+        from flexperts.client.answer_limit import answer_limit, check_limit
+        from flexperts.finished.elsewhere import rows_elsewhere, said
+        from flexperts.finished.trained import TrainedRun
+        from flexperts.server.summary import not_finite_of
+
         trained = TrainedRun(run, base=base, trust_remote_code=trust)
         display.stage("reading rows")
         given = rows_elsewhere(trained, data) if data else {}

@@ -48,10 +48,11 @@ def command(
     RunDirectory.open(run).summary()  # refuse a wrong path before anything heavy loads
 
     from flexperts.cli.live import showing_stages
-    from flexperts.export.exporting import export_run
     from flexperts.reports.cells import size
 
     with showing_stages():
+        from flexperts.export.exporting import export_run
+
         done = export_run(
             run,
             to,

@@ -44,13 +44,13 @@ class ProgressDisplay(Relay):
         self._elsewhere: dict[str, Line] = {}
         self._live: Live | None = None
         self._drawing = 0
-        self._ended = threading.Event()
+        self._ended, self._thread = threading.Event(), threading.Thread(target=self._beats, daemon=True)
 
     def __enter__(self) -> Self:
         if self.console.is_interactive:
             self._show()
         else:
-            threading.Thread(target=self._beats, name="flexperts progress", daemon=True).start()
+            self._thread.start()
         return self
 
     def __exit__(
@@ -58,6 +58,8 @@ class ProgressDisplay(Relay):
     ) -> None:
         self._ended.set()
         self._hide()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def _show(self) -> None:
         # A new one each time: rich's does not start again where the cursor is.

@@ -83,11 +83,12 @@ def _run(config: RunConfig, out: Path, resume: bool, track: Sequence[str], again
         RunDirectory.check_free(out, config.to_toml(), again)
 
     from flexperts.cli.display import RunDisplay
-    from flexperts.engines.run import run_federation
     from flexperts.observer import Observers
     from flexperts.tracking import Tracking
 
     with RunDisplay() as display:
+        from flexperts.engines.run import run_federation  # seconds
+
         check_memory(config)
         with Tracking(track, config, out) as tracking:
             summary = run_federation(config, out, Observers(display, tracking), resume=resume)

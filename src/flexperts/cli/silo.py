@@ -219,9 +219,10 @@ def generate(
     settings = load_silo(silo)
 
     from flexperts.cli.live import showing_stages
-    from flexperts.deployment.home import HomeModel
 
     with showing_stages() as display:
+        from flexperts.deployment.home import HomeModel
+
         model = HomeModel(settings, run)
         display.stage("answering")
         answer = model.generate(instruction, context, state, max_new_tokens=max_tokens)
