@@ -229,7 +229,7 @@ def _telling(job: Job) -> Iterator[Observer]:
         yield Observer()
         return
 
-    def send(*line: Any) -> None:
+    def write(*line: Any) -> None:
         # This is shorter than PIPE_BUF, so messages of several processes arrive whole.
         writer.send_bytes(json.dumps([str(job), *line], ensure_ascii=False).encode(errors="replace"))
 
@@ -237,8 +237,8 @@ def _telling(job: Job) -> Iterator[Observer]:
         with suppress(OSError):  # the parent process has ended
             while not ended.wait(1):
                 for line in progress.lines()[:1]:
-                    send(line.text[:_LONGEST], line.facts, line.done, line.total)
-            send()
+                    write(line.text[:_LONGEST], line.facts, line.done, line.total)
+            write()
 
     thread = threading.Thread(target=tell, name="flexperts progress", daemon=True)
     thread.start()
