@@ -17,7 +17,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = [
     {"errors", "environment", "seeding", "observer"},
-    {"config", "files"},
+    {"config", "files", "progress"},
     {"recipe", "artifacts", "checked_file", "tracking", "data", "smol_moe", "moe"},
     {"parameters"},
     {"modeling", "parts"},

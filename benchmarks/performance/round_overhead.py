@@ -73,7 +73,9 @@ OVERHEAD = {
         "transformers.tokenization_utils_base:PreTrainedTokenizerBase.batch_decode",
     ],
     "ROUGE-L": ["flexperts.evaluation.scores:rouge_l"],
-    "display": [f"flexperts.cli.display:RunDisplay.{name}" for name in ("stage", "progress", "round", "result")],
+    "display": [
+        f"flexperts.cli.display:RunDisplay.{name}" for name in ("stage", "turn", "turn_ended", "round", "result")
+    ],
     "Flower's apps": ["flexperts.engines.grid:InProcessGrid._deliver"],
 }
 """Other named phases; a phase within another is not counted in the outer one."""

@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Phase = Literal["selection", "training", "evaluation"]
+"""What a client does in its turn."""
+
+
+@dataclass(frozen=True)
+class TurnState:
+    """Where a client's turn is.
+
+    Args:
+        client: The client's name.
+        phase: What it does.
+        text: The same in more detail, such as ``round 3`` or ``global answers``.
+        done: Selection: batches; training: optimizer steps; evaluation: rows.
+        total: How many there are; 0 if that is not known.
+        loss: The last step's training loss, in nats per token.
+        tokens: Tokens trained on so far in this turn, without padding.
+    """
+
+    client: str
+    phase: Phase
+    text: str
+    done: int
+    total: int
+    loss: float | None = None
+    tokens: int = 0
 
 
 class Observer:
@@ -20,6 +47,38 @@ class Observer:
     def progress(self, task: str, done: int, total: int) -> None:
         """Handle progress: ``done`` of ``total`` units of a task are done."""
 
+    def run(self, name: str) -> None:
+        """Handle the start of one run of a comparison."""
+
+    def phase(self, name: str, clients: int, number: int = 0, rounds: int = 0) -> None:
+        """Handle the start of a phase, in which the server asks clients; it lasts until the next, or ``round``.
+
+        Args:
+            name: joining, training or evaluation.
+            clients: How many clients are asked.
+            number: The round, from 1; 0 outside of rounds.
+            rounds: Number of rounds.
+        """
+
+    def turn(self, state: TurnState) -> None:
+        """Handle progress in a client's turn; several clients may be in turn. By default it is ``progress``."""
+        if state.done:
+            self.progress(f"{state.client}: {state.text}", state.done, state.total)
+
+    def turn_ended(self, client: str) -> None:
+        """Handle the end of a client's turn."""
+
+    def libraries_draw(self, begin: bool) -> None:
+        """Handle that libraries begin, or end, to draw progress bars of their own on the terminal."""
+
+    def follow(self, run: str, line: tuple[str, str, float, float] | None) -> None:
+        """Handle where a run in another process is.
+
+        Args:
+            run: Its name.
+            line: The arguments of a ``progress.Line``; None when it has ended.
+        """
+
     def split(self, method: str, table: Sequence[Mapping[str, Any]]) -> None:
         """Handle the table of what trains, what is sent and what stays, before round 1."""
 
@@ -33,7 +92,70 @@ class Observer:
         """Handle the record of a finished round."""
 
 
-class Observers(Observer):
+class Relay(Observer):
+    """Observer that passes every event on.
+
+    Args:
+        tell: Called with an event's name and arguments.
+    """
+
+    def __init__(self, tell: Callable[..., None]) -> None:
+        self._tell = tell
+
+    def stage(self, text: str) -> None:
+        """Pass it on."""
+        self._tell("stage", text)
+
+    def notice(self, text: str) -> None:
+        """Pass it on."""
+        self._tell("notice", text)
+
+    def progress(self, task: str, done: int, total: int) -> None:
+        """Pass it on."""
+        self._tell("progress", task, done, total)
+
+    def run(self, name: str) -> None:
+        """Pass it on."""
+        self._tell("run", name)
+
+    def phase(self, name: str, clients: int, number: int = 0, rounds: int = 0) -> None:
+        """Pass it on."""
+        self._tell("phase", name, clients, number, rounds)
+
+    def turn(self, state: TurnState) -> None:
+        """Pass it on."""
+        self._tell("turn", state)
+
+    def turn_ended(self, client: str) -> None:
+        """Pass it on."""
+        self._tell("turn_ended", client)
+
+    def libraries_draw(self, begin: bool) -> None:
+        """Pass it on."""
+        self._tell("libraries_draw", begin)
+
+    def follow(self, run: str, line: tuple[str, str, float, float] | None) -> None:
+        """Pass it on."""
+        self._tell("follow", run, line)
+
+    def split(self, method: str, table: Sequence[Mapping[str, Any]]) -> None:
+        """Pass it on."""
+        self._tell("split", method, table)
+
+    def chosen(self, client: str, choice: Mapping[str, Sequence[int]]) -> None:
+        """Pass it on."""
+        self._tell("chosen", client, choice)
+
+    def refused(self, client: str, reason: str) -> None:
+        """Pass it on."""
+        self._tell("refused", client, reason)
+
+    def round(self, record: Mapping[str, Any]) -> None:
+        """Pass it on."""
+        self._tell("round", record)
+
+
+class Observers(Relay):
     """Observer that passes every event to several observers, in order.
 
     Args:
@@ -41,42 +163,12 @@ class Observers(Observer):
     """
 
     def __init__(self, *observers: Observer) -> None:
+        super().__init__(self._tell_all)
         self.observers = observers
 
-    def stage(self, text: str) -> None:
-        """Pass it on."""
+    def _tell_all(self, event: str, *arguments: Any) -> None:
         for observer in self.observers:
-            observer.stage(text)
-
-    def notice(self, text: str) -> None:
-        """Pass it on."""
-        for observer in self.observers:
-            observer.notice(text)
-
-    def progress(self, task: str, done: int, total: int) -> None:
-        """Pass it on."""
-        for observer in self.observers:
-            observer.progress(task, done, total)
-
-    def split(self, method: str, table: Sequence[Mapping[str, Any]]) -> None:
-        """Pass it on."""
-        for observer in self.observers:
-            observer.split(method, table)
-
-    def chosen(self, client: str, choice: Mapping[str, Sequence[int]]) -> None:
-        """Pass it on."""
-        for observer in self.observers:
-            observer.chosen(client, choice)
-
-    def refused(self, client: str, reason: str) -> None:
-        """Pass it on."""
-        for observer in self.observers:
-            observer.refused(client, reason)
-
-    def round(self, record: Mapping[str, Any]) -> None:
-        """Pass it on."""
-        for observer in self.observers:
-            observer.round(record)
+            getattr(observer, event)(*arguments)
 
 
 class Once(Observers):
@@ -109,3 +201,14 @@ def observing(observer: Observer) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
+
+
+@contextmanager
+def libraries_drawing() -> Iterator[None]:
+    """Let libraries draw progress bars inside the block: the observer's display pauses."""
+    observer = current_observer()
+    observer.libraries_draw(True)
+    try:
+        yield
+    finally:
+        observer.libraries_draw(False)

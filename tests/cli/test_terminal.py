@@ -107,7 +107,7 @@ def test_a_progress_bar_shows_its_task_as_it_is(text: str) -> None:
     display = RunDisplay(terminal)
     display.progress(f"task {text}", 1, 2)
     with terminal.capture() as shown:
-        terminal.print(display._progress)
+        terminal.print(display)
     assert f"task {text} " in shown.get()
 
 

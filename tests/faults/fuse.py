@@ -99,7 +99,8 @@ class FuseObserver(Observer):
         self.fuse.place("a stage")
 
     def progress(self, task: str, done: int, total: int) -> None:
-        self.fuse.place("a training step" if ": round" in task else "an evaluated batch")
+        kinds = {": round": "a training step", ": selection": "a selection"}
+        self.fuse.place(next((kind for word, kind in kinds.items() if word in task), "an evaluated batch"))
 
     def split(self, method: str, table: Any) -> None:
         self.fuse.place("the split")

@@ -84,10 +84,10 @@ def merged(tiny_base: Path) -> Callable[..., Any]:
 def moves() -> Callable[..., Any]:
     """Return a function that makes an ``on_step`` which notes the groups that each optimizer step moved."""
 
-    def watch(seen: list[set[str]], turn: Callable[[], Turn]) -> Callable[[float], None]:
+    def watch(seen: list[set[str]], turn: Callable[[], Turn]) -> Callable[[float, int], None]:
         before: dict[str, Tensor] = {}
 
-        def step(_loss: float) -> None:
+        def step(_loss: float, _tokens: int) -> None:
             split = turn().split
             now = {
                 f"{g} {n}": p.detach().clone() for g in ("shared", "personal") for n, p in vars(split)[g].items()

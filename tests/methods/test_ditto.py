@@ -59,7 +59,10 @@ def test_v_trains_alone_and_lam_0_is_plain_training(take_turn: Any, merged: Call
     """The loss of v's first step is that of a model with v only."""
     losses: list[float] = []
     rows: list[Any] = []
-    with take_turn("method.name=ditto", "method.options={lam=0}", on_step=losses.append) as (method, turn):
+    with take_turn("method.name=ditto", "method.options={lam=0}", on_step=lambda loss, _: losses.append(loss)) as (
+        method,
+        turn,
+    ):
         method.receive(turn)
         v = {n: p.detach().clone() for n, p in turn.split.personal.items()}
         objective = turn.objective

@@ -220,7 +220,9 @@ def test_l_trains_in_a_mixture_with_a_fixed_g(take_turn: Any, merged: Callable[.
     """The first loss of round 2 is that of W0 + 0.3 dW_l + 0.7 dW_g; then g trains alone."""
     losses: list[float] = []
     rows: list[Any] = []
-    with take_turn("method.name=feddpa_t", "method.options={mix=0.3}", round=2, on_step=losses.append) as (m, turn):
+    with take_turn(
+        "method.name=feddpa_t", "method.options={mix=0.3}", round=2, on_step=lambda loss, _: losses.append(loss)
+    ) as (m, turn):
         m.receive(turn)
         local = {n: p.detach().clone() for n, p in turn.split.personal.items()}
         objective = turn.objective
@@ -242,7 +244,7 @@ def phases(take_turn: Any, moves: Any, name: str, number: int) -> list[set[str]]
     step = moves(seen, lambda: holder[0])
     with take_turn(f"method.name={name}", round=number, on_step=step) as (method, turn):
         holder.append(turn)
-        step(0.0)
+        step(0.0, 0)
         seen.clear()
         method.train(turn)
     return seen

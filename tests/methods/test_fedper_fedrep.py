@@ -62,7 +62,7 @@ def steps_of(take_turn: Any, moves: Any, method: str, steps: int, *overrides: st
     step = moves(seen, lambda: holder[0])
     with take_turn(f"method.name={method}", *overrides) as (made, turn):
         holder.append(replace(turn, settings=replace(turn.settings, steps=steps), on_step=step))
-        step(0.0)  # what stands before the first step
+        step(0.0, 0)  # what stands before the first step
         seen.clear()
         result = made.train(holder[0])
         assert result.steps == len(seen)

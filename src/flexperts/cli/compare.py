@@ -72,11 +72,13 @@ def command(
         check_extras(config)
     out = out or Path("runs") / recipe.stem
 
-    from flexperts.cli.display import ProgressDisplay
+    from flexperts.cli.live import ProgressDisplay, showing_stages
     from flexperts.cli.report import report
-    from flexperts.studies.claim import alone_in
-    from flexperts.studies.collect import collect_comparison
-    from flexperts.studies.runner import Job, jobs, run_comparison
+
+    with showing_stages():
+        from flexperts.studies.claim import alone_in
+        from flexperts.studies.collect import collect_comparison
+        from flexperts.studies.runner import Job, jobs, run_comparison
 
     planned = jobs(plan, out)
     chosen: list[tuple[str, object]] = [("--methods", methods), ("--seeds", seeds), ("--reference", reference)]
@@ -109,7 +111,8 @@ def command(
             observer=display,
             on_done=tell,
         )
-    with alone_in(out):
-        report(display.console, collect_comparison(out, samples=samples), out)
+        display.stage("making the report")
+        with alone_in(out):
+            report(display.console, collect_comparison(out, samples=samples), out)
     if failed:
         raise typer.Exit(1)

@@ -1,74 +1,35 @@
-"""A run's display in a terminal: stages, progress bars, tables."""
+"""A run's display in a terminal: stages, progress, tables."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from flexperts.cli.console import console as terminal
-from flexperts.observer import Observer
+from flexperts.cli.live import ProgressDisplay
 from flexperts.reports.cells import size
 from flexperts.reports.reading import STATES
 
 
-class ProgressDisplay(Observer):
-    """Observer that shows progress with one rich bar, and notices and refusals as lines."""
-
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or terminal()
-        columns = (
-            TextColumn("  {task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-        )
-        self._progress = Progress(*columns, console=self.console, transient=True)
-        self._task: Any = None
-        self._done = 0
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
-    def say(self, text: str) -> None:
-        """Print a line."""
-        self.console.print(text, style="bold", soft_wrap=True)
-
-    def notice(self, text: str) -> None:
-        """Print a notice."""
-        self.console.print(f"  note: {text}", style="yellow", soft_wrap=True)
-
-    def refused(self, client: str, reason: str) -> None:
-        """Print a refused client and the reason."""
-        self.console.print(f"  {client} refused: {reason}", style="yellow", soft_wrap=True)
-
-    def progress(self, task: str, done: int, total: int) -> None:
-        """Move the bar; a new task starts a new bar."""
-        if self._task is None or done <= self._done:
-            if self._task is not None:
-                self._progress.remove_task(self._task)
-            self._task = self._progress.add_task(task, total=total)
-        self._done = done
-        self._progress.update(self._task, description=task, completed=done, total=total)
-
-
 class RunDisplay(ProgressDisplay):
-    """Observer that shows all events of a run with rich; as plain lines if the output is not a terminal."""
+    """Observer that shows all events of a run with rich; as plain lines if the output is not a terminal.
+
+    Args:
+        console: Where to; stdout by default.
+        stages_last: Whether a stage lasts until the next; at a silo it has ended when it is told.
+    """
+
+    def __init__(self, console: Console | None = None, *, stages_last: bool = True) -> None:
+        super().__init__(console)
+        self._stages_last = stages_last
 
     def stage(self, text: str) -> None:
         """Print the stage that begins."""
         self.say(text)
+        super().stage(text if self._stages_last else "")
 
     def chosen(self, client: str, choice: Mapping[str, Sequence[int]]) -> None:
         """Print the experts that a client grafts, layer by layer."""
@@ -81,6 +42,7 @@ class RunDisplay(ProgressDisplay):
 
     def round(self, record: Mapping[str, Any]) -> None:
         """Print one line for a finished round."""
+        super().round(record)
         clients = record["clients"].values()
         for word, names in (("missing", record.get("missing")), ("without scores", record.get("unscored"))):
             if names:

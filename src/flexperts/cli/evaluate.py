@@ -36,13 +36,13 @@ def command(
     RunDirectory.open(run).summary()  # refuse a wrong path before anything heavy loads
 
     from flexperts.cli.display import RunDisplay
-    from flexperts.engines.scoring import score_run
     from flexperts.observer import observing
     from flexperts.reports.reading import STATES
-    from flexperts.server.summary import not_finite_of
 
     with RunDisplay() as display, observing(display):
-        display.stage("loading the base, reading rows")
+        from flexperts.engines.scoring import score_run
+        from flexperts.server.summary import not_finite_of
+
         found = score_run(run, data, base=base, trust_remote_code=trust, engine=engine)
     display.console.print(_table(found.scores, found.marks))
     cut = {client: [*its.values()][-1].cut for client, its in found.scores.items()}

@@ -47,20 +47,23 @@ def command(
 
     RunDirectory.open(run).summary()  # refuse a wrong path before anything heavy loads
 
-    from flexperts.export.exporting import export_run
+    from flexperts.cli.live import showing_stages
     from flexperts.reports.cells import size
 
-    done = export_run(
-        run,
-        to,
-        client=client,
-        form=form,
-        state=state,
-        dtype=dtype,
-        base=base,
-        check=verify,
-        trust_remote_code=trust,
-    )
+    with showing_stages():
+        from flexperts.export.exporting import export_run
+
+        done = export_run(
+            run,
+            to,
+            client=client,
+            form=form,
+            state=state,
+            dtype=dtype,
+            base=base,
+            check=verify,
+            trust_remote_code=trust,
+        )
     typer.echo(f"{done.folder}: {size(done.bytes).text}, state {done.state}")
     if done.difference:
         why = "; rounding to bfloat16 explains this" if done.difference.is_coarse else ""

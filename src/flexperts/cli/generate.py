@@ -62,7 +62,12 @@ def command(
 
     RunDirectory.open(run).summary()  # refuse a wrong path before anything heavy loads
 
-    from flexperts.finished.trained import TrainedRun
+    from flexperts.cli.live import showing_stages
 
-    trained = TrainedRun(run, base=base, trust_remote_code=trust)
-    say(trained.generate(client, instruction, context, state, max_new_tokens=max_tokens))
+    with showing_stages() as display:
+        from flexperts.finished.trained import TrainedRun
+
+        trained = TrainedRun(run, base=base, trust_remote_code=trust)
+        display.stage("answering")
+        answer = trained.generate(client, instruction, context, state, max_new_tokens=max_tokens)
+    say(answer)

@@ -103,12 +103,15 @@ def _run(config: RunConfig, out: Path, resume: bool, track: Sequence[str], again
     config = check_memory(config)
 
     from flexperts.cli.display import RunDisplay
-    from flexperts.engines.run import run_federation
     from flexperts.observer import Observers
     from flexperts.tracking import Tracking
 
-    with Tracking(track, config, out) as tracking, RunDisplay() as display:
-        summary = run_federation(config, out, Observers(display, tracking), resume=resume)
+    with RunDisplay() as display:
+        from flexperts.engines.run import run_federation  # seconds
+
+        check_memory(config)
+        with Tracking(track, config, out) as tracking:
+            summary = run_federation(config, out, Observers(display, tracking), resume=resume)
     display.result(summary, out)
 
 

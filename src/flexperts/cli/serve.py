@@ -147,6 +147,8 @@ def _serve(
     open_engine: Callable[[], Engine], ring: KeyRing, key: str | None, address: Address, limits: Limits, grace: int
 ) -> None:
     """Listen at once, answer when the base is loaded, and serve until stopped or until the engine fails."""
+    from flexperts.cli.live import showing_stages
+
     with optional("serve", "serving"):
         from flexperts.serving.http.server import make_server, running
         from flexperts.serving.http.service import Service
@@ -156,7 +158,8 @@ def _serve(
     _log_to_stderr()
     with address.listen(limits.connections) as door, running(server, service, door, grace):
         typer.echo("loading", err=True)
-        engine = open_engine()
+        with showing_stages():
+            engine = open_engine()
         service.ready(engine)
         _say_ready(engine, address, address.url(door), key)
         _wait(engine)

@@ -50,7 +50,7 @@ def serve(silo: _Silo) -> None:
     from flexperts.deployment import listening
 
     with (
-        RunDisplay(console(stderr=True)) as display,
+        RunDisplay(console(stderr=True), stages_last=False) as display,
         listening.listening(Path(settings.state), settings.socket) as door,
     ):
         from flexperts.deployment.worker import Worker
@@ -220,9 +220,15 @@ def generate(
 
     settings = load_silo(silo)
 
-    from flexperts.deployment.home import HomeModel
+    from flexperts.cli.live import showing_stages
 
-    say(HomeModel(settings, run).generate(instruction, context, state, max_new_tokens=max_tokens))
+    with showing_stages() as display:
+        from flexperts.deployment.home import HomeModel
+
+        model = HomeModel(settings, run)
+        display.stage("answering")
+        answer = model.generate(instruction, context, state, max_new_tokens=max_tokens)
+    say(answer)
 
 
 @app.command("forget")

@@ -28,7 +28,10 @@ def answer(kind: str, content: RecordDict, client: Client) -> RecordDict:
         content: The request's content.
         client: The client that is asked.
     """
-    return ANSWERS[kind](content, client)
+    try:
+        return ANSWERS[kind](content, client)
+    finally:
+        client.observer.turn_ended(client.name)
 
 
 def _join(content: RecordDict, client: Client) -> RecordDict:

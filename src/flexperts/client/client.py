@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from flexperts.files import json_text, write_json, write_text
 from flexperts.methods.kit.method import OnBatch, State
 from flexperts.methods.kit.turn import Prepared, Turn
 from flexperts.methods.registry import make_method
-from flexperts.observer import Observer, current_observer
+from flexperts.observer import Observer, Phase, TurnState, current_observer
 from flexperts.parameters.store import PersonalMeta, PersonalStore
 from flexperts.parameters.vector import Payload, vector_hash
 from flexperts.protection.pipeline import protect, told
@@ -114,18 +114,31 @@ class Client:
         metrics = {name: measures[name] for name in told(self.config, measures)}
         return Trained(Update(self.name, sent.payload, len(self.examples), metrics), turn.split, sent)
 
-    def evaluate(self, request: Request, states: Sequence[State], *, answers: bool = True) -> dict[State, Scores]:
-        """Score model states on the client's own rows of the split that the recipe names.
+    def evaluate(
+        self, request: Request, states: Sequence[State], rows: Sequence[Row] | None = None, *, answers: bool = True
+    ) -> dict[State, Scores]:
+        """Score model states on given rows, by default on the client's own rows of the split that the recipe names.
 
         Args:
             request: The finished global model.
             states: Which of zero_shot, global, personalized.
+            rows: The rows.
             answers: Whether to generate answers; without them only the NLL is computed.
         """
-        return {state: self.score(request, state, self.scored_rows, answers=answers) for state in states}
+        rows, what = self.scored_rows if rows is None else rows, "answers" if answers else "NLL"
+        total = len(states) * len(rows)
+        reports = [self.counter("evaluation", f"{s} {what}", total, i * len(rows)) for i, s in enumerate(states)]
+        return {s: self._score(request, s, rows, answers, told) for s, told in zip(states, reports, strict=True)}
 
-    def score(self, request: Request, state: State, rows: Sequence[Row], *, answers: bool = True) -> Scores:
+    def score(self, request: Request, state: State, rows: Sequence[Row]) -> Scores:
+        """Score one model state on given rows."""
+        return self.evaluate(request, [state], rows)[state]
+
+    def _score(
+        self, request: Request, state: State, rows: Sequence[Row], answers: bool, on_rows: Callable[[int], None]
+    ) -> Scores:
         """Score one model state on given rows; zero-shot scores are cached in the workspace."""
+        on_rows(0)
         known, batch_size = self.workspace.untouched.scores, self.config.evaluation.batch_size
         limit = answer_limit(self.workspace, self.config)
         settings = EvaluationSettings(limit, batch_size, self.config.model.precision, answers)
@@ -133,9 +146,8 @@ class Client:
         if state == "zero_shot" and key in known:
             self._stored(request.round)  # a client that is scored has a stored state, even with cached scores
             return known[key]
-        report = self._counter(f"{self.name}: {state} {'answers' if answers else 'NLL'}", len(rows))
         with self.in_state(request, state) as (model, on_batch):
-            scores = evaluate(model, self.workspace.encoder, rows, settings, report, on_batch)
+            scores = evaluate(model, self.workspace.encoder, rows, settings, on_rows, on_batch)
         if state == "zero_shot":
             known[key] = scores
         return scores
@@ -210,9 +222,10 @@ class Client:
     def _training(self, request: Request, up_to: int) -> Iterator[tuple[Turn, PersonalMeta]]:
         """Yield a turn that trains on the client's rows; see ``_turn``."""
         settings = self._local_settings(request.round)
-        count = self._counter(f"{self.name}: round {request.round}", settings.steps)
         with self._turn(request, up_to, settings) as (turn, meta):
-            turn.on_step = lambda loss: count(1)
+            count = self.counter("training", f"round {request.round}", settings.steps)
+            count(0)
+            turn.on_step = lambda loss, tokens: count(1, loss, tokens)
             yield turn, meta
 
     @contextmanager
@@ -246,7 +259,11 @@ class Client:
         return stored
 
     def _prepare(self) -> Prepared:
-        prepared = self.method.prepare(self.model.site(self.name, self.examples))
+        def report(done: int, total: int) -> None:
+            self.observer.turn(TurnState(self.name, "selection", "selection", done, total))
+
+        report(0, 0)
+        prepared = self.method.prepare(replace(self.model.site(self.name, self.examples), on_batch=report))
         if prepared.choice:
             self.observer.chosen(self.name, prepared.choice)
             write_json(self.folder / "selection" / f"{self.name}.json", asdict(prepared))
@@ -270,14 +287,16 @@ class Client:
             warmup_steps=round(self.config.training.warmup_ratio * total_steps),
         )
 
-    def _counter(self, task: str, total: int) -> Callable[[int], None]:
-        """Return a function that adds to the progress of a task."""
-        done = 0
+    def counter(self, phase: Phase, text: str, total: int, done: int = 0) -> Callable[..., None]:
+        """Return a function that tells the observer what more is done; see ``TurnState`` for the arguments."""
+        tokens = 0
 
-        def add(count: int) -> None:
-            nonlocal done
-            done += count
-            self.observer.progress(task, done, total)
+        def add(count: int, loss: float | None = None, read: int = 0) -> None:
+            nonlocal done, tokens
+            done, tokens = done + count, tokens + read
+            # Some methods take the steps twice.
+            of = total * max(1, -(-done // total)) if total else 0
+            self.observer.turn(TurnState(self.name, phase, text, done, of, loss, tokens))
 
         return add
 

@@ -201,7 +201,7 @@ def train(
     split: ParameterSplit,
     config: RunConfig,
     work: Workload,
-    on_step: Callable[[float], None] = lambda loss: None,
+    on_step: Callable[[float, int], None] = lambda loss, tokens: None,
 ) -> None:
     """Train for ``work.steps`` steps on random tokens, as a client does; ``on_step`` is called after each."""
     settings = LocalSettings(

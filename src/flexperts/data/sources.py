@@ -29,6 +29,7 @@ from flexperts.data.records import (
 from flexperts.data.rows import Row, read_rows
 from flexperts.data.text_files import decoded_text
 from flexperts.errors import DataError
+from flexperts.observer import libraries_drawing
 
 HUB = "hub:"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
@@ -166,7 +167,8 @@ def _hub(name: str, split: str) -> DataTable:
             f"{HUB}{name}", "a hub data set is called org/name", "write hub:org/name, or give a file's path"
         )
     try:
-        found = load_dataset(name, split=named_split or split)
+        with libraries_drawing():
+            found = load_dataset(name, split=named_split or split)
         columns = list(found.column_names)
     except Exception as error:  # the library raises a dozen kinds; each means that the rows cannot be loaded
         raise _unloadable(name, error) from error

@@ -74,6 +74,10 @@ class LogObserver(Observer):
         """Log the stage that begins."""
         log.info("%s", text)
 
+    def phase(self, name: str, clients: int, number: int = 0, rounds: int = 0) -> None:
+        """Log the phase that begins."""
+        log.info("%s: %d clients are asked", name, clients)
+
     def notice(self, text: str) -> None:
         """Log a notice."""
         log.warning("note: %s", text)

@@ -11,9 +11,10 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -23,7 +24,10 @@ import torch
 
 from flexperts.client.workspace import Workspace
 from flexperts.errors import FlexpertsError
-from flexperts.observer import Observer, observing
+from flexperts.observer import Relay, TurnState, observing
+
+_PAUSE = 0.2
+"""Seconds between two states of a turn: sending costs more than a step of a tiny model."""
 
 
 @dataclass(frozen=True)
@@ -48,31 +52,23 @@ class Sink(Protocol):
         """Take one."""
 
 
-class Remote(Observer):
-    """Observer that sends every event to the parent process.
+class Remote(Relay):
+    """Observer that sends events to the parent process; of a turn's states only a few per second.
 
     Args:
         connection: Where to.
     """
 
     def __init__(self, connection: Sink) -> None:
-        self._connection = connection
+        super().__init__(lambda *event: connection.send(("event", *event)))
+        self._next = 0.0
 
-    def stage(self, text: str) -> None:
-        """Send it."""
-        self._connection.send(("event", "stage", (text,)))
-
-    def notice(self, text: str) -> None:
-        """Send it."""
-        self._connection.send(("event", "notice", (text,)))
-
-    def progress(self, task: str, done: int, total: int) -> None:
-        """Send it."""
-        self._connection.send(("event", "progress", (task, done, total)))
-
-    def chosen(self, client: str, choice: Mapping[str, Sequence[int]]) -> None:
-        """Send it."""
-        self._connection.send(("event", "chosen", (client, choice)))
+    def turn(self, state: TurnState) -> None:
+        """Send a turn's state, unless one was sent just before; the last one is sent always."""
+        now = time.monotonic()
+        if now >= self._next or state.done == state.total:
+            self._next = now + _PAUSE
+            super().turn(state)
 
 
 def main(descriptor: int) -> None:
@@ -84,7 +80,8 @@ def main(descriptor: int) -> None:
     control = socket.socket(fileno=descriptor)
     parent = Connection(os.dup(descriptor))
     setting: Setting = parent.recv()
-    parent.send(_loaded(setting))
+    with observing(Remote(parent)):
+        parent.send(_loaded(setting))
     gc.collect()
     gc.freeze()  # or the collector would write to, and so copy, every page of these objects in each worker
     workers: list[int] = []

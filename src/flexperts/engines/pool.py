@@ -164,8 +164,7 @@ class Pool:
                 continue
             kind, *event = pickle.loads(message)
             if kind == "event":
-                name, arguments = event
-                getattr(current_observer(), name)(*arguments)
+                _pass_on(*event)
             else:
                 self._running.pop(connection).end(message, self._folder)
 
@@ -202,6 +201,11 @@ class Pool:
         return connection
 
 
+def _pass_on(event: str, *arguments: Any) -> None:
+    """Tell this process's observer of an event in another process."""
+    getattr(current_observer(), event)(*arguments)
+
+
 class _Server:
     """The fork server as the parent process sees it; its start does not wait for the base."""
 
@@ -229,9 +233,14 @@ class _Server:
             Exception: It cannot load the base or the rows.
         """
         try:
-            if not self._loaded and (error := self._connection.recv()) is not None:
-                raise error
-            self._loaded = True
+            while not self._loaded:
+                match self._connection.recv():
+                    case ("event", *told):
+                        _pass_on(*told)
+                    case None:
+                        self._loaded = True
+                    case error:
+                        raise error
             socket.send_fds(self._control, [b"f"], [theirs.fileno()])
             self._connection.recv()
         except (EOFError, ConnectionError) as error:

@@ -149,7 +149,7 @@ class Actors:
                 one_line(str(error)),
                 "see Ray's log on that machine; use fewer workers if memory is short, and resume",
             ) from error
-        for _, name, arguments in events:
+        for _, name, *arguments in events:
             getattr(current_observer(), name)(*arguments)
         if kind == "error":
             raise value

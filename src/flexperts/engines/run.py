@@ -183,7 +183,6 @@ def _rows_line(clients: Clients) -> str:
 def _prepare(config: RunConfig, engine: Engine) -> str:
     """Load the base, check what needs it, and return its fingerprint."""
     observer = current_observer()
-    observer.stage(f"loading {config.model.base}")
     routed = bool(config.evaluation.routing_rows)
     methods = [make_method(its.method) for its in _configs(config)]
     base = engine.prepare(config, needs_experts=routed or any(method.needs_experts for method in methods))

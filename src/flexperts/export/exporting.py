@@ -24,6 +24,7 @@ from flexperts.export.verification import REFERENCE_TEXT, LogitDifference, verif
 from flexperts.files import holding, unwritable
 from flexperts.finished.trained import TrainedRun, state_named
 from flexperts.methods.kit.method import State
+from flexperts.observer import current_observer
 
 FORMS = ("transformers", "merged", "adapter", "personal")
 DTYPES = ("bfloat16", "float32")
@@ -79,18 +80,21 @@ def export_run(
         raise ArtifactError(f"{out}", "it already exists", "choose another --to, or delete it")
     if form == "adapter" and dtype is not None:
         raise ConfigError(f"--dtype {dtype}", "an adapter is always stored in float32", "leave --dtype out")
+    observer = current_observer()
     with _appearing(out) as folder:
         run = TrainedRun(path, base=base, trust_remote_code=trust_remote_code)
         _check_plain(run, form)
         stored = dtype or run.config.model.dtype
         if form in ("transformers", "merged"):
             _cast(run, getattr(torch, stored))
+        observer.stage("reading the model")
         tokens = _reference_tokens(run)
         owner, chosen, content = _read(run, client, form, state, tokens)
         peft = run.model.lora.peft_entries(run.config.model.base)
         run.close()
         tokenizer = trained_tokenizer(run.workspace.encoder)
         facts = Facts(run, out.name, form, owner, chosen, stored, content, bool(tokenizer.chat_template))
+        observer.stage(f"writing {out}")
         if form == "adapter":
             write_peft(folder, peft, content)
             write_template(folder, tokenizer)
@@ -100,6 +104,7 @@ def export_run(
         else:
             stop_where_trained(run.workspace.base.model, run.workspace.encoder)
             write_model(folder, run.workspace.base, content, tokenizer)
+        observer.stage(f"loading {out} in a fresh process")
         found = _checked(facts, folder, tokens) if check else None
         write_card(folder, facts, found)
         _set_modes(folder, private=chosen == "personalized" or not run.model.method.one_global)

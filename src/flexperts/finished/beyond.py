@@ -119,6 +119,7 @@ def _questions(run: TrainedRun, client: Client, state: State) -> dict[str, Any]:
             batch_size=run.config.evaluation.batch_size,
             precision=run.config.model.precision,
             seed=0,
+            on_rows=client.counter("evaluation", f"{state} MMLU", wanted.mmlu_questions or 0),
             on_batch=on_batch,
         )
     if score is None:

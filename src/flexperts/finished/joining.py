@@ -92,7 +92,7 @@ def join(
         files = ClientFiles(train=_located(data), test=None if test is None else _located(test))
         read = trains.data.columns, trains.data.on_bad_row
         rows_only = with_rows_of(config, name, files, *read)
-        observer.stage(f"{name}: reading rows, loading {config.model.base}")
+        observer.stage(f"{name}: reading rows")
         own = workspace.for_run(rows_only) if workspace else Workspace(rows_only)
         rows = partition_manifest(own.clients)["clients"][name]  # read first: errors in rows need no base
         own.check(config, needs_experts=method.needs_experts)

@@ -170,11 +170,13 @@ class TrainedRun:
         Raises:
             DataError: The run's rows are not where the recipe says, or are not those that it started with.
         """
-        rows = self.own_rows() if rows is None else rows
+        rows, observer = self.own_rows() if rows is None else rows, observer or Observer()
+        observer.phase("evaluation", len(rows))
         scored: dict[str, dict[State, Scores]] = {}
         for name, its in sorted(rows.items()):
             client, request = self.client(name, observer), self.request(name)
-            scored[name] = {state: client.score(request, state, its) for state in self.model.method.states}
+            scored[name] = client.evaluate(request, self.model.method.states, its)
+            observer.turn_ended(name)
         return scored
 
     def own_rows(self) -> dict[str, Sequence[Row]]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -23,6 +25,7 @@ from flexperts.modeling.placement import computing_device, placement
 from flexperts.modeling.quantization import ExpertsQuantization, check_quantized, check_quantizer
 from flexperts.modeling.skeleton import auto_class
 from flexperts.moe.experts import find_experts
+from flexperts.observer import current_observer, libraries_drawing
 from flexperts.parameters.fingerprint import fingerprint
 from flexperts.parameters.finite import first_not_finite
 from flexperts.smol_moe.build import resolve_base
@@ -50,8 +53,9 @@ def load_tokenizer(config: ModelConfig) -> tuple[Any, Any]:
     source, trusted = resolve_base(config.base), config.trust_remote_code
     _check_readable(Path(source))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
-        return tokenizer, AutoConfig.from_pretrained(source, trust_remote_code=trusted)
+        with _library_bars(source):
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
+            return tokenizer, AutoConfig.from_pretrained(source, trust_remote_code=trusted)
     except _UNLOADABLE as error:
         raise _refused(config.base, error) from error
 
@@ -66,8 +70,8 @@ def load_base(config: ModelConfig, tokenizer: Any = None) -> LoadedBase:
         tokenizer: The base's tokenizer, if it is already in memory.
     """
     device = computing_device(config.device)
+    current_observer().stage(f"loading {config.base}")
     source = resolve_base(config.base)
-    transformers_logging.disable_progress_bar()  # transformers' bar would disturb the run's display
     # Silence its table of keys, which _check_complete reports, and warnings about tensor parallelism.
     for name in ("modeling_utils", "distributed.tensor_parallel"):
         logging.getLogger(f"transformers.{name}").setLevel(logging.ERROR)
@@ -77,18 +81,19 @@ def load_base(config: ModelConfig, tokenizer: Any = None) -> LoadedBase:
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     trusted = config.trust_remote_code
     try:
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
-        described = AutoConfig.from_pretrained(source, trust_remote_code=trusted)
-        model, found = auto_class(described).from_pretrained(
-            source,
-            dtype=getattr(torch, config.dtype),
-            trust_remote_code=trusted,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
-            **placement(config, described, device),
-            **_quantization(config, described),
-        )
+        with _library_bars(source):
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
+            described = AutoConfig.from_pretrained(source, trust_remote_code=trusted)
+            model, found = auto_class(described).from_pretrained(
+                source,
+                dtype=getattr(torch, config.dtype),
+                trust_remote_code=trusted,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                **placement(config, described, device),
+                **_quantization(config, described),
+            )
     except ModelError:
         raise
     except _UNLOADABLE as error:
@@ -103,6 +108,19 @@ def load_base(config: ModelConfig, tokenizer: Any = None) -> LoadedBase:
     _let_go_of_files(model)
     _keep_rows_together(model)
     return LoadedBase(model, tokenizer, fingerprint(model), source)
+
+
+@contextmanager
+def _library_bars(source: str) -> Iterator[None]:
+    """Let the hub and transformers draw their bars for a base from the hub; hide them for a folder, or in a log."""
+    if Path(source).is_dir() or sys.stderr is None or not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # the hub's, too
+        yield
+        return
+    if not constants.HF_HUB_DISABLE_PROGRESS_BARS:
+        transformers_logging.enable_progress_bar()
+    with libraries_drawing():
+        yield
 
 
 _UNLOADABLE = (OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError, ImportError, SafetensorError)

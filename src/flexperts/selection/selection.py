@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, Self
 
 import torch
@@ -227,6 +228,7 @@ def score_experts(
     examples: Sequence[Example],
     settings: CalibrationSettings,
     generator: Generator,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[LayerScores]:
     """Score every expert of every layer on a client's rows.
 
@@ -236,12 +238,15 @@ def score_experts(
         examples: The client's encoded train rows.
         settings: The tokens to read.
         generator: Stream that draws rows and tokens.
+        on_batch: Called after each batch: how many are done, of how many.
     """
     batches, graft = calibration_batches(examples, settings, generator), settings.graft
     device, tokens = next(model.parameters()).device, graft.calibration_tokens
+    done = count(1)
 
     def forward(batch: Batch) -> None:
         hidden_states(model, **batch)
+        on_batch(next(done), len(batches))
 
     with autocast(device, settings.precision):
         return reconstruction_scores(

@@ -128,6 +128,8 @@ class Membership:
         left = sorted(self._take_off(node) for node in self.nodes.keys() - online)
         self._away = set() if left else self._away & online
         strangers = sorted(online - self.nodes.keys() - self._away)
+        if strangers:
+            self.observer.phase("joining", len(strangers))
         joined = self._introduced(grid, strangers, timeout) if strangers else []
         return Change(sorted(joined), left)
 

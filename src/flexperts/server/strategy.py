@@ -85,6 +85,8 @@ class FlexpertsStrategy(Strategy):
         self._meet(grid, log)
         log.participants, self._asked = self._participants(), Asked()
         log.missing = list(log.participants)
+        asked = set(log.participants) & set(self.members.online)
+        self.observer.phase("training", len(asked), log.number, self.rounds_total)
         return sendable(grid, self._train_requests(log))
 
     def aggregate_train(
@@ -109,7 +111,11 @@ class FlexpertsStrategy(Strategy):
     ) -> Iterable[Message]:
         """Return one request per client that is scored and online, in rounds that evaluate."""
         self._started, self._asked = time.monotonic(), Asked()
-        return sendable(grid, self._evaluate_requests() if self._evaluates() else iter(()))
+        if not self._evaluates():
+            return sendable(grid, iter(()))
+        asked = set(self._scored_clients()) & set(self.members.online)
+        self.observer.phase("evaluation", len(asked), self.server.round, self.rounds_total)
+        return sendable(grid, self._evaluate_requests())
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Collect the clients' scores, and write the round and the checkpoint."""

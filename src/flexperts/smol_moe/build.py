@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from flexperts.errors import ModelError, did_you_mean
 from flexperts.files import unwritable
+from flexperts.observer import current_observer
 from flexperts.smol_moe.sources import Report, cache_dir, file_sha256, find_dense, writing_cache
 from flexperts.smol_moe.upcycle import upcycle
 
@@ -143,6 +144,7 @@ def _build_into(name: str, folder: Path, source: str | None, report: Report) -> 
     for left in folder.parent.glob(f".{name}.build-*"):  # left by killed builds; we hold the lock
         shutil.rmtree(left, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}.build-"))
+    current_observer().stage(f"building {name}")
     try:
         write_base(temporary / "new", name, source, report)
         if folder.exists():

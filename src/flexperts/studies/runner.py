@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -19,7 +21,8 @@ from flexperts.engines.pool import Call, pool_for
 from flexperts.engines.run import run_federation
 from flexperts.errors import FederationError, FlexpertsError
 from flexperts.files import content_of, write_json, write_text
-from flexperts.observer import Observer, Observers, Once
+from flexperts.observer import Observer, Observers, Once, Relay, current_observer, observing
+from flexperts.progress import RunProgress
 from flexperts.studies.claim import alone_in, claimed
 from flexperts.studies.entries import ComparisonPlan, Entry
 from flexperts.studies.finished import CLAIM, DONE, RUNS, SEED, folder_name
@@ -31,6 +34,8 @@ HEAVY = ("personal", "shared", "checkpoint.safetensors")
 _BUSY = "another process runs it"
 """Returned for a job that another process is running."""
 _NOTES = "notes.txt"
+_PAUSE = 1.0
+"""Seconds between two reports of where a run in a worker is."""
 _AT_ONCE, _FOREVER = 0.0, -1.0
 """Timeouts of a lock: do not wait, or wait without limit. The locks of a process that dies are released."""
 
@@ -106,10 +111,11 @@ def run_comparison(
         on_done(job, error)
 
     waiting = [job for job in jobs(plan, out) if not job.done]
-    failed, busy = _sort_out(_run_all(manner, _AT_ONCE, waiting, workers, out), ended)
-    if busy:
-        observer.stage(f"waiting for runs of another process: {', '.join(map(str, busy))}")
-        failed += _sort_out(_run_all(manner, _FOREVER, busy, workers, out), ended)[0]
+    with observing(observer):
+        failed, busy = _sort_out(_run_all(manner, _AT_ONCE, waiting, workers, out), ended)
+        if busy:
+            observer.stage(f"waiting for runs of another process: {', '.join(map(str, busy))}")
+            failed += _sort_out(_run_all(manner, _FOREVER, busy, workers, out), ended)[0]
     return failed
 
 
@@ -166,6 +172,7 @@ def _run_all(
         while left:
             try:
                 for error in pool.results(Call(str(job), _run, (manner, patience, job)) for job in tuple(left)):
+                    current_observer().follow(str(left[0]), None)
                     yield left.popleft(), error
             except FederationError as error:  # a job whose workers die must not stop the others
                 yield left.popleft(), str(error)
@@ -183,6 +190,21 @@ def _sort_out(outcomes: Generator[tuple[Job, str | None]], on_done: OnDone) -> t
             on_done(job, error)
             failed += [job] if error else []
     return failed, busy
+
+
+def _followed(job: Job) -> Observer:
+    """Return an observer in a worker, which tells the parent process about every second where the run is."""
+    progress, parent, due = RunProgress(), current_observer(), 0.0
+
+    def tell(event: str, *arguments: Any) -> None:
+        nonlocal due
+        getattr(progress, event)(*arguments)
+        if (now := time.monotonic()) >= due:
+            due = now + _PAUSE
+            for line in progress.lines()[:1]:
+                parent.follow(str(job), astuple(line))
+
+    return Relay(tell)
 
 
 _workspace: Workspace | None = None
@@ -224,7 +246,9 @@ def _run_alone(manner: _Manner, job: Job) -> str | None:
             config = config.model_copy(update={"engine": EngineConfig(threads=torch.get_num_threads())})
         _workspace = _workspace.for_run(config) if _workspace else Workspace(config)
         with Tracking(manner.track, config, job.folder, name=str(job)) as tracking:
-            observer = Observers(manner.observer, tracking, _Notes(job.folder / _NOTES))
+            seen = _followed(job) if manner.side_by_side else manner.observer
+            observer = Observers(seen, tracking, _Notes(job.folder / _NOTES))
+            observer.run(str(job))
             run_federation(config, job.folder, observer, resume=True, workspace=_workspace)
     except Exception as error:
         write_text(job.folder / "error.txt", traceback.format_exc())

@@ -127,7 +127,7 @@ def train_local(
     examples: Sequence[Example],
     settings: LocalSettings,
     generator: Generator,
-    on_step: Callable[[float], None] = lambda loss: None,
+    on_step: Callable[[float, int], None] = lambda loss, tokens: None,
     *,
     hooks: StepHooks | None = None,
     objective: Objective = response_loss,
@@ -135,7 +135,7 @@ def train_local(
     """Train the shared and personal parameters of ``model`` in place.
 
     Every round has a new optimizer, as in the paper's code base: its old moments belong to weights that
-    the average has replaced. ``on_step`` receives each step's loss, without the penalty.
+    the average has replaced. ``on_step`` receives each step's loss, without the penalty, and its tokens.
     """
     hooks = hooks or StepHooks()
     optimizer, schedule = _optimizer(split, settings)
@@ -153,8 +153,8 @@ def train_local(
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss)
-        tokens += sum(len(row.input_ids) for row in rows)
-        on_step(loss)
+        tokens += (read := sum(len(row.input_ids) for row in rows))
+        on_step(loss, read)
     _check_weights(split, settings)
     optimizer.state.clear()  # a reference cycle with the schedule would keep the moments until garbage collection
     model.eval()

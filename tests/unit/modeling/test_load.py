@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from flexperts.config.model import ModelConfig
 from flexperts.errors import ModelError
-from flexperts.modeling.load import load_base
+from flexperts.modeling.load import _library_bars, load_base
+from flexperts.observer import Observer, observing
 
 CODE = """
 from pathlib import Path
@@ -183,3 +187,29 @@ def test_a_folder_without_weights_is_refused(tiny_base: Path, tmp_path: Path) ->
     (tmp_path / "base" / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"must be safetensors files \(it has none\)"):
         load_base(config(tmp_path / "base"))
+
+
+class Drawing(Observer):
+    """Remembers when libraries draw."""
+
+    def __init__(self) -> None:
+        self.heard: list[bool] = []
+
+    def libraries_draw(self, begin: bool) -> None:
+        self.heard.append(begin)
+
+
+@pytest.mark.parametrize(
+    ("source", "terminal", "drawn"), [("org/name", True, True), ("org/name", False, False), (".", True, False)]
+)
+def test_libraries_draw_bars_on_a_terminal_for_a_base_from_the_hub(
+    monkeypatch: pytest.MonkeyPatch, source: str, terminal: bool, drawn: bool
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    with observing(observer := Drawing()):
+        with _library_bars(source):
+            assert transformers_logging.is_progress_bar_enabled() == drawn
+            assert are_progress_bars_disabled() != drawn
+            assert observer.heard == [True] * drawn
+        assert observer.heard == [True, False] * drawn
+    transformers_logging.disable_progress_bar()

@@ -280,9 +280,11 @@ def test_training_is_a_function_of_the_generator(split: ParameterSplit) -> None:
     assert not all(same(first, trained(seed)) for seed in range(1, 5))  # two draws can be alike
 
 
-def test_every_step_reports_its_loss(model: Any, split: ParameterSplit) -> None:
-    losses: list[float] = []
-    result = train_local(model, split, EXAMPLES, settings_with(steps=5), stream(), losses.append)
+def test_every_step_reports_its_loss_and_tokens(model: Any, split: ParameterSplit) -> None:
+    told: list[tuple[float, int]] = []
+    result = train_local(model, split, EXAMPLES, settings_with(steps=5), stream(), lambda *step: told.append(step))
+    losses = [loss for loss, _ in told]
+    assert sum(tokens for _, tokens in told) == result.tokens
     assert len(losses) == result.steps == 5
     assert result.loss == pytest.approx(sum(losses) / 5)
     assert losses[-1] < losses[0]
@@ -358,7 +360,15 @@ def test_a_penalty_is_evaluated_once_per_step_and_left_out_of_the_loss(model: An
     expected = by_hand(model, EXAMPLES).item()
     settings = settings_with(steps=3, micro_batch_size=1)
     losses: list[float] = []
-    train_local(model, split, EXAMPLES, settings, stream(), losses.append, hooks=StepHooks(penalty=penalty))
+    train_local(
+        model,
+        split,
+        EXAMPLES,
+        settings,
+        stream(),
+        lambda loss, _: losses.append(loss),
+        hooks=StepHooks(penalty=penalty),
+    )
     assert len(calls) == 3
     assert losses[0] == pytest.approx(expected, rel=1e-5)
     assert calls[2] < calls[0]  # and it was minimised
@@ -409,7 +419,7 @@ def test_the_context_of_a_batch_spans_its_passes(model: Any, split: ParameterSpl
     ]
     hooks = StepHooks(around_batch=around, correct=lambda: events.append("correct"))
     settings = settings_with(steps=2, micro_batch_size=2)
-    train_local(model, split, EXAMPLES, settings, stream(), lambda loss: events.append("told"), hooks=hooks)
+    train_local(model, split, EXAMPLES, settings, stream(), lambda loss, tokens: events.append("told"), hooks=hooks)
     for handle in handles:
         handle.remove()
     one = ["enter", "forward", "backward", "forward", "backward", "leave", "correct", "step", "told"]

@@ -50,6 +50,7 @@ class Site:
         pad_token_id: Token that pads short rows.
         prepared: The client's decisions before any training.
         agreement: The value of ``Method.agree`` for all clients' reports; None before there is one.
+        on_batch: Called for each batch of the selection: how many are done, of how many.
     """
 
     client: str
@@ -60,6 +61,7 @@ class Site:
     pad_token_id: int
     prepared: Prepared = Prepared()
     agreement: Any = None
+    on_batch: Callable[[int, int], None] = lambda done, total: None
 
     def generator(self, *purpose: str | int) -> Generator:
         """Return a random stream for this client."""
@@ -79,7 +81,7 @@ class Site:
         )
         stream = self.generator("calibration")
         with self.lora.use():
-            return score_experts(self.lora.base, self.experts, self.examples, settings, stream)
+            return score_experts(self.lora.base, self.experts, self.examples, settings, stream, self.on_batch)
 
 
 @dataclass
@@ -95,7 +97,7 @@ class Turn:
         memory: Tensors that the method keeps on this client between rounds; changed in place.
         settings: The round's local settings.
         stream: Random stream of the round's batches.
-        on_step: Called with every step's loss.
+        on_step: Called with every step's loss and tokens.
         objective: The loss; language modelling on responses, except in tests.
         derived: Tensors computed in training and sent with the shared parameters; names start with ``derived.``.
         settled: The value of ``Method.settle`` for this model and the client's rows; empty if there is none.
@@ -109,7 +111,7 @@ class Turn:
     memory: dict[str, Tensor]
     settings: LocalSettings
     stream: Generator
-    on_step: Callable[[float], None] = lambda loss: None
+    on_step: Callable[[float, int], None] = lambda loss, tokens: None
     objective: Objective = response_loss
     derived: dict[str, Tensor] = field(default_factory=dict)
     settled: dict[str, Tensor] = field(default_factory=dict)

@@ -18,6 +18,7 @@ from pathlib import Path
 from flexperts.errors import ConfigError, DataError, FlexpertsError, ServingError
 from flexperts.evaluation.generation import end_tokens
 from flexperts.finished.trained import TrainedRun
+from flexperts.observer import current_observer
 from flexperts.serving.contract import Counters, Message, ModelName, Piece, RequestHandle, Sampling
 from flexperts.serving.engine.batch import Batch, RequestState, probe
 from flexperts.serving.engine.decoding import Decoding, check_sampling
@@ -45,6 +46,7 @@ def open_engine(
         trust_remote_code: Whether code of the base may run; a recipe that asks for it is refused otherwise.
     """
     trained = TrainedRun(run, base=base, trust_remote_code=trust_remote_code)
+    current_observer().stage("preparing the models")
     return ServingEngine(trained, max_rows=max_rows, max_tokens=max_tokens)
 
 
