@@ -6,12 +6,14 @@ import io
 from collections.abc import Callable
 from multiprocessing import Pipe
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from rich.console import Console
 
 from flexperts.cli.display import RunDisplay
 from flexperts.config.run import RunConfig
+from flexperts.engines import fork_server
 from flexperts.engines.fork_server import Remote
 from flexperts.engines.run import run_federation
 from flexperts.observer import Relay, TurnState
@@ -20,11 +22,11 @@ Recipe = Callable[..., RunConfig]
 
 
 def test_a_worker_sends_few_states_of_a_turn_and_always_the_last(monkeypatch: Any) -> None:
-    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr(fork_server, "time", SimpleNamespace(monotonic=lambda: now))
     reader, writer = Pipe(duplex=False)
     remote, now = Remote(writer), 1.0
     for step in range(1, 31):
-        now += 0.05
+        now += 0.0625
         remote.turn(TurnState("a", "training", "round 1", step, 30))
     remote.turn_ended("a")
     heard = []
