@@ -1,4 +1,4 @@
-"""LoRA layers that read one tensor, such as q, k and v, computed together under autocast.
+"""LoRA layers that read one tensor, such as q, k and v, computed together under autocast on a CPU.
 
 PEFT computes each of them by itself: casts of the input, a product with A, a scaling and a sum. Here one product
 with all A's serves the layers, one more serves their gradients, and sums are parts of products.
@@ -57,7 +57,7 @@ class JoinedLora:
     def _forward(self, number: int, peft: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if x is self._input and number in self._ready:
             return self._ready.pop(number)
-        if not self._open or args or kwargs or not torch.is_autocast_enabled(x.device.type):
+        if not self._open or args or kwargs or not (x.is_cpu and torch.is_autocast_enabled("cpu")):
             return peft(x, *args, **kwargs)  # type: ignore[no-any-return]
         joint = number in self._together and not self._ready
         asked = sorted(self._together) if joint else [number]
@@ -66,7 +66,7 @@ class JoinedLora:
             return peft(x)  # type: ignore[no-any-return]
         outputs: tuple[Tensor, ...] = _Products.apply(  # type: ignore[no-untyped-call]
             x,
-            torch.get_autocast_dtype(x.device.type),
+            torch.get_autocast_dtype("cpu"),
             [(layer.weight, layer.bias) for layer in (self._layers[n].get_base_layer() for n in asked)],
             [[scale for *_, scale in own] for own in terms],
             *(factor for own in terms for *pair, _ in own for factor in pair),
