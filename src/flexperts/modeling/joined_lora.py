@@ -1,7 +1,8 @@
-"""LoRA layers that read one tensor, such as q, k and v, computed together under autocast on a CPU.
+"""LoRA layers that read one tensor, such as q, k and v, computed together while a CPU trains under autocast.
 
 PEFT computes each of them by itself: casts of the input, a product with A, a scaling and a sum. Here one product
-with all A's serves the layers, one more serves their gradients, and sums are parts of products.
+with all A's serves the layers, one more serves their gradients, and sums are parts of products. Without gradients
+the few rows of a step of generation would cost more this way, so PEFT computes them.
 
 Shapes: T tokens, D input width, O a layer's output width, r rank, R the sum of ranks.
 """
@@ -57,7 +58,8 @@ class JoinedLora:
     def _forward(self, number: int, peft: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if x is self._input and number in self._ready:
             return self._ready.pop(number)
-        if not self._open or args or kwargs or not (x.is_cpu and torch.is_autocast_enabled("cpu")):
+        trains = torch.is_grad_enabled() and x.is_cpu and torch.is_autocast_enabled("cpu")
+        if not self._open or not trains or args or kwargs:
             return peft(x, *args, **kwargs)  # type: ignore[no-any-return]
         joint = number in self._together and not self._ready
         asked = sorted(self._together) if joint else [number]

@@ -15,6 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from flexperts.moe.layout import num_arguments, own_parameters
 
+_FEW = 2**17
+"""Values up to which calls cost more than memory where nothing is trained, as in a step of generation."""
+
 
 class FusedNorms:
     """Computes a model's frozen RMSNorms with torch's fused kernels, until ``remove``.
@@ -59,7 +62,9 @@ def _is_rms_norm(norm: nn.Module, weight: Tensor, eps: float) -> bool:
 
 
 def _forward(norm: Any, eps: float, x: Tensor) -> Tensor:
-    if x.dtype != torch.bfloat16 or not x.numel() or norm.weight.requires_grad or torch.compiler.is_compiling():
+    few = 0 if torch.is_grad_enabled() else _FEW
+    plain = x.dtype != torch.bfloat16 or norm.weight.requires_grad or torch.compiler.is_compiling()
+    if plain or x.numel() <= few:
         return type(norm).forward(norm, x)  # type: ignore[no-any-return]
     return _RMSNorm.apply(x, norm.weight, eps)  # type: ignore[no-any-return, no-untyped-call]
 
