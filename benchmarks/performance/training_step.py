@@ -13,15 +13,21 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from statistics import median
 from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock, patch
 
 import torch
 from figures import Benchmark, Figure, parser
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
+import flexperts.client.model
+import flexperts.modeling.lora
 from flexperts.config.model import ModelConfig
 from flexperts.costs.models import describe
 from flexperts.costs.speed import Workload, count, set_up, train
@@ -40,7 +46,14 @@ NOTES = (
     "are those that torch counts in a whole step, forward and backward, with attention over the context.",
     "A frozen matrix costs two products in a step (the output, and the gradient of the input), a trained copy a "
     "third.",
+    "Time outside matrix products is the profiler's, of whole steps in one process; attention's kernel counts "
+    "as products. Plain layers are those of transformers and PEFT as they are.",
 )
+OUTSIDE = 30
+"""Target for the time outside matrix products, in percent."""
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")
+QUICK_START = Workload(rows=2, prompt=68, response=19, steps=6)
+"""The quick start's batch size and its mean lengths."""
 UNTRIED = "The options for a GPU (`--device cuda`, with `--experts` or `--compile`) are untried."
 LORA, FULL, LOW_RANK = "LoRA", "FLEx, trained copy", "FLEx, rank 8"
 METHODS = {
@@ -105,6 +118,48 @@ def step_flops(base: LoadedBase, own: tuple[str, ...], work: Workload) -> float:
             return count(base.model, lambda: train(model, split, config, replace(work, steps=1)))
     finally:
         base.model.set_attn_implementation(before)
+
+
+def outside_products(base: LoadedBase, visits: int) -> tuple[list[Figure], dict[str, Any]]:
+    """Return the share of a FLEx step outside matrix products, with the faster layers and with plain ones."""
+    shares: dict[str, list[float]] = {"faster": [], "plain": []}
+    seconds: dict[str, list[float]] = {"faster": [], "plain": []}
+    for visit in range(visits):
+        for layers in list(shares)[:: -1 if visit % 2 else 1]:
+            with plain_layers() if layers == "plain" else nullcontext():
+                seconds[layers].extend(steps(base, METHODS[FULL], QUICK_START, 1)[0])
+                shares[layers].append(profiled_share(base, QUICK_START))
+    what = f"{FULL}, {SMOL}, {QUICK_START.rows} rows of {QUICK_START.prompt + QUICK_START.response} tokens"
+    limit = "Element-wise operations, each of which reads and writes memory, and what torch spends to call them."
+    found = [
+        Figure(
+            f"time outside matrix products: {what}", median(shares["faster"]), "%", at_most=OUTSIDE, limit=limit
+        ),
+        Figure("the same with plain layers", median(shares["plain"]), "%"),
+        Figure(f"time of a step over plain layers: {what}", median(seconds["faster"]) / median(seconds["plain"])),
+    ]
+    return found, {"shares": shares, "seconds": seconds}
+
+
+def profiled_share(base: LoadedBase, work: Workload) -> float:
+    """Return the percentage of the profiled time of a FLEx client's steps that is outside matrix products."""
+    with set_up(base, METHODS[FULL]) as (model, split, config):
+        train(model, split, config, work)
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            train(model, split, config, work)
+    times = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    names = {f"aten::{name}" for name in PRODUCTS}
+    products = sum(time for key, time in times.items() if key in names or "scaled_dot_product_flash" in key)
+    return float(100 * (1 - products / sum(times.values())))
+
+
+@contextmanager
+def plain_layers() -> Iterator[None]:
+    """Leave all layers to transformers and PEFT inside the block."""
+    plain = Mock()
+    lora, norms = flexperts.modeling.lora, flexperts.client.model
+    with patch.object(lora, "JoinedLora", plain), patch.object(norms, "FusedNorms", plain):
+        yield
 
 
 def bases(given: argparse.Namespace) -> Iterator[tuple[str, LoadedBase]]:
@@ -173,6 +228,10 @@ def main() -> None:
             measured += figures(name, work, found)
             methods = {method: asdict(one) for method, one in found.items()}
             details.append({"base": name, "workload": asdict(work), "methods": methods})
+        if name == SMOL and given.device == "cpu":
+            outside, raw = outside_products(base, given.visits)
+            measured += outside
+            details.append({"base": name, "workload": asdict(QUICK_START), "outside_products": raw})
     benchmark.write(given.out, measured, details)
 
 

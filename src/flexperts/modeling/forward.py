@@ -27,7 +27,7 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 
 def response_logits(model: nn.Module, batch: PaddedBatch) -> Tensor:
     """Return fp32 logits ``[B, R, V]`` that predict the last R columns of the batch."""
-    keep = batch.response_columns + 1
+    columns, responses = batch.input_ids.shape[1], batch.response_columns
     device = next(model.parameters()).device
     inputs: dict[str, Any] = {
         "input_ids": batch.input_ids.to(device),
@@ -35,10 +35,9 @@ def response_logits(model: nn.Module, batch: PaddedBatch) -> Tensor:
     }
     if takes(model, "logits_to_keep"):
         # Indices, not a number: on a slice's strides torch copies the vocabulary matrix once per row.
-        columns = batch.input_ids.shape[1]
-        inputs["logits_to_keep"] = torch.arange(max(0, columns - keep), columns, device=device)
+        inputs["logits_to_keep"] = torch.arange(columns - responses - 1, columns - 1, device=device)
     logits: Tensor = model(**inputs, use_cache=False).logits
-    return logits[:, -keep:-1].float()
+    return (logits if logits.shape[1] == responses else logits[:, -responses - 1 : -1]).float()
 
 
 def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

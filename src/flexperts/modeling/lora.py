@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.nn import Parameter
 
 from flexperts.config.model import LoraConfig
 from flexperts.files import placeless, unwritable
+from flexperts.modeling.joined_lora import JoinedLora
 from flexperts.moe.attention import attention_linears
 
 SHARED_PREFIX = "base_model."
@@ -55,6 +57,7 @@ class LoraAdapters:
                 torch.manual_seed(seed)
                 self.model.add_adapter("personal", self._config)
         self.model.eval()
+        self._joined = [JoinedLora(base.get_submodule(parent), layers) for parent, layers in self._by_input()]
         if checkpointing:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
         self._initial = {n: p.detach().clone() for n, p in self.parameters().items()}
@@ -65,6 +68,8 @@ class LoraAdapters:
         if self.checkpointing:
             self.base.activation_checkpointing_disable()
             self.base.disable_input_require_grads()  # PEFT and transformers enable it implicitly
+        for joined in reversed(self._joined):
+            joined.remove()
         self.model.unload()
 
     def parameters(self) -> dict[str, Parameter]:
@@ -126,6 +131,15 @@ class LoraAdapters:
     def peft_entries(self, base: str) -> dict[str, Any]:
         """Return the entries of PEFT's adapter_config.json for the shared adapter, the same on every client."""
         return adapter_entries(self._config, base)
+
+    def _by_input(self) -> Iterator[tuple[str, list[Any]]]:
+        """Yield the adapted layers of each module that have inputs of one width, with the module's name."""
+        groups: dict[tuple[str, int], list[Any]] = defaultdict(list)
+        for target in self.targets:
+            layer: Any = self.module(target)
+            groups[target.rpartition(".")[0], layer.in_features].append(layer)
+        for (parent, _), layers in groups.items():
+            yield parent, layers
 
     def _activate(self, names: list[str]) -> None:
         """Switch adapters, and undo PEFT's changes to requires_grad."""

@@ -22,6 +22,7 @@ from flexperts.data.prompts import Example
 from flexperts.errors import FederationError
 from flexperts.modeling.attention import attention_in_fp32
 from flexperts.modeling.forward import Precision, autocast, token_losses
+from flexperts.modeling.memory import freed_memory_kept
 from flexperts.parameters.split import ParameterSplit
 
 
@@ -120,6 +121,7 @@ def response_loss(model: nn.Module, rows: Sequence[Example], settings: LocalSett
         yield sums.sum() / total
 
 
+@freed_memory_kept()
 @attention_in_fp32()
 def train_local(
     model: nn.Module,

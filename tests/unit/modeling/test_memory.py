@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 
 from flexperts.modeling import memory
-from flexperts.modeling.memory import free_bytes
+from flexperts.modeling.memory import free_bytes, freed_memory_kept
 
 CPU = torch.device("cpu")
 
@@ -43,3 +45,21 @@ def test_no_limit_is_no_limit(machine: Path) -> None:
 def test_other_systems_tell_something(machine: Path) -> None:
     (machine / "meminfo").unlink()
     assert free_bytes(CPU) > 0
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_freed_memory_is_used_again_and_given_back_at_the_end() -> None:
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        tensors = [torch.ones(5_000_000) for _ in range(4)]
+        del tensors
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    with freed_memory_kept():
+        faults()
+        again, inside = faults(), resident()
+    assert again < 200  # 80 MB are 20,000 pages
+    assert resident() < inside - 60_000_000
