@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
-HERE = str(Path(__file__).parent)
-sys.path.append(HERE)
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), HERE]))
+sys.path.append(str(Path(__file__).parent))

@@ -214,6 +214,7 @@ class _Server:
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "flexperts.engines.fork_server", str(theirs.fileno())],
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},  # it imports what we do
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )
@@ -252,6 +253,8 @@ class _Server:
 
     def close(self) -> None:
         """End it and all its workers."""
+        if not self._loaded:  # it listens only when the base is loaded
+            self._process.kill()
         self._connection.close()
         self._control.close()
         self._process.wait()
