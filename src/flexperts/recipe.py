@@ -96,6 +96,8 @@ def check_extras(config: RunConfig) -> None:
         require("lm_eval", "knowledge", "knowledge.mmlu")
     if config.model.quantization != "none":
         require("bitsandbytes", "quantization", "model.quantization")
+    if config.engine.kind == "ray":
+        require("ray", "ray", "engine.kind")
 
 
 def check_silo_extras(silo: SiloConfig) -> None:

@@ -64,6 +64,7 @@ NEEDED = {
     "privacy": ("dp_accounting", '[privacy]\nnoise = "local"\n'),
     "knowledge": ("lm_eval", '[knowledge]\nmmlu = "hub"\n'),
     "quantization": ("bitsandbytes", '[model]\nquantization = "int8"\n'),
+    "ray": ("ray", '[engine]\nkind = "ray"\n'),
 }
 """Extra -> a module of it, and a setting that needs it."""
 FIRST = """

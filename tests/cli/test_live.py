@@ -13,7 +13,6 @@ from rich.console import Console
 from flexperts.cli.display import RunDisplay
 from flexperts.cli.live import ProgressDisplay, showing_stages
 from flexperts.observer import TurnState, current_observer, libraries_drawing, observing
-from flexperts.progress import Line
 
 
 class Clock:
@@ -52,7 +51,7 @@ def test_bars_of_a_run_and_of_two_clients_in_turn() -> None:
         clock.now += 10
         display.turn(train("bank", done))
         display.turn(train("law [firm]", 2 * done))
-    display.follow("fedavg, seed 1", Line("fedavg, seed 1, round 2 of 2, training", "1 of 2 clients", 1, 2))
+    display.follow("fedavg, seed 1", ("fedavg, seed 1, round 2 of 2, training", "1 of 2 clients", 1, 2))
     with console.capture() as shown:
         console.print(display)
     # Bars have 24 places.
@@ -92,8 +91,8 @@ def test_runs_in_other_processes_have_a_line_each(made: Made) -> None:
     make, text, clock = made
     display = make()
     display.stage("")
-    display.follow("a", Line("a, round 1 of 9, training", "2 of 8 clients"))
-    display.follow("b", Line("b, loading", "0:00:04"))
+    display.follow("a", ("a, round 1 of 9, training", "2 of 8 clients", 0, 0))
+    display.follow("b", ("b, loading", "0:00:04", 0, 0))
     clock.now = 30
     display.beat()
     assert text.getvalue() == "  a, round 1 of 9, training: 2 of 8 clients\n  b, loading: 0:00:04\n"
