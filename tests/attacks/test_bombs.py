@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
+from flexperts.communication import wire
 from flexperts.communication.messages import Expected, info_of, payload_of, records
 from flexperts.config.federation import CompressionConfig
 from flexperts.config.run import RunConfig
-from flexperts.deployment import wire
 from flexperts.errors import FederationError
 from flexperts.parameters.vector import Manifest, Payload
 

@@ -147,7 +147,7 @@ def test_an_error_is_one_printable_line(text: str) -> None:
 
 def test_a_server_s_text_is_escaped_in_a_silo_s_log(caplog: pytest.LogCaptureFixture) -> None:
     for error in (FederationError("\x1b[31m\nx", "y", "z"), ValueError("\x1b[31m\u202ex\r")):
-        worker._log(error)
+        worker.log.error("%s", worker.logged(error))
     for record in caplog.records:
         assert all(line.isprintable() for line in record.getMessage().split("\n"))
         assert not record.exc_info

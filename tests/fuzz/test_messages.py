@@ -14,10 +14,10 @@ from harness import PLAIN, TEXT, clean_refusals, fuzz, mutated
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from flexperts.communication import wire
 from flexperts.communication.compression import pack
 from flexperts.communication.messages import Expected, payload_of, records
 from flexperts.config.federation import CompressionConfig
-from flexperts.deployment import wire
 from flexperts.parameters.vector import Manifest, Payload
 
 MANIFEST = Manifest(("base_model.a", "part.b"), ((2, 3), ()))

@@ -21,7 +21,7 @@ from flexperts.progress import Line, RunProgress
 
 _EVERY = 30.0
 """Seconds between two lines without a terminal."""
-_FIRST = 5.0
+_FIRST = 10.0
 """Seconds until the first of them, for commands that print nothing before."""
 
 
