@@ -25,6 +25,7 @@ from flexperts.engines.flower_private import assume_identity
 from flexperts.errors import FederationError
 from flexperts.methods.fedavg import FedAvg
 from flexperts.methods.kit.server_state import Server
+from flexperts.observer import Observer
 from flexperts.parameters.vector import Payload
 from flexperts.recipe import parse_recipe
 from flexperts.server.admission import Admission
@@ -172,6 +173,8 @@ class Silent:
     name = "bank"
     config = SimpleNamespace(federation=SimpleNamespace(rounds=3))
     method = SimpleNamespace(extra_rounds=lambda rounds: 1)
+
+    observer = Observer()
 
     def __getattr__(self, name: str) -> Any:
         def asked(*given: Any, **named: Any) -> None:

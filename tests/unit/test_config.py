@@ -338,3 +338,12 @@ def test_a_shipped_recipe_is_found_by_its_name(tmp_path: Path, monkeypatch: pyte
     for missing in ("none", "folder/large", "large.toml"):
         with pytest.raises(ConfigError, match=r"no such recipe; give a TOML file, or .* quickstart"):
             load_recipe(missing)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["method.options.mu=inf", "model.chat_template_kwargs.depth=[1, nan]", "protections.mine.levels={high = -inf}"],
+)
+def test_numbers_of_free_settings_are_finite(setting: str) -> None:
+    with pytest.raises(ConfigError, match="is not a finite number"):
+        parse_recipe("data.silos = {}", [setting])
