@@ -114,12 +114,11 @@ def test_settings_that_do_not_fit_clients_or_base_are_refused_before_anything_is
 
 def test_ray_without_the_extra_is_refused(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match=r"the engine ray needs it; run pip install 'flexperts\[ray\]'"):
+    with pytest.raises(ConfigError, match=r"engine.kind needs it; run pip install 'flexperts\[ray\]'"):
         run_federation(recipe("engine.kind=ray"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_ray_takes_no_list_of_devices(recipe: Recipe, tmp_path: Path) -> None:
+def test_ray_takes_no_list_of_devices(recipe: Recipe) -> None:
     with pytest.raises(ConfigError, match="Ray gives each actor a card"):
-        run_federation(recipe("engine.kind=ray", "engine.devices=['cpu']"), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+        recipe("engine.kind=ray", "engine.devices=['cpu']")

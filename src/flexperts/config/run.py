@@ -73,6 +73,12 @@ class EngineConfig(Section):
     devices: tuple[str, ...] = ()
     """Devices of the workers in turn, such as cuda:0 and cuda:1; by default all cards, or the CPU without cards."""
 
+    @model_validator(mode="after")
+    def _ray_chooses(self) -> Self:
+        if self.kind == "ray" and self.devices:
+            raise ValueError("with engine.kind = 'ray', Ray gives each actor a card: leave engine.devices out")
+        return self
+
 
 class RunConfig(Section):
     """A run, whole."""

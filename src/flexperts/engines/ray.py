@@ -43,8 +43,6 @@ _AHEAD = 4
 
 def actors_for(workspace: Workspace, engine: EngineConfig, most: int, folder: Path) -> Actors:
     """Return the actors that a recipe's ``[engine]`` asks for; see ``pool_for``."""
-    if engine.devices:
-        raise ConfigError("engine.devices", "with engine.kind = ray, Ray gives each actor a card", "leave it out")
     on_cards, cores = computing_device(workspace.config.model.device).type == "cuda", torch.get_num_threads()
     here = torch.cuda.device_count() if on_cards else cores
     open_count = most if _is_cluster() else min(most, here)
