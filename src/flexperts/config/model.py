@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from flexperts.config.section import Options, Section
+from flexperts.config.section import FreeSettings, Section
 from flexperts.errors import shown
 
 
@@ -21,7 +21,7 @@ class ModelConfig(Section):
     """Type of the matrix products (autocast); trained weights are always fp32."""
     template: Literal["auto", "chat", "alpaca"] = "auto"
     """Prompt template: auto = the tokenizer's chat template where it has one, else alpaca."""
-    chat_template_kwargs: Options = Field(default_factory=dict)
+    chat_template_kwargs: FreeSettings = Field(default_factory=dict)
     """Variables of the chat template, such as {enable_thinking = false}."""
     template_date: str | None = Field(None, pattern=r"^\d{4}-\d{2}-\d{2}$")
     """Date (YYYY-MM-DD) given to chat templates that ask for today's; without it, the day of the run's start."""

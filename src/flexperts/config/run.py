@@ -11,7 +11,7 @@ from flexperts.config.data import DataConfig
 from flexperts.config.evaluation import CompareConfig, EvaluationConfig, KnowledgeConfig
 from flexperts.config.federation import CompressionConfig, FederationConfig, PrivacyConfig
 from flexperts.config.model import GraftConfig, LoraConfig, ModelConfig
-from flexperts.config.section import Options, Section
+from flexperts.config.section import FreeSettings, Section
 
 
 class MethodConfig(Section):
@@ -19,7 +19,7 @@ class MethodConfig(Section):
 
     name: str = "flex"
     """Name of a method; `flexperts methods` lists them."""
-    options: Options = Field(default_factory=dict)
+    options: FreeSettings = Field(default_factory=dict)
     """The method's own settings, such as FedProx's mu; see docs/methods.md."""
     reference: str | None = None
     """A second method for comparison, run with the same budget and seed, and with its default options."""
@@ -94,7 +94,7 @@ class RunConfig(Section):
     federation: FederationConfig = FederationConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     compression: CompressionConfig = CompressionConfig()
-    protections: dict[str, Options] = Field(default_factory=dict)
+    protections: dict[str, FreeSettings] = Field(default_factory=dict)
     """Defences of installed packages, by name, with their settings; see docs/privacy.md."""
     evaluation: EvaluationConfig = EvaluationConfig()
     knowledge: KnowledgeConfig = KnowledgeConfig()

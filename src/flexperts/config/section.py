@@ -22,5 +22,5 @@ def _finite(value: Any) -> Any:
     return value
 
 
-Options = Annotated[dict[str, Any], AfterValidator(_finite)]
+FreeSettings = Annotated[dict[str, Any], AfterValidator(_finite)]
 """Settings of any names, which others check; their numbers must be finite, as everywhere in a recipe."""
