@@ -109,26 +109,18 @@ def test_killed_parents_leave_no_process_and_their_run_resumes(recipe: Recipe, t
     command = "import sys; from flexperts.cli.main import main; main()"
     file = tmp_path / "recipe.toml"
     write_text(file, config.to_toml() + "\n[engine]\nworkers = 2\nthreads = 1\n")
-    stream, out, kills = random.Random(0), tmp_path / "killed", 0
+    stream, out, kills, started = random.Random(0), tmp_path / "killed", 0, 0
     while not (out / "summary.json").exists():
-        run = subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                command,
-                "run",
-                str(file),
-                "--out",
-                str(out),
-                *(["--resume"] if out.exists() else []),
-            ],
-            start_new_session=True,
-        )
-        with_patience(lambda run=run: run.poll() is not None or len(descendants(run.pid)) >= 3)
-        time.sleep(stream.uniform(0, 4))
-        below = descendants(run.pid)
-        run.kill()
-        kills += run.wait() == -signal.SIGKILL
+        started += 1
+        arguments = ["run", str(file), "--out", str(out), *(["--resume"] if out.exists() else [])]
+        with subprocess.Popen([sys.executable, "-c", command, *arguments], start_new_session=True) as run:
+            below: list[psutil.Process] = []
+            if started <= 4:  # the fifth one ends the run
+                with_patience(lambda run=run: run.poll() is not None or len(descendants(run.pid)) >= 3)
+                time.sleep(stream.uniform(0, 4))
+                below = descendants(run.pid)
+                run.kill()
+            kills += run.wait() == -signal.SIGKILL
         _, alive = psutil.wait_procs(below, timeout=20)
         assert alive == []
     assert kills >= 1
