@@ -122,7 +122,7 @@ def parse_recipe(
     return config if folder is None else _absolute(config, folder)
 
 
-def engine_of(workers: str | None) -> EngineConfig:
+def engine_settings(workers: str | None) -> EngineConfig:
     """Return the engine settings of a command without a recipe.
 
     Args:

@@ -33,7 +33,7 @@ def say(workspace: Any, text: str) -> None:
 
 
 def refuse(workspace: Any) -> None:
-    raise DataError("a row", "it breaks a rule", "mend it")
+    raise DataError("a row", "it breaks a rule", "fix it")
 
 
 def fail(workspace: Any) -> None:

@@ -72,7 +72,7 @@ def test_workers_share_the_base_and_live_on(pool: Pool) -> None:
 
 
 def test_our_errors_arrive_as_they_are_and_others_with_their_traceback(pool: Pool) -> None:
-    with pytest.raises(DataError, match="a row: it breaks a rule; mend it"):
+    with pytest.raises(DataError, match="a row: it breaks a rule; fix it"):
         list(pool.results([call(calls.refuse)]))
     with pytest.raises(RuntimeError, match=r"in fail(.|\n)*ZeroDivisionError: by nought"):
         list(pool.results([call(calls.fail)]))

@@ -14,10 +14,13 @@ from typing import Any
 
 import psutil
 import pytest
+from own_method import Own
 
 from flexperts.config.run import RunConfig
 from flexperts.engines.run import run_federation
+from flexperts.errors import ConfigError
 from flexperts.files import write_text
+from flexperts.methods.registry import register_method
 from flexperts.observer import Observer
 
 Recipe = Callable[..., RunConfig]
@@ -84,6 +87,33 @@ def test_auto_starts_no_more_workers_than_clients_or_threads(recipe: Recipe, tmp
     """The tests' process has one thread."""
     summary = run_federation(with_workers(recipe(*ONE_THREAD, "federation.rounds=1"), "auto"), tmp_path / "run")
     assert summary["engine"] == {"workers": 1, "threads": 1}
+
+
+@pytest.mark.usefixtures("own_registry")
+def test_workers_know_methods_that_this_process_has_registered(recipe: Recipe, tmp_path: Path) -> None:
+    class Hidden(Own):
+        name = "hidden"
+
+    register_method("own", Own)
+    register_method("hidden", Hidden)
+    short = (*ONE_THREAD, "federation.rounds=1")
+    own, hidden = recipe(*short, "method.name=own"), recipe(*short, "method.name=hidden")
+    run_federation(own, tmp_path / "alone")
+    run_federation(with_workers(own, 2), tmp_path / "together")
+    assert left_in(tmp_path / "together") == left_in(tmp_path / "alone")
+    with pytest.raises(ConfigError, match=r"'hidden' at .* worker processes need it in a module"):
+        run_federation(with_workers(hidden, 2), tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
+def test_workers_are_refused_where_the_base_is_divided(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    with pytest.raises(ConfigError, match=r"engine.workers = 2 in one of 2 processes.*set engine.workers = 1"):
+        run_federation(with_workers(recipe(*ONE_THREAD), 2), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.faults

@@ -30,9 +30,9 @@ def command(
 ) -> None:
     """Score clients' models of a finished run again, from its files, on its scored rows or on others."""
     from flexperts.artifacts import RunDirectory
-    from flexperts.recipe import engine_of
+    from flexperts.recipe import engine_settings
 
-    engine = engine_of(workers)
+    engine = engine_settings(workers)
     RunDirectory.open(run).summary()  # refuse a wrong path before anything heavy loads
 
     from flexperts.cli.display import RunDisplay

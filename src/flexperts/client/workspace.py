@@ -73,7 +73,10 @@ class Workspace:
         """Return the workspace of another run: this one, or a new one if the rows or the base differ."""
         if config.model != self.config.model:
             return Workspace(config)
-        return self if _rows_of(config) == _rows_of(self.config) else Workspace(config, self.base, self.untouched)
+        if _rows_of(config) == _rows_of(self.config):
+            return self
+        base = self.__dict__.get("base", self.loaded)  # the base if it is in memory; it is not loaded for this
+        return Workspace(config, base, self.untouched)
 
     def rows_only(self) -> Workspace:
         """Return a workspace with the same rows for another process, which loads the base itself."""

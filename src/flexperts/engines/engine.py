@@ -9,6 +9,7 @@ from typing import Self
 from flexperts.artifacts import RunDirectory
 from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
+from flexperts.methods.registry import method_class
 from flexperts.modeling.quantization import storage_line
 from flexperts.observer import current_observer
 from flexperts.server.exchange import LazyGrid
@@ -56,6 +57,8 @@ class Engine(ABC):
 
 def prepare(workspace: Workspace, config: RunConfig, needs_experts: bool) -> str:
     """Do what ``Engine.prepare`` says with the base in this process."""
+    for name in filter(None, (config.method.name, config.method.reference)):
+        method_class(name)  # a worker cannot import what is only in the parent process's script
     workspace.check(config, needs_experts=needs_experts)
     if config.model.quantization != "none":
         current_observer().stage(storage_line(workspace.base.model))

@@ -14,9 +14,9 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn, Protocol
 
@@ -24,6 +24,7 @@ import torch
 
 from flexperts.client.workspace import Workspace
 from flexperts.errors import FlexpertsError
+from flexperts.methods.registry import method_paths, register_method
 from flexperts.observer import Relay, TurnState, observing
 
 _PAUSE = 0.2
@@ -43,6 +44,13 @@ class Setting:
     workspace: Workspace
     threads: int
     devices: Sequence[str] = ()
+    methods: Mapping[str, str] = field(default_factory=method_paths)
+    """Import paths of all methods: the parent process may have registered its own."""
+
+    def register(self) -> None:
+        """Register the methods in this process."""
+        for name, path in self.methods.items():
+            register_method(name, path)
 
 
 class Sink(Protocol):
@@ -102,6 +110,7 @@ def main(descriptor: int) -> None:
 def _loaded(setting: Setting) -> Exception | None:
     """Load what workers share; return the error that prevents it."""
     try:
+        setting.register()
         _ = setting.workspace.encoder, setting.devices or setting.workspace.base
     except Exception as error:
         return sendable(error)

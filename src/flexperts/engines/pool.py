@@ -22,10 +22,11 @@ from flexperts.client.workspace import Workspace
 from flexperts.config.run import EngineConfig
 from flexperts.engines.fork_server import Setting
 from flexperts.errors import FederationError
+from flexperts.modeling.cards import check_undivided
 from flexperts.modeling.placement import computing_device
 from flexperts.observer import current_observer
 
-_AHEAD = 4
+AHEAD = 4
 """Calls per worker that are under way or whose results wait for an earlier one's."""
 
 
@@ -85,6 +86,7 @@ def pool_for(workspace: Workspace, engine: EngineConfig, most: int, folder: Path
     workers = min(most, len(devices) if on_cards else cores) if asked == "auto" else asked
     if workers <= 1:
         return None
+    check_undivided(workers)
     threads = engine.threads or max(1, cores // workers)
     return Pool(Setting(workspace, threads, devices if on_cards else ()), workers, folder)
 
@@ -122,7 +124,7 @@ class Pool:
         calls, order = iter(calls), deque[Call]()
         try:
             while True:
-                while len(self._running) < self.count and len(order) < _AHEAD * self.count:
+                while len(self._running) < self.count and len(order) < AHEAD * self.count:
                     if (call := next(calls, None)) is None:
                         break
                     order.append(call)
@@ -160,7 +162,7 @@ class Pool:
             try:
                 message = connection.recv_bytes()
             except (EOFError, OSError):
-                self._bury(connection)
+                self._died(connection)
                 continue
             kind, *event = pickle.loads(message)
             if kind == "event":
@@ -168,7 +170,7 @@ class Pool:
             else:
                 self._running.pop(connection).end(message, self._folder)
 
-    def _bury(self, connection: Connection) -> None:
+    def _died(self, connection: Connection) -> None:
         """Repeat a dead worker's call with a new worker, or end it with an error."""
         call = self._let_go(connection)
         call.deaths += 1
@@ -179,7 +181,7 @@ class Pool:
         error = FederationError(
             f"{call.what}: two worker processes died in it",
             "they were killed, probably for lack of memory",
-            "use fewer workers, or free memory, and resume",
+            "use fewer workers, or free memory, and start again",
         )
         call.end(pickle.dumps(("error", error)), self._folder)
 

@@ -26,7 +26,7 @@ from flexperts.client.workspace import Workspace
 from flexperts.config.run import EngineConfig
 from flexperts.engines.flower_private import actor_pool
 from flexperts.engines.fork_server import Remote, Setting, sendable
-from flexperts.engines.pool import Call
+from flexperts.engines.pool import AHEAD, Call
 from flexperts.errors import ArtifactError, ConfigError, FederationError, one_line, optional
 from flexperts.modeling.placement import computing_device
 from flexperts.observer import current_observer, observing
@@ -37,8 +37,6 @@ _REACHED = 10.0
 """Seconds in which a cluster must answer."""
 _DEATHS = {"max_restarts": -1, "max_task_retries": 1}
 """Ray's options for actors that die."""
-_AHEAD = 4
-"""Calls per actor that are under way or whose results wait for an earlier one's."""
 
 
 def actors_for(workspace: Workspace, engine: EngineConfig, most: int, folder: Path) -> Actors:
@@ -115,7 +113,7 @@ class Actors:
         """
         calls, order = iter(calls), deque[tuple[Call, Any]]()
         while True:
-            while self._pool.is_actor_available() and len(order) < _AHEAD * self.count:
+            while self._pool.is_actor_available() and len(order) < AHEAD * self.count:
                 if (call := next(calls, None)) is None:
                     break
                 order.append((call, self._submitted(call)))
@@ -181,9 +179,10 @@ _begun: tuple[Setting, Path, Path]
 """In an actor: what it works with, the directory of relative paths, and a file that all machines see."""
 
 
-def _begin(*begun: Any) -> None:
+def _begin(setting: Setting, directory: Path, mark: Path) -> None:
     global _begun
-    _begun = begun
+    _begun = setting, directory, mark
+    setting.register()
 
 
 def _ready() -> Setting:

@@ -98,6 +98,12 @@ def method_names() -> list[str]:
     return sorted(_METHODS)
 
 
+def method_paths() -> dict[str, str]:
+    """Return the import paths of all registered methods, by name."""
+    _find_installed()
+    return dict(_METHODS)
+
+
 def method_class(name: str) -> type[Method]:
     """Return the class registered under ``name``, imported on first use."""
     _find_installed()
@@ -115,7 +121,7 @@ def _imported(name: str, path: str) -> type[Method]:
         found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"method {name!r} at {path!r}", f"it cannot be imported ({error})", "install or fix its package"
+            f"method {name!r} at {path!r}", f"it cannot be imported ({error})", "install or fix its package; worker processes need it in a module that they can import"
         ) from error
     return _checked(name, path, found)
 

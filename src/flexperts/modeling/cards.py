@@ -49,6 +49,20 @@ def shard_layers(base: nn.Module, device: torch.device) -> None:
     base.to(device)
 
 
+def check_undivided(workers: int) -> None:
+    """Refuse worker processes where a base may be divided over processes: each of them would load it whole.
+
+    Raises:
+        ConfigError: This process is one of several.
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        raise ConfigError(
+            f"engine.workers = {workers} in one of {dist.get_world_size()} processes",
+            "each of them would start workers with a whole base",
+            "set engine.workers = 1",
+        )
+
+
 def check_cards(base: Any, config: RunConfig) -> None:
     """Refuse a base on several devices that a client cannot train on.
 
