@@ -121,7 +121,9 @@ def _imported(name: str, path: str) -> type[Method]:
         found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"method {name!r} at {path!r}", f"it cannot be imported ({error})", "install or fix its package; worker processes need it in a module that they can import"
+            f"method {name!r} at {path!r}",
+            f"it cannot be imported ({error})",
+            "install or fix its package; worker processes need it in a module that they can import",
         ) from error
     return _checked(name, path, found)
 
