@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from flexperts.config.model import LoraConfig
 from flexperts.modeling.lora import LoraAdapters
-from flexperts.modeling.norms import FusedNorms
 from flexperts.testing import FAMILIES, tiny_model
 
 OTHERS = [pytest.mark.families]
@@ -23,14 +22,13 @@ OTHERS = [pytest.mark.families]
 def test_layers_compute_their_own_outputs(name: str, ids: Tensor) -> None:
     """Each layer is computed again, as its class does it, from the input that it had."""
     model = tiny_model(name, dtype=torch.bfloat16)
-    norms = FusedNorms(model)
     lora = LoraAdapters(model, LoraConfig(rank=2, alpha=6, projections=()), seed=0)
     for parameter in lora.parameters().values():
         nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(1))
     seen: list[tuple[nn.Module, Tensor, Tensor]] = []
     handles = [
         layer.register_forward_hook(lambda layer, args, output: seen.append((layer, args[0], output)))
-        for layer in (*norms._norms, *map(lora.module, lora.targets))
+        for layer in map(lora.module, lora.targets)
     ]
     with torch.autocast("cpu", torch.bfloat16):
         loss = lora.model(input_ids=ids, labels=ids).loss

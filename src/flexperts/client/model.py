@@ -17,7 +17,6 @@ from flexperts.methods.kit.method import Method, named_parameters
 from flexperts.methods.kit.turn import Prepared, Site
 from flexperts.modeling.load import LoadedBase
 from flexperts.modeling.lora import LoraAdapters
-from flexperts.modeling.norms import FusedNorms
 from flexperts.moe.experts import find_experts
 from flexperts.parameters.split import ParameterSplit, split_parameters
 from flexperts.parameters.vector import copy_tensors
@@ -44,13 +43,11 @@ class ClientModel:
             personal=method.has_personal_lora,
             checkpointing=config.training.gradient_checkpointing,
         )
-        self._norms = FusedNorms(base.model)
         self.lent: dict[str, Part] | None = None
         """The parts of the client that uses the model now; None while it is free."""
 
     def close(self) -> None:
         """Remove the LoRA adapters from the base."""
-        self._norms.remove()
         self.lora.close()
 
     @property

@@ -14,7 +14,6 @@ from flexperts.config.model import LoraConfig
 from flexperts.modeling import joined_lora
 from flexperts.modeling.joined_lora import JoinedLora
 from flexperts.modeling.lora import LoraAdapters
-from flexperts.modeling.norms import FusedNorms
 from flexperts.testing import tiny_model
 
 IDS = torch.arange(36).reshape(3, 12)
@@ -150,68 +149,3 @@ def output_of(lora: LoraAdapters) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         output: Tensor = lora.model(input_ids=IDS).logits
     return output.detach()
-
-
-# Norms
-
-
-class Norm(nn.Module):
-    """RMSNorm, or one of its relatives."""
-
-    def __init__(self, offset: float = 0.0, centred: bool = False, trained: bool = False) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.linspace(0.5, 2, 48).bfloat16(), requires_grad=trained)
-        self.eps, self.offset, self.centred, self.calls = 1e-5, offset, centred, 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        wide = x.float() - (x.float().mean(-1, keepdim=True) if self.centred else 0)
-        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (self.weight + self.offset) * scaled.to(x.dtype)
-
-
-def norm_gradient(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    given = x.clone().requires_grad_()
-    output = norm(given)
-    output.backward(torch.linspace(-1, 2, output.numel()).view_as(output).to(output.dtype))
-    assert given.grad is not None
-    return output.detach().float(), given.grad.float()
-
-
-@pytest.mark.parametrize("scale", [1.0, 1e-3, 30.0])
-def test_a_fused_norm_computes_what_the_norm_computes(scale: float) -> None:
-    norm = Norm()
-    x = (scale * torch.randn(2, 7, 48, generator=torch.Generator().manual_seed(3))).bfloat16()
-    plain = norm_gradient(norm, x)
-    exact = norm_gradient(norm, x.float())
-    fused_norms, calls = FusedNorms(norm), norm.calls
-    fused = norm_gradient(norm, x)
-    assert norm.calls == calls
-    for ours, theirs, true in zip(fused, plain, exact, strict=True):
-        assert difference(ours, true) < 1.1 * difference(theirs, true)
-    fused_norms.remove()
-    norm(x)
-    assert norm.calls == calls + 1
-
-
-@pytest.mark.parametrize("other", [Norm(offset=1.0), Norm(centred=True), Norm(trained=True), Norm().float()])
-def test_other_norms_run_unchanged(other: Norm) -> None:
-    x = torch.randn(2, 48, generator=torch.Generator().manual_seed(3)).bfloat16()
-    expected = other(x)
-    FusedNorms(other)
-    before = other.calls
-    assert torch.equal(other(x), expected)
-    assert other.calls == before + 1
-
-
-def test_fp32_and_few_rows_without_gradients_run_unchanged() -> None:
-    norm, x = Norm(), torch.randn(2, 48, generator=torch.Generator().manual_seed(3))
-    expected = norm(x)
-    FusedNorms(norm)
-    calls = norm.calls
-    assert torch.equal(norm(x), expected)
-    with torch.no_grad():
-        norm(x.bfloat16())
-        assert norm.calls == calls + 2
-        norm(x.bfloat16().repeat(5000, 1))
-    assert norm.calls == calls + 2
