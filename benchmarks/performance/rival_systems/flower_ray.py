@@ -35,7 +35,8 @@ from flexperts.server.serve import serve
 def run(work: Work, clock: Clock) -> dict[str, Tensor]:
     """Run the rounds and return the averaged adapter."""
     names = sorted(work.clients)
-    resources = {"init_args": {"num_cpus": os.cpu_count()}, "client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+    local = {"address": "local", "num_cpus": os.cpu_count()}
+    resources = {"init_args": local, "client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
     with tempfile.TemporaryDirectory() as folder:
         with suppress(RoundsDoneError):
             run_simulation(
