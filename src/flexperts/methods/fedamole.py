@@ -39,9 +39,11 @@ class FedAMoLE(OwnParts):
 
     Source: FedAMoLE (arXiv 2411.19128).
     y = W x + s (B_s A_s x + sum_{e in Top2} w_e B_e A_e x); w = softmax_e((A_e x) . (P x) / sqrt(r)) over the held
-    experts, cut to the best two and scaled to sum 1; s = alpha / r. Loss: response NLL + ``balance`` *
-    Switch's load-balance loss. After training, on ``aux`` of its train rows, client i reports a_{i,e} = mean A_e
-    x and t_i = mean P x. Reverse selection, for each adapted layer: maximise sum_{e,i} q_{e,i} z_{e,i}, z binary,
+    experts, cut to the best two and scaled to sum 1; s = alpha / r. Loss: response NLL + ``balance`` * the sum over
+    adapted layers of E sum_e f_e P_e: E held experts, f_e the share of the best-two choices that are e, P_e the
+    mean of softmax's value for e (Switch's form, as in the release: a sum over layers, and both choices count).
+    After training, on ``aux`` of its train rows, client i reports a_{i,e} = mean A_e x and t_i = mean P x. Reverse
+    selection, for each adapted layer: maximise sum_{e,i} q_{e,i} z_{e,i}, z binary,
     q_{e,.} = softmax_i(a_e . t_i / sqrt(r)), with c clients per expert and min to max experts per client.
     Trained: shared expert, held experts, P. Sent: these, and the means. Aggregated: shared expert and P by FedAvg;
     every expert and its a_e over its holders, by rows; an expert without a holder in the round stays. Stays:
@@ -74,7 +76,7 @@ class FedAMoLE(OwnParts):
         max_experts: int = Field(8, ge=1)
         """Most experts that a client holds."""
         balance: float = Field(1e-3, ge=0)
-        """Weight of the load-balance loss."""
+        """Weight of the load-balance loss, which is a sum over adapted layers."""
         aux: float = Field(0.05, gt=0, le=1)
         """Share of the train rows for the mean embeddings."""
 
