@@ -34,8 +34,8 @@ class FLoRA(RankedMethod):
     Open choices: the source merges each round's sum into W0; here the base never changes, so that a base of any
     storage type serves all clients. The stacks are kept next to the base as one frozen low-rank update whose rank
     grows by sum_i r_i a round: it costs the time and memory of a LoRA of that rank, and every evaluation sends all
-    of it. In each round all clients draw one A (uniform as PEFT's; a client of rank r_i takes its first r_i rows),
-    B starts at zero. The learning rate's cosine is over all rounds, although LoRA is new in each round. The adapter
+    of it. In each round every client draws its own A (uniform as PEFT's), as in the release, and B starts at zero:
+    with one A for all, the stack would start in a space of r dimensions instead of sum_i r_i. The learning rate's cosine is over all rounds, although LoRA is new in each round. The adapter
     folder holds all stacks as one LoRA of the summed rank.
     Not for few local steps per round or many rounds: B starts from zero in every round and does not get far, while
     the down-link grows with the number of clients and the model with the number of rounds.
@@ -60,8 +60,8 @@ class FLoRA(RankedMethod):
         turn.load(self._fresh(turn))
 
     def _fresh(self, turn: Turn) -> dict[str, Tensor]:
-        """Return the round's new LoRA: A is drawn; its rows beyond the client's rank, and B, are zero."""
-        stream = turn.site.common_generator("flora", turn.round)
+        """Return the round's new LoRA: the client's own A; its rows beyond the client's rank, and B, are zero."""
+        stream = turn.site.generator("flora", turn.round)
         rank = self.options.ranks.get(turn.site.client, turn.site.lora.rank)
         fresh: Factors = {}
         for layer, (A, B) in factors(turn.split.shared).items():
