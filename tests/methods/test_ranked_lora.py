@@ -213,7 +213,9 @@ def test_flora_stacks_have_the_sum_of_the_ranks(recipe: Recipe, tmp_path: Path) 
         ),
         tmp_path / "run",
     )
-    adapter = {n: t.double() for n, t in load_file(tmp_path / "run" / "shared" / "adapter_model.safetensors").items()}
+    adapter = {
+        n: t.double() for n, t in load_file(tmp_path / "run" / "shared" / "adapter_model.safetensors").items()
+    }
     found = [name for name in adapter if "lora_A" in name]
     assert found
     for name in found:

@@ -35,8 +35,9 @@ class FLoRA(RankedMethod):
     storage type serves all clients. The stacks are kept next to the base as one frozen low-rank update whose rank
     grows by sum_i r_i a round: it costs the time and memory of a LoRA of that rank, and every evaluation sends all
     of it. In each round every client draws its own A (uniform as PEFT's), as in the release, and B starts at zero:
-    with one A for all, the stack would start in a space of r dimensions instead of sum_i r_i. The learning rate's cosine is over all rounds, although LoRA is new in each round. The adapter
-    folder holds all stacks as one LoRA of the summed rank.
+    with one A for all, the stack would start in a space of r dimensions instead of sum_i r_i. The learning rate's
+    cosine is over all rounds, although LoRA is new in each round. The adapter folder holds all stacks as one LoRA
+    of the summed rank.
     Not for few local steps per round or many rounds: B starts from zero in every round and does not get far, while
     the down-link grows with the number of clients and the model with the number of rounds.
     """

@@ -170,7 +170,7 @@ class LoraMixture(Part):
 
 
 def _balance(routing: Tensor, top_k: int) -> Tensor:
-    """Return E * sum_e f_e P_e of one layer's ``routing [..., E]``; f_e counts each token's ``top_k`` best experts."""
+    """Return E * sum_e f_e P_e of one layer's ``routing [..., E]``; f_e counts each token's ``top_k`` best."""
     flat = routing.flatten(0, -2)
     E = flat.shape[-1]
     chosen = flat.topk(min(top_k, E), dim=-1).indices
