@@ -43,6 +43,7 @@ FLEX: dict[str, tuple[str, ...]] = {
     "flex, shared and personal graft": ("graft.sharing=both", "graft.rank=2"),
     "flex, last layer": ("graft.layers=[-1]",),
     "flex, gate nearly closed": ("graft.gate_bias=-4.0",),
+    "flex, gate from the router": ("graft.gate_start=router",),
     "flex, silent start": ("graft.start=silent",),
     "flex, dropout": ("graft.dropout=0.5",),
     "flex, alternating": ('method.options={phases="alternating"}',),

@@ -91,6 +91,7 @@ def exact(done: Export) -> None:
         (("flex",), "clinic"),
         (("flex", *K2), "shop"),
         (("flex", "graft.sharing=both"), "clinic"),
+        (("flex", "graft.gate_start=router"), "clinic"),
         (("local",), "clinic"),
     ],
 )
