@@ -48,7 +48,17 @@ FLEX: dict[str, tuple[str, ...]] = {
     "flex, alternating": ('method.options={phases="alternating"}',),
     "flex, pull": ("method.options={pull=0.1}",),
 }
-VARIANTS = {name: (f"method.name={name}", *METHOD_SETTINGS.get(name, ())) for name in method_names()} | FLEX
+OTHERS = {
+    "comigs, a router that learns in every step": (
+        "method.name=comigs",
+        "method.options={router_every=1, router_steps=2, validation=0.5}",
+    ),
+    "fedex_lora, half of the clients": ("method.name=fedex_lora", "federation.participation=0.5"),
+    "fedsvd, noise": ("method.name=fedsvd", "privacy.noise=central", "privacy.noise_multiplier=0.01"),
+}
+VARIANTS = (
+    {name: (f"method.name={name}", *METHOD_SETTINGS.get(name, ())) for name in method_names()} | FLEX | OTHERS
+)
 # The fixed part of a message: field names, ids, the compressed manifest.
 OVERHEAD = 6000
 

@@ -37,7 +37,7 @@ NEW = {f"{kind}/shop.{end}" for kind, end in (
     ("personal", "safetensors"), ("selection", "json"), ("predictions", "jsonl"), ("joined", "json"),
 )}  # fmt: skip
 OWN_PARTS = {
-    "ditto", "feddpa_f", "feddpa_t", "fedper", "fedrep", "fedsa_lora", "flex", "local", "local_lora",
+    "comigs", "ditto", "feddpa_f", "feddpa_t", "fedper", "fedrep", "fedsa_lora", "flex", "local", "local_lora",
     "pfedmoe_style",
 }  # fmt: skip
 """Methods whose clients train something that never leaves them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import ClassVar
 
@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from pydantic import Field
 from scipy.optimize import Bounds, LinearConstraint, milp
-from torch import Tensor, nn
+from torch import Tensor
 
 from flexperts.communication.average import check_finite, holders_mean
 from flexperts.communication.messages import DERIVED, Update
 from flexperts.data.batches import pad_batch
-from flexperts.data.prompts import Example
 from flexperts.errors import ConfigError
 from flexperts.methods.kit.held_experts import OwnParts
+from flexperts.methods.kit.local_steps import balanced
 from flexperts.methods.kit.method import State
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.kit.turn import Site, Turn
@@ -27,7 +27,7 @@ from flexperts.modeling.recording import mean_inputs
 from flexperts.parameters.vector import Manifest, Payload
 from flexperts.parts.lora_mixture import LoraMixture
 from flexperts.parts.part import Part, key
-from flexperts.training.local import LocalSettings, Objective, TrainResult
+from flexperts.training.local import TrainResult
 
 _MIXTURES = "mixture.sites."
 _EXPERT_MEAN, _TOKEN_MEAN, _ASSIGNED = f"{DERIVED}expert.", f"{DERIVED}tokens.", "assigned."
@@ -183,18 +183,6 @@ class FedAMoLE(OwnParts):
     def _bounds(self) -> tuple[int, int, int]:
         """Clients per expert; fewest and most experts per client."""
         return self.options.clients_per_expert, self.options.min_experts, self.options.max_experts
-
-
-def balanced(objective: Objective, mixture: LoraMixture, weight: float) -> Objective:
-    """Return the objective with the load-balance loss in its gradient only; its value does not change."""
-
-    def parts(model: nn.Module, rows: Sequence[Example], settings: LocalSettings) -> Iterator[Tensor]:
-        count = math.ceil(len(rows) / settings.training.rows_per_pass)
-        for part in objective(model, rows, settings):
-            extra = weight / count * mixture.balance_loss()
-            yield part + (extra - extra.detach())
-
-    return parts
 
 
 def _mixture(turn: Turn) -> LoraMixture:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from flexperts.communication.messages import DERIVED, Update
+from flexperts.methods.kit.carried import by_module, empty_stack, forget_departed, noted, received_up_to
 from flexperts.methods.kit.ranks import Factors, RankedMethod, by_rows, factors, named, stacked
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.kit.turn import Site, Turn
-from flexperts.modeling.lora import SHARED_PREFIX
 from flexperts.parameters.vector import Payload
 from flexperts.parts.part import Part, uniform_matrix
 from flexperts.parts.stacked_lora import StackedLora
 
-_STACK, _RECEIVED = "stack.", "received."
-_MODULES = f"{SHARED_PREFIX}model."
+_STACK = "stack."
 
 
 class FLoRA(RankedMethod):
@@ -49,14 +48,12 @@ class FLoRA(RankedMethod):
 
     def parts(self, site: Site) -> dict[str, Part]:
         """Return an empty delta for every adapted layer; ``receive`` fills it with the stacks."""
-        empty = {_module(n): (A[:0], B[:, :0]) for n, (A, B) in factors(site.lora.parameters()).items()}
-        return {"stacks": StackedLora(site.lora.base, empty, site.lora.scale)}
+        return {"stacks": empty_stack(site)}
 
     def receive(self, turn: Turn) -> None:
         """Store the new stacks, load all of them, and start a new LoRA."""
         turn.memory.update({n.removeprefix(DERIVED): t.clone() for n, t in turn.received.items()})
-        whole = {_module(layer): pair for layer, pair in _all_rounds(turn.memory).items()}
-        cast(StackedLora, turn.parts["stacks"]).load(whole)
+        cast(StackedLora, turn.parts["stacks"]).load(by_module(_all_rounds(turn.memory)))
         turn.load(self._fresh(turn))
 
     def _fresh(self, turn: Turn) -> dict[str, Tensor]:
@@ -72,15 +69,11 @@ class FLoRA(RankedMethod):
 
     def broadcast(self, server: Server, client: str) -> Payload:
         """Return the stacks of the rounds that the client has not received."""
-        seen = int(server.memory.get(_RECEIVED + client, torch.zeros(())))
-        return _stacks(server, seen)
+        return _stacks(server, received_up_to(server, client))
 
     def regroup(self, server: Server) -> None:
         """Forget what clients that have left had received."""
-        received = [n for n in server.memory if n.startswith(_RECEIVED)]
-        for name in received:
-            if name.removeprefix(_RECEIVED) not in server.clients:
-                del server.memory[name]
+        forget_departed(server)
 
     def final(self, server: Server, client: str) -> Payload:
         """Return all stacks."""
@@ -88,21 +81,12 @@ class FLoRA(RankedMethod):
 
     def aggregate(self, server: Server, updates: Iterable[Update]) -> None:
         """Stack the round's factors, and record which stacks each client has received."""
-        whole = named(stacked(by_rows(self._noted(server, updates))))
+        whole = named(stacked(by_rows(noted(server, updates))))
         server.memory.update({f"{_STACK}{server.round + 1}.{n}": t for n, t in whole.items()})
-
-    def _noted(self, server: Server, updates: Iterable[Update]) -> Iterator[Update]:
-        for update in updates:
-            server.memory[_RECEIVED + update.client] = torch.tensor(server.round)
-            yield update
 
     def adapter(self, server: Server) -> dict[str, Tensor]:
         """Return all stacks as one adapter."""
         return named(_all_rounds(server.memory))
-
-
-def _module(layer: str) -> str:
-    return layer.removeprefix(_MODULES)
 
 
 def _round(name: str) -> int:
