@@ -54,11 +54,9 @@ OTHERS = {
         "method.options={router_every=1, router_steps=2, validation=0.5}",
     ),
     "fedex_lora, half of the clients": ("method.name=fedex_lora", "federation.participation=0.5"),
-    "fedsvd, noise": ("method.name=fedsvd", "privacy.noise=central", "privacy.noise_multiplier=0.01"),
 }
-VARIANTS = (
-    {name: (f"method.name={name}", *METHOD_SETTINGS.get(name, ())) for name in method_names()} | FLEX | OTHERS
-)
+VARIANTS = {name: (f"method.name={name}", *METHOD_SETTINGS.get(name, ())) for name in method_names()}
+VARIANTS |= FLEX | OTHERS
 # The fixed part of a message: field names, ids, the compressed manifest.
 OVERHEAD = 6000
 

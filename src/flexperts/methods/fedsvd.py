@@ -22,9 +22,9 @@ class FedSVD(FFALoRA):
     Inference: the last A and B.
     Open choices: A of round 1 is uniform as in PEFT's initialization, drawn from the run's seed, and B is zero;
     from round 2 on, A has orthonormal rows. The SVD is that of two small triangles from QR decompositions, in
-    float64; the largest entry of every row of A is positive. A goes down in every round, also to a client that could
-    compute it, because one that missed rounds needs it. A client's reply is linear in B, and A is computed from averages of
-    replies: with ``privacy.noise``, noise is on B alone, and is not multiplied by noise on A.
+    float64; the largest entry of every row of A is positive. A goes down in every round, also to a client that
+    could compute it, because one that missed rounds needs it. A client's reply is linear in B, and A is computed
+    from averages of replies: with ``privacy.noise``, noise is on B alone, and is not multiplied by noise on A.
     """
 
     name = "fedsvd"
