@@ -19,7 +19,7 @@ from flexperts.communication.average import checked
 from flexperts.communication.messages import DERIVED, Update
 from flexperts.errors import FederationError
 from flexperts.methods.kit.method import Method
-from flexperts.methods.kit.ranks import Factors, factors, named, padded, stacked
+from flexperts.methods.kit.ranks import Factors, factors, named, stacked
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.kit.turn import Site, Turn
 from flexperts.modeling.lora import SHARED_PREFIX
@@ -174,10 +174,9 @@ class ExactMean(Method):
         _drop_old(server)
 
     def adapter(self, server: Server) -> dict[str, Tensor]:
-        """Return the shared LoRA and the sum as one adapter; smaller layers are padded with zeros."""
+        """Return the shared LoRA and the sum as one adapter, whose layers may differ in rank."""
         own, carried = factors(super().adapter(server)), _sum(server.memory)
-        whole = stacked([(1.0, own), (1.0, carried)]) if carried else own
-        return padded(named(whole), max((len(A) for A, _ in whole.values()), default=0))
+        return named(stacked([(1.0, own), (1.0, carried)]) if carried else own)
 
 
 def _with(payload: Payload, residuals: Mapping[str, Tensor]) -> Payload:

@@ -54,10 +54,9 @@ def cut(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
 
 def padded(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
     """Return the factors, padded with zeros up to ``rank``."""
+    missing = rank - rank_of(tensors)
     both = factors(tensors).items()
-    return named(
-        {layer: (F.pad(A, (0, 0, 0, rank - len(A))), F.pad(B, (0, rank - len(A)))) for layer, (A, B) in both}
-    )
+    return named({layer: (F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))) for layer, (A, B) in both})
 
 
 @torch.no_grad()
