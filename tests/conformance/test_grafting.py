@@ -16,14 +16,15 @@ from torch import nn
 from transformers import GenerationConfig
 
 from flexperts.config.model import LoraConfig
-from flexperts.errors import GraftError
+from flexperts.errors import GraftError, ModelError
 from flexperts.modeling.lora import LoraAdapters
 from flexperts.moe.attention import attention_linears
 from flexperts.moe.experts import find_experts
 from flexperts.moe.layout import LayerExperts
+from flexperts.moe.router import expert_rows, find_router
 from flexperts.parameters.store import PersonalMeta, load_personal, save_personal
 from flexperts.parts.grafts import Graft, Grafts
-from flexperts.testing import run_expert, tiny_model
+from flexperts.testing import FAMILIES, run_expert, tiny_model
 
 FORMS: dict[str, dict[str, Any]] = {"low_rank": {"rank": 3}, "full": {"rank": "full"}}
 CLOSED = -200.0  # sigmoid underflows to exactly 0
@@ -80,6 +81,58 @@ def test_untrained_graft_at_gate_g_is_the_experts_module_run_on_that_expert(
         with torch.no_grad():
             alone = run_expert(experts, 2, hidden, opening)
             torch.testing.assert_close(graft(hidden), alone, rtol=2e-5, atol=1e-6)
+
+
+def test_a_gate_from_the_router_opens_most_for_an_expert_that_the_router_chooses(
+    family: str, ids: torch.Tensor
+) -> None:
+    """The open gate of all experts, on the states that the layer's experts get, against the model's own choices."""
+    model = tiny_model(family)
+    for experts in find_experts(model):
+        every = tuple(range(experts.num_experts))
+        rows = {experts.name: expert_rows(model, experts, every)}
+        graft = next(iter(Grafts([experts], {experts.name: every}, rank=2, gate_weights=rows)))
+        bias = getattr(find_router(model, experts).module, "bias", None)
+        if isinstance(bias, torch.Tensor):  # gpt_oss: not part of the gate's start
+            graft.graft_gate_bias.data.copy_(bias)
+        calls: list[tuple[torch.Tensor, ...]] = []
+        handles = list(experts.watch(lambda *call, calls=calls: calls.append(call)))
+        logits(model, ids)
+        for handle in handles:
+            handle.remove()
+        hidden, index, _, _ = calls[0]
+        best = graft.opening(hidden).argmax(-1, keepdim=True)
+        assert (best == index).any(-1).all()
+        assert len(best.unique()) > 1
+
+
+NO_ROW = {
+    "inkling_text": "has no router matrix",
+    "nemotron_h": "reads 32 values, .* a gate can start as the router's row only if both read the same input",
+    "zaya": "has no router matrix",
+}
+"""Families without a router's row for the gate, and what is said."""
+
+
+def test_a_gate_starts_as_the_routers_row_wherever_there_is_one() -> None:
+    started = set()
+    for family in FAMILIES:
+        model = tiny_model(family)
+        experts = find_experts(model)
+        if family in NO_ROW:
+            with pytest.raises(ModelError, match=rf"{NO_ROW[family]}.*set graft\.gate_start = 'constant'"):
+                expert_rows(model, experts[0], (1,))
+            continue
+        rows = {e.name: expert_rows(model, e, (2, 0)) for e in experts}
+        for graft in Grafts(experts, dict.fromkeys(rows, (2, 0)), rank=2, gate_bias=0.5, gate_weights=rows):
+            router = find_router(model, graft.experts).weight
+            assert torch.equal(graft.graft_gate_weight, router[[2, 0]].float())
+            assert graft.graft_gate_bias.tolist() == [0.5, 0.5]
+            graft.graft_gate_weight.data.zero_()
+            assert router.abs().sum() > 0  # the gate is a copy
+            started.add(family)
+    assert started == FAMILIES.keys() - NO_ROW.keys()
+    assert len(started) > 50
 
 
 def test_a_silent_graft_is_the_base_until_it_has_learnt(model: Any, ids: torch.Tensor) -> None:

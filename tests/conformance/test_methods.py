@@ -43,12 +43,21 @@ FLEX: dict[str, tuple[str, ...]] = {
     "flex, shared and personal graft": ("graft.sharing=both", "graft.rank=2"),
     "flex, last layer": ("graft.layers=[-1]",),
     "flex, gate nearly closed": ("graft.gate_bias=-4.0",),
+    "flex, gate from the router": ("graft.gate_start=router",),
     "flex, silent start": ("graft.start=silent",),
     "flex, dropout": ("graft.dropout=0.5",),
     "flex, alternating": ('method.options={phases="alternating"}',),
     "flex, pull": ("method.options={pull=0.1}",),
 }
-VARIANTS = {name: (f"method.name={name}", *METHOD_SETTINGS.get(name, ())) for name in method_names()} | FLEX
+OTHERS = {
+    "comigs, a router that learns in every step": (
+        "method.name=comigs",
+        "method.options={router_every=1, router_steps=2, validation=0.5}",
+    ),
+    "fedex_lora, half of the clients": ("method.name=fedex_lora", "federation.participation=0.5"),
+}
+VARIANTS = {name: (f"method.name={name}", *METHOD_SETTINGS.get(name, ())) for name in method_names()}
+VARIANTS |= FLEX | OTHERS
 # The fixed part of a message: field names, ids, the compressed manifest.
 OVERHEAD = 6000
 

@@ -91,6 +91,7 @@ def exact(done: Export) -> None:
         (("flex",), "clinic"),
         (("flex", *K2), "shop"),
         (("flex", "graft.sharing=both"), "clinic"),
+        (("flex", "graft.gate_start=router"), "clinic"),
         (("local",), "clinic"),
     ],
 )
@@ -117,6 +118,7 @@ def test_grafts_are_exported_with_code_and_as_a_mailable_folder(
         (("fedmoe_da",), {"client": "shop"}),
         (("ditto",), {"client": "clinic"}),
         (("flora",), {"form": "merged"}),
+        (("fedex_lora",), {"form": "merged"}),
     ],
 )
 def test_without_grafts_the_folder_is_the_stock_architecture(
@@ -136,6 +138,7 @@ def test_without_grafts_the_folder_is_the_stock_architecture(
         ("flex", None, "global"),
         ("ditto", "shop", "personalized"),
         ("flora", None, "global"),
+        ("fedex_lora", None, "global"),
     ],
 )
 def test_an_adapter_is_the_clients_effective_lora(

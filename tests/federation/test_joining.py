@@ -37,7 +37,7 @@ NEW = {f"{kind}/shop.{end}" for kind, end in (
     ("personal", "safetensors"), ("selection", "json"), ("predictions", "jsonl"), ("joined", "json"),
 )}  # fmt: skip
 OWN_PARTS = {
-    "ditto", "feddpa_f", "feddpa_t", "fedper", "fedrep", "fedsa_lora", "flex", "local", "local_lora",
+    "comigs", "ditto", "feddpa_f", "feddpa_t", "fedper", "fedrep", "fedsa_lora", "flex", "local", "local_lora",
     "pfedmoe_style",
 }  # fmt: skip
 """Methods whose clients train something that never leaves them."""
@@ -225,10 +225,11 @@ def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> set[str]:
 
 VARIANTS = {name: (f"method.name={name}", *METHOD_SETTINGS.get(name, ())) for name in method_names()} | {
     "flex, alternating": ('method.options={phases="alternating", pull=0.1}', "graft.dropout=0.5"),
+    "flex, gate from the router": ("graft.gate_start=router",),
     "flex, shared and personal graft": ("graft.sharing=both", "graft.rank=2"),
     "flex, shared graft": ("graft.sharing=shared",),
 }
-JOINED = OWN_PARTS | {"flex, alternating", "flex, shared and personal graft"}
+JOINED = OWN_PARTS | {"flex, alternating", "flex, gate from the router", "flex, shared and personal graft"}
 
 
 def test_the_matrix_holds_every_method() -> None:

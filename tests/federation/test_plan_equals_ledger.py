@@ -30,6 +30,7 @@ VARIANTS = {name: (f"method.name={name}", *METHOD_SETTINGS.get(name, ())) for na
     "hetlora, ranks": ("method.name=hetlora", "method.options={ranks={help_desk=3, clinic=1}, gamma=1.0}"),
     "fedmoe_da, whole experts": ("method.name=fedmoe_da", 'method.options={rank="full", every=2}'),
     "fedmoe_style, three experts": ("method.name=fedmoe_style", "method.options={keep=0.75}"),
+    "fedex_lora, four rounds": ("method.name=fedex_lora", "federation.rounds=4", "lora.rank=4"),
     "fedavg, half of the clients": ("method.name=fedavg", "federation.participation=0.5"),
 }
 GROUPS = {"attention LoRA A", "attention LoRA B", "experts", "routers", "gates"}

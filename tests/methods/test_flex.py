@@ -15,11 +15,13 @@ from torch import Tensor
 
 from flexperts.config.run import RunConfig
 from flexperts.engines.run import run_federation
+from flexperts.errors import ModelError
 from flexperts.methods.flex import Flex
 from flexperts.parameters.store import load_personal
 from flexperts.parts.expert_adapters import ExpertAdapters
 from flexperts.parts.grafts import Grafts
 from flexperts.server.checkpoint import load_server
+from flexperts.testing import save_tiny_base
 
 Recipe = Callable[..., RunConfig]
 
@@ -62,6 +64,32 @@ def test_in_place_adapts_the_chosen_expert_at_the_same_budget_without_a_gate(tak
     with take_turn() as (_, turn):
         gates = sum(p.numel() for n, p in turn.split.personal.items() if "graft_gate" in n)
         assert sum(p.numel() for p in turn.split.personal.values()) == inside + gates
+
+
+@pytest.mark.parametrize("sharing", ["personal", "shared", "both"])
+def test_the_gate_can_start_as_the_routers_row_of_its_expert(take_turn: Any, sharing: str) -> None:
+    settings = ("graft.gate_start=router", "graft.gate_bias=-1.5", "graft.experts=2", f"graft.sharing={sharing}")
+    with take_turn(*settings, disturbed=False) as (_, turn):
+        grafts = [graft for part in turn.parts.values() for graft in part]  # type: ignore[attr-defined]
+        assert len(grafts) == (4 if sharing == "both" else 2)
+        for graft in grafts:
+            router = turn.site.lora.base.get_submodule(graft.experts.block).gate
+            rows = router.weight[list(graft.indices)]
+            # With both, the personal graft gets 0.1 % noise, as every start of it does.
+            torch.testing.assert_close(graft.graft_gate_weight, rows, rtol=0, atol=0 if sharing != "both" else 0.01)
+            assert graft.graft_gate_bias.tolist() == [-1.5, -1.5]
+            hidden = torch.randn(5, rows.shape[1], generator=torch.Generator().manual_seed(0))
+            by_hand = torch.sigmoid(hidden @ graft.graft_gate_weight.T - 1.5)
+            torch.testing.assert_close(graft.opening(hidden), by_hand)
+            assert graft.opening(hidden).std(0).min() > 0.01
+
+
+def test_a_base_without_the_routers_row_is_refused_before_training(recipe: Recipe, tmp_path: Path) -> None:
+    base = save_tiny_base(tmp_path / "base", "nemotron_h", max_position_embeddings=1024)
+    settings = (f"model.base={base}", "lora.projections=[]", "training.local_steps=1", "federation.rounds=1")
+    with pytest.raises(ModelError, match=r"model\.layers\.\d+\.\w+\.gate reads 32 values, .*experts 24"):
+        run_federation(recipe(*settings, "graft.gate_start=router"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("sharing", ["personal", "shared", "both"])

@@ -50,6 +50,7 @@ def engine(trained: TrainedRun, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ser
 MIXABLE = {
     "whole experts, k = 2": ("graft.experts=2",),
     "low rank, k = 2": ("graft.experts=2", "graft.rank=4", "graft.scale=0.5"),
+    "gates from the router": ("graft.gate_start=router",),
     "a common graft and one's own": ("graft.sharing=both",),
     "one layer, every projection": ("graft.layers=[1]", "lora.projections=[]"),
     "an adapter of one's own": ("method.name=ditto",),

@@ -302,6 +302,10 @@ def test_shipped_recipes_parse(path: Path | None) -> None:
         (["graft.sharing=all"], "graft.sharing = 'all'"),
         (["graft.dropout=1"], "graft.dropout = 1"),
         (["graft.dropout=-0.1"], "graft.dropout = -0.1"),
+        (
+            ["graft.place=in_place", "graft.gate_start=router"],
+            "gate_start = 'router' must be 'constant' with place = 'in_place'",
+        ),
         (["graft.place=in_place", "graft.scale=2"], "scale = 2.0 must be 1.0 with place = 'in_place'"),
         (
             ["graft.place=in_place", "graft.scale=least_squares"],

@@ -26,6 +26,7 @@ from flexperts.modeling.load import LoadedBase, load_base, load_tokenizer
 from flexperts.modeling.routing import LayerRouting
 from flexperts.moe.attention import attention_linears
 from flexperts.moe.experts import find_experts
+from flexperts.moe.router import expert_rows
 from flexperts.observer import current_observer
 from flexperts.selection.rules import pick_layers
 
@@ -162,7 +163,9 @@ class Workspace:
         attention_linears(self.base.model, config.lora.projections)
         self._check_loss(config)
         wanted, found = config.graft.experts, find_experts(self.base.model) if needs_experts else []
-        pick_layers(found, config.graft.layers if found else ())
+        grafted = pick_layers(found, config.graft.layers if found else ())
+        for experts in grafted if config.graft.gate_start == "router" else ():
+            expert_rows(self.base.model, experts, ())
         for experts in found:
             if wanted > experts.num_experts:
                 raise GraftError(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor
 
@@ -21,6 +22,7 @@ def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str,
     """Write adapter_config.json and adapter_model.safetensors; a method without shared LoRA writes nothing.
 
     The rank is that of the tensors: some methods' global adapter is larger than a client's, at the same scaling.
+    Layers of smaller ranks are padded with zeros to the largest.
 
     Args:
         folder: Where the adapter goes.
@@ -29,11 +31,18 @@ def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str,
     """
     if not tensors:
         return
-    rank = next(t.shape[0] for n, t in sorted(tensors.items()) if ".lora_A." in n)
+    rank = max(t.shape[0] for n, t in tensors.items() if ".lora_A." in n)
     resized = {**config, "r": rank, "lora_alpha": config["lora_alpha"] * (rank / config["r"])}
     write_text(folder / "adapter_config.json", json.dumps(resized, indent=2, sort_keys=True))
-    weights = save({n: t.contiguous().clone() for n, t in tensors.items()}, metadata={"format": "pt"})
+    weights = save({n: _padded(n, t, rank) for n, t in tensors.items()}, metadata={"format": "pt"})
     write_bytes(folder / "adapter_model.safetensors", weights)
+
+
+def _padded(name: str, factor: Tensor, rank: int) -> Tensor:
+    """Return a copy of a factor with zeros up to the rank."""
+    is_A = ".lora_A." in name
+    missing = rank - factor.shape[0 if is_A else 1]
+    return F.pad(factor, (0, 0, 0, missing) if is_A else (0, missing)).contiguous().clone()
 
 
 def adapter_config(config: RunConfig, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

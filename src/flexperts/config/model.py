@@ -93,7 +93,10 @@ class GraftConfig(Section):
     """copy = the pretrained expert as it is; silent = with its down projection at zero, so that the untrained graft
     changes nothing (needs rank "full" and place "beside")."""
     gate_bias: float = 0.0
-    """The gate's logit at the start; 0 = half open."""
+    """The gate's bias at the start; 0 = half open, if its weight starts at zero."""
+    gate_start: Literal["constant", "router"] = "constant"
+    """The gate's weight at the start: constant = zero, so the gate is equally open for all tokens; router = the
+    router's row of the chosen expert (needs place "beside")."""
     calibration_rows: int = Field(64, ge=1)
     """Train rows whose tokens the selection reads."""
     calibration_tokens: int = Field(8192, ge=1)
@@ -109,7 +112,7 @@ class GraftConfig(Section):
     output from the chosen experts."""
     place: Literal["beside", "in_place"] = "beside"
     """beside = one expert more, with a gate; in_place = the chosen expert itself is adapted, no gate (needs the
-    default scale, sharing and dropout)."""
+    default gate_start, scale, sharing and dropout)."""
     sharing: Literal["personal", "shared", "both"] = "personal"
     """personal = the client owns the grafted expert; shared = it is averaged over the clients (needs the default
     scale and dropout); both = one of each."""
@@ -138,7 +141,8 @@ class GraftConfig(Section):
     def _nothing_beside_when_in_place(self) -> Self:
         if self.place != "in_place":
             return self
-        for name, only in (("scale", 1.0), ("sharing", "personal"), ("dropout", 0.0)):
+        alone = {"gate_start": "constant", "scale": 1.0, "sharing": "personal", "dropout": 0.0}
+        for name, only in alone.items():
             if (value := getattr(self, name)) != only:
                 raise ValueError(f"{name} = {value!r} must be {only!r} with place = 'in_place'")
         return self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import ClassVar
 
@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from pydantic import Field
 from scipy.optimize import Bounds, LinearConstraint, milp
-from torch import Tensor, nn
+from torch import Tensor
 
 from flexperts.communication.average import check_finite, holders_mean
 from flexperts.communication.messages import DERIVED, Update
 from flexperts.data.batches import pad_batch
-from flexperts.data.prompts import Example
 from flexperts.errors import ConfigError
 from flexperts.methods.kit.held_experts import OwnParts
+from flexperts.methods.kit.local_steps import balanced
 from flexperts.methods.kit.method import State
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.kit.turn import Site, Turn
@@ -27,7 +27,7 @@ from flexperts.modeling.recording import mean_inputs
 from flexperts.parameters.vector import Manifest, Payload
 from flexperts.parts.lora_mixture import LoraMixture
 from flexperts.parts.part import Part, key
-from flexperts.training.local import LocalSettings, Objective, TrainResult
+from flexperts.training.local import TrainResult
 
 _MIXTURES = "mixture.sites."
 _EXPERT_MEAN, _TOKEN_MEAN, _ASSIGNED = f"{DERIVED}expert.", f"{DERIVED}tokens.", "assigned."
@@ -39,9 +39,11 @@ class FedAMoLE(OwnParts):
 
     Source: FedAMoLE (arXiv 2411.19128).
     y = W x + s (B_s A_s x + sum_{e in Top2} w_e B_e A_e x); w = softmax_e((A_e x) . (P x) / sqrt(r)) over the held
-    experts, cut to the best two and scaled to sum 1; s = alpha / r. Loss: response NLL + ``balance`` *
-    Switch's load-balance loss. After training, on ``aux`` of its train rows, client i reports a_{i,e} = mean A_e
-    x and t_i = mean P x. Reverse selection, for each adapted layer: maximise sum_{e,i} q_{e,i} z_{e,i}, z binary,
+    experts, cut to the best two and scaled to sum 1; s = alpha / r. Loss: response NLL + ``balance`` * the sum over
+    adapted layers of E sum_e f_e P_e: E held experts, f_e the share of the best-two choices that are e, P_e the
+    mean of softmax's value for e (Switch's form, as in the release: a sum over layers, and both choices count).
+    After training, on ``aux`` of its train rows, client i reports a_{i,e} = mean A_e x and t_i = mean P x. Reverse
+    selection, for each adapted layer: maximise sum_{e,i} q_{e,i} z_{e,i}, z binary,
     q_{e,.} = softmax_i(a_e . t_i / sqrt(r)), with c clients per expert and min to max experts per client.
     Trained: shared expert, held experts, P. Sent: these, and the means. Aggregated: shared expert and P by FedAvg;
     every expert and its a_e over its holders, by rows; an expert without a holder in the round stays. Stays:
@@ -74,7 +76,7 @@ class FedAMoLE(OwnParts):
         max_experts: int = Field(8, ge=1)
         """Most experts that a client holds."""
         balance: float = Field(1e-3, ge=0)
-        """Weight of the load-balance loss."""
+        """Weight of the load-balance loss, which is a sum over adapted layers."""
         aux: float = Field(0.05, gt=0, le=1)
         """Share of the train rows for the mean embeddings."""
 
@@ -183,18 +185,6 @@ class FedAMoLE(OwnParts):
     def _bounds(self) -> tuple[int, int, int]:
         """Clients per expert; fewest and most experts per client."""
         return self.options.clients_per_expert, self.options.min_experts, self.options.max_experts
-
-
-def balanced(objective: Objective, mixture: LoraMixture, weight: float) -> Objective:
-    """Return the objective with the load-balance loss in its gradient only; its value does not change."""
-
-    def parts(model: nn.Module, rows: Sequence[Example], settings: LocalSettings) -> Iterator[Tensor]:
-        count = math.ceil(len(rows) / settings.training.rows_per_pass)
-        for part in objective(model, rows, settings):
-            extra = weight / count * mixture.balance_loss()
-            yield part + (extra - extra.detach())
-
-    return parts
 
 
 def _mixture(turn: Turn) -> LoraMixture:

@@ -17,6 +17,7 @@ from flexperts.methods.kit.local_steps import personal_then_shared, proximal
 from flexperts.methods.kit.method import Method, State
 from flexperts.methods.kit.turn import Prepared, Site, Turn
 from flexperts.modeling.lora import SHARED_PREFIX
+from flexperts.moe.router import expert_rows
 from flexperts.parts.expert_adapters import ExpertAdapters
 from flexperts.parts.grafts import Grafts, Scales
 from flexperts.parts.part import Part
@@ -36,8 +37,9 @@ class Flex(Method):
     Trained: attention LoRA, the k personal experts of every MoE layer and their sigmoid gate, together.
     Sent: attention LoRA. Aggregated: its mean by rows. Stays: experts and gate. Frozen: all pretrained weights.
     Inference: last global LoRA with the client's own experts and gate.
-    Open choices: the source leaves open how the gate starts (ours: weight 0, bias ``graft.gate_bias``), and whether
-    all weights of the personal expert train or a low-rank update (``graft.rank``).
+    Open choices: the source leaves open how the gate starts (ours: weight 0, bias ``graft.gate_bias``; with
+    ``graft.gate_start = "router"`` the weight is the router's row of the chosen expert, which is probably the
+    release's start), and whether all weights of the personal expert train or a low-rank update (``graft.rank``).
     Variants beyond the paper: ``graft.experts`` (k), ``graft.selection``, ``graft.layers``, ``graft.scale``,
     ``graft.start``; ``graft.place = "in_place"`` adapts the chosen expert itself, without a gate; ``graft.sharing
     = "shared"`` averages the grafted expert and its gate over clients; ``"both"`` adds a personal expert to the
@@ -134,6 +136,7 @@ class Flex(Method):
 
 def _grafts(site: Site, choice: Mapping[str, Sequence[int]], scales: Scales, stream: torch.Generator) -> Grafts:
     graft = site.config.graft
+    from_router = [e for e in site.experts if e.name in choice] if graft.gate_start == "router" else []
     return Grafts(
         site.experts,
         choice,
@@ -142,6 +145,7 @@ def _grafts(site: Site, choice: Mapping[str, Sequence[int]], scales: Scales, str
         gate_bias=graft.gate_bias,
         scales=scales or None,
         silent=graft.start == "silent",
+        gate_weights={e.name: expert_rows(site.lora.base, e, choice[e.name]) for e in from_router},
         generator=stream,
     )
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from flexperts.communication.messages import DERIVED, Update
+from flexperts.methods.kit.carried import by_module, empty_stack, forget_departed, noted, received_up_to
 from flexperts.methods.kit.ranks import Factors, RankedMethod, by_rows, factors, named, stacked
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.kit.turn import Site, Turn
-from flexperts.modeling.lora import SHARED_PREFIX
 from flexperts.parameters.vector import Payload
 from flexperts.parts.part import Part, uniform_matrix
 from flexperts.parts.stacked_lora import StackedLora
 
-_STACK, _RECEIVED = "stack.", "received."
-_MODULES = f"{SHARED_PREFIX}model."
+_STACK = "stack."
 
 
 class FLoRA(RankedMethod):
@@ -34,9 +33,10 @@ class FLoRA(RankedMethod):
     Open choices: the source merges each round's sum into W0; here the base never changes, so that a base of any
     storage type serves all clients. The stacks are kept next to the base as one frozen low-rank update whose rank
     grows by sum_i r_i a round: it costs the time and memory of a LoRA of that rank, and every evaluation sends all
-    of it. In each round all clients draw one A (uniform as PEFT's; a client of rank r_i takes its first r_i rows),
-    B starts at zero. The learning rate's cosine is over all rounds, although LoRA is new in each round. The adapter
-    folder holds all stacks as one LoRA of the summed rank.
+    of it. In each round every client draws its own A (uniform as PEFT's), as in the release, and B starts at zero:
+    with one A for all, the stack would start in a space of r dimensions instead of sum_i r_i. The learning rate's
+    cosine is over all rounds, although LoRA is new in each round. The adapter folder holds all stacks as one LoRA
+    of the summed rank.
     Not for few local steps per round or many rounds: B starts from zero in every round and does not get far, while
     the down-link grows with the number of clients and the model with the number of rounds.
     """
@@ -49,19 +49,17 @@ class FLoRA(RankedMethod):
 
     def parts(self, site: Site) -> dict[str, Part]:
         """Return an empty delta for every adapted layer; ``receive`` fills it with the stacks."""
-        empty = {_module(n): (A[:0], B[:, :0]) for n, (A, B) in factors(site.lora.parameters()).items()}
-        return {"stacks": StackedLora(site.lora.base, empty, site.lora.scale)}
+        return {"stacks": empty_stack(site)}
 
     def receive(self, turn: Turn) -> None:
         """Store the new stacks, load all of them, and start a new LoRA."""
         turn.memory.update({n.removeprefix(DERIVED): t.clone() for n, t in turn.received.items()})
-        whole = {_module(layer): pair for layer, pair in _all_rounds(turn.memory).items()}
-        cast(StackedLora, turn.parts["stacks"]).load(whole)
+        cast(StackedLora, turn.parts["stacks"]).load(by_module(_all_rounds(turn.memory)))
         turn.load(self._fresh(turn))
 
     def _fresh(self, turn: Turn) -> dict[str, Tensor]:
-        """Return the round's new LoRA: A is drawn; its rows beyond the client's rank, and B, are zero."""
-        stream = turn.site.common_generator("flora", turn.round)
+        """Return the round's new LoRA: the client's own A; its rows beyond the client's rank, and B, are zero."""
+        stream = turn.site.generator("flora", turn.round)
         rank = self.options.ranks.get(turn.site.client, turn.site.lora.rank)
         fresh: Factors = {}
         for layer, (A, B) in factors(turn.split.shared).items():
@@ -72,15 +70,11 @@ class FLoRA(RankedMethod):
 
     def broadcast(self, server: Server, client: str) -> Payload:
         """Return the stacks of the rounds that the client has not received."""
-        seen = int(server.memory.get(_RECEIVED + client, torch.zeros(())))
-        return _stacks(server, seen)
+        return _stacks(server, received_up_to(server, client))
 
     def regroup(self, server: Server) -> None:
         """Forget what clients that have left had received."""
-        received = [n for n in server.memory if n.startswith(_RECEIVED)]
-        for name in received:
-            if name.removeprefix(_RECEIVED) not in server.clients:
-                del server.memory[name]
+        forget_departed(server)
 
     def final(self, server: Server, client: str) -> Payload:
         """Return all stacks."""
@@ -88,21 +82,12 @@ class FLoRA(RankedMethod):
 
     def aggregate(self, server: Server, updates: Iterable[Update]) -> None:
         """Stack the round's factors, and record which stacks each client has received."""
-        whole = named(stacked(by_rows(self._noted(server, updates))))
+        whole = named(stacked(by_rows(noted(server, updates))))
         server.memory.update({f"{_STACK}{server.round + 1}.{n}": t for n, t in whole.items()})
-
-    def _noted(self, server: Server, updates: Iterable[Update]) -> Iterator[Update]:
-        for update in updates:
-            server.memory[_RECEIVED + update.client] = torch.tensor(server.round)
-            yield update
 
     def adapter(self, server: Server) -> dict[str, Tensor]:
         """Return all stacks as one adapter."""
         return named(_all_rounds(server.memory))
-
-
-def _module(layer: str) -> str:
-    return layer.removeprefix(_MODULES)
 
 
 def _round(name: str) -> int:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import ClassVar, cast
 
 from pydantic import Field
-from torch import Tensor, nn
 
 from flexperts.methods.kit.method import Method, OnBatch, State
 from flexperts.methods.kit.turn import Site, Turn
@@ -77,15 +76,9 @@ class PFedMoEStyle(Method):
     @contextmanager
     def in_state(self, turn: Turn, state: State) -> Iterator[OnBatch | None]:
         """Fix the gate to (1, 0), G alone, in the global state."""
-        with ExitStack() as stack:
-            if state == "global":
-                for pair in cast(GatedAdapters, turn.parts[_PART]):
-                    stack.callback(pair.gate.register_forward_hook(_all_to_shared).remove)
+        if state == "global":
+            with cast(GatedAdapters, turn.parts[_PART]).shared_alone():
                 yield None
-            else:
-                yield stack.enter_context(super().in_state(turn, state))
-
-
-def _all_to_shared(_gate: nn.Module, _args: object, weights: Tensor) -> Tensor:
-    """Return (1, 0) for every token."""
-    return weights.new_tensor([1.0, 0.0]).expand_as(weights)
+        else:
+            with super().in_state(turn, state) as on_batch:
+                yield on_batch

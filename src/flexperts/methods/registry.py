@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _METHODS: dict[str, str] = {
     "centralized": "flexperts.methods.bounds:Centralized",
+    "comigs": "flexperts.methods.comigs:CoMiGS",
     "ditto": "flexperts.methods.ditto:Ditto",
     "fdlora": "flexperts.methods.fdlora:FDLoRA",
     "fedadagrad": "flexperts.methods.server_optimizers:FedAdagrad",
@@ -32,12 +33,14 @@ _METHODS: dict[str, str] = {
     "fedavgm": "flexperts.methods.server_optimizers:FedAvgM",
     "feddpa_f": "flexperts.methods.feddpa:FedDPAF",
     "feddpa_t": "flexperts.methods.feddpa:FedDPAT",
+    "fedex_lora": "flexperts.methods.fedex_lora:FedExLoRA",
     "fedmoe_da": "flexperts.methods.fedmoe_da:FedMoEDA",
     "fedmoe_style": "flexperts.methods.fedmoe_style:FedMoEStyle",
     "fedper": "flexperts.methods.fedper:FedPer",
     "fedprox": "flexperts.methods.fedprox:FedProx",
     "fedrep": "flexperts.methods.fedper:FedRep",
     "fedsa_lora": "flexperts.methods.fedsa_lora:FedSALoRA",
+    "fedsvd": "flexperts.methods.fedsvd:FedSVD",
     "fedyogi": "flexperts.methods.server_optimizers:FedYogi",
     "ffa_lora": "flexperts.methods.ffa_lora:FFALoRA",
     "flex": "flexperts.methods.flex:Flex",
@@ -49,6 +52,7 @@ _METHODS: dict[str, str] = {
     "local_lora": "flexperts.methods.local:LocalLoRA",
     "moe_fedavg": "flexperts.methods.moe_fedavg:MoEFedAvg",
     "pfedmoe_style": "flexperts.methods.pfedmoe_style:PFedMoEStyle",
+    "rolora": "flexperts.methods.rolora:RoLoRA",
     "scaffold": "flexperts.methods.scaffold:Scaffold",
     "zero_shot": "flexperts.methods.bounds:ZeroShot",
 }

@@ -6,7 +6,7 @@ experts' D).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -53,6 +53,33 @@ def find_router(model: nn.Module, experts: LayerExperts) -> Router:
         f"exactly one matrix named weight must have {rows} rows, one per expert",
         "use a method that does not train the router, or another base",
     )
+
+
+def expert_rows(model: nn.Module, experts: LayerExperts, indices: Sequence[int]) -> Tensor:
+    """Return the router's rows of some experts, as an fp32 copy ``[k, D]``: a gate's weight on the experts' input.
+
+    The matrix alone: a few routers also have a bias, or normalise their input first.
+
+    Args:
+        model: The model that contains ``experts``.
+        experts: The experts of one layer.
+        indices: k numbers of experts.
+
+    Raises:
+        ModelError: The router cannot be found, or its input has another width than the experts'.
+    """
+    remedy = "set graft.gate_start = 'constant', or use another base"
+    try:
+        router = find_router(model, experts)
+    except ModelError as error:
+        raise ModelError(error.value, error.rule, remedy) from error
+    if router.weight.shape[1] != experts.width:
+        raise ModelError(
+            f"{router.name} reads {router.weight.shape[1]} values, {experts.name} {experts.width}",
+            "a gate can start as the router's row only if both read the same input",
+            remedy,
+        )
+    return router.weight.detach()[list(indices)].float()
 
 
 def _around(name: str, module: nn.Module, experts: nn.Module, depth: int) -> Iterator[tuple[str, nn.Module]]:

@@ -1,14 +1,16 @@
 """A shared and a personal bottleneck expert parallel to each MoE layer, mixed per token by a personal gate.
 
-    y = routed(x) + a_0(x) G(x) + a_1(x) F(x)        a(x) = softmax(W2 sigmoid(W1 x)) in R^2
+    y = routed(x) + a_0(x) G(x) + a_1(x) F(x)        a(x) = softmax(W2 sigmoid(W1 x)) or softmax(W x), in R^2
 
 G is averaged over clients, F and the gate stay. Shapes: T tokens, D expert width, r rank, h gate width.
-Source: pFedMoE (arXiv 2402.01350), in the low-rank form of CoMiGS (arXiv 2409.13931) for language models.
+Source: pFedMoE (arXiv 2402.01350), in the low-rank form of CoMiGS (arXiv 2409.13931) for language models, whose own
+gate is the linear one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -60,24 +62,45 @@ class TokenGate(nn.Module):
         return F.linear(inner, self.W2.to(inner.dtype)).softmax(-1)
 
 
+class LinearGate(nn.Module):
+    """softmax(W x): a token's weights of the shared and the personal expert.
+
+    Args:
+        width: ``D``.
+        generator: Stream for W.
+    """
+
+    def __init__(self, width: int, generator: Generator) -> None:
+        super().__init__()
+        self.W = uniform_matrix(2, width, generator)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return ``[T, 2]``, as ``TokenGate`` does."""
+        return F.linear(hidden, self.W.to(hidden.dtype)).softmax(-1)
+
+
 class GatedPair(nn.Module):
     """The two experts and the gate of one MoE layer.
 
     Args:
         experts: The layer's experts module.
         rank, scale: Rank and output factor of both experts.
-        gate_width: ``h``.
+        gate_width: ``h``; None makes the gate linear.
         generator: Stream for shared expert, personal expert and gate, in this order.
     """
 
     def __init__(
-        self, experts: LayerExperts, rank: int, scale: float, gate_width: int, generator: Generator
+        self, experts: LayerExperts, rank: int, scale: float, gate_width: int | None, generator: Generator
     ) -> None:
         super().__init__()
         self.experts = experts
         self.shared = Bottleneck(experts.width, rank, scale, generator)
         self.personal = Bottleneck(experts.width, rank, scale, generator)
-        self.gate = TokenGate(experts.width, gate_width, generator)
+        self.gate: nn.Module = (
+            LinearGate(experts.width, generator)
+            if gate_width is None
+            else TokenGate(experts.width, gate_width, generator)
+        )
         self.to(experts.device)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -94,7 +117,7 @@ class GatedAdapters(Part):
         experts: The base's experts modules, from ``find_experts``; each gets a pair.
         rank: r of both experts.
         alpha: Scaling numerator: an expert's output is multiplied by alpha / rank.
-        gate_width: h, width of the gate's inner layer.
+        gate_width: h, width of the gate's inner layer; None makes the gate linear.
         generator: Stream for all initial values.
     """
 
@@ -104,7 +127,7 @@ class GatedAdapters(Part):
         *,
         rank: int = 8,
         alpha: float = 16.0,
-        gate_width: int = 8,
+        gate_width: int | None = 8,
         generator: Generator | None = None,
     ) -> None:
         super().__init__()
@@ -120,3 +143,15 @@ class GatedAdapters(Part):
         """Attach every pair to its layer's experts."""
         for pair in self:
             yield self.beside(pair.experts, pair)
+
+    @contextmanager
+    def shared_alone(self) -> Iterator[None]:
+        """Fix the gate to (1, 0) inside the block: G alone, at full weight."""
+
+        def all_to_shared(_gate: nn.Module, _args: object, weights: Tensor) -> Tensor:
+            return weights.new_tensor([1.0, 0.0]).expand_as(weights)
+
+        with ExitStack() as stack:
+            for pair in self:
+                stack.callback(pair.gate.register_forward_hook(all_to_shared).remove)
+            yield

@@ -37,10 +37,11 @@ class Graft(nn.Module):
         indices: The k pretrained experts to start from, all different.
         rank: LoRA rank of the personal experts, or ``"full"`` for trainable copies.
         alpha: LoRA scaling numerator; not used by ``"full"``.
-        gate_bias: Initial logit of the gate; with 0 the gate starts at sigmoid(0) = 0.5.
+        gate_bias: Initial bias of the gate; with a weight of zero, a bias of 0 starts it at sigmoid(0) = 0.5.
         generator: Stream for LoRA's A.
         scales: k constant factors on the personal experts' outputs; None means 1 for each.
         silent: Start the personal experts with outputs of zero; for ``"full"`` only.
+        gate_weight: Initial weight of the gate ``[k, D]``; None means zero.
     """
 
     def __init__(
@@ -53,12 +54,14 @@ class Graft(nn.Module):
         generator: Generator,
         scales: Sequence[float] | None = None,
         silent: bool = False,
+        gate_weight: Tensor | None = None,
     ) -> None:
         super().__init__()
         _check_indices(experts, indices)
         self.experts, self.indices = experts, tuple(indices)
         self.scales = _checked_scales(experts, indices, scales)
-        self.graft_gate_weight = nn.Parameter(torch.zeros(len(indices), experts.width))
+        start = torch.zeros(len(indices), experts.width) if gate_weight is None else gate_weight
+        self.graft_gate_weight = nn.Parameter(start.detach().clone())
         self.graft_gate_bias = nn.Parameter(torch.full((len(indices),), float(gate_bias)))
         self.personal = nn.ModuleList(personal_expert(experts, i, rank, alpha, generator) for i in indices)
         for expert in self.personal if silent else ():
@@ -97,6 +100,7 @@ class Grafts(Part):
         rank, alpha, gate_bias, generator: See ``Graft``.
         scales: Constant factors of the personal experts' outputs; modules that are not named have 1.
         silent: See ``Graft``.
+        gate_weights: The gates' initial weights ``[k, D]``; modules that are not named have zero.
 
     Raises:
         GraftError: ``choice`` names a module or an expert that the base does not have, or ``scales`` does not fit
@@ -114,13 +118,14 @@ class Grafts(Part):
         generator: Generator | None = None,
         scales: Scales | None = None,
         silent: bool = False,
+        gate_weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         generator = generator or torch.Generator().manual_seed(0)
         by_name = {e.name: e for e in experts}
         if unknown := sorted(choice.keys() - by_name.keys()):
             raise GraftError(f"choice names {unknown}", f"experts modules are {sorted(by_name)}", "select again")
-        scales = scales or {}
+        scales, gate_weights = scales or {}, gate_weights or {}
         if stray := sorted(scales.keys() - choice.keys()):
             raise GraftError(
                 f"scales name {stray}", f"the grafted modules are {sorted(choice)}", "scale only these"
@@ -129,7 +134,15 @@ class Grafts(Part):
         self.layers = nn.ModuleDict(
             {
                 key(name): Graft(
-                    by_name[name], choice[name], rank, alpha, gate_bias, generator, scales.get(name), silent
+                    by_name[name],
+                    choice[name],
+                    rank,
+                    alpha,
+                    gate_bias,
+                    generator,
+                    scales.get(name),
+                    silent,
+                    gate_weights.get(name),
                 )
                 for name in by_name
                 if name in choice

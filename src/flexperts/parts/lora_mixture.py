@@ -137,8 +137,8 @@ class LoraMixture(Part):
     def balance_loss(self) -> Tensor:
         """Return the load-balance loss of the last forward pass in training mode, and forget it.
 
-        It has Switch's form over the experts in use, as a mean over layers: E * sum_e f_e P_e, where f_e is the
-        share of tokens whose best expert is e and P_e the mean of softmax's value for e; 1 is even. Padding counts.
+        It is the authors' release's: the sum over layers of E * sum_e f_e P_e, where f_e is expert e's share of all
+        choices (``top_k`` a token) and P_e the mean of softmax's value for e. An even layer adds 1. Padding counts.
         """
         if not self._balance:
             raise GraftError(
@@ -147,7 +147,7 @@ class LoraMixture(Part):
                 "attach the part and run a forward pass in training mode first",
             )
         losses, self._balance = list(self._balance.values()), {}
-        return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+        return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
 
     def hooks(self) -> Iterator[Removable]:
         """Add every mixture to its module's output."""
@@ -155,25 +155,27 @@ class LoraMixture(Part):
             yield module.register_forward_hook(self._hook(name))
 
     def _hook(self, name: str) -> Any:
-        mixture = self.sites[key(name)]
+        mixture = self.mixture(name)
 
         def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if not self.enabled:
                 return output
             delta, routing = mixture(args[0].to(output.dtype))
             if module.training:
-                self._balance[name] = _balance(routing)
+                self._balance[name] = _balance(routing, mixture.top_k)
             total: Tensor = output + self.scale * delta.to(output.dtype)
             return total
 
         return add
 
 
-def _balance(routing: Tensor) -> Tensor:
-    """Return E * sum_e f_e P_e of one layer's ``routing [..., E]``."""
+def _balance(routing: Tensor, top_k: int) -> Tensor:
+    """Return E * sum_e f_e P_e of one layer's ``routing [..., E]``; f_e counts each token's ``top_k`` best."""
     flat = routing.flatten(0, -2)
-    share = F.one_hot(flat.argmax(-1), flat.shape[-1]).float().mean(0)
-    loss: Tensor = flat.shape[-1] * (share * flat.mean(0)).sum()
+    E = flat.shape[-1]
+    chosen = flat.topk(min(top_k, E), dim=-1).indices
+    share = F.one_hot(chosen, E).float().mean((0, 1))
+    loss: Tensor = E * (share * flat.mean(0)).sum()
     return loss
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flexperts.communication.average import checked
 from flexperts.communication.compression import Packed
-from flexperts.communication.messages import Update
+from flexperts.communication.messages import DERIVED, Update
 from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError
 from flexperts.methods.kit.method import Method
@@ -105,6 +105,8 @@ def protect(
     active = [protection for protection in protections(config) if _overrides(protection, "outgoing")]
     if not (trained.size and active):
         return Outgoing(trained)
+    if received.manifest != trained.manifest:  # derived values of a broadcast do not come back
+        received = Payload.of({n: t for n, t in received.tensors().items() if not n.startswith(DERIVED)})
     trained.check(received.manifest, client)
     change, packed = trained.vector - received.vector, None
     for protection in active:

@@ -105,24 +105,34 @@ def test_gradient_reaches_all_that_the_tokens_use(model: Any) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_balance_loss_by_hand(model: Any) -> None:
-    held = (1, 4, 6)
-    mixture = mixture_of(model, held)
+def test_balance_loss_by_hand_is_a_sum_over_layers_of_both_choices() -> None:
+    """The release: E sum_e f_e P_e with f_e over all top-2 choices, added up over the adapted layers."""
+    torch.manual_seed(0)
+    layers: Any = nn.ModuleList([nn.Linear(6, 5), nn.Linear(6, 4), nn.Linear(6, 3)]).requires_grad_(False)
+    held = {"0": (1, 4, 6), "1": (0, 2, 3, 7), "2": (5, 1)}
+    mixture = LoraMixture(layers, held, pool=8, rank=2, seed=7)
     disturb(mixture)
-    p, hidden = parameters(mixture), torch.randn(1, 5, 6, generator=torch.Generator().manual_seed(3))
-    shares = [routing(p, x, held) for x in hidden[0]]
-    best = [max(s, key=lambda e, s=s: s[e]) for s in shares]
-    assert len(set(best)) > 1
-    expected = 3 * sum(best.count(e) / 5 * sum(s[e] for s in shares) / 5 for e in held)
+    hidden, expected = torch.randn(1, 5, 6, generator=torch.Generator().manual_seed(3)), []
+    for name, experts in held.items():
+        start = f"sites.{name}."
+        p = {n.removeprefix(start): t.detach() for n, t in mixture.named_parameters() if n.startswith(start)}
+        shares = [routing(p, x, experts) for x in hidden[0]]
+        chosen = [e for s in shares for e in sorted(s, key=lambda e, s=s: -s[e])[:2]]
+        E, T = len(experts), len(shares)
+        expected.append(E * sum(chosen.count(e) / (2 * T) * sum(s[e] for s in shares) / T for e in experts))
+    assert expected[2] == pytest.approx(1.0)  # both experts are always chosen
+    assert abs(expected[0] - expected[1]) > 1e-3
     mixture.attach()
-    model.train()
-    model.body.proj(hidden)
+    layers.train()
+    for layer in layers:
+        layer(hidden)
     loss = mixture.balance_loss()
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert loss.item() == pytest.approx(sum(expected), rel=1e-5)
     loss.backward()
-    gradients = {n: g.grad for n, g in mixture.named_parameters()}
-    assert gradients[f"sites.body/proj.experts.{best[0]}.A"].abs().sum() > 0
-    assert gradients["sites.body/proj.projection"].abs().sum() > 0
+    for name in ("0", "1"):
+        projection = mixture.mixture(name).projection
+        assert projection.grad is not None
+        assert projection.grad.abs().sum() > 0
 
 
 def test_balance_loss_is_even_at_one_and_is_forgotten(model: Any) -> None:

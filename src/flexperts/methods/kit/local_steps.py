@@ -1,15 +1,18 @@
-"""Building blocks of local training: two phases, a proximal term, a test for an untrained adapter."""
+"""Building blocks of local training: phases, a proximal term, a balance loss, a test for an untrained adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
+from flexperts.data.prompts import Example
 from flexperts.methods.kit.turn import Turn
-from flexperts.training.local import StepHooks, TrainResult, joined
+from flexperts.training.local import LocalSettings, Objective, StepHooks, TrainResult, joined
 
 
 def personal_then_shared(turn: Turn, share: float, hooks: StepHooks | None = None) -> TrainResult:
@@ -52,3 +55,22 @@ def proximal(
         return mu / 2 * torch.stack(terms).sum()
 
     return penalty
+
+
+class Balancing(Protocol):
+    """What tells how unevenly the last forward pass used its experts."""
+
+    def balance_loss(self) -> Tensor:
+        """Return the loss, a scalar."""
+
+
+def balanced(objective: Objective, experts: Balancing, weight: float) -> Objective:
+    """Return the objective with the balance loss in its gradient only; its value does not change."""
+
+    def parts(model: nn.Module, rows: Sequence[Example], settings: LocalSettings) -> Iterator[Tensor]:
+        count = math.ceil(len(rows) / settings.training.rows_per_pass)
+        for part in objective(model, rows, settings):
+            extra = weight / count * experts.balance_loss()
+            yield part + (extra - extra.detach())
+
+    return parts

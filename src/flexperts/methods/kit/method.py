@@ -60,8 +60,8 @@ class Method:
     one_global: ClassVar[bool] = True
     """Whether all clients have the same global model."""
     additive: ClassVar[bool] = True
-    """Whether a reply holds all broadcast weights after training, for averaging by rows. Clipping, noise,
-    compression and robust aggregation need such replies."""
+    """Whether a reply holds all broadcast weights after training, for averaging by rows; ``derived.`` values of a
+    broadcast do not come back. Clipping, noise, compression and robust aggregation need such replies."""
     sends_back: ClassVar[bool] = False
     """Whether a broadcast holds the replies of the rounds before, and so is as large as they are together."""
     settles: ClassVar[bool] = False

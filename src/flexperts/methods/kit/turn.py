@@ -130,6 +130,8 @@ class Turn:
         settings: LocalSettings | None = None,
         hooks: StepHooks | None = None,
         objective: Objective | None = None,
+        trains: Callable[[str], bool] = lambda name: True,
+        examples: Sequence[Example] | None = None,
     ) -> TrainResult:
         """Train the given groups on the client's rows; the other group is frozen.
 
@@ -138,18 +140,20 @@ class Turn:
             settings: Local settings; None takes the round's.
             hooks: The method's additions to every step.
             objective: The loss; None takes the turn's.
+            trains: Which parameters of the groups train, by name.
+            examples: The rows; None takes all train rows.
         """
         groups = replace(
             self.split,
-            shared=self.split.shared if shared else {},
-            personal=self.split.personal if personal else {},
+            shared={n: p for n, p in self.split.shared.items() if shared and trains(n)},
+            personal={n: p for n, p in self.split.personal.items() if personal and trains(n)},
         )
         settings, objective = settings or self.settings, objective or self.objective
         with _only(self.split.trained, groups.trained):
             return train_local(
                 self.model,
                 groups,
-                self.site.examples,
+                self.site.examples if examples is None else examples,
                 settings,
                 self.stream,
                 self.on_step,
