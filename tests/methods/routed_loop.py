@@ -34,7 +34,7 @@ STEPS, RATE, SCALE, SITES = 2, 4.0, 16.0, "mixture.sites."
 
 
 class Routed(nn.Module):
-    """y = W x + s sum_k w_k B_{e(k)} A_{e(k)} x, slot by slot; s = alpha / rank is large, so that a few steps matter."""
+    """y = W x + s sum_k w_k B_{e(k)} A_{e(k)} x, slot by slot; s is large, so that a few steps matter."""
 
     def __init__(
         self, linear: nn.Module, tensors: Mapping[str, Tensor], start: str, slots: Sequence[int], best: int

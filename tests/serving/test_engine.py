@@ -58,7 +58,7 @@ MIXABLE = {
 OWN = {
     "adapted experts": ("graft.place=in_place",),
     "weights by prompt": ("method.name=feddpa_t",),
-    "weights by token": ("method.name=fedalt",),
+    "weights by token": ("method.name=fedalt", "lora.alpha=128"),
 }
 
 

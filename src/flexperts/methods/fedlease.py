@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
@@ -23,7 +24,7 @@ from flexperts.errors import ConfigError
 from flexperts.methods.kit.method import Method, State
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.kit.turn import Site, Turn
-from flexperts.parameters.vector import Manifest, Payload
+from flexperts.parameters.vector import Manifest, Payload, copy_tensors
 from flexperts.parts.part import Part
 from flexperts.parts.routed_lora import RoutedLora
 from flexperts.training.local import TrainResult
@@ -119,11 +120,11 @@ class FedLEASE(Method):
         assert isinstance(mixture, RoutedLora)
         if not turn.received:
             if turn.memory:
-                turn.load(turn.memory, _pairs(turn.split.shared))
+                copy_tensors(turn.memory, _pairs(turn.split.shared))
             mixture.activate([0], 1)
             return
         held = {n: p.detach() for n, p in (*turn.split.shared.items(), *turn.split.frozen.items())}
-        turn.load(turn.received, {n: held[n][: len(t)] for n, t in turn.received.items() if n in held})
+        copy_tensors(turn.received, {n: held[n][: len(t)] for n, t in turn.received.items() if n in held})
         slots = max(len(t) for n, t in turn.received.items() if n.endswith(_ROUTER))
         experts = (slots + 1) // 2
         mixture.activate([*range(experts), *[0] * (experts - 1)], experts)
@@ -246,7 +247,7 @@ def direction(tensors: Mapping[str, Tensor]) -> Tensor:
         tensors: One client's LoRA; a B that is zero has cosine 0 with every other.
     """
     layers = [F.normalize(tensors[n].double().flatten(), dim=0) for n in sorted(tensors) if n.endswith(f"{_OWN}B")]
-    return torch.cat(layers) / len(layers) ** 0.5
+    return torch.cat(layers) / math.sqrt(len(layers))
 
 
 def clusters(distances: NDArray[np.float64], most: int) -> list[int]:

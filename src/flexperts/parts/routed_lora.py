@@ -53,7 +53,7 @@ class RoutedLayer(nn.Module):
         low = F.linear(F.dropout(hidden, dropout), stacked_A.to(hidden.dtype))
         if len(slots) > 1:
             weights = self._weights(hidden, [used.index(e) for e in slots], best).to(low.dtype)
-            low = (low.unflatten(-1, (len(used), -1)) * weights.unsqueeze(-1)).flatten(-2)
+            low = (torch.unflatten(low, -1, (len(used), -1)) * weights.unsqueeze(-1)).flatten(-2)
         return F.linear(low, stacked_B.to(low.dtype))
 
     def _weights(self, hidden: Tensor, places: Sequence[int], best: int) -> Tensor:
