@@ -31,6 +31,8 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
 RANKS = "{clinic = 2, help_desk = 4, law_firm = 8, shop = 8}"
 
 SETTINGS: dict[str, tuple[str, ...]] = {
+    # Of the quick start's three rounds.
+    "fedlease": ("method.options={warmup_rounds=1}",),
     # Plain SGD needs another step than AdamW; gradients are clipped to norm 1.
     "scaffold": ("training.optimizer=sgd", "training.lr=0.5"),
     "flora": (f"method.options={{ranks = {RANKS}}}",),

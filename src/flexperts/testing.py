@@ -33,7 +33,10 @@ VOCABULARY: int = _TINY["common"]["vocab_size"]
 FAMILIES: dict[str, dict[str, Any]] = _TINY["families"]
 """Model type -> the settings of its tiny config besides the common ones, for every supported MoE language model."""
 
-METHOD_SETTINGS: dict[str, tuple[str, ...]] = {"scaffold": ("training.optimizer=sgd", "training.lr=0.5")}
+METHOD_SETTINGS: dict[str, tuple[str, ...]] = {
+    "fedlease": ("method.options={warmup_rounds=1}",),
+    "scaffold": ("training.optimizer=sgd", "training.lr=0.5"),
+}
 """Method -> the overrides without which it refuses to run."""
 
 

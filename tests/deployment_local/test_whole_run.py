@@ -24,6 +24,7 @@ from flexperts.recipe import load_silo
 from flexperts.server.checkpoint import load_server
 from flexperts.server.serve import serve
 from flexperts.studies.collect import collect_run
+from flexperts.testing import METHOD_SETTINGS
 
 from .asking import serving, through_relay
 
@@ -40,13 +41,13 @@ def silo_at(folder: Path, rows: Path, base: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("method", ["flex", "feddpa_t"])
+@pytest.mark.parametrize("method", ["flex", "feddpa_t", "fedalt", "fedlease"])
 def test_workers_and_one_process_end_alike(
     recipe: Callable[..., RunConfig], tmp_path: Path, rows: Path, tiny_base: Path, method: str
 ) -> None:
     files = {name: f"{{train = '{rows}/{name}/train.jsonl', test = '{rows}/{name}/test.jsonl'}}" for name in SILOS}
-    clients = ", ".join(f"{name} = {sides}" for name, sides in files.items())
-    config = recipe(f"data={{clients = {{{clients}}}}}", f"method.name={method}", *SHORT)
+    clients, more = ", ".join(f"{name} = {sides}" for name, sides in files.items()), METHOD_SETTINGS.get(method, ())
+    config = recipe(f"data={{clients = {{{clients}}}}}", f"method.name={method}", *more, *SHORT)
     summary = run_federation(config, tmp_path / "one")
     paths = {name: silo_at(tmp_path / name, rows, tiny_base) for name in SILOS}
     handed = at_silos(config)

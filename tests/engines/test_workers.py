@@ -30,6 +30,8 @@ VARIANTS = {
     "fedavg": ("method.name=fedavg",),
     "scaffold": ("method.name=scaffold", "training.optimizer=sgd", "training.lr=0.05"),
     "fedsa_lora": ("method.name=fedsa_lora",),
+    "fedalt": ("method.name=fedalt", "federation.participation=0.5"),
+    "fedlease": ("method.name=fedlease", "method.options={warmup_rounds=1}", "federation.participation=0.5"),
     "compressed": ("compression.kind=int8",),
     "robust": ("federation.aggregation=median",),
 }

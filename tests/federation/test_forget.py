@@ -15,7 +15,9 @@ from flexperts.artifacts import RunDirectory
 from flexperts.cli.main import app
 from flexperts.config.run import RunConfig
 from flexperts.errors import ArtifactError, FederationError, FlexpertsError
+from flexperts.methods.fedalt import FedALT
 from flexperts.methods.fedamole import FedAMoLE
+from flexperts.methods.fedlease import FedLEASE
 from flexperts.methods.fedmoe_da import FedMoEDA, _mix_experts, mixing
 from flexperts.methods.flora import FLoRA
 from flexperts.methods.hetlora import HetLoRA
@@ -166,3 +168,19 @@ def test_experts_are_assigned_to_the_clients_that_there_are(round: int) -> None:
     with pytest.raises(FlexpertsError, match="holders over 9 clients"):
         change_clients(method, server, many, dict.fromkeys(many), "")
     assert sorted(server.clients) == ["a", "c", "d", "e"]
+
+
+def test_pairs_and_clusters_of_the_departed_are_forgotten() -> None:
+    pair = Payload.of({"mixture.sites.l.experts.1.A": torch.ones(1, 2)})
+    alt = state(pair)
+    for client, level in zip("abc", (1.0, 2.0, 6.0), strict=True):
+        alt.memory[f"last.{client}"] = torch.full((2,), level)
+    without(FedALT(), alt, "b")
+    assert [n for n in alt.memory if n.startswith("last.")] == ["last.a", "last.c"]
+    assert FedALT().broadcast(alt, "d").vector.tolist() == [3.5, 3.5]
+    assert FedALT().broadcast(alt, "a").vector.tolist() == [6, 6]
+    lease = state(cluster__a=0, cluster__b=1, centre__0=torch.ones(1), centre__1=torch.ones(1))
+    lease.memory |= {f"expert.{j}.x": torch.full((1,), float(j)) for j in range(2)}
+    without(FedLEASE(), lease, "b")
+    assert lease.memory.keys() == {"cluster.a", "centre.0", "centre.1", "expert.0.x", "expert.1.x"}
+    assert FedLEASE().broadcast(lease, "b").size == 0

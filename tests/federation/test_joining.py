@@ -37,11 +37,14 @@ NEW = {f"{kind}/shop.{end}" for kind, end in (
     ("personal", "safetensors"), ("selection", "json"), ("predictions", "jsonl"), ("joined", "json"),
 )}  # fmt: skip
 OWN_PARTS = {
-    "comigs", "ditto", "feddpa_f", "feddpa_t", "fedper", "fedrep", "fedsa_lora", "flex", "local", "local_lora",
+    "comigs", "ditto", "fedalt", "feddpa_f", "feddpa_t", "fedper", "fedrep", "fedsa_lora", "flex", "local",
+    "local_lora",
     "pfedmoe_style",
 }  # fmt: skip
 """Methods whose clients train something that never leaves them."""
-WITHOUT_GLOBAL = {"fedamole", "zero_shot"}
+TRAINS_WHAT_IS_SENT = {"fedalt"}
+"""Of these, those whose newcomer also trains the values that a participant sends; its own stay with it."""
+WITHOUT_GLOBAL = {"fedamole", "fedlease", "zero_shot"}
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -243,8 +246,8 @@ def test_a_method_takes_a_newcomer_or_refuses_it_by_name(
 ) -> None:
     """Shared weights are those that were received, bit for bit, before and after; every personal part learns."""
     small = ("federation.rounds=1", "training.local_steps=1", "evaluation.rows=1", "evaluation.max_new_tokens=1")
-    pool = ("method.options.experts=4",) if name == "fedamole" else ()
-    config = recipe_of(tiny_base, silos, *small, *VARIANTS[name], *pool)
+    needed = {"fedamole": ("method.options.experts=4",), "fedlease": ("federation.rounds=2",)}.get(name, ())
+    config = recipe_of(tiny_base, silos, *small, *VARIANTS[name], *needed)
     run_federation(config, tmp_path / "run", workspace=workspace.for_run(config))
     seen, before = watched(monkeypatch, config.method.name), content(tmp_path / "run")
     shop, common = silos / "shop", {"name": "shop", "steps": 2, "workspace": workspace}
@@ -257,11 +260,16 @@ def test_a_method_takes_a_newcomer_or_refuses_it_by_name(
         assert content(tmp_path / "run") == before
         return
     record = join(tmp_path / "run", shop / "train.jsonl", **common)
-    assert differing(seen["before"][0], seen["after"][0]) == set()
-    assert differing(seen["after"][0], dict(seen["received"])) == set()
     learned = differing(seen["before"][1], seen["after"][1])
     assert learned
     tensors, meta = load_personal(tmp_path / "run" / "personal" / "shop.safetensors")
+    if name in TRAINS_WHAT_IS_SENT:
+        kept = {n.removeprefix("memory."): t for n, t in tensors.items() if n.startswith("memory.")}
+        assert differing(seen["before"][0], seen["after"][0])
+        assert differing(seen["after"][0], kept) == set()
+    else:
+        assert differing(seen["before"][0], seen["after"][0]) == set()
+        assert differing(seen["after"][0], dict(seen["received"])) == set()
     assert differing({n: t for n, t in tensors.items() if n in seen["after"][1]}, seen["after"][1]) == set()
     assert meta.shared == record["shared"]
     run = TrainedRun(tmp_path / "run", workspace.for_run(config))

@@ -34,7 +34,7 @@ VARIANTS = {name: (f"method.name={name}", *METHOD_SETTINGS.get(name, ())) for na
     "fedavg, half of the clients": ("method.name=fedavg", "federation.participation=0.5"),
 }
 GROUPS = {"attention LoRA A", "attention LoRA B", "experts", "routers", "gates"}
-INEXACT = {"hetlora": "bound", "fedamole": "mean"}
+INEXACT = {"hetlora": "bound", "fedlease": "bound", "fedamole": "mean"}
 
 
 @pytest.fixture(scope="module")

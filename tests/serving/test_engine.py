@@ -59,6 +59,7 @@ MIXABLE = {
 OWN = {
     "adapted experts": ("graft.place=in_place",),
     "weights by prompt": ("method.name=feddpa_t",),
+    "weights by token": ("method.name=fedalt", "lora.alpha=128"),
 }
 
 

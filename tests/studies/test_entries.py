@@ -26,6 +26,7 @@ seeds = 2
 [compare.variants]
 strong = ["method.options.mu=9", "training.lr=0.002"]
 other = ["method.name=fedavgm", "method.options.momentum=0.5"]
+fedlease = ["method.options={warmup_rounds=1}"]
 scaffold = ["training.optimizer=sgd", "training.lr=0.5"]
 """
 

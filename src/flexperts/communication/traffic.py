@@ -134,4 +134,4 @@ def tensor_group(name: str) -> str:
     if any(word == "gate" or word.startswith("graft_gate") for word in words):
         return "gates"
     # The projection that chooses among a mixture's experts counts as a router.
-    return "routers" if words[-1:] == ["projection"] else _PARTS.get(part, part)
+    return "routers" if words[-1:] in (["projection"], ["router"]) else _PARTS.get(part, part)

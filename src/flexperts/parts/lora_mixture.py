@@ -110,7 +110,7 @@ class LoraMixture(Part):
         self.sites = nn.ModuleDict()
         for name, module in self._linears.items():
             _check_held(name, held[name], pool)
-            mixture = LayerMixture(name, (rank, *_sizes(name, module)), held[name], seed, top_k)
+            mixture = LayerMixture(name, (rank, *linear_sizes(name, module)), held[name], seed, top_k)
             self.sites[key(name)] = mixture.to(next(module.parameters()).device)
 
     @property
@@ -183,7 +183,12 @@ def _linear(hidden: Tensor, weight: Tensor) -> Tensor:
     return F.linear(hidden, weight.to(hidden.dtype))
 
 
-def _sizes(name: str, module: nn.Module) -> tuple[int, int]:
+def linear_sizes(name: str, module: nn.Module) -> tuple[int, int]:
+    """Return (in, out) of a Linear layer.
+
+    Raises:
+        GraftError: The module is not a Linear layer.
+    """
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if not isinstance(sizes[0], int) or not isinstance(sizes[1], int):
         raise GraftError(

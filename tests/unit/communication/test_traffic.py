@@ -151,6 +151,7 @@ GROUPS = {
     f"router.{EXPERTS}": "routers",
     "mixture.sites.model/layers/0/self_attn/q_proj.experts.1.A": "experts",
     "mixture.sites.model/layers/0/self_attn/q_proj.projection": "routers",
+    "mixture.sites.model/layers/0/self_attn/q_proj.router": "routers",
     f"derived.router_rows.{EXPERTS}": "derived router rows",
     f"derived.control.{LORA.format('A')}": "derived control",
     f"derived.stack.1.{LORA.format('B')}": "derived stack",

@@ -17,6 +17,8 @@ from flexperts.testing import save_tiny_base, tiny_model
 D, I, N, LAYERS = 32, 16, 4, 2  # noqa: E741
 LORA = LAYERS * 8 * ((D + D) + (D + 16) + (D + 16))
 EXPERT = 3 * D * I
+SITES = 3 * LAYERS
+WAYS = ("uplink", "downlink")
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +75,24 @@ def test_a_stack_grows_with_the_clients_of_the_round_before(tiny: str) -> None:
     assert flora.downlink == pytest.approx(4 * LORA * 10 / 3)
 
 
+def test_experts_are_planned_as_if_there_were_most(tiny: str) -> None:
+    """Rounds 1 and 2 of the warm-up send nothing and the pair, later ones the pair and 2M - 1 router rows."""
+    rounds, options = "federation.rounds=5", "method.options={warmup_rounds=2, max_experts=3}"
+    for clients, experts in ((8, 3), (2, 2)):
+        (planned,) = plan(tiny, ["fedlease"], [rounds, options], clients=clients).methods
+        up, down = ([{sum(g.values()) for g in getattr(r, way).values()} for r in planned.rounds] for way in WAYS)
+        routers = 4 * SITES * D * (2 * experts - 1)
+        assert up == [{0}, {4 * LORA}, *[{4 * LORA + routers}] * 3]
+        assert down == [{0}, {0}, *[{4 * LORA * experts + routers}] * 3]
+        assert "max_experts" in planned.note
+
+
 def test_all_methods_are_planned_or_refused_with_a_reason(tiny: str) -> None:
     made = plan(tiny, ["all"])
     assert {m.method for m in made.methods} | made.refused.keys() == set(method_names())
-    assert made.refused.keys() == {"scaffold"}
+    assert made.refused.keys() == {"fedlease", "scaffold"}
     assert "SGD" in made.refused["scaffold"]
+    assert "set federation.rounds to 6 or more" in made.refused["fedlease"]
 
 
 def test_a_plan_is_json(tiny: str) -> None:

@@ -63,7 +63,8 @@ class Method:
     """Whether a reply holds all broadcast weights after training, for averaging by rows; ``derived.`` values of a
     broadcast do not come back. Clipping, noise, compression and robust aggregation need such replies."""
     sends_back: ClassVar[bool] = False
-    """Whether a broadcast holds the replies of the rounds before, and so is as large as they are together."""
+    """Whether a broadcast's tensors depend on the replies of earlier rounds; a plan then combines replies that have
+    only sizes."""
     settles: ClassVar[bool] = False
     """Whether a state needs the values that ``settle`` computes from the client's train rows."""
     report_type: ClassVar[Any] = None
