@@ -44,6 +44,8 @@ FLEX: dict[str, tuple[str, ...]] = {
     "flex, last layer": ("graft.layers=[-1]",),
     "flex, gate nearly closed": ("graft.gate_bias=-4.0",),
     "flex, silent start": ("graft.start=silent",),
+    "flex, differences": ("graft.output=difference", "graft.experts=2"),
+    "flex, shared and personal differences": ("graft.output=difference", "graft.sharing=both", "graft.rank=2"),
     "flex, dropout": ("graft.dropout=0.5",),
     "flex, alternating": ('method.options={phases="alternating"}',),
     "flex, pull": ("method.options={pull=0.1}",),

@@ -91,6 +91,7 @@ def exact(done: Export) -> None:
         (("flex",), "clinic"),
         (("flex", *K2), "shop"),
         (("flex", "graft.sharing=both"), "clinic"),
+        (("flex", "graft.output=difference", "graft.experts=2"), "shop"),
         (("local",), "clinic"),
     ],
 )

@@ -142,6 +142,7 @@ def _grafts(site: Site, choice: Mapping[str, Sequence[int]], scales: Scales, str
         gate_bias=graft.gate_bias,
         scales=scales or None,
         silent=graft.start == "silent",
+        difference=graft.output == "difference",
         generator=stream,
     )
 
