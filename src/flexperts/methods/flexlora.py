@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
-from torch import Tensor
-
 from flexperts.communication.messages import Update
-from flexperts.methods.kit.ranks import RankedMethod, by_rows, factors, named, stacked
+from flexperts.methods.kit.ranks import RankedMethod, by_rows, factors, named, truncated_mean
 from flexperts.methods.kit.server_state import Server
 from flexperts.parameters.vector import Payload
 
@@ -34,26 +31,4 @@ class FlexLoRA(RankedMethod):
 
     def aggregate(self, server: Server, updates: Iterable[Update]) -> None:
         """Average the products and keep their best factors at full rank."""
-        current = factors(server.shared.tensors())
-        new = {layer: truncated(A, B, current[layer]) for layer, (A, B) in stacked(by_rows(updates)).items()}
-        server.shared = Payload.of(named(new))
-
-
-def truncated(A: Tensor, B: Tensor, last: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the factors V^T and U S of B A at the rank of ``last``; rows of its A fill up a lower rank.
-
-    B A = Q_b R_b (Q_a R_a)^T = Q_b (R_b R_a^T) Q_a^T: the SVD of the small middle matrix is enough.
-
-    Args:
-        A: ``[R, in]``.
-        B: ``[out, R]``.
-        last: A ``[r, in]`` and B ``[out, r]`` of the round before.
-    """
-    basis_out, triangle_out = torch.linalg.qr(B.double())
-    basis_in, triangle_in = torch.linalg.qr(A.double().T)
-    U, S, Vt = torch.linalg.svd(triangle_out @ triangle_in.T, full_matrices=False)
-    rank = min(len(last[0]), len(S))
-    new_A, new_B = Vt[:rank] @ basis_in.T, basis_out @ (U[:, :rank] * S[:rank])
-    signs = new_A.gather(1, new_A.abs().argmax(1, keepdim=True)).sign()
-    new_A, new_B = (new_A * signs).float(), (new_B * signs.T).float()
-    return torch.cat([new_A, last[0][rank:]]), torch.cat([new_B, torch.zeros_like(last[1][:, rank:])], 1)
+        server.shared = Payload.of(named(truncated_mean(by_rows(updates), factors(server.shared.tensors()))))

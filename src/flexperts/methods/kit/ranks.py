@@ -79,6 +79,34 @@ def stacked(weighted: Sequence[tuple[float, Factors]]) -> Factors:
     }
 
 
+def truncated_mean(weighted: Sequence[tuple[float, Factors]], last: Factors) -> Factors:
+    """Return the best factors of sum_i w_i B_i A_i at the rank of ``last``, the factors of the round before.
+
+    The sum is never formed: see ``truncated``.
+    """
+    return {layer: truncated(A, B, last[layer]) for layer, (A, B) in stacked(weighted).items()}
+
+
+def truncated(A: Tensor, B: Tensor, last: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the factors V^T and U S of B A at the rank of ``last``; rows of its A fill up a lower rank.
+
+    B A = Q_b R_b (Q_a R_a)^T = Q_b (R_b R_a^T) Q_a^T: the SVD of the small middle matrix is enough.
+
+    Args:
+        A: ``[R, in]``.
+        B: ``[out, R]``.
+        last: A ``[r, in]`` and B ``[out, r]`` of the round before.
+    """
+    basis_out, triangle_out = torch.linalg.qr(B.double())
+    basis_in, triangle_in = torch.linalg.qr(A.double().T)
+    U, S, Vt = torch.linalg.svd(triangle_out @ triangle_in.T, full_matrices=False)
+    rank = min(len(last[0]), len(S))
+    new_A, new_B = Vt[:rank] @ basis_in.T, basis_out @ (U[:, :rank] * S[:rank])
+    signs = new_A.gather(1, new_A.abs().argmax(1, keepdim=True)).sign()
+    new_A, new_B = (new_A * signs).float(), (new_B * signs.T).float()
+    return torch.cat([new_A, last[0][rank:]]), torch.cat([new_B, torch.zeros_like(last[1][:, rank:])], 1)
+
+
 def by_rows(updates: Iterable[Update]) -> list[tuple[float, Factors]]:
     """Return every client's weight p_i = n_i / n and its factors, of any rank."""
     arrived = [(update.rows, factors(update.tensors())) for update in checked(updates)]
