@@ -59,7 +59,7 @@ def test_without_extra_rounds_a_finished_run_declares_weights() -> None:
 def test_the_personal_part_trains_alone_on_one_more_cosine(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two rounds and two extra ones of two steps: each cosine is over four steps, from 3e-3 for the personal part."""
+    """Two rounds and two extra ones of two steps: each cosine is over four steps; the last one's peak is 3e-3."""
     seen: list[tuple[set[str], float]] = []
     real = turns.train_local
 

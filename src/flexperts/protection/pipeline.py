@@ -53,7 +53,7 @@ def check_protections(method: Method, config: RunConfig) -> None:
         if not method.additive:
             raise ConfigError(
                 f"{protection.setting} with method {method.name!r}",
-                "it needs a mean of replies that are the sent weights after training, and this method takes no such mean",
+                "it needs a mean of replies that are the sent weights after training; this method has no such mean",
                 f"{protection.off}, or use a method such as 'fedavg', or 'flex' with aggregation = 'factors'",
             )
     for protection in active:
