@@ -16,6 +16,7 @@ from flexperts.config.run import RunConfig
 from flexperts.costs.plan import plan
 from flexperts.engines.run import run_federation
 from flexperts.errors import ConfigError, PrivacyError
+from flexperts.finished.joining import join
 from flexperts.methods.flex import Flex
 from flexperts.methods.kit.turn import Turn
 
@@ -94,12 +95,10 @@ def test_sgd_has_none(recipe: Recipe) -> None:
 
 
 def test_a_client_that_joins_later_stores_none(recipe: Recipe, tmp_path: Path) -> None:
-    from flexperts.finished.joining import join
-
     rows: list[dict[str, Any]] = [{"instruction": f"Say {n}.", "response": f"{n}"} for n in range(6)]
     data = tmp_path / "bank.jsonl"
     data.write_text("\n".join(json.dumps(row) for row in rows))
-    run_federation(recipe(*KEPT, "federation.rounds=1"), tmp_path / "run")
+    run_federation(recipe(*KEPT, "federation.rounds=1", "graft.output=difference"), tmp_path / "run")
     join(tmp_path / "run", data, steps=1)
     personal, moments = stored(tmp_path / "run", "bank")
     assert personal
