@@ -154,6 +154,44 @@ def test_a_low_rank_expert_cannot_start_silent() -> None:
         grafts_of(tiny_model("qwen2_moe"), rank=2, silent=True)
 
 
+def test_a_difference_is_the_base_until_it_has_learnt(model: Any, form: dict[str, Any], ids: torch.Tensor) -> None:
+    before = logits(model, ids)
+    grafts = grafts_of(model, (0, 2), **form, gate_bias=1.0, difference=True).attach()
+    assert torch.equal(logits(model, ids), before)
+    model(input_ids=ids, labels=ids).loss.backward()
+    with torch.no_grad():
+        for _, graft in layers(grafts):
+            for expert in graft.personal:
+                last = expert.down if form["rank"] == "full" else expert.down_lora_B
+                last -= last.grad / last.grad.abs().max()
+    assert not torch.equal(logits(model, ids), before)
+
+
+def test_a_difference_adds_the_gated_change_of_each_expert(family: str, form: dict[str, Any]) -> None:
+    """sum_p c_p g_p(x) (E_p(x) - E_s(x)), with E_s(x) from the experts module itself."""
+    model = tiny_model(family)
+    scales = {e.name: (0.5, 2.0) for e in find_experts(model)}
+    ours = grafts_of(model, (3, 1), **form, scales=scales, difference=True)
+    plain = grafts_of(model, (3, 1), **form, scales=scales)
+    disturb(ours)
+    plain.load_state_dict(ours.state_dict())
+    for (experts, graft), (_, whole) in zip(layers(ours), layers(plain), strict=True):
+        hidden = torch.randn(13, experts.width, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            gates = graft.opening(hidden)
+            frozen = [
+                c * gates[:, p, None] * run_expert(experts, i, hidden, 1.0)
+                for p, (c, i) in enumerate(((0.5, 3), (2.0, 1)))
+            ]
+            torch.testing.assert_close(graft(hidden), whole(hidden) - sum(frozen), rtol=2e-4, atol=1e-5)
+            assert graft(hidden).abs().max() > 1e-3
+
+
+def test_a_difference_with_a_silent_start_is_refused() -> None:
+    with pytest.raises(GraftError, match="would not be zero"):
+        grafts_of(tiny_model("qwen2_moe"), silent=True, difference=True)
+
+
 def test_k_experts_add_up(family: str, form: dict[str, Any]) -> None:
     model = tiny_model(family)
     experts = find_experts(model)[0]

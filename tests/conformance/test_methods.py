@@ -45,9 +45,23 @@ FLEX: dict[str, tuple[str, ...]] = {
     "flex, gate nearly closed": ("graft.gate_bias=-4.0",),
     "flex, gate from the router": ("graft.gate_start=router",),
     "flex, silent start": ("graft.start=silent",),
+    "flex, differences": ("graft.output=difference", "graft.experts=2"),
+    "flex, shared and personal differences": ("graft.output=difference", "graft.sharing=both", "graft.rank=2"),
     "flex, dropout": ("graft.dropout=0.5",),
     "flex, alternating": ('method.options={phases="alternating"}',),
     "flex, pull": ("method.options={pull=0.1}",),
+    "flex, two more rounds": ("method.options={finish=2}", "federation.participation=0.5"),
+    "flex, truncated mean": ('method.options={aggregation="truncated"}', "graft.sharing=both", "graft.rank=2"),
+    "flex, gates of their own rate": ("graft.gate_lr=0.1",),
+    **{
+        f"{method}, kept moments": (f"method.name={method}", "training.personal_moments=kept", *more)
+        for method, more in {
+            "flex": ('method.options={phases="alternating", finish=1}', "graft.dropout=0.5"),
+            "local": ("federation.participation=0.5",),
+            "local_lora": (),
+            "feddpa_t": (),
+        }.items()
+    },
 }
 OTHERS = {
     "comigs, a router that learns in every step": (

@@ -80,6 +80,14 @@ def test_a_run_with_a_killed_worker_equals_one_without_workers(recipe: Recipe, t
     assert workers() == []
 
 
+def test_workers_keep_moments_and_train_after_the_last_round(recipe: Recipe, tmp_path: Path) -> None:
+    settings = ("training.personal_moments=kept", "method.options={finish=1}", "evaluation.max_new_tokens=1")
+    config = recipe(*ONE_THREAD, *settings)
+    run_federation(config, tmp_path / "alone")
+    run_federation(with_workers(config, 2), tmp_path / "together")
+    assert left_in(tmp_path / "together") == left_in(tmp_path / "alone")
+
+
 def test_a_run_of_one_recipe_resumes_with_any_engine(recipe: Recipe) -> None:
     config = recipe(*ONE_THREAD)
     assert with_workers(config, 3).to_toml() == config.to_toml()

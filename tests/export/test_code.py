@@ -23,12 +23,13 @@ OTHER_LAYOUTS = {"dbrx", "jetmoe", "llama4_text"}
 TOKENS = torch.randint(0, VOCABULARY - 4, (2, 12), generator=torch.Generator().manual_seed(3))
 
 
-def grafts_of(model: Any, rank: Any = "full", count: int = 2) -> Grafts:
+def grafts_of(model: Any, rank: Any = "full", count: int = 2, difference: bool = False) -> Grafts:
     """Grafts that have moved away from the pretrained experts, with gates of their own and factors."""
     experts = find_experts(model)
     choice = {e.name: tuple(range(count)) for e in experts}
     scales = {e.name: (0.5, 1.0)[:count] for e in experts}
-    grafts = Grafts(experts, choice, rank=rank, alpha=4.0, gate_bias=0.3, scales=scales)
+    settings: Any = {"rank": rank, "alpha": 4.0, "gate_bias": 0.3, "scales": scales, "difference": difference}
+    grafts = Grafts(experts, choice, **settings)
     stream = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in grafts.parameters():
@@ -70,7 +71,7 @@ def test_the_loaded_folder_computes_what_the_grafted_model_did(family: str, tmp_
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_two_parts_on_one_layer_and_low_ranks_are_written_as_whole_experts(tmp_path: Path, dtype: Any) -> None:
     model = tiny_model("gpt_oss", dtype=dtype)
-    grafts = {"common_graft": grafts_of(model, rank=4), "graft": grafts_of(model, count=1)}
+    grafts = {"common_graft": grafts_of(model, rank=4), "graft": grafts_of(model, count=1, difference=True)}
     reference = logits_of(model, TOKENS)
     for part in grafts.values():
         part.detach()

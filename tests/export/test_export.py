@@ -92,6 +92,7 @@ def exact(done: Export) -> None:
         (("flex", *K2), "shop"),
         (("flex", "graft.sharing=both"), "clinic"),
         (("flex", "graft.gate_start=router"), "clinic"),
+        (("flex", "graft.output=difference", "graft.experts=2"), "shop"),
         (("local",), "clinic"),
     ],
 )
@@ -102,6 +103,9 @@ def test_grafts_are_exported_with_code_and_as_a_mailable_folder(
     exact(export_run(path, tmp_path / "whole", client=client))
     exact(export_run(path, tmp_path / "mail", client=client, form="personal"))
     assert (tmp_path / "whole" / "grafts.py").exists()
+    for folder in ("whole", "mail"):
+        card = (tmp_path / folder / "README.md").read_text()
+        assert ("opens to the difference" in card) is ("graft.output=difference" in settings)
     (_, tokens, whole), (_, _, mailed) = loaded
     assert torch.equal(whole, mailed)
     base = AutoModelForCausalLM.from_pretrained(tiny_base)

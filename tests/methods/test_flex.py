@@ -12,14 +12,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from flexperts.communication.messages import Update
 from flexperts.config.run import RunConfig
 from flexperts.engines.run import run_federation
-from flexperts.errors import ModelError
+from flexperts.errors import ConfigError, ModelError
 from flexperts.methods.flex import Flex
+from flexperts.methods.kit.server_state import Server
+from flexperts.methods.registry import make_method
 from flexperts.parameters.store import load_personal
+from flexperts.parameters.vector import Payload
 from flexperts.parts.expert_adapters import ExpertAdapters
-from flexperts.parts.grafts import Grafts
+from flexperts.parts.grafts import GATES, Grafts
+from flexperts.protection.pipeline import check_protections
 from flexperts.server.checkpoint import load_server
 from flexperts.testing import save_tiny_base
 
@@ -163,3 +170,81 @@ def test_a_personal_graft_does_not_follow_the_common_one_that_starts_alike(recip
     """Equal starts have equal gradients: after a step both would be one, and be sent as the shared one."""
     config = recipe("graft.sharing=both", "training.local_steps=1", "federation.rounds=1", "evaluation.rows=1")
     assert run_federation(config, tmp_path / "run")["bytes"]["personal_sent"] == 0
+
+
+@pytest.mark.parametrize("method", ["flex", "local"])
+def test_gates_train_at_their_own_rate_with_every_method_that_has_them(
+    recipe: Recipe, tmp_path: Path, method: str
+) -> None:
+    """The first step of a run is at the peak rates: groups of parameters by rate, by their shapes."""
+    seen: list[dict[float, set[tuple[int, ...]]]] = []
+
+    def record(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        seen.append({group["lr"]: {tuple(p.shape) for p in group["params"]} for group in optimizer.param_groups})
+
+    handle = register_optimizer_step_pre_hook(record)
+    rates = ("training.lr=0.01", "training.personal_lr=0.02", "graft.gate_lr=0.5")
+    short = ("federation.rounds=1", "training.local_steps=1", "evaluation.max_new_tokens=1")
+    run_federation(recipe(f"method.name={method}", "graft.experts=2", *rates, *short), tmp_path / "run")
+    handle.remove()
+    assert [set(groups) for groups in seen] == [{0.01, 0.02, 0.5} if method == "flex" else {0.02, 0.5}] * 4
+    assert all(groups[0.5] == {(2, 32), (2,)} for groups in seen)
+    assert all((2,) not in groups[rate] for groups in seen for rate in groups if rate != 0.5)
+
+
+def test_a_gate_steps_by_its_rate_times_its_gradient(take_turn: Any) -> None:
+    """SGD: gates at 0.7; the experts they belong to at training.lr = 0.1."""
+    with take_turn() as (method, turn):
+        turn.settings = replace(turn.settings, steps=1, own_lr={GATES: 0.7})
+        before = {n: p.detach().clone() for n, p in turn.split.personal.items()}
+        gradients: dict[str, Tensor] = {}
+        for name, parameter in turn.split.personal.items():
+            parameter.register_hook(lambda g, n=name: gradients.update({n: gradients.get(n, 0) + g}))
+        method.train(turn)
+        for name, parameter in turn.split.personal.items():
+            rate = 0.7 if "graft_gate" in name else 0.1
+            torch.testing.assert_close(
+                parameter.detach(), before[name] - rate * gradients[name], rtol=1e-4, atol=1e-6
+            )
+
+
+TRUNCATED = 'method.options={aggregation="truncated"}'
+
+
+def test_the_truncated_mean_is_the_best_of_its_rank_and_a_common_graft_is_averaged() -> None:
+    """Three clients, rank 2: the dense mean of products by rows, cut by an SVD in float64; the rest by rows."""
+    rows = {"a": 5, "b": 1, "c": 3}
+    layers, graft = ("x.q_proj", "x.v_proj"), "common_graft.layers.0.graft_gate_weight"
+
+    def sent(seed: int) -> dict[str, Tensor]:
+        stream = torch.Generator().manual_seed(seed)
+        shapes = {f"base_model.model.{x}.lora_A.weight": (2, 7) for x in layers}
+        shapes |= {f"base_model.model.{x}.lora_B.weight": (5, 2) for x in layers} | {graft: (1, 7)}
+        return {name: torch.randn(shape, generator=stream) for name, shape in shapes.items()}
+
+    method = Flex(Flex.Options(aggregation="truncated"))
+    server = Server(Payload.of(sent(0)), rows)
+    replies = {client: sent(seed) for seed, client in enumerate(rows, 1)}
+    method.aggregate(server, [Update(c, Payload.of(tensors), rows[c], {}) for c, tensors in replies.items()])
+    new = server.shared.tensors()
+    assert server.shared.manifest == Payload.of(sent(0)).manifest
+    mean = sum(rows[c] / 9 * tensors[graft].double() for c, tensors in replies.items())
+    torch.testing.assert_close(new[graft].double(), mean, rtol=1e-6, atol=1e-6)
+    for layer in layers:
+        A, B = (f"base_model.model.{layer}.lora_{x}.weight" for x in "AB")
+        dense = sum(rows[c] / 9 * (t[B].double() @ t[A].double()) for c, t in replies.items())
+        U, S, Vt = torch.linalg.svd(dense)
+        best = U[:, :2] @ torch.diag(S[:2]) @ Vt[:2]
+        torch.testing.assert_close(new[B].double() @ new[A].double(), best, rtol=1e-5, atol=1e-5)
+        factors = [sum(rows[c] / 9 * t[name].double() for c, t in replies.items()) for name in (B, A)]
+        assert (factors[0] @ factors[1] - best).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "setting", ["privacy.noise=local", "federation.aggregation=median", "compression.kind=int8"]
+)
+def test_the_truncated_mean_excludes_what_works_on_a_mean_of_factors(recipe: Recipe, setting: str) -> None:
+    config = recipe(TRUNCATED, setting)
+    with pytest.raises(ConfigError, match="'flex' with aggregation = 'factors'"):
+        check_protections(make_method(config.method), config)
+    check_protections(make_method(recipe().method), recipe(setting))

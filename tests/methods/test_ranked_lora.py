@@ -24,8 +24,8 @@ from flexperts.config.run import RunConfig
 from flexperts.engines.run import run_federation
 from flexperts.errors import ConfigError, FederationError
 from flexperts.finished.trained import TrainedRun
-from flexperts.methods.flexlora import truncated
 from flexperts.methods.flora import FLoRA
+from flexperts.methods.kit.ranks import truncated
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.registry import make_method, method_class
 from flexperts.parameters.vector import Payload

@@ -52,6 +52,8 @@ MIXABLE = {
     "low rank, k = 2": ("graft.experts=2", "graft.rank=4", "graft.scale=0.5"),
     "gates from the router": ("graft.gate_start=router",),
     "a common graft and one's own": ("graft.sharing=both",),
+    "differences of whole experts, k = 2": ("graft.output=difference", "graft.experts=2"),
+    "differences of low rank": ("graft.output=difference", "graft.rank=4", "graft.sharing=both"),
     "one layer, every projection": ("graft.layers=[1]", "lora.projections=[]"),
     "an adapter of one's own": ("method.name=ditto",),
     "a head of one's own": ("method.name=fedper",),

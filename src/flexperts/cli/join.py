@@ -26,7 +26,7 @@ def command(
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(help="Optimizer steps.", show_default="as many as a participant's in all rounds"),
+        typer.Option(help="Optimizer steps.", show_default="as many as a participant's in the recipe's rounds"),
     ] = None,
     settings: Annotated[
         list[str] | None,

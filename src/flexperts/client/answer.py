@@ -55,7 +55,7 @@ def _train(content: RecordDict, client: Client) -> RecordDict:
     update = trained.update
     info = {"client": client.name, "round": request.round, "base": client.model.base.fingerprint}
     reply = records(info, dict(update.metrics) | {"rows": update.rows}, update.payload, trained.sent.packed)
-    leaked = personal_bytes(reply, trained.split.personal, *trained.sent.hidden)
+    leaked = personal_bytes(reply, trained.private, *trained.sent.hidden)
     if leaked:
         raise PrivacyError(f"{client.name}: {leaked} personal bytes", "no personal byte is sent", "report this bug")
     reply.metric_records["metrics"]["personal_sent"] = leaked

@@ -33,11 +33,12 @@ from flexperts.methods.registry import make_method
 from flexperts.observer import Observer, Phase, TurnState, current_observer
 from flexperts.parameters.store import PersonalMeta, PersonalStore
 from flexperts.parameters.vector import Payload, vector_hash
+from flexperts.parts.grafts import GATES
 from flexperts.protection.pipeline import protect, told
 from flexperts.seeding import generator
 from flexperts.training.local import LocalSettings, steps_per_round
 
-_MEMORY = "memory."
+_MEMORY, _MOMENTS = "memory.", "moments."
 _NEWEST = sys.maxsize
 """Every stored state, also a resumed run's newest, holds what was decided before any training."""
 
@@ -112,7 +113,8 @@ class Client:
         trained = {name: sum(p.numel() for p in group.values()) for name, group in groups.items()}
         measures = {"loss": result.loss, "steps": result.steps, "tokens": result.tokens, **trained}
         metrics = {name: measures[name] for name in told(self.config, measures)}
-        return Trained(Update(self.name, sent.payload, len(self.examples), metrics), turn.split, sent)
+        private = {**turn.split.personal, **_under(_MOMENTS, turn.moments or {})}
+        return Trained(Update(self.name, sent.payload, len(self.examples), metrics), turn.split, private, sent)
 
     def evaluate(
         self, request: Request, states: Sequence[State], rows: Sequence[Row] | None = None, *, answers: bool = True
@@ -222,29 +224,35 @@ class Client:
     def _training(self, request: Request, up_to: int) -> Iterator[tuple[Turn, PersonalMeta]]:
         """Yield a turn that trains on the client's rows; see ``_turn``."""
         settings = self._local_settings(request.round)
-        with self._turn(request, up_to, settings) as (turn, meta):
+        with self._turn(request, up_to, settings, trains=True) as (turn, meta):
             count = self.counter("training", f"round {request.round}", settings.steps)
             count(0)
             turn.on_step = lambda loss, tokens: count(1, loss, tokens)
             yield turn, meta
 
     @contextmanager
-    def _turn(self, request: Request, up_to: int, settings: LocalSettings) -> Iterator[tuple[Turn, PersonalMeta]]:
+    def _turn(
+        self, request: Request, up_to: int, settings: LocalSettings, *, trains: bool = False
+    ) -> Iterator[tuple[Turn, PersonalMeta]]:
         """Yield a turn on the model, from the newest stored state up to a round, and that state's meta."""
         tensors, meta = self._stored(up_to)
         device = self.model.device
         memory = {n.removeprefix(_MEMORY): t.to(device) for n, t in tensors.items() if n.startswith(_MEMORY)}
-        personal = {n: t for n, t in tensors.items() if not n.startswith(_MEMORY)}
+        personal = {n: t for n, t in tensors.items() if not n.startswith((_MEMORY, _MOMENTS))}
+        keeps = trains and self.config.training.personal_moments == "kept"
+        moments = {n.removeprefix(_MOMENTS): t for n, t in tensors.items() if n.startswith(_MOMENTS)}
         received = {n: t.to(device) for n, t in request.payload.tensors().items()}
         stream = generator(self.config.seed, self.name, request.round, "batches")
         site = self.model.site(self.name, self.examples, _prepared(meta), request.agreement)
         with self.model.lend(site, personal) as (split, parts):
-            yield Turn(site, request.round, split, parts, received, memory, settings, stream), meta
+            turn = Turn(site, request.round, split, parts, received, memory, settings, stream)
+            turn.moments = moments if keeps else None
+            yield turn, meta
 
     def _keep(self, turn: Turn, meta: PersonalMeta, shared: str) -> None:
-        kept: dict[str, Tensor] = {**turn.split.personal, **{f"{_MEMORY}{n}": t for n, t in turn.memory.items()}}
+        state = _under(_MEMORY, turn.memory) | _under(_MOMENTS, turn.moments or {})
         new = PersonalMeta(self.name, meta.base, turn.round, shared, meta.choice, meta.selection, meta.scales)
-        self.store.save(kept, new)
+        self.store.save({**turn.split.personal, **state}, new)
 
     def _stored(self, up_to: int) -> tuple[dict[str, Tensor], PersonalMeta]:
         """Return the client's stored tensors and their meta; on first use, prepare and store them."""
@@ -285,6 +293,7 @@ class Client:
             total_steps=total_steps,
             first_step=first_step,
             warmup_steps=round(self.config.training.warmup_ratio * total_steps),
+            own_lr={} if (rate := self.config.graft.gate_lr) is None else {GATES: rate},
         )
 
     def counter(self, phase: Phase, text: str, total: int, done: int = 0) -> Callable[..., None]:
@@ -299,6 +308,10 @@ class Client:
             self.observer.turn(TurnState(self.name, phase, text, done, of, loss, tokens))
 
         return add
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
 
 
 def _prepared(meta: PersonalMeta) -> Prepared:

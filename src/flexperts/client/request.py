@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from flexperts.communication.messages import Update
 from flexperts.parameters.split import ParameterSplit
@@ -32,10 +35,12 @@ class Trained:
 
     Args:
         update: The update for the server.
-        split: The parameters that were trained; the encoded reply is searched for the personal ones.
+        split: The parameters that were trained.
+        private: What the encoded reply is searched for: the personal parameters, and their kept moments.
         sent: The update after clipping, noise and packing.
     """
 
     update: Update
     split: ParameterSplit
+    private: Mapping[str, Tensor]
     sent: Outgoing

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from flwr.app import Array, ArrayRecord, RecordDict
+from torch import Tensor
 
 from flexperts.communication.messages import DERIVED
 from flexperts.modeling.lora import SHARED_PREFIX
-from flexperts.parameters.split import Parameters
 from flexperts.parameters.vector import Manifest, Vector
 
 _WINDOW = 1024
@@ -74,7 +74,7 @@ def _bytes_of_chunks(array: Array) -> int:
     return own + sum(len(f"ArrayChunk  {chunk}\0") + chunk for chunk in chunks)
 
 
-def personal_bytes(content: RecordDict, personal: Parameters, *before: Vector) -> int:
+def personal_bytes(content: RecordDict, personal: Mapping[str, Tensor], *before: Vector) -> int:
     """Return how many bytes of personal tensors occur in a message's encoding; anything but 0 is a fault.
 
     Every personal tensor's first kilobyte, from its first byte that is not zero, is searched for in the encoded

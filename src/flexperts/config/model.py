@@ -92,11 +92,17 @@ class GraftConfig(Section):
     start: Literal["copy", "silent"] = "copy"
     """copy = the pretrained expert as it is; silent = with its down projection at zero, so that the untrained graft
     changes nothing (needs rank "full" and place "beside")."""
+    output: Literal["expert", "difference"] = "expert"
+    """What a gate opens to: expert = the personal expert's output; difference = that output minus the output of the
+    frozen expert it started from, so that the untrained graft changes nothing (needs start "copy", place "beside"
+    and a number as scale)."""
     gate_bias: float = 0.0
     """The gate's bias at the start; 0 = half open, if its weight starts at zero."""
     gate_start: Literal["constant", "router"] = "constant"
     """The gate's weight at the start: constant = zero, so the gate is equally open for all tokens; router = the
     router's row of the chosen expert (needs place "beside")."""
+    gate_lr: float | None = Field(None, gt=0)
+    """Peak learning rate of the gates; without it, that of the experts they belong to (needs place "beside")."""
     calibration_rows: int = Field(64, ge=1)
     """Train rows whose tokens the selection reads."""
     calibration_tokens: int = Field(8192, ge=1)
@@ -112,7 +118,7 @@ class GraftConfig(Section):
     output from the chosen experts."""
     place: Literal["beside", "in_place"] = "beside"
     """beside = one expert more, with a gate; in_place = the chosen expert itself is adapted, no gate (needs the
-    default gate_start, scale, sharing and dropout)."""
+    default output, gate_start, gate_lr, scale, sharing and dropout)."""
     sharing: Literal["personal", "shared", "both"] = "personal"
     """personal = the client owns the grafted expert; shared = it is averaged over the clients (needs the default
     scale and dropout); both = one of each."""
@@ -138,11 +144,28 @@ class GraftConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _difference_to_a_copy(self) -> Self:
+        if self.output != "difference":
+            return self
+        if self.start == "silent":
+            raise ValueError("output = 'difference' is silent at its start: it needs start = 'copy'")
+        if self.scale == "least_squares":
+            raise ValueError("scale = 'least_squares' is for output = 'expert': at the start all differences are 0")
+        return self
+
+    @model_validator(mode="after")
     def _nothing_beside_when_in_place(self) -> Self:
         if self.place != "in_place":
             return self
-        alone = {"gate_start": "constant", "scale": 1.0, "sharing": "personal", "dropout": 0.0}
-        for name, only in alone.items():
+        if self.gate_lr is not None:
+            raise ValueError(f"gate_lr = {self.gate_lr} is for a gate; place = 'in_place' has none")
+        for name, only in (
+            ("output", "expert"),
+            ("gate_start", "constant"),
+            ("scale", 1.0),
+            ("sharing", "personal"),
+            ("dropout", 0.0),
+        ):
             if (value := getattr(self, name)) != only:
                 raise ValueError(f"{name} = {value!r} must be {only!r} with place = 'in_place'")
         return self

@@ -40,6 +40,9 @@ class TrainingConfig(Section):
     """Longest example in tokens."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Optimizer of the local step; sgd has no momentum."""
+    personal_moments: Literal["fresh", "kept"] = "fresh"
+    """AdamW's moments of the personal parameters: fresh = a new optimizer in every round, as for the shared ones;
+    kept = they stay with the personal state from round to round (needs optimizer "adamw")."""
     lr: float = Field(2e-3, gt=0)
     """Peak learning rate of the shared parameters."""
     personal_lr: float | None = Field(None, gt=0)
@@ -52,6 +55,12 @@ class TrainingConfig(Section):
     """Gradient clipping threshold."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
+
+    @model_validator(mode="after")
+    def _moments_exist(self) -> Self:
+        if self.personal_moments == "kept" and self.optimizer != "adamw":
+            raise ValueError(f"personal_moments = 'kept' needs optimizer = 'adamw', not {self.optimizer!r}")
+        return self
 
     @property
     def rows_per_pass(self) -> int:

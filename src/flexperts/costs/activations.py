@@ -77,9 +77,10 @@ class Activations:
         tokens, graft, experts = self._micro_batch * self.lengths.row, self.config.graft, find_experts(self.model)
         per_token = self._layers * _LAYER * self._width + self._dense()
         copies = personal // 2 if graft.rank == "full" else 0
+        grafted = graft.experts * (2 if graft.output == "difference" else 1)
         for layer in experts:
             per_token += self.top_k * self._expert(layer, _INTO, _INSIDE)
-            per_token += graft.experts * self._expert(layer, _GRAFT_INTO, _GRAFT_INSIDE) if personal else 0
+            per_token += grafted * self._expert(layer, _GRAFT_INTO, _GRAFT_INSIDE) if personal else 0
         kept = self._scale * tokens * per_token + copies
         if self.config.training.gradient_checkpointing:
             kept = tokens * self._layers * _CHECKPOINT * self._width + kept // self._layers

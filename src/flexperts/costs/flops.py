@@ -60,8 +60,8 @@ def _part(part: Part, top_k: int) -> float:
 
 
 def _graft(graft: Graft) -> float:
-    frozen = sum(_expert(graft.experts) for expert in graft.personal if isinstance(expert, LowRankExpert))
-    return _matrices(graft) + frozen
+    computed = sum(graft.difference + isinstance(expert, LowRankExpert) for expert in graft.personal)
+    return _matrices(graft) + computed * _expert(graft.experts)  # frozen experts
 
 
 def _adapted(layer: AdaptedLayer, top_k: int, *, restrict: bool) -> float:

@@ -129,6 +129,8 @@ def plan_method(
         rounds = planned_rounds(model, sites)
         with model.lend(next(iter(sites.values())), {}) as (split, parts):
             shared, personal = (_values(group.values()) for group in (split.shared, split.personal))
+            kept = config.training.personal_moments == "kept"
+            moments = 2 * personal + len(split.personal) if kept else 0  # and a number of steps per tensor
             own = [*model.lora.parameters().values(), *(p for part in parts.values() for p in part.parameters())]
             flops = facts.flops_per_token + added_flops(model, parts, facts.experts_per_token)
     finally:
@@ -145,7 +147,7 @@ def plan_method(
         uplink_groups=up,
         downlink_groups=down,
         memory=_memory(facts, config, _values(own), shared + personal),
-        personal_state=_FP32 * personal,
+        personal_state=_FP32 * (personal + moments),
         flops_per_token=flops,
         overhead=flops / facts.flops_per_token - 1,
         seconds=_seconds(sent + received, bandwidth),
@@ -260,7 +262,7 @@ class MethodPlan:
         uplink, downlink: Payload bytes per client and round.
         uplink_groups, downlink_groups: The same by tensor group, before packing.
         memory: Memory in training.
-        personal_state: Bytes on disk of one of the two stored states of the personal parameters.
+        personal_state: Bytes on disk of one of the two stored states of the personal parameters, with kept moments.
         flops_per_token: FLOPs of a forward pass with everything that the method adds.
         overhead: The added FLOPs as a share of the base's.
         seconds: Time to send both payloads of a round over the client's link.

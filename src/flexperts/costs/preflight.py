@@ -197,7 +197,7 @@ def _phases(
         | {
             "gradients": memory.gradients,
             "optimizer": memory.moments,
-            "activations": passing.training(planned.personal_state),
+            "activations": passing.training(torch.float32.itemsize * planned.personal),
             "logits": passing.logits(0, trained=True),
         },
     )

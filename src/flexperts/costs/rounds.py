@@ -108,7 +108,12 @@ def _server(model: ClientModel, sites: dict[str, PlannedSite]) -> Server:
     with model.lend(model.method.initial_site(first), {}) as (split, _):
         shared = _shapes(Manifest.of(model.method.initial(split)))
     server = Server(
-        shared, dict.fromkeys(sites, 1), _reports(model, sites), first.agreement, seed=model.config.seed
+        shared,
+        dict.fromkeys(sites, 1),
+        _reports(model, sites),
+        first.agreement,
+        seed=model.config.seed,
+        rounds=model.config.federation.rounds,
     )
     model.method.start(server)
     return server

@@ -172,9 +172,11 @@ def _what(facts: Facts) -> str:
     content = facts.content
     lora = f"LoRA on {len(content.lora)} attention layers"
     grafts = sum(len(graft.indices) for part in content.grafts.values() for graft in part)
+    opens = any(part.difference for part in content.grafts.values())
+    difference = " that opens to the difference from the expert it started from" if opens else ""
     adapted = sum(len(layer.indices) for part in content.experts for layer in part)
     also = [
-        f"{grafts} grafted experts, each with a sigmoid gate" if grafts else "",
+        f"{grafts} grafted experts, each with a sigmoid gate{difference}" if grafts else "",
         f"{adapted} pretrained experts trained in place" if adapted else "",
         f"{len(content.routers)} routers trained" if content.routers else "",
     ]

@@ -33,7 +33,7 @@ from .grafts import hang_grafts
 
 
 class Grafted{config}({config}):
-    """``grafts``: name of an experts module -> constant factors of its personal experts."""
+    """``grafts``: name of an experts module -> its personal experts' factors, and what is subtracted from each."""
 
     # Not the base's type: software that does not support grafts must refuse this model, not ignore them.
     model_type = "grafted_{model_type}"
@@ -118,12 +118,18 @@ def write_personal(
 
 
 @torch.no_grad()
-def _hang(model: nn.Module, content: Content) -> dict[str, list[float]]:
+def _hang(model: nn.Module, content: Content) -> dict[str, dict[str, Any]]:
     """Attach the exported code's grafts, with the run's values, to the model; return their layout."""
     layers = [graft for part in content.grafts.values() for graft in part]
     names = list(dict.fromkeys(graft.experts.name for graft in layers))
     by_name = {name: [graft for graft in layers if graft.experts.name == name] for name in names}
-    layout = {name: [c for graft in grafts for c in graft.scales] for name, grafts in by_name.items()}
+    layout = {
+        name: {
+            "scales": [c for graft in grafts for c in graft.scales],
+            "minus": [index if graft.difference else None for graft in grafts for index in graft.indices],
+        }
+        for name, grafts in by_name.items()
+    }
     shipped.hang_grafts(model, layout)
     for name, grafts in by_name.items():
         target: Any = model.get_submodule(f"{name}.graft")
@@ -133,7 +139,7 @@ def _hang(model: nn.Module, content: Content) -> dict[str, list[float]]:
     return layout
 
 
-def _write_code(folder: Path, model: Any, layout: dict[str, list[float]]) -> None:
+def _write_code(folder: Path, model: Any, layout: dict[str, dict[str, Any]]) -> None:
     """Write the code that loads the folder, and register it in the folder's config."""
     config, kind = read_json(folder / "config.json"), type(model)
     names = {

@@ -2,8 +2,9 @@
 
     y = sum_{j in TopK} g_j(x) E_j(x)  +  sum_p c_p sigmoid(G_p(x)) E_p(x)
 
-The model computes the first sum; a hook on each experts module adds the second one. The experts module tells
-whether the up projection contains a gate, how weights are stored and what follows an expert.
+The model computes the first sum; a hook on each experts module adds the second one, with E_p(x) - E_s(x) instead of
+E_p(x) where the layout names an expert s of the model. The experts module tells whether the up projection contains
+a gate, how weights are stored and what follows an expert.
 
 Shapes: T tokens, D expert width, k personal experts. Made by flexperts, which copies this file into its exports.
 """
@@ -24,16 +25,17 @@ class ExportedGraft(nn.Module):
     Args:
         experts: The layer's experts module, with fused tensors ``[N, ...]``.
         scales: c, a constant factor for each personal expert.
+        minus: For each personal expert, the expert whose output is subtracted from its output, or None.
     """
 
     down: Tensor
 
-    def __init__(self, experts: nn.Module, scales: Sequence[float]) -> None:
+    def __init__(self, experts: nn.Module, scales: Sequence[float], minus: Sequence[int | None]) -> None:
         super().__init__()
-        self.scales = list(scales)
+        self.scales, self.minus = list(scales), list(minus)
         up = "gate_up_proj" if hasattr(experts, "gate_up_proj") else "up_proj"
-        fused = {"up": up, "down": "down_proj", "up_bias": f"{up}_bias", "down_bias": "down_proj_bias"}
-        for name, source in fused.items():
+        self.fused = {"up": up, "down": "down_proj", "up_bias": f"{up}_bias", "down_bias": "down_proj_bias"}
+        for name, source in self.fused.items():
             tensor = getattr(experts, source, None)
             empty = None if tensor is None else nn.Parameter(tensor.new_zeros(len(scales), *tensor.shape[1:]))
             self.register_parameter(name, empty)
@@ -46,7 +48,7 @@ class ExportedGraft(nn.Module):
         gates = torch.sigmoid(_linear(hidden, self.gate_weight, self.gate_bias)).unsqueeze(-1).unbind(-2)
         # A factor of 1 is left out, as in training, so that results are bit-equal.
         factors = [gate if c == 1 else gate * c for gate, c in zip(gates, self.scales, strict=True)]
-        terms = [factor * self._expert(experts, p, hidden) for p, factor in enumerate(factors)]
+        terms = [factor * self._output(experts, p, hidden) for p, factor in enumerate(factors)]
         return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
 
     def add(self, experts: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -54,22 +56,35 @@ class ExportedGraft(nn.Module):
         added: Tensor = self(experts, args[0])
         return output + added.to(output.dtype)
 
-    def _expert(self, experts: Any, p: int, hidden: Tensor) -> Tensor:
-        inner = _activate(experts, self._project(experts, "up", p, hidden))
-        output = self._project(experts, "down", p, inner)
-        return experts.post_expert_norm(output) if getattr(experts, "has_post_expert_norm", False) else output
-
-    def _project(self, experts: Any, name: str, p: int, hidden: Tensor) -> Tensor:
-        weight, bias = getattr(self, name)[p], getattr(self, f"{name}_bias")
-        return _linear(hidden, weight.T if _is_transposed(experts) else weight, None if bias is None else bias[p])
+    def _output(self, experts: Any, p: int, hidden: Tensor) -> Tensor:
+        output, minus = _run(experts, {name: _row(self, name, p) for name in self.fused}, hidden), self.minus[p]
+        if minus is None:
+            return output
+        frozen = {name: _row(experts, source, minus) for name, source in self.fused.items()}
+        return output - _run(experts, frozen, hidden)
 
 
-def hang_grafts(model: nn.Module, layout: Mapping[str, Sequence[float]]) -> None:
-    """Attach grafts to a model; ``layout`` maps the name of an experts module to its personal experts' factors."""
-    for name, scales in layout.items():
+def hang_grafts(model: nn.Module, layout: Mapping[str, Mapping[str, Any]]) -> None:
+    """Attach grafts to a model; ``layout`` maps the name of an experts module to ``scales`` and ``minus``."""
+    for name, settings in layout.items():
         experts = model.get_submodule(name)
-        experts.graft = graft = ExportedGraft(experts, scales)
+        experts.graft = graft = ExportedGraft(experts, **settings)
         experts.register_forward_hook(graft.add)
+
+
+def _run(experts: Any, weights: Mapping[str, Tensor | None], hidden: Tensor) -> Tensor:
+    """Return one expert's output ``[T, D]``."""
+    for name in ("up", "down"):
+        weight: Any = weights[name]
+        hidden = _linear(hidden, weight.T if _is_transposed(experts) else weight, weights[f"{name}_bias"])
+        hidden = _activate(experts, hidden) if name == "up" else hidden
+    return experts.post_expert_norm(hidden) if getattr(experts, "has_post_expert_norm", False) else hidden
+
+
+def _row(module: nn.Module, name: str, index: int) -> Tensor | None:
+    """Return one expert's tensor of a fused one, or None if there is no such tensor."""
+    tensor = getattr(module, name, None)
+    return None if tensor is None else tensor[index]
 
 
 def _activate(experts: Any, projected: Tensor) -> Any:

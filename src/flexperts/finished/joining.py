@@ -63,7 +63,7 @@ def join(
         data: The new client's rows: a file (.jsonl, .json, .csv, .tsv, .parquet) or ``hub:org/name[:split]``.
         test: Its test rows; without them, the run's share of its passages is held out.
         name: Its name; by default the file's name, or the folder's if the file is called ``train``.
-        steps: Optimizer steps; by default as many as a participant with these rows had in all rounds.
+        steps: Optimizer steps; by default as many as a participant with these rows had in the recipe's rounds.
         settings: ``KEY=VALUE`` of [training], [data.columns] and data.on_bad_row for this client.
         seed: Seed of its batches; by default the run's.
         observer: Receives progress.
@@ -111,7 +111,7 @@ class Newcomer(Client):
 
     Args:
         config: The run with the new client's training settings and seed.
-        steps: Optimizer steps; None = as many as a participant with its rows had in all rounds.
+        steps: Optimizer steps; None = as many as a participant with its rows had in the recipe's rounds.
         arguments: As ``Client``.
     """
 
@@ -152,6 +152,7 @@ class Newcomer(Client):
         with self._training(request, 0) as (turn, meta), torch.random.fork_rng(devices=[]):
             torch.manual_seed(turn.stream.initial_seed())  # dropout draws from the global stream
             self.method.receive(turn)
+            turn.moments = None  # no round follows in which they would be used
             result = self.method.personalize(turn)
             self._keep(turn, meta, vector_hash(request.payload.vector))
         return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -12,17 +12,16 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from flexperts.communication.messages import Update
 from flexperts.communication.schema import Count
 from flexperts.data.batches import PaddedBatch, pad_batch
 from flexperts.data.prompts import Example
 from flexperts.errors import FederationError
 from flexperts.methods.kit.local_steps import untrained
 from flexperts.methods.kit.method import Method, OnBatch, State
+from flexperts.methods.kit.personal_rounds import PersonalRounds
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.kit.turn import Site, Turn
 from flexperts.modeling.forward import autocast, hidden_states
-from flexperts.parameters.vector import Manifest, Payload
 from flexperts.parts.part import uniform_matrix
 from flexperts.training.local import LocalSettings, TrainResult, joined
 
@@ -133,7 +132,7 @@ def _prompts(examples: Sequence[Example], pad_token_id: int) -> PaddedBatch:
     return pad_batch([Example(e.prompt, e.prompt_length) for e in examples], pad_token_id)
 
 
-class FedDPAF(FedDPA):
+class FedDPAF(PersonalRounds, FedDPA):
     """FedAvg on a global LoRA; then each client trains a local LoRA with it, once.
 
     Source: Yang et al., NeurIPS 2024 (arXiv 2403.19211), FedDPA-F, with its official code.
@@ -182,30 +181,9 @@ class FedDPAF(FedDPA):
         steps = rounds * turn.settings.steps
         return self.personalize(turn, replace(turn.settings, steps=steps, first_step=0, total_steps=steps))
 
-    def outgoing(self, turn: Turn) -> Mapping[str, Tensor]:
-        """Return g; nothing in the extra round."""
-        return turn.split.shared if turn.round <= turn.site.config.federation.rounds else {}
-
-    def participants(self, server: Server, sampled: Sequence[str]) -> Sequence[str]:
-        """Return the sampled clients; all clients in the extra round."""
-        return sorted(server.clients) if _federated(server) else sampled
-
-    def uplink(self, server: Server, client: str) -> Manifest:
-        """Declare g; nothing in the extra round."""
-        return Payload.empty().manifest if _federated(server) else super().uplink(server, client)
-
-    def aggregate(self, server: Server, updates: Iterable[Update]) -> None:
-        """Average g; in the extra round only read the updates, so that all clients train."""
-        if not _federated(server):
-            super().aggregate(server, updates)
-            return
-        for _ in updates:
-            pass
-
-
-def _federated(server: Server) -> bool:
-    """Return whether all of the recipe's rounds are finished."""
-    return server.round >= int(server.agreement)
+    def is_extra(self, server: Server) -> bool:
+        """Return whether all rounds of the clients' recipes are finished."""
+        return server.round >= int(server.agreement)
 
 
 class FedDPAT(FedDPA):

@@ -2,83 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 
+from flexperts.communication.average import checked, weighted_mean
+from flexperts.communication.messages import Update
 from flexperts.communication.schema import Number, Word
 from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError
 from flexperts.methods.kit.local_steps import personal_then_shared, proximal
 from flexperts.methods.kit.method import Method, State
+from flexperts.methods.kit.personal_rounds import PersonalRounds
+from flexperts.methods.kit.ranks import Factors, factors, named, truncated_mean
+from flexperts.methods.kit.server_state import Server
 from flexperts.methods.kit.turn import Prepared, Site, Turn
 from flexperts.modeling.lora import SHARED_PREFIX
 from flexperts.moe.router import expert_rows
+from flexperts.parameters.vector import Payload
 from flexperts.parts.expert_adapters import ExpertAdapters
 from flexperts.parts.grafts import Grafts, Scales
 from flexperts.parts.part import Part
 from flexperts.selection.rules import coefficients, pick_layers, select
 from flexperts.selection.selection import LayerScores
-from flexperts.training.local import StepHooks, TrainResult
+from flexperts.training.local import LocalSettings, StepHooks, TrainResult
 
 _COMMON = "common_graft"
 
 
-class Flex(Method):
-    """Personal experts and shared attention LoRA.
+class Grafted(Method):
+    """Base of methods with FLEx's grafts: how experts are chosen, and which parts and parameters a client has."""
 
-    Source: arXiv 2506.00965 (selective aggregation, expert grafting, adaptive gate).
-    y = sum_{j in TopK} g_j(x) E_j(x) + sum_p c_p sigmoid(G_p(x)) E_p(x), with c_p = 1 (``graft.scale``); E_p starts
-    as the pretrained expert that best reproduces the layer's output on the client's rows (``graft.selection``).
-    Trained: attention LoRA, the k personal experts of every MoE layer and their sigmoid gate, together.
-    Sent: attention LoRA. Aggregated: its mean by rows. Stays: experts and gate. Frozen: all pretrained weights.
-    Inference: last global LoRA with the client's own experts and gate.
-    Open choices: the source leaves open how the gate starts (ours: weight 0, bias ``graft.gate_bias``; with
-    ``graft.gate_start = "router"`` the weight is the router's row of the chosen expert, which is probably the
-    release's start), and whether all weights of the personal expert train or a low-rank update (``graft.rank``).
-    Variants beyond the paper: ``graft.experts`` (k), ``graft.selection``, ``graft.layers``, ``graft.scale``,
-    ``graft.start``; ``graft.place = "in_place"`` adapts the chosen expert itself, without a gate; ``graft.sharing
-    = "shared"`` averages the grafted expert and its gate over clients; ``"both"`` adds a personal expert to the
-    shared one. All clients start the shared expert from the pretrained expert with the lowest mean reconstruction
-    loss, so each client reports its losses. With ``"both"``, the personal expert's start gets 0.1 % noise: two
-    experts with equal starts would stay equal for ever.
-    To keep the shared part useful alone: ``graft.dropout``; ``phases = "alternating"``, first the personal part,
-    then the shared part with the personal one frozen, as in FedRep; ``pull``, a proximal term that keeps the shared
-    part close to the weights that the server sent.
-    """
-
-    name = "flex"
-    summary = "attention LoRA averaged; one grafted personal expert and gate per MoE layer stay on the client"
-    source = "arXiv 2506.00965"
     keeps = "grafted experts and their gate"
     needs_experts = True
     report_type: ClassVar[Any] = dict[Word, list[Number]] | None
-    states: ClassVar[tuple[State, ...]] = ("zero_shot", "global", "personalized")
-
-    class Options(Method.Options):
-        """Settings of the local step."""
-
-        phases: Literal["joint", "alternating"] = "joint"
-        """Whether both parts train together, or the personal part first and then the shared one."""
-        personal_share: float = Field(0.5, gt=0, lt=1)
-        """The personal phase's share of a round's steps, if phases alternate."""
-        pull: float = Field(0.0, ge=0)
-        """Strength of the proximal term on the shared part."""
-
-    options: Options
-
-    def check(self, config: RunConfig) -> None:
-        """Refuse a personal phase if nothing is personal."""
-        if self.options.phases == "alternating" and config.graft.sharing == "shared":
-            raise ConfigError(
-                "method.options.phases = 'alternating'",
-                "graft.sharing = 'shared' leaves nothing personal to train first",
-                "set phases = 'joint', or graft.sharing = 'both'",
-            )
 
     def prepare(self, site: Site) -> Prepared:
         """Select the experts to graft on the client's own rows, by the rule that the recipe names."""
@@ -125,13 +87,122 @@ class Flex(Method):
         """Return the names of LoRA and the common grafts."""
         return {name for name in names if name.startswith((SHARED_PREFIX, f"{_COMMON}."))}
 
+
+class Flex(PersonalRounds, Grafted):
+    """Personal experts and shared attention LoRA.
+
+    Source: arXiv 2506.00965 (selective aggregation, expert grafting, adaptive gate).
+    y = sum_{j in TopK} g_j(x) E_j(x) + sum_p c_p sigmoid(G_p(x)) E_p(x), with c_p = 1 (``graft.scale``); E_p starts
+    as the pretrained expert that best reproduces the layer's output on the client's rows (``graft.selection``).
+    Trained: attention LoRA, the k personal experts of every MoE layer and their sigmoid gate, together.
+    Sent: attention LoRA. Aggregated: its mean by rows. Stays: experts and gate. Frozen: all pretrained weights.
+    Inference: last global LoRA with the client's own experts and gate.
+    Open choices: the source leaves open how the gate starts (ours: weight 0, bias ``graft.gate_bias``; with
+    ``graft.gate_start = "router"`` the weight is the router's row of the chosen expert, which is probably the
+    release's start), and whether all weights of the personal expert train or a low-rank update (``graft.rank``).
+    Variants beyond the paper: ``graft.experts`` (k), ``graft.selection``, ``graft.layers``, ``graft.scale``,
+    ``graft.start``, ``graft.gate_lr``; ``graft.output = "difference"`` replaces E_p by E_p - E_s, E_s being the
+    frozen expert that E_p started from; ``graft.place = "in_place"`` adapts the chosen expert itself, without a
+    gate; ``graft.sharing = "shared"`` averages the grafted expert and its gate over clients; ``"both"`` adds a
+    personal expert to the shared one. All clients start the shared expert from the pretrained expert with the
+    lowest mean reconstruction loss, so each client reports its losses. With ``"both"``, the personal expert's start
+    gets 0.1 % noise: two experts with equal starts would stay equal for ever.
+    To keep the shared part useful alone: ``graft.dropout``; ``phases = "alternating"``, first the personal part,
+    then the shared part with the personal one frozen, as in FedRep; ``pull``, a proximal term that keeps the shared
+    part close to the weights that the server sent.
+    To end with a personal part that fits the final shared one: ``finish``, a number of extra rounds in which all
+    clients train the personal part alone on the final shared weights and send no weights. They have one cosine of
+    their own, from the peak rate to 0, with the recipe's share of warm-up.
+    ``aggregation = "truncated"`` averages LoRA as FlexLoRA does: the mean of the products B_i A_i by rows,
+    truncated to lora.rank by an SVD. Common grafts are averaged as before. It excludes noise, robust rules and
+    compression.
+    """
+
+    name = "flex"
+    summary = "attention LoRA averaged; one grafted personal expert and gate per MoE layer stay on the client"
+    source = "arXiv 2506.00965"
+    states: ClassVar[tuple[State, ...]] = ("zero_shot", "global", "personalized")
+
+    class Options(Method.Options):
+        """Settings of the local step, of the rounds after the last one, and of the average."""
+
+        phases: Literal["joint", "alternating"] = "joint"
+        """Whether both parts train together, or the personal part first and then the shared one."""
+        personal_share: float = Field(0.5, gt=0, lt=1)
+        """The personal phase's share of a round's steps, if phases alternate."""
+        pull: float = Field(0.0, ge=0)
+        """Strength of the proximal term on the shared part."""
+        finish: int = Field(0, ge=0)
+        """Extra rounds after the last one, in which only the personal part trains and no weights are sent."""
+        aggregation: Literal["factors", "truncated"] = "factors"
+        """Whether the mean is of LoRA's factors, or of their products, truncated to the rank."""
+
+    options: Options
+
+    def __init__(self, options: Method.Options | None = None) -> None:
+        super().__init__(options)
+        self.additive = self.options.aggregation == "factors"
+
+    def check(self, config: RunConfig) -> None:
+        """Refuse a personal phase or personal rounds if nothing is personal."""
+        if config.graft.sharing != "shared":
+            return
+        if self.options.phases == "alternating":
+            raise ConfigError(
+                "method.options.phases = 'alternating'",
+                "graft.sharing = 'shared' leaves nothing personal to train first",
+                "set phases = 'joint', or graft.sharing = 'both'",
+            )
+        if self.options.finish:
+            raise ConfigError(
+                f"method.options.finish = {self.options.finish}",
+                "graft.sharing = 'shared' leaves nothing personal to train after the last round",
+                "set finish = 0, or graft.sharing = 'both'",
+            )
+
+    def extra_rounds(self, rounds: int) -> int:
+        """Return ``finish``."""
+        return self.options.finish
+
     def train(self, turn: Turn) -> TrainResult:
-        """Train both parts together or in two phases."""
+        """Train both parts together or in two phases; in extra rounds the personal part alone."""
+        if (extra := turn.round - turn.site.config.federation.rounds) > 0:
+            return turn.fit(shared=False, settings=self._finishing(turn.settings, extra))
         pull = proximal(turn.split.shared, turn.received, self.options.pull)
         hooks = StepHooks(penalty=pull, around_batch=graft_dropout(turn))
         if self.options.phases == "joint":
             return turn.fit(hooks=hooks)
         return personal_then_shared(turn, self.options.personal_share, hooks)
+
+    def _finishing(self, settings: LocalSettings, number: int) -> LocalSettings:
+        """Return the settings of an extra round, from 1: one cosine is over all of them."""
+        total = self.options.finish * settings.steps
+        return replace(
+            settings,
+            first_step=(number - 1) * settings.steps,
+            total_steps=total,
+            warmup_steps=round(settings.training.warmup_ratio * total),
+        )
+
+    def combine(self, server: Server, updates: Iterable[Update]) -> None:
+        """Average all tensors by rows; or LoRA's products, truncated, and the other tensors by rows."""
+        if self.options.aggregation == "factors":
+            super().combine(server, updates)
+            return
+        arrived: list[tuple[int, Factors]] = []
+
+        def noted() -> Iterator[Update]:
+            for update in checked(updates):
+                pairs = factors(update.tensors()).items()
+                arrived.append((update.rows, {layer: (A.clone(), B.clone()) for layer, (A, B) in pairs}))
+                yield update
+
+        # The mean is taken of all tensors as they arrive; only LoRA's factors, which are small, are kept of each.
+        mean = server.shared.manifest.unflatten(weighted_mean(noted()))
+        total = sum(rows for rows, _ in arrived)
+        weighted = [(rows / total, each) for rows, each in arrived]
+        new = named(truncated_mean(weighted, factors(server.shared.tensors())))
+        server.shared = Payload.of(mean | new)
 
 
 def _grafts(site: Site, choice: Mapping[str, Sequence[int]], scales: Scales, stream: torch.Generator) -> Grafts:
@@ -146,6 +217,7 @@ def _grafts(site: Site, choice: Mapping[str, Sequence[int]], scales: Scales, str
         scales=scales or None,
         silent=graft.start == "silent",
         gate_weights={e.name: expert_rows(site.lora.base, e, choice[e.name]) for e in from_router},
+        difference=graft.output == "difference",
         generator=stream,
     )
 

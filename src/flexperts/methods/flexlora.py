@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from flexperts.communication.messages import Update
-from flexperts.methods.kit.ranks import RankedMethod, by_rows, factors, named, stacked, truncated
+from flexperts.methods.kit.ranks import RankedMethod, by_rows, factors, named, truncated_mean
 from flexperts.methods.kit.server_state import Server
 from flexperts.parameters.vector import Payload
 
@@ -31,6 +31,4 @@ class FlexLoRA(RankedMethod):
 
     def aggregate(self, server: Server, updates: Iterable[Update]) -> None:
         """Average the products and keep their best factors at full rank."""
-        current = factors(server.shared.tensors())
-        new = {layer: truncated(A, B, current[layer]) for layer, (A, B) in stacked(by_rows(updates)).items()}
-        server.shared = Payload.of(named(new))
+        server.shared = Payload.of(named(truncated_mean(by_rows(updates), factors(server.shared.tensors()))))

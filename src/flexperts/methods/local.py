@@ -7,13 +7,13 @@ from typing import ClassVar
 
 from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError
-from flexperts.methods.flex import Flex, graft_dropout
+from flexperts.methods.flex import Grafted, graft_dropout
 from flexperts.methods.kit.method import Method, State
 from flexperts.methods.kit.turn import Turn
 from flexperts.training.local import StepHooks, TrainResult
 
 
-class Local(Flex):
+class Local(Grafted):
     """Each client trains alone, with a personal LoRA and graft.
 
     Source: the local bound of arXiv 2506.00965's comparison.
@@ -22,17 +22,16 @@ class Local(Flex):
     Inference: the client's own LoRA, experts and gate.
     Open choices: those of flex about the graft. The LoRA is personal, so its rate is ``training.personal_lr`` if
     that is set. flex's options are about a shared part and do not exist here; ``graft.sharing`` must be "personal".
+    Every round has a new AdamW, as for every method, unless ``training.personal_moments = "kept"``.
     """
 
     name = "local"
+    source = "arXiv 2506.00965"
     summary = "LoRA and graft trained on the client's own rows; nothing is sent"
     sends = "nothing"
     keeps = "attention LoRA, grafted experts and their gate"
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "personalized")
     additive = False
-
-    class Options(Method.Options):
-        """No options: those of flex are about a shared part."""
 
     def check(self, config: RunConfig) -> None:
         """Refuse shared grafts: clients would have to agree on them."""
@@ -64,8 +63,8 @@ class LocalLoRA(Method):
     Trained: attention LoRA. Sent: nothing. Aggregated: nothing. Stays: attention LoRA. Inference: the client's own
     LoRA.
     Open choices: the LoRA is personal, so its rate is ``training.personal_lr`` if that is set. Training is
-    continuous, except that every round has a new AdamW, as for every method. ``local`` is this bound with
-    FLEx's graft.
+    continuous, except that every round has a new AdamW, as for every method; ``training.personal_moments = "kept"``
+    ends this too. ``local`` is this bound with FLEx's graft.
     """
 
     name = "local_lora"

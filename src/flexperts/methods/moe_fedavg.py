@@ -61,5 +61,5 @@ class MoEFedAvg(Method):
         """Train LoRA and experts together, each with its learning rate."""
         lr = turn.settings.training.lr
         usual = lr / 10 if self.options.rank == "full" else lr
-        own = {"experts.": self.options.expert_lr or usual}
+        own = {"experts.*": self.options.expert_lr or usual}
         return turn.fit(settings=replace(turn.settings, own_lr=own))

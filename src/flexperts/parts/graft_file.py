@@ -33,6 +33,7 @@ class _Meta:
     scales: dict[str, tuple[float, ...]]
     rank: Rank
     alpha: float
+    difference: bool = False
 
 
 _META = TypeAdapter(_Meta)
@@ -49,7 +50,7 @@ def save_grafts(path: Path | str, grafts: Grafts) -> None:
         ArtifactError: It cannot be written; an older file is left unchanged.
     """
     rank, alpha = _rank(grafts)
-    meta = _Meta(_base(g.experts for g in grafts), grafts.choice, grafts.scales, rank, alpha)
+    meta = _Meta(_base(g.experts for g in grafts), grafts.choice, grafts.scales, rank, alpha, grafts.difference)
     write_sealed(Path(path), _FORMAT, grafts.state_dict(), asdict(meta))
 
 
@@ -67,7 +68,14 @@ def load_grafts(path: Path | str, experts: Sequence[LayerExperts]) -> Grafts:
     path = Path(path)
     tensors, value = read_sealed(path, _FORMAT)
     meta = _meta(path, value)
-    grafts = Grafts(experts, meta.choice, rank=meta.rank, alpha=meta.alpha, scales=meta.scales)
+    grafts = Grafts(
+        experts,
+        meta.choice,
+        rank=meta.rank,
+        alpha=meta.alpha,
+        scales=meta.scales,
+        difference=meta.difference,
+    )
     if _base(g.experts for g in grafts) != meta.base:
         raise ArtifactError(
             f"{path}", "its grafts were trained on the experts of another base", "load the base that they belong to"

@@ -2,7 +2,8 @@
 
     y = sum_{j in TopK} g_j(x) E_j(x)  +  sum_p c_p sigmoid(G_p(x)) E_p(x)
 
-c_p is a constant: 1, or what the caller sets. Shapes: T tokens, D expert width, k personal experts.
+c_p is a constant: 1, or what the caller sets. A graft of differences adds E_p(x) - E_s(x) instead of E_p(x); E_s is
+the frozen expert that E_p started from. Shapes: T tokens, D expert width, k personal experts.
 Source: FLEx (arXiv 2506.00965).
 """
 
@@ -27,6 +28,8 @@ Choice = Mapping[str, Sequence[int]]
 """Experts module name -> indices of the pretrained experts from which the personal experts start."""
 Scales = Mapping[str, Sequence[float]]
 """Experts module name -> the constant factor of each of its personal experts."""
+GATES = "*.graft_gate_*"
+"""Pattern of the names of all gates' parameters in a split."""
 
 
 class Graft(nn.Module):
@@ -40,7 +43,9 @@ class Graft(nn.Module):
         gate_bias: Initial bias of the gate; with a weight of zero, a bias of 0 starts it at sigmoid(0) = 0.5.
         generator: Stream for LoRA's A.
         scales: k constant factors on the personal experts' outputs; None means 1 for each.
-        silent: Start the personal experts with outputs of zero; for ``"full"`` only.
+        silent: Start the personal experts with outputs of zero; for ``"full"`` only, and not for differences.
+        difference: Add E_p(x) - E_s(x), the personal expert's output minus that of the frozen expert it started
+            from, so that the untrained graft changes nothing.
         gate_weight: Initial weight of the gate ``[k, D]``; None means zero.
     """
 
@@ -54,11 +59,18 @@ class Graft(nn.Module):
         generator: Generator,
         scales: Sequence[float] | None = None,
         silent: bool = False,
+        difference: bool = False,
         gate_weight: Tensor | None = None,
     ) -> None:
         super().__init__()
         _check_indices(experts, indices)
-        self.experts, self.indices = experts, tuple(indices)
+        if silent and difference:
+            raise GraftError(
+                "a silent start of a graft of differences",
+                "its difference to the pretrained expert would not be zero",
+                "leave one out: a graft of differences changes nothing at its start",
+            )
+        self.experts, self.indices, self.difference = experts, tuple(indices), difference
         self.scales = _checked_scales(experts, indices, scales)
         start = torch.zeros(len(indices), experts.width) if gate_weight is None else gate_weight
         self.graft_gate_weight = nn.Parameter(start.detach().clone())
@@ -87,8 +99,14 @@ class Graft(nn.Module):
         gates = self.opening(hidden).unsqueeze(-1).unbind(-2)
         # A factor of 1 is skipped: no work, and every bit equals a graft without factors.
         factors = [g if c == 1 else g * c for g, c in zip(gates, self.scales, strict=True)]
-        terms = [factor * expert(hidden) for factor, expert in zip(factors, self.personal, strict=True)]
+        terms = [factor * output for factor, output in zip(factors, self._outputs(hidden), strict=True)]
         return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
+
+    def _outputs(self, hidden: Tensor) -> Iterator[Tensor]:
+        """Yield every personal expert's output, or its difference to the frozen expert's; each is ``[T, D]``."""
+        for index, expert in zip(self.indices, self.personal, strict=True):
+            output = expert(hidden)
+            yield output - self.experts.run(hidden, self.experts.expert(index)) if self.difference else output
 
 
 class Grafts(Part):
@@ -99,12 +117,12 @@ class Grafts(Part):
         choice: Experts to graft by experts module; modules that are not named get no graft.
         rank, alpha, gate_bias, generator: See ``Graft``.
         scales: Constant factors of the personal experts' outputs; modules that are not named have 1.
-        silent: See ``Graft``.
+        silent, difference: See ``Graft``.
         gate_weights: The gates' initial weights ``[k, D]``; modules that are not named have zero.
 
     Raises:
-        GraftError: ``choice`` names a module or an expert that the base does not have, or ``scales`` does not fit
-            ``choice``.
+        GraftError: ``choice`` names a module or an expert that the base does not have, ``scales`` does not fit
+            ``choice``, or ``silent`` does not fit the other settings.
     """
 
     def __init__(
@@ -118,9 +136,11 @@ class Grafts(Part):
         generator: Generator | None = None,
         scales: Scales | None = None,
         silent: bool = False,
+        difference: bool = False,
         gate_weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
+        self.difference = difference
         generator = generator or torch.Generator().manual_seed(0)
         by_name = {e.name: e for e in experts}
         if unknown := sorted(choice.keys() - by_name.keys()):
@@ -142,6 +162,7 @@ class Grafts(Part):
                     generator,
                     scales.get(name),
                     silent,
+                    difference,
                     gate_weights.get(name),
                 )
                 for name in by_name

@@ -53,8 +53,8 @@ def check_protections(method: Method, config: RunConfig) -> None:
         if not method.additive:
             raise ConfigError(
                 f"{protection.setting} with method {method.name!r}",
-                "it needs replies that are the sent weights after training, and this method has other replies",
-                f"{protection.off}, or use a method such as 'flex' or 'fedavg'",
+                "it needs a mean of replies that are the sent weights after training; this method has no such mean",
+                f"{protection.off}, or use a method such as 'fedavg', or 'flex' with aggregation = 'factors'",
             )
     for protection in active:
         protection.check(method)

@@ -152,7 +152,7 @@ class Admission:
         Nearly always this bound is small enough, and the exact float64 check is skipped.
         """
         allowed = self.config.federation.max_update_rms
-        start = self.server.shared.vector if self.method.additive else None
+        start = self.server.shared.vector if self.method.additive and update.vector.size else None
         farthest = quick_norm(update.vector) + (0.0 if start is None else self._norm(start))
         if farthest < 0.99 * allowed * math.sqrt(update.vector.size):
             return
@@ -173,7 +173,7 @@ class Admission:
         """
         if self.config.federation.max_norm_ratio == "off":
             return {}
-        if self.method.additive:
+        if self.method.additive and update.vector.size:
             return {"parameters": root_mean_square(update.vector, self.server.shared.vector)}
         sent = self.method.broadcast(self.server, update.client).tensors()
         changes: dict[str, list[Vector]] = {"parameters": [], "derived values": []}

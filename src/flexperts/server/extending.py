@@ -26,16 +26,17 @@ def is_extended(run: RunDirectory, config: RunConfig) -> bool:
         return False
     rounds, done = config.federation.rounds, finished_rounds(run)
     asked = f"federation.rounds = {rounds}"
+    method = make_method(config.method)
+    if run.checkpoint.exists() and (extra := method.extra_rounds(before)):
+        more = "an extra round" if extra == 1 else f"{extra} extra rounds"
+        rule = f"the run has {before}, and {method.name} trains {more} after its last one"
+        raise ConfigError(asked, rule, "start a new run with this number of rounds")
     if rounds <= done:
         raise ArtifactError(
             asked,
             f"{run.path / 'config.toml'} has {before}, and {done} rounds are finished",
             f"set a number above {done}, or {before} to leave the run as it is",
         )
-    method = make_method(config.method)
-    if run.checkpoint.exists() and method.extra_rounds(before):
-        rule = f"the run has {before}, and {method.name} trains an extra round after its last one"
-        raise ConfigError(asked, rule, "start a new run with this number of rounds")
     if joined := ", ".join(run.joined()):
         raise ArtifactError(
             f"{run.path}",

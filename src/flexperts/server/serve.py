@@ -85,7 +85,7 @@ def _joined(
         federation = federation.model_copy(update={"min_clients": fewest})
     else:
         server = Server(Payload.empty(), {}, seed=config.seed)
-    members.owners = server.nodes
+    members.owners, server.rounds = server.nodes, federation.rounds
     if not isinstance(grid, LazyGrid):  # in one process, no client reports its own rows
         server.max_share = federation.max_share
     server.base = gather(grid, members, federation, server.base)

@@ -99,10 +99,13 @@ class FlexpertsStrategy(Strategy):
         log = self.rounds[-1]
         updates = _unless_empty(self._updates(replies, log))
         if updates or not log.participants:  # otherwise no update came, and the quorum's error says why
-            self.method.aggregate(self.server, reduced(self.config, self.server.shared, updates or ()))
+            arrived: Iterable[Update] = updates or ()
+            if self.method.sends_weights(self.server):
+                arrived = reduced(self.config, self.server.shared, arrived)
+            self.method.aggregate(self.server, arrived)
         self._check_quorum(log)
         self.server.round += 1
-        log.privacy = privacy_spent(self.config, self.server.round)
+        log.privacy = privacy_spent(self.config, self._rounds_with_weights())
         log.seconds["training"] = time.monotonic() - self._started
         return None, None
 
@@ -142,6 +145,11 @@ class FlexpertsStrategy(Strategy):
                 self.observer.stage(f"{word}: {', '.join(names)}")
         for who, reason in self.members.written_down():
             log.refuse(who, reason)
+
+    def _rounds_with_weights(self) -> int:
+        """Return in how many of the finished rounds clients sent weights."""
+        sends, server = self.method.sends_weights(self.server), self.server
+        return server.round if sends else min(server.round, self.config.federation.rounds)
 
     def _participants(self) -> list[str]:
         """Return the clients that train in the coming round, sorted; they are drawn online or not."""

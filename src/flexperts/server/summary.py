@@ -10,7 +10,6 @@ from flexperts.config.run import RunConfig
 from flexperts.evaluation.scores import SCORES, Scores
 from flexperts.evaluation.words import TOKENIZER
 from flexperts.methods.kit.method import State
-from flexperts.protection.pipeline import privacy_spent
 from flexperts.server.round_log import RoundLog
 
 _Metrics = Mapping[str, float | int | None]
@@ -67,7 +66,7 @@ def summarize(
         "weighted_mean": _means(scores, weights),
         "parameters": {group: _parameters(rounds, group) for group in ("shared", "personal")},
         "bytes": _bytes(rounds),
-        "privacy": privacy_spent(config, len(rounds)),
+        "privacy": rounds[-1].privacy,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
     }
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Generator, Tensor, nn
@@ -25,6 +26,9 @@ from flexperts.modeling.forward import Precision, autocast, token_losses
 from flexperts.modeling.memory import freed_memory_kept
 from flexperts.parameters.split import ParameterSplit
 
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps of every parameter."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LocalSettings:
@@ -38,7 +42,7 @@ class LocalSettings:
         total_steps: Steps of the whole run: the cosine is over all rounds.
         first_step: Steps before this round, for the schedule.
         warmup_steps: Steps of linear warm-up at the start of the run.
-        own_lr: Prefix of parameter names -> their peak learning rate, instead of the group's.
+        own_lr: Pattern of parameter names, as of fnmatch -> their peak learning rate, instead of the group's.
     """
 
     training: TrainingConfig
@@ -133,14 +137,18 @@ def train_local(
     *,
     hooks: StepHooks | None = None,
     objective: Objective = response_loss,
+    moments: MutableMapping[str, Tensor] | None = None,
 ) -> TrainResult:
     """Train the shared and personal parameters of ``model`` in place.
 
     Every round has a new optimizer, as in the paper's code base: its old moments belong to weights that
-    the average has replaced. ``on_step`` receives each step's loss, without the penalty, and its tokens.
+    the average has replaced. Personal weights are not replaced: with ``moments``, theirs are taken from there and
+    put back in the end. ``on_step`` receives each step's loss, without the penalty, and its tokens.
     """
     hooks = hooks or StepHooks()
     optimizer, schedule = _optimizer(split, settings)
+    if moments is not None:
+        _take_moments(optimizer, split.personal, moments)
     losses, tokens, lr_sum = [], 0, 0.0
     model.train()
     for rows in training_batches(examples, settings.training.batch_size, settings.steps, generator):
@@ -158,6 +166,8 @@ def train_local(
         tokens += (read := sum(len(row.input_ids) for row in rows))
         on_step(loss, read)
     _check_weights(split, settings)
+    if moments is not None:
+        _put_moments(optimizer, split.personal, moments)
     optimizer.state.clear()  # a reference cycle with the schedule would keep the moments until garbage collection
     model.eval()
     return TrainResult(sum(losses) / len(losses), len(losses), len(examples), tokens, lr_sum)
@@ -195,13 +205,31 @@ def _optimizer(split: ParameterSplit, settings: LocalSettings) -> tuple[Optimize
 def _by_rate(
     group: Mapping[str, Parameter], lr: float, own_lr: Mapping[str, float]
 ) -> Iterator[tuple[dict[str, Parameter], float]]:
-    """Yield a group's parameters by learning rate: first those with the group's rate, then each prefix."""
-    starts = tuple(own_lr)
-    if usual := {n: p for n, p in group.items() if not n.startswith(starts)}:
+    """Yield a group's parameters by learning rate: first those with the group's rate, then each pattern."""
+    if usual := {n: p for n, p in group.items() if not any(fnmatchcase(n, pattern) for pattern in own_lr)}:
         yield usual, lr
-    for start, rate in own_lr.items():
-        if own := {n: p for n, p in group.items() if n.startswith(start)}:
+    for pattern, rate in own_lr.items():
+        if own := {n: p for n, p in group.items() if fnmatchcase(n, pattern)}:
             yield own, rate
+
+
+def _take_moments(
+    optimizer: Optimizer, personal: Mapping[str, Parameter], moments: MutableMapping[str, Tensor]
+) -> None:
+    """Move stored moments into the optimizer. They are copied: stored ones may be views of a file."""
+    for name, parameter in personal.items():
+        kept = {what: moments.pop(key) for what in _MOMENTS if (key := f"{what}.{name}") in moments}
+        if kept:
+            optimizer.state[parameter] = {what: t.to(parameter.device, copy=True) for what, t in kept.items()}
+
+
+def _put_moments(
+    optimizer: Optimizer, personal: Mapping[str, Parameter], moments: MutableMapping[str, Tensor]
+) -> None:
+    """Move the optimizer's moments into the CPU's memory; a parameter that never had a gradient has none."""
+    for name, parameter in personal.items():
+        for what in _MOMENTS if parameter in optimizer.state else ():
+            moments[f"{what}.{name}"] = optimizer.state[parameter][what].cpu()
 
 
 def _finite(loss: float, settings: LocalSettings) -> float:
@@ -219,7 +247,7 @@ def _check_weights(split: ParameterSplit, settings: LocalSettings) -> None:
 
 
 def _diverged(value: str, settings: LocalSettings) -> FederationError:
-    remedy = f"lower training.lr (now {settings.training.lr:g}) or training.personal_lr"
+    remedy = f"lower training.lr (now {settings.training.lr:g}), training.personal_lr or graft.gate_lr"
     return FederationError(value, "it must be finite", remedy)
 
 

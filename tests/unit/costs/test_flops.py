@@ -60,6 +60,8 @@ def test_tied_embeddings_are_counted_once_as_the_output_matrix() -> None:
         ("method.name=moe_fedavg",),
         ("method.name=hfedmoe_style",),
         ("method.name=local",),
+        ("graft.output=difference", "graft.experts=2"),
+        ("graft.output=difference", "graft.rank=4"),
     ],
     ids=" ".join,
 )

@@ -28,7 +28,9 @@ def grafts_on(model: Any, **settings: Any) -> Grafts:
     return grafts
 
 
-@pytest.mark.parametrize("settings", [{}, {"rank": 3, "alpha": 7.0}], ids=["full", "rank"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"rank": 3, "alpha": 7.0}, {"difference": True}], ids=["full", "rank", "difference"]
+)
 def test_grafts_come_back_bit_for_bit(tmp_path: Path, settings: dict[str, Any]) -> None:
     model = tiny_model()
     scales = {find_experts(model)[-1].name: (0.5, 1.5)}
@@ -77,6 +79,15 @@ def test_what_is_no_file_of_grafts_is_refused(tmp_path: Path) -> None:
     write_sealed(path, "flexperts-grafts-1", dict(list(tensors.items())[1:]), meta)
     with pytest.raises(ArtifactError, match="damaged"):
         load_grafts(path, find_experts(model))
+
+
+def test_a_file_from_before_differences_holds_whole_outputs(tmp_path: Path) -> None:
+    model, path = tiny_model(), tmp_path / "grafts"
+    save_grafts(path, grafts_on(model))
+    tensors, meta = read_sealed(path, "flexperts-grafts-1")
+    assert meta.pop("difference") is False
+    write_sealed(path, "flexperts-grafts-1", tensors, meta)
+    assert not any(graft.difference for graft in load_grafts(path, find_experts(model)))
 
 
 def test_nothing_of_the_base_is_written(tmp_path: Path) -> None:

@@ -59,9 +59,10 @@ class Method:
     """Model states that exist and are evaluated."""
     one_global: ClassVar[bool] = True
     """Whether all clients have the same global model."""
-    additive: ClassVar[bool] = True
-    """Whether a reply holds all broadcast weights after training, for averaging by rows; ``derived.`` values of a
-    broadcast do not come back. Clipping, noise, compression and robust aggregation need such replies."""
+    additive: bool = True
+    """Whether a reply that is not empty holds all broadcast weights after training, for averaging by rows;
+    ``derived.`` values of a broadcast do not come back. Clipping, noise, compression and robust aggregation need
+    such replies. Options may decide it."""
     sends_back: ClassVar[bool] = False
     """Whether a broadcast's tensors depend on the replies of earlier rounds; a plan then combines replies that have
     only sizes."""
@@ -190,6 +191,10 @@ class Method:
     def final(self, server: Server, client: str) -> Payload:
         """Return the payload with which a client uses the finished global model."""
         return self.broadcast(server, client)
+
+    def sends_weights(self, server: Server) -> bool:
+        """Return whether the replies of the coming round hold any values; if not, ``uplink`` declares none."""
+        return True
 
     def uplink(self, server: Server, client: str) -> Manifest:
         """Declare the names and shapes in a client's reply; anything else is refused."""

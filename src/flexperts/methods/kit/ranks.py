@@ -79,6 +79,14 @@ def stacked(weighted: Sequence[tuple[float, Factors]]) -> Factors:
     }
 
 
+def truncated_mean(weighted: Sequence[tuple[float, Factors]], last: Factors) -> Factors:
+    """Return the best factors of sum_i w_i B_i A_i at the rank of ``last``, the factors of the round before.
+
+    The sum is never formed: see ``truncated``.
+    """
+    return {layer: truncated(A, B, last[layer]) for layer, (A, B) in stacked(weighted).items()}
+
+
 def truncated(A: Tensor, B: Tensor, last: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the factors V^T and U S of B A at the rank of ``last``; rows of its A fill up a lower rank.
 

@@ -31,6 +31,7 @@ class Server:
         nodes: Client -> the node that its name belongs to.
         max_share: Largest share of one client in a mean: ``federation.max_share``, or 1 if all clients are in this
             process. It is not in the checkpoint.
+        rounds: Number of the recipe's rounds; a method's extra rounds come after them. It is not in the checkpoint.
     """
 
     shared: Payload
@@ -44,6 +45,7 @@ class Server:
     start: str = ""
     nodes: dict[str, int] = field(default_factory=dict)
     max_share: float = 1.0
+    rounds: int = 0
 
     @property
     def counted(self) -> dict[str, int]:

@@ -99,6 +99,8 @@ class Turn:
         stream: Random stream of the round's batches.
         on_step: Called with every step's loss and tokens.
         objective: The loss; language modelling on responses, except in tests.
+        moments: AdamW's moments of the personal parameters by ``<moment>.<parameter>``, kept on this client between
+            rounds; None if every round starts without any.
         derived: Tensors computed in training and sent with the shared parameters; names start with ``derived.``.
         settled: The value of ``Method.settle`` for this model and the client's rows; empty if there is none.
     """
@@ -113,6 +115,7 @@ class Turn:
     stream: Generator
     on_step: Callable[[float, int], None] = lambda loss, tokens: None
     objective: Objective = response_loss
+    moments: dict[str, Tensor] | None = None
     derived: dict[str, Tensor] = field(default_factory=dict)
     settled: dict[str, Tensor] = field(default_factory=dict)
 
@@ -159,6 +162,7 @@ class Turn:
                 self.on_step,
                 hooks=hooks,
                 objective=objective,
+                moments=self.moments,
             )
 
     def load(self, tensors: Mapping[str, Tensor], into: Mapping[str, Parameter] | None = None) -> None:

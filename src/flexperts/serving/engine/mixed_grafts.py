@@ -2,8 +2,9 @@
 
     y[b] = F(x[b]) + sum_p c_p sigmoid(G_p(x[b])) E_p(x[b])        p over the grafts of row b
 
-Whole and frozen expert weights are not copied: one product computes all rows that share an expert. The gates and
-the low-rank deltas are small; they are gathered by row and computed by batched products.
+A graft of differences adds E_p - E_s instead of E_p; E_s is the frozen expert that E_p started from. Whole and
+frozen expert weights are not copied: one product computes all rows that share an expert. The gates and the low-rank
+deltas are small; they are gathered by row and computed by batched products.
 Shapes: B rows, S columns, D width, P pairs of a row and one of its experts, r rank.
 """
 
@@ -48,6 +49,10 @@ class MixedGrafts:
             layer.select(rows)
 
 
+_Runs = tuple[tuple[ExpertWeights, int], ...]
+"""Weights, and the number of adjacent pairs that use them."""
+
+
 @dataclass(frozen=True)
 class _Personal:
     """One personal expert of one client.
@@ -56,24 +61,31 @@ class _Personal:
         expert: The expert.
         gate_weight, gate_bias: The expert's gate, ``[D, 1]`` and ``[1, 1]``.
         scale: The constant factor of the expert's output.
+        difference: Whether the frozen expert's output is subtracted.
     """
 
     expert: FullExpert | LowRankExpert
     gate_weight: Tensor
     gate_bias: Tensor
     scale: float
+    difference: bool
 
     @property
-    def shared_by(self) -> int:
-        """A number that is equal for experts with the same weights, such as low-rank ones of one frozen expert."""
-        return self.expert.index if isinstance(self.expert, LowRankExpert) else id(self.expert)
+    def shared_by(self) -> tuple[int, int]:
+        """Numbers that are equal for experts with the same weights: a frozen expert's, and a whole copy's or 0."""
+        return self.expert.index, 0 if isinstance(self.expert, LowRankExpert) else id(self.expert)
 
     @property
     def weights(self) -> ExpertWeights:
         """The tensors of the expert, not copied."""
         if isinstance(self.expert, LowRankExpert):
-            return self.expert.frozen
+            return self.frozen
         return ExpertWeights(**{name: p.detach() for name, p in self.expert.named_parameters()})
+
+    @property
+    def frozen(self) -> ExpertWeights:
+        """The tensors of the pretrained expert, not copied."""
+        return self.expert.experts.expert(self.expert.index)
 
     @property
     def deltas(self) -> tuple[Tensor, ...]:
@@ -91,12 +103,14 @@ class _Selected:
     Args:
         rows: Row of each of the P pairs, ``[P]``; pairs that share weights are adjacent.
         runs: Weights, and the number of adjacent pairs that use them.
+        frozen: The same of the frozen experts whose outputs are subtracted; empty if none are.
         gate_weight, gate_bias, scale: One per pair, ``[P, D, 1]``, ``[P, 1, 1]``, ``[P, 1, 1]``.
         deltas: Low-rank factors ``[P, in, r]``, ``[P, r, out]`` of up, then of down; empty for whole experts.
     """
 
     rows: Tensor
-    runs: tuple[tuple[ExpertWeights, int], ...]
+    runs: _Runs
+    frozen: _Runs
     gate_weight: Tensor
     gate_bias: Tensor
     scale: Tensor
@@ -129,13 +143,18 @@ class _Layer:
 
     def _terms(self, hidden: Tensor, selected: _Selected) -> Tensor:
         """Return every pair's gated expert output ``[P, S, D]`` for ``hidden [P, S, D]``."""
-        experts, runs = self.experts, selected.runs
-        up = self._project(hidden, [(w.up, w.up_bias, n) for w, n in runs])
-        inner = experts.activate(_plus(up, hidden, selected.deltas[:2]))
-        down = self._project(inner, [(w.down, w.down_bias, n) for w, n in runs])
-        output = experts.finish(_plus(down, inner, selected.deltas[2:]))
+        output = self._outputs(hidden, selected.runs, selected.deltas)
+        if selected.frozen:
+            output = output - self._outputs(hidden, selected.frozen)
         gates = torch.baddbmm(selected.gate_bias, hidden, selected.gate_weight).sigmoid()
         return gates * selected.scale.to(gates.dtype) * output
+
+    def _outputs(self, hidden: Tensor, runs: _Runs, deltas: Sequence[Tensor] = ()) -> Tensor:
+        """Return every pair's expert output ``[P, S, D]``, with its low-rank deltas if there are any."""
+        up = self._project(hidden, [(w.up, w.up_bias, n) for w, n in runs])
+        inner = self.experts.activate(_plus(up, hidden, deltas[:2]))
+        down = self._project(inner, [(w.down, w.down_bias, n) for w, n in runs])
+        return self.experts.finish(_plus(down, inner, deltas[2:]))
 
     def _project(self, hidden: Tensor, runs: Sequence[tuple[Tensor, Tensor | None, int]]) -> Tensor:
         """Apply each run's matrix to its pairs, ``[P, S, in]`` to ``[P, S, out]``."""
@@ -152,7 +171,7 @@ def _personal(graft: Graft) -> Iterator[_Personal]:
     weight, bias = (p.detach().to(graft.experts.dtype) for p in (graft.graft_gate_weight, graft.graft_gate_bias))
     for number, (expert, scale) in enumerate(zip(graft.personal, graft.scales, strict=True)):
         assert isinstance(expert, FullExpert | LowRankExpert)
-        yield _Personal(expert, weight[number, :, None], bias[number].view(1, 1), scale)
+        yield _Personal(expert, weight[number, :, None], bias[number].view(1, 1), scale, graft.difference)
 
 
 def _gathered(pairs: Sequence[tuple[int, _Personal]]) -> _Selected:
@@ -160,10 +179,14 @@ def _gathered(pairs: Sequence[tuple[int, _Personal]]) -> _Selected:
     rows, personal = zip(*pairs, strict=True)
     gate = personal[0].gate_weight
     runs = [list(run) for _, run in groupby(personal, key=lambda p: p.shared_by)]
+    frozen = (
+        [list(run) for _, run in groupby(personal, key=lambda p: p.expert.index)] if personal[0].difference else []
+    )
     deltas = zip(*(p.deltas for p in personal), strict=True)
     return _Selected(
         rows=torch.tensor(rows, device=gate.device),
         runs=tuple((run[0].weights, len(run)) for run in runs),
+        frozen=tuple((run[0].frozen, len(run)) for run in frozen),
         gate_weight=torch.stack([p.gate_weight for p in personal]),
         gate_bias=torch.stack([p.gate_bias for p in personal]),
         scale=gate.new_tensor([p.scale for p in personal]).view(-1, 1, 1),
