@@ -258,7 +258,6 @@ def test_the_mailable_folder_says_in_json_what_it_belongs_to(run: Run, tmp_path:
         ),
         ("fedamole", {"client": "clinic"}, ConfigError, "LoraMixture"),
         ("fedalt", {"client": "clinic"}, ConfigError, "RoutedLora"),
-        ("fedlease", {"client": "clinic"}, ConfigError, "RoutedLora"),
         ("fedamole", {"form": "merged"}, ConfigError, "fedamole has the states zero_shot, personalized"),
     ],
 )
