@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from typer.testing import CliRunner
 
 from flexperts.artifacts import RunDirectory
 from flexperts.cli.main import app
+from flexperts.communication.messages import Update
 from flexperts.config.run import RunConfig
 from flexperts.errors import ArtifactError, FederationError, FlexpertsError
 from flexperts.methods.fedalt import FedALT
 from flexperts.methods.fedamole import FedAMoLE
+from flexperts.methods.fedex_lora import FedExLoRA
 from flexperts.methods.fedlease import FedLEASE
 from flexperts.methods.fedmoe_da import FedMoEDA, _mix_experts, mixing
 from flexperts.methods.flora import FLoRA
@@ -109,6 +112,23 @@ def test_ranks_and_stacks_of_the_departed_are_forgotten() -> None:
     stacked = state(received__a=1, received__b=1, **{"stack__1__x": torch.ones(1)})
     without(FLoRA(), stacked, "b")
     assert stacked.memory.keys() == {"received.a", "stack.1.x"}
+    carried = state(received__a=1, received__b=1, residual__sum__x=torch.ones(1))
+    without(FedExLoRA(), carried, "b")
+    assert carried.memory.keys() == {"received.a", "residual.sum.x"}
+
+
+def test_a_silo_that_was_forgotten_and_comes_back_gets_all_residuals() -> None:
+    method, server = FedExLoRA(), state(round=0)
+    changed = [torch.full((START.size,), value) for value in (0.1, 0.4)]
+    for _ in range(2):
+        sent = [Update(c, replace(START, vector=v.numpy()), 4, {}) for c, v in zip("ab", changed, strict=True)]
+        method.aggregate(server, sent)
+        server.round += 1
+    without(method, server, "b")
+    change_clients(method, server, dict.fromkeys("abcd", 4), dict.fromkeys("abcd"), "")
+    whole = method.broadcast(server, "b").tensors()  # two rounds are larger than the sum, whose rank is at most 3
+    assert {n.split(".")[2] for n in whole if n.startswith("derived.")} == {"sum"}
+    assert {n.split(".")[2] for n in method.broadcast(server, "a").tensors() if n.startswith("derived.")} == {"2"}
 
 
 def fedmoe_da() -> tuple[FedMoEDA, Server]:
