@@ -42,6 +42,8 @@ from flexperts.smol_moe.sources import find_dense
 from flexperts.smol_moe.upcycle import upcycle
 
 OWN_ROWS = 20_000
+ROUTER_SCALE = 0.3
+"""Larger than in the shipped base: an optimizer step would change almost equal logits by more than they differ."""
 FREE = ("out", "device", "save_every")
 """Options that may change when a run is continued."""
 
@@ -58,7 +60,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     split.add_argument("--shared", type=int, default=SMOL_MOE.shared, help="neurons of the shared expert")
     split.add_argument("--experts", type=int, default=SMOL_MOE.experts)
     split.add_argument("--top-k", type=int, default=SMOL_MOE.top_k)
-    split.add_argument("--router-scale", type=float, default=SMOL_MOE.router_scale)
+    split.add_argument("--router-scale", type=float, default=ROUTER_SCALE, help="standard deviation of logits")
     texts = parser.add_argument_group("texts, besides the shipped ones")
     texts.add_argument("--texts", nargs="+", default=[], metavar="FILE", help=".txt, .md, or rows such as .jsonl")
     texts.add_argument("--own-rows", type=int, help=f"rows the parent writes; default {OWN_ROWS}, with --texts 0")
