@@ -21,6 +21,9 @@ from flexperts.smol_moe.sources import Report, cache_dir, file_sha256, find_dens
 from flexperts.smol_moe.upcycle import upcycle
 
 if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from flexperts.smol_moe.dense import DenseModel
     from flexperts.smol_moe.neuron_partition import NeuronPartition
 
@@ -275,14 +278,13 @@ language: [en]
 tags: [mixture-of-experts, qwen2_moe, flexperts]
 ---
 
-# smol-moe
+# {name}
 
 A small mixture-of-experts model with pretrained weights, made by flexperts. It is
 [SmolLM2-135M-Instruct](https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct) with the feed-forward
 networks of layers {layers} split: {shared} neurons stay active for every token, the other
-{routed} form {experts} experts of {size}, of which a router picks {top_k}. No weight was trained; what the
-experts that are not picked would have added is dropped, so the model is slightly worse than the
-dense one until it is fine-tuned. The class is transformers' own `Qwen2MoeForCausalLM`.
+{routed} form {experts} experts of {size}, of which a router picks {top_k}. {training}
+The class is transformers' own `Qwen2MoeForCausalLM`.
 
 - Dense weights: {origin}, sha256 `{dense_sha256}`.
 - Partition: `{command}`, calibrated on {groups} texts written for this purpose ({tokens} tokens).
@@ -293,6 +295,11 @@ dense one until it is fine-tuned. The class is transformers' own `Qwen2MoeForCau
 """
 
 
+UNTRAINED = """No weight was trained; what the
+experts that are not picked would have added is dropped, so the model is slightly worse than the
+dense one until it is fine-tuned."""
+
+
 def save_base(dense: DenseModel, partition: NeuronPartition, folder: Path) -> None:
     """Split a dense model and save it in bfloat16 with its tokenizer and a model card.
 
@@ -301,19 +308,47 @@ def save_base(dense: DenseModel, partition: NeuronPartition, folder: Path) -> No
         partition: Which neurons form which expert.
         folder: An existing, empty folder.
     """
+    model = upcycle(dense.config, dense.state, partition)
+    save_folder(model, dense.tokenizer, card(dense, partition), folder)
+
+
+def save_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, folder: Path) -> None:
+    """Convert a model to bfloat16 and save it with its tokenizer and a model card.
+
+    Args:
+        model: The model; it is converted in place, and then equals what `from_pretrained` loads.
+        tokenizer: Its tokenizer.
+        text: The model card, in Markdown.
+        folder: An existing folder.
+    """
     import torch
 
-    model = upcycle(dense.config, dense.state, partition).to(torch.bfloat16)
-    model.save_pretrained(folder, max_shard_size="10GB")
-    dense.tokenizer.save_pretrained(folder)
-    (folder / "model.safetensors").chmod(0o644)  # safetensors writes 0600
-    (folder / "README.md").write_text(card(dense, partition), encoding="utf-8")
+    convert(model, torch.bfloat16).save_pretrained(folder, max_shard_size="10GB")
+    tokenizer.save_pretrained(folder)
+    (folder / WEIGHTS).chmod(0o644)  # safetensors writes 0600
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def card(dense: DenseModel, partition: NeuronPartition) -> str:
-    """The model card of a split model, in Markdown."""
+def convert(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Convert a model's parameters in place; buffers such as rotary frequencies stay in float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def card(dense: DenseModel, partition: NeuronPartition, name: str = "smol-moe", training: str = UNTRAINED) -> str:
+    """The model card of a split model, in Markdown.
+
+    Args:
+        dense: The dense model.
+        partition: Which neurons form which expert.
+        name: The split model's name.
+        training: What was trained after the split, in one or two sentences.
+    """
     about: dict[str, Any] = {"command": "unknown", "groups": "?", "tokens": "?", **partition.metadata}
     return CARD.format(
+        name=name,
+        training=training,
         layers=", ".join(map(str, partition.layers)),
         shared=partition.shared_size,
         routed=partition.experts * partition.expert_size,

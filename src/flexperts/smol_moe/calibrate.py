@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flexperts.errors import ModelError
 from flexperts.smol_moe.neuron_partition import NeuronPartition
 
 if TYPE_CHECKING:
     import torch
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     from flexperts.smol_moe.dense import DenseModel
 
@@ -255,6 +256,7 @@ def compute_partition(
     """
     import torch
 
+    _check_shape(shape, dense.config)
     rows = [list(dense.tokenizer(texts[name])["input_ids"]) for name in sorted(texts)]
     seen = observe(dense.model(), rows, shape.layers)
     splits = [split_layer(seen[layer], shape, seed) for layer in shape.layers]
@@ -271,3 +273,17 @@ def compute_partition(
     }
     stacked = torch.stack(routers).to(torch.float16)
     return NeuronPartition(shape.layers, shape.top_k, shared, routed, stacked, shape.router_scale, about)
+
+
+def _check_shape(shape: SplitShape, config: LlamaConfig) -> None:
+    layers, neurons = config.num_hidden_layers, config.intermediate_size
+    routed = neurons - shape.shared
+    fits = min(shape.shared, shape.experts) > 0 and routed > 0 and routed % shape.experts == 0
+    if fits and 0 < shape.top_k <= shape.experts and set(shape.layers) <= set(range(layers)):
+        return
+    raise ModelError(
+        f"split of layers {list(shape.layers)} into {shape.shared} shared neurons and {shape.experts} experts, "
+        f"top-{shape.top_k}",
+        f"the model has {layers} layers of {neurons} neurons, and experts must be of equal size",
+        "choose other sizes",
+    )
