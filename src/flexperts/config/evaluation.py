@@ -32,6 +32,18 @@ class EvaluationConfig(Section):
     """Rows per forward pass and generated batch."""
 
 
+class FloorConfig(Section):
+    """At its end, each client keeps the simplest of its models that is about as good as the best on validation rows."""
+
+    candidates: tuple[Literal["global", "local", "personalized", "mixture"], ...] = (
+        "global",
+        "personalized",
+        "mixture",
+    )
+    """Models that are compared with the untouched base, if the method has them. local = trained on the client's rows
+    alone, for as many rounds as the run: a second training."""
+
+
 class KnowledgeConfig(Section):
     """What the models can do beyond the clients' tasks, measured after the last round; nothing by default."""
 

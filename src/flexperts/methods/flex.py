@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -68,6 +68,7 @@ class Flex(Method):
         """Strength of the proximal term on the shared part."""
 
     options: Options
+    alone = "local"
 
     def check(self, config: RunConfig) -> None:
         """Refuse a personal phase if nothing is personal."""
@@ -130,6 +131,19 @@ class Flex(Method):
         if self.options.phases == "joint":
             return turn.fit(hooks=hooks)
         return personal_then_shared(turn, self.options.personal_share, hooks)
+
+    def mixed(self, turn: Turn, weight: float) -> AbstractContextManager[None] | None:
+        """Return the global model with a share of the personal experts' outputs; none for experts adapted in place."""
+        graft = turn.parts.get("graft")
+        return _weakened(graft, weight) if isinstance(graft, Grafts) else None
+
+
+@contextmanager
+def _weakened(graft: Grafts, weight: float) -> Iterator[None]:
+    """Multiply the personal experts' factors c_p, which stay so: a turn's parts are built for it alone."""
+    for layer in graft:
+        layer.scales = tuple(weight * scale for scale in layer.scales)
+    yield None
 
 
 def _grafts(site: Site, choice: Mapping[str, Sequence[int]], scales: Scales, stream: torch.Generator) -> Grafts:
