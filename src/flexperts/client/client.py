@@ -26,6 +26,7 @@ from flexperts.config.run import RunConfig
 from flexperts.data.clients import rows_hash
 from flexperts.data.prompts import Example
 from flexperts.data.rows import ClientRows, Row
+from flexperts.errors import FederationError
 from flexperts.evaluation.scores import EvaluationSettings, Scores, evaluate
 from flexperts.files import json_text, sealed, write_json, write_text
 from flexperts.methods.kit.method import OnBatch, State
@@ -166,8 +167,8 @@ class Client:
 
         Args:
             request: The finished global model.
-            state: zero_shot is the untouched base, global the shared weights alone, personalized everything; chosen
-                is what the client keeps; or one of ``floor.CANDIDATES``.
+            state: zero_shot is the untouched base, global the shared weights alone, personalized everything, chosen
+                what the client keeps; or one of ``floor.CANDIDATES``.
         """
         if state == "chosen":
             state = self.choice(request)["chosen"]
@@ -265,8 +266,12 @@ class Client:
         with self.in_use(request) as turn:
             mixes = self.method.mixed(turn, 0.5) is not None
         names = candidates_of(self.method, self.config, mixes=mixes)
-        if "local" in names:
-            self._train_alone(self._stored(request.round)[1])
+        try:
+            if "local" in names:
+                self._train_alone(self._stored(request.round)[1])
+        except FederationError as error:  # its training has diverged, which must not end the run
+            self.observer.notice(f"{self.name}: no local model to choose; {error}")
+            names.remove("local")
         return names
 
     @cached_property
