@@ -47,7 +47,11 @@ def silos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, letter in (("north", "a"), ("south", "z")):
         for side, rows in (("train", 20), ("test", 4)):
             lines = (
-                {"instruction": f"{side} {i}: which?", "context": f"{name} {side} {i}", "response": letter * (4 + i % 3)}
+                {
+                    "instruction": f"{side} {i}: which?",
+                    "context": f"{name} {side} {i}",
+                    "response": letter * (4 + i % 3),
+                }
                 for i in range(rows)
             )
             (folder / name).mkdir(exist_ok=True)
@@ -338,7 +342,10 @@ def test_a_run_killed_while_choosing_resumes_with_the_same_bits(
 
 def test_what_a_floor_needs(make: Callable[..., RunConfig], workspace: Workspace, tmp_path: Path) -> None:
     for settings, rule in (
-        (("data.validation_rows=4",), r"north: 4 validation rows \(and 1 more clients\): \[floor\] needs at least 8"),
+        (
+            ("data.validation_rows=4",),
+            r"north: 4 validation rows \(and 1 more clients\): \[floor\] needs at least 8",
+        ),
         (("data.validation_rows=11",), "north: 20 train rows with data.validation_rows = 11: at most half"),
     ):
         config = make(*settings)

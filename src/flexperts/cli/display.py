@@ -114,7 +114,7 @@ def score_table(summary: Mapping[str, Any]) -> Table:
 
 
 def floor_table(summary: Mapping[str, Any]) -> Table:
-    """Return the table of what each client keeps: its candidates' NLL on validation rows, and its own on test rows."""
+    """Return the table of what clients keep: all candidates' NLL on validation rows, and its own on test rows."""
     from flexperts.client.floor import CANDIDATES
 
     clients = summary["floor"]

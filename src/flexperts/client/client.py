@@ -157,7 +157,7 @@ class Client:
 
     @contextmanager
     def in_state(self, request: Request, state: str) -> Iterator[tuple[Any, OnBatch | None]]:
-        """Yield the model in one of the client's states, and the function to call before every batch; see ``turn_in``."""
+        """Yield the model in a state, and the function to call before every batch; see ``turn_in``."""
         with self.turn_in(request, state) as (turn, on_batch):
             yield turn.model, on_batch
 

@@ -1,10 +1,10 @@
-"""The floor of a run: at its end each client keeps the simplest of its models that is about as good as its best one.
+"""The floor of a run: at its end each client keeps the simplest of its models that is about as good as its best.
 
     D(c) = sum_i w_i d_i(c)      SE(c)^2 = n / (n - 1) sum_i w_i^2 (d_i(c) - D(c))^2      w_i = t_i / sum_j t_j
 
 over n validation rows with t_i response tokens; d_i(c) is the NLL of candidate c on row i minus that of the best
 candidate, which has the lowest NLL of all rows. The client keeps the first c in the order of ``CANDIDATES`` with
-D(c) <= SE(c): the one-standard-error rule of Breiman et al. (1984), with the standard error of the paired difference.
+D(c) <= SE(c): the one-standard-error rule of Breiman et al. (1984), with the error of the paired difference.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def choose(nlls: Mapping[str, Sequence[float]], tokens: Sequence[int]) -> str:
     """
     finite = {name: np.array(nlls[name]) for name in CANDIDATES if name in nlls and np.isfinite(nlls[name]).all()}
     weights = np.array(tokens) / sum(tokens)
-    best = min(finite, key=lambda name: float(weights @ finite[name]), default="zero_shot")  # the first of equal ones
+    best = min(
+        finite, key=lambda name: float(weights @ finite[name]), default="zero_shot"
+    )  # the first of equal ones
     for name, each in finite.items():
         difference = each - finite[best]
         mean, n = float(weights @ difference), len(weights)

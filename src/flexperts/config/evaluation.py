@@ -13,7 +13,8 @@ class EvaluationConfig(Section):
     """Scoring on rows that are not trained on."""
 
     split: Literal["test", "validation"] = "test"
-    """Rows to score: test to report; validation to choose settings, if data.validation_fraction is above 0."""
+    """Rows to score: test to report; validation to choose settings, if data.validation_fraction is above 0 or
+    data.validation_rows is given."""
     rows: int | None = Field(None, ge=1)
     """Number of rows per client that are scored; without it, all."""
     clients: int | None = Field(None, ge=1)

@@ -98,6 +98,7 @@ class RunConfig(Section):
     """Defences of installed packages, by name, with their settings; see docs/privacy.md."""
     evaluation: EvaluationConfig = EvaluationConfig()
     floor: FloorConfig | None = None
+    """Whether clients end with the best of their models; without this section they do not choose."""
     knowledge: KnowledgeConfig = KnowledgeConfig()
     compare: CompareConfig = CompareConfig()
     engine: EngineConfig = EngineConfig()
@@ -112,7 +113,9 @@ class RunConfig(Section):
         if self.floor and not held:
             raise ValueError("[floor] compares models on validation rows: set data.validation_rows, such as 32")
         if self.floor and scored == "validation":
-            raise ValueError("[floor] chooses by validation rows, so they cannot be reported: leave evaluation.split out")
+            raise ValueError(
+                "[floor] chooses by validation rows, so they cannot be reported: leave evaluation.split out"
+            )
         return self
 
     def to_toml(self) -> str:

@@ -72,7 +72,6 @@ class Ditto(Method):
                 stack.enter_context(turn.site.lora.use(personal=1.0))
             yield on_batch
 
-
     def mixed(self, turn: Turn, weight: float) -> AbstractContextManager[None]:
         """Return the weighted sum of both adapters' outputs."""
         return turn.site.lora.use(shared=1 - weight, personal=weight)

@@ -59,7 +59,7 @@ def test_simplicity_is_base_global_local_personalized_then_mixtures() -> None:
     for expected in CANDIDATES:
         assert choose(same, [1, 1]) == expected
         del same[expected]
-    assert CANDIDATES == ("zero_shot", "global", "local", "personalized", *MIXTURES)
+    assert ("zero_shot", "global", "local", "personalized", *MIXTURES) == CANDIDATES
     assert sorted(MIXTURES.values()) == list(MIXTURES.values()) == [0.25, 0.5, 0.75]
 
 
