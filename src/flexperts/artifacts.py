@@ -198,7 +198,7 @@ class RunDirectory:
         return mapping(self.path / "environment.json", read_json(self.path / "environment.json"))
 
     def of_client(self, kind: str, client: str) -> Any:
-        """Return a client's predictions or routing (lines), selection or floor, by folder; None if there is none."""
+        """Return a client's predictions or routing (lines), selection or floor, by folder; None if missing."""
         folder = self.path / kind
         if (path := folder / f"{client}.json").exists():
             return read_json(path)

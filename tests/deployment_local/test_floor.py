@@ -73,7 +73,7 @@ def test_a_silo_chooses_as_in_one_process_and_sends_nothing_of_it(
             assert record["test"] is None
         else:
             assert record["test"] == same["test"]
-            assert any(line.endswith(f"this silo keeps {record['chosen']}, which is not sent") for line in said)
+            assert any(f"evaluated; this silo keeps {record['chosen']}, which is not sent" in line for line in said)
         asked = ("Summarise the note.", "The cabinet needs a new code.")
         assert HomeModel(load_silo(path), server.run_id).generate(*asked) == TrainedRun(tmp_path / "one").generate(
             name, *asked

@@ -25,6 +25,7 @@ from flexperts.config.run import RunConfig
 from flexperts.engines.run import run_federation
 from flexperts.errors import ArtifactError, ConfigError, DataError, PrivacyError
 from flexperts.export.exporting import export_run
+from flexperts.finished.joining import join
 from flexperts.finished.trained import TrainedRun
 from flexperts.methods.fedavg import FedAvg
 from flexperts.methods.flex import Flex
@@ -48,7 +49,7 @@ def silos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for side, rows in (("train", 20), ("test", 4)):
             lines = (
                 {
-                    "instruction": f"{side} {i}: which?",
+                    "instruction": f"{side} {i}?",
                     "context": f"{name} {side} {i}",
                     "response": letter * (4 + i % 3),
                 }
@@ -150,7 +151,7 @@ def test_the_choice_is_the_clients_model_from_then_on(
         assert run.state(None) == "chosen"
         scores = run.evaluate(rows=run.own_rows())["north"]
         assert scores["chosen"].nll == summary["floor"]["north"]["test"][expected]
-        asked = "test 0: which?", "north test 0"
+        asked = "test 0?", "north test 0"
         if expected in scores:
             assert scores["chosen"] == scores[expected]
             assert run.generate("north", *asked) == run.generate("north", *asked, expected)
@@ -163,7 +164,7 @@ def test_the_choice_is_the_clients_model_from_then_on(
         run.close()
     done = export_run(out, tmp_path / "model", client="north")
     assert (done.state, oct((tmp_path / "model").stat().st_mode & 0o777)) == ("chosen", "0o700")
-    assert f"validation rows: {expected}" in (tmp_path / "model" / "README.md").read_text()
+    assert f"by its validation rows: {expected}" in (tmp_path / "model" / "README.md").read_text()
     if expected == "zero_shot":
         with pytest.raises(ConfigError, match="the model is the unchanged base"):
             export_run(out, tmp_path / "adapter", client="north", form="adapter", check=False)
@@ -205,7 +206,9 @@ def test_a_share_of_the_graft_lies_between_and_is_what_is_exported_and_served(
         assert [str(m) for m in models][:4] == ["north@zero_shot", "north@global", "north@personalized", "north"]
         own, whole = find_model("north", models), find_model("north@personalized", models)
         mixed, full = additions(run, own), additions(run, whole)
-        assert own.state == "chosen" and mixed is not None and full is not None
+        assert own.state == "chosen"
+        assert mixed is not None
+        assert full is not None
         assert mixed.lora_key == full.lora_key
         for layer, [graft] in mixed.grafts.items():
             [other] = full.grafts[layer]
@@ -218,10 +221,11 @@ def test_a_share_of_the_graft_lies_between_and_is_what_is_exported_and_served(
 
 @pytest.mark.parametrize("name", ["ditto", "fedper", "feddpa_t"])
 def test_between_global_and_personal_of_private_adapters(
-    make: Callable[..., RunConfig], workspace: Workspace, tmp_path: Path, name: str
+    make: Callable[..., RunConfig], workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """At weights near 0 and 1 the model nears global and personalized; adapters without rows' weights export."""
+    """At weights near 0 and 1 the model nears global and personalized; two weighted adapters are exported as one."""
     config = make(f"method.name={name}", "training.personal_lr=0.05")
+    monkeypatch.setattr("flexperts.client.client.choose", lambda nlls, tokens: "mixture 0.5")
     run_federation(config, tmp_path / "run", workspace=workspace)
     run = TrainedRun(tmp_path / "run", workspace)
     client, request, found = run.client("north"), run.request("north"), {}
@@ -244,6 +248,11 @@ def test_between_global_and_personal_of_private_adapters(
             assert (found[0.5] - end).abs().max() > 0.1 * far > 0
     finally:
         run.close()
+    if name == "ditto":
+        assert export_run(tmp_path / "run", tmp_path / "adapter", client="north", form="adapter").difference
+    if name == "feddpa_t":
+        with pytest.raises(ConfigError, match="its weights change with every input"):
+            export_run(tmp_path / "run", tmp_path / "adapter", client="north")
 
 
 def test_local_is_the_local_methods_run_and_cannot_be_encoded(
@@ -374,6 +383,25 @@ def test_a_local_model_that_diverges_is_no_candidate(
     summary = run_federation(config, tmp_path, Heard(), workspace=workspace)
     assert set(summary["floor"]["north"]["validation"]) == {"zero_shot", "global"}
     assert [line for line in said if line.startswith("north: no local model to choose")]
+
+
+def test_a_newcomer_chooses_too(
+    make: Callable[..., RunConfig], workspace: Workspace, silos: Path, tmp_path: Path
+) -> None:
+    run_federation(make(ALL), tmp_path, workspace=workspace.for_run(make(ALL)))
+    rows = silos / "north"
+    join(tmp_path, rows / "train.jsonl", test=rows / "test.jsonl", name="east", workspace=workspace)
+    assert (tmp_path / "personal/local/personal/east.safetensors").exists()
+    assert not (tmp_path / "joined/east.part").exists()
+    record = RunDirectory(tmp_path).of_client("floor", "east")
+    run = TrainedRun(tmp_path, workspace)
+    try:
+        answer = run.generate("east", "test 0?", "north test 0")
+        own = run.client("east").choice(run.request("east"))
+        assert own["chosen"] == record["chosen"]
+        assert isinstance(answer, str)
+    finally:
+        run.close()
 
 
 def test_a_client_that_was_not_scored_chooses_when_it_is_used(

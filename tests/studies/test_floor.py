@@ -20,7 +20,7 @@ CLIENTS = {f"c{i}": 0.1 * (i - 3) for i in range(10)}
 
 
 def finished(tmp_path: Path, **changes: Any) -> Finished:
-    """One seed whose clients keep the personalized model; row by row the differences are a constant of the client."""
+    """One seed whose clients keep the personalized model; row by row, a client's differences are equal."""
     predictions = {}
     for client, difference in CLIENTS.items():
         base = [2.0, 3.0, 1.0]
@@ -107,7 +107,7 @@ def test_the_table_says_what_was_kept(tmp_path: Path) -> None:
         "all zero-shot",
         "all global",
         "all personalized",
-        "each one's best",
+        "each's best",
     ]
     assert [cell.text for cell in table.rows[1][2:]] == [
         "+60 [+60, +60]", "+0.150 [+0.150, +0.150]", "+0.600 [+0.600, +0.600]"

@@ -237,7 +237,7 @@ class Client:
             write_json(self._choice_path, sealed(record))
         return record
 
-    def test_candidates(self, request: Request, scores: Mapping[State, Scores]) -> None:
+    def test_candidates(self, request: Request, scores: Mapping[_State, Scores]) -> None:
         """After the last round, add the candidates' NLL on the scored rows to the record of the client's choice.
 
         Args:
@@ -292,14 +292,14 @@ class Client:
         for number in range(first, self.config.federation.rounds + 1):
             self.alone.train(self._alone_request(number))
 
-    def answer_counts(self, scores: Mapping[State, Scores]) -> dict[str, int]:
+    def answer_counts(self, scores: Mapping[_State, Scores]) -> dict[str, int]:
         """Return the answer limit in tokens, the number of longer references, and each state's cut answers."""
         limit = answer_limit(self.workspace, self.config)
         longer = longer_references(next(iter(scores.values())).tokens, limit)
         cut = {f"cut.{state}": its.cut for state, its in scores.items()}
         return {"max_new_tokens": limit, "longer_references": len(longer), **cut}
 
-    def write_predictions(self, scores: Mapping[State, Scores]) -> None:
+    def write_predictions(self, scores: Mapping[_State, Scores]) -> None:
         """Write each scored row with its generated answers and scores, in the client's own folder."""
         lines = [
             json_text(

@@ -59,9 +59,8 @@ def choose(nlls: Mapping[str, Sequence[float]], tokens: Sequence[int]) -> str:
     """
     finite = {name: np.array(nlls[name]) for name in CANDIDATES if name in nlls and np.isfinite(nlls[name]).all()}
     weights = np.array(tokens) / sum(tokens)
-    best = min(
-        finite, key=lambda name: float(weights @ finite[name]), default="zero_shot"
-    )  # the first of equal ones
+    # Of equal ones, the first.
+    best = min(finite, key=lambda name: float(weights @ finite[name]), default="zero_shot")
     for name, each in finite.items():
         difference = each - finite[best]
         mean, n = float(weights @ difference), len(weights)

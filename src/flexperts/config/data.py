@@ -115,7 +115,7 @@ class DataConfig(Section):
     validation_fraction: float = Field(0.0, ge=0, lt=1)
     """Share of each client's train passages that is held out to choose settings: neither trained on nor tested."""
     validation_rows: int | None = Field(None, ge=1)
-    """The same as a number of rows: passages are held out until they have so many; at most half of a client's rows."""
+    """The same as a number of rows: passages are held out until they have so many. At most half of the rows."""
 
     def held_out(self) -> dict[str, Any]:
         """Return the settings for holding out rows, which stay the run's where the source of rows does not."""

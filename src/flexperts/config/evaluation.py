@@ -34,15 +34,15 @@ class EvaluationConfig(Section):
 
 
 class FloorConfig(Section):
-    """At its end, each client keeps the simplest of its models that is about as good as the best on validation rows."""
+    """At the end each client keeps the simplest model that is about as good as its best one on validation rows."""
 
     candidates: tuple[Literal["global", "local", "personalized", "mixture"], ...] = (
         "global",
         "personalized",
         "mixture",
     )
-    """Models that are compared with the untouched base, if the method has them. local = trained on the client's rows
-    alone, for as many rounds as the run: a second training."""
+    """Models that are compared with the untouched base, if the method has them. local = trained on the client's
+    rows alone, for as many rounds as the run: a second training."""
 
 
 class KnowledgeConfig(Section):

@@ -113,9 +113,7 @@ class RunConfig(Section):
         if self.floor and not held:
             raise ValueError("[floor] compares models on validation rows: set data.validation_rows, such as 32")
         if self.floor and scored == "validation":
-            raise ValueError(
-                "[floor] chooses by validation rows, so they cannot be reported: leave evaluation.split out"
-            )
+            raise ValueError("[floor] chooses by validation rows, so they cannot be reported: score the test rows")
         return self
 
     def to_toml(self) -> str:

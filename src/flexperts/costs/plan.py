@@ -163,9 +163,7 @@ def _floor_note(config: RunConfig, method: Method) -> str:
         return ""
     names = candidates_of(method, config, mixes=True)
     rounds = f"{config.federation.rounds} more rounds of training by {method.alone} at each client, nothing sent; "
-    return (
-        f"floor: {rounds if 'local' in names else ''}at most {len(names)} models read the validation and test rows"
-    )
+    return f"floor: {rounds if 'local' in names else ''}up to {len(names)} models read validation and test rows"
 
 
 def _dense(base: LoadedBase, facts: ModelFacts, config: RunConfig, clients: int, bandwidth: float) -> MethodPlan:

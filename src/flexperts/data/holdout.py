@@ -69,11 +69,11 @@ def hold_out(
     train = tuple(row for row, key in zip(rows, keys, strict=True) if key not in held_out)
     test = tuple(row for row, key in zip(rows, keys, strict=True) if key in held_out)
     if not train or not test:
+        what = f"fraction = {fraction}" if count is None else f"rows = {count}"
         raise DataError(
-            f"{where}: {len(order)} passages with {side}_"
-            + (f"fraction = {fraction}" if count is None else f"rows = {count}"),
+            f"{where}: {len(order)} passages with {side}_{what}",
             f"train and {side} need at least one passage each",
-            f"add passages, change the {'fraction' if count is None else 'number'}, or give a test file; {OWN_COLUMN}",
+            f"add passages, change the {what.partition(' ')[0]}, or give a test file; {OWN_COLUMN}",
         )
     say_uneven(rows, keys, where, say)
     return ClientRows(train, test)

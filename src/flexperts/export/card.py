@@ -193,9 +193,7 @@ def _what(facts: Facts) -> str:
 
 
 def _state(facts: Facts) -> str:
-    return (
-        facts.state if facts.state == facts.kept else f"{facts.state} by the silo's validation rows: {facts.kept}"
-    )
+    return facts.state if facts.state == facts.kept else f"{facts.state} by its validation rows: {facts.kept}"
 
 
 def _data(facts: Facts) -> str:

@@ -133,7 +133,7 @@ class Flex(Method):
         return personal_then_shared(turn, self.options.personal_share, hooks)
 
     def mixed(self, turn: Turn, weight: float) -> AbstractContextManager[None] | None:
-        """Return the global model with a share of the personal experts' outputs; none for experts adapted in place."""
+        """Return the model with a share of the personal experts' outputs; none for experts adapted in place."""
         graft = turn.parts.get("graft")
         return _weakened(graft, weight) if isinstance(graft, Grafts) else None
 

@@ -77,16 +77,17 @@ def ability_note(comparison: Comparison) -> str:
 
 def floor_note(comparison: Comparison, entries: Sequence[Entry]) -> str:
     """Return the note of the table of what clients keep."""
-    kept = (
-        f"{entry['name']}: {', '.join(f'{STATES.get(name, name)} {n}' for name, n in entry['floor']['kept'].items())}"
+    kept = [
+        f"{entry['name']}: "
+        + ", ".join(f"{STATES.get(name, name)} {n}" for name, n in entry["floor"]["kept"].items())
         for entry in entries
-    )
+    ]
     level = f"{100 * comparison['confidence']:g} %"
     text = (
-        f"Each client keeps one model by its validation rows. Kept, over all seeds: {'; '.join(kept)}. Harmed: the NLL "
-        "on its test rows is higher than this choice's. The best is known only from the test rows, so the mean against "
-        f"it, the regret, is never below 0. In brackets the {level} interval of a bootstrap over rows; it does not apply "
-        "to other clients."
+        f"Each client keeps one model by its validation rows. Kept, over all seeds: {'; '.join(kept)}. Harmed: the "
+        "NLL on its test rows is higher than this choice's. The best is known only from the test rows, so the mean "
+        f"against it, the regret, is never below 0. In brackets the {level} interval of a bootstrap over rows; it "
+        "does not apply to other clients."
     )
     return _joined(text, counts(comparison))
 

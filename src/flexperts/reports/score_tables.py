@@ -166,11 +166,7 @@ def _base_row(comparison: Comparison) -> list[tuple[Cell, ...]]:
     return [_main_row(comparison, {"name": "base, untrained", "own_state": "zero_shot", "scores": scores})]
 
 
-_INSTEAD = {
-    **{f"all {name}": state for state, name in STATES.items()},
-    "all local": "local",
-    "each one's best": "best",
-}
+_INSTEAD = {f"all {name}": state for state, name in STATES.items()} | {"all local": "local", "each's best": "best"}
 """What clients could have in place of what they keep -> its name in ``comparison.json``."""
 
 

@@ -1,4 +1,4 @@
-"""What a run's floor brought: the models that clients keep against each simple choice, on rows that chose nothing."""
+"""What a run's floor brought: the models that clients keep against each simple choice, on test rows."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def floors(entry: Finished, confidence: float, resamples: int) -> dict[str, Any]
     against: dict[str, dict[str, Any]] = {}
     for simple in (*SIMPLE, BEST):
         paired = [_paired(records, simple) for records in seeds]
-        if found := [each for each in paired if each is not None]:
-            if len(found) == len(paired):
-                against[simple] = _tests(found, partial(_stream, entry.name, simple), settings)
+        found = [each for each in paired if each is not None]
+        if len(found) == len(paired):
+            against[simple] = _tests(found, partial(_stream, entry.name, simple), settings)
     kept = Counter(record["chosen"] for records in seeds for record in records.values())
     return {"kept": dict(sorted(kept.items())), "against": against}
 

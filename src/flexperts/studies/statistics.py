@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -48,8 +47,8 @@ class Difference:
     """Method a minus method b, in the score's unit.
 
     Args:
-        difference: Macro mean: over seeds, of the mean over clients (or another statistic), of the weighted mean over
-            rows.
+        difference: Macro mean: over seeds, of the mean (or another statistic) over clients, of the weighted mean
+            over rows.
         low: Lower end of the confidence interval.
         high: Upper end.
         p: Two-sided p-value of no difference; below 1 - confidence where the interval excludes 0.
@@ -90,7 +89,7 @@ def paired_bootstrap(
         resamples: B, which also bounds p from below by 2 / (B + 1).
         confidence: Coverage probability of the interval, in (0, 1).
         generator: Source of the draws; the order of clients does not matter.
-        over: Another statistic than the mean over clients: from ``[C, ...]`` differences to ``[...]``, in each seed.
+        over: Another statistic than the mean over the C clients of a seed: from ``[C, ...]`` to ``[...]``.
     """
     _check_seeds(seeds, same_rows=same_rows)
     clients = sorted(seeds[0].differences)
@@ -99,7 +98,7 @@ def paired_bootstrap(
         values = np.mean([each.mean(axis=1) for each in drawn], axis=0)
     else:
         values = over(np.stack(drawn)).mean(axis=1)
-    means = _seed_means(seeds, over or partial(np.mean, axis=0))
+    means = _seed_means(seeds, over or _mean)
     if len(seeds) > 1:
         error = means.std(ddof=1) / np.sqrt(len(seeds))
         values = values + error * generator.standard_t(len(seeds) - 1, size=resamples)
@@ -110,6 +109,10 @@ def paired_bootstrap(
 def adjust(p_values: Sequence[float]) -> list[float]:
     """Return p-values adjusted for the false discovery rate over all of them (Benjamini and Hochberg, 1995)."""
     return [float(p) for p in false_discovery_control(p_values)] if len(p_values) else []
+
+
+def _mean(by_client: Floats) -> Floats:
+    return np.asarray(by_client.mean(axis=0))
 
 
 def _seed_means(seeds: Sequence[Paired], over: Callable[[Floats], Floats]) -> Floats:

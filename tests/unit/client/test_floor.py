@@ -55,7 +55,7 @@ def test_with_equal_rows_it_is_the_textbooks_error() -> None:
 
 
 def test_simplicity_is_base_global_local_personalized_then_mixtures() -> None:
-    same = dict.fromkeys(reversed(CANDIDATES), [1.0, 2.0])
+    same = {name: [1.0, 2.0] for name in reversed(CANDIDATES)}
     for expected in CANDIDATES:
         assert choose(same, [1, 1]) == expected
         del same[expected]
