@@ -223,7 +223,7 @@ def test_a_share_of_the_graft_lies_between_and_is_what_is_exported_and_served(
 def test_between_global_and_personal_of_private_adapters(
     make: Callable[..., RunConfig], workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """At weights near 0 and 1 the model nears global and personalized; two weighted adapters are exported as one."""
+    """At weights near 0 and 1 the model nears global and personalized; weighted adapters are exported as one."""
     config = make(f"method.name={name}", "training.personal_lr=0.05")
     monkeypatch.setattr("flexperts.client.client.choose", lambda nlls, tokens: "mixture 0.5")
     run_federation(config, tmp_path / "run", workspace=workspace)

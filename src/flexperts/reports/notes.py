@@ -77,11 +77,8 @@ def ability_note(comparison: Comparison) -> str:
 
 def floor_note(comparison: Comparison, entries: Sequence[Entry]) -> str:
     """Return the note of the table of what clients keep."""
-    kept = [
-        f"{entry['name']}: "
-        + ", ".join(f"{STATES.get(name, name)} {n}" for name, n in entry["floor"]["kept"].items())
-        for entry in entries
-    ]
+    counted = ((e["name"], ((STATES.get(c, c), n) for c, n in e["floor"]["kept"].items())) for e in entries)
+    kept = [f"{name}: {', '.join(f'{model} {n}' for model, n in its)}" for name, its in counted]
     level = f"{100 * comparison['confidence']:g} %"
     text = (
         f"Each client keeps one model by its validation rows. Kept, over all seeds: {'; '.join(kept)}. Harmed: the "
