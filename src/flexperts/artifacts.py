@@ -13,9 +13,10 @@ Its files::
   partition.json         each client's rows: counts and hashes
   beyond.json            scores on other clients' rows and on general tasks, if the recipe asks for them
   personal/NAME.safetensors   each client's personal state; personal/before has that of the round before,
-                         personal/settled values from train rows that some methods need (in a deployed run these
-                         files are at the client)
+                         personal/settled values from train rows that some methods need, personal/local the states
+                         of training alone (in a deployed run these files are at the client)
   predictions/NAME.jsonl      each client's generated answers and every row's scores (likewise)
+  floor/NAME.json        which model a client keeps, and the NLL of its candidates by row (likewise)
   selection/NAME.json         the experts that a client chose, and every expert's loss (likewise)
   routing/NAME.jsonl          how each client's rows are routed, by round and state (likewise)
   joined/NAME.json            a client that joined after training: its rows (counts and hashes), steps, scores
@@ -197,7 +198,7 @@ class RunDirectory:
         return mapping(self.path / "environment.json", read_json(self.path / "environment.json"))
 
     def of_client(self, kind: str, client: str) -> Any:
-        """Return a client's ``predictions`` or ``routing`` (lines) or ``selection``; None if there is none."""
+        """Return a client's predictions or routing (lines), selection or floor, by folder; None if missing."""
         folder = self.path / kind
         if (path := folder / f"{client}.json").exists():
             return read_json(path)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from flexperts.finished.trained import TrainedRun
+from flexperts.methods.kit.method import State
 from flexperts.parts.personal_expert import FullExpert
 from flexperts.serving.contract import ModelName, find_model
 from flexperts.serving.engine.additions import Additions, additions, all_models
@@ -22,6 +25,13 @@ def trained(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Trained
     """A FLEx run in bf16, as real ones are."""
     out = tmp_path_factory.mktemp("runs") / "flex"
     return disturbed_run(recipe, out, "model.dtype=bfloat16", "model.precision=bf16")
+
+
+def test_the_page_knows_every_state() -> None:
+    script, style = (files("flexperts.serving") / "page" / f"page.{end}" for end in ("js", "css"))
+    for state in get_args(State):
+        assert f"  {state}: {{ title: " in script.read_text(encoding="utf-8")
+        assert f'[data-state="{state}"] {{ --stage: var(--{state}); }}' in style.read_text(encoding="utf-8")
 
 
 def test_states_add_what_the_method_says(trained: TrainedRun) -> None:

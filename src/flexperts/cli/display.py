@@ -63,6 +63,9 @@ class RunDisplay(ProgressDisplay):
         self.console.print(score_table(summary))
         for line in score_notes(summary):
             self.notice(line)
+        for source in (summary, summary.get("reference") or {}):
+            if source.get("floor"):
+                self.console.print(floor_table(source))
         sent = summary["bytes"]
         self.console.print(
             f"per client and round: {size(sent['uplink_per_client_per_round']).text} up, "
@@ -107,6 +110,23 @@ def score_table(summary: Mapping[str, Any]) -> Table:
         table.add_row(client, *("-" for _ in columns))
     table.add_section()
     table.add_row("mean", *(_cell(source["mean"], state) for _, source, state in columns))
+    return table
+
+
+def floor_table(summary: Mapping[str, Any]) -> Table:
+    """Return the table of what clients keep: all candidates' NLL on validation rows, and its own on test rows."""
+    from flexperts.client.floor import CANDIDATES
+
+    clients = summary["floor"]
+    shown = [name for name in CANDIDATES if any(name in its["validation"] for its in clients.values())]
+    title = f"{summary['method']}: the model that each client keeps, by NLL on its validation rows"
+    table = Table("client", "keeps", title=title, title_justify="left")
+    for name in (*shown, "kept, test"):
+        table.add_column(STATES.get(name, name), justify="right")
+    for client, its in clients.items():
+        nlls = [*(its["validation"].get(name) for name in shown), its["test"][its["chosen"]]]
+        texts = ("-" if nll is None else f"{nll:.3f}" for nll in nlls)
+        table.add_row(client, STATES.get(its["chosen"], its["chosen"]), *texts)
     return table
 
 

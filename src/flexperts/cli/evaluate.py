@@ -50,7 +50,7 @@ def command(
         display.notice(f"answers cut at {found.limit} tokens: {shown}")
     for client, its in found.scores.items():
         for state, why in not_finite_of(its).items():
-            display.notice(f"{client}, {STATES[state]}: no score; {why}")
+            display.notice(f"{client}, {STATES.get(state, state)}: no score; {why}")
 
 
 def _table(scores: Mapping[str, Mapping[Any, Any]], marks: Mapping[str, str]) -> Any:
@@ -62,7 +62,7 @@ def _table(scores: Mapping[str, Mapping[Any, Any]], marks: Mapping[str, str]) ->
     others = any("other rows" in mark for mark in marks.values())
     rows = "rows given here, not all of them the run's" if others else "each client's own scored rows"
     states = list(next(iter(scores.values())))
-    columns = [STATES[state] for state in states]
+    columns = [STATES.get(state, state) for state in states]
     table = Table("client", *columns, title=f"ROUGE-L (NLL) on {rows}", title_justify="left")
     for client, by_state in scores.items():
         shown = (score_text(by_state[s].rouge_l, by_state[s].nll) for s in states)

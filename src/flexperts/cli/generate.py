@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 About = Annotated[str, typer.Option("--context", help="Passage that the instruction is about.")]
 StateOption = Annotated[
     str | None,
-    typer.Option("--state", help="zero_shot, global or personalized.", show_default="the most personal one"),
+    typer.Option("--state", help="zero_shot, global, personalized or chosen.", show_default="the client's own"),
 ]
 Base = Annotated[
     str | None,

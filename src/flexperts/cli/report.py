@@ -41,13 +41,15 @@ def check_plots() -> None:
 
 
 def report(console: Any, comparison: Mapping[str, Any], out: Path) -> None:
-    """Write a comparison's files and print its main table."""
+    """Write a comparison's files and print its main table, and of a run's floor."""
     from flexperts.reports.html import write_reports
     from flexperts.reports.reading import rows_shown
     from flexperts.reports.tables import tables
 
     write_reports(comparison, out)
-    console.print(_rich(tables(comparison)["main"], narrow=console.width < _WIDE))
+    made = tables(comparison)
+    for table in (made[key] for key in ("main", "floor") if key in made):
+        console.print(_rich(table, narrow=console.width < _WIDE))
     if warning := rows_shown(comparison):
         console.print(f"  note: {warning}", style="yellow", markup=False, soft_wrap=True)
     console.print(f"everything is in {out}: report.html to look at, report.md, comparison.json", soft_wrap=True)
@@ -63,7 +65,7 @@ def _collected(path: Path, samples: int) -> dict[str, Any]:
 
 
 def _rich(table: Any, narrow: bool) -> Any:
-    """Return the main table with the columns that fit a terminal; the pages have all columns."""
+    """Return a table with the columns that fit a terminal; the pages have all columns."""
     from rich.table import Table
     from rich.text import Text
 

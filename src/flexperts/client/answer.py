@@ -67,6 +67,7 @@ def _evaluate(content: RecordDict, client: Client) -> RecordDict:
     request, asked = checked_request(content, EvaluateRequest, client)
     client.settle(request)
     scores = client.evaluate(request, asked.states, answers=asked.answers)
+    client.test_candidates(request, scores)
     client.write_routing(request, asked.states)
     metrics: dict[str, float | int] = {
         f"{kind}.{state}": math.nan if value is None else value
@@ -97,8 +98,7 @@ def checked_request(content: RecordDict, schema: type[_Asked], client: Client) -
     A state of a round far ahead would replace the client's stored states, and every real round would be refused.
     """
     request, asked = request_of(content, schema)
-    rounds = client.config.federation.rounds
-    last = rounds + client.method.extra_rounds(rounds)
+    last = client.last_round
     if not 1 <= request.round <= last:
         rule = f"this run has rounds 1 to {last}"
         raise FederationError(f"round {request.round}", rule, "resume the run from its own directory")

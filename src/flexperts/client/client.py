@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from flexperts.client.answer_limit import answer_limit, longer_references, scored_rows
+from flexperts.client.floor import MIXTURES, candidates_of, choose, read_choice, record_of
 from flexperts.client.model import ClientModel
 from flexperts.client.request import Request, Trained
 from flexperts.client.routing_log import prompt_batches, routing_lines, write_routing
@@ -25,13 +26,14 @@ from flexperts.config.run import RunConfig
 from flexperts.data.clients import rows_hash
 from flexperts.data.prompts import Example
 from flexperts.data.rows import ClientRows, Row
+from flexperts.errors import FederationError
 from flexperts.evaluation.scores import EvaluationSettings, Scores, evaluate
-from flexperts.files import json_text, write_json, write_text
+from flexperts.files import json_text, sealed, write_json, write_text
 from flexperts.methods.kit.method import OnBatch, State
 from flexperts.methods.kit.turn import Prepared, Turn
 from flexperts.methods.registry import make_method
 from flexperts.observer import Observer, Phase, TurnState, current_observer
-from flexperts.parameters.store import PersonalMeta, PersonalStore
+from flexperts.parameters.store import PersonalMeta, PersonalStore, load_personal
 from flexperts.parameters.vector import Payload, vector_hash
 from flexperts.parts.grafts import GATES
 from flexperts.protection.pipeline import protect, told
@@ -39,6 +41,7 @@ from flexperts.seeding import generator
 from flexperts.training.local import LocalSettings, steps_per_round
 
 _MEMORY, _MOMENTS = "memory.", "moments."
+_State = TypeVar("_State", bound=str)
 _NEWEST = sys.maxsize
 """Every stored state, also a resumed run's newest, holds what was decided before any training."""
 
@@ -117,13 +120,13 @@ class Client:
         return Trained(Update(self.name, sent.payload, len(self.examples), metrics), turn.split, private, sent)
 
     def evaluate(
-        self, request: Request, states: Sequence[State], rows: Sequence[Row] | None = None, *, answers: bool = True
-    ) -> dict[State, Scores]:
+        self, request: Request, states: Sequence[_State], rows: Sequence[Row] | None = None, *, answers: bool = True
+    ) -> dict[_State, Scores]:
         """Score model states on given rows, by default on the client's own rows of the split that the recipe names.
 
         Args:
             request: The finished global model.
-            states: Which of zero_shot, global, personalized.
+            states: Which of zero_shot, global, personalized, chosen, and the candidates of a floor.
             rows: The rows.
             answers: Whether to generate answers; without them only the NLL is computed.
         """
@@ -137,7 +140,7 @@ class Client:
         return self.evaluate(request, [state], rows)[state]
 
     def _score(
-        self, request: Request, state: State, rows: Sequence[Row], answers: bool, on_rows: Callable[[int], None]
+        self, request: Request, state: str, rows: Sequence[Row], answers: bool, on_rows: Callable[[int], None]
     ) -> Scores:
         """Score one model state on given rows; zero-shot scores are cached in the workspace."""
         on_rows(0)
@@ -155,15 +158,32 @@ class Client:
         return scores
 
     @contextmanager
-    def in_state(self, request: Request, state: State) -> Iterator[tuple[Any, OnBatch | None]]:
-        """Yield the model in one of the client's states, and the function to call before every batch.
+    def in_state(self, request: Request, state: str) -> Iterator[tuple[Any, OnBatch | None]]:
+        """Yield the model in a state, and the function to call before every batch; see ``turn_in``."""
+        with self.turn_in(request, state) as (turn, on_batch):
+            yield turn.model, on_batch
+
+    @contextmanager
+    def turn_in(self, request: Request, state: str) -> Iterator[tuple[Turn, OnBatch | None]]:
+        """Yield a turn with the model in one of the client's states, and the function to call before every batch.
 
         Args:
             request: The finished global model.
-            state: zero_shot is the untouched base, global the shared weights alone, personalized everything.
+            state: zero_shot is the untouched base, global the shared weights alone, personalized everything, chosen
+                what the client keeps; or one of ``floor.CANDIDATES``.
         """
-        with self.in_use(request) as turn, self.method.in_state(turn, state) as on_batch:
-            yield turn.model, on_batch
+        if state == "chosen":
+            state = self.choice(request)["chosen"]
+        if state == "local":
+            load_personal(self.alone.store.path, base=self.model.base.fingerprint)  # no new state in its place
+            with self.alone.turn_in(self._alone_request(), "personalized") as found:
+                yield found
+            return
+        with self.in_use(request) as turn:
+            mixture = self.method.mixed(turn, MIXTURES[state]) if state in MIXTURES else None
+            # Other states are the method's own; it refuses none.
+            with mixture or self.method.in_state(turn, state) as on_batch:  # type: ignore[arg-type]
+                yield turn, on_batch
 
     @contextmanager
     def in_use(self, request: Request) -> Iterator[Turn]:
@@ -175,25 +195,113 @@ class Client:
             yield turn
 
     def settle(self, request: Request) -> None:
-        """Save what the method's states need from the train rows, so that the model can be used without them."""
-        if not self.method.settles:
-            return
-        with self._turn(request, request.round, self._settings()) as (turn, meta):
-            self.method.receive(turn)
-            self._settled(request, meta).save(self.method.settle(turn))
+        """Save what the states need from the client's rows, so that the model can be used without them.
+
+        After the last round that includes the choice of the model that the client keeps.
+        """
+        if self.method.settles:
+            with self._turn(request, request.round, self._settings()) as (turn, meta):
+                self.method.receive(turn)
+                self._settled(request, meta).save(self.method.settle(turn))
+        if self._ends(request):
+            self.choice(request)
 
     def _settled(self, request: Request, meta: PersonalMeta) -> Settled:
         path = self.folder / "personal" / "settled" / f"{self.name}.safetensors"
         return Settled(path, meta.base, meta.round, vector_hash(request.payload.vector))
 
-    def answer_counts(self, scores: Mapping[State, Scores]) -> dict[str, int]:
+    @property
+    def last_round(self) -> int:
+        """The run's last round, with the method's extra ones."""
+        rounds = self.config.federation.rounds
+        return rounds + self.method.extra_rounds(rounds)
+
+    def _ends(self, request: Request) -> bool:
+        """Return whether the client chooses what it keeps now."""
+        return self.config.floor is not None and request.round == self.last_round
+
+    def choice(self, request: Request) -> dict[str, Any]:
+        """Return which candidate the client keeps, with the scores that decided; on first use it is decided.
+
+        Nothing of it is sent. The record is in the client's own folder, and counts for one finished model only.
+
+        Args:
+            request: The finished global model.
+
+        Returns:
+            ``chosen``, ``validation`` and ``test`` (None until ``test_candidates``); see ``floor.record_of``.
+        """
+        record = read_choice(self._choice_path, of := self._finished(request))
+        if record is None:
+            scores = self.evaluate(request, self._candidates(request), self.rows.validation, answers=False)
+            chosen = choose({name: its.nlls for name, its in scores.items()}, scores["zero_shot"].tokens)
+            record = {**of, "chosen": chosen, "validation": record_of(scores), "test": None}
+            write_json(self._choice_path, sealed(record))
+        return record
+
+    def test_candidates(self, request: Request, scores: Mapping[_State, Scores]) -> None:
+        """After the last round, add the candidates' NLL on the scored rows to the record of the client's choice.
+
+        Args:
+            request: The finished global model.
+            scores: The scores of the method's states on these rows.
+        """
+        if not self._ends(request):
+            return
+        record, known = self.choice(request), {str(state): its for state, its in scores.items()}
+        names = [*record["validation"]["nll"]]
+        known |= self.evaluate(request, [name for name in names if name not in known], answers=False)
+        tested = record | {"test": record_of({name: known[name] for name in names})}
+        write_json(self._choice_path, sealed(tested))
+
+    @property
+    def _choice_path(self) -> Path:
+        return self.folder / "floor" / f"{self.name}.json"
+
+    def _finished(self, request: Request) -> dict[str, str | int]:
+        """Return what distinguishes the client's finished model from others."""
+        _, meta = self._stored(request.round)
+        return {"base": meta.base, "round": meta.round, "shared": vector_hash(request.payload.vector)}
+
+    def _candidates(self, request: Request) -> list[str]:
+        """Return the models to compare; one that is trained on the client's rows alone is trained here."""
+        with self.in_use(request) as turn:
+            mixes = self.method.mixed(turn, 0.5) is not None
+        names = candidates_of(self.method, self.config, mixes=mixes)
+        try:
+            if "local" in names:
+                self._train_alone(self._stored(request.round)[1])
+        except FederationError as error:  # its training has diverged, which must not end the run
+            self.observer.notice(f"{self.name}: no local model to choose; {error}")
+            names.remove("local")
+        return names
+
+    @cached_property
+    def alone(self) -> Client:
+        """The same client, trained on its own rows alone: its state is personal, and has a folder of its own."""
+        folder = self.folder / "personal" / "local"
+        return Client(self.name, self.workspace, self.model.alone(self.config), folder, self.observer)
+
+    def _alone_request(self, number: int | None = None) -> Request:
+        return Request(Payload.empty(), None, number or self.config.federation.rounds)
+
+    def _train_alone(self, meta: PersonalMeta) -> None:
+        """Train ``alone`` for the run's rounds, from where it was interrupted; each round is saved."""
+        store = self.alone.store
+        if store.load(_NEWEST) is None:  # the same experts: no second selection
+            store.save({}, replace(meta, round=0, shared=""))
+        first = self.alone._stored(_NEWEST)[1].round + 1
+        for number in range(first, self.config.federation.rounds + 1):
+            self.alone.train(self._alone_request(number))
+
+    def answer_counts(self, scores: Mapping[_State, Scores]) -> dict[str, int]:
         """Return the answer limit in tokens, the number of longer references, and each state's cut answers."""
         limit = answer_limit(self.workspace, self.config)
         longer = longer_references(next(iter(scores.values())).tokens, limit)
         cut = {f"cut.{state}": its.cut for state, its in scores.items()}
         return {"max_new_tokens": limit, "longer_references": len(longer), **cut}
 
-    def write_predictions(self, scores: Mapping[State, Scores]) -> None:
+    def write_predictions(self, scores: Mapping[_State, Scores]) -> None:
         """Write each scored row with its generated answers and scores, in the client's own folder."""
         lines = [
             json_text(

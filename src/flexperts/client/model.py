@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,13 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from flexperts.config.federation import CompressionConfig, PrivacyConfig
 from flexperts.config.run import RunConfig
 from flexperts.data.prompts import Example
 from flexperts.errors import FederationError, GraftError
 from flexperts.methods.kit.method import Method, named_parameters
 from flexperts.methods.kit.turn import Prepared, Site
+from flexperts.methods.registry import make_method
 from flexperts.modeling.load import LoadedBase
-from flexperts.modeling.lora import LoraAdapters
+from flexperts.modeling.lora import PERSONAL_PREFIX, LoraAdapters
 from flexperts.moe.experts import find_experts
 from flexperts.parameters.split import ParameterSplit, split_parameters
 from flexperts.parameters.vector import copy_tensors
@@ -49,6 +52,22 @@ class ClientModel:
     def close(self) -> None:
         """Remove the LoRA adapters from the base."""
         self.lora.close()
+
+    def alone(self, config: RunConfig) -> ClientModel:
+        """Return a model on the same base and adapters, on which clients train without a server.
+
+        Its method shares nothing, so that no split of it has a tensor that could be encoded. Defences of an update
+        are off: there is none.
+
+        Args:
+            config: The client's run.
+        """
+        config, other = config.with_method(self.method.alone), copy.copy(self)
+        off = {"privacy": PrivacyConfig(), "compression": CompressionConfig(), "protections": {}}
+        graft = config.graft.model_copy(update={"sharing": "personal"})
+        other.config = config.model_copy(update={**off, "graft": graft})
+        other.method, other.lent = make_method(other.config.method), None
+        return other
 
     @property
     def device(self) -> torch.device:
@@ -99,7 +118,8 @@ class ClientModel:
     def _split(self, parts: Mapping[str, Part]) -> ParameterSplit:
         added = self.lora.parameters() | named_parameters(parts)
         for name, parameter in added.items():
-            parameter.requires_grad_(self.method.trains(name))
+            idle = name.startswith(PERSONAL_PREFIX) and not self.method.has_personal_lora  # see ``alone``
+            parameter.requires_grad_(self.method.trains(name) and not idle)
         parameters = self.lora.frozen() | added
         trained = {n for n, p in parameters.items() if p.requires_grad}
         shared = self.method.shared(trained)

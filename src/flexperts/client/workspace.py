@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from flexperts.client.floor import check_floor
 from flexperts.config.run import RunConfig
 from flexperts.data.bad_rows import BadRow, settle_bad_rows, some
 from flexperts.data.batches import pad_batch
@@ -159,6 +160,7 @@ class Workspace:
             config: The run; settings that decide neither rows nor base may differ from the workspace's.
             needs_experts: Whether a method of the run works on experts.
         """
+        check_floor(config, self.clients)
         check_cards(self.base.model, config)
         attention_linears(self.base.model, config.lora.projections)
         self._check_loss(config)

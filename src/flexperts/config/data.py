@@ -114,6 +114,12 @@ class DataConfig(Section):
     """Share of passages held out where a client has no test file."""
     validation_fraction: float = Field(0.0, ge=0, lt=1)
     """Share of each client's train passages that is held out to choose settings: neither trained on nor tested."""
+    validation_rows: int | None = Field(None, ge=1)
+    """The same as a number of rows: passages are held out until they have so many. At most half of the rows."""
+
+    def held_out(self) -> dict[str, Any]:
+        """Return the settings for holding out rows, which stay the run's where the source of rows does not."""
+        return {name: getattr(self, name) for name in ("test_fraction", "validation_fraction", "validation_rows")}
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -121,4 +127,6 @@ class DataConfig(Section):
         given = [n for n in sources if getattr(self, n)]
         if len(given) != 1:
             raise ValueError(f"give exactly one of {', '.join(sources)} (now: {', '.join(given) or 'none'})")
+        if self.validation_fraction and self.validation_rows:
+            raise ValueError("validation_fraction and validation_rows exclude each other; give one of them")
         return self

@@ -13,7 +13,8 @@ class EvaluationConfig(Section):
     """Scoring on rows that are not trained on."""
 
     split: Literal["test", "validation"] = "test"
-    """Rows to score: test to report; validation to choose settings, if data.validation_fraction is above 0."""
+    """Rows to score: test to report; validation to choose settings, if data.validation_fraction is above 0 or
+    data.validation_rows is given."""
     rows: int | None = Field(None, ge=1)
     """Number of rows per client that are scored; without it, all."""
     clients: int | None = Field(None, ge=1)
@@ -30,6 +31,18 @@ class EvaluationConfig(Section):
     """Longest generated answer; without it, the smallest power of two that holds the longest train response."""
     batch_size: int = Field(32, ge=1)
     """Rows per forward pass and generated batch."""
+
+
+class FloorConfig(Section):
+    """At the end each client keeps the simplest model that is about as good as its best one on validation rows."""
+
+    candidates: tuple[Literal["global", "local", "personalized", "mixture"], ...] = (
+        "global",
+        "personalized",
+        "mixture",
+    )
+    """Models that are compared with the untouched base, if the method has them. local = trained on the client's
+    rows alone, for as many rounds as the run: a second training."""
 
 
 class KnowledgeConfig(Section):

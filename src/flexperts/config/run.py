@@ -8,7 +8,7 @@ import tomli_w
 from pydantic import Field, model_validator
 
 from flexperts.config.data import DataConfig
-from flexperts.config.evaluation import CompareConfig, EvaluationConfig, KnowledgeConfig
+from flexperts.config.evaluation import CompareConfig, EvaluationConfig, FloorConfig, KnowledgeConfig
 from flexperts.config.federation import CompressionConfig, FederationConfig, PrivacyConfig
 from flexperts.config.model import GraftConfig, LoraConfig, ModelConfig
 from flexperts.config.section import FreeSettings, Section
@@ -106,14 +106,23 @@ class RunConfig(Section):
     protections: dict[str, FreeSettings] = Field(default_factory=dict)
     """Defences of installed packages, by name, with their settings; see docs/privacy.md."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    floor: FloorConfig | None = None
+    """Whether clients end with the best of their models; without this section they do not choose."""
     knowledge: KnowledgeConfig = KnowledgeConfig()
     compare: CompareConfig = CompareConfig()
     engine: EngineConfig = EngineConfig()
 
     @model_validator(mode="after")
     def _validation_exists(self) -> Self:
-        if self.evaluation.split == "validation" and not self.data.validation_fraction:
-            raise ValueError("evaluation.split = 'validation' needs data.validation_fraction above 0")
+        held, scored = self.data.validation_fraction or self.data.validation_rows, self.evaluation.split
+        if scored == "validation" and not held:
+            raise ValueError(
+                "evaluation.split = 'validation' needs data.validation_fraction above 0, or data.validation_rows"
+            )
+        if self.floor and not held:
+            raise ValueError("[floor] compares models on validation rows: set data.validation_rows, such as 32")
+        if self.floor and scored == "validation":
+            raise ValueError("[floor] chooses by validation rows, so they cannot be reported: score the test rows")
         return self
 
     def to_toml(self) -> str:

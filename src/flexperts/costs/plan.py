@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from flexperts.client.floor import candidates_of
 from flexperts.client.model import ClientModel
 from flexperts.communication.compression import packed_bytes
 from flexperts.communication.traffic import mean_groups
@@ -19,6 +20,7 @@ from flexperts.costs.flops import added_flops, base_flops
 from flexperts.costs.models import Description, describe, experts_per_token, meta_base
 from flexperts.costs.rounds import RoundBytes, mean_packed, planned_rounds, planned_sites
 from flexperts.errors import ConfigError, FlexpertsError
+from flexperts.methods.kit.method import Method
 from flexperts.methods.registry import make_method, method_names
 from flexperts.modeling.load import LoadedBase
 from flexperts.modeling.quantization import planned_bytes
@@ -152,9 +154,18 @@ def plan_method(
         overhead=flops / facts.flops_per_token - 1,
         seconds=_seconds(sent + received, bandwidth),
         at_server=sum(r.total for r in rounds) / len(rounds),
-        note=method.plan_note,
+        note="; ".join(filter(None, (method.plan_note, _floor_note(config, method)))),
         rounds=tuple(rounds),
     )
+
+
+def _floor_note(config: RunConfig, method: Method) -> str:
+    """Return what a floor adds to the costs of a run."""
+    if config.floor is None:
+        return ""
+    names = candidates_of(method, config, mixes=True)
+    rounds = f"{config.federation.rounds} more rounds of training by {method.alone} at each client, nothing sent; "
+    return f"floor: {rounds if 'local' in names else ''}up to {len(names)} models read validation and test rows"
 
 
 def _dense(base: LoadedBase, facts: ModelFacts, config: RunConfig, clients: int, bandwidth: float) -> MethodPlan:

@@ -46,8 +46,9 @@ def load_clients(config: DataConfig, seed: int, say: Say = unsaid) -> Clients:
     else:
         clients = _read(config.clients, config, seed, say)
     clients = {name: clients[name] for name in sorted(clients)}
-    share = config.validation_fraction
-    return {n: _with_validation(rows, share, seed, n) for n, rows in clients.items()} if share else clients
+    if not (config.validation_fraction or config.validation_rows):
+        return clients
+    return {name: _with_validation(rows, config, seed, name) for name, rows in clients.items()}
 
 
 def _read(files: Mapping[str, ClientFiles], config: DataConfig, seed: int, say: Say) -> Clients:
@@ -55,8 +56,15 @@ def _read(files: Mapping[str, ClientFiles], config: DataConfig, seed: int, say: 
     return {names[n]: _files(names[n], own, config, seed, say) for n, own in files.items()}
 
 
-def _with_validation(rows: ClientRows, share: float, seed: int, where: str) -> ClientRows:
-    sides = hold_out(rows.train, share, seed, where, "validation", whole=(*rows.train, *rows.test))
+def _with_validation(rows: ClientRows, config: DataConfig, seed: int, where: str) -> ClientRows:
+    share, count, whole = config.validation_fraction, config.validation_rows, (*rows.train, *rows.test)
+    if count is not None and 2 * count > len(rows.train):
+        raise DataError(
+            f"{where}: {len(rows.train)} train rows with data.validation_rows = {count}",
+            "at most half of a client's train rows are held out",
+            "lower data.validation_rows, add rows, or leave this client out",
+        )
+    sides = hold_out(rows.train, share, seed, where, "validation", count=count, whole=whole)
     return ClientRows(sides.train, rows.test, validation=sides.test)
 
 

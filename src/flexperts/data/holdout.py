@@ -10,6 +10,7 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Literal
 
 import regex
@@ -39,6 +40,7 @@ def hold_out(
     where: str,
     side: Literal["test", "validation"] = "test",
     *,
+    count: int | None = None,
     whole: Sequence[Row] = (),
     say: Say = unsaid,
 ) -> ClientRows:
@@ -50,6 +52,7 @@ def hold_out(
         seed: Seed of the choice.
         where: The client, for messages.
         side: What the rows are held out for; they are returned as ``test``.
+        count: Number of rows to hold out in place of a share; whole passages can have a few more.
         whole: All rows of the client, if ``rows`` are only some of them.
         say: Called with one line per surprising finding.
     """
@@ -59,14 +62,18 @@ def hold_out(
     for key, text in zip(keys, texts, strict=True):
         passages[key] = min(text, passages.get(key, text))  # one of several spellings, independent of row order
     order = sorted(passages, key=lambda key: derive_seed(seed, f"{side} split", passages[key]))
-    held_out = set(order[: round(fraction * len(order))])
+    sizes = Counter(keys)
+    before = accumulate((sizes[key] for key in order), initial=0)  # rows of the passages before each one
+    taken = round(fraction * len(order)) if count is None else sum(rows < count for rows in before)
+    held_out = set(order[:taken])
     train = tuple(row for row, key in zip(rows, keys, strict=True) if key not in held_out)
     test = tuple(row for row, key in zip(rows, keys, strict=True) if key in held_out)
     if not train or not test:
+        what = f"fraction = {fraction}" if count is None else f"rows = {count}"
         raise DataError(
-            f"{where}: {len(order)} passages with {side}_fraction = {fraction}",
+            f"{where}: {len(order)} passages with {side}_{what}",
             f"train and {side} need at least one passage each",
-            f"add passages, change the fraction, or give a test file; {OWN_COLUMN}",
+            f"add passages, change the {what.partition(' ')[0]}, or give a test file; {OWN_COLUMN}",
         )
     say_uneven(rows, keys, where, say)
     return ClientRows(train, test)

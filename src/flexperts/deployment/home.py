@@ -61,7 +61,7 @@ class HomeModel:
         self, instruction: str, context: str = "", state: str | None = None, *, max_new_tokens: int | None = None
     ) -> Answer:
         """Return the greedy answer to one instruction, by the most personal model unless a state is named."""
-        chosen = state_named(self.method, state)
+        chosen = state_named(self.method, self.client.config, state)
         return answer_one(self.client, self.request, chosen, instruction, context, max_new_tokens)
 
 

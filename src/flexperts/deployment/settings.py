@@ -58,7 +58,7 @@ def _at_silos(data: DataConfig) -> DataConfig:
 
 def _kept(data: DataConfig) -> dict[str, object]:
     """Return the settings for holding out rows, which the run decides for all silos."""
-    return {"test_fraction": data.test_fraction, "validation_fraction": data.validation_fraction}
+    return data.held_out()
 
 
 def _refuse_what_needs_all_rows(config: RunConfig) -> None:

@@ -95,6 +95,9 @@ class Worker:
                 reply = stored or self._released(asked, content, client)
                 when = f"run {run[:8]}, round {asked.round}"
                 done = f"{_DONE[kind]} before, and sent the same reply" if stored else _DONE[kind]
+                if kind == "evaluate" and asked.round == client.last_round and client.config.floor:
+                    kept = client.choice(request_of(content, EvaluateRequest)[0])["chosen"]
+                    done = f"{done}; this silo keeps {kept}, which is not sent"
         self.observer.stage(f"{when}: {done}, {time.monotonic() - started:.0f} s")
         return reply
 

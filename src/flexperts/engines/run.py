@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -234,13 +235,23 @@ def _run_rounds(engine: Engine, base: str, config: RunConfig, run: RunDirectory,
             name: round(value + loading * (name in ("setup", "total")), 2)
             for name, value in summary["seconds"].items()
         }
-        return summary | {"seconds": took, "peak_memory": engine.peak, "engine": engine.facts}
+        floor = {"floor": _kept(run, summary["clients"])} if config.floor else {}
+        return summary | {"seconds": took, "peak_memory": engine.peak, "engine": engine.facts} | floor
 
     with engine.grid(config, run) as grid:
         if not (run.path / "config.toml").exists():  # a resumed run keeps its first file
             write_json(run.partition, partition_manifest(workspace.clients))
         RunDirectory.create_or_resume(run.path, config.to_toml())
         serve(grid, config, run, current_observer(), amend)
+
+
+def _kept(run: RunDirectory, clients: Iterable[str]) -> dict[str, Any]:
+    """Return what every scored client keeps, and the NLL of its candidates by kind of rows."""
+    records = {name: run.of_client("floor", name) for name in clients}
+    return {
+        name: {"chosen": its["chosen"], **{rows: its[rows]["nll"] for rows in ("validation", "test")}}
+        for name, its in records.items()
+    }
 
 
 def _check_states(run: RunDirectory, server: Server, base: str) -> None:

@@ -84,6 +84,7 @@ class Facts:
         form: One of the forms.
         owner: The client whose model was read.
         state: The model's state.
+        kept: The candidate that the client keeps if the state is chosen, else the state.
         dtype: Storage type of the weights.
         content: What the model has beyond the base.
         has_template: Whether the folder has the chat template used in training.
@@ -94,6 +95,7 @@ class Facts:
     form: str
     owner: str
     state: State
+    kept: str
     dtype: str
     content: Content
     has_template: bool
@@ -109,6 +111,7 @@ class Facts:
         return {
             "client": self.owner,
             "state": self.state,
+            **({"kept": self.kept} if self.state == "chosen" else {}),
             "method": self.run.config.method.name,
             "round": self.run.server.round,
             "base": {
@@ -187,7 +190,12 @@ def _what(facts: Facts) -> str:
         "adapter": "A PEFT adapter folder, without the base",
         "personal": f"What this model adds to the base: a PEFT adapter folder, and grafts as {facts.dtype}",
     }
-    return f"{forms[facts.form]}. What was trained: {parts}. State: {facts.state}."
+    trained = parts if content.lora else "nothing, it is the unchanged base"
+    return f"{forms[facts.form]}. What was trained: {trained}. State: {_state(facts)}."
+
+
+def _state(facts: Facts) -> str:
+    return facts.state if facts.state == facts.kept else f"{facts.state} by its validation rows: {facts.kept}"
 
 
 def _data(facts: Facts) -> str:
@@ -211,7 +219,7 @@ def _scores(facts: Facts) -> Iterator[str]:
     for name in (n for n in names if n in scored):
         cells = [score_text(scored[name]["rouge_l"][s], scored[name]["nll"][s]) for s in states]
         yield f"| {name} | {scored[name]['scored_rows']} | {' | '.join(cells)} |"
-    yield f"\nThis export is the state *{facts.state}*."
+    yield f"\nThis export is the state *{_state(facts)}*."
 
 
 def _note(facts: Facts) -> str:
@@ -242,7 +250,9 @@ def _prompts(facts: Facts) -> str:
 
 
 def _privacy(facts: Facts) -> str:
-    if facts.state == "personalized":
+    if facts.kept == "zero_shot":
+        return "It is the unchanged base: no row of a silo is in it."
+    if facts.kept != "global":
         return (
             f"Parts of this model were trained only on the rows of `{facts.owner}` and may repeat their content. "
             "Share the model only with people who may see the rows."

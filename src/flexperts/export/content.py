@@ -91,10 +91,10 @@ class Exported(Client):
 
         Args:
             request: The finished global model.
-            state: global or personalized.
+            state: global, personalized or chosen.
             tokens: Token ids ``[B, S]`` for ``Content.logits``.
         """
-        with self.in_use(request) as turn, self.method.in_state(turn, state) as on_batch:
+        with self.turn_in(request, state) as (turn, on_batch):
             site, enabled = turn.site, {name: part for name, part in turn.parts.items() if part.enabled}
             parts = enabled.values()
             if reason := "; ".join(filter(None, map(unfit, parts))):

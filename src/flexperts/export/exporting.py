@@ -68,7 +68,7 @@ def export_run(
         out: The folder to create.
         client: The client; None if the state is the same for all clients.
         form: One of ``FORMS``.
-        state: global or personalized; None takes the form's default.
+        state: global, personalized or chosen; None takes the form's default, or chosen where the run has a floor.
         dtype: Storage type of the weights; None takes the base's.
         base: Where the run's base is, if not where its recipe says.
         check: Whether to load the folder in a fresh process and compare its logits with the run's.
@@ -90,10 +90,11 @@ def export_run(
         observer.stage("reading the model")
         tokens = _reference_tokens(run)
         owner, chosen, content = _read(run, client, form, state, tokens)
+        kept = run.client(owner).choice(run.request(owner))["chosen"] if chosen == "chosen" else chosen
         peft = run.model.lora.peft_entries(run.config.model.base)
         run.close()
         tokenizer = trained_tokenizer(run.workspace.encoder)
-        facts = Facts(run, out.name, form, owner, chosen, stored, content, bool(tokenizer.chat_template))
+        facts = Facts(run, out.name, form, owner, chosen, kept, stored, content, bool(tokenizer.chat_template))
         observer.stage(f"writing {out}")
         if form == "adapter":
             write_peft(folder, peft, content)
@@ -107,7 +108,7 @@ def export_run(
         observer.stage(f"loading {out} in a fresh process")
         found = _checked(facts, folder, tokens) if check else None
         write_card(folder, facts, found)
-        _set_modes(folder, private=chosen == "personalized" or not run.model.method.one_global)
+        _set_modes(folder, private=chosen in ("personalized", "chosen") or not run.model.method.one_global)
         folder.replace(out)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     return Export(out, chosen, size, found)
@@ -137,7 +138,7 @@ def _read(
     run: TrainedRun, client: str | None, form: str, state: str | None, tokens: Tensor
 ) -> tuple[str, State, Content]:
     """Return the client, the state, and what the client's model has beyond the base."""
-    states = _states(run, form, state)
+    states = _states(run, form, state, client)
     if client is None:
         states = [s for s in states if s == "global"]
         client = _any_client(run, bool(states))
@@ -153,13 +154,15 @@ def _read(
     raise ConfigError(f"--form {form} of {run.model.method.name}, state {states[-1]}", *problem)
 
 
-def _states(run: TrainedRun, form: str, name: str | None) -> Sequence[State]:
+def _states(run: TrainedRun, form: str, name: str | None, client: str | None) -> Sequence[State]:
     """Return the states that may be exported, the preferred one first."""
     method = run.model.method
     if name == "zero_shot" or method.states == ("zero_shot",):
         raise ConfigError("state zero_shot", "it is the unchanged base", "use the base itself")
+    if run.config.floor and client is not None:
+        return [state_named(method, run.config, name)]
     if name is not None or form == "merged":
-        return [state_named(method, name or "global")]
+        return [state_named(method, run.config, name or "global")]
     beyond = [s for s in reversed(method.states) if s != "zero_shot"]
     return beyond if form == "adapter" else beyond[:1]
 
@@ -188,6 +191,8 @@ def _check_plain(run: TrainedRun, form: str) -> None:
 def _misfit(form: str, content: Content) -> tuple[str, str] | None:
     """Return rule and remedy if a form cannot contain a model, else None."""
     inside = bool(content.experts or content.routers)
+    if form in ("adapter", "personal") and content.is_lora_alone and not content.lora:
+        return "the model is the unchanged base", "use the base itself, or --form transformers"
     if form == "merged" and content.grafts:
         return "grafts cannot be merged: no standard architecture has them", "use --form transformers"
     if form == "adapter" and not content.is_lora_alone:

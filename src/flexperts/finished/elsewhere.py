@@ -111,8 +111,8 @@ def _moved(data: DataConfig, folder: Path) -> DataConfig:
         else:
             raise FileNotFoundError
     except FileNotFoundError:
-        kept = {name: settings[name] for name in ("columns", "on_bad_row", "test_fraction", "validation_fraction")}
-        return DataConfig.model_validate({"folder": str(folder), **kept})
+        kept = {name: settings[name] for name in ("columns", "on_bad_row")}
+        return DataConfig.model_validate({"folder": str(folder), **kept, **data.held_out()})
     return DataConfig.model_validate(settings)
 
 

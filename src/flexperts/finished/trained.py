@@ -11,6 +11,7 @@ from typing import Any
 from flexperts.artifacts import RunDirectory
 from flexperts.client.answer_limit import answer_limit, with_recorded_limit
 from flexperts.client.client import Client
+from flexperts.client.floor import states_of
 from flexperts.client.model import ClientModel
 from flexperts.client.request import Request
 from flexperts.client.workspace import Workspace
@@ -132,7 +133,7 @@ class TrainedRun:
 
     def state(self, name: str | None) -> State:
         """Return a model state by name, the most personal one by default; see ``state_named``."""
-        return state_named(self.model.method, name)
+        return state_named(self.model.method, self.config, name)
 
     def generate(
         self,
@@ -175,7 +176,7 @@ class TrainedRun:
         scored: dict[str, dict[State, Scores]] = {}
         for name, its in sorted(rows.items()):
             client, request = self.client(name, observer), self.request(name)
-            scored[name] = client.evaluate(request, self.model.method.states, its)
+            scored[name] = client.evaluate(request, states_of(self.model.method, self.config), its)
             observer.turn_ended(name)
         return scored
 
@@ -212,16 +213,15 @@ def recipe_of(run: RunDirectory, base: str | None = None, *, trusted: bool) -> R
     return config
 
 
-def state_named(method: Method, name: str | None) -> State:
-    """Return a method's state by name, the most personal one by default."""
+def state_named(method: Method, config: RunConfig, name: str | None) -> State:
+    """Return one of a run's states by name; by default the client's own: chosen, or the most personal one."""
+    states = states_of(method, config)
     if name is None:
-        return method.states[-1]
-    for state in method.states:
+        return states[-1]
+    for state in states:
         if state == name:
             return state
-    raise ConfigError(
-        f"state {name!r}", f"{method.name} has the states {', '.join(method.states)}", "choose one of these"
-    )
+    raise ConfigError(f"state {name!r}", f"{method.name} has the states {', '.join(states)}", "choose one of these")
 
 
 def answer_one(
@@ -265,8 +265,7 @@ def with_rows_of(
     config: RunConfig, name: str, files: ClientFiles, columns: Mapping[str, str], on_bad_row: OnBadRow
 ) -> RunConfig:
     """Return a run with the rows of one given client only; the settings for holding out rows stay the run's."""
-    old = config.data
-    kept = {"test_fraction": old.test_fraction, "validation_fraction": old.validation_fraction}
+    kept = config.data.held_out()
     data = DataConfig(clients={name: files}, columns=dict(columns), on_bad_row=on_bad_row, **kept)
     return config.model_copy(update={"data": data})
 

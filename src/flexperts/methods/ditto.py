@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import ClassVar
 
 from pydantic import Field
@@ -71,6 +71,10 @@ class Ditto(Method):
             if state == "personalized":
                 stack.enter_context(turn.site.lora.use(personal=1.0))
             yield on_batch
+
+    def mixed(self, turn: Turn, weight: float) -> AbstractContextManager[None]:
+        """Return the weighted sum of both adapters' outputs."""
+        return turn.site.lora.use(shared=1 - weight, personal=weight)
 
 
 def _mirrored(received: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -74,10 +74,16 @@ class FedDPA(Method):
         """Weight both adapters for every row of every batch in the personalized state."""
         with ExitStack() as stack:
             on_batch = stack.enter_context(super().in_state(turn, state))
-            if state == "personalized":
-                on_batch = InstanceWeights(turn, self.options.lam, self.options.instances)
-                stack.callback(on_batch.close)
-            yield on_batch
+            yield stack.enter_context(self.mixed(turn, 1.0)) if state == "personalized" else on_batch
+
+    @contextmanager
+    def mixed(self, turn: Turn, weight: float) -> Iterator[OnBatch | None]:
+        """Weight both adapters for every row of every batch, with a share of the local adapter's weight."""
+        weights = InstanceWeights(turn, weight * self.options.lam, self.options.instances)
+        try:
+            yield weights
+        finally:
+            weights.close()
 
 
 class InstanceWeights:

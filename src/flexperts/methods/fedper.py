@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import ClassVar
 
 import torch
@@ -68,9 +68,12 @@ class FedPer(Method):
         """Set the head to zero in the global state."""
         with ExitStack() as stack:
             if state == "global":
-                heads = [p for name, p in turn.split.personal.items() if ".lora_B." in name]
-                stack.enter_context(_at_zero(heads))
+                stack.enter_context(_times(_heads(turn), 0.0))
             yield stack.enter_context(super().in_state(turn, state))
+
+    def mixed(self, turn: Turn, weight: float) -> AbstractContextManager[None]:
+        """Return the model with a share of the head's outputs."""
+        return _times(_heads(turn), weight)
 
 
 def _block(name: str) -> int:
@@ -82,13 +85,18 @@ def _block(name: str) -> int:
     return int(found[1])
 
 
+def _heads(turn: Turn) -> list[Tensor]:
+    """Return the last blocks' B."""
+    return [p for name, p in turn.split.personal.items() if ".lora_B." in name]
+
+
 @contextmanager
-def _at_zero(tensors: Collection[Tensor]) -> Iterator[None]:
-    """Set tensors to zero inside the block."""
+def _times(tensors: Collection[Tensor], factor: float) -> Iterator[None]:
+    """Multiply tensors inside the block; a factor of 0 sets them to zero, even if they are not finite."""
     before = [tensor.detach().clone() for tensor in tensors]
     with torch.no_grad():
         for tensor in tensors:
-            tensor.zero_()
+            tensor.mul_(factor) if factor else tensor.zero_()
         try:
             yield
         finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -138,6 +138,7 @@ class Flex(PersonalRounds, Grafted):
         """Whether the mean is of LoRA's factors, or of their products, truncated to the rank."""
 
     options: Options
+    alone = "local"
 
     def __init__(self, options: Method.Options | None = None) -> None:
         super().__init__(options)
@@ -203,6 +204,19 @@ class Flex(PersonalRounds, Grafted):
         weighted = [(rows / total, each) for rows, each in arrived]
         new = named(truncated_mean(weighted, factors(server.shared.tensors())))
         server.shared = Payload.of(mean | new)
+
+    def mixed(self, turn: Turn, weight: float) -> AbstractContextManager[None] | None:
+        """Return the model with a share of the personal experts' outputs; none for experts adapted in place."""
+        graft = turn.parts.get("graft")
+        return _weakened(graft, weight) if isinstance(graft, Grafts) else None
+
+
+@contextmanager
+def _weakened(graft: Grafts, weight: float) -> Iterator[None]:
+    """Multiply the personal experts' factors c_p, which stay so: a turn's parts are built for it alone."""
+    for layer in graft:
+        layer.scales = tuple(weight * scale for scale in layer.scales)
+    yield None
 
 
 def _grafts(site: Site, choice: Mapping[str, Sequence[int]], scales: Scales, stream: torch.Generator) -> Grafts:

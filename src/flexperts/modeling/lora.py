@@ -60,6 +60,8 @@ class LoraAdapters:
         self._joined = [JoinedLora(base.get_submodule(parent), layers) for parent, layers in self._by_input()]
         if checkpointing:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
+        self._weights: dict[str, Weight] = {}
+        """The weights in use, by adapter; those that are 1 are left out."""
         self._initial = {n: p.detach().clone() for n, p in self.parameters().items()}
         self.reset()
 
@@ -116,15 +118,17 @@ class LoraAdapters:
     def in_use(self) -> dict[str, list[tuple[Tensor, Tensor]]] | None:
         """Return by target the factors (A ``[r, in]``, B ``[out, r]`` times its scale) of the adapters in use.
 
-        Return None where an adapter's output is weighted, which the factors do not contain.
+        B contains the adapter's weight too. Return None where it differs from row to row of a batch.
         """
+        weights = {_ADAPTERS[name]: weight for name, weight in self._weights.items()}
+        if any(isinstance(weight, Tensor) for weight in weights.values()):
+            return None
         factors: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for target in self.targets:
             layer: Any = self.module(target)
             used = [] if layer.disable_adapters else layer.active_adapters
-            if any(layer.lora_B[name]._forward_hooks for name in used):
-                return None
-            pairs = [(layer.lora_A[name].weight, layer.lora_B[name].weight * layer.scaling[name]) for name in used]
+            scales = {name: layer.scaling[name] * weights.get(name, 1.0) for name in used}
+            pairs = [(layer.lora_A[name].weight, layer.lora_B[name].weight * scales[name]) for name in used]
             factors[target] = [(A.detach().clone(), B.detach()) for A, B in pairs]
         return factors
 
@@ -163,9 +167,12 @@ class LoraAdapters:
             return output * weight
 
         handles = [self.module(t).lora_B[_ADAPTERS[name]].register_forward_hook(scale) for t in self.targets]  # type: ignore[index,union-attr]
+        before = self._weights
+        self._weights = {**before, name: weight}
         try:
             yield
         finally:
+            self._weights = before
             for handle in handles:
                 handle.remove()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from flexperts.reports.reading import METRICS, STATES, Comparison, Entry
 
 _NAMED = 5
@@ -69,6 +71,20 @@ def ability_note(comparison: Comparison) -> str:
         "General tasks: instructions on which no client trained. MMLU: multiple choice by likelihood; with four "
         f"choices, guessing gives 25 %. Minus zero-shot: minus the untouched base{_ability_words(comparison)}; "
         "below 0 for ROUGE-L and accuracy, or above 0 for NLL, ability was lost."
+    )
+    return _joined(text, counts(comparison))
+
+
+def floor_note(comparison: Comparison, entries: Sequence[Entry]) -> str:
+    """Return the note of the table of what clients keep."""
+    counted = ((e["name"], ((STATES.get(c, c), n) for c, n in e["floor"]["kept"].items())) for e in entries)
+    kept = [f"{name}: {', '.join(f'{model} {n}' for model, n in its)}" for name, its in counted]
+    level = f"{100 * comparison['confidence']:g} %"
+    text = (
+        f"Each client keeps one model by its validation rows. Kept, over all seeds: {'; '.join(kept)}. Harmed: the "
+        "NLL on its test rows is higher than this choice's. The best is known only from the test rows, so the mean "
+        f"against it, the regret, is never below 0. In brackets the {level} interval of a bootstrap over rows; it "
+        "does not apply to other clients."
     )
     return _joined(text, counts(comparison))
 

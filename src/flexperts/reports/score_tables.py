@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flexperts.reports.cells import (
@@ -19,7 +19,7 @@ from flexperts.reports.cells import (
     spread,
     words,
 )
-from flexperts.reports.notes import ability_note, client_note, counts, main_note
+from flexperts.reports.notes import ability_note, client_note, counts, floor_note, main_note
 from flexperts.reports.reading import (
     METRICS,
     STATES,
@@ -164,6 +164,33 @@ def _base_row(comparison: Comparison) -> list[tuple[Cell, ...]]:
         return []
     scores = {"zero_shot": measured[0]["scores"]["zero_shot"]}
     return [_main_row(comparison, {"name": "base, untrained", "own_state": "zero_shot", "scores": scores})]
+
+
+_INSTEAD = {f"all {name}": state for state, name in STATES.items()} | {"all local": "local", "each's best": "best"}
+"""What clients could have in place of what they keep -> its name in ``comparison.json``."""
+
+
+def floor_table(comparison: Comparison) -> Table:
+    """Return, for entries with a floor, what clients keep against each simple choice, and against their best."""
+    group = f"NLL of what clients keep, minus this choice's, own {comparison['split']}"
+    header = (
+        Column("entry", words=True),
+        Column("instead of", words=True),
+        *(Column(name, group) for name in ("clients harmed, %", "mean", "worst tenth of clients")),
+    )
+    entries = [entry for entry in ordered(comparison) if entry.get("floor")]
+    rows = tuple(
+        (words(entry["name"]), words(name), *_floor_cells(entry["floor"]["against"][choice]))
+        for entry in entries
+        for name, choice in _INSTEAD.items()
+        if choice in entry["floor"]["against"]
+    )
+    return Table("floor", "What clients keep", floor_note(comparison, entries), header, rows)
+
+
+def _floor_cells(test: Mapping[str, Any]) -> tuple[Cell, ...]:
+    shares = {key: 100 * value for key, value in test["harmed"].items()}
+    return interval(shares, 0), *(interval(test[kind], DIGITS["nll"]) for kind in ("mean", "worst"))
 
 
 def answer_table(comparison: Comparison) -> Table:

@@ -10,14 +10,22 @@ from flexperts.config.changes import flat
 from flexperts.reports.cells import MISSING, Cell, Column, Table, finite, number, significant, size, words
 from flexperts.reports.notes import counts
 from flexperts.reports.reading import Comparison, Entry, layer_names, ordered, routing_measure, routing_of
-from flexperts.reports.score_tables import WHO, ability_table, answer_table, client_table, main_table, own_state
+from flexperts.reports.score_tables import (
+    WHO,
+    ability_table,
+    answer_table,
+    client_table,
+    floor_table,
+    main_table,
+    own_state,
+)
 
 
 def tables(comparison: Comparison) -> dict[str, Table]:
     """Return every table that has a row, by key, in the order of the report.
 
-    Keys: main, clients-rouge_l, clients-nll, answers, ability, cost, groups, privacy, routing, selection, entries,
-    environment.
+    Keys: main, clients-rouge_l, clients-nll, answers, floor, ability, cost, groups, privacy, routing, selection,
+    entries, environment.
     Columns in which every number is missing are left out.
     """
     made = (
@@ -25,6 +33,7 @@ def tables(comparison: Comparison) -> dict[str, Table]:
         client_table(comparison, "rouge_l"),
         client_table(comparison, "nll"),
         answer_table(comparison),
+        floor_table(comparison),
         ability_table(comparison),
         cost_table(comparison),
         groups_table(comparison),

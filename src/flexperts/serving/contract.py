@@ -29,14 +29,17 @@ class ModelName:
 
     Args:
         client: The client.
-        state: zero_shot, global or personalized; the text leaves out personalized.
+        state: zero_shot, global, personalized or chosen.
+        floor: Whether the run has a floor: then the text leaves out chosen, else personalized.
     """
 
     client: str
     state: State
+    floor: bool = False
 
     def __str__(self) -> str:
-        return self.client if self.state == "personalized" else f"{self.client}@{self.state}"
+        own = "chosen" if self.floor else "personalized"
+        return self.client if self.state == own else f"{self.client}@{self.state}"
 
 
 def find_model(text: str, models: Sequence[ModelName]) -> ModelName:

@@ -22,6 +22,7 @@ from flexperts.files import placeless, read_json
 from flexperts.recipe import recorded_recipe
 from flexperts.studies.contrast import abilities, contrasts
 from flexperts.studies.finished import CLAIM, RUNS, Finished, read_claim
+from flexperts.studies.floor import floors
 
 
 def collect(
@@ -63,7 +64,9 @@ def collect(
         "resamples": resamples,
         "clients": first.clients,
         "entries": [
-            _entry(entry) | {"ability": abilities(entry, confidence, resamples), "against": against.get(entry.name)}
+            _entry(entry)
+            | {"ability": abilities(entry, confidence, resamples), "against": against.get(entry.name)}
+            | ({"floor": found} if (found := floors(entry, confidence, resamples)) else {})
             for entry in finished
         ],
         "rouge_tokenizer": _together([entry.rouge_tokenizer for entry in finished]),

@@ -53,7 +53,7 @@ def _test(
         return None
     result = paired_bootstrap(
         found,
-        same_rows=len({_identity(ours) for ours, _ in pairs}) == 1,
+        same_rows=len({row_texts(ours) for ours, _ in pairs}) == 1,
         resamples=resamples,
         confidence=confidence,
         generator=np.random.default_rng(derive_seed(0, "bootstrap", kind, entry.name)),
@@ -62,7 +62,7 @@ def _test(
 
 
 def _check_same(run: RunDirectory, reference: RunDirectory, ours: Predictions, theirs: Predictions) -> None:
-    if _identity(ours) != _identity(theirs):
+    if row_texts(ours) != row_texts(theirs):
         raise ArtifactError(
             f"{run.path} and {reference.path}",
             "compared runs must be scored on the same rows",
@@ -84,7 +84,7 @@ def _column(rows: Rows, state: str, kind: str) -> Any:
     return np.array([row["scores"][state][kind] for row in rows], dtype=float)  # null is not-a-number
 
 
-def _identity(predictions: Predictions) -> tuple[tuple[str, ...], ...]:
+def row_texts(predictions: Predictions) -> tuple[tuple[str, ...], ...]:
     """Return the texts of the rows on which a run was scored."""
     lines = (line for rows in predictions.values() for line in rows)
     return tuple((line["instruction"], line["context"], line["response"]) for line in lines)

@@ -5,7 +5,7 @@ Shapes: B resamples, R rows of one client, S seeds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,8 @@ class Difference:
     """Method a minus method b, in the score's unit.
 
     Args:
-        difference: Macro mean: over seeds, of the mean over clients, of the weighted mean over rows.
+        difference: Macro mean: over seeds, of the mean (or another statistic) over clients, of the weighted mean
+            over rows.
         low: Lower end of the confidence interval.
         high: Upper end.
         p: Two-sided p-value of no difference; below 1 - confidence where the interval excludes 0.
@@ -66,6 +67,7 @@ def paired_bootstrap(
     resamples: int = 10_000,
     confidence: float = 0.95,
     generator: np.random.Generator,
+    over: Callable[[Floats], Floats] | None = None,
 ) -> Difference:
     """Return the macro difference with interval and p-value from a bootstrap of rows and seeds.
 
@@ -87,11 +89,16 @@ def paired_bootstrap(
         resamples: B, which also bounds p from below by 2 / (B + 1).
         confidence: Coverage probability of the interval, in (0, 1).
         generator: Source of the draws; the order of clients does not matter.
+        over: Another statistic than the mean over the C clients of a seed: from ``[C, ...]`` to ``[...]``.
     """
     _check_seeds(seeds, same_rows=same_rows)
     clients = sorted(seeds[0].differences)
-    values = np.mean([_resampled(seeds, c, same_rows, resamples, generator) for c in clients], axis=0)
-    means = _seed_means(seeds)
+    drawn = [_resampled(seeds, c, same_rows, resamples, generator) for c in clients]
+    if over is None:
+        values = np.mean([each.mean(axis=1) for each in drawn], axis=0)
+    else:
+        values = over(np.stack(drawn)).mean(axis=1)
+    means = _seed_means(seeds, over or _mean)
     if len(seeds) > 1:
         error = means.std(ddof=1) / np.sqrt(len(seeds))
         values = values + error * generator.standard_t(len(seeds) - 1, size=resamples)
@@ -104,21 +111,26 @@ def adjust(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in false_discovery_control(p_values)] if len(p_values) else []
 
 
-def _seed_means(seeds: Sequence[Paired]) -> Floats:
-    """Return every seed's mean over clients ``[S]``, summed in the order of the clients' names."""
+def _mean(by_client: Floats) -> Floats:
+    return np.asarray(by_client.mean(axis=0))
+
+
+def _seed_means(seeds: Sequence[Paired], over: Callable[[Floats], Floats]) -> Floats:
+    """Return every seed's statistic over clients ``[S]``; the clients are in the order of their names."""
     clients = sorted(seeds[0].differences)
-    return np.array([np.mean([np.average(s.differences[c], weights=s.weights[c]) for c in clients]) for s in seeds])
+    by_client = ([np.average(s.differences[c], weights=s.weights[c]) for c in clients] for s in seeds)
+    return np.array([over(np.array(means)) for means in by_client])
 
 
 def _resampled(seeds: Sequence[Paired], client: str, same_rows: bool, count: int, generator: Any) -> Floats:
-    """Return ``[B]`` means over seeds of one client's weighted means over drawn rows."""
+    """Return ``[B, S]`` weighted means of one client over drawn rows."""
     groups = [list(seeds)] if same_rows else [[seed] for seed in seeds]
     means = []
     for group in groups:
         values = np.stack([seed.differences[client] for seed in group], axis=1)
         weights = np.stack([seed.weights[client] for seed in group], axis=1)
         means.append(_draw(values, weights, count, generator))
-    return np.asarray(np.concatenate(means, axis=1).mean(axis=1))
+    return np.concatenate(means, axis=1)
 
 
 def _draw(values: Floats, weights: Floats, count: int, generator: np.random.Generator) -> Floats:

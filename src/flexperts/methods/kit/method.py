@@ -8,7 +8,7 @@ its ``Turn``, the server's in its ``Server``.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -28,7 +28,8 @@ from flexperts.parameters.vector import Manifest, Payload, Vector
 from flexperts.parts.part import Part
 from flexperts.training.local import TrainResult
 
-State = Literal["zero_shot", "global", "personalized"]
+State = Literal["zero_shot", "global", "personalized", "chosen"]
+"""A model's state. chosen is the one that a client keeps where a run has a ``[floor]``; no method sets it up."""
 OnBatch = Callable[[PaddedBatch], None]
 """Called with the prompts of every batch before it is scored or answered."""
 
@@ -68,6 +69,8 @@ class Method:
     only sizes."""
     settles: ClassVar[bool] = False
     """Whether a state needs the values that ``settle`` computes from the client's train rows."""
+    alone: ClassVar[str] = "local_lora"
+    """The method with which a client trains the same parts on its own rows alone, for the run's ``[floor]``."""
     report_type: ClassVar[Any] = None
     """Type of what ``report`` returns, for pydantic. A report comes from another machine: the server takes nothing
     else, without conversions, and no number that is not finite."""
@@ -164,6 +167,18 @@ class Method:
                 if state == "zero_shot" or (state == "global" and personal):
                     stack.enter_context(part.disabled())
             yield None
+
+    def mixed(self, turn: Turn, weight: float) -> AbstractContextManager[OnBatch | None] | None:
+        """Return a context in which the model lies between global and personalized, such as ``in_state``.
+
+        Every output that personal parameters add or replace gets the share ``weight``, and the global one the rest.
+        The turn is not used for anything else afterwards. By default None: the method has no such model.
+
+        Args:
+            turn: The client's turn with the finished model.
+            weight: Above 0 (global) and below 1 (personalized).
+        """
+        return None
 
     # The server.
 

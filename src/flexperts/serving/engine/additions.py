@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from flexperts.client.floor import states_of
 from flexperts.finished.trained import TrainedRun
 from flexperts.parts.grafts import Graft, Grafts
 from flexperts.parts.part import Part
@@ -37,8 +38,9 @@ class Additions:
 
 
 def all_models(trained: TrainedRun) -> tuple[ModelName, ...]:
-    """Return every client in every state of the run's method, the most personal state last."""
-    return tuple(ModelName(client, state) for client in trained.clients for state in trained.model.method.states)
+    """Return every client in every state of the run, its own state last."""
+    states, floor = states_of(trained.model.method, trained.config), trained.config.floor is not None
+    return tuple(ModelName(client, state, floor) for client in trained.clients for state in states)
 
 
 def additions(trained: TrainedRun, name: ModelName) -> Additions | None:
@@ -51,9 +53,9 @@ def additions(trained: TrainedRun, name: ModelName) -> Additions | None:
     if name.state == "zero_shot":  # the unchanged base, for any method
         return Additions()
     client, request = trained.client(name.client), trained.request(name.client)
-    with client.in_state(request, name.state) as (_, on_batch):
-        parts = [part for part in (trained.model.lent or {}).values() if part.enabled]
-        lora = trained.model.lora.in_use()
+    with client.turn_in(request, name.state) as (turn, on_batch):
+        parts = [part for part in turn.parts.values() if part.enabled]
+        lora = turn.site.lora.in_use()
         if on_batch or lora is None or not all(isinstance(part, Grafts) for part in parts):
             return None
         lora = {target: factors for target, factors in lora.items() if factors}

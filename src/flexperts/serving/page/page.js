@@ -5,6 +5,7 @@ const STAGES = {
   zero_shot: { title: "Base", about: () => "before any silo trained it" },
   global: { title: "Global", about: () => "with what all silos learned together" },
   personalized: { title: "Personalized", about: (silo) => `with what ${silo} keeps to itself` },
+  chosen: { title: "Chosen", about: (silo) => `the one that was best on rows which ${silo} held back` },
 };
 const at = (id) => document.getElementById(id);
 let silos = [];

@@ -1,0 +1,103 @@
+"""The floor of a run: at its end each client keeps the simplest of its models that is about as good as its best.
+
+    D(c) = sum_i w_i d_i(c)      SE(c)^2 = n / (n - 1) sum_i w_i^2 (d_i(c) - D(c))^2      w_i = t_i / sum_j t_j
+
+over n validation rows with t_i response tokens; d_i(c) is the NLL of candidate c on row i minus that of the best
+candidate, which has the lowest NLL of all rows. The client keeps the first c in the order of ``CANDIDATES`` with
+D(c) <= SE(c): the one-standard-error rule of Breiman et al. (1984), with the error of the paired difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flexperts.config.run import RunConfig
+from flexperts.data.clients import Clients
+from flexperts.errors import DataError
+from flexperts.evaluation.scores import Scores, finite_or_none
+from flexperts.files import opened, read_json
+from flexperts.methods.kit.method import Method, State
+
+MIXTURES = {f"mixture {weight}": weight for weight in (0.25, 0.5, 0.75)}
+"""Candidate -> weight of the personal part between the global model (0) and the personalized one (1)."""
+CANDIDATES = ("zero_shot", "global", "local", "personalized", *MIXTURES)
+"""All candidates, from simple to complex."""
+_FEWEST = 8
+"""Fewest validation rows: with fewer, the standard error itself is too uncertain to decide by."""
+
+
+def states_of(method: Method, config: RunConfig) -> tuple[State, ...]:
+    """Return the states in which a client's finished model can be used, its own one last."""
+    return (*method.states, "chosen") if config.floor else method.states
+
+
+def candidates_of(method: Method, config: RunConfig, *, mixes: bool) -> list[str]:
+    """Return the candidates that a recipe asks for and the method has, from simple to complex.
+
+    Args:
+        method: The run's method.
+        config: The run, with a ``[floor]``.
+        mixes: Whether the method has models between global and personalized.
+    """
+    assert config.floor is not None
+    asked, has = {"zero_shot", *config.floor.candidates}, {*method.states, "local"}
+    if mixes and {"global", "personalized"} <= has:
+        has.add("mixture")
+    return [name for name in CANDIDATES if name.partition(" ")[0] in asked & has]
+
+
+def choose(nlls: Mapping[str, Sequence[float]], tokens: Sequence[int]) -> str:
+    """Return the candidate to keep; zero_shot if no candidate has finite scores.
+
+    Args:
+        nlls: Candidate -> NLL of every row, in nats per token; one that is not finite excludes the candidate.
+        tokens: Response tokens of every row, at least two rows.
+    """
+    finite = {name: np.array(nlls[name]) for name in CANDIDATES if name in nlls and np.isfinite(nlls[name]).all()}
+    weights = np.array(tokens) / sum(tokens)
+    # Of equal ones, the first.
+    best = min(finite, key=lambda name: float(weights @ finite[name]), default="zero_shot")
+    for name, each in finite.items():
+        difference = each - finite[best]
+        mean, n = float(weights @ difference), len(weights)
+        error = np.sqrt(n / (n - 1) * np.sum((weights * (difference - mean)) ** 2))
+        if mean <= error:
+            return name
+    return best
+
+
+def record_of(scores: Mapping[str, Scores]) -> dict[str, Any]:
+    """Return scores of candidates on the same rows as plain values: means, and NLL and tokens of every row."""
+    return {
+        "nll": {name: its.nll for name, its in scores.items()},
+        "rows": {name: [finite_or_none(nll) for nll in its.nlls] for name, its in scores.items()},
+        "tokens": list(next(iter(scores.values())).tokens),
+    }
+
+
+def read_choice(path: Path, of: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the record of a client's choice if there is one for this model, else None.
+
+    Args:
+        path: The client's file.
+        of: What the record must say of the model that it is about.
+    """
+    record = opened(path, read_json(path), needed=True) if path.exists() else {}
+    return record if of.items() <= record.items() else None
+
+
+def check_floor(config: RunConfig, clients: Clients) -> None:
+    """Refuse clients with too few validation rows to choose by."""
+    few = {name: len(its.validation) for name, its in clients.items() if len(its.validation) < _FEWEST}
+    if config.floor and few:
+        name, count = next(iter(few.items()))
+        more = f" (and {len(few) - 1} more clients)" if len(few) > 1 else ""
+        raise DataError(
+            f"{name}: {count} validation rows{more}",
+            f"[floor] needs at least {_FEWEST} of each client",
+            "raise data.validation_rows, add rows, leave this client out, or leave [floor] out",
+        )

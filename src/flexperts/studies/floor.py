@@ -1,0 +1,100 @@
+"""What a run's floor brought: the models that clients keep against each simple choice, on test rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from flexperts.files import opened
+from flexperts.seeding import derive_seed
+from flexperts.studies.contrast import row_texts
+from flexperts.studies.finished import Finished
+from flexperts.studies.statistics import Difference, Floats, Paired, paired_bootstrap
+
+_Records = Mapping[str, Mapping[str, Any]]
+SIMPLE = ("zero_shot", "global", "local", "personalized")
+"""The choices that a run without a floor makes for all clients alike."""
+BEST = "best"
+"""The candidate of each client with the lowest NLL on its test rows, known only afterwards."""
+_WORST = 0.1
+
+
+def harmed(differences: Floats) -> Floats:
+    """Return the share of clients whose NLL is higher: ``[C, ...]`` to ``[...]``."""
+    return np.asarray((differences > 0).mean(axis=0))
+
+
+def worst(differences: Floats) -> Floats:
+    """Return the mean over the tenth of the clients with the largest differences, at least one client."""
+    count = max(1, round(_WORST * len(differences)))
+    return np.asarray(np.sort(differences, axis=0)[-count:].mean(axis=0))
+
+
+def floors(entry: Finished, confidence: float, resamples: int) -> dict[str, Any] | None:
+    """Return an entry's floor over all seeds; None if its runs had none, or have no scores by row.
+
+    Returns:
+        ``kept``: candidate -> how many clients keep it, over all seeds. ``against``: simple choice, or best -> the
+        differences in NLL of what clients keep: ``mean`` over clients, share of clients ``harmed``, mean of the
+        ``worst`` tenth, each with an interval. Against the best, the mean is the regret.
+    """
+    seeds = [_records(entry, run) for run in entry.runs.values()]
+    if not seeds or not all(seeds):
+        return None
+    same_rows = len({row_texts(rows) for rows in entry.predictions.values()}) == 1
+    settings = {"same_rows": same_rows, "resamples": resamples, "confidence": confidence}
+    against: dict[str, dict[str, Any]] = {}
+    for simple in (*SIMPLE, BEST):
+        paired = [_paired(records, simple) for records in seeds]
+        found = [each for each in paired if each is not None]
+        if len(found) == len(paired):
+            against[simple] = _tests(found, partial(_stream, entry.name, simple), settings)
+    kept = Counter(record["chosen"] for records in seeds for record in records.values())
+    return {"kept": dict(sorted(kept.items())), "against": against}
+
+
+def _records(entry: Finished, run: Any) -> dict[str, Any]:
+    """Return every client's record of its choice; empty unless all are there, with scores on test rows."""
+    found = {client: run.of_client("floor", client) for client in entry.clients}
+    if not all(its and its["test"] for its in found.values()):
+        return {}
+    return {client: opened(run.path / "floor", its, needed=True) for client, its in found.items()}
+
+
+def _paired(records: _Records, simple: str) -> Paired | None:
+    """Return each client's row-by-row difference of what it keeps to a choice; None where a score is missing."""
+    differences, weights = {}, {}
+    for client, record in records.items():
+        test = record["test"]
+        means = {name: nll for name, nll in test["nll"].items() if nll is not None}
+        name = min(means, key=lambda each: means[each], default=simple) if simple == BEST else simple
+        if name not in means or record["chosen"] not in means:
+            return None
+        differences[client] = _column(test, record["chosen"]) - _column(test, name)
+        weights[client] = np.array(test["tokens"], dtype=float)
+    return Paired(differences, weights)
+
+
+def _column(test: Mapping[str, Any], name: str) -> Floats:
+    return np.array(test["rows"][name], dtype=float)
+
+
+def _stream(entry: str, simple: str, kind: str) -> np.random.Generator:
+    return np.random.default_rng(derive_seed(0, "bootstrap", "floor", simple, kind, entry))
+
+
+def _tests(
+    seeds: Sequence[Paired], stream: Callable[[str], np.random.Generator], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    kinds = {"mean": None, "harmed": harmed, "worst": worst}
+    found = {
+        kind: paired_bootstrap(seeds, generator=stream(kind), over=over, **settings) for kind, over in kinds.items()
+    }
+    shares = found["harmed"]
+    low, high = (min(1.0, max(0.0, end)) for end in (shares.low, shares.high))
+    found["harmed"] = Difference(shares.difference, low, high, shares.p)
+    return {kind: {key: value for key, value in vars(its).items() if key != "p"} for kind, its in found.items()}

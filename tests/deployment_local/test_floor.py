@@ -1,0 +1,99 @@
+"""A floor of a deployed run: each silo chooses as in one process, keeps the choice, and sends nothing of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from flwr.app import RecordDict
+
+from flexperts.artifacts import RunDirectory
+from flexperts.config.run import RunConfig
+from flexperts.data.silos.generate import write_silos
+from flexperts.deployment.home import HomeModel, HomeRun
+from flexperts.deployment.settings import at_silos
+from flexperts.deployment.state import make_private
+from flexperts.deployment.worker import Worker
+from flexperts.engines.grid import InProcessGrid
+from flexperts.engines.run import run_federation
+from flexperts.finished.trained import TrainedRun
+from flexperts.observer import Observer
+from flexperts.recipe import load_silo
+from flexperts.server.serve import serve
+from flexperts.serving.engine.additions import all_models
+from flexperts.studies.collect import collect_run
+
+from .asking import serving, through_relay
+
+SILOS = ("clinic", "law_firm")
+FLOOR = 'floor={candidates = ["global", "local", "personalized", "mixture"]}'
+SHORT = ("training.local_steps=2", "evaluation.rows=2", "federation.min_clients=2", "data.validation_rows=8", FLOOR)
+
+
+@pytest.mark.parametrize("policy", ["min_score_rows = 2", "scores = false"])
+def test_a_silo_chooses_as_in_one_process_and_sends_nothing_of_it(
+    recipe: Callable[..., RunConfig], tmp_path: Path, tiny_base: Path, policy: str
+) -> None:
+    rows = tmp_path / "rows"
+    write_silos(rows, 0, 20, 4)
+    files = {name: f"{{train = '{rows}/{name}/train.jsonl', test = '{rows}/{name}/test.jsonl'}}" for name in SILOS}
+    clients = ", ".join(f"{name} = {sides}" for name, sides in files.items())
+    config = recipe(f"data={{clients = {{{clients}}}}}", *SHORT)
+    run_federation(config, tmp_path / "one")
+    handed, replies = at_silos(config), {}
+    nodes, paths = {}, {}
+    for number, name in enumerate(SILOS, 1):
+        (tmp_path / name).mkdir()
+        paths[name] = tmp_path / name / "silo.toml"
+        head = f'name = "{name}"\nstate = "state"\nbase = "{tiny_base}"\ndtype = "float32"\ndevice = "cpu"\n'
+        sides = "\n".join(f'{side} = "{rows / name / side}.jsonl"' for side in ("train", "test"))
+        its = policy if name == "clinic" else "min_score_rows = 2"
+        paths[name].write_text(f"{head}[data]\n{sides}\n[policy]\n{its}\n")
+        nodes[number] = heard(through_relay(paths[name], handed.to_toml()), replies)
+    server = RunDirectory.create(tmp_path / "server", handed.to_toml())
+    said: list[str] = []
+
+    class Heard(Observer):
+        def stage(self, text: str) -> None:
+            said.append(text)
+
+    with ExitStack() as stack:
+        for name, path in paths.items():
+            make_private(tmp_path / name / "state")
+            stack.enter_context(serving(tmp_path / name / "state", Worker(load_silo(path), Heard()).reply))
+        serve(InProcessGrid(nodes), handed, server, Observer())
+    for name, path in paths.items():
+        home = tmp_path / name / "state" / "runs" / server.run_id
+        record, same = (json.loads((at / "floor" / f"{name}.json").read_text()) for at in (home, tmp_path / "one"))
+        assert (record["chosen"], record["validation"]) == (same["chosen"], same["validation"])
+        if policy == "scores = false" and name == "clinic":
+            assert record["test"] is None
+        else:
+            assert record["test"] == same["test"]
+            assert any(f"evaluated; this silo keeps {record['chosen']}, which is not sent" in line for line in said)
+        asked = ("Summarise the note.", "The cabinet needs a new code.")
+        assert HomeModel(load_silo(path), server.run_id).generate(*asked) == TrainedRun(tmp_path / "one").generate(
+            name, *asked
+        )
+        assert str(all_models(HomeRun(load_silo(path), server.run_id))[-1]) == name
+    assert not list(server.path.rglob("floor"))
+    assert "floor" not in server.summary()
+    assert "floor" not in collect_run(server.path)["entries"][0]
+    words = ("chosen", "local", "mixture")
+    assert replies["evaluate"]
+    assert not [name for names in replies.values() for name in names for word in words if word in name]
+
+
+def heard(ask: Callable[..., RecordDict], replies: dict[str, set[str]]) -> Callable[..., RecordDict]:
+    """Note the names of all that a silo sends, by kind of request."""
+
+    def asked(kind: str, content: RecordDict) -> RecordDict:
+        reply = ask(kind, content)
+        names = {f"{record}.{key}" for record, values in reply.items() for key in values}
+        replies.setdefault(kind, set()).update(names)
+        return reply
+
+    return asked
