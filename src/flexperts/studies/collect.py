@@ -22,6 +22,7 @@ from flexperts.files import placeless, read_json
 from flexperts.recipe import recorded_recipe
 from flexperts.studies.contrast import abilities, contrasts
 from flexperts.studies.finished import CLAIM, RUNS, Finished, read_claim
+from flexperts.studies.over_silos import over_silos
 
 
 def collect(
@@ -51,6 +52,7 @@ def collect(
         )
     first = by_name[reference]
     against = contrasts(finished, first, confidence, resamples)
+    silos = over_silos(finished, first, confidence, resamples)
     return {
         "kind": "comparison",
         "title": title,
@@ -63,7 +65,9 @@ def collect(
         "resamples": resamples,
         "clients": first.clients,
         "entries": [
-            _entry(entry) | {"ability": abilities(entry, confidence, resamples), "against": against.get(entry.name)}
+            _entry(entry)
+            | {"ability": abilities(entry, confidence, resamples), "against": against.get(entry.name)}
+            | {"silos": silos[entry.name]}
             for entry in finished
         ],
         "rouge_tokenizer": _together([entry.rouge_tokenizer for entry in finished]),
