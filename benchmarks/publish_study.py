@@ -7,8 +7,9 @@ A study's folder holds comparison.json and report.md, as ``flexperts compare`` w
 entry -> seed -> client -> state -> score -> one number per scored row, in the order of the client's rows, no texts.
 
 The page docs/results/README.md holds tables made from these numbers, each between two comments, such as
-``<!-- table study-p3: rouge_l nll -->`` and ``<!-- end -->``: a study's folder, and columns out of ``COLUMNS``; or
-``<!-- rounds study-p3: nll -->``: a score after every round.
+``<!-- table study-p3: rouge_l nll -->`` and ``<!-- end -->``: a study's folder, and columns out of ``COLUMNS``;
+``<!-- rounds study-p3: nll -->``: a score after every round; or ``<!-- silos study-p3: nll -->``: a score in every
+silo, mean over seeds.
 """
 
 from __future__ import annotations
@@ -22,10 +23,22 @@ from pathlib import Path
 from typing import Any
 
 from flexperts.files import write_json, write_text
-from flexperts.reports.cells import Cell, interval, number, size
-from flexperts.reports.markdown import markdown_report
-from flexperts.reports.reading import Comparison, Entry, ability, against, mean, ordered, own, stat, verdict
+from flexperts.reports.cells import Cell, bounded, interval, number, size
+from flexperts.reports.markdown import markdown_grid, markdown_report
+from flexperts.reports.reading import (
+    Comparison,
+    Entry,
+    ability,
+    against,
+    mean,
+    ordered,
+    over_silos,
+    own,
+    stat,
+    verdict,
+)
 from flexperts.reports.score_tables import DIGITS
+from flexperts.reports.silo_tables import harmed, silo_table
 from flexperts.studies.collect import collect_comparison
 from flexperts.studies.finished import Finished, read_claim
 
@@ -34,7 +47,8 @@ PAGE = RESULTS / "README.md"
 SAMPLES = 3
 """Rows of each silo that a study shows: all studies here are of synthetic or public rows."""
 _TABLE = re.compile(
-    r"(?P<head><!-- (?P<kind>table|rounds) (?P<study>[^ :]+): (?P<wanted>[^>]+) -->\n).*?(?P<end><!-- end -->)",
+    r"(?P<head><!-- (?P<kind>table|rounds|silos) (?P<study>[^ :]+): (?P<wanted>[^>]+) -->\n).*?"
+    r"(?P<end><!-- end -->)",
     re.DOTALL,
 )
 
@@ -79,6 +93,10 @@ COLUMNS: dict[str, tuple[str, Callable[[Comparison, Entry], str]]] = {
     ),
     "sent": ("sent per client and round", _text(lambda e: size(e["bytes"]["uplink_per_client_per_round"]))),
     "personal": ("personal parameters", _text(lambda e: number(e["parameters"]["personal"], 0))),
+    "nll_iqm": ("interquartile mean of NLL", _text(lambda e: bounded(over_silos(e, "nll").get("iqm"), 3))),
+    "nll_improvement": ("P(better)", _text(lambda e: bounded(over_silos(e, "nll").get("improvement"), 2))),
+    "nll_worst": ("NLL, worst tenth of silos", _text(lambda e: number(over_silos(e, "nll").get("worst_tenth"), 3))),
+    "nll_harmed": ("harmed silos, %", _text(lambda e: harmed(over_silos(e, "nll").get("harmed")))),
     "seeds": ("seeds", lambda _, e: str(len(e["seeds"]))),
 }
 """A column's name on the page -> its heading, and the text of an entry; significant differences are bold."""
@@ -103,6 +121,11 @@ def rounds(comparison: Comparison, metric: str) -> str:
     return _markdown([str(i) for i in curves[0][1]["rounds"]], lines)
 
 
+def silos(comparison: Comparison, metric: str) -> str:
+    """Return a Markdown table of a score by silo, mean over seeds: a column per entry, the best of a row bold."""
+    return markdown_grid(silo_table(comparison, metric), grouped=False) + "\n"
+
+
 def _markdown(headings: list[str], lines: list[list[str]]) -> str:
     head = [["entry", *headings], ["---", *["---:"] * len(headings)]]
     return "".join(f"| {' | '.join(line)} |\n" for line in [*head, *lines])
@@ -113,7 +136,7 @@ def filled(page: str) -> str:
 
     def fill(found: re.Match[str]) -> str:
         numbers = json.loads((RESULTS / found["study"] / "comparison.json").read_text(encoding="utf-8"))
-        make = {"table": table, "rounds": rounds}[found["kind"]]
+        make = {"table": table, "rounds": rounds, "silos": silos}[found["kind"]]
         return f"{found['head']}{make(numbers, found['wanted'])}{found['end']}"
 
     return _TABLE.sub(fill, page)

@@ -87,7 +87,25 @@ def run(script: Any, parent: Path) -> Callable[..., argparse.Namespace]:
 
 def test_a_few_steps_bring_the_split_closer_to_its_parent(run: Any, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "out"
-    run(out, *"--steps 20 --batch 5 --length 128 --lr 0.01 --small-lr 0.0001 --rank 16 --own-rows 0".split())
+    run(
+        out,
+        *[
+            "--steps",
+            "20",
+            "--batch",
+            "5",
+            "--length",
+            "128",
+            "--lr",
+            "0.01",
+            "--small-lr",
+            "0.0001",
+            "--rank",
+            "16",
+            "--own-rows",
+            "0",
+        ],
+    )
     found = json.loads((out / "report.json").read_text())
     assert found["after"]["kl"] < 0.9 * found["before"]["kl"]
     assert found["after"]["parent_loss"] == found["before"]["parent_loss"]

@@ -106,6 +106,8 @@ class DataConfig(Section):
     """One pooled data set, divided over clients."""
     at_silos: bool = False
     """Every silo reads its own rows: a deployed run, whose recipe names no path."""
+    leave_out: tuple[str, ...] | None = None
+    """Names of clients that do not take part, such as those that join the finished run; their rows are not used."""
     columns: Columns = Field(default_factory=dict)
     """Field (instruction, context, response, category) -> column, where the column has another name."""
     on_bad_row: OnBadRow = "refuse"
@@ -129,4 +131,6 @@ class DataConfig(Section):
             raise ValueError(f"give exactly one of {', '.join(sources)} (now: {', '.join(given) or 'none'})")
         if self.validation_fraction and self.validation_rows:
             raise ValueError("validation_fraction and validation_rows exclude each other; give one of them")
+        if self.at_silos and self.leave_out:
+            raise ValueError("with at_silos, leave_out has no effect: do not connect the silos that are left out")
         return self

@@ -112,6 +112,15 @@ def interval(test: Mapping[str, Any] | None, digits: int) -> Cell:
     return Cell(f"{middle} [{low}, {high}]", found[0])
 
 
+def bounded(found: Mapping[str, Any] | None, digits: int) -> Cell:
+    """Return ``value [low, high]``; only the value if there is no interval (one seed)."""
+    value, low, high = (finite(found.get(key)) for key in ("value", "low", "high")) if found else (None, None, None)
+    if value is None:
+        return Cell(MISSING)
+    ends = "" if low is None or high is None else f" [{_fixed(low, digits)}, {_fixed(high, digits)}]"
+    return Cell(f"{_fixed(value, digits)}{ends}", value)
+
+
 def p_value(value: Any) -> Cell:
     """Return a p-value with three digits, or ``< 0.001``."""
     value = finite(value)

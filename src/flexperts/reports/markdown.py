@@ -34,12 +34,16 @@ def markdown_report(comparison: Mapping[str, Any]) -> str:
 
 def markdown_table(table: Table) -> str:
     """Return one table with its heading and note."""
-    head = [_line(column.text) for column in table.header]
+    note = f"\n\n{_line(table.note)}" if table.note else ""
+    return f"## {_line(table.title)}\n\n{markdown_grid(table)}{note}"
+
+
+def markdown_grid(table: Table, *, grouped: bool = True) -> str:
+    """Return the header and the cells of a table; ``grouped`` says whether headers name the state and the rows."""
+    head = [_line(column.text if grouped else column.name) for column in table.header]
     rule = ["---" if i == 0 or column.words else "---:" for i, column in enumerate(table.header)]
     lines = [head, rule, *([_cell(cell) for cell in row] for row in table.rows)]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    note = f"\n\n{_line(table.note)}" if table.note else ""
-    return f"## {_line(table.title)}\n\n{text}{note}"
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def escaped(text: object) -> str:

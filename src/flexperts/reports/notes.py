@@ -57,12 +57,14 @@ def main_note(comparison: Comparison) -> str:
     )
 
 
-def client_note(comparison: Comparison, metric: str) -> str:
-    """Return the note of a table by client."""
+def client_note(comparison: Comparison, metric: str, last: str) -> str:
+    """Return the note of a table by client; ``last`` says where its means are: in the last column or row."""
     better = "lower" if metric == "nll" else "higher"
-    spread = "mean ± sample standard deviation over seeds" if len(comparison["seeds"]) > 1 else "one seed"
-    text = f"{METRICS[metric]}, {better} is better; {spread}. The last column is the plain mean over clients."
-    return _joined(text, _best_words(comparison), counts(comparison))
+    shown = "mean over seeds" if last == "row" else "mean ± sample standard deviation over seeds"
+    shown = shown if len(comparison["seeds"]) > 1 else "one seed"
+    best = _best_words(comparison).replace("column", "row" if last == "row" else "column")
+    text = f"{METRICS[metric]}, {better} is better; {shown}. The last {last} is the plain mean over clients."
+    return _joined(text, best, counts(comparison))
 
 
 def ability_note(comparison: Comparison) -> str:

@@ -70,6 +70,11 @@ def ability(entry: Entry, state: str, metric: str) -> Mapping[str, Any] | None:
     return ((entry.get("ability") or {}).get(state) or {}).get(metric)
 
 
+def over_silos(entry: Entry, metric: str) -> Mapping[str, Any]:
+    """Return an entry's measures over silos of one score; empty if a score is missing, or in older comparisons."""
+    return (entry.get("silos") or {}).get(metric) or {}
+
+
 def change(entry: Entry, state: str, place: str, metric: str) -> dict[str, Any] | None:
     """Return mean and sample std over seeds of a state's score minus zero-shot, paired by seed."""
     ours, start = stat(entry, state, place, metric), stat(entry, "zero_shot", place, metric)

@@ -1,8 +1,8 @@
-"""Tables of scores: the comparison, scores by client, and the change of general ability."""
+"""Tables of scores: the comparison, the change of general ability, and answers that were cut."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from flexperts.reports.cells import (
@@ -19,7 +19,7 @@ from flexperts.reports.cells import (
     spread,
     words,
 )
-from flexperts.reports.notes import ability_note, client_note, counts, floor_note, main_note
+from flexperts.reports.notes import ability_note, counts, floor_note, main_note
 from flexperts.reports.reading import (
     METRICS,
     STATES,
@@ -49,23 +49,6 @@ def main_table(comparison: Comparison) -> Table:
     rows = mark_best(mark_best(rows, 2), 5, lowest=True)
     rows += _base_row(comparison)
     return Table("main", "Scores and differences", main_note(comparison), _main_header(comparison), tuple(rows))
-
-
-def client_table(comparison: Comparison, metric: str) -> Table:
-    """Return every client's score of every entry's own state on that client's own rows."""
-    clients: Sequence[str] = comparison["clients"]
-    digits = DIGITS[metric]
-    rows = []
-    for entry in ordered(comparison):
-        found = own(entry, "own", metric)
-        cells = [spread(((found or {}).get("clients") or {}).get(c), digits) for c in clients]
-        rows.append((words(entry["name"]), own_state(entry), *cells, spread(found, digits)))
-    for column in range(2, len(clients) + 3):
-        rows = mark_best(rows, column, lowest=metric in LOWEST_IS_BEST)
-    group = _place(comparison, own_state_words(comparison), "own")
-    header = (*WHO, *(Column(c, group) for c in clients), Column("mean", group))
-    title = f"{METRICS[metric]} by client"
-    return Table(f"clients-{metric}", title, client_note(comparison, metric), header, tuple(rows))
 
 
 def ability_table(comparison: Comparison) -> Table:
@@ -104,8 +87,8 @@ def _percent(found: Any, *, sign: bool = False) -> Cell:
 
 def _main_header(comparison: Comparison) -> tuple[Column, ...]:
     state = own_state_words(comparison)
-    own_rows, others = (_place(comparison, state, place) for place in ("own", "others"))
-    shared, shared_others = (_place(comparison, "global", place) for place in ("own", "others"))
+    own_rows, others = (place_words(comparison, state, place) for place in ("own", "others"))
+    shared, shared_others = (place_words(comparison, "global", place) for place in ("own", "others"))
     level = f"{100 * comparison['confidence']:g}\u00a0%"
     tests = ("ROUGE-L", f"Δ ROUGE-L to reference [{level}]", "p, adjusted")
     losses = ("NLL", f"Δ NLL to reference [{level}]", "p, adjusted")
@@ -120,7 +103,8 @@ def _main_header(comparison: Comparison) -> tuple[Column, ...]:
     )
 
 
-def _place(comparison: Comparison, state: str, place: str) -> str:
+def place_words(comparison: Comparison, state: str, place: str) -> str:
+    """Return the heading of columns of a state's scores on own or others' rows."""
     rows = {"own": "own", "others": "others'"}[place]
     return f"{state}, {rows} {comparison['split']}"
 

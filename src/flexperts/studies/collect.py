@@ -23,6 +23,7 @@ from flexperts.recipe import recorded_recipe
 from flexperts.studies.contrast import abilities, contrasts
 from flexperts.studies.finished import CLAIM, RUNS, Finished, read_claim
 from flexperts.studies.floor import floors
+from flexperts.studies.over_silos import over_silos
 
 
 def collect(
@@ -34,6 +35,7 @@ def collect(
     confidence: float = 0.95,
     resamples: int = 10_000,
     samples: int = 0,
+    newcomers: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the comparison of finished runs; it contains no row's text unless ``samples`` is above 0.
 
@@ -44,6 +46,7 @@ def collect(
         reference: The entry with which the others are compared.
         confidence, resamples: Settings of the bootstrap.
         samples: Number of scored rows per client to show, with their passages and answers.
+        newcomers: Clients that took no part in the runs and joined them afterwards.
     """
     by_name = {entry.name: entry for entry in finished}
     if reference not in by_name:
@@ -52,6 +55,7 @@ def collect(
         )
     first = by_name[reference]
     against = contrasts(finished, first, confidence, resamples)
+    silos = over_silos(finished, first, confidence, resamples)
     return {
         "kind": "comparison",
         "title": title,
@@ -63,10 +67,12 @@ def collect(
         "confidence": confidence,
         "resamples": resamples,
         "clients": first.clients,
+        "newcomers": list(newcomers),
         "entries": [
             _entry(entry)
             | {"ability": abilities(entry, confidence, resamples), "against": against.get(entry.name)}
             | ({"floor": found} if (found := floors(entry, confidence, resamples)) else {})
+            | {"silos": silos[entry.name], "newcomers": _newcomers(entry, newcomers)}
             for entry in finished
         ],
         "rouge_tokenizer": _together([entry.rouge_tokenizer for entry in finished]),
@@ -102,6 +108,7 @@ def collect_comparison(path: Path, *, samples: int = 0) -> dict[str, Any]:
     found = [Finished.read(path, name, settings) for name, settings in claim["entries"].items()]
     finished = [entry for entry in found if entry.runs]
     options = {key: claim[key] for key in ("confidence", "resamples")} | {"samples": samples}
+    options["newcomers"] = claim.get("newcomers", [])
     return collect(path.resolve().name, claim["recipe"], finished, claim["reference"], **options)
 
 
@@ -199,6 +206,16 @@ def _scores(entry: Finished, state: str) -> dict[str, Any]:
 
 def _own(summary: Mapping[str, Any], clients: Sequence[str], state: str) -> dict[str, Any]:
     return {client: {kind: summary["clients"][client][kind][state] for kind in SCORES} for client in clients}
+
+
+def _newcomers(entry: Finished, names: Sequence[str]) -> dict[str, Any]:
+    """Return state -> scores of those that joined; empty if some could not join some seed's run."""
+    seeds = [[run.joined().get(name) for name in names] for run in entry.runs.values()]
+    if not names or not all(record for seed in seeds for record in seed):
+        return {}
+    by_client = [{"clients": {record["client"]: record for record in seed if record}} for seed in seeds]
+    states = [state for state in entry.states if state in seeds[0][0]["nll"]]
+    return {state: _kinds(SCORES, [_own(seed, names, state) for seed in by_client]) for state in states}
 
 
 def _beyond(entry: Finished, rows: str, state: str) -> list[dict[str, Any]]:
