@@ -35,8 +35,8 @@ PRIVATE, PUBLIC = 0o600, 0o666
 def write_bytes(path: Path, content: bytes, *, mode: int = PRIVATE) -> None:
     """Write a file atomically: a reader sees the old file or the new one, never a part.
 
-    The content is on disk when this returns. A link in the file's place is replaced, not followed. The next
-    ``sole_writer`` of the folder removes the temporary file of a killed process.
+    The content is on disk when this returns. A link in the file's place is replaced, not followed. The folder's
+    ``sole_writer`` removes the temporary file of a killed process: at its end, or the next one at its start.
 
     Args:
         path: The file; folders that do not exist are created with the same access.
@@ -199,7 +199,10 @@ def sole_writer(
         with holding(folder / LOCK, folder, patience=patience, waiting=waiting):
             _refuse_links(folder)
             remove_parts(folder)
-            yield
+            try:
+                yield
+            finally:
+                remove_parts(folder)  # a worker process may have been killed while it wrote
     finally:
         for place in made:
             with suppress(OSError):  # it is not empty
