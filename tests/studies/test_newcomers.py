@@ -120,6 +120,17 @@ def test_where_a_method_has_no_model_for_it_this_is_said(with_newcomer: Path, tm
     assert "No model for newcomers: fedavg." in tables(comparison)["newcomers"].note
 
 
+def test_workers_let_them_join_too(plan: Planned, with_newcomer: Path, tmp_path: Path) -> None:
+    assert run_comparison(plan(*SMALL, FARM, entries=ENTRIES, seeds=1), tmp_path / "out", workers=2) == []
+    found, expected = (
+        [e["newcomers"] for e in collect_comparison(out)["entries"]] for out in (tmp_path / "out", with_newcomer)
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        assert {state: scores["nll"]["mean"] for state, scores in ours.items()} == {
+            state: pytest.approx(scores["nll"]["mean"], rel=1e-5) for state, scores in theirs.items()
+        }
+
+
 def test_a_directory_keeps_its_newcomers(plan: Planned, with_newcomer: Path, tmp_path: Path) -> None:
     out = shutil.copytree(with_newcomer, tmp_path / "out")
     for settings, said in (

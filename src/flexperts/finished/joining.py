@@ -197,7 +197,8 @@ class Newcomer(Client):
             self.observer.stage(f"{self.name}: {self.method.keeps}, on the shared weights of round {request.round}")
             result = self.personalize(request)
         self.observer.stage(f"{self.name}: evaluation")
-        self.settle(request)
+        if result:
+            self.settle(request)
         scores = self.evaluate(request, states)
         self.write_predictions(scores)
         found = _scored(scores)

@@ -92,8 +92,8 @@ def robust_table(comparison: Comparison) -> Table:
     note = (
         "IQM: interquartile mean, the mean of the middle half of all scores, one for each silo and seed: silos "
         "far above or below the others do not change it. P: the probability that a seed of the entry is better "
-        "than one of the reference in the same silo, mean over silos; with 0.5 neither is. Both as in Agarwal et "
-        f"al., NeurIPS 2021. {drawn}{counts(comparison)}"
+        "than one of the reference in the same silo, mean over silos; 0.5: neither is better. Both as in "
+        f"Agarwal et al., NeurIPS 2021. {drawn}{counts(comparison)}"
     )
     return Table("robust", "Interquartile mean and probability of improvement", note, header, tuple(rows))
 

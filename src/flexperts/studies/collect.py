@@ -210,12 +210,11 @@ def _own(summary: Mapping[str, Any], clients: Sequence[str], state: str) -> dict
 
 def _newcomers(entry: Finished, names: Sequence[str]) -> dict[str, Any]:
     """Return state -> scores of those that joined; empty if some could not join some seed's run."""
-    seeds = [[run.joined().get(name) for name in names] for run in entry.runs.values()]
-    if not names or not all(record for seed in seeds for record in seed):
+    seeds = [{"clients": run.joined()} for run in entry.runs.values()]
+    if not names or not all(name in seed["clients"] for seed in seeds for name in names):
         return {}
-    by_client = [{"clients": {record["client"]: record for record in seed if record}} for seed in seeds]
-    states = [state for state in entry.states if state in seeds[0][0]["nll"]]
-    return {state: _kinds(SCORES, [_own(seed, names, state) for seed in by_client]) for state in states}
+    states = [state for state in entry.states if state in seeds[0]["clients"][names[0]]["nll"]]
+    return {state: _kinds(SCORES, [_own(seed, names, state) for seed in seeds]) for state in states}
 
 
 def _beyond(entry: Finished, rows: str, state: str) -> list[dict[str, Any]]:
