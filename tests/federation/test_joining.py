@@ -23,7 +23,7 @@ from flexperts.config.run import RunConfig
 from flexperts.data.silos.generate import write_silos
 from flexperts.engines.run import run_federation
 from flexperts.errors import ArtifactError, ConfigError, DataError, FlexpertsError
-from flexperts.finished.joining import join
+from flexperts.finished.joining import join, join_left_out
 from flexperts.finished.trained import TrainedRun
 from flexperts.methods.kit.turn import Turn
 from flexperts.methods.registry import make_method, method_class, method_names
@@ -243,10 +243,14 @@ def test_a_method_takes_a_newcomer_or_refuses_it_by_name(
     """Shared weights are those that were received, bit for bit, before and after; every personal part learns."""
     small = ("federation.rounds=1", "training.local_steps=1", "evaluation.rows=1", "evaluation.max_new_tokens=1")
     pool = ("method.options.experts=4",) if name == "fedamole" else ()
-    config = recipe_of(tiny_base, silos, *small, *VARIANTS[name], *pool)
+    shop = silos / "shop"
+    left = (
+        f'data.clients.shop={{train="{shop}/train.jsonl", test="{shop}/test.jsonl"}}', 'data.leave_out=["shop"]'
+    )  # fmt: skip
+    config = recipe_of(tiny_base, silos, *small, *left, *VARIANTS[name], *pool)
     run_federation(config, tmp_path / "run", workspace=workspace.for_run(config))
     seen, before = watched(monkeypatch, config.method.name), content(tmp_path / "run")
-    shop, common = silos / "shop", {"name": "shop", "steps": 2, "workspace": workspace}
+    common = {"name": "shop", "steps": 2, "workspace": workspace}
     if name not in JOINED:
         usable = "zero_shot" if name in WITHOUT_GLOBAL else "global"
         with pytest.raises(
@@ -254,6 +258,7 @@ def test_a_method_takes_a_newcomer_or_refuses_it_by_name(
         ):
             join(tmp_path / "run", shop / "train.jsonl", **common)
         assert content(tmp_path / "run") == before
+        uses_what_there_is(tmp_path / "run", config, workspace)
         return
     record = join(tmp_path / "run", shop / "train.jsonl", **common)
     assert differing(seen["before"][0], seen["after"][0]) == set()
@@ -265,6 +270,24 @@ def test_a_method_takes_a_newcomer_or_refuses_it_by_name(
     assert meta.shared == record["shared"]
     run = TrainedRun(tmp_path / "run", workspace.for_run(config))
     scores = run.client("shop").evaluate(run.request("shop"), make_method(config.method).states, answers=False)
+    assert {state: its.nll for state, its in scores.items()} == record["nll"]
+    run.close()
+
+
+def uses_what_there_is(path: Path, config: RunConfig, workspace: Workspace) -> None:
+    """Without a personal part a left-out client has the states of the common model; no file of others changes."""
+    method, before = make_method(config.method), content(path)
+    record = join_left_out(path, "shop", workspace.for_run(config))
+    after = content(path)
+    assert {n: after[n] for n in before} == before
+    if not method.one_global or method.name in WITHOUT_GLOBAL - {"zero_shot"}:
+        assert (record, after) == (None, before)
+        return
+    assert record
+    assert (record["steps"], record["loss"], record["data"]) == (0, None, None)
+    assert list(record["nll"]) == [state for state in method.states if state != "personalized"]
+    run = TrainedRun(path, workspace.for_run(config))
+    scores = run.client("shop").evaluate(run.request("shop"), list(record["nll"]), answers=False)
     assert {state: its.nll for state, its in scores.items()} == record["nll"]
     run.close()
 

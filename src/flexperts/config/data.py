@@ -106,6 +106,8 @@ class DataConfig(Section):
     """One pooled data set, divided over clients."""
     at_silos: bool = False
     """Every silo reads its own rows: a deployed run, whose recipe names no path."""
+    leave_out: tuple[str, ...] | None = None
+    """Names of clients that do not take part, such as those that join the finished run; their rows are not used."""
     columns: Columns = Field(default_factory=dict)
     """Field (instruction, context, response, category) -> column, where the column has another name."""
     on_bad_row: OnBadRow = "refuse"
@@ -121,4 +123,6 @@ class DataConfig(Section):
         given = [n for n in sources if getattr(self, n)]
         if len(given) != 1:
             raise ValueError(f"give exactly one of {', '.join(sources)} (now: {', '.join(given) or 'none'})")
+        if self.at_silos and self.leave_out:
+            raise ValueError("with at_silos, leave_out has no effect: do not connect the silos that are left out")
         return self

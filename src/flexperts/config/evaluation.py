@@ -59,6 +59,8 @@ class CompareConfig(Section):
     """Number of seeds (0, 1, ...) with which every entry runs."""
     reference: str | None = None
     """Entry with which the others are compared; without it, the first one."""
+    newcomers: tuple[str, ...] = ()
+    """Clients of the recipe's data that take no part in any run; they join each finished run, and are scored."""
     confidence: float = Field(0.95, gt=0.5, lt=1)
     """Confidence level of the intervals."""
     resamples: int = Field(10_000, ge=100)

@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flexperts.config.data import ClientFiles, DataConfig
-from flexperts.config.names import client_names
+from flexperts.config.names import client_names, normal
 from flexperts.data.folders import client_folders
 from flexperts.data.holdout import check_disjoint, hold_out
 from flexperts.data.partition import load_partition
 from flexperts.data.records import DataTable, Record, Say, unsaid
 from flexperts.data.rows import ClientRows, Row, read_rows
 from flexperts.data.sources import read_source
-from flexperts.errors import DataError
+from flexperts.errors import DataError, did_you_mean, shown
 
 Clients = dict[str, ClientRows]
+_NAMED = 5
+"""Most clients that an error names."""
 
 
 def load_clients(config: DataConfig, seed: int, say: Say = unsaid) -> Clients:
@@ -38,11 +40,11 @@ def load_clients(config: DataConfig, seed: int, say: Say = unsaid) -> Clients:
             "run the recipe on a SuperLink (--engine superlink://NAME), or name a source of rows in it",
         )
     if config.silos:
-        clients = _shipped(config)
+        clients = _kept(_shipped(config), config)
     elif config.folder:
         clients = _read(client_folders(Path(config.folder), say), config, seed, say)
     elif config.partition:
-        clients = load_partition(config, seed, say)
+        clients = _kept(load_partition(config, seed, say), config)
     else:
         clients = _read(config.clients, config, seed, say)
     clients = {name: clients[name] for name in sorted(clients)}
@@ -52,7 +54,25 @@ def load_clients(config: DataConfig, seed: int, say: Say = unsaid) -> Clients:
 
 def _read(files: Mapping[str, ClientFiles], config: DataConfig, seed: int, say: Say) -> Clients:
     names = client_names(files)  # an invalid name is refused before any file is read
-    return {names[n]: _files(names[n], own, config, seed, say) for n, own in files.items()}
+    kept = _kept({names[n]: own for n, own in files.items()}, config)
+    return {name: _files(name, own, config, seed, say) for name, own in kept.items()}
+
+
+def _kept(clients: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
+    """Return the clients that the recipe does not leave out."""
+    left = [normal(name) for name in config.leave_out or ()]
+    for name in left:
+        if name not in clients:
+            named = ", ".join(sorted(clients)[:_NAMED])
+            remedy = did_you_mean(name, clients, f"name one of its clients, such as {named}")
+            raise DataError(
+                f"data.leave_out or compare.newcomers: {shown(name)}", "the data has no such client", remedy
+            )
+    if len(set(left)) == len(clients):
+        raise DataError(
+            "data.leave_out and compare.newcomers", "they name all clients", "leave at least one client in the run"
+        )
+    return {name: its for name, its in clients.items() if name not in left}
 
 
 def _with_validation(rows: ClientRows, share: float, seed: int, where: str) -> ClientRows:

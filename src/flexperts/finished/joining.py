@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from flexperts.client.client import Client
 from flexperts.client.request import Request
 from flexperts.client.workspace import Workspace
 from flexperts.config.data import ClientFiles
-from flexperts.config.names import alike, client_name, readings_of
+from flexperts.config.names import alike, client_name, normal, readings_of
 from flexperts.config.run import RunConfig
 from flexperts.data.clients import partition_manifest
 from flexperts.data.records import name_and_ending
@@ -24,7 +24,7 @@ from flexperts.data.sources import HUB
 from flexperts.errors import ArtifactError, ConfigError
 from flexperts.evaluation.scores import SCORES, Scores
 from flexperts.files import make_folder, sealed, sole_writer, unwritable, write_json
-from flexperts.finished.trained import TrainedRun, kept_data, recipe_of, with_rows_of
+from flexperts.finished.trained import TrainedRun, kept_data, left_out_rows, recipe_of, with_rows_of
 from flexperts.methods.kit.method import Method, State
 from flexperts.methods.registry import make_method
 from flexperts.observer import Observer, observing
@@ -96,13 +96,84 @@ def join(
         own = workspace.for_run(rows_only) if workspace else Workspace(rows_only)
         rows = partition_manifest(own.clients)["clients"][name]  # read first: errors in rows need no base
         own.check(config, needs_experts=method.needs_experts)
-        check_limit(own, trains, observer)
-        with closing(TrainedRun(run.path, own, base=base)) as trained, _staging(run.path, name) as staging:
-            newcomer = Newcomer(trains, steps, name, own, trained.model, staging, observer)
-            known = {"client": name, "data": kept_data(run.path, files, *read), "rows": rows}
-            record = known | newcomer.onboard(trained.request(name))
-            _publish(staging, run.path)
-            write_json(run.path / JOINED / f"{name}.json", sealed(record))  # last: this file makes it a client
+        known = {"client": name, "data": kept_data(run.path, files, *read), "rows": rows}
+        return _admit(run, own, trains, steps, known, method.states, observer, base)
+
+
+def join_left_out(
+    path: Path, name: str, workspace: Workspace, observer: Observer | None = None
+) -> dict[str, Any] | None:
+    """Let a client that the recipe leaves out (``data.leave_out``) join the finished run, with the recipe's rows.
+
+    This is ``join`` with all settings of the run, also for methods that keep nothing personal: there the client
+    uses the global model as it is. A client that has joined already is not changed.
+
+    Args:
+        path: The directory of a finished run.
+        name: The client's name.
+        workspace: The run's workspace.
+        observer: Receives progress.
+
+    Returns:
+        The record, as ``join``; steps are 0 and loss is None if nothing was trained. None, and a notice, if the
+        method has no model for a client that took no part: where the server makes the clients' models.
+    """
+    run, name, observer = RunDirectory.open(path), normal(name), observer or Observer()
+    if (record := run.joined().get(name)) is not None:
+        return record
+    with sole_writer(run.path), observing(observer):
+        config, summary = recipe_of(run, trusted=True), run.summary()
+        method = make_method(config.method)
+        states = _states_of_newcomers(method, summary)
+        if not states:
+            rule = "the server makes a model for each participant, so a newcomer has none"
+            observer.notice(f"{name} does not join: with {method.name}, {rule}")
+            return None
+        _check_free(run, name)
+        if workspace.encoder.date == config.model.template_date:  # else prompts are others, and so is the workspace
+            config = config.model_copy(update={"model": workspace.config.model})
+        own = workspace.for_run(left_out_rows(run, config, name))
+        known = {"client": name, "data": None, "rows": partition_manifest(own.clients)["clients"][name]}
+        return _admit(run, own, with_recorded_limit(config, summary), None, known, states, observer)
+
+
+def _states_of_newcomers(method: Method, summary: Mapping[str, Any]) -> tuple[State, ...]:
+    """Return the states that a client has which took no part: without a personal part, those of a common model."""
+    if summary["parameters"]["personal"]:
+        return method.states
+    common = tuple(state for state in method.states if state != "personalized")
+    return common if method.one_global and ("global" in common or common == method.states) else ()
+
+
+def _admit(
+    run: RunDirectory,
+    own: Workspace,
+    trains: RunConfig,
+    steps: int | None,
+    known: Mapping[str, Any],
+    states: Sequence[State],
+    observer: Observer,
+    base: str | None = None,
+) -> dict[str, Any]:
+    """Train and score a newcomer, move its files into the run, and return its record.
+
+    Args:
+        run: The finished run.
+        own: The newcomer's rows, and the base.
+        trains: The run with the newcomer's settings.
+        steps: See ``Newcomer``.
+        known: The record's first entries: client, data, rows.
+        states: The newcomer's states; it trains only if one of them is personalized.
+        observer: Receives progress.
+        base: Folder of the run's base, if it is not where the recipe says.
+    """
+    name = known["client"]
+    check_limit(own, trains, observer)
+    with closing(TrainedRun(run.path, own, base=base)) as trained, _staging(run.path, name) as staging:
+        newcomer = Newcomer(trains, steps, name, own, trained.model, staging, observer)
+        record = {**known, **newcomer.onboard(trained.request(name), states)}
+        _publish(staging, run.path)
+        write_json(run.path / JOINED / f"{name}.json", sealed(record))  # last: this file makes it a client
     return record
 
 
@@ -119,13 +190,16 @@ class Newcomer(Client):
         super().__init__(*arguments)
         self.config, self.steps = config, steps
 
-    def onboard(self, request: Request) -> dict[str, Any]:
-        """Train and score the client, write its files, and return its entries for the record."""
-        self.observer.stage(f"{self.name}: {self.method.keeps}, on the shared weights of round {request.round}")
-        result = self.personalize(request)
+    def onboard(self, request: Request, states: Sequence[State]) -> dict[str, Any]:
+        """Train the client if it has a personalized state, score it, and return its entries for the record."""
+        result = None
+        if "personalized" in states:
+            self.observer.stage(f"{self.name}: {self.method.keeps}, on the shared weights of round {request.round}")
+            result = self.personalize(request)
         self.observer.stage(f"{self.name}: evaluation")
-        self.settle(request)
-        scores = self.evaluate(request, self.method.states)
+        if result:
+            self.settle(request)
+        scores = self.evaluate(request, states)
         self.write_predictions(scores)
         found = _scored(scores)
         for state, reason in found["not_finite"].items():
@@ -135,8 +209,8 @@ class Newcomer(Client):
             "shared": vector_hash(request.payload.vector),
             "training": self.config.training.model_dump(exclude_none=True),
             "seed": self.config.seed,
-            "steps": result.steps,
-            "loss": result.loss,
+            "steps": result.steps if result else 0,
+            "loss": result.loss if result else None,
             **found,
             **self._answers(scores),
         }

@@ -19,7 +19,7 @@ from flexperts.config.names import normal
 from flexperts.config.run import RunConfig
 from flexperts.data.rows import Row
 from flexperts.data.sources import HUB
-from flexperts.data.unchanged import check_same_rows, check_unchanged
+from flexperts.data.unchanged import check_same_rows, check_unchanged, read_manifest
 from flexperts.errors import ArtifactError, ConfigError, DataError, ModelError
 from flexperts.evaluation.generation import Answer, generate
 from flexperts.evaluation.scores import Scores
@@ -271,15 +271,25 @@ def with_rows_of(
     return config.model_copy(update={"data": data})
 
 
+def left_out_rows(run: RunDirectory, config: RunConfig, name: str) -> RunConfig:
+    """Return a run with the rows of one client only, which its recipe leaves out."""
+    others = {*read_manifest(run.partition), *map(normal, config.data.leave_out or ())} - {name}
+    data = config.data.model_copy(update={"leave_out": tuple(sorted(others))})
+    return config.model_copy(update={"data": data})
+
+
 def workspace_of(run: Path, record: Mapping[str, Any], workspace: Workspace) -> Workspace:
     """Return the workspace of a client that joined later: its rows, and the base of the run's workspace.
 
     Rows are read when they are needed, and refused if they are not those with which it joined.
     """
     name, data = record["client"], record["data"]
+    same = partial(check_unchanged, {name: record["rows"]}, rule=f"{name} joined with other rows")
+    if data is None:
+        config = left_out_rows(RunDirectory(run), workspace.config, name)
+        return Workspace(config, workspace.base, workspace.untouched, same)
     files = ClientFiles(train=_from(run, data["train"]), test=data["test"] and _from(run, data["test"]))
     config = with_rows_of(workspace.config, name, files, data["columns"], data.get("on_bad_row", "refuse"))
-    same = partial(check_unchanged, {name: record["rows"]}, rule=f"{name} joined with other rows")
     return Workspace(config, workspace.base, workspace.untouched, same)
 
 

@@ -7,7 +7,17 @@ from typing import Any
 
 from flexperts.reports.cells import MISSING, Cell, Column, Table, bounded, mark_best, number, spread, words
 from flexperts.reports.notes import client_note, counts
-from flexperts.reports.reading import METRICS, Comparison, Entry, mean, ordered, over_silos, own, own_state_words
+from flexperts.reports.reading import (
+    METRICS,
+    STATES,
+    Comparison,
+    Entry,
+    mean,
+    ordered,
+    over_silos,
+    own,
+    own_state_words,
+)
 from flexperts.reports.score_tables import DIGITS, LOWEST_IS_BEST, WHO, own_state, place_words
 
 _MOST_COLUMNS = 6
@@ -82,8 +92,8 @@ def robust_table(comparison: Comparison) -> Table:
     note = (
         "IQM: interquartile mean, the mean of the middle half of all scores, one for each silo and seed: silos "
         "far above or below the others do not change it. P: the probability that a seed of the entry is better "
-        "than one of the reference in the same silo, mean over silos; with 0.5 neither is. Both as in Agarwal et "
-        f"al., NeurIPS 2021. {drawn}{counts(comparison)}"
+        "than one of the reference in the same silo, mean over silos; 0.5: neither is better. Both as in "
+        f"Agarwal et al., NeurIPS 2021. {drawn}{counts(comparison)}"
     )
     return Table("robust", "Interquartile mean and probability of improvement", note, header, tuple(rows))
 
@@ -140,3 +150,36 @@ def harmed(found: Mapping[str, Any] | None) -> Cell:
         return Cell(MISSING)
     in_percent = {key: 100 * found[key] for key in ("value", "low", "high")}
     return Cell(f"{found['count']} of {found['silos']}: {bounded(in_percent, 1).text}", found["value"])
+
+
+def newcomer_table(comparison: Comparison) -> Table:
+    """Return the scores of clients that joined the finished runs, in every state; none is in any other table."""
+    names: Sequence[str] = comparison.get("newcomers") or []
+    entries = ordered(comparison) if any(entry.get("newcomers") for entry in comparison["entries"]) else []
+    columns = [(state, metric) for state in STATES for metric in METRICS]
+    rows: list[tuple[Cell, ...]] = []
+    for name in [*names, *([None] if len(names) > 1 else [])]:
+        its = [
+            (words(name or "mean"), words(e["name"]), *(_of_newcomer(e, name, *column) for column in columns))
+            for e in entries
+        ]
+        for place, (state, metric) in enumerate(columns, 2):
+            its = its if state == "zero_shot" else mark_best(its, place, lowest=metric in LOWEST_IS_BEST)
+        rows += its
+    heads = (Column("newcomer", words=True), Column("entry", words=True))
+    header = (*heads, *(Column(METRICS[metric], STATES[state]) for state, metric in columns))
+    without = [entry["name"] for entry in entries if not entry.get("newcomers")]
+    no_model = f"No model for newcomers: {', '.join(without)}. " if without else ""
+    note = (
+        f"{', '.join(names)}: in no run, but joined the finished ones, whose shared weights no longer change. A "
+        f"newcomer trains its personal part on its own train rows and is scored on its own {comparison['split']} "
+        "rows; with an entry that has no personal part, it uses the global model and has no personalized score. "
+        f"{no_model}Bold: each newcomer's best, significant or not. No other table has these scores."
+    )
+    return Table("newcomers", "Newcomers", note, header, tuple(rows))
+
+
+def _of_newcomer(entry: Entry, name: str | None, state: str, metric: str) -> Cell:
+    """Return a newcomer's score in a state, or the mean over newcomers."""
+    found: Mapping[str, Any] = ((entry.get("newcomers") or {}).get(state) or {}).get(metric) or {}
+    return spread(found if name is None else (found.get("clients") or {}).get(name), DIGITS[metric])

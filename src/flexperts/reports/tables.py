@@ -11,14 +11,14 @@ from flexperts.reports.cells import MISSING, Cell, Column, Table, finite, number
 from flexperts.reports.notes import counts
 from flexperts.reports.reading import Comparison, Entry, layer_names, ordered, routing_measure, routing_of
 from flexperts.reports.score_tables import WHO, ability_table, answer_table, main_table, own_state
-from flexperts.reports.silo_tables import client_table, robust_table, spread_table
+from flexperts.reports.silo_tables import client_table, newcomer_table, robust_table, spread_table
 
 
 def tables(comparison: Comparison) -> dict[str, Table]:
     """Return every table that has a row, by key, in the order of the report.
 
-    Keys: main, clients-rouge_l, clients-nll, robust, spread, answers, ability, cost, groups, privacy, routing,
-    selection, entries, environment.
+    Keys: main, clients-rouge_l, clients-nll, robust, spread, newcomers, answers, ability, cost, groups, privacy,
+    routing, selection, entries, environment.
     Columns in which every number is missing are left out.
     """
     made = (
@@ -27,6 +27,7 @@ def tables(comparison: Comparison) -> dict[str, Table]:
         client_table(comparison, "nll"),
         robust_table(comparison),
         spread_table(comparison),
+        newcomer_table(comparison),
         answer_table(comparison),
         ability_table(comparison),
         cost_table(comparison),

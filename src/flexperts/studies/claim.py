@@ -10,7 +10,8 @@ from typing import Any
 from filelock import FileLock
 
 from flexperts.config.changes import recipe_changes
-from flexperts.errors import ArtifactError, ConfigError
+from flexperts.config.names import normal
+from flexperts.errors import ArtifactError, ConfigError, shown
 from flexperts.files import unwritable
 from flexperts.studies.entries import ComparisonPlan
 from flexperts.studies.finished import CLAIM, RUNS, finished_marks, folder_name, read_claim
@@ -39,7 +40,7 @@ def claimed(plan: ComparisonPlan, out: Path) -> dict[str, Any]:
         out: The directory; it need not exist.
     """
     path, compare = out / CLAIM, plan.base.compare
-    claim: dict[str, Any] = {"recipe": plan.base.to_toml()}
+    claim: dict[str, Any] = {"recipe": plan.base.to_toml(), "newcomers": [*map(normal, compare.newcomers)]}
     before = read_claim(out) if path.exists() else claim
     _check_same_recipe(before, claim, out)
     entries = _entries(plan, before.get("entries", {}), out)
@@ -56,9 +57,11 @@ def claimed(plan: ComparisonPlan, out: Path) -> dict[str, Any]:
 
 
 def _check_same_recipe(before: dict[str, Any], claim: dict[str, Any], out: Path) -> None:
-    if before["recipe"] == claim["recipe"]:
+    old, new = before.get("newcomers", []), claim["newcomers"]
+    if before["recipe"] == claim["recipe"] and old == new:
         return
-    changes = recipe_changes(before["recipe"], claim["recipe"])
+    joins = f"compare.newcomers: {shown(old)}, now {shown(new)}"
+    changes = recipe_changes(before["recipe"], claim["recipe"]) if old == new else joins
     rule = f"it contains a comparison of another recipe ({changes})"
     raise ArtifactError(f"{out}", rule, "use the recipe and --set of the first start, or another --out")
 

@@ -34,6 +34,7 @@ def collect(
     confidence: float = 0.95,
     resamples: int = 10_000,
     samples: int = 0,
+    newcomers: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the comparison of finished runs; it contains no row's text unless ``samples`` is above 0.
 
@@ -44,6 +45,7 @@ def collect(
         reference: The entry with which the others are compared.
         confidence, resamples: Settings of the bootstrap.
         samples: Number of scored rows per client to show, with their passages and answers.
+        newcomers: Clients that took no part in the runs and joined them afterwards.
     """
     by_name = {entry.name: entry for entry in finished}
     if reference not in by_name:
@@ -64,10 +66,11 @@ def collect(
         "confidence": confidence,
         "resamples": resamples,
         "clients": first.clients,
+        "newcomers": list(newcomers),
         "entries": [
             _entry(entry)
             | {"ability": abilities(entry, confidence, resamples), "against": against.get(entry.name)}
-            | {"silos": silos[entry.name]}
+            | {"silos": silos[entry.name], "newcomers": _newcomers(entry, newcomers)}
             for entry in finished
         ],
         "rouge_tokenizer": _together([entry.rouge_tokenizer for entry in finished]),
@@ -103,6 +106,7 @@ def collect_comparison(path: Path, *, samples: int = 0) -> dict[str, Any]:
     found = [Finished.read(path, name, settings) for name, settings in claim["entries"].items()]
     finished = [entry for entry in found if entry.runs]
     options = {key: claim[key] for key in ("confidence", "resamples")} | {"samples": samples}
+    options["newcomers"] = claim.get("newcomers", [])
     return collect(path.resolve().name, claim["recipe"], finished, claim["reference"], **options)
 
 
@@ -200,6 +204,15 @@ def _scores(entry: Finished, state: str) -> dict[str, Any]:
 
 def _own(summary: Mapping[str, Any], clients: Sequence[str], state: str) -> dict[str, Any]:
     return {client: {kind: summary["clients"][client][kind][state] for kind in SCORES} for client in clients}
+
+
+def _newcomers(entry: Finished, names: Sequence[str]) -> dict[str, Any]:
+    """Return state -> scores of those that joined; empty if some could not join some seed's run."""
+    seeds = [{"clients": run.joined()} for run in entry.runs.values()]
+    if not names or not all(name in seed["clients"] for seed in seeds for name in names):
+        return {}
+    states = [state for state in entry.states if state in seeds[0]["clients"][names[0]]["nll"]]
+    return {state: _kinds(SCORES, [_own(seed, names, state) for seed in seeds]) for state in states}
 
 
 def _beyond(entry: Finished, rows: str, state: str) -> list[dict[str, Any]]:

@@ -47,12 +47,12 @@ class ComparisonPlan:
 
     @property
     def base(self) -> RunConfig:
-        """The recipe without any entry's settings."""
-        return load_recipe(self.recipe, self.settings)
+        """The recipe without any entry's settings; as in every run, the newcomers are left out."""
+        return _without_newcomers(load_recipe(self.recipe, self.settings))
 
     def config(self, entry: Entry, seed: int) -> RunConfig:
         """Return the whole configuration of one run."""
-        config = load_recipe(self.recipe, (*self.settings, *entry.settings, f"seed={seed}"))
+        config = _without_newcomers(load_recipe(self.recipe, (*self.settings, *entry.settings, f"seed={seed}")))
         return config.model_copy(update={"method": config.method.model_copy(update={"reference": None})})
 
     def check(self) -> None:
@@ -62,6 +62,13 @@ class ComparisonPlan:
             method = make_method(config.method)
             method.check(config)
             check_protections(method, config)
+
+
+def _without_newcomers(config: RunConfig) -> RunConfig:
+    if not config.compare.newcomers:
+        return config
+    left = dict.fromkeys((*(config.data.leave_out or ()), *config.compare.newcomers))
+    return config.model_copy(update={"data": config.data.model_copy(update={"leave_out": tuple(left)})})
 
 
 def plan_comparison(

@@ -17,10 +17,12 @@ from filelock import FileLock, Timeout
 
 from flexperts.client.workspace import Workspace
 from flexperts.config.run import EngineConfig
+from flexperts.data.clients import load_clients
 from flexperts.engines.pool import Call, pool_for
 from flexperts.engines.run import run_federation
 from flexperts.errors import FederationError, FlexpertsError
 from flexperts.files import content_of, write_json, write_text
+from flexperts.finished.joining import join_left_out
 from flexperts.observer import Observer, Observers, Once, Relay, current_observer, observing
 from flexperts.progress import RunProgress
 from flexperts.studies.claim import alone_in, claimed
@@ -100,6 +102,8 @@ def run_comparison(
     """
     tracker_classes(track)
     claimed(plan, out)  # refuse before anything is written
+    if plan.base.data.leave_out:
+        load_clients(plan.base.data, plan.base.seed)  # likewise names that the data does not have
     with alone_in(out):
         write_json(out / CLAIM, claimed(plan, out))
     observer = Once(observer or Observer())  # runs of one recipe repeat many notices
@@ -250,6 +254,8 @@ def _run_alone(manner: _Manner, job: Job) -> str | None:
             observer = Observers(seen, tracking, _Notes(job.folder / _NOTES))
             observer.run(str(job))
             run_federation(config, job.folder, observer, resume=True, workspace=_workspace)
+            for name in config.compare.newcomers:
+                join_left_out(job.folder, name, _workspace, observer)
     except Exception as error:
         write_text(job.folder / "error.txt", traceback.format_exc())
         return str(error) if isinstance(error, FlexpertsError) else repr(error)

@@ -20,6 +20,7 @@ def passages(rows: tuple[Row, ...]) -> set[str]:
 
 def shop(folder: Path, count: int = 30, *, test: bool = False) -> dict[str, object]:
     """Write rows about passages of three rows each, and return a data section for them."""
+    folder.mkdir(exist_ok=True)
     for side in ("train", *(["test"] if test else [])):
         lines = [
             {"instruction": f"q{i}", "context": f"{side} note {i // 3}", "response": f"a{i}"} for i in range(count)
@@ -27,6 +28,30 @@ def shop(folder: Path, count: int = 30, *, test: bool = False) -> dict[str, obje
         (folder / f"{side}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     files = {side: str(folder / f"{side}.jsonl") for side in ("train", *(["test"] if test else []))}
     return {"clients": {"shop": files}}
+
+
+@pytest.mark.parametrize("source", ["silos", "folder", "clients", "partition"])
+def test_clients_that_are_left_out_change_nothing_of_the_others(tmp_path: Path, source: str) -> None:
+    shop(tmp_path / "cafe")
+    shop(tmp_path / "shop")
+    data = {
+        "silos": {"silos": {"train_rows": 24, "test_rows": 8}},
+        "folder": {"folder": str(tmp_path)},
+        "clients": {"clients": {n: {"train": str(tmp_path / n / "train.jsonl")} for n in ("cafe", "shop")}},
+        "partition": {"partition": {"source": str(tmp_path / "shop" / "train.jsonl"), "by": "iid", "clients": 2}},
+    }[source]
+    whole = load_clients(DataConfig.model_validate(data), 0)
+    gone, *left = whole
+    assert load_clients(DataConfig.model_validate(data | {"leave_out": [gone]}), 0) == {n: whole[n] for n in left}
+    with pytest.raises(DataError, match="no such client; did you mean"):
+        load_clients(DataConfig.model_validate(data | {"leave_out": [f"{gone}x"]}), 0)
+    with pytest.raises(DataError, match="leave at least one client"):
+        load_clients(DataConfig.model_validate(data | {"leave_out": [*whole]}), 0)
+
+
+def test_silos_of_a_deployed_run_are_not_left_out_by_name() -> None:
+    with pytest.raises(ConfigError, match="do not connect the silos"):
+        parse_recipe('[data]\nat_silos = true\nleave_out = ["shop"]')
 
 
 def sections(folder: Path) -> dict[str, dict[str, object]]:
