@@ -61,7 +61,7 @@ class CompareConfig(Section):
     """Entry with which the others are compared; without it, the first one."""
     confidence: float = Field(0.95, gt=0.5, lt=1)
     """Confidence level of the intervals."""
-    resamples: int = Field(10_000, ge=100)
+    resamples: int = Field(100_000, ge=100)
     """Number of bootstrap resamples."""
 
     @model_validator(mode="after")

@@ -31,7 +31,7 @@ def collect(
     reference: str,
     *,
     confidence: float = 0.95,
-    resamples: int = 10_000,
+    resamples: int = 100_000,
     samples: int = 0,
 ) -> dict[str, Any]:
     """Return the comparison of finished runs; it contains no row's text unless ``samples`` is above 0.
