@@ -294,6 +294,19 @@ def test_the_note_says_what_the_interval_is(whole: Comparison) -> None:
     assert "does not cover other seeds" in tables(whole)["main"].note
 
 
+def test_an_adjusted_p_on_the_border_is_told_with_its_error(whole: Comparison) -> None:
+    """p 0.0255 doubled by adjustment, of 10,000 draws: 2 x 2 sqrt(0.01275 0.98725 / 10,000) x 2 is 0.0090."""
+    whole["entries"][1]["against"]["nll"] |= {"p": 0.0255, "p_adjusted": 0.051}
+    whole["entries"][2]["against"]["nll"] |= {"p": 0.04, "p_adjusted": 0.08}
+    name, note = whole["entries"][1]["name"], tables(whole)["main"].note
+    assert f"two standard errors of the draws: {name}, NLL: 0.0510 ± 0.0090. More" in note
+    whole["resamples"] = 1_000_000  # 0.0009: the verdict holds
+    assert "other draws could give" not in tables(whole)["main"].note
+    whole["entries"][1]["against"] = None
+    whole["entries"][2]["against"]["nll"] = None
+    tables(whole)
+
+
 def test_zero_shot_as_an_entry_of_its_own_takes_the_bases_row(whole: Comparison) -> None:
     whole["entries"][1]["own_state"] = "zero_shot"
     assert "base, untrained" not in by_name(of_html(whole)["main"])

@@ -42,7 +42,7 @@ def change(path: Path, how: Callable[[Json], None]) -> None:
 
 
 def paired(out: Path, name: str, seed: int, kind: str) -> Paired:
-    differences, weights = {}, {}
+    differences, weights, rows = {}, {}, {}
     for client in CLIENTS:
         ours, theirs = lines(out, name, seed, client), lines(out, "flex", seed, client)
         assert [line["instruction"] for line in ours] == [line["instruction"] for line in theirs]
@@ -51,9 +51,10 @@ def paired(out: Path, name: str, seed: int, kind: str) -> Paired:
             [line["scores"][s] for line, s in zip(both, states, strict=True)]
             for both in zip(ours, theirs, strict=True)
         ]
+        rows[client] = [f"{line['instruction']}|{line['context']}|{line['response']}" for line in ours]
         differences[client] = np.array([a[kind] - b[kind] for a, b in pairs])
         weights[client] = np.array([1.0 if kind == "rouge_l" else a["tokens"] for a, _ in pairs])
-    return Paired(differences, weights)
+    return Paired(differences, weights, rows)
 
 
 def bootstrap(out: Path, name: str, kind: str, *, seeds: tuple[int, ...] = (0, 1), same_rows: bool = True) -> Json:

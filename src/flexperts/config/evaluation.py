@@ -76,7 +76,7 @@ class CompareConfig(Section):
     """Clients of the recipe's data that take no part in any run; they join each finished run, and are scored."""
     confidence: float = Field(0.95, gt=0.5, lt=1)
     """Confidence level of the intervals."""
-    resamples: int = Field(10_000, ge=100)
+    resamples: int = Field(100_000, ge=100)
     """Number of bootstrap resamples."""
 
     @model_validator(mode="after")

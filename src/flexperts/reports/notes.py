@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flexperts.reports.reading import METRICS, STATES, Comparison, Entry
+from flexperts.reports.reading import METRICS, STATES, Comparison, Entry, against, border_error
 
 _NAMED = 5
 """Most missing scores that one note explains."""
@@ -34,7 +34,24 @@ def interval_note(comparison: Comparison) -> str:
         f"Δ: own state minus the reference's own state ({comparison['reference']}), row by row. In brackets the "
         f"{level} interval of a paired bootstrap over rows ({resamples} resamples), {seeds}; it does not "
         "apply to other clients. p-values are from the same draws, adjusted by Benjamini and Hochberg for "
-        f"{_count(compared, 'comparison')}; the intervals are not adjusted."
+        f"{_count(compared, 'comparison')}; the intervals are not adjusted.{_border_words(comparison)}"
+    )
+
+
+def _border_words(comparison: Comparison) -> str:
+    """Return the adjusted p-values for which other draws of the bootstrap could give the other verdict."""
+    near = [
+        f"{entry['name']}, {METRICS[metric]}: {against(entry, metric)['p_adjusted']:.4f} ± {error:.4f}"  # type: ignore[index]
+        for entry in comparison["entries"]
+        for metric in METRICS
+        if (error := border_error(comparison, entry, metric)) is not None
+    ]
+    if not near:
+        return ""
+    level = f"{1 - comparison['confidence']:.2g}"
+    return (
+        f" Adjusted p-values so near {level} that other draws could give the other verdict, with two standard "
+        f"errors of the draws: {'; '.join(near)}. More compare.resamples make them smaller."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from statistics import fmean, stdev
@@ -58,6 +59,20 @@ def verdict(comparison: Comparison, entry: Entry, metric: str) -> str:
     if holds_zero(test) or (finite(test.get("p_adjusted")) or 0.0) >= 1 - comparison["confidence"]:
         return "open"
     return "better" if (test["low"] > 0) != (metric == "nll") else "worse"
+
+
+def border_error(comparison: Comparison, entry: Entry, metric: str) -> float | None:
+    """Return two standard errors of an adjusted p-value over the bootstrap's draws, if they reach the level.
+
+    Of B draws, a share p / 2 is beyond zero, so p has the standard error 2 sqrt(p / 2 (1 - p / 2) / B); adjustment
+    multiplies both.
+    """
+    test = against(entry, metric) or {}
+    p, adjusted = finite(test.get("p")), finite(test.get("p_adjusted"))
+    if not p or adjusted is None:
+        return None
+    error = 2 * adjusted / p * 2 * math.sqrt(p / 2 * (1 - p / 2) / comparison["resamples"])
+    return error if abs(adjusted - (1 - comparison["confidence"])) <= error else None
 
 
 def holds_zero(test: Mapping[str, Any]) -> bool:

@@ -33,7 +33,7 @@ def collect(
     reference: str,
     *,
     confidence: float = 0.95,
-    resamples: int = 10_000,
+    resamples: int = 100_000,
     samples: int = 0,
     newcomers: Sequence[str] = (),
 ) -> dict[str, Any]:

@@ -71,13 +71,14 @@ def _check_same(run: RunDirectory, reference: RunDirectory, ours: Predictions, t
 
 
 def _paired(ours: Predictions, theirs: Predictions, states: tuple[str, str], kind: str) -> Paired | None:
-    differences, weights = {}, {}
+    differences, weights, texts = {}, {}, {}
     for client, rows in ours.items():
+        texts[client] = [_text(row) for row in rows]
         differences[client] = _column(rows, states[0], kind) - _column(theirs[client], states[1], kind)
         weight = _WEIGHTS[kind]
         weights[client] = np.ones(len(rows)) if weight is None else _column(rows, states[0], weight)
     is_whole = all(np.isfinite(values).all() for values in differences.values())
-    return Paired(differences, weights) if is_whole else None
+    return Paired(differences, weights, texts) if is_whole else None
 
 
 def _column(rows: Rows, state: str, kind: str) -> Any:
@@ -86,8 +87,12 @@ def _column(rows: Rows, state: str, kind: str) -> Any:
 
 def row_texts(predictions: Predictions) -> tuple[tuple[str, ...], ...]:
     """Return the texts of the rows on which a run was scored."""
-    lines = (line for rows in predictions.values() for line in rows)
-    return tuple((line["instruction"], line["context"], line["response"]) for line in lines)
+    return tuple(_text(line) for rows in predictions.values() for line in rows)
+
+
+def _text(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Return the text by which a row is the same row, also in other runs and at other clients."""
+    return row["instruction"], row["context"], row["response"]
 
 
 _BASE = "zero_shot"

@@ -5,7 +5,7 @@ Shapes: B resamples, R rows of one client, S seeds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +27,13 @@ class Paired:
     Args:
         differences: Client -> ``[R]`` score of method a minus score of method b, row by row.
         weights: Client -> ``[R]`` positive weight of each row: 1 for ROUGE-L, response tokens for NLL.
+        rows: Client -> R values that identify each row: equal ones, also of other clients and seeds, are the same
+            row. None: rows of two clients differ; those of two seeds as ``same_rows`` says.
     """
 
     differences: Mapping[str, Floats]
     weights: Mapping[str, Floats]
+    rows: Mapping[str, Sequence[Hashable]] | None = None
 
     def __post_init__(self) -> None:
         clients = sorted(self.differences)
@@ -64,23 +67,35 @@ def paired_bootstrap(
     seeds: Sequence[Paired],
     *,
     same_rows: bool,
-    resamples: int = 10_000,
+    resamples: int = 100_000,
     confidence: float = 0.95,
     generator: np.random.Generator,
     over: Callable[[Floats], Floats] | None = None,
 ) -> Difference:
     """Return the macro difference with interval and p-value from a bootstrap of rows and seeds.
 
-    Every resample is the sum of two parts that vary independently. *Rows*: each client's test rows are drawn with
-    replacement (percentile bootstrap). *Seeds*: the mean over S seeds is shifted by Student's t with S - 1 degrees
-    of freedom times its standard error. Drawing S seeds with replacement instead would give (S - 1) / S of their
-    variance and no tails, and therefore intervals that are too narrow.
+    Every resample is the sum of two parts that vary independently, and no variance is in both:
+
+    *Seeds*: the mean over S seeds is shifted by Student's t with S - 1 degrees of freedom times its standard error.
+    The means of seeds also differ because each seed has its own rows, or its own errors on the same rows; this is
+    in their standard error. Drawing S seeds with replacement instead would give (S - 1) / S of the variance and no
+    tails, and therefore intervals that are too narrow.
+
+    *Rows*: what rows add that the seeds have in common. Each client's test rows are drawn with replacement
+    (percentile bootstrap), and the deviations are scaled to the variance that remains:
+
+        v = sum_u (sum_s c_us)^2 / S^2  -  b / S        b = (sum_us c_us^2 - sum_u (sum_s c_us)^2 / S) / (S - 1)
+
+    c_us is the share of the row u in the mean of seed s, less what an average row would have, and b the part of the
+    variance between seeds that rows explain. Crossed with seeds (the same rows in all), v is the variance of the
+    rows' main effect; nested in seeds (other rows in each), it is 0, so that the interval is Student's t; with some
+    rows in common, it is between these. With one seed, b = 0: the interval covers rows only.
 
     The interval covers other training seeds and other test rows of *these* clients. Clients are fixed; it does not
-    apply to other clients. With one seed, it covers rows only. Weaknesses: variation that rows and seeds have in
-    common is counted in both parts, so the interval is too wide where neither matters alone (coverage up to 99 %);
-    with two or three seeds it is wide because so few seeds give little information (t is 12.7 and 4.3); with fewer
-    than about 20 rows, percentile intervals are somewhat too narrow.
+    apply to other clients. In simulations with normal effects and three or five seeds, intervals of 95 % cover in
+    92 % to 98 % of cases, with two seeds in up to 99 %. With two or three seeds they are wide because so few seeds
+    give little information (t is 12.7 and 4.3); with fewer than about 20 rows, percentile intervals are somewhat
+    too narrow.
 
     Args:
         seeds: One element per training seed; all have the same clients.
@@ -89,21 +104,50 @@ def paired_bootstrap(
         resamples: B, which also bounds p from below by 2 / (B + 1).
         confidence: Coverage probability of the interval, in (0, 1).
         generator: Source of the draws; the order of clients does not matter.
-        over: Another statistic than the mean over the C clients of a seed: from ``[C, ...]`` to ``[...]``.
+        over: Another statistic than the mean over the C clients of a seed: from ``[C, ...]`` to ``[...]``. Its
+            deviations by rows are scaled as those of the mean.
     """
     _check_seeds(seeds, same_rows=same_rows)
-    clients = sorted(seeds[0].differences)
-    drawn = [_resampled(seeds, c, same_rows, resamples, generator) for c in clients]
-    if over is None:
-        values = np.mean([each.mean(axis=1) for each in drawn], axis=0)
-    else:
-        values = over(np.stack(drawn)).mean(axis=1)
-    means = _seed_means(seeds, over or _mean)
+    clients, means = sorted(seeds[0].differences), _seed_means(seeds, over or _mean)
+    values, factor = np.full(resamples, means.mean()), _row_factor(seeds, same_rows)
+    if factor > 0:
+        by_client = (_resampled(seeds, c, same_rows, resamples, generator) for c in clients)
+        drawn = over(np.stack(list(by_client))) if over else sum(by_client) / len(clients)
+        drawn = drawn.mean(axis=1)
+        values = drawn if factor == 1 else values + factor * (drawn - values)
     if len(seeds) > 1:
         error = means.std(ddof=1) / np.sqrt(len(seeds))
         values = values + error * generator.standard_t(len(seeds) - 1, size=resamples)
     low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Difference(float(means.mean()), float(low), float(high), _p_value(values))
+
+
+def _row_factor(seeds: Sequence[Paired], same_rows: bool) -> float:
+    """Return the factor on the drawn rows' deviations that leaves the variance v of ``paired_bootstrap``."""
+    S, C = len(seeds), len(seeds[0].differences)
+    place: dict[Hashable, int] = {}
+    drawn_place: dict[Hashable, int] = {}
+    found: list[tuple[int, int, int, float]] = []
+    for s, seed in enumerate(seeds):
+        for client in sorted(seed.differences):
+            d, w = seed.differences[client], seed.weights[client]
+            share = w * (d - np.average(d, weights=w)) / (w.sum() * C)
+            for i, c in enumerate(share):
+                unit = (client, i) if same_rows else (client, i, s)
+                key = unit if seed.rows is None else seed.rows[client][i]
+                at = place.setdefault(key, len(place)), drawn_place.setdefault(unit, len(drawn_place))
+                found.append((s, *at, float(c)))
+    of_seed, of_row, of_unit, shares = (np.array(column) for column in zip(*found, strict=True))
+
+    def squares(groups: Any) -> float:
+        return float(np.square(np.bincount(groups, shares)).sum())
+
+    drawn, rows = squares(of_unit), squares(of_row)
+    if not drawn:
+        return 0.0
+    between = (squares(of_row * S + of_seed) - rows / S) / (S - 1) if S > 1 else 0.0
+    left = rows - between * S
+    return float(np.sqrt(left / drawn)) if left > 1e-9 * drawn else 0.0  # nested rows leave rounding errors
 
 
 def adjust(p_values: Sequence[float]) -> list[float]:
