@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flexperts.communication.messages import DERIVED, Update
-from flexperts.methods.kit.carried import by_module, empty_stack, forget_departed, noted, received_up_to
+from flexperts.methods.kit.carried import by_module, empty_stack, forget_departed, noted, outdated, received_up_to
 from flexperts.methods.kit.ranks import Factors, RankedMethod, by_rows, factors, named, stacked
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.kit.turn import Site, Turn
@@ -54,6 +54,9 @@ class FLoRA(RankedMethod):
     def receive(self, turn: Turn) -> None:
         """Store the new stacks, load all of them, and start a new LoRA."""
         turn.memory.update({n.removeprefix(DERIVED): t.clone() for n, t in turn.received.items()})
+        rounds = {_round(n) for n in turn.memory if n.startswith(_STACK)}
+        if missing := set(range(1, max(rounds, default=0))) - rounds:
+            raise outdated(turn, min(missing))
         cast(StackedLora, turn.parts["stacks"]).load(by_module(_all_rounds(turn.memory)))
         turn.load(self._fresh(turn))
 

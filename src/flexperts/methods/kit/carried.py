@@ -64,6 +64,15 @@ def forget_departed(server: Server) -> None:
             del server.memory[name]
 
 
+def outdated(turn: Turn, missing: int) -> FederationError:
+    """Return the error of a client that has lost what the server sent it after a round."""
+    return FederationError(
+        f"{turn.site.client}: its stored state lacks what the server sent after round {missing}",
+        "this is sent once, and the server has noted that it arrived",
+        "stop the run, remove this client with `flexperts forget`, and resume: it joins again and gets all",
+    )
+
+
 def residual(weighted: list[tuple[float, Factors]], mean: Factors) -> Factors:
     """Return the factors of sum_i p_i B_i A_i - B' A', computed in float64.
 
@@ -136,11 +145,7 @@ class ExactMean(Method):
         elif number == before + 1:
             _add(turn.memory, new)
         else:
-            raise FederationError(
-                f"{turn.site.client}: the server sends the residual of round {number}",
-                f"this client has those up to round {before}, so its stored state is older than the server knows",
-                "stop the run, remove this client with `flexperts forget`, and resume: it joins again and gets all",
-            )
+            raise outdated(turn, before + 1)
         turn.memory[_UP_TO] = torch.tensor(number)
 
     # The server.
