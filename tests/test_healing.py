@@ -62,8 +62,8 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The script as a module; the shipped texts are short ones, and so are those of the report: a random model has no
-    structure that could carry over to others."""
+    """The script as a module; the shipped texts are short, and the report reads them too: what a random model
+    learns on one text does not carry over to another."""
     monkeypatch.syspath_prepend(HEAL)
     import heal_base
     import texts
@@ -74,38 +74,20 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
-def run(script: Any, parent: Path) -> Callable[..., argparse.Namespace]:
-    def run(out: Path, *more: str) -> None:
-        small = "--shared 32 --experts 4 --steps 6 --batch 4 --length 32 --rank 4 --lr 1e-2 --small-lr 1e-3"
-        own = "--own-rows 6 --own-batch 4 --save-every 2"
-        script.heal(
-            script.parsed(["--out", str(out), "--source", str(parent), *small.split(), *own.split(), *more])
-        )
+def run(script: Any, parent: Path) -> Callable[..., None]:
+    """Runs the script with small settings and more options, as one text."""
+    small = "--shared 32 --experts 4 --steps 6 --batch 4 --length 32 --rank 4 --lr 1e-2 --small-lr 1e-3"
+    own = "--own-rows 6 --own-batch 4 --save-every 2"
+
+    def run(out: Path, more: str = "") -> None:
+        script.heal(script.parsed(f"--out {out} --source {parent} {small} {own} {more}".split()))
 
     return run
 
 
 def test_a_few_steps_bring_the_split_closer_to_its_parent(run: Any, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "out"
-    run(
-        out,
-        *[
-            "--steps",
-            "20",
-            "--batch",
-            "5",
-            "--length",
-            "128",
-            "--lr",
-            "0.01",
-            "--small-lr",
-            "0.0001",
-            "--rank",
-            "16",
-            "--own-rows",
-            "0",
-        ],
-    )
+    run(out, "--steps 20 --batch 5 --length 128 --lr 0.01 --small-lr 0.0001 --rank 16 --own-rows 0")
     found = json.loads((out / "report.json").read_text())
     assert found["after"]["kl"] < 0.9 * found["before"]["kl"]
     assert found["after"]["parent_loss"] == found["before"]["parent_loss"]
@@ -180,9 +162,9 @@ def test_what_would_be_too_large_is_refused_before_training(
         run(tmp_path / "large")
     assert not (tmp_path / "large" / "own-text").exists()
     most = refused.value.remedy.removeprefix("use at most ")
-    run(tmp_path / "smaller", "--rank", most)
+    run(tmp_path / "smaller", f"--rank {most}")
     with pytest.raises(ConfigError):
-        run(tmp_path / "rank", "--rank", str(int(most) + 1))
+        run(tmp_path / "rank", f"--rank {int(most) + 1}")
 
 
 def test_terms_survive_int8_to_a_127th_of_their_largest(script: Any) -> None:
@@ -202,20 +184,20 @@ def test_other_settings_and_other_texts_are_refused(run: Any, tmp_path: Path) ->
     file = tmp_path / "more.jsonl"
     file.write_text(json.dumps({"instruction": "Say it.", "response": "It." * 40}) + "\n")
     out = tmp_path / "out"
-    run(out, "--texts", str(file))
+    run(out, f"--texts {file}")
     with pytest.raises(ConfigError, match="it was begun with other values of lr, rank"):
-        run(out, "--texts", str(file), "--rank", "3", "--lr", "1")
+        run(out, f"--texts {file} --rank 3 --lr 1")
     file.write_text(json.dumps({"instruction": "Say it.", "response": "No." * 40}) + "\n")
     with pytest.raises(ConfigError, match="other values of texts"):
-        run(out, "--texts", str(file))
+        run(out, f"--texts {file}")
     with pytest.raises(ConfigError, match="it cannot be read"):
-        run(out, "--texts", str(tmp_path / "none.txt"))
+        run(out, f"--texts {tmp_path}/none.txt")
 
 
-@pytest.mark.parametrize("more", [("--shared", "33"), ("--layers", "0", "3")])
-def test_a_split_that_does_not_fit_is_refused(run: Any, tmp_path: Path, more: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("more", ["--shared 33", "--layers 0 3"])
+def test_a_split_that_does_not_fit_is_refused(run: Any, tmp_path: Path, more: str) -> None:
     with pytest.raises(ModelError, match="split of"):
-        run(tmp_path, *more)
+        run(tmp_path, more)
 
 
 def test_the_balance_term_counts_layers_apart(script: Any) -> None:
@@ -252,3 +234,24 @@ def test_every_epoch_reads_every_row_once(script: Any) -> None:
     assert rates[0] == 0.5
     assert rates[2:] == sorted(rates[2:], reverse=True)
     assert 0 < rates[-1] < 0.05
+
+
+def test_a_step_in_bf16_trains_terms_in_fp32(script: Any, parent: Path, run: Any, tmp_path: Path) -> None:
+    """As on a GPU: the weights are in bf16, and so are the sums that the model computes with."""
+    run(tmp_path, "--steps 1")
+    whole = dense.load_dense(from_path(str(parent)))
+    partition = load_neuron_partition(tmp_path / "partition.safetensors")
+    teacher, model = whole.model(), upcycle(whole.config, whole.state, partition)
+    for each in (teacher, model):
+        convert(each, torch.bfloat16)
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    terms = script.attach(model, 4, 0)
+    assert model.model.layers[0].mlp.experts.gate_up_proj.dtype == torch.bfloat16
+    chosen = {"steps": 1, "batch": 1, "lr": 1, "small_lr": 1, "warmup": 0, "seed": 0, "save_every": 1}
+    schedule = script.Schedule(hidden=1.0, balance=0.01, **chosen)
+    loss, kl = sys.modules["distillation"].losses(teacher, model, torch.arange(40)[None], schedule)
+    loss.backward()
+    assert loss > kl > 0
+    assert all(term.dtype == term.grad.dtype == torch.float32 for term in terms.values())
+    assert all(term.grad.isfinite().all() for term in terms.values())
+    assert all(term.grad.any() for name, term in terms.items() if name.endswith(".B"))

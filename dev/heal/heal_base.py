@@ -85,34 +85,23 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
 def heal(given: argparse.Namespace) -> None:
     """Do what is missing in the folder of a run."""
     device = computing_device(given.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     dense = load_dense(find_dense(given.source, to_stderr))
     texts = read_files(given.texts, dense)
+    held_out = [dense.tokenizer(text)["input_ids"] for text in read_texts(TEXTS / "held_out").values()]
     with sole_writer(given.out):
         settings = settle(given, dense, texts)
         partition = partition_of(given, dense)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         parent = convert(dense.model(), dtype).to(device).requires_grad_(False)
         model = convert(upcycle(dense.config, dense.state, partition), dtype).to(device)
-        held_out = [dense.tokenizer(text)["input_ids"] for text in read_texts(TEXTS / "held_out").values()]
         before = quality(parent, model, held_out)
         to_stderr(f"before: loss {before['loss']:.3f}, the parent's {before['parent_loss']:.3f}")
         terms = attach(model, given.rank, given.seed)
         size = check_size(terms, given.out / "partition.safetensors", given.rank)
         to_stderr(f"training {sum(t.numel() for t in terms.values()):,} values; with the partition {size:,} bytes")
-        texts += shipped(dense)
-        texts += written_by(
-            parent,
-            dense,
-            given.out / "own-text",
-            rows=given.own_rows,
-            batch=given.own_batch,
-            length=given.length,
-            seed=given.seed,
-            report=to_stderr,
-        )
-        chosen = {name: getattr(given, name) for name in Schedule.__dataclass_fields__}
-        rows = in_rows(texts, given.length)
-        train(parent, model, terms, rows, Schedule(**chosen), given.out / "training.safetensors", to_stderr)
+        rows = in_rows([*texts, *shipped(dense), *own_text(given, parent, dense)], given.length)
+        schedule = Schedule(**{name: getattr(given, name) for name in Schedule.__dataclass_fields__})
+        train(parent, model, terms, rows, schedule, given.out / "training.safetensors", to_stderr)
         save_delta(given.out / "delta.safetensors", terms, settings)
         healed = upcycle(dense.config, dense.state, partition)
         apply_delta(healed, given.out / "delta.safetensors")
@@ -121,14 +110,25 @@ def heal(given: argparse.Namespace) -> None:
         write_json(given.out / "report.json", {**found, "settings": settings, "environment": environment()})
         write_text(given.out / "report.md", table(before, after) + "\n")
         print(table(before, after))
-        done = (
-            f"Then low-rank terms of the experts (rank {given.rank}), routers and norms were trained for "
-            f"{given.steps} steps to predict what the dense model predicts."
-        )
-        (given.out / "model").mkdir(exist_ok=True)
-        text = card(dense, partition, "smol-moe, all layers, healed", done)
-        save_folder(healed.cpu(), dense.tokenizer, text, given.out / "model")
-        to_stderr(f"wrote {given.out / 'model'}")
+        write_model(given, healed.cpu(), dense, partition)
+
+
+def own_text(given: argparse.Namespace, parent: Any, dense: DenseModel) -> list[list[int]]:
+    """Return the rows that the parent writes."""
+    sizes = {"rows": given.own_rows, "batch": given.own_batch, "length": given.length}
+    return written_by(parent, dense, given.out / "own-text", **sizes, seed=given.seed, report=to_stderr)
+
+
+def write_model(given: argparse.Namespace, healed: Any, dense: DenseModel, partition: NeuronPartition) -> None:
+    """Write the transformers folder."""
+    training = (
+        f"Then low-rank terms of the experts (rank {given.rank}), routers and norms were trained for {given.steps} "
+        "steps to predict\nwhat the dense model predicts."
+    )
+    folder = given.out / "model"
+    folder.mkdir(exist_ok=True)
+    save_folder(healed, dense.tokenizer, card(dense, partition, "smol-moe, healed", training), folder)
+    to_stderr(f"wrote {folder}")
 
 
 def settle(given: argparse.Namespace, dense: DenseModel, texts: list[list[int]]) -> dict[str, Any]:
