@@ -133,3 +133,17 @@ def test_a_dense_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 260, **sizes}))
     with pytest.raises(ModelError, match="no experts"):
         plan(str(tmp_path), ["fedavg"])
+
+
+def test_a_floor_is_told(tiny: str) -> None:
+    floor = ["floor={}", "data.validation_rows=8", "federation.rounds=5"]
+    made = plan(tiny, ["flex", "fedavg"], floor)
+    assert [m.note for m in made.methods] == [
+        f"floor: up to {count} models read validation and test rows" for count in (6, 2)
+    ]
+    alone = plan(tiny, ["flex", "fedavg"], [*floor, 'floor.candidates=["local"]'])
+    assert [m.note.partition(";")[0] for m in alone.methods] == [
+        f"floor: 5 more rounds of training by {name} at each client, nothing sent"
+        for name in ("local", "local_lora")
+    ]
+    assert not any(m.note for m in plan(tiny, ["flex"]).methods)

@@ -88,6 +88,22 @@ def test_validation_is_taken_from_train_by_passage(tmp_path: Path, name: str, se
         assert kept["test_sha256"] == partition_manifest(plain)["clients"][client]["test_sha256"]
 
 
+@pytest.mark.parametrize("name", ["silos", "one file", "partition"])
+def test_a_number_of_rows_is_the_fewest_whole_passages_in_a_shares_order(tmp_path: Path, name: str) -> None:
+    section, count = sections(tmp_path)[name], 3
+    plain = load_clients(DataConfig.model_validate(section), 0)
+    by_count = load_clients(DataConfig.model_validate(section | {"validation_rows": count}), 0)
+    for client, rows in by_count.items():
+        assert sorted((*rows.train, *rows.validation), key=str) == sorted(plain[client].train, key=str)
+        assert not passages(rows.validation) & (passages(rows.train) | passages(rows.test))
+        assert len(rows.validation) >= count
+        fewer = passages(rows.validation)
+        assert any(len([r for r in rows.validation if r.passage != p]) < count for p in fewer)
+        share = len(fewer) / len(passages(plain[client].train))
+        same = load_clients(DataConfig.model_validate(section | {"validation_fraction": share}), 0)
+        assert same[client].validation == rows.validation
+
+
 def test_the_choice_is_the_seeds_alone(tmp_path: Path) -> None:
     config = DataConfig.model_validate(shop(tmp_path, test=True) | {"validation_fraction": 0.3})
     first, again, other = (load_clients(config, seed)["shop"] for seed in (0, 0, 1))
