@@ -112,8 +112,9 @@ def paired_bootstrap(
     values, factor = np.full(resamples, means.mean()), _row_factor(seeds, same_rows)
     if factor > 0:
         by_client = (_resampled(seeds, c, same_rows, resamples, generator) for c in clients)
-        drawn = over(np.stack(list(by_client))) if over else sum(by_client) / len(clients)
-        drawn = drawn.mean(axis=1)
+        drawn = (over(np.stack(list(by_client))) if over else np.asarray(sum(by_client)) / len(clients)).mean(
+            axis=1
+        )
         values = drawn if factor == 1 else values + factor * (drawn - values)
     if len(seeds) > 1:
         error = means.std(ddof=1) / np.sqrt(len(seeds))
