@@ -42,7 +42,8 @@ class PFedMoEStyle(Method):
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "global", "personalized")
     budget_note = (
         "FedAvg's steps, and no rows for a search; an adaptation of pFedMoE in CoMiGS's low-rank form: experts "
-        "next to a frozen base, no attention LoRA, no personal head; the gate learns on train rows (CoMiGS: validation)"
+        "next to a frozen base, no attention LoRA, no personal head; the gate learns on train rows (CoMiGS: on "
+        "validation rows)"
     )
 
     class Options(Method.Options):
