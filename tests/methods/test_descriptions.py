@@ -24,10 +24,35 @@ def test_a_method_is_described_in_the_one_form(name: str) -> None:
     assert places == sorted(places)
     for line in (method.summary, method.source, method.sends, method.keeps):
         assert line
+    for line in (method.summary, method.source, method.sends, method.keeps, method.budget_note):
         assert "\n" not in line
         assert not line.endswith(".")
+        assert "  " not in line
     assert len(method.summary) <= 100
     # A capital is part of a name (LoRA, FedAvg, a factor) or no capital at all.
     for line in (method.summary, method.sends, method.keeps):
         first = re.split(r"[\s',]", line)[0]
         assert first.islower() or len(re.findall("[A-Z]", first)) > 1 or first in "AB", line
+
+
+BUDGETS = {
+    "ditto": "twice FedAvg's steps",
+    "fdlora": "20",
+    "fedadagrad": "averages uniformly",
+    "fedadam": "squares m instead of the change",
+    "fedavgm": "0.5 instead of 0.9",
+    "feddpa_f": "twice FedAvg's steps",
+    "feddpa_t": "twice FedAvg's steps from round 2",
+    "fedyogi": "squares m instead of the change",
+    "pfedmoe_style": "an adaptation",
+}
+"""Methods whose steps, searched rows or equations a reader of their scores must know."""
+
+
+def test_budgets_and_variants_are_told_of_the_methods_that_have_them() -> None:
+    assert {name for name in method_names() if method_class(name).budget_note} == BUDGETS.keys()
+    for name, words in BUDGETS.items():
+        assert words in method_class(name).budget_note
+    fdlora = method_class("fdlora").Options()
+    for option in ("fusion_budget", "fusion_rows"):
+        assert f"({getattr(fdlora, option)})" in method_class("fdlora").budget_note

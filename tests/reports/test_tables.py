@@ -294,6 +294,29 @@ def test_the_note_says_what_the_interval_is(whole: Comparison) -> None:
     assert "does not cover other seeds" in tables(whole)["main"].note
 
 
+def test_budgets_are_below_every_table_of_entries_for_those_in_it(whole: Comparison) -> None:
+    entries, every = whole["entries"], tables(whole)
+    assert not any("Budgets" in table.note for table in every.values())
+    entries[0] |= {"method": "fedadam", "budget_note": "as <FedAvg>"}
+    entries[1] |= {"method": "fedyogi", "budget_note": "as <FedAvg>"}
+    entries[2] |= {"method": "ditto", "budget_note": "twice the steps"}
+    said = "Budgets and variants. fedadam, fedyogi: as <FedAvg>; ditto: twice the steps."
+    made = tables(whole)
+    assert made.keys() == every.keys()
+    of_entries = {key for key, table in made.items() if table.header[0].name == "entry"}
+    assert {"main", "clients-rouge_l", "clients-nll", "ability", "cost", "entries"} <= of_entries
+    for key, table in made.items():
+        names = {row[0].text.removesuffix(" (reference)") for row in table.rows}
+        if key in of_entries and {entry["name"] for entry in entries} <= names:
+            assert table.note.endswith(said)
+    assert "Budgets" not in made["environment"].note
+    privacy = {row[0].text for row in made["privacy"].rows}
+    assert entries[2]["name"] not in privacy
+    assert "ditto" not in made["privacy"].note
+    assert markdown_report(whole).count("ditto: twice the steps.") >= 6
+    assert html_report(whole).count("fedadam, fedyogi: as &lt;FedAvg&gt;; ditto: twice the steps.") >= 6
+
+
 def test_an_adjusted_p_on_the_border_is_told_with_its_error(whole: Comparison) -> None:
     """p 0.0255 doubled by adjustment, of 10,000 draws: 2 x 2 sqrt(0.01275 0.98725 / 10,000) x 2 is 0.0090."""
     whole["entries"][1]["against"]["nll"] |= {"p": 0.0255, "p_adjusted": 0.051}

@@ -13,6 +13,8 @@ import pytest
 
 from flexperts.evaluation.words import TOKENIZER
 from flexperts.files import opened, sealed
+from flexperts.methods.pfedmoe_style import PFedMoEStyle
+from flexperts.methods.server_optimizers import FedAdam
 from flexperts.studies.collect import answer_counts, collect_comparison, statistic
 from flexperts.studies.finished import Finished
 
@@ -183,6 +185,18 @@ def test_what_runs_do_not_share_is_told_of_each(compared: Path, tmp_path: Path) 
     assert found["environment"]["threads"] == [Run(compared, "flex", 0).json("environment.json")["threads"], 99]
     flex = next(entry for entry in found["entries"] if entry["name"] == "flex")
     assert flex["bytes"]["groups"]["uplink"]["new"] == 5
+
+
+def test_a_methods_budget_is_noted_also_in_a_comparison_from_before(comparison: Json, tmp_path: Path) -> None:
+    assert {entry["budget_note"] for entry in comparison["entries"]} == {""}
+    older = json.loads(json.dumps(comparison))
+    methods = ("fedadam", "pfedmoe_style", "a method of a package that is not installed")
+    for entry, method in zip(older["entries"], methods, strict=False):
+        del entry["budget_note"]
+        entry["method"] = method
+    (tmp_path / "comparison.json").write_text(json.dumps(older))
+    found = [entry["budget_note"] for entry in collect_comparison(tmp_path)["entries"]]
+    assert found[:3] == [FedAdam.budget_note, PFedMoEStyle.budget_note, ""]
 
 
 def test_an_entrys_settings_do_not_tell_where_its_files_lie(compared: Path, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ class Ditto(Method):
     source = "Li et al., ICML 2021, arXiv 2012.04221"
     keeps = "a second attention LoRA"
     has_personal_lora = True
+    budget_note = "twice FedAvg's steps: the personal LoRA takes as many as the shared one"
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "global", "personalized")
 
     class Options(Method.Options):

@@ -153,6 +153,7 @@ class FedDPAF(FedDPA):
 
     name = "feddpa_f"
     summary = "FedAvg, then a local LoRA trained with the finished global one, weighted by each input's similarity"
+    budget_note = "twice FedAvg's steps: the local LoRA takes all rounds' steps again in one more round"
     report_type: ClassVar[Any] = Count
 
     def extra_rounds(self, rounds: int) -> int:
@@ -230,6 +231,7 @@ class FedDPAT(FedDPA):
 
     name = "feddpa_t"
     summary = "a global and a local LoRA, trained in turn every round, weighted by each input's similarity"
+    budget_note = "twice FedAvg's steps from round 2: the local LoRA takes as many as the global one"
 
     def train(self, turn: Turn) -> TrainResult:
         """Train l with the received g, then g alone; in round 1 g is untrained, so l does not train."""

@@ -41,6 +41,11 @@ class PFedMoEStyle(Method):
     keeps = "personal low-rank expert and gate of every MoE layer"
     needs_experts = True
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "global", "personalized")
+    budget_note = (
+        "FedAvg's steps, and no rows for a search; an adaptation of pFedMoE in CoMiGS's low-rank form: experts "
+        "next to a frozen base, no attention LoRA, no personal head; its gate learns on train rows, CoMiGS's on "
+        "validation rows"
+    )
 
     class Options(Method.Options):
         """Sizes of experts and gate."""

@@ -12,6 +12,11 @@ from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.server_state import Server
 from flexperts.parameters.vector import Vector
 
+_FEDOPT = (
+    "FedAvg's steps, and no rows for a search; Reddi et al.'s algorithm 2 with the mean by rows, not OpenFedLLM's "
+    "variant, which the FLEx paper uses: that averages uniformly"
+)
+
 
 class AdaptiveMethod(Method):
     """FedAvg with an adaptive server step on the mean change of a round; x are the global weights.
@@ -70,6 +75,7 @@ class FedAdagrad(AdaptiveMethod):
     name = "fedadagrad"
     summary = "FedAvg with Adagrad's step on the server"
     source = "Reddi et al., ICLR 2021"
+    budget_note = _FEDOPT
 
     class Options(AdaptiveMethod.Options):
         """Settings of the server's step."""
@@ -102,6 +108,7 @@ class FedAdam(AdaptiveMethod):
     name = "fedadam"
     summary = "FedAvg with Adam's step on the server"
     source = "Reddi et al., ICLR 2021"
+    budget_note = f"{_FEDOPT}, starts m at the first change, and squares m instead of the change"
 
     class Options(AdaptiveMethod.Options):
         """Settings of the server's step."""
@@ -131,6 +138,10 @@ class FedAvgM(Method):
     name = "fedavgm"
     summary = "FedAvg with momentum on the server"
     source = "Hsu et al., arXiv 1909.06335"
+    budget_note = (
+        "FedAvg's steps, and no rows for a search; its paper's momentum, by default 0.5 instead of 0.9, not "
+        "OpenFedLLM's variant: that scales each change by 1 - momentum after the first round"
+    )
 
     class Options(Method.Options):
         """Settings of the server's step."""
@@ -171,6 +182,7 @@ class FedYogi(AdaptiveMethod):
     name = "fedyogi"
     summary = "FedAvg with Yogi's step on the server"
     source = "Reddi et al., ICLR 2021"
+    budget_note = FedAdam.budget_note
 
     class Options(FedAdam.Options):
         """Settings of the server's step, as FedAdam's."""

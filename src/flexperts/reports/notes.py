@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from flexperts.reports.cells import Table
 from flexperts.reports.reading import METRICS, STATES, Comparison, Entry, against, border_error
 
+REFERENCE_MARK = " (reference)"
+"""Follows the reference's name in the table of scores."""
 _NAMED = 5
 """Most missing scores that one note explains."""
 
@@ -51,6 +56,22 @@ def _border_words(comparison: Comparison) -> str:
         f" Adjusted p-values so near {level} that other draws could give the other verdict, with two standard "
         f"errors of the draws: {'; '.join(near)}. More compare.resamples make them smaller."
     )
+
+
+def with_budgets(table: Table, comparison: Comparison) -> Table:
+    """Return a table with the budgets and variants of its entries' methods in its note, if it has any."""
+    if table.header[0].name != "entry":
+        return table
+    shown = {row[0].text.removesuffix(REFERENCE_MARK) for row in table.rows}
+    methods: dict[str, list[str]] = {}
+    for entry in comparison["entries"]:
+        note, method = entry.get("budget_note"), entry.get("method") or entry["name"]
+        if note and entry["name"] in shown and method not in methods.setdefault(note, []):
+            methods[note].append(method)
+    if not methods:
+        return table
+    told = "; ".join(f"{', '.join(names)}: {note}" for note, names in methods.items())
+    return replace(table, note=_joined(table.note, f"Budgets and variants. {told}."))
 
 
 def _paired(comparison: Comparison, entry: Entry) -> int:

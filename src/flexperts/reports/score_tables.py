@@ -19,7 +19,7 @@ from flexperts.reports.cells import (
     spread,
     words,
 )
-from flexperts.reports.notes import ability_note, client_note, counts, main_note
+from flexperts.reports.notes import REFERENCE_MARK, ability_note, client_note, counts, main_note
 from flexperts.reports.reading import (
     METRICS,
     STATES,
@@ -126,7 +126,7 @@ def _place(comparison: Comparison, state: str, place: str) -> str:
 
 
 def _main_row(comparison: Comparison, entry: Entry) -> tuple[Cell, ...]:
-    name = entry["name"] + (" (reference)" if entry["name"] == comparison["reference"] else "")
+    name = entry["name"] + (REFERENCE_MARK if entry["name"] == comparison["reference"] else "")
     sent, seconds = entry.get("bytes") or {}, entry.get("seconds") or {}
     return (
         words(name),

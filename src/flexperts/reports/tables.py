@@ -8,7 +8,7 @@ from typing import Any
 
 from flexperts.config.changes import flat
 from flexperts.reports.cells import MISSING, Cell, Column, Table, finite, number, significant, size, words
-from flexperts.reports.notes import counts
+from flexperts.reports.notes import counts, with_budgets
 from flexperts.reports.reading import Comparison, Entry, layer_names, ordered, routing_measure, routing_of
 from flexperts.reports.score_tables import WHO, ability_table, answer_table, client_table, main_table, own_state
 
@@ -18,7 +18,8 @@ def tables(comparison: Comparison) -> dict[str, Table]:
 
     Keys: main, clients-rouge_l, clients-nll, answers, ability, cost, groups, privacy, routing, selection, entries,
     environment.
-    Columns in which every number is missing are left out.
+    Columns in which every number is missing are left out. Below every table of entries are the budgets and variants
+    of its entries' methods.
     """
     made = (
         main_table(comparison),
@@ -34,7 +35,7 @@ def tables(comparison: Comparison) -> dict[str, Table]:
         entries_table(comparison),
         environment_table(comparison),
     )
-    shown = (table.without_empty_columns() for table in made if table.rows)
+    shown = (with_budgets(table.without_empty_columns(), comparison) for table in made if table.rows)
     return {table.key: table for table in shown if len(table.header) > 1}
 
 

@@ -16,9 +16,10 @@ import numpy as np
 import tomli_w
 
 from flexperts.artifacts import RunDirectory
-from flexperts.errors import ArtifactError
+from flexperts.errors import ArtifactError, ConfigError
 from flexperts.evaluation.scores import SCORES, Scores, mean_of
 from flexperts.files import placeless, read_json
+from flexperts.methods.registry import method_class
 from flexperts.recipe import recorded_recipe
 from flexperts.studies.contrast import abilities, contrasts
 from flexperts.studies.finished import CLAIM, RUNS, Finished, read_claim
@@ -107,7 +108,8 @@ def _read(path: Path, samples: int) -> dict[str, Any]:
     if not isinstance(found, dict) or found.get("kind") != "comparison" or not found.get("entries"):
         raise ArtifactError(f"{path}", "it contains no comparison", "give the --out of a `flexperts compare`")
     shown = {client: rows[:samples] for client, rows in (found.get("examples") or {}).items() if samples}
-    return found | {"examples": shown}
+    noted = [{"budget_note": _budget_note(str(entry.get("method")))} | entry for entry in found["entries"]]
+    return found | {"entries": noted, "examples": shown}
 
 
 def collect_run(path: Path, *, samples: int = 0) -> dict[str, Any]:
@@ -136,6 +138,7 @@ def _entry(entry: Finished) -> dict[str, Any]:
     return {
         "name": entry.name,
         "method": entry.method,
+        "budget_note": _budget_note(entry.method),
         "settings": [_setting(setting) for setting in entry.settings],
         "seeds": list(entry.runs),
         "own_state": entry.states[-1],
@@ -151,6 +154,14 @@ def _entry(entry: Finished) -> dict[str, Any]:
         "curves": curves(entry),
         **routing_and_selection(entry),
     }
+
+
+def _budget_note(method: str) -> str:
+    """Return a method's note on its budget; empty for one that is not installed here."""
+    try:
+        return method_class(method).budget_note
+    except ConfigError:
+        return ""
 
 
 def _not_finite(summaries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]]:

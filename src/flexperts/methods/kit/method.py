@@ -71,6 +71,9 @@ class Method:
     else, without conversions, and no number that is not finite."""
     plan_note: ClassVar[str] = ""
     """How a run's costs can differ from the planned ones; empty if they cannot."""
+    budget_note: ClassVar[str] = ""
+    """What a reader of its scores must know: steps and searched rows relative to FedAvg, and in what it differs
+    from its paper or from the code of other studies. It is below every table with its rows; empty adds nothing."""
 
     def __init__(self, options: Method.Options | None = None) -> None:
         self.options = options or self.Options()
