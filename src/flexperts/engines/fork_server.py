@@ -25,6 +25,7 @@ import torch
 from flexperts.client.workspace import Workspace
 from flexperts.errors import FlexpertsError
 from flexperts.methods.registry import method_paths, register_method
+from flexperts.modeling.memory import freed_memory_kept
 from flexperts.observer import Relay, TurnState, observing
 
 _PAUSE = 0.2
@@ -126,7 +127,7 @@ def _work(parent: Connection, setting: Setting, number: int) -> NoReturn:
             device = {"device": setting.devices[number % len(setting.devices)]}
             model = workspace.config.model.model_copy(update=device)
             workspace.config = workspace.config.model_copy(update={"model": model})
-        with observing(Remote(parent)), suppress(EOFError, ConnectionError):
+        with observing(Remote(parent)), freed_memory_kept(), suppress(EOFError, ConnectionError):
             while True:
                 function, arguments = parent.recv()
                 parent.send(_outcome(function, workspace, arguments))

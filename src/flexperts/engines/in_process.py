@@ -16,7 +16,7 @@ from flexperts.client.client import Resident
 from flexperts.config.run import RunConfig
 from flexperts.engines.engine import Engine, prepare
 from flexperts.engines.grid import InProcessGrid
-from flexperts.modeling.memory import peak_bytes, reset_peak
+from flexperts.modeling.memory import freed_memory_kept, peak_bytes, reset_peak
 from flexperts.server.exchange import LazyGrid
 
 
@@ -41,9 +41,9 @@ class InProcess(Engine):
         resident = Resident(self.workspace, config, run.path)
         reset_peak(resident.model.device)
         try:
-            yield InProcessGrid(
-                {number: partial(_answer, resident, name) for number, name in enumerate(self.workspace.clients, 1)}
-            )
+            with freed_memory_kept():
+                clients = enumerate(self.workspace.clients, 1)
+                yield InProcessGrid({number: partial(_answer, resident, name) for number, name in clients})
         finally:
             resident.model.close()
 

@@ -22,6 +22,8 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """glibc's numbers of the two settings of mallopt."""
 _LARGE, _KEPT = 2**25, 2**30
 """Bytes: tensors that still get pages of their own (the largest that glibc chooses by itself), and what is kept."""
+_blocks = 0
+"""Blocks of ``freed_memory_kept`` that this process is in."""
 
 
 def free_bytes(device: torch.device) -> int:
@@ -76,16 +78,20 @@ def freed_memory_kept() -> Iterator[None]:
     """Keep memory that tensors free for the next ones inside the block, and give it back at its end.
 
     Otherwise glibc gives a step's activations back to the system, and each step has to get them page by page. The
-    peak does not change. Without glibc this does nothing.
+    peak does not change. Of nested blocks the outermost one gives back. Without glibc this does nothing.
     """
+    global _blocks
     library: Any = ctypes.CDLL(None) if os.name == "posix" else None
     if not (hasattr(library, "mallopt") and hasattr(library, "malloc_trim")):
         yield
         return
     library.mallopt(_MMAP_THRESHOLD, _LARGE)
     library.mallopt(_TRIM_THRESHOLD, _KEPT)
+    _blocks += 1
     try:
         yield
     finally:
-        library.mallopt(_TRIM_THRESHOLD, 2 * _LARGE)  # as glibc relates the two
-        library.malloc_trim(0)
+        _blocks -= 1
+        if not _blocks:
+            library.mallopt(_TRIM_THRESHOLD, 2 * _LARGE)  # as glibc relates the two
+            library.malloc_trim(0)

@@ -66,7 +66,8 @@ def resident():
 
 with freed_memory_kept():
     for _ in range(3):  # the heap grows in the first ones
-        faults()
+        with freed_memory_kept():
+            faults()
     again, inside = faults(), resident()
 print(again, inside - resident())
 """
