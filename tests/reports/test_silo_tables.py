@@ -76,8 +76,8 @@ def test_a_silo_without_a_score_has_a_dash(nineteen: Comparison) -> None:
 def test_robust_measures_and_what_they_are_against(nineteen: Comparison) -> None:
     table = tables(nineteen)["robust"]
     assert [column.text for column in table.header[2:4]] == [
-        "IQM [95\u00a0%] (ROUGE-L)",
-        "P(better than flex) [95\u00a0%] (ROUGE-L)",
+        "IQM [95 %] (ROUGE-L)",
+        "P(better than flex) [95 %] (ROUGE-L)",
     ]
     rows = {row[0].text: [cell.text for cell in row] for row in table.rows}
     assert rows["flex"][4:] == ["1.500 [1.250, 1.750]", "–"]
@@ -104,7 +104,7 @@ def test_a_single_run_speaks_of_no_reference(single: Comparison) -> None:
     for found in entry["silos"].values():
         found["iqm"] |= {"low": None, "high": None}
     made = tables(single)
-    assert [column.name for column in made["robust"].header] == ["entry", "own state"] + ["IQM [95\u00a0%]"] * 2
+    assert [column.name for column in made["robust"].header] == ["entry", "own state"] + ["IQM [95 %]"] * 2
     assert [cell.text for cell in made["robust"].rows[0][2:]] == ["1.5", "1.500"]
     assert "bootstrap" not in made["robust"].note
     assert "Harmed" not in made["spread"].note

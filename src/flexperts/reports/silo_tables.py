@@ -79,7 +79,7 @@ def robust_table(comparison: Comparison) -> Table:
         (words(e["name"]), own_state(e), *(c for metric in METRICS for c in _robust(e, metric))) for e in entries
     ]
     rows = mark_best(mark_best(rows, 2), 4, lowest=True)
-    level = f"{100 * comparison['confidence']:g}\u00a0%"
+    level = f"{100 * comparison['confidence']:g} %"
     better = f"P(better than {comparison['reference']}) [{level}]"
     header = (*WHO, *(Column(text, name) for name in METRICS.values() for text in (f"IQM [{level}]", better)))
     many = len(comparison["seeds"]) > 1
@@ -110,7 +110,7 @@ def spread_table(comparison: Comparison) -> Table:
     for column in (2, 3, 5, 6):
         rows = mark_best(rows, column, lowest=True)
     group = place_words(comparison, own_state_words(comparison), "own")
-    level = f"{100 * comparison['confidence']:g}\u00a0%"
+    level = f"{100 * comparison['confidence']:g} %"
     header = (
         *WHO,
         Column("mean", group),
