@@ -118,7 +118,10 @@ def _read(path: Path, samples: int) -> dict[str, Any]:
     if not isinstance(found, dict) or found.get("kind") != "comparison" or not found.get("entries"):
         raise ArtifactError(f"{path}", "it contains no comparison", "give the --out of a `flexperts compare`")
     shown = {client: rows[:samples] for client, rows in (found.get("examples") or {}).items() if samples}
-    noted = [{"budget_note": _budget_note(str(entry.get("method")))} | entry for entry in found["entries"]]
+    noted = [
+        entry if "budget_note" in entry else entry | {"budget_note": _budget_note(str(entry.get("method")))}
+        for entry in found["entries"]
+    ]
     return found | {"entries": noted, "examples": shown}
 
 
