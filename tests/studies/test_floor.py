@@ -12,8 +12,8 @@ from flexperts.artifacts import RunDirectory
 from flexperts.files import sealed, write_json
 from flexperts.reports.tables import tables
 from flexperts.studies.finished import Finished
-from flexperts.studies.floor import floors, harmed, worst
-from flexperts.studies.statistics import Paired, paired_bootstrap
+from flexperts.studies.floor import floors, harmed
+from flexperts.studies.statistics import Paired, paired_bootstrap, worst_tenth
 
 CLIENTS = {f"c{i}": 0.1 * (i - 3) for i in range(10)}
 """Client -> what it keeps minus global: three are better off, one is equal, six are harmed."""
@@ -55,8 +55,8 @@ def test_by_hand(tmp_path: Path) -> None:
 
 
 def test_a_tenth_is_at_least_one_client_and_equal_is_not_harmed() -> None:
-    assert worst(np.array([0.1, 0.5, -1.0])) == 0.5
-    assert worst(np.arange(40.0)) == pytest.approx(37.5)
+    assert worst_tenth(np.array([0.1, 0.5, -1.0])) == 0.5
+    assert worst_tenth(np.arange(40.0)) == pytest.approx(37.5)
     assert harmed(np.array([0.0, -0.1, 0.2, 0.3])) == 0.5
 
 

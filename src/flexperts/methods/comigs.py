@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flexperts.data.prompts import Example
 from flexperts.methods.kit.local_steps import balanced
-from flexperts.methods.kit.method import Method, OnBatch, State
+from flexperts.methods.kit.method import Method, State
 from flexperts.methods.kit.turn import Site, Turn
 from flexperts.modeling.lora import SHARED_PREFIX
 from flexperts.parts.gated_adapters import GatedAdapters
@@ -143,16 +143,6 @@ class CoMiGS(Method):
         shares = Shares(self.options.target)
         with shares.watching(cast(GatedAdapters, turn.parts[_PART])):
             yield balanced(turn.objective, shares, self.options.balance)
-
-    @contextmanager
-    def in_state(self, turn: Turn, state: State) -> Iterator[OnBatch | None]:
-        """Fix the router to (1, 0), G alone, in the global state."""
-        if state == "global":
-            with cast(GatedAdapters, turn.parts[_PART]).shared_alone():
-                yield None
-        else:
-            with super().in_state(turn, state) as on_batch:
-                yield on_batch
 
 
 def _is_router(name: str) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from typing import ClassVar, cast
+from collections.abc import Collection
+from typing import ClassVar
 
 from pydantic import Field
 
-from flexperts.methods.kit.method import Method, OnBatch, State
-from flexperts.methods.kit.turn import Site, Turn
+from flexperts.methods.kit.method import Method, State
+from flexperts.methods.kit.turn import Site
 from flexperts.parts.gated_adapters import GatedAdapters
 from flexperts.parts.part import Part
 
@@ -77,13 +76,3 @@ class PFedMoEStyle(Method):
     def shared(self, names: Collection[str]) -> set[str]:
         """Return the names of G's parameters."""
         return {name for name in names if name.split(".")[-2] == "shared"}
-
-    @contextmanager
-    def in_state(self, turn: Turn, state: State) -> Iterator[OnBatch | None]:
-        """Fix the gate to (1, 0), G alone, in the global state."""
-        if state == "global":
-            with cast(GatedAdapters, turn.parts[_PART]).shared_alone():
-                yield None
-        else:
-            with super().in_state(turn, state) as on_batch:
-                yield on_batch

@@ -146,7 +146,7 @@ class GatedAdapters(Part):
 
     @contextmanager
     def shared_alone(self) -> Iterator[None]:
-        """Fix the gate to (1, 0) inside the block: G alone, at full weight."""
+        """Fix the gate to (1, 0) inside the block: G at full weight."""
 
         def all_to_shared(_gate: nn.Module, _args: object, weights: Tensor) -> Tensor:
             return weights.new_tensor([1.0, 0.0]).expand_as(weights)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, Self
 
 import torch
@@ -63,6 +63,10 @@ class Part(nn.Module, ABC):
             yield
         finally:
             self.enabled = before
+
+    def shared_alone(self) -> AbstractContextManager[None]:
+        """Leave inside the block only what is shared of a part with personal parameters; by default nothing."""
+        return self.disabled()
 
 
 def key(name: str) -> str:

@@ -13,25 +13,18 @@ from flexperts.files import opened
 from flexperts.seeding import derive_seed
 from flexperts.studies.contrast import row_texts
 from flexperts.studies.finished import Finished
-from flexperts.studies.statistics import Difference, Floats, Paired, paired_bootstrap
+from flexperts.studies.statistics import Difference, Floats, Paired, paired_bootstrap, worst_tenth
 
 _Records = Mapping[str, Mapping[str, Any]]
 SIMPLE = ("zero_shot", "global", "local", "personalized")
 """The choices that a run without a floor makes for all clients alike."""
 BEST = "best"
 """The candidate of each client with the lowest NLL on its test rows, known only afterwards."""
-_WORST = 0.1
 
 
 def harmed(differences: Floats) -> Floats:
     """Return the share of clients whose NLL is higher: ``[C, ...]`` to ``[...]``."""
     return np.asarray((differences > 0).mean(axis=0))
-
-
-def worst(differences: Floats) -> Floats:
-    """Return the mean over the tenth of the clients with the largest differences, at least one client."""
-    count = max(1, round(_WORST * len(differences)))
-    return np.asarray(np.sort(differences, axis=0)[-count:].mean(axis=0))
 
 
 def floors(entry: Finished, confidence: float, resamples: int) -> dict[str, Any] | None:
@@ -40,7 +33,7 @@ def floors(entry: Finished, confidence: float, resamples: int) -> dict[str, Any]
     Returns:
         ``kept``: candidate -> how many clients keep it, over all seeds. ``against``: simple choice, or best -> the
         differences in NLL of what clients keep: ``mean`` over clients, share of clients ``harmed``, mean of the
-        ``worst`` tenth, each with an interval. Against the best, the mean is the regret.
+        ``worst`` tenth (rounded up), each with an interval. Against the best, the mean is the regret.
     """
     seeds = [_records(entry, run) for run in entry.runs.values()]
     if not seeds or not all(seeds):
@@ -90,7 +83,7 @@ def _stream(entry: str, simple: str, kind: str) -> np.random.Generator:
 def _tests(
     seeds: Sequence[Paired], stream: Callable[[str], np.random.Generator], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    kinds = {"mean": None, "harmed": harmed, "worst": worst}
+    kinds = {"mean": None, "harmed": harmed, "worst": worst_tenth}
     found = {
         kind: paired_bootstrap(seeds, generator=stream(kind), over=over, **settings) for kind, over in kinds.items()
     }

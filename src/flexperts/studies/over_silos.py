@@ -20,8 +20,8 @@ from scipy.stats import binomtest, trim_mean
 from flexperts.evaluation.scores import SCORES
 from flexperts.seeding import derive_seed
 from flexperts.studies.finished import Finished
+from flexperts.studies.statistics import Floats, worst_tenth
 
-Floats = NDArray[np.float64]
 LOWER_IS_BETTER = {"nll"}
 _CELLS = 1_000_000
 """Most drawn scores in memory at the same time."""
@@ -140,13 +140,12 @@ def spread_over(silos: Mapping[str, float], is_lower_better: bool) -> dict[str, 
         ``std`` (n - 1; None for one silo), ``worst`` (client and value), and ``worst_tenth``: the mean of the worst
         tenth of the silos, rounded up to whole silos.
     """
-    from_worst = sorted(silos, key=lambda client: silos[client], reverse=is_lower_better)
-    tenth = from_worst[: math.ceil(len(silos) / 10)]
-    values = list(silos.values())
+    worst = (max if is_lower_better else min)(silos, key=lambda client: silos[client])
+    values, sign = np.array(list(silos.values())), 1 if is_lower_better else -1
     return {
         "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-        "worst": {"client": tenth[0], "value": float(silos[tenth[0]])},
-        "worst_tenth": float(np.mean([silos[client] for client in tenth])),
+        "worst": {"client": worst, "value": float(silos[worst])},
+        "worst_tenth": sign * float(worst_tenth(sign * values)),
     }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -149,6 +150,11 @@ def _row_factor(seeds: Sequence[Paired], same_rows: bool) -> float:
     between = (squares(of_row * S + of_seed) - rows / S) / (S - 1) if S > 1 else 0.0
     left = rows - between * S
     return float(np.sqrt(left / drawn)) if left > 1e-9 * drawn else 0.0  # nested rows leave rounding errors
+
+
+def worst_tenth(losses: Floats) -> Floats:
+    """Return the mean over the tenth (rounded up) of clients with the largest losses: ``[C, ...]`` to ``[...]``."""
+    return np.asarray(np.sort(losses, axis=0)[-ceil(len(losses) / 10) :].mean(axis=0))
 
 
 def adjust(p_values: Sequence[float]) -> list[float]:

@@ -160,15 +160,17 @@ class Method:
     def in_state(self, turn: Turn, state: State) -> Iterator[OnBatch | None]:
         """Put the model into a state inside the block; yield a function to call before every batch, or None.
 
-        By default the global state disables every part that has personal parameters.
+        By default the global state has what is shared alone of every part that has personal parameters.
         """
         with ExitStack() as stack:
             if state == "zero_shot":
                 stack.enter_context(turn.site.lora.use())
             for name, part in turn.parts.items():
                 personal = any(p.startswith(f"{name}.") for p in turn.split.personal)
-                if state == "zero_shot" or (state == "global" and personal):
+                if state == "zero_shot":
                     stack.enter_context(part.disabled())
+                elif state == "global" and personal:
+                    stack.enter_context(part.shared_alone())
             yield None
 
     def mixed(self, turn: Turn, weight: float) -> AbstractContextManager[OnBatch | None] | None:
