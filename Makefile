@@ -28,7 +28,7 @@ locked:  ## Create .venv only from files with the hashes in requirements.lock (P
 lock: setup  ## Write requirements.lock from constraints.txt
 	printf 'hatchling>=1.27\neditables>=0.5\n' | $(BIN)/uv pip compile --quiet --generate-hashes --no-header --no-annotate --python-version 3.11 --constraint constraints.txt --extra dev --output-file requirements.lock pyproject.toml -
 
-run: setup  ## Personalize a pretrained MoE for four silos, with FedAvg for comparison (about eight minutes on two cores)
+run: setup  ## Personalize a pretrained MoE for four silos, with FedAvg for comparison (about five minutes on two cores)
 	$(BIN)/flexperts run recipes/quickstart.toml --workers auto
 
 test: setup  ## Run the default tests

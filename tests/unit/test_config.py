@@ -142,6 +142,31 @@ def test_the_last_override_wins_over_the_recipe() -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("knowledge.general", "'rows.jsonl'"),
+        ("knowledge.mmlu", "hub"),
+        ("training.local_steps", "4"),
+        ("training.personal_lr", "1e-3"),
+        ("data.validation_rows", "8"),
+        ("data.leave_out", "['a']"),
+        ("method.reference", "fedavg"),
+        ("evaluation.max_new_tokens", "8"),
+    ],
+)
+def test_an_empty_value_takes_back_what_the_recipe_sets(key: str, value: str) -> None:
+    section, name = key.split(".")
+    assert getattr(getattr(parse_recipe(SILOS, [f"{key}={value}"]), section), name) is not None
+    assert parse_recipe(SILOS, [f"{key}={value}", f"{key}="]) == parse_recipe(SILOS)
+
+
+@pytest.mark.parametrize("key", ["seed", "training.lr", "data.silos.seed", "data.test_fraction"])
+def test_an_empty_value_is_no_value_of_a_setting_with_a_default(key: str) -> None:
+    """Nothing is put back to a default without a word."""
+    assert key in refusal(SILOS, f"{key}=")
+
+
+@pytest.mark.parametrize(
     ("override", "said"),
     [
         ("training.lr", "an override must be KEY=VALUE"),
