@@ -153,9 +153,9 @@ class ChatTemplate:
                 return [found[answers.index(i)] for i in trained]
             if len(trained) == len(answers) - 1:
                 return [(start, min(end, len(asked))) for start, end in found if start < len(asked)]
-        elif all(spans := [self._by_prefix(marked, i, tools, whole) for i in trained]):
-            return [span for span in spans if span]
-        elif len(spans := self._by_header(whole)) == len(answers):
+        elif all(exact := [self._by_prefix(marked, i, tools, whole) for i in trained]):
+            return [span for span in exact if span]
+        elif spans := self._by_header(marked, answers, tools, whole):
             return [spans[answers.index(i)] for i in trained]
         raise DataError(
             "the chat template",
@@ -174,46 +174,47 @@ class ChatTemplate:
         fits = upto.endswith(self._tail) and whole.startswith(asked) and whole.startswith(end)
         return (len(asked), len(end)) if fits and len(asked) < len(end) else None
 
-    def _by_header(self, whole: str) -> list[Span]:
+    def _by_header(self, marked: Messages, answers: Sequence[int], tools: Tools, whole: str) -> list[Span]:
         """Return every answer's span: from the text that the template writes before answers, to the turn's end."""
-        header, ends = self._around
-        if not header:
+        header, end = self._around
+        starts = [match.end() for match in header.finditer(whole)] if header else []
+        if len(starts) != len(answers):
             return []
-        unmarked = f"(?<!\U000f0000){re.escape(header)}"
-        starts = [match.end() for match in re.finditer(unmarked, whole)]
         spans = []
-        for start, following in zip(starts, [*starts[1:], len(whole)], strict=True):
-            stops = [
-                m.end() for e in ends if (m := re.search(f"(?<!\U000f0000){re.escape(e)}", whole[start:following]))
-            ]
-            if not stops:
+        for answer, start, following in zip(answers, starts, [*starts[1:], len(whole)], strict=True):
+            stop = end.search(whole, start, min(following, self._next_text(marked, answer, tools, whole)))
+            if not stop and following < len(whole):  # such as a call of a tool that ends with another token
                 return []
-            spans.append((start, start + min(stops)))
+            spans.append((start, stop.end() if stop else following))
         return spans
 
+    def _next_text(self, marked: Messages, turn: int, tools: Tools, whole: str) -> int:
+        """Return where the text of the turn after this one starts: up to there, any other text gives the same."""
+        if turn + 1 == len(marked):
+            return len(whole)
+        other = [*marked[: turn + 1], {**marked[turn + 1], "content": _QUESTION}, *marked[turn + 2 :]]
+        return _shared(whole, self._render(other, tools))
+
     @cached_property
-    def _around(self) -> tuple[str, list[str]]:
-        """The text that begins every answer, if it has control tokens, and the texts that may end one."""
-        first, second = f"{_ANSWER}a", f"{_ANSWER}b"
-        question = {"role": "user", "content": _QUESTION}
-        turns = [
-            question,
-            {"role": "assistant", "content": first},
-            question,
-            {"role": "assistant", "content": second},
-        ]
+    def _around(self) -> tuple[re.Pattern[str] | None, re.Pattern[str]]:
+        """What the template writes before every answer, if it has control tokens, and what may end an answer."""
+        question, answer = {"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}
+        nothing = None, re.compile("(?!)")
         try:
-            bare, asked = self._render(turns[:1]), self._render(turns[:1], add_generation_prompt=True)
-            whole = self._render(turns)
+            bare, asked = self._render([question]), self._render([question], add_generation_prompt=True)
+            whole = self._render([question, answer, question, answer])
         except ConfigError:
-            return "", []
-        before, _, after = whole.partition(first)
+            return nothing
+        before, _, after = whole.partition(_ANSWER)
         own = before.removeprefix(bare)
         header = own[: _shared(own, asked.removeprefix(bare))]
         controls = self.tokens.controls_in(after)
         if not (before.startswith(bare) and controls and self.tokens.controls_in(header)):
-            return "", []
-        return header, [end for end in (self._end, after[: controls[0].end()]) if end]
+            return nothing
+        ends = [end for end in (self._end, after[: controls[0].end()]) if end]
+        # Where no token ends a turn, the next turn's token does; it is not part of the answer.
+        within = "|".join(map(_written, ends)) if self._end else f"(?={_written(ends[-1])})"
+        return re.compile(_written(header)), re.compile(within)
 
     def _in_tokens(self, ids: Sequence[int], text: str, span: Span) -> Span:
         """Return a span of characters in tokens; a token that is partly inside belongs to it."""
@@ -325,6 +326,11 @@ def _default(tokenizer: Any) -> str:
             "save the tokenizer with the one you want as its only template, or set model.template = 'alpaca'",
         ) from error
     return template
+
+
+def _written(text: str) -> str:
+    """Return a pattern of a text that the template writes: control tokens in texts of others are marked."""
+    return f"(?<!\U000f0000){re.escape(text)}"
 
 
 def _shared(first: Sequence[Any], second: Sequence[Any]) -> int:

@@ -62,8 +62,10 @@ def layout_of(source: str, columns: Sequence[str], mapped: Mapping[str, str], gi
     own = _OWN.get(given, {})
     preset = {f: c for f, c in own.items() if c in columns or f in ("instruction", "response")}
     empty = {"context": ""} if own and "context" not in preset else {}
-    fields = fields_of(source, columns, empty | preset | mapped)
-    return Layout(_named(fields) if given == "auto" else given, fields)
+    fields = fields_of(source, columns, {**empty, **preset, **mapped})
+    found = _named(fields) if given == "auto" else given
+    tools = mapped.get("tools", "tools")
+    return Layout(found, fields | ({"tools": tools} if found == "prompt_completion" and tools in columns else {}))
 
 
 def _recognised(columns: Sequence[str], mapped: Mapping[str, str]) -> DataFormat:

@@ -176,25 +176,20 @@ def _row(record: Record, layout: Layout, identity: str, where: str) -> tuple[Row
     if record.fault:
         raise BadValueError(*record.fault)
     fields, values = layout.fields, record.values
-    named = text_of(values.get(identity), identity)
-    category = _field(values, "category", fields["category"]) if "category" in fields else ""
+
+    def labels(passage: str) -> dict[str, str]:
+        named = text_of(values.get(identity), identity)
+        category = text_of(values.get(fields["category"]), fields["category"]) if "category" in fields else ""
+        return {"category": category, "passage": named if named.strip() else passage, "where": where}
+
     if "text" in fields:
         text = _field(values, "text", fields["text"])
-        halves = _halves(text)
-        passage = named if named.strip() else text
-        return Row(*halves, category=category, passage=passage, where=where, plain=True), 0
-    turns = _turns(values, layout)
-    if turns is not None:
-        tools = values.get(fields.get("tools", "tools"))
-        chat = read_chat(turns, tools)
-        passage = named if named.strip() else chat.first
-        row = Row(
-            chat.instruction, chat.response, "", category, passage, where, chat.before, chat.between, chat.kept
-        )
-        return row, chat.unanswered
-    texts = {field: _field(values, field, column) for field, column in fields.items()}
-    passage = named if named.strip() else texts.get("context") or texts["instruction"]
-    return Row(**texts, passage=passage, where=where), 0
+        return Row(*_halves(text), plain=True, **labels(text)), 0  # type: ignore[arg-type]
+    if (turns := _turns(values, layout)) is not None:
+        chat = read_chat(turns, values.get(fields.get("tools", "")))
+        return Row(**chat.fields, **labels(chat.first)), chat.unanswered  # type: ignore[arg-type]
+    texts = {field: _field(values, field, fields[field]) for field in _TEXTS if field in fields}
+    return Row(**texts, **labels(texts.get("context") or texts["instruction"])), 0  # type: ignore[arg-type]
 
 
 def _turns(values: Mapping[str, Any], layout: Layout) -> list[Message] | None:

@@ -53,7 +53,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """The parts of a chat that become the fields of a row of the same names.
+    """The parts of a chat; most become the fields of a row of the same names.
 
     Args:
         instruction: Text of the last user turn.
@@ -72,6 +72,12 @@ class Chat:
     kept: str
     first: str
     unanswered: int
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of a row."""
+        names = ("instruction", "response", "before", "between", "kept")
+        return {name: getattr(self, name) for name in names}
 
 
 def read_chat(turns: Sequence[Message], tools: Any = None) -> Chat:
@@ -156,11 +162,12 @@ def _text(value: Any, place: str) -> str:
     """Return a turn's text; parts of text are joined."""
     if isinstance(value, list):
         parts = [part.get("text") if isinstance(part, dict) else part for part in value]
-        if not all(isinstance(part, str) for part in parts):
+        texts = [part for part in parts if isinstance(part, str)]
+        if len(texts) < len(parts):
             raise BadValueError(
                 f"{place} has a part that is not text", "only text can be read, no images or sounds"
             )
-        value = "".join(parts)
+        value = "".join(texts)
     return text_of(value, place)
 
 
