@@ -47,6 +47,8 @@ class SilosConfig(Section):
     """Train rows per silo."""
     test_rows: int = Field(40, ge=4)
     """Test rows per silo."""
+    turns: Literal[1, 3] = 1
+    """Questions in a row. 3 = a chat: two answers that are alike at every silo, then one in the silo's style."""
 
 
 class ClientFiles(Section):

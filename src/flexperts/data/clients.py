@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,11 +125,13 @@ def _entry(rows: ClientRows) -> dict[str, Any]:
 
 
 def _shipped(config: DataConfig) -> Clients:
-    from flexperts.data.silos.generate import SILOS, generate_silo
+    from flexperts.data.silos.generate import SILOS, generate_chats, generate_silo
 
     assert config.silos is not None
     settings = config.silos
-    made = {s: generate_silo(s, settings.seed, settings.train_rows, settings.test_rows) for s in SILOS}
+    generate: Callable[..., Mapping[str, Sequence[Mapping[str, Any]]]]
+    generate = generate_silo if settings.turns == 1 else generate_chats
+    made = {s: generate(s, settings.seed, settings.train_rows, settings.test_rows) for s in SILOS}
     return {
         silo: ClientRows(
             *(tuple(read_rows(_made(f"{silo} {side}", sides[side]), {})) for side in ("train", "test"))
