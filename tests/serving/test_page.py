@@ -155,6 +155,27 @@ def test_a_passage_and_options_go_with_the_question(seen: Seen, engine: Scripted
     assert seen.page.locator(".about p").text_content() == "a  letter\nin lines"
 
 
+def test_every_model_sees_its_own_answers_to_the_questions_before(seen: Seen, engine: ScriptedEngine) -> None:
+    seen.open(KEYS["clinic"])
+    seen.ask("how are you")
+    seen.wait_for_answers()
+    engine.conversations.clear()
+    seen.ask("and now")
+    seen.wait_for_answers()
+    for name in ("clinic@zero_shot", "clinic@global", "clinic"):
+        assert [
+            {"role": "user", "content": "how are you"},
+            {"role": "assistant", "content": f"{name}: how are you"},
+            {"role": "user", "content": "and now"},
+        ] in engine.conversations
+    engine.conversations.clear()
+    seen.page.get_by_role("button", name="New chat").click()
+    assert seen.page.locator(".turn").count() == 0
+    seen.ask("hello")
+    seen.wait_for_answers()
+    assert engine.conversations == [[{"role": "user", "content": "hello"}]] * 3
+
+
 def test_enter_sends_and_shift_enter_breaks_the_line(seen: Seen, engine: ScriptedEngine) -> None:
     seen.open(KEYS["clinic"])
     seen.page.keyboard.type("first")  # the cursor stands where one writes

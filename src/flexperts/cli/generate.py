@@ -34,6 +34,27 @@ MaxTokens = Annotated[
 ]
 
 
+Messages = Annotated[
+    Path | None,
+    typer.Option("--messages", metavar="FILE", help="JSON list of the chat's turns before: role and content."),
+]
+
+
+def turns_of(path: Path | None) -> list[dict[str, str]]:
+    """Return the turns in a file of ``--messages``."""
+    if path is None:
+        return []
+    from flexperts.data.bad_rows import BadValueError
+    from flexperts.data.text_files import decoded_text
+    from flexperts.data.turns import read_turns
+    from flexperts.errors import ConfigError
+
+    try:
+        return [turn.mapping for turn in read_turns(decoded_text(path), str(path))]
+    except BadValueError as error:
+        raise ConfigError(f"--messages: {error.what}", error.rule, "correct the file") from error
+
+
 def sets_trust(settings: Iterable[str]) -> bool:
     """Return whether a --set on the command line says that code of the base may run; the last one counts."""
     said = [one.partition("=")[2] for one in settings if one.partition("=")[0].strip() == "model.trust_remote_code"]
@@ -52,12 +73,16 @@ def command(
     instruction: Annotated[str, typer.Argument(help="What to ask.")],
     client: Annotated[str, typer.Option(help="The client whose model answers.")],
     context: About = "",
+    messages: Messages = None,
+    text: Annotated[bool, typer.Option("--text", help="Continue the instruction as plain text.")] = False,
     state: StateOption = None,
     max_tokens: MaxTokens = None,
     base: Base = None,
     trust: Trust = False,
 ) -> None:
     """Print one client's answer to an instruction; on stderr, whether it was cut."""
+    before = turns_of(messages)
+
     from flexperts.artifacts import RunDirectory
 
     RunDirectory.open(run).summary()  # refuse a wrong path before anything heavy loads
@@ -69,5 +94,7 @@ def command(
 
         trained = TrainedRun(run, base=base, trust_remote_code=trust)
         display.stage("answering")
-        answer = trained.generate(client, instruction, context, state, max_new_tokens=max_tokens)
+        answer = trained.generate(
+            client, instruction, context, state, max_new_tokens=max_tokens, before=before, plain=text
+        )
     say(answer)

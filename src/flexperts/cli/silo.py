@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from flexperts.cli.generate import About, MaxTokens, StateOption, say
+from flexperts.cli.generate import About, MaxTokens, Messages, StateOption, say, turns_of
 from flexperts.observer import Observer
 
 if TYPE_CHECKING:
@@ -212,13 +212,14 @@ def generate(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The run's id, as `silo runs` shows it.")],
     instruction: Annotated[str, typer.Argument(help="What to ask.")],
     context: About = "",
+    messages: Messages = None,
     state: StateOption = None,
     max_tokens: MaxTokens = None,
 ) -> None:
     """Print the answer of the silo's personal model; nothing leaves this machine."""
     from flexperts.recipe import load_silo
 
-    settings = load_silo(silo)
+    settings, before = load_silo(silo), turns_of(messages)
 
     from flexperts.cli.live import showing_stages
 
@@ -227,7 +228,7 @@ def generate(
 
         model = HomeModel(settings, run)
         display.stage("answering")
-        answer = model.generate(instruction, context, state, max_new_tokens=max_tokens)
+        answer = model.generate(instruction, context, state, max_new_tokens=max_tokens, before=before)
     say(answer)
 
 

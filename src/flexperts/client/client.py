@@ -147,7 +147,8 @@ class Client:
         known, batch_size = self.workspace.untouched.scores, self.config.evaluation.batch_size
         limit = answer_limit(self.workspace, self.config)
         settings = EvaluationSettings(limit, batch_size, self.config.model.precision, answers)
-        key = rows_hash(ClientRows((), tuple(rows))), self.config.training.max_length, settings
+        encoded = self.config.training.max_length, self.config.data.loss_on
+        key = rows_hash(ClientRows((), tuple(rows))), encoded, settings
         if state == "zero_shot" and key in known:
             self._stored(request.round)  # a client that is scored has a stored state, even with cached scores
             return known[key]
@@ -297,7 +298,8 @@ class Client:
     def answer_counts(self, scores: Mapping[_State, Scores]) -> dict[str, int]:
         """Return the answer limit in tokens, the number of longer references, and each state's cut answers."""
         limit = answer_limit(self.workspace, self.config)
-        longer = longer_references(next(iter(scores.values())).tokens, limit)
+        examples = self.workspace.encoder.encode_all(self.scored_rows)
+        longer = longer_references((example.response_length for example in examples), limit)
         cut = {f"cut.{state}": its.cut for state, its in scores.items()}
         return {"max_new_tokens": limit, "longer_references": len(longer), **cut}
 
@@ -306,6 +308,7 @@ class Client:
         lines = [
             json_text(
                 {"instruction": row.instruction, "context": row.context, "response": row.response}
+                | ({"before": [message.mapping for message in row.before]} if row.before else {})
                 | {state: score.predictions[index] for state, score in scores.items()}
                 | {"scores": {state: score.row(index) for state, score in scores.items()}}
             )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from flexperts.client.floor import check_floor
+from flexperts.config.data import LossOn
 from flexperts.config.run import RunConfig
 from flexperts.data.bad_rows import BadRow, settle_bad_rows, some
 from flexperts.data.batches import pad_batch
@@ -41,13 +42,13 @@ class Untouched:
 
     Args:
         finite: Precisions in which its loss on a train row is finite.
-        scores: (hash of the rows, ``training.max_length``, settings) -> its scores.
+        scores: (hash of the rows, how they are encoded, settings) -> its scores.
         routing: (precision, hash of the batches) -> its routing by experts module: T N values per layer.
         mmlu: The recipe's source, questions and shots -> its score; None where its logits are not finite.
     """
 
     finite: set[Precision] = field(default_factory=set)
-    scores: dict[tuple[str, int, EvaluationSettings], Scores] = field(default_factory=dict)
+    scores: dict[tuple[str, tuple[int, LossOn], EvaluationSettings], Scores] = field(default_factory=dict)
     routing: dict[tuple[Precision, str], dict[str, LayerRouting]] = field(default_factory=dict)
     mmlu: dict[tuple[str, int | None, int], KnowledgeScore | None] = field(default_factory=dict)
 
@@ -113,10 +114,20 @@ class Workspace:
         is_empty = any(getattr(rows, side) and not its for side, its in vars(fitting).items())
         total = len(rows.train) + len(rows.test) + len(rows.validation)
         settle_bad_rows(name, bad, len(bad) if is_empty else total, self.config.data.on_bad_row, say)
-        if cut := [row.where for row, example in (*train, *test, *validation) if example.cut]:
-            longest = self.config.training.max_length
-            say(f"{name}: {len(cut)} contexts are cut to training.max_length = {longest} tokens: {some(cut)}")
+        self._say_cut(name, [row for row, example in (*train, *test, *validation) if example.cut], say)
+        answers = sum(turn.role == "assistant" for row in fitting.train for turn in row.before)
+        if answers and self.encoder.chat is None and self.config.data.loss_on == "all":
+            say(f"{name}: the alpaca template has one answer: {answers} earlier answers of chats are not trained")
         return fitting
+
+    def _say_cut(self, name: str, cut: Sequence[Row], say: Say) -> None:
+        to = f"training.max_length = {self.config.training.max_length} tokens"
+        if chats := [row.where for row in cut if row.before]:
+            say(f"{name}: {len(chats)} chats lose their oldest turns to fit {to}: {some(chats)}")
+        if texts := [row.where for row in cut if row.plain]:
+            say(f"{name}: {len(texts)} texts are cut to {to}: {some(texts)}")
+        if contexts := [row.where for row in cut if not (row.before or row.plain)]:
+            say(f"{name}: {len(contexts)} contexts are cut to {to}: {some(contexts)}")
 
     def _encodable(self, rows: Sequence[Row], bad: list[BadRow]) -> list[tuple[Row, Example]]:
         """Return the rows that can be encoded, with their encodings; add the others to ``bad``."""

@@ -8,7 +8,9 @@ from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model
 
 from flexperts.config.section import Section
 
-_FIELDS = ("instruction", "context", "response", "category")
+_FIELDS = ("instruction", "context", "response", "category", "messages", "text", "tools", "system")
+_WHOLE = ("messages", "text")
+"""Fields that are a whole row."""
 
 
 def _of_fields(columns: dict[str, str]) -> dict[str, str]:
@@ -17,13 +19,21 @@ def _of_fields(columns: dict[str, str]) -> dict[str, str]:
     columns_named = [column for column in columns.values() if column]
     if twice := sorted({c for c in columns_named if columns_named.count(c) > 1}):
         raise ValueError(f"columns maps two fields to {', '.join(map(repr, twice))}; each has a column of its own")
-    if empty := [field for field in ("instruction", "response") if columns.get(field) == ""]:
+    if empty := [field for field in ("instruction", "response", *_WHOLE) if columns.get(field) == ""]:
         raise ValueError(f"columns maps {empty[0]} to nothing; it is required")
+    for field in _WHOLE:
+        others = {"instruction", "context", "response", *_WHOLE} - {field}
+        if field in columns and (also := sorted(others & columns.keys())):
+            raise ValueError(f"columns maps {field} and {also[0]}; {field} is a whole row")
     return columns
 
 
 OnBadRow = Literal["refuse", "drop"]
 """What happens to rows that cannot be used."""
+DataFormat = Literal["auto", "instruction", "alpaca", "dolly", "prompt_completion", "messages", "sharegpt", "text"]
+"""How rows are written in a file; auto recognises it by the columns."""
+LossOn = Literal["all", "last"]
+"""Which of a chat's answers are trained."""
 Columns = Annotated[dict[str, str], AfterValidator(_of_fields)]
 """Field of a row -> column of a file; an empty name leaves an optional field empty."""
 
@@ -37,6 +47,8 @@ class SilosConfig(Section):
     """Train rows per silo."""
     test_rows: int = Field(40, ge=4)
     """Test rows per silo."""
+    turns: Literal[1, 3] = 1
+    """Questions in a row. 3 = a chat: two answers that are alike at every silo, then one in the silo's style."""
 
 
 class ClientFiles(Section):
@@ -109,7 +121,11 @@ class DataConfig(Section):
     leave_out: tuple[str, ...] | None = None
     """Names of clients that do not take part, such as those that join the finished run; their rows are not used."""
     columns: Columns = Field(default_factory=dict)
-    """Field (instruction, context, response, category) -> column, where the column has another name."""
+    """Field (instruction, context, response, category; messages, tools, system; text) -> column of another name."""
+    format: DataFormat = "auto"
+    """How rows are written; auto recognises it by the columns (see docs/data.md)."""
+    loss_on: LossOn = "all"
+    """all = every answer of a chat is trained; last = only the last one."""
     on_bad_row: OnBadRow = "refuse"
     """What to do with bad rows: refuse = stop and name all of them; drop = leave them out and say which."""
     test_fraction: float = Field(0.2, gt=0, lt=1)
@@ -120,8 +136,9 @@ class DataConfig(Section):
     """The same as a number of rows: passages are held out until they have so many. At most half of the rows."""
 
     def held_out(self) -> dict[str, Any]:
-        """Return the settings for holding out rows, which stay the run's where the source of rows does not."""
-        return {name: getattr(self, name) for name in ("test_fraction", "validation_fraction", "validation_rows")}
+        """Return what stays the run's where the source of rows does not: rows to hold out, answers to train."""
+        kept = ("test_fraction", "validation_fraction", "validation_rows", "loss_on")
+        return {name: getattr(self, name) for name in kept}
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

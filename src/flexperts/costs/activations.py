@@ -46,10 +46,12 @@ class Lengths:
     Args:
         row: Prompt and response.
         response: Only the response.
+        trained: The longest row from its first trained token on; 0 where it is the response.
     """
 
     row: int
     response: int
+    trained: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ class Activations:
         """Return the bytes of the logits of ``rows`` responses; in training, of one micro-batch."""
         vocabulary: int = self.model.config.get_text_config().vocab_size
         factor = _TRAINED_LOGIT if trained else _SCORED_LOGIT
-        return factor * (self._micro_batch if trained else rows) * (self.lengths.response + 1) * vocabulary
+        columns = max(self.lengths.response, self.lengths.trained)
+        return factor * (self._micro_batch if trained else rows) * (columns + 1) * vocabulary
 
     @property
     def _micro_batch(self) -> int:
@@ -147,8 +150,9 @@ class Activations:
 
 
 def row_lengths(config: RunConfig, clients: Mapping[str, ClientRows]) -> Lengths:
-    """Return the longest row and the longest response of a run's clients."""
+    """Return the longest row, response and trained part of a run's clients."""
     encoder = encoder_of(config, *load_tokenizer(config.model))
     encoded = [encoder.encode_all((*c.train, *c.test, *c.validation)) for c in clients.values()]
     examples = [example for client in encoded for example in client]
-    return Lengths(max(len(e.input_ids) for e in examples), max(e.response_length for e in examples))
+    lengths = ((len(e.input_ids), e.response_length, e.trained_columns) for e in examples)
+    return Lengths(*map(max, zip(*lengths, strict=True)))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flexperts.config.data import OnBadRow
 from flexperts.data.records import Say, unsaid
@@ -24,6 +25,52 @@ class BadRow(NamedTuple):
     where: str
     what: str
     rule: str
+
+
+class BadValueError(Exception):
+    """A value of a row that cannot be used.
+
+    Args:
+        what: What is wrong, without any of the row's text.
+        rule: The rule that the value breaks.
+    """
+
+    def __init__(self, what: str, rule: str) -> None:
+        super().__init__(what)
+        self.what, self.rule = what, rule
+
+
+def text_of(value: Any, name: str) -> str:
+    """Return a value as text; None becomes empty text.
+
+    Args:
+        value: The value.
+        name: Its column or turn, for messages.
+
+    Raises:
+        BadValueError: It is not text, or not valid Unicode.
+    """
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise BadValueError(f"{name} is {kind_of(value)}", "it must be text or a number")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can contain lone surrogates, which no tokenizer accepts
+        raise BadValueError(
+            f"{name} contains half of a character", "it must be valid Unicode text, without lone surrogates"
+        ) from error
+    return str(value)
+
+
+def kind_of(value: object) -> str:
+    """Return a value's kind, for a message that must not show the value."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "a list of objects, such as a chat"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "not a finite number"
+    kinds = {bool: "true or false", list: "a list", dict: "an object", str: "text"}
+    return kinds.get(type(value), f"of the type {type(value).__name__}")
 
 
 def settle_bad_rows(

@@ -26,7 +26,7 @@ class PaddedBatch:
     Args:
         input_ids: ``[B, S]``.
         attention_mask: ``[B, S]``, 1 on tokens and 0 on padding.
-        labels: ``[B, S]``, the response's tokens and -100 elsewhere.
+        labels: ``[B, S]``, the trained tokens, and -100 elsewhere.
         response_columns: R, the number of last columns that hold any label.
     """
 
@@ -46,8 +46,9 @@ def pad_batch(examples: Sequence[Example], pad_token_id: int) -> PaddedBatch:
         start = columns - len(example.input_ids)
         ids[row, start:] = torch.tensor(example.input_ids)
         mask[row, start:] = 1
-        labels[row, start + example.prompt_length :] = ids[row, start + example.prompt_length :]
-    return PaddedBatch(ids, mask, labels, max(e.response_length for e in examples))
+        for first, end in example.spans:
+            labels[row, start + first : start + end] = ids[row, start + first : start + end]
+    return PaddedBatch(ids, mask, labels, max(e.trained_columns for e in examples))
 
 
 def pad_responses(examples: Sequence[Example], pad_token_id: int) -> PaddedBatch:

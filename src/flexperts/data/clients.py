@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import astuple
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,8 +90,7 @@ def _with_validation(rows: ClientRows, config: DataConfig, seed: int, where: str
 def rows_hash(rows: ClientRows) -> str:
     """Return the SHA-256 of a client's rows, split by split."""
     sides = (rows.train, rows.test, *([rows.validation] if rows.validation else []))
-    # The last field says where a row came from; it does not count as content.
-    content = [[astuple(row)[:-1] for row in side] for side in sides]
+    content = [[row.content for row in side] for side in sides]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -127,11 +125,13 @@ def _entry(rows: ClientRows) -> dict[str, Any]:
 
 
 def _shipped(config: DataConfig) -> Clients:
-    from flexperts.data.silos.generate import SILOS, generate_silo
+    from flexperts.data.silos.generate import SILOS, generate_chats, generate_silo
 
     assert config.silos is not None
     settings = config.silos
-    made = {s: generate_silo(s, settings.seed, settings.train_rows, settings.test_rows) for s in SILOS}
+    generate: Callable[..., Mapping[str, Sequence[Mapping[str, Any]]]]
+    generate = generate_silo if settings.turns == 1 else generate_chats
+    made = {s: generate(s, settings.seed, settings.train_rows, settings.test_rows) for s in SILOS}
     return {
         silo: ClientRows(
             *(tuple(read_rows(_made(f"{silo} {side}", sides[side]), {})) for side in ("train", "test"))
@@ -158,7 +158,7 @@ def read_client_file(
     name: str, source: str, config: DataConfig, split: Literal["train", "test"], say: Say = unsaid
 ) -> list[Row]:
     """Read one of a client's files; notices and errors name the client."""
-    how: dict[str, Any] = {"split": split, "on_bad_row": config.on_bad_row}
+    how: dict[str, Any] = {"split": split, "format": config.format, "on_bad_row": config.on_bad_row}
     try:
         return read_source(source, config.columns, **how, say=lambda text: say(f"{name}: {text}"))
     except DataError as error:

@@ -17,7 +17,9 @@ KNOWN = {
 }
 """Field -> its column in Dolly and in our files, in Alpaca, and in files of prompts and completions."""
 PASSAGE = "passage"
-_CHATS = ("messages", "conversations", "conversation", "chat")
+CHATS = ("messages", "conversations", "conversation", "chat")
+"""Columns with chats, the first one first."""
+_BESIDE = ("text", "tools", "system")
 _MEANT = {
     "instruction": ("question", "query", "prompt", "input", "user", "task", "q"),
     "response": ("answer", "output", "completion", "reply", "assistant", "a"),
@@ -29,7 +31,13 @@ _MEANT = {
 
 def possible_columns(mapped: Mapping[str, str]) -> set[str]:
     """Return every column that may be read."""
-    return {PASSAGE, *mapped.values(), *(name for names in KNOWN.values() for name in names)}
+    return {PASSAGE, *CHATS, *_BESIDE, *mapped.values(), *(name for names in KNOWN.values() for name in names)}
+
+
+def looks_like_instructions(columns: Sequence[str]) -> bool:
+    """Return whether a column has one of the usual names of an instruction or a response."""
+    usual = {name for field in REQUIRED for name in (*KNOWN[field], *_MEANT[field])}
+    return any(name.casefold() in usual for name in columns)
 
 
 def fields_of(source: str, columns: Sequence[str], mapped: Mapping[str, str]) -> dict[str, str]:
@@ -61,7 +69,13 @@ def fields_of(source: str, columns: Sequence[str], mapped: Mapping[str, str]) ->
 
 
 def say_columns(
-    source: str, columns: Sequence[str], mapped: Mapping[str, str], found: Mapping[str, str], *others: str, say: Say
+    source: str,
+    columns: Sequence[str],
+    mapped: Mapping[str, str],
+    found: Mapping[str, str],
+    *others: str,
+    told: str = "",
+    say: Say,
 ) -> None:
     """Report, in one line, fields that are read from a column of another name, and columns that are not used.
 
@@ -69,24 +83,19 @@ def say_columns(
         source, columns, mapped: As for ``fields_of``.
         found: What ``fields_of`` returned.
         others: Columns that are used for something else.
+        told: What to say first.
         say: Called with the line, if there is one.
     """
-    taken = [f"{f} is read from {c!r}" for f, c in found.items() if f not in mapped and c != f]
+    taken = [f"{f} is read from {c!r}" for f, c in found.items() if f in FIELDS and f not in mapped and c != f]
     unused = [name for name in columns if name not in {PASSAGE, *found.values(), *others}]
-    parts = [", ".join(taken), f"unused columns: {names_shown(unused)}" if unused else ""]
-    if told := "; ".join(part for part in parts if part):
-        say(f"{source}: {told}")
+    parts = [told, ", ".join(taken), f"unused columns: {names_shown(unused)}" if unused else ""]
+    if line := "; ".join(part for part in parts if part):
+        say(f"{source}: {line}")
 
 
 def _missing(
     source: str, missing: Mapping[str, str], columns: Sequence[str], mapped: Mapping[str, str]
 ) -> DataError:
-    if chats := [name for name in columns if name in _CHATS]:
-        return DataError(
-            f"{source}: column {chats[0]!r}, and no column {' or '.join(map(repr, missing.values()))}",
-            "chats cannot be read: a row is one instruction and its response",
-            "write each turn that the model should learn as a row with instruction and response",
-        )
     rules = [
         f"the {field} is required" if field in REQUIRED else f"the recipe reads the {field} from it"
         for field in missing

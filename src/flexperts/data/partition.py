@@ -109,7 +109,8 @@ def _read(source: str, split: str, config: DataConfig, say: Say) -> Labelled:
     label = Label(settings.column, f"data.partition by = {settings.by!r} needs it in every row")
     table = open_table(source, {*possible_columns(config.columns), settings.column}, split, say)
     by = None if settings.by == "iid" else label
-    return read_labelled(table, config.columns, by, on_bad_row=config.on_bad_row, say=say)
+    how: dict[str, Any] = {"format": config.format, "on_bad_row": config.on_bad_row}
+    return read_labelled(table, config.columns, by, **how, say=say)
 
 
 Shares = dict[str, list[int]]

@@ -5,14 +5,16 @@ Instruct models use the chat template of their tokenizer, base models the alpaca
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import regex
 
+from flexperts.config.data import LossOn
 from flexperts.config.run import RunConfig
-from flexperts.data.chat_template import ChatTemplate
+from flexperts.data.chat_template import ChatTemplate, Span
 from flexperts.data.rows import Row
 from flexperts.data.tokens import TokenEncoder, set_pad_token
 from flexperts.errors import ConfigError, DataError, FlexpertsError
@@ -24,6 +26,8 @@ ALPACA = (
     "the request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
 )
 """The prompt in the FLEx paper's code."""
+_SAID = frozenset({"tool_calls", "reasoning_content", "reasoning", "thinking"})
+"""Fields of a turn that say something."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +36,15 @@ class Example:
 
     Args:
         input_ids: Prompt, response and end token.
-        prompt_length: Number of prompt tokens; the loss is computed on the others.
-        cut: Whether the context was cut.
+        prompt_length: Number of prompt tokens, all tokens before the last answer.
+        cut: Whether the context was cut, or a chat's oldest turns were left out.
+        earlier: Spans of the prompt's tokens that are trained besides the response: a chat's earlier answers.
     """
 
     input_ids: tuple[int, ...]
     prompt_length: int
     cut: bool = False
+    earlier: tuple[Span, ...] = ()
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -50,6 +56,21 @@ class Example:
         """Number of response tokens, with the end token."""
         return len(self.input_ids) - self.prompt_length
 
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """Start and end of the trained tokens, in order: the loss is computed on these."""
+        return (*self.earlier, (self.prompt_length, len(self.input_ids)))
+
+    @property
+    def trained_tokens(self) -> int:
+        """Number of trained tokens."""
+        return sum(end - start for start, end in self.spans)
+
+    @property
+    def trained_columns(self) -> int:
+        """Number of tokens from the first trained one on."""
+        return len(self.input_ids) - self.spans[0][0]
+
 
 class PromptEncoder:
     """Encoder of rows for one tokenizer; control tokens in a row's texts become plain characters.
@@ -57,11 +78,12 @@ class PromptEncoder:
     Args:
         tokenizer: A transformers tokenizer; its pad token is set to a token other than EOS.
         template: ``"chat"``, ``"alpaca"`` or ``"auto"`` (chat where the tokenizer has a chat template).
-        max_length: Longest example in tokens; contexts are cut to fit, instructions and responses never.
+        max_length: Longest example in tokens; to fit, contexts are cut and a chat's oldest turns are left out.
         settings: Variables of the chat template.
         date: The date (ISO) that a chat template gets when it asks for today's date; None is today.
         vocabulary: Rows of the base's embedding; None where unknown.
         positions: Longest input of the base, in tokens; None where unknown.
+        loss_on: Which of a chat's answers are trained: all or the last.
     """
 
     def __init__(
@@ -74,8 +96,9 @@ class PromptEncoder:
         date: str | None = None,
         vocabulary: int | None = None,
         positions: int | None = None,
+        loss_on: LossOn = "all",
     ) -> None:
-        self.tokenizer, self.max_length, self.positions = tokenizer, max_length, positions
+        self.tokenizer, self.max_length, self.positions, self.loss_on = tokenizer, max_length, positions, loss_on
         if positions is not None and max_length > positions:
             raise ConfigError(
                 f"training.max_length = {max_length}",
@@ -133,32 +156,60 @@ class PromptEncoder:
             )
         if self.chat:
             return self.chat.prompt(messages)
-        before = [m["content"] if m["role"] == "system" else f"{m['role']}: {m['content']}" for m in messages[:-1]]
-        return self.prompt(messages[-1]["content"], "\n\n".join(before))
+        return self.prompt(messages[-1]["content"], _as_context(messages[:-1]))
 
     def encode(self, row: Row) -> Example:
-        """Return the row's tokens; a context that is too long is cut at its end, between characters."""
+        """Return the row's tokens. Of a row that is too long, the context is cut at its end, between characters; a
+        chat's oldest turns are left out, but not its system turn; plain text is cut at its end.
+        """
         try:
-            prompt, response = self._turn(row, row.context)
-            cut = len(prompt) + len(response) > self.max_length
-            if cut:
-                prompt, response = self._shortened(row, len(prompt) + len(response))
+            example = self._plain(row) if row.plain else self._example(row)
+            if len(example.input_ids) > self.max_length:
+                example = replace(self._shortened(row, example), cut=True)
         except FlexpertsError as error:
             raise DataError(f"{row.where or 'a row'}: {error.value}", error.rule, error.remedy) from error
-        return Example((*prompt, *response), len(prompt), cut)
+        return example
 
     def encode_all(self, rows: Sequence[Row]) -> list[Example]:
         """Encode rows in order."""
         return [self.encode(row) for row in rows]
 
-    def _turn(self, row: Row, context: str) -> tuple[list[int], list[int]]:
-        """Return the tokens of a row's prompt, and the tokens of its response with the end token."""
+    def _example(self, row: Row) -> Example:
+        """Return a row's tokens, however many they are."""
         if self.chat:
-            return self.chat.turn(_asking(row.instruction, context), row.response)
+            messages = messages_of(row)
+            trained = [i for i in self._trained(row) if i < len(messages) - 1]
+            prompt, response, earlier = self.chat.conversation(messages, trained, row.extras.get("tools", ()))
+            return Example((*prompt, *response), len(prompt), earlier=tuple(earlier))
+        if row.between or not _SAID.isdisjoint(key for message in messages_of(row) for key in message):
+            raise DataError(
+                "a chat with calls of tools, or with thinking",
+                "the alpaca template cannot write them",
+                "use a base with a chat template, or leave these fields out",
+            )
+        context = _as_context([message.mapping for message in row.before]) if row.before else row.context
         asked, answer = self._alpaca(row.instruction, context), self.tokens.mark(row.response)
-        prompt = self.tokens.encode(asked)
-        response = self.tokens.encode_after(prompt, asked, answer)
-        return [*self.tokens.beginning, *prompt], [*response, self.end_token]
+        before = self.tokens.encode(asked)
+        response = self.tokens.encode_after(before, asked, answer)
+        prompt = [*self.tokens.beginning, *before]
+        return Example((*prompt, *response, self.end_token), len(prompt))
+
+    def _trained(self, row: Row) -> list[int]:
+        """Return the numbers of a chat's earlier answers that are trained."""
+        turns = [*row.before, None, *row.between]
+        is_trained = [turn is not None and turn.role == "assistant" and turn.trained for turn in turns]
+        return [i for i, trained in enumerate(is_trained) if trained and self.loss_on == "all"]
+
+    def _plain(self, row: Row) -> Example:
+        """Return a plain text's tokens; nothing is predicted before its first token, and all others are trained."""
+        first, whole = (self.tokens.plain(text) for text in (row.instruction, row.instruction + row.response))
+        end = self.tokenizer.eos_token_id
+        whole.append(self.end_token if end is None else end)
+        whole = whole[: self.max_length]
+        same = next((i for i, (a, b) in enumerate(zip(first, whole, strict=False)) if a != b), len(first))
+        half = min(max(1, same), len(whole) - 1)
+        cut = whole[-1] not in (end, self.end_token)
+        return Example(tuple(whole), half, cut, earlier=((1, half),) if half > 1 else ())
 
     def _alpaca(self, instruction: str, context: str) -> str:
         parts = {"with_input": "", "input": ""}
@@ -169,20 +220,43 @@ class PromptEncoder:
             }
         return ALPACA.format(instruction=self.tokens.mark(instruction), **parts)
 
-    def _shortened(self, row: Row, length: int) -> tuple[list[int], list[int]]:
+    def _shortened(self, row: Row, example: Example) -> Example:
+        shorter, without = (self._with_less_context, "context")
+        if row.before:
+            shorter, without = (self._with_fewer_turns, "earlier turns")
+        found = shorter(row, len(example.input_ids))
+        if isinstance(found, Example):
+            return found
+        raise DataError(
+            f"{found} tokens without {without}",
+            f"training.max_length = {self.max_length} must hold instruction and response",
+            "raise training.max_length, shorten the row, or set data.on_bad_row = 'drop'",
+        )
+
+    def _with_less_context(self, row: Row, length: int) -> Example | int:
+        """Return the example with the longest context that fits; without one, its length in tokens."""
         ends = self._cuts(row.context)
-        while length > self.max_length:
-            if not ends:
-                raise DataError(
-                    f"{length} tokens without context",
-                    f"training.max_length = {self.max_length} must hold instruction and response",
-                    "raise training.max_length, shorten the row, or set data.on_bad_row = 'drop'",
-                )
+        while ends:
             # Cutting can merge or split tokens at the seam, so measure again rather than trust the count.
             del ends[max(0, len(ends) - (length - self.max_length)) :]
-            prompt, response = self._turn(row, row.context[: ends[-1]] if ends else "")
-            length = len(prompt) + len(response)
-        return prompt, response
+            example = self._example(replace(row, context=row.context[: ends[-1]] if ends else ""))
+            length = len(example.input_ids)
+            if length <= self.max_length:
+                return example
+        return length
+
+    def _with_fewer_turns(self, row: Row, length: int) -> Example | int:
+        """Return the example with most turns that fits; without one, its length in tokens."""
+        system = next((i for i, turn in enumerate(row.before) if turn.role != "system"), len(row.before))
+        starts = [i for i, turn in enumerate(row.before) if turn.role == "user" and i > system]
+
+        def without(start: int) -> Example:
+            return self._example(replace(row, before=(*row.before[:system], *row.before[start:])))
+
+        starts.append(len(row.before))
+        fits = bisect_left(starts, True, key=lambda start: len(without(start).input_ids) <= self.max_length)
+        example = without(starts[min(fits, len(starts) - 1)])
+        return example if fits < len(starts) else len(example.input_ids)
 
     def _cuts(self, text: str) -> list[int]:
         """Return where a text may be cut: after a visible character, and at a token's end where that is known."""
@@ -210,7 +284,23 @@ def encoder_of(config: RunConfig, tokenizer: Any, described: Any) -> PromptEncod
         date=model.template_date,
         vocabulary=text.vocab_size,
         positions=getattr(text, "max_position_embeddings", None),
+        loss_on=config.data.loss_on,
     )
+
+
+def messages_of(row: Row) -> list[dict[str, Any]]:
+    """Return a row as the turns that a chat template reads; the last one is the response."""
+    extras = row.extras
+    asked = _asking(row.instruction, row.context)[0] | extras.get("user", {})
+    answer = {"role": "assistant", "content": row.response} | extras.get("assistant", {})
+    before, between = ([message.mapping for message in turns] for turns in (row.before, row.between))
+    return [*before, asked, *between, answer]
+
+
+def _as_context(before: Sequence[Mapping[str, Any]]) -> str:
+    """Return earlier turns as one text, for a template that has no turns."""
+    lines = [m["content"] if m["role"] == "system" else f"{m['role']}: {m['content']}" for m in before]
+    return "\n\n".join(lines)
 
 
 def _asking(instruction: str, context: str) -> list[dict[str, str]]:

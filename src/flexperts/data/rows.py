@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from flexperts.config.data import OnBadRow
+from flexperts.config.data import DataFormat, OnBadRow
 from flexperts.config.names import one_label
-from flexperts.data.bad_rows import BadRow, settle_bad_rows
-from flexperts.data.columns import FIELDS, PASSAGE, REQUIRED, fields_of, say_columns
+from flexperts.data.bad_rows import BadRow, BadValueError, settle_bad_rows, text_of
+from flexperts.data.columns import PASSAGE, REQUIRED, say_columns
+from flexperts.data.formats import Layout, layout_of
 from flexperts.data.records import DataTable, Number, Record, Say, names_shown, unsaid, whole_number
+from flexperts.data.turns import Message, read_chat, read_turns, untrained
 from flexperts.errors import DataError
+
+_TEXTS = ("instruction", "context", "response")
+"""Fields in which numbers are read as text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One instruction example.
+    """One example: an instruction and its response, a chat, or plain text.
 
     Args:
-        instruction: What is asked.
-        response: What the silo wants as the answer.
+        instruction: What is asked; of a chat, its last user turn; of plain text, about the first half.
+        response: What the silo wants as the answer; of a chat, its last assistant turn; of plain text, the rest.
         context: The passage asked about; may be empty.
         category: Name of the task; may be empty.
         passage: Identity of the passage, by which train and test are separated.
         where: File, line and row that it came from, for messages; not part of the row's content.
+        before: A chat's turns before the last user turn.
+        between: A chat's turns between the last user turn and the response: tool calls and their results.
+        kept: JSON object of what else a chat template may write: ``tools`` that may be called, and other fields of
+            the last turns of ``user`` and ``assistant``, such as ``tool_calls``; may be empty.
+        plain: Whether instruction and response are one plain text that is continued, without a template.
     """
 
     instruction: str
@@ -36,6 +46,23 @@ class Row:
     category: str = ""
     passage: str = ""
     where: str = dataclasses.field(default="", compare=False)
+    before: tuple[Message, ...] = ()
+    between: tuple[Message, ...] = ()
+    kept: str = ""
+    plain: bool = False
+
+    @property
+    def content(self) -> list[Any]:
+        """The row as JSON, without its place; fields that single questions do not have are there only if set."""
+        single = [self.instruction, self.response, self.context, self.category, self.passage]
+        others = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[len(single) + 1 :]}
+        others = {name: value for name, value in others.items() if value}
+        return [*single, *([_as_json(others)] if others else [])]
+
+    @property
+    def extras(self) -> dict[str, Any]:
+        """What ``kept`` says."""
+        return dict(json.loads(self.kept)) if self.kept else {}
 
 
 @dataclass(frozen=True)
@@ -59,10 +86,16 @@ class Label(NamedTuple):
     rule: str
 
 
+def _as_json(value: Any) -> Any:
+    """Return a row's field as JSON: a turn becomes the list of its fields."""
+    return json.loads(json.dumps(value, default=dataclasses.astuple))
+
+
 def read_rows(
     table: DataTable,
     columns: Mapping[str, str],
     *,
+    format: DataFormat = "auto",
     on_bad_row: OnBadRow = "refuse",
     passage: str | None = None,
     say: Say = unsaid,
@@ -71,12 +104,14 @@ def read_rows(
 
     Args:
         table: The table.
-        columns: Field -> column, for the fields whose column has another name; see ``columns.fields_of``.
+        columns: Field -> column, for the fields whose column has another name; see ``formats.layout_of``.
+        format: How the rows are written; auto recognises it by the columns.
         on_bad_row: Whether rows that cannot be used are left out.
         passage: Column that identifies the passage; where it is missing, the context (or instruction) is used.
         say: Called with one line per surprising finding.
     """
-    return read_labelled(table, columns, None, on_bad_row=on_bad_row, passage=passage, say=say)[0]
+    how: dict[str, Any] = {"format": format, "on_bad_row": on_bad_row, "passage": passage}
+    return read_labelled(table, columns, None, **how, say=say)[0]
 
 
 def read_labelled(
@@ -84,31 +119,39 @@ def read_labelled(
     columns: Mapping[str, str],
     label: Label | None,
     *,
+    format: DataFormat = "auto",
     on_bad_row: OnBadRow = "refuse",
     passage: str | None = None,
     say: Say = unsaid,
 ) -> tuple[list[Row], list[str]]:
     """Turn a table into rows and their labels; see ``read_rows``. Without ``label`` the labels are empty."""
-    fields = fields_of(table.source, table.columns, columns) if table.columns else {name: name for name in REQUIRED}
+    layout = Layout("instruction", {name: name for name in REQUIRED})
+    if table.columns:
+        layout = layout_of(table.source, table.columns, columns, format)
+    fields = layout.fields
     by = _label_column(table, fields, label) if label and table.columns else None
     identity = passage or PASSAGE
     used = {*fields.values(), identity, *([by] if by else [])}
     good: list[tuple[Row, str]] = []
     bad: list[BadRow] = []
+    unanswered = 0
     numbers: Counter[str] = Counter()  # field -> how many rows have a number in it
     for record in table.records(used):
         where = f"{table.source}, {record.place}"
         try:
-            row = _row(record, fields, identity, where)
+            row, left = _row(record, layout, identity, where)
+            unanswered += bool(left)
             good.append((row, _label(record, by, label) if by and label else ""))
-        except _BadValueError as error:
+        except BadValueError as error:
             bad.append(BadRow(where, error.what, error.rule))
         else:
-            numbers.update(f for f in FIELDS[:3] if isinstance(record.values.get(fields.get(f, "")), Number))
+            numbers.update(f for f in _TEXTS if isinstance(record.values.get(fields.get(f, "")), Number))
     if not (good or bad):
         raise DataError(table.source, "a split needs at least one row", "add rows or leave the client out")
     settle_bad_rows(table.source, bad, len(good) + len(bad), on_bad_row, say)
-    say_columns(table.source, table.columns, columns, fields, identity, by or "", say=say)
+    say_columns(table.source, table.columns, columns, fields, identity, by or "", told=layout.told, say=say)
+    if unanswered:
+        say(f"{table.source}: {unanswered} chats end with turns that no answer follows; these turns are left out")
     rows = [row for row, _ in good]
     _say_texts(table.source, rows, numbers, say)
     return rows, [text for _, text in good]
@@ -119,60 +162,73 @@ def _say_texts(source: str, rows: Sequence[Row], numbers: Mapping[str, int], say
     if numbers:
         counts = ", ".join(f"{field} of {count} rows" for field, count in numbers.items())
         say(f"{source}: numbers are used as text, exactly as written ({counts})")
-    if broken := sum("\ufffd" in f"{row.instruction}{row.context}{row.response}" for row in rows):
+    if broken := sum("\ufffd" in "".join(_said(row)) for row in rows):
         say(f"{source}: {broken} rows contain U+FFFD, which replaces a character that a conversion lost")
 
 
-class _BadValueError(Exception):
-    def __init__(self, what: str, rule: str) -> None:
-        super().__init__(what)
-        self.what, self.rule = what, rule
+def _said(row: Row) -> list[str]:
+    turns = [message.content for message in (*row.before, *row.between)]
+    return [row.instruction, row.context, row.response, *turns]
 
 
-def _row(record: Record, fields: Mapping[str, str], identity: str, where: str) -> Row:
+def _row(record: Record, layout: Layout, identity: str, where: str) -> tuple[Row, int]:
+    """Return a record as a row, and the number of turns of a chat that are left out at its end."""
     if record.fault:
-        raise _BadValueError(*record.fault)
-    values = {field: _field(record.values, field, column) for field, column in fields.items()}
-    named = _text(record.values, identity)
-    passage = named if named.strip() else values.get("context") or values["instruction"]
-    return Row(**values, passage=passage, where=where)
+        raise BadValueError(*record.fault)
+    fields, values = layout.fields, record.values
+
+    def labels(passage: str) -> dict[str, str]:
+        named = text_of(values.get(identity), identity)
+        category = text_of(values.get(fields["category"]), fields["category"]) if "category" in fields else ""
+        return {"category": category, "passage": named if named.strip() else passage, "where": where}
+
+    if "text" in fields:
+        text = _field(values, "text", fields["text"])
+        return Row(*_halves(text), plain=True, **labels(text)), 0  # type: ignore[arg-type]
+    if (turns := _turns(values, layout)) is not None:
+        chat = read_chat(turns, values.get(fields.get("tools", "")))
+        return Row(**chat.fields, **labels(chat.first)), chat.unanswered  # type: ignore[arg-type]
+    texts = {field: _field(values, field, fields[field]) for field in _TEXTS if field in fields}
+    return Row(**texts, **labels(texts.get("context") or texts["instruction"])), 0  # type: ignore[arg-type]
+
+
+def _turns(values: Mapping[str, Any], layout: Layout) -> list[Message] | None:
+    """Return the turns of a chat; None where the row is an instruction and a response."""
+    fields = layout.fields
+    if column := fields.get("messages"):
+        if values.get(column) is None:
+            raise BadValueError(f"no {column}", "the chat is required")
+        system = text_of(values.get(fields.get("system", "")), fields.get("system", "system"))
+        return read_turns(values[column], column, system=system)
+    prompt, completion = (values.get(fields[field]) for field in REQUIRED)
+    if layout.format != "prompt_completion" or not (isinstance(prompt, list) or isinstance(completion, list)):
+        return None
+    asked = _as_turns(prompt, fields["instruction"], "user")
+    return [*untrained(asked), *_as_turns(completion, fields["response"], "assistant")]
+
+
+def _as_turns(value: Any, column: str, role: str) -> list[Message]:
+    """Return a prompt or a completion as turns; a text is one turn."""
+    return read_turns(value if isinstance(value, list) else [{"role": role, "content": value}], column)
+
+
+def _halves(text: str) -> tuple[str, str]:
+    """Divide a text after its middle, in front of a space where there is one; the second half is not blank."""
+    middle = len(text.rstrip()) // 2
+    spaces = [i for i, c in enumerate(text[:middle]) if c.isspace()]
+    cut = spaces[-1] if spaces else middle
+    return text[:cut], text[cut:]
 
 
 def _field(values: Mapping[str, Any], field: str, column: str) -> str:
-    if field not in REQUIRED:
-        return _text(values, column)
+    if field not in (*REQUIRED, "text"):
+        return text_of(values.get(column), column)
     if column not in values:
-        raise _BadValueError(f"no {column}", f"the {field} is required")
-    text = _text(values, column)
+        raise BadValueError(f"no {column}", f"the {field} is required")
+    text = text_of(values[column], column)
     if not text.strip():
-        raise _BadValueError(f"{column} is empty", f"the {field} must contain text")
+        raise BadValueError(f"{column} is empty", f"the {field} must contain text")
     return text
-
-
-def _text(values: Mapping[str, Any], column: str) -> str:
-    """Return a value as text; None becomes empty text."""
-    value = values.get(column)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise _BadValueError(f"{column} is {_kind(value)}", "it must be text or a number")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can contain lone surrogates, which no tokenizer accepts
-        raise _BadValueError(
-            f"{column} contains half of a character", "it must be valid Unicode text, without lone surrogates"
-        ) from error
-    return str(value)
-
-
-def _kind(value: object) -> str:
-    """Return a value's kind, for a message that must not show the value."""
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return "a list of objects, such as a chat"
-    if isinstance(value, float) and not math.isfinite(value):
-        return "not a finite number"
-    kinds = {bool: "true or false", list: "a list", dict: "an object"}
-    return kinds.get(type(value), f"of the type {type(value).__name__}")
 
 
 def _label_column(table: DataTable, fields: Mapping[str, str], label: Label) -> str:
@@ -188,9 +244,9 @@ def _label_column(table: DataTable, fields: Mapping[str, str], label: Label) -> 
 
 def _label(record: Record, column: str, label: Label) -> str:
     """Return a label as text; ids are often whole numbers."""
-    text = one_label(_text(record.values, column))
+    text = one_label(text_of(record.values.get(column), column))
     if isinstance(record.values.get(column), Number) and whole_number(record.values[column]) is None:
-        raise _BadValueError(f"{column} is not a whole number", "it must be text or a whole number")
+        raise BadValueError(f"{column} is not a whole number", "it must be text or a whole number")
     if not text:
-        raise _BadValueError(f"{column} is empty", label.rule)
+        raise BadValueError(f"{column} is empty", label.rule)
     return text

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flexperts.config.data import OnBadRow
+from flexperts.config.data import DataFormat, OnBadRow
 from flexperts.data.columns import possible_columns
 from flexperts.data.delimited import read_delimited
 from flexperts.data.json_files import read_json_lines, read_json_list
@@ -41,6 +41,7 @@ def read_source(
     *,
     split: str = "train",
     passage: str | None = None,
+    format: DataFormat = "auto",
     on_bad_row: OnBadRow = "refuse",
     say: Say = unsaid,
 ) -> list[Row]:
@@ -48,11 +49,11 @@ def read_source(
 
     Args:
         source: The file or data set.
-        columns, passage, on_bad_row, say: As for ``read_rows``.
+        columns, passage, format, on_bad_row, say: As for ``read_rows``.
         split: The data set's split, where the name does not include one.
     """
     table = open_table(source, possible_columns(columns), split, say)
-    return read_rows(table, columns, on_bad_row=on_bad_row, passage=passage, say=say)
+    return read_rows(table, columns, format=format, on_bad_row=on_bad_row, passage=passage, say=say)
 
 
 def open_table(source: str, wanted: Collection[str], split: str = "train", say: Say = unsaid) -> DataTable:

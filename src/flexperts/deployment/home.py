@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flwr.app import RecordDict
@@ -58,11 +59,22 @@ class HomeModel:
         self.client = Resident(Workspace(config), config, folder).client(silo.name)
 
     def generate(
-        self, instruction: str, context: str = "", state: str | None = None, *, max_new_tokens: int | None = None
+        self,
+        instruction: str,
+        context: str = "",
+        state: str | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        before: Sequence[Mapping[str, str]] = (),
     ) -> Answer:
-        """Return the greedy answer to one instruction, by the most personal model unless a state is named."""
+        """Return the greedy answer to one instruction, by the most personal model unless a state is named.
+
+        Args:
+            instruction, context, state, max_new_tokens, before: As for ``TrainedRun.generate``.
+        """
         chosen = state_named(self.method, self.client.config, state)
-        return answer_one(self.client, self.request, chosen, instruction, context, max_new_tokens)
+        asked = instruction, context, max_new_tokens
+        return answer_one(self.client, self.request, chosen, *asked, before=before)
 
 
 class HomeRun(TrainedRun):

@@ -220,7 +220,8 @@ def _hashes(rows: Iterable[Row]) -> set[str]:
     found = Counter[str]()
     hashes = set()
     for row in rows:
-        text = json.dumps([row.instruction, row.context, row.response])
+        # Category and passage are labels; a chat's other turns are at the end.
+        text = json.dumps([row.instruction, row.context, row.response, *row.content[5:]])
         digest = _sha256(text.encode())[:_HASH]
         found[digest] += 1
         hashes.add(f"{digest}.{found[digest]}")

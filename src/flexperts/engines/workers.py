@@ -15,6 +15,7 @@ from flexperts.client.answer_limit import scored_rows
 from flexperts.client.client import Resident
 from flexperts.client.workspace import Workspace
 from flexperts.communication.wire import deserialize, serialize
+from flexperts.config.data import LossOn
 from flexperts.config.run import RunConfig
 from flexperts.data.clients import rows_hash
 from flexperts.data.rows import ClientRows
@@ -26,7 +27,7 @@ from flexperts.evaluation.scores import EvaluationSettings, Scores
 from flexperts.modeling.memory import peak_bytes, reset_peak
 from flexperts.server.exchange import LazyGrid
 
-_Untouched = dict[tuple[str, int, EvaluationSettings], Scores]
+_Untouched = dict[tuple[str, tuple[int, LossOn], EvaluationSettings], Scores]
 
 
 class Workers(Engine):

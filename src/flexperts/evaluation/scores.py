@@ -48,8 +48,8 @@ class Scores:
     over the other rows would look like a mean over all rows.
 
     Args:
-        nlls: Mean response NLL of every row, in nats per token.
-        tokens: Number of response tokens of every row.
+        nlls: Mean NLL of every row's trained tokens, in nats per token: its response, or all answers of a chat.
+        tokens: Number of trained tokens of every row.
         points: ROUGE-L F1 of every row, from 0 to 100; empty where no answers were generated.
         predictions: Generated answers; empty where none were generated.
     """
@@ -110,6 +110,8 @@ def evaluate(
 ) -> Scores:
     """Score every row's response, and an answer generated from the row's prompt.
 
+    Of a chat, the NLL is of all answers that are trained; the generated answer is the last one.
+
     Args:
         model: A causal language model in eval mode, with or without grafts attached.
         encoder: The encoder with which the model is trained.
@@ -127,10 +129,20 @@ def evaluate(
         on_rows(len(chosen))
     if not settings.answers:
         return Scores(tuple(nlls), tuple(tokens))
-    points = rouge_l(predictions, [row.response for row in rows])
+    points = rouge_l(predictions, [_reference(encoder, row, e) for row, e in zip(rows, examples, strict=True)])
     whole = [given.finite and math.isfinite(nll) for given, nll in zip(predictions, nlls, strict=True)]
     points = [value if is_whole else math.nan for value, is_whole in zip(points, whole, strict=True)]
     return Scores(tuple(nlls), tuple(tokens), tuple(points), tuple(predictions))
+
+
+def _reference(encoder: PromptEncoder, row: Row, example: Example) -> str:
+    """Return the text that an answer is compared with; calls of tools are in it as the template writes them."""
+    if "assistant" not in row.extras:
+        return row.response
+    said = example.input_ids[example.prompt_length :]
+    ends = said[-1:] == (encoder.end_token,)
+    text: str = encoder.tokenizer.decode(said[:-1] if ends else said, skip_special_tokens=True)
+    return text.strip()
 
 
 @torch.no_grad()
@@ -141,13 +153,13 @@ def _batch(
     settings: EvaluationSettings,
     on_batch: Callable[[PaddedBatch], None] | None,
 ) -> tuple[list[float], list[int], list[Answer]]:
-    """Return every row's summed NLL in nats, number of response tokens, and answer."""
+    """Return every row's summed NLL in nats, number of trained tokens, and answer."""
     prompts, pad = prompt_batch([e.prompt for e in examples], encoder), encoder.tokenizer.pad_token_id
     if on_batch:
         on_batch(prompts)
     with autocast(next(model.parameters()).device, settings.precision):
         read = read_prompts(model, prompts)
-        if read.can_go_on:
+        if read.can_go_on and not any(e.earlier for e in examples):
             sums, counts = response_losses(model, read, pad_responses(examples, pad))
         else:
             sums, counts = token_losses(model, pad_batch(examples, pad))

@@ -143,6 +143,8 @@ class TrainedRun:
         state: str | None = None,
         *,
         max_new_tokens: int | None = None,
+        before: Sequence[Mapping[str, str]] = (),
+        plain: bool = False,
     ) -> Answer:
         """Return a client's greedy answer to one instruction; its ``cut`` says whether the limit ended it.
 
@@ -152,12 +154,15 @@ class TrainedRun:
             context: The passage that it is about.
             state: Name of the model state; the most personal one by default.
             max_new_tokens: Longest answer in tokens; by default as in the run's evaluation.
+            before: The turns of the chat before the instruction, with ``role`` and ``content``.
+            plain: Whether the instruction is plain text that the model continues, without a template.
 
         Raises:
             FlexpertsError: See ``answer_one``, or there is no such client or state.
         """
         asked, chosen = self.client(client), self.state(state)
-        return answer_one(asked, self.request(client), chosen, instruction, context, max_new_tokens)
+        how: dict[str, Any] = {"before": before, "plain": plain}
+        return answer_one(asked, self.request(client), chosen, instruction, context, max_new_tokens, **how)
 
     def evaluate(
         self, observer: Observer | None = None, rows: Mapping[str, Sequence[Row]] | None = None
@@ -231,12 +236,21 @@ def answer_one(
     instruction: str,
     context: str = "",
     max_new_tokens: int | None = None,
+    *,
+    before: Sequence[Mapping[str, str]] = (),
+    plain: bool = False,
 ) -> Answer:
-    """Return the greedy answer of a client's model in a state to one instruction."""
+    """Return the greedy answer of a client's model in a state to one instruction; see ``TrainedRun.generate``."""
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens = {max_new_tokens}", "it must be at least 1", "raise it to 1 or more")
     encoder = client.workspace.encoder
-    prompt = encoder.prompt(instruction, context)
+    if plain:
+        prompt = encoder.tokens.plain(instruction)
+    elif before:
+        content = f"{instruction}\n\n{context}" if context else instruction
+        prompt = encoder.conversation([*before, {"role": "user", "content": content}])
+    else:
+        prompt = encoder.prompt(instruction, context)
     longest = max_new_tokens or answer_limit(client.workspace, client.config)
     if (most := encoder.positions) is not None:
         if len(prompt) >= most:

@@ -90,9 +90,10 @@ def row_texts(predictions: Predictions) -> tuple[tuple[str, ...], ...]:
     return tuple(_text(line) for rows in predictions.values() for line in rows)
 
 
-def _text(row: Mapping[str, Any]) -> tuple[str, str, str]:
+def _text(row: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the text by which a row is the same row, also in other runs and at other clients."""
-    return row["instruction"], row["context"], row["response"]
+    before = (turn["content"] for turn in row.get("before", ()))
+    return row["instruction"], row["context"], row["response"], *before
 
 
 _BASE = "zero_shot"

@@ -117,7 +117,7 @@ def joined(*phases: TrainResult) -> TrainResult:
 def response_loss(model: nn.Module, rows: Sequence[Example], settings: LocalSettings) -> Iterator[Tensor]:
     """Yield each micro-batch's share of the batch's mean response NLL (nats per token)."""
     size = settings.training.rows_per_pass
-    total = sum(len(row.input_ids) - row.prompt_length for row in rows)
+    total = sum(row.trained_tokens for row in rows)
     for start in range(0, len(rows), size):
         batch = pad_batch(rows[start : start + size], settings.pad_token_id)
         with autocast(next(model.parameters()).device, settings.precision):

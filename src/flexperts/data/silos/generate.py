@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from flexperts.data.silos import phrases
 from flexperts.data.silos.entities import SPLITS
@@ -54,6 +54,23 @@ def generate_silo(silo: str, seed: int, train_rows: int = 96, test_rows: int = 4
     return {split: _rows(silo, seed, split, rows) for split, rows in counts.items()}
 
 
+def generate_chats(
+    silo: str, seed: int, train_rows: int = 96, test_rows: int = 40
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of one silo as chats: the silo's style shows only in the third answer.
+
+    The note is in the first question. The first two answers state its facts in the same words at every silo.
+
+    Args:
+        silo, seed, train_rows, test_rows: As for generate_silo.
+    """
+    _check(silo, train_rows, test_rows)
+    return {
+        split: [_chat(row, note) for row, note in _rows_and_notes(silo, seed, split, rows)]
+        for split, rows in zip(SPLITS, (train_rows, test_rows), strict=True)
+    }
+
+
 def write_silos(folder: Path, seed: int, train_rows: int = 96, test_rows: int = 40) -> list[Path]:
     """Write every silo's rows as JSON lines, with a README.
 
@@ -92,12 +109,31 @@ def _note(silo: str, seed: int, split: str, slot: int) -> Note:
 
 
 def _rows(silo: str, seed: int, split: str, count: int) -> list[SiloRow]:
-    """Return the rows of one split, shuffled, with balanced categories."""
+    return [row for row, _ in _rows_and_notes(silo, seed, split, count)]
+
+
+def _rows_and_notes(silo: str, seed: int, split: str, count: int) -> list[tuple[SiloRow, Note]]:
+    """Return the rows of one split, shuffled, with balanced categories, and each row's note."""
     notes = silo_notes(silo, seed, split, -(-count // ROWS_PER_NOTE))
     rng = rng_for(seed, silo, split, "rows")
-    rows = [_row(rng, silo, notes[place // ROWS_PER_NOTE], place) for place in range(count)]
+    of_rows = [notes[place // ROWS_PER_NOTE] for place in range(count)]
+    rows = [(_row(rng, silo, note, place), note) for place, note in enumerate(of_rows)]
     rng.shuffle(rows)
     return rows
+
+
+def _chat(row: SiloRow, note: Note) -> dict[str, Any]:
+    """Return a row as a chat about its note."""
+    said = [
+        ("user", f"{phrases.FIRST_QUESTION}\n\n{row['context']}"),
+        ("assistant", phrases.FIRST_ANSWER.format(**note.facts)),
+        ("user", phrases.SECOND_QUESTION),
+        ("assistant", phrases.SECOND_ANSWER.format(**note.facts)),
+        ("user", row["instruction"]),
+        ("assistant", row["response"]),
+    ]
+    messages = [{"role": role, "content": text} for role, text in said]
+    return {"messages": messages, "category": row["category"], "passage": row["passage"]}
 
 
 def _row(rng: random.Random, silo: str, note: Note, place: int) -> SiloRow:

@@ -110,3 +110,9 @@ TASKS = {
         "Shorten this note to one line.",
     ),
 }
+
+# The first two turns of a chat, alike at every silo.
+FIRST_QUESTION = "Here is a note. Who wrote, and about what?"
+FIRST_ANSWER = "{given} {surname}: the {noun} {gist}."
+SECOND_QUESTION = "When and where?"
+SECOND_ANSWER = "On {day} {month} at {number} {street} {kind}."

@@ -1,4 +1,4 @@
-// One question to a silo's models in every state, side by side. Texts are only ever set as text, never as HTML.
+// A chat with a silo's models in every state, side by side. Texts are only ever set as text, never as HTML.
 
 const KEY = "flexperts.key";
 const STAGES = {
@@ -10,6 +10,7 @@ const STAGES = {
 const at = (id) => document.getElementById(id);
 let silos = [];
 let running = null; // the AbortController of the question in work
+let before = {}; // state -> the turns so far: every model sees its own answers
 
 // --- the server ---
 
@@ -96,6 +97,14 @@ function welcome() {
 
 // --- one question ---
 
+function startChat() {
+  running?.abort();
+  before = {};
+  at("turns").replaceChildren();
+  at("welcome").hidden = false;
+  at("new-chat").hidden = true;
+}
+
 async function ask(question, passage) {
   const { id, states } = silo();
   const turn = at("turn-template").content.cloneNode(true).firstElementChild;
@@ -107,12 +116,19 @@ async function ask(question, passage) {
   const made = Object.entries(states).map(([state, model]) => new Answer(state, id, model));
   turn.querySelector(".answers").append(...made.map((answer) => answer.card));
   at("welcome").hidden = true;
+  at("new-chat").hidden = false;
   at("turns").append(turn);
   turn.scrollIntoView({ block: "start", behavior: "smooth" });
 
   running = new AbortController();
   work(true);
-  await Promise.all(made.map((answer) => answer.run(content, running.signal)));
+  const chat = before; // a new chat replaces it
+  await Promise.all(made.map(async (answer) => {
+    const messages = [...(chat[answer.state] ?? []), { role: "user", content }];
+    await answer.run(messages, running.signal);
+    const said = answer.text.textContent;
+    if (!answer.failed && said) chat[answer.state] = [...messages, { role: "assistant", content: said }];
+  }));
   running = null;
   work(false);
   const failed = made.filter((answer) => answer.failed).length;
@@ -130,6 +146,7 @@ function work(going) {
 class Answer {
   constructor(state, silo, model) {
     this.model = model;
+    this.state = state;
     this.failed = false;
     this.card = at("answer-template").content.cloneNode(true).firstElementChild;
     this.card.dataset.state = state;
@@ -142,12 +159,12 @@ class Answer {
     this.copy.addEventListener("click", () => this.toClipboard());
   }
 
-  async run(content, signal) {
+  async run(messages, signal) {
     this.started = performance.now();
     this.say("waiting");
     const clock = setInterval(() => this.say(this.first ? "writing" : "waiting"), 100);
     try {
-      await this.read(content, signal);
+      await this.read(messages, signal);
       this.say(this.finish === "length" ? "cut at the limit" : "");
     } catch (error) {
       if (error.name === "AbortError") this.say("stopped");
@@ -158,8 +175,8 @@ class Answer {
     this.copy.hidden = this.failed || !this.text.textContent;
   }
 
-  async read(content, signal) {
-    const body = { model: this.model, messages: [{ role: "user", content }], stream: true, ...options() };
+  async read(messages, signal) {
+    const body = { model: this.model, messages, stream: true, ...options() };
     body.stream_options = { include_usage: true };
     const response = await call("v1/chat/completions", { method: "POST", body: JSON.stringify(body), signal });
     for await (const chunk of events(response)) {
@@ -220,14 +237,19 @@ at("key-form").addEventListener("submit", (event) => {
   open();
 });
 at("change-key").addEventListener("click", () => {
-  running?.abort();
-  at("turns").replaceChildren();
+  startChat();
   at("composer").reset();
   showPassage();
-  at("welcome").hidden = false;
   askForKey();
 });
-at("silo").addEventListener("change", welcome);
+at("silo").addEventListener("change", () => {
+  startChat();
+  welcome();
+});
+at("new-chat").addEventListener("click", () => {
+  startChat();
+  at("question").focus();
+});
 at("stop").addEventListener("click", () => running?.abort());
 at("composer").addEventListener("submit", (event) => {
   event.preventDefault();
