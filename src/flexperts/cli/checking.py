@@ -195,12 +195,15 @@ def print_report(found: Checked, kind: Kind, source: str, *, as_json: bool, exam
         typer.echo(json.dumps(facts, indent=2))
         return
     out = console()
+    for note in facts["notes"]:
+        out.print(f"note: {printable(note)}", soft_wrap=True)
+    for name, its in facts["silos"].items() if kind == "silo" else ():
+        rows = f"{its['rows']['train']} train rows, {its['rows']['test']} test rows"
+        out.print(f"{name}: {rows}; all fit {facts['max_length']} tokens", soft_wrap=True)
     if facts["silos"]:
         out.print(_table(facts))
     for line in _lines(facts):
         out.print(line, soft_wrap=True)
-    for note in facts["notes"]:
-        out.print(f"note: {printable(note)}", soft_wrap=True)
     if example and sys.stdout.isatty():
         for name in list(found.clients)[:_EXAMPLES]:
             _print_example(out, found.workspace, name)
@@ -213,7 +216,7 @@ def _table(facts: Mapping[str, Any]) -> Table:
     ]
     table = Table(title=f"rows, as {facts['base']} reads them", title_justify="left")
     table.add_column("silo", overflow="fold")
-    for title in ("/".join(sides), "tokens", "answer", "cut", "long", "twice", "leaked", "empty"):
+    for title in ("/".join(sides), "tokens", "answer", "cut", "long", "twice", "in train", "empty"):
         table.add_column(title, justify="right", overflow="fold")
     table.add_column("scripts", overflow="fold")
     table.add_column("differs", justify="right", overflow="fold")
@@ -245,7 +248,7 @@ def _lines(facts: Mapping[str, Any]) -> list[str]:
         f"tokens, answer: median/95th percentile/longest, of at most {facts['max_length']} tokens",
         "cut: contexts cut to fit",
         f"long: answers of more than {facts['max_new_tokens']} tokens, which no generated answer has",
-        "twice: rows that repeat another row of their split; leaked: test or validation rows that are in train",
+        "twice: rows that repeat another row of their split; in train: test or validation rows that are in train",
         "empty: answers without a letter or digit",
     ]
     if facts["difference"]:

@@ -76,12 +76,8 @@ def check(
 
     settings = load_silo(silo)
     planned = load_recipe(recipe) if recipe else RunConfig(data=DataConfig(at_silos=True))
-    config = for_silo(planned, settings)
-    found = checked(config, whole=False)
+    found = checked(for_silo(planned, settings), whole=False)
     print_report(found, "silo", str(silo), as_json=False, example=False)
-    for name, rows in found.clients.items():
-        longest = config.training.max_length
-        typer.echo(f"{name}: {len(rows.train)} train rows, {len(rows.test)} test rows; all fit {longest} tokens")
     wrong = found.errors
     wrong += caught(check_silo_extras, settings)
     wrong += caught(_show_policy, settings, planned if recipe else None)

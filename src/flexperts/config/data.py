@@ -165,9 +165,9 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _files_of_clients(self) -> Self:
         for name, files in self.clients.items():
-            if self.folder and (files.train or files.test):
+            if self.folder and not (files.train is files.test is None):
                 raise ValueError(f"clients.{name}: data.folder has the files; give only settings such as columns")
-            if not (self.folder or files.train):
+            if not self.folder and files.train is None:
                 raise ValueError(f"clients.{name}.train: it is required, unless data.folder has the files")
         return self
 

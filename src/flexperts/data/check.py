@@ -200,7 +200,11 @@ def _columns(source: str, config: DataConfig, split: str) -> dict[str, Any]:
 
 def parts(example: Example) -> list[tuple[bool, tuple[int, ...]]]:
     """Return an example's tokens in order, in parts: whether the loss is computed on a part, and its tokens."""
-    return [(False, example.prompt), (True, example.input_ids[example.prompt_length :])]
+    found, at = [], 0
+    for start, end in ((example.prompt_length, len(example.input_ids)),):
+        found += [(False, example.input_ids[at:start]), (True, example.input_ids[start:end])]
+        at = end
+    return [(is_trained, ids) for is_trained, ids in [*found, (False, example.input_ids[at:])] if ids]
 
 
 def _content(row: Row) -> tuple[str, ...]:
