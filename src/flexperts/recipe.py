@@ -1,4 +1,4 @@
-"""Reading recipes and silo files: TOML, overrides, and errors that name the key and the closest valid one."""
+"""Reading recipes and silo files, TOML or YAML: overrides, and errors that name the key and the nearest valid."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 
-from flexperts.config.data import DataConfig
+from flexperts.config import yaml_tree
+from flexperts.config.data import ClientFiles, DataConfig
 from flexperts.config.run import EngineConfig, RunConfig
 from flexperts.config.section import Section
 from flexperts.config.silo import SiloConfig
@@ -25,16 +26,16 @@ def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a recipe file; data paths in it are relative to its folder.
 
     Args:
-        path: The TOML file, or the bare name of a recipe that ships, such as ``quickstart``.
+        path: The file, TOML or (.yaml, .yml) YAML; or the bare name of a recipe that ships, such as ``quickstart``.
         overrides: Settings such as ``"training.lr=1e-3"``, which replace the file's.
 
     Raises:
-        ConfigError: The file is missing, is not valid TOML, or breaks a rule.
+        ConfigError: The file is missing, is not valid TOML or YAML, or breaks a rule.
     """
     path, shipped = Path(path), shipped_recipes()
     if str(path) in shipped and not path.is_file():
         path = shipped[str(path)]
-    there = f"give a TOML file, or the name of a recipe that ships: {', '.join(shipped)}"
+    there = f"give a TOML file, or a YAML file, or the name of a recipe that ships: {', '.join(shipped)}"
     return parse_recipe(_text(path, "recipe", there), overrides, folder=path.parent, where=str(path))
 
 
@@ -52,6 +53,27 @@ def load_silo(path: Path | str) -> SiloConfig:
     except ValidationError as error:
         raise _explain(error, str(path), SiloConfig) from error
     return _absolute_silo(silo, path.parent)
+
+
+def holds_silo(path: Path) -> bool:
+    """Return whether a file is a silo's, not a recipe: only silos have a name and a state."""
+    if str(path) in shipped_recipes() and not path.is_file():
+        return False
+    there = "give a recipe, a silo's file, or a file of rows"
+    return bool({"name", "state"} & _tree(_text(path, "recipe or silo file", there), str(path)).keys())
+
+
+def client_files(where: str, settings: Mapping[str, Any]) -> ClientFiles:
+    """Return a client's files and settings; see ``config.data.ClientFiles``.
+
+    Args:
+        where: What gives the settings, for messages.
+        settings: The settings.
+    """
+    try:
+        return ClientFiles.model_validate(settings)
+    except ValidationError as error:
+        raise _explain(error, where, ClientFiles) from error
 
 
 def recorded_recipe(run: Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -144,14 +166,17 @@ def _text(path: Path, kind: str, there: str) -> str:
 
 
 def _tree(text: str, where: str) -> dict[str, Any]:
+    text = text.removeprefix("\ufeff")  # editors on Windows write a byte order mark
+    is_yaml = Path(where).suffix.lower() in yaml_tree.ENDINGS
     try:
-        tree = tomllib.loads(text.removeprefix("\ufeff"))  # editors on Windows write a byte order mark
+        tree = yaml_tree.yaml_tree(text, where) if is_yaml else tomllib.loads(text)
         _check_values(tree, where)
         return tree
     except (ValueError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(where, f"it is not valid TOML ({error})", "fix the syntax at that place") from error
+        form = "YAML" if is_yaml else "TOML"
+        raise ConfigError(where, f"it is not valid {form} ({error})", "fix the syntax at that place") from error
 
 
 def _check_values(value: Any, where: str) -> None:
@@ -227,7 +252,7 @@ def _absolute(config: RunConfig, folder: Path) -> RunConfig:
     if config.data.folder:
         data["folder"] = resolve(config.data.folder)
     data["clients"] = {
-        n: {"train": resolve(f.train), "test": resolve(f.test)} for n, f in config.data.clients.items()
+        n: f.own | {"train": resolve(f.train), "test": resolve(f.test)} for n, f in config.data.clients.items()
     }
     if pool := config.data.partition:
         data["partition"] |= {"source": resolve(pool.source), "test": resolve(pool.test)}

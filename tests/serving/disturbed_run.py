@@ -94,7 +94,7 @@ def ask(
 ) -> Asked:
     """Send one request."""
     asked = Asked(on_first)
-    prompt = engine.prompt_tokens([{"role": "user", "content": question}])
+    prompt = engine.prompt_tokens([{"role": "user", "content": question}], model)
     asked.request = engine.submit(model, prompt, sampling or Sampling(LENGTH), asked.hear)
     return asked
 

@@ -81,7 +81,7 @@ class ScriptedEngine:
     def running(self) -> int:
         return min(self._open(), self.rows)
 
-    def prompt_tokens(self, messages: Sequence[Message]) -> list[int]:
+    def prompt_tokens(self, messages: Sequence[Message], model: ModelName | None = None) -> list[int]:
         self.conversations.append([*messages])
         tokens = [*messages[-1]["content"].encode()]
         if len(tokens) > self.context_length:

@@ -43,7 +43,7 @@ def test_defaults_of_a_recipe_that_only_names_its_data() -> None:
             "[data.clients.bank]\ntrain = 'a.csv'\ntset = 'b.csv'",
             "unknown key 'data.clients.bank.tset' (did you mean 'data.clients.bank.test'?)",
         ),
-        ("[data.clients.bank]\ntrain = 'a.csv'\nzzz = 1", "(known: ['test', 'train'])"),
+        ("[data.clients.bank]\ntrain = 'a.csv'\nzzz = 1", "'test', 'test_fraction', 'train'])"),
     ],
 )
 def test_unknown_keys_name_the_close_one(text: str, said: str) -> None:

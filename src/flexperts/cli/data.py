@@ -1,4 +1,4 @@
-"""`flexperts data`: make data files."""
+"""`flexperts data`: check rows before a run, and make data files."""
 
 from __future__ import annotations
 
@@ -7,12 +7,74 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Make data files.")
+from flexperts.cli.generate import Trust, sets_trust
+
+app = typer.Typer(no_args_is_help=True, help="Check rows before a run, and make data files.")
+
+ColumnsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--columns",
+        metavar="FIELD=COLUMN",
+        help="Column of a field (instruction, context, response, category), in place of the recipe's data.columns. "
+        "Repeatable.",
+    ),
+]
+Planned = Annotated[
+    Path | None,
+    typer.Option("--recipe", help="Recipe of the planned run.", show_default="default settings"),
+]
+
+
+def columns_given(texts: list[str] | None) -> dict[str, str] | None:
+    """Return the field -> column of a command line, or None."""
+    from flexperts.errors import ConfigError
+
+    for text in texts or ():
+        if "=" not in text:
+            raise ConfigError(f"--columns {text}", "it must be FIELD=COLUMN", "write it like instruction=question")
+    return {field.strip(): column for field, _, column in (t.partition("=") for t in texts)} if texts else None
 
 
 @app.callback()
 def _group() -> None:
-    """Make data files."""
+    """Check rows before a run, and make data files."""
+
+
+@app.command("check")
+def check(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE | FILE | SILO.toml",
+            help="A recipe, one silo's rows (.jsonl, .json, .csv, .tsv, .parquet, hub:ORG/NAME), or a silo's file.",
+        ),
+    ],
+    test: Annotated[str | None, typer.Option(help="Test rows, where FILE has train rows.")] = None,
+    columns: ColumnsOption = None,
+    recipe: Planned = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a setting of the recipe. Repeatable."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON; no row is in it.")] = False,
+    no_example: Annotated[
+        bool, typer.Option("--no-example", help="Show no row; without a terminal, none is shown.")
+    ] = False,
+    trust: Trust = False,
+) -> None:
+    """Read, check and encode rows as a run does, without the base's weights, and show what is in them.
+
+    The exit code is 2 where `flexperts run` would refuse.
+    """
+    from flexperts.cli.checking import checked, planned_run, print_report, raise_last
+    from flexperts.recipe import check_trust
+
+    kind, config = planned_run(source, recipe, settings or (), test=test, columns=columns_given(columns))
+    check_trust(config, Path(source), trusted=trust or sets_trust(settings or ()))
+    found = checked(config, whole=kind == "recipe")
+    print_report(found, kind, source, as_json=as_json, example=not no_example)
+    raise_last(found.errors)
 
 
 @app.command("make-silos")

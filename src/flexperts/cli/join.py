@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flexperts.cli.data import ColumnsOption, columns_given
 from flexperts.cli.generate import Base, Trust
 from flexperts.cli.interrupted import stoppable
 
@@ -33,10 +34,11 @@ def command(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Override a training.* or data.columns.* setting, or data.on_bad_row; such as "
-            "training.personal_lr=1e-3. Repeatable.",
+            help="Override a training.* setting, data.on_bad_row, data.test_fraction or model.template for this "
+            "silo; such as training.personal_lr=1e-3. Repeatable.",
         ),
     ] = None,
+    columns: ColumnsOption = None,
     base: Base = None,
     trust: Trust = False,
     seed: Annotated[
@@ -60,6 +62,7 @@ def command(
             test=test,
             name=name,
             steps=steps,
+            columns=columns_given(columns),
             settings=settings or (),
             seed=seed,
             base=base,

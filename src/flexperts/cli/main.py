@@ -24,6 +24,7 @@ from flexperts.cli import (
     inspect,
     join,
     methods,
+    new,
     plan,
     report,
     run,
@@ -52,6 +53,7 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Show the versi
     _check_alone()
 
 
+app.command("new")(new.command)
 app.command("run")(run.command)
 app.command("compare")(compare.command)
 app.command("report")(report.command)

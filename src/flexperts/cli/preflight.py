@@ -30,13 +30,14 @@ def check_memory(config: RunConfig) -> RunConfig:
     model, console = config.model, terminal()
     if not model.preflight or model.trust_remote_code or _is_small(Path(resolve_base(model.base))):
         return config
+    from flexperts.client.workspace import Workspace
     from flexperts.costs.activations import row_lengths
     from flexperts.costs.preflight import Estimator, check_fits, with_workers_that_fit
     from flexperts.data.clients import load_clients
 
     try:
         clients = load_clients(config.data, config.seed)
-        estimator = Estimator(model.base, list(clients), row_lengths(config, clients))
+        estimator = Estimator(model.base, list(clients), row_lengths(Workspace(config), clients))
         made = estimator.estimate(config)
     except FlexpertsError as error:  # the run itself will report the error
         console.print(f"memory: not estimated ({error})", soft_wrap=True)

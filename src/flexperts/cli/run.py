@@ -33,7 +33,7 @@ Workers = Annotated[
 
 def command(
     recipe: Annotated[
-        Path, typer.Argument(help="Recipe: a TOML file, or one that ships: quickstart, large, study-silos.")
+        Path, typer.Argument(help="Recipe: a TOML or YAML file, or one that ships: quickstart, large, study-silos.")
     ],
     settings: Annotated[
         list[str] | None,

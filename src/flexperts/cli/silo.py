@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,14 +12,11 @@ from flexperts.cli.generate import About, MaxTokens, Messages, StateOption, say,
 from flexperts.observer import Observer
 
 if TYPE_CHECKING:
-    from flexperts.config.data import DataConfig
     from flexperts.config.run import RunConfig
     from flexperts.config.silo import SiloConfig
-    from flexperts.errors import FlexpertsError
 
 app = typer.Typer(no_args_is_help=True, help="Serve a silo: its rows, its base and its personal models stay there.")
 
-_Side = Literal["train", "test"]
 _Silo = Annotated[Path, typer.Argument(metavar="SILO.toml", help="The silo's file; see docs/deploy.md.")]
 
 
@@ -72,28 +68,21 @@ def check(
     ] = None,
 ) -> None:
     """Read and encode the silo's rows as a run does, without the base's weights, and report all errors."""
+    from flexperts.cli.checking import caught, checked, print_report, raise_last
     from flexperts.config.data import DataConfig
     from flexperts.config.run import RunConfig
     from flexperts.deployment.settings import for_silo
-    from flexperts.observer import Once, observing
     from flexperts.recipe import check_silo_extras, load_recipe, load_silo
 
     settings = load_silo(silo)
     planned = load_recipe(recipe) if recipe else RunConfig(data=DataConfig(at_silos=True))
-    config = for_silo(planned, settings)
-    files: dict[_Side, str | None] = {"train": settings.data.train, "test": settings.data.test}
-    with observing(Once(_Notes())):  # each file alone first, so that errors in all of them are found
-        wrong = []
-        for side, file in files.items():
-            wrong += _caught(_read_file, settings.name, file, config.data, side) if file else []
-        wrong = wrong or _caught(_show_rows, settings.name, config)
-    wrong += _caught(check_silo_extras, settings)
-    wrong += _caught(_show_policy, settings, planned if recipe else None)
-    wrong += _caught(_show_state, settings)
-    for error in wrong[:-1]:
-        typer.echo(f"error: {error}", err=True)
-    if wrong:
-        raise wrong[-1]
+    found = checked(for_silo(planned, settings), whole=False)
+    print_report(found, "silo", str(silo), as_json=False, example=False)
+    wrong = found.errors
+    wrong += caught(check_silo_extras, settings)
+    wrong += caught(_show_policy, settings, planned if recipe else None)
+    wrong += caught(_show_state, settings)
+    raise_last(wrong)
 
 
 class _Notes(Observer):
@@ -102,33 +91,6 @@ class _Notes(Observer):
     def notice(self, text: str) -> None:
         """Print a line."""
         typer.echo(f"note: {text}")
-
-
-def _caught(look: Callable[..., None], *arguments: object) -> list[FlexpertsError]:
-    """Run a check and return its error, if any, so that the other checks still run."""
-    from flexperts.errors import FlexpertsError
-
-    try:
-        look(*arguments)
-    except FlexpertsError as error:
-        return [error]
-    return []
-
-
-def _read_file(name: str, source: str, config: DataConfig, side: _Side) -> None:
-    from flexperts.data.clients import read_client_file
-    from flexperts.observer import current_observer
-
-    read_client_file(name, source, config, side, current_observer().notice)
-
-
-def _show_rows(name: str, config: RunConfig) -> None:
-    """Split and encode the rows as a run does, and print how many there are."""
-    from flexperts.client.workspace import Workspace
-
-    rows = Workspace(config).clients[name]
-    longest = config.training.max_length
-    typer.echo(f"{name}: {len(rows.train)} train rows, {len(rows.test)} test rows; all fit {longest} tokens")
 
 
 def _show_policy(settings: SiloConfig, config: RunConfig | None) -> None:

@@ -65,7 +65,7 @@ def check_limit(workspace: Workspace, config: RunConfig, observer: Observer) -> 
         observer.stage(f"answers of up to {limit} tokens: the longest train response has {longest} with its end")
     for name, rows in workspace.clients.items():
         scored = scored_rows(rows, config.evaluation)
-        examples = workspace.encoder.encode_all(scored)
+        examples = workspace.encoder_for(name).encode_all(scored)
         _check_room(name, scored, examples, limit, workspace.encoder.positions)
         if longer := longer_references((example.response_length for example in examples), limit):
             found.append(f"{name} {len(longer)} of {len(scored)} (up to {max(longer)} tokens)")

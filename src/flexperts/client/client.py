@@ -24,7 +24,7 @@ from flexperts.client.workspace import CLIENTS_KEPT, TrainRows, Workspace
 from flexperts.communication.messages import Update, encode
 from flexperts.config.run import RunConfig
 from flexperts.data.clients import rows_hash
-from flexperts.data.prompts import Example
+from flexperts.data.prompts import Example, PromptEncoder
 from flexperts.data.rows import ClientRows, Row
 from flexperts.errors import FederationError
 from flexperts.evaluation.scores import EvaluationSettings, Scores, evaluate
@@ -64,6 +64,11 @@ class Client:
         self.observer = observer or Observer()
         self.config, self.method = model.config, model.method
         self.store = PersonalStore(folder / "personal" / f"{name}.safetensors", model.base.fingerprint)
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        """The encoder of the client's prompts."""
+        return self.workspace.encoder_for(self.name)
 
     @property
     def rows(self) -> ClientRows:
@@ -147,13 +152,14 @@ class Client:
         known, batch_size = self.workspace.untouched.scores, self.config.evaluation.batch_size
         limit = answer_limit(self.workspace, self.config)
         settings = EvaluationSettings(limit, batch_size, self.config.model.precision, answers)
-        encoded = self.config.training.max_length, self.config.data.loss_on
+        template = "chat" if self.encoder.chat else "alpaca"
+        encoded = self.config.training.max_length, self.config.data.loss_on, template
         key = rows_hash(ClientRows((), tuple(rows))), encoded, settings
         if state == "zero_shot" and key in known:
             self._stored(request.round)  # a client that is scored has a stored state, even with cached scores
             return known[key]
         with self.in_state(request, state) as (model, on_batch):
-            scores = evaluate(model, self.workspace.encoder, rows, settings, on_rows, on_batch)
+            scores = evaluate(model, self.encoder, rows, settings, on_rows, on_batch)
         if state == "zero_shot":
             known[key] = scores
         return scores
@@ -298,7 +304,7 @@ class Client:
     def answer_counts(self, scores: Mapping[_State, Scores]) -> dict[str, int]:
         """Return the answer limit in tokens, the number of longer references, and each state's cut answers."""
         limit = answer_limit(self.workspace, self.config)
-        examples = self.workspace.encoder.encode_all(self.scored_rows)
+        examples = self.encoder.encode_all(self.scored_rows)
         longer = longer_references((example.response_length for example in examples), limit)
         cut = {f"cut.{state}": its.cut for state, its in scores.items()}
         return {"max_new_tokens": limit, "longer_references": len(longer), **cut}
@@ -321,7 +327,7 @@ class Client:
         rows, evaluation = self.scored_rows, self.config.evaluation
         if not evaluation.routing_rows:
             return
-        batches = prompt_batches(self.workspace.encoder, rows[: evaluation.routing_rows], evaluation.batch_size)
+        batches = prompt_batches(self.encoder, rows[: evaluation.routing_rows], evaluation.batch_size)
         with self.in_use(request) as turn:
             lines = routing_lines(turn, self.method, states, batches, self.workspace.untouched.routing)
         write_routing(self.folder / "routing" / f"{self.name}.jsonl", lines)

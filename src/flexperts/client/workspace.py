@@ -15,7 +15,8 @@ from flexperts.config.data import LossOn
 from flexperts.config.run import RunConfig
 from flexperts.data.bad_rows import BadRow, settle_bad_rows, some
 from flexperts.data.batches import pad_batch
-from flexperts.data.clients import Clients, load_clients
+from flexperts.data.check import SIDES, Lengths, Side, lengths_of
+from flexperts.data.clients import Clients, Refused, load_clients, raised, tried
 from flexperts.data.prompts import Example, PromptEncoder, encoder_of
 from flexperts.data.records import Say
 from flexperts.data.rows import ClientRows, Row
@@ -48,7 +49,7 @@ class Untouched:
     """
 
     finite: set[Precision] = field(default_factory=set)
-    scores: dict[tuple[str, tuple[int, LossOn], EvaluationSettings], Scores] = field(default_factory=dict)
+    scores: dict[tuple[str, tuple[int, LossOn, str], EvaluationSettings], Scores] = field(default_factory=dict)
     routing: dict[tuple[Precision, str], dict[str, LayerRouting]] = field(default_factory=dict)
     mmlu: dict[tuple[str, int | None, int], KnowledgeScore | None] = field(default_factory=dict)
 
@@ -62,13 +63,18 @@ class Workspace:
         loaded: The base, if it is in memory already.
         untouched: What is known of the untouched base.
         started_with: Called when rows are read; refuses rows that are not those that the run started with.
+        refused: See ``load_clients``; it also gets errors of rows that cannot be encoded.
     """
 
     config: RunConfig
     loaded: LoadedBase | None = None
     untouched: Untouched = field(default_factory=Untouched)
     started_with: Callable[[Clients], None] | None = None
+    refused: Refused = raised
+    lengths: dict[str, dict[Side, Lengths]] = field(default_factory=dict, init=False, repr=False)
+    """Lengths of every client's rows, split by split, once ``clients`` is read."""
     _encoded: dict[str, list[Example]] = field(default_factory=dict, init=False, repr=False)
+    _encoders: dict[str, PromptEncoder] = field(default_factory=dict, init=False, repr=False)
     _longest_response: int = field(default=0, init=False, repr=False)
     _longest_prompt: int = field(default=0, init=False, repr=False)
 
@@ -83,8 +89,9 @@ class Workspace:
 
     def rows_only(self) -> Workspace:
         """Return a workspace with the same rows for another process, which loads the base itself."""
-        other = Workspace(self.config.with_choices(template_date=self.encoder.date))
+        other = Workspace(self.config.with_choices(template_date=self.template_date))
         other.__dict__["clients"] = self.clients
+        other.lengths = self.lengths
         other._longest_response, other._longest_prompt = self._longest_response, self._longest_prompt
         return other
 
@@ -92,10 +99,11 @@ class Workspace:
     def clients(self) -> Clients:
         """Every client's rows; all of them can be encoded."""
         say = current_observer().notice
-        read = load_clients(self.config.data, self.config.seed, say)
-        for line in self.encoder.notices:
+        read = load_clients(self.config.data, self.config.seed, say, self.refused)
+        for line in dict.fromkeys(line for encoder in self.encoders for line in encoder.notices):
             say(line)
-        clients = {name: self._fitting(name, rows, say) for name, rows in read.items()}
+        fitting = {name: tried(self._fitting, self.refused, name, rows, say) for name, rows in read.items()}
+        clients = {name: rows for name, rows in fitting.items() if rows is not None}
         if self.started_with is not None:
             self.started_with(clients)
         return clients
@@ -103,20 +111,24 @@ class Workspace:
     def _fitting(self, name: str, rows: ClientRows, say: Say) -> ClientRows:
         """Return a client's rows that can be encoded; the others are skipped or refused as the recipe says."""
         bad: list[BadRow] = []
-        train, test, validation = (self._encodable(side, bad) for side in (rows.train, rows.test, rows.validation))
+        encoder = self.encoder_for(name)
+        train, test, validation = (self._encodable(encoder, getattr(rows, side), bad) for side in SIDES)
         for _, example in train:
             self._longest_response = max(self._longest_response, example.response_length)
         for _, example in (*test, *validation):
             self._longest_prompt = max(self._longest_prompt, example.prompt_length)
         if len(self._encoded) < CLIENTS_KEPT:
             self._encoded[name] = [example for _, example in train]
-        fitting = ClientRows(*(tuple(row for row, _ in side) for side in (train, test, validation)))
+        sides = dict(zip(SIDES, (train, test, validation), strict=True))
+        self.lengths[name] = {side: lengths_of([example for _, example in its]) for side, its in sides.items()}
+        fitting = ClientRows(*(tuple(row for row, _ in its) for its in sides.values()))
         is_empty = any(getattr(rows, side) and not its for side, its in vars(fitting).items())
         total = len(rows.train) + len(rows.test) + len(rows.validation)
-        settle_bad_rows(name, bad, len(bad) if is_empty else total, self.config.data.on_bad_row, say)
+        on_bad_row = self.config.data.of_client(name).on_bad_row
+        settle_bad_rows(name, bad, len(bad) if is_empty else total, on_bad_row, say)
         self._say_cut(name, [row for row, example in (*train, *test, *validation) if example.cut], say)
         answers = sum(turn.role == "assistant" for row in fitting.train for turn in row.before)
-        if answers and self.encoder.chat is None and self.config.data.loss_on == "all":
+        if answers and self.encoder_for(name).chat is None and self.config.data.loss_on == "all":
             say(f"{name}: the alpaca template has one answer: {answers} earlier answers of chats are not trained")
         return fitting
 
@@ -129,12 +141,14 @@ class Workspace:
         if contexts := [row.where for row in cut if not (row.before or row.plain)]:
             say(f"{name}: {len(contexts)} contexts are cut to {to}: {some(contexts)}")
 
-    def _encodable(self, rows: Sequence[Row], bad: list[BadRow]) -> list[tuple[Row, Example]]:
+    def _encodable(
+        self, encoder: PromptEncoder, rows: Sequence[Row], bad: list[BadRow]
+    ) -> list[tuple[Row, Example]]:
         """Return the rows that can be encoded, with their encodings; add the others to ``bad``."""
         found = []
         for row in rows:
             try:
-                found.append((row, self.encoder.encode(row)))
+                found.append((row, encoder.encode(row)))
             except DataError as error:
                 what = f"{error.value.removeprefix(f'{row.where}: ')} ({error.rule})"
                 bad.append(BadRow(row.where, what, "such a row cannot be encoded"))
@@ -148,7 +162,7 @@ class Workspace:
     def examples(self, client: str) -> list[Example]:
         """Return a client's encoded train rows; those of the last ``CLIENTS_KEPT`` clients are cached."""
         rows = self.clients[client].train
-        found = self._encoded.pop(client, None) or self.encoder.encode_all(rows)
+        found = self._encoded.pop(client, None) or self.encoder_for(client).encode_all(rows)
         while len(self._encoded) >= CLIENTS_KEPT:
             self._encoded.pop(next(iter(self._encoded)))
         self._encoded[client] = found
@@ -203,10 +217,35 @@ class Workspace:
 
     @cached_property
     def encoder(self) -> PromptEncoder:
-        """The one encoder of training, selection, evaluation and chat; it needs no weights."""
-        model, loaded = self.config.model, self.loaded
-        tokenizer, described = (loaded.tokenizer, loaded.model.config) if loaded else load_tokenizer(model)
-        return encoder_of(self.config, tokenizer, described)
+        """The encoder of training, selection, evaluation and chat, by the run's template; it needs no weights."""
+        return encoder_of(self.config, *self._tokenizer)
+
+    @cached_property
+    def _tokenizer(self) -> tuple[Any, Any]:
+        """The tokenizer, and transformers' configuration of the base."""
+        loaded = self.loaded
+        return (loaded.tokenizer, loaded.model.config) if loaded else load_tokenizer(self.config.model)
+
+    def encoder_for(self, client: str) -> PromptEncoder:
+        """Return a client's encoder: the run's, unless the client has a template of its own."""
+        template = self.config.data.own_of(client).get("template", self.config.model.template)
+        if template == self.config.model.template:
+            return self.encoder
+        if template not in self._encoders:
+            config = self.config.with_choices(template_date=self.encoder.date)
+            model = config.model.model_copy(update={"template": template})
+            self._encoders[template] = encoder_of(config.model_copy(update={"model": model}), *self._tokenizer)
+        return self._encoders[template]
+
+    @property
+    def encoders(self) -> list[PromptEncoder]:
+        """All encoders of the run: the one by its template, and one per other template of a client."""
+        return list(dict.fromkeys([self.encoder, *map(self.encoder_for, self.config.data.clients)]))
+
+    @property
+    def template_date(self) -> str | None:
+        """The date (ISO) that chat templates get; None where none asks for one."""
+        return next((encoder.date for encoder in self.encoders if encoder.date), None)
 
 
 def _rows_of(config: RunConfig) -> tuple[Any, ...]:

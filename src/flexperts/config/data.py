@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from flexperts.config.names import normal
 from flexperts.config.section import Section
 
 _FIELDS = ("instruction", "context", "response", "category", "messages", "text", "tools", "system")
@@ -38,6 +39,11 @@ Columns = Annotated[dict[str, str], AfterValidator(_of_fields)]
 """Field of a row -> column of a file; an empty name leaves an optional field empty."""
 
 
+Template = Literal["auto", "chat", "alpaca"]
+"""How rows become prompts; see model.template."""
+_FILES = ("train", "test")
+
+
 class SilosConfig(Section):
     """The example silos that come with flexperts, generated for the run."""
 
@@ -52,12 +58,28 @@ class SilosConfig(Section):
 
 
 class ClientFiles(Section):
-    """One client's own data."""
+    """One client's own data, and what of its rows differs from the other clients'."""
 
-    train: str
-    """File (.jsonl, .json, .csv, .tsv, .parquet; see docs/data.md) or hub:org/name[:split]."""
+    train: str | None = None
+    """File (.jsonl, .json, .csv, .tsv, .parquet; see docs/data.md) or hub:org/name[:split]; required, except with
+    data.folder, which has the files."""
     test: str | None = None
-    """Test file; without it, data.test_fraction of the passages is held out."""
+    """Test file; without it, test_fraction of the passages is held out."""
+    columns: Columns | None = None
+    """Its own mapping of fields to columns, in place of the whole of data.columns."""
+    format: DataFormat | None = None
+    """How its rows are written; without it, data.format."""
+    on_bad_row: OnBadRow | None = None
+    """What to do with its bad rows; without it, data.on_bad_row."""
+    test_fraction: float | None = Field(None, gt=0, lt=1)
+    """Share of its passages held out where it has no test file; without it, data.test_fraction."""
+    template: Template | None = None
+    """Its prompt template; without it, model.template."""
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The settings that are this client's own, without its files."""
+        return {name: value for name, value in self if name not in _FILES and value is not None}
 
 
 class PartitionConfig(Section):
@@ -113,7 +135,7 @@ class DataConfig(Section):
     folder: str | None = None
     """A folder with one sub-folder per client that holds a file `train.*` and maybe `test.*`, of any kind."""
     clients: dict[str, ClientFiles] = Field(default_factory=dict)
-    """Client name -> its files."""
+    """Client name -> its files, and its own settings; with data.folder, the settings alone."""
     partition: PartitionConfig | None = None
     """One pooled data set, divided over clients."""
     at_silos: bool = False
@@ -140,10 +162,38 @@ class DataConfig(Section):
         kept = ("test_fraction", "validation_fraction", "validation_rows", "loss_on")
         return {name: getattr(self, name) for name in kept}
 
+    def of_client(self, name: str) -> DataConfig:
+        """Return these settings as they hold for one client: its own in place of the common ones."""
+        own = self.own_of(name)
+        changed = {key: value for key, value in own.items() if key in DataConfig.model_fields}
+        return self.model_copy(update=changed) if changed else self
+
+    def settings_of(self, name: str) -> dict[str, Any]:
+        """Return all settings that hold for one client's rows, by the names that they have in ``ClientFiles``."""
+        its = self.of_client(name)
+        common = {key: getattr(its, key) for key in ClientFiles.model_fields if key in DataConfig.model_fields}
+        return common | self.own_of(name)
+
+    def own_of(self, name: str) -> dict[str, Any]:
+        """Return the settings that one client has of its own, without its files."""
+        found = self.clients.get(name)
+        if found is None:
+            found = next((its for key, its in self.clients.items() if normal(key) == normal(name)), ClientFiles())
+        return found.own
+
+    @model_validator(mode="after")
+    def _files_of_clients(self) -> Self:
+        for name, files in self.clients.items():
+            if self.folder and not (files.train is files.test is None):
+                raise ValueError(f"clients.{name}: data.folder has the files; give only settings such as columns")
+            if not self.folder and files.train is None:
+                raise ValueError(f"clients.{name}.train: it is required, unless data.folder has the files")
+        return self
+
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         sources = ("silos", "folder", "clients", "partition", "at_silos")
-        given = [n for n in sources if getattr(self, n)]
+        given = [n for n in sources if getattr(self, n) and not (n == "clients" and self.folder)]
         if len(given) != 1:
             raise ValueError(f"give exactly one of {', '.join(sources)} (now: {', '.join(given) or 'none'})")
         if self.validation_fraction and self.validation_rows:

@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from flexperts.config.data import Template
 from flexperts.config.section import FreeSettings, Section
 from flexperts.errors import shown
 
@@ -19,7 +20,7 @@ class ModelConfig(Section):
     """Storage type of the frozen weights."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Type of the matrix products (autocast); trained weights are always fp32."""
-    template: Literal["auto", "chat", "alpaca"] = "auto"
+    template: Template = "auto"
     """Prompt template: auto = the tokenizer's chat template where it has one, else alpaca."""
     chat_template_kwargs: FreeSettings = Field(default_factory=dict)
     """Variables of the chat template, such as {enable_thinking = false}."""

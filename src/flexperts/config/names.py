@@ -17,7 +17,7 @@ from flexperts.errors import DataError, shown
 
 _LONGEST = 200
 """Most bytes of a client's name: with prefix and ending it is a file name, and most systems allow 255."""
-_SCRIPTS = (
+SCRIPTS = (
     "Latin+Han+Hiragana+Katakana", "Latin+Han+Bopomofo", "Latin+Han+Hangul", "Adlam", "Arabic", "Armenian",
     "Balinese", "Bengali", "Canadian_Aboriginal", "Cham", "Cherokee", "Cyrillic", "Devanagari", "Ethiopic",
     "Georgian", "Greek", "Gujarati", "Gurmukhi", "Hebrew", "Javanese", "Kannada", "Khmer", "Lao", "Lisu",
@@ -33,7 +33,7 @@ def _of_any(scripts: str) -> str:
     return "".join(rf"\p{{scx={script}}}" for script in ("Common", "Inherited", *scripts.split("+")))
 
 
-_ONE_WRITING = regex.compile("|".join(f"[{_of_any(scripts)}]*" for scripts in _SCRIPTS))
+_ONE_WRITING = regex.compile("|".join(f"[{_of_any(scripts)}]*" for scripts in SCRIPTS))
 _INVISIBLE = regex.compile(r"\p{Default_Ignorable_Code_Point}")
 _NO_FIRST = regex.compile(r"[.\p{M}]")
 _NOWHERE = regex.compile(r"[^\p{L}\p{M}\p{Nd}_.-]|\p{Default_Ignorable_Code_Point}")

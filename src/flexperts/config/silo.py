@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from flexperts.config.data import ClientFiles, Columns, OnBadRow
+from flexperts.config.data import ClientFiles, Columns, DataFormat, OnBadRow, Template
 from flexperts.config.names import client_name
 from flexperts.config.section import Section
 from flexperts.errors import DataError
@@ -21,12 +21,20 @@ def _name(text: str) -> str:
 
 
 class SiloData(ClientFiles):
-    """The silo's own rows."""
+    """The silo's own rows. Columns and bad rows are never the recipe's to decide."""
 
+    train: str
+    """File (.jsonl, .json, .csv, .tsv, .parquet; see docs/data.md) or hub:org/name[:split]."""
     columns: Columns = Field(default_factory=dict)
     """Field (instruction, context, response, category) -> column, where the column has another name."""
+    format: DataFormat = "auto"
+    """How rows are written; auto recognises it by the columns (see docs/data.md)."""
     on_bad_row: OnBadRow = "refuse"
     """What to do with bad rows: refuse = stop and name all of them; drop = leave them out and say which."""
+    test_fraction: float | None = Field(None, gt=0, lt=1)
+    """Share of passages held out where there is no test file; without it, the recipe's."""
+    template: Template | None = None
+    """Prompt template; without it, the recipe's model.template."""
 
 
 class SiloSocket(Section):

@@ -14,10 +14,9 @@ from typing import Any
 from torch import nn
 
 from flexperts.client.answer_limit import chosen_limit
+from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
-from flexperts.data.prompts import encoder_of
 from flexperts.data.rows import ClientRows
-from flexperts.modeling.load import load_tokenizer
 from flexperts.moe.attention import attention_modules
 from flexperts.moe.experts import find_experts
 from flexperts.moe.layout import LayerExperts
@@ -149,10 +148,12 @@ class Activations:
         )
 
 
-def row_lengths(config: RunConfig, clients: Mapping[str, ClientRows]) -> Lengths:
+def row_lengths(workspace: Workspace, clients: Mapping[str, ClientRows]) -> Lengths:
     """Return the longest row, response and trained part of a run's clients."""
-    encoder = encoder_of(config, *load_tokenizer(config.model))
-    encoded = [encoder.encode_all((*c.train, *c.test, *c.validation)) for c in clients.values()]
+    encoded = [
+        workspace.encoder_for(name).encode_all((*its.train, *its.test, *its.validation))
+        for name, its in clients.items()
+    ]
     examples = [example for client in encoded for example in client]
     lengths = ((len(e.input_ids), e.response_length, e.trained_columns) for e in examples)
     return Lengths(*map(max, zip(*lengths, strict=True)))

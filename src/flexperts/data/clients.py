@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from flexperts.config.data import ClientFiles, DataConfig
 from flexperts.config.names import client_names, normal
@@ -20,17 +21,28 @@ from flexperts.data.sources import read_source
 from flexperts.errors import DataError, did_you_mean, shown
 
 Clients = dict[str, ClientRows]
+Made = TypeVar("Made")
+_SIDES: tuple[Literal["train"], Literal["test"]] = ("train", "test")
 _NAMED = 5
 """Most clients that an error names."""
 
 
-def load_clients(config: DataConfig, seed: int, say: Say = unsaid) -> Clients:
+Refused = Callable[[DataError], None]
+
+
+def raised(error: DataError) -> None:
+    """Raise an error: one client's rows that break a rule stop the reading of all."""
+    raise error
+
+
+def load_clients(config: DataConfig, seed: int, say: Say = unsaid, refused: Refused = raised) -> Clients:
     """Read all clients' rows, sorted by client name.
 
     Args:
         config: The recipe's data section.
         seed: Seed of a partition, and of the train/test split where there is no test file.
         say: Called with one line per surprising finding, with client and file.
+        refused: Called with an error of one client's files; where it returns, the others are read without it.
     """
     if config.at_silos:
         raise DataError(
@@ -41,21 +53,60 @@ def load_clients(config: DataConfig, seed: int, say: Say = unsaid) -> Clients:
     if config.silos:
         clients = _kept(_shipped(config), config)
     elif config.folder:
-        clients = _read(client_folders(Path(config.folder), say), config, seed, say)
+        clients = _read(_in_folder(config.folder, config, say), config, seed, say, refused)
     elif config.partition:
         clients = _kept(load_partition(config, seed, say), config)
     else:
-        clients = _read(config.clients, config, seed, say)
+        clients = _read(config.clients, config, seed, say, refused)
     clients = {name: clients[name] for name in sorted(clients)}
     if not (config.validation_fraction or config.validation_rows):
         return clients
-    return {name: _with_validation(rows, config, seed, name) for name, rows in clients.items()}
+    made = {name: tried(_with_validation, refused, rows, config, seed, name) for name, rows in clients.items()}
+    return {name: rows for name, rows in made.items() if rows is not None}
 
 
-def _read(files: Mapping[str, ClientFiles], config: DataConfig, seed: int, say: Say) -> Clients:
+def tried(make: Callable[..., Made], refused: Refused, *given: Any) -> Made | None:
+    """Return what a function makes of one client; None if it raises a ``DataError`` and ``refused`` returns."""
+    try:
+        return make(*given)
+    except DataError as error:
+        refused(error)
+        return None
+
+
+def sources_of(config: DataConfig) -> Iterator[tuple[str | None, str, str]]:
+    """Yield client (None for the clients of a partition), split and source of every file that is read."""
+    if config.partition:
+        pooled = {"train": config.partition.source, "test": config.partition.test}
+        yield from ((None, side, source) for side, source in pooled.items() if source)
+        return
+    files = client_folders(Path(config.folder), unsaid) if config.folder else config.clients
+    left = {normal(name) for name in config.leave_out or ()}
+    for name, its in files.items():
+        given = (
+            (side, source)
+            for side in _SIDES
+            if (source := getattr(its, side)) is not None and normal(name) not in left
+        )
+        yield from ((normal(name), side, source) for side, source in given)
+
+
+def _read(files: Mapping[str, ClientFiles], config: DataConfig, seed: int, say: Say, refused: Refused) -> Clients:
     names = client_names(files)  # an invalid name is refused before any file is read
     kept = _kept({names[n]: own for n, own in files.items()}, config)
-    return {name: _files(name, own, config, seed, say) for name, own in kept.items()}
+    read = {name: _files(name, own, config.of_client(name), seed, say, refused) for name, own in kept.items()}
+    return {name: rows for name, rows in read.items() if rows is not None}
+
+
+def _in_folder(folder: str, config: DataConfig, say: Say) -> dict[str, ClientFiles]:
+    """Return the files of every client in a folder; refuse settings of a client that is not there."""
+    found = client_folders(Path(folder), say)
+    known = {normal(name) for name in found}
+    for name in config.clients:
+        if normal(name) not in known:
+            remedy = did_you_mean(name, known, "remove the section, or add the sub-folder with its train file")
+            raise DataError(f"data.clients: {shown(name)}", f"{folder} has no such client", remedy)
+    return found
 
 
 def _kept(clients: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
@@ -146,12 +197,18 @@ def _made(source: str, rows: Sequence[Mapping[str, Any]]) -> DataTable:
     )
 
 
-def _files(name: str, files: ClientFiles, config: DataConfig, seed: int, say: Say) -> ClientRows:
-    train = read_client_file(name, files.train, config, "train", say)
-    if files.test is None:
-        return hold_out(train, config.test_fraction, seed, name, say=say)
-    test = read_client_file(name, files.test, config, "test", say)
-    return check_disjoint(ClientRows(tuple(train), tuple(test)), name, say=say)
+def _files(
+    name: str, files: ClientFiles, config: DataConfig, seed: int, say: Say, refused: Refused
+) -> ClientRows | None:
+    """Return one client's rows; both of its files are read, also if the first one is refused."""
+    given = {side: source for side in _SIDES if (source := getattr(files, side)) is not None}
+    read = {s: tried(read_client_file, refused, name, source, config, s, say) for s, source in given.items()}
+    train, test = read["train"], read.get("test")
+    if train is None or (files.test is not None and test is None):
+        return None
+    if test is None:
+        return tried(partial(hold_out, say=say), refused, train, config.test_fraction, seed, name)
+    return tried(partial(check_disjoint, say=say), refused, ClientRows(tuple(train), tuple(test)), name)
 
 
 def read_client_file(
@@ -162,4 +219,8 @@ def read_client_file(
     try:
         return read_source(source, config.columns, **how, say=lambda text: say(f"{name}: {text}"))
     except DataError as error:
-        raise DataError(f"{name}: {error.value}", error.rule, error.remedy) from error
+        remedy = error.remedy
+        if config.folder or len(config.clients) > 1:
+            alone = f"[data.columns] (for this client alone: [data.clients.{name}.columns])"
+            remedy = remedy.replace("[data.columns]", alone)
+        raise DataError(f"{name}: {error.value}", error.rule, remedy) from error

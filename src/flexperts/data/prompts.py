@@ -8,18 +8,16 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import regex
 
-from flexperts.config.data import LossOn
+from flexperts.config.data import LossOn, Template
 from flexperts.config.run import RunConfig
 from flexperts.data.chat_template import ChatTemplate, Span
 from flexperts.data.rows import Row
 from flexperts.data.tokens import TokenEncoder, set_pad_token
 from flexperts.errors import ConfigError, DataError, FlexpertsError
-
-Template = Literal["auto", "chat", "alpaca"]
 
 ALPACA = (
     "Below is an instruction that describes a task{with_input}. Write a response that appropriately completes "

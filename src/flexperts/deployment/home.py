@@ -15,6 +15,7 @@ from flexperts.client.workspace import Workspace
 from flexperts.communication.schema import EvaluateRequest
 from flexperts.communication.wire import deserialize, serialize
 from flexperts.config.silo import SiloConfig
+from flexperts.data.prompts import PromptEncoder
 from flexperts.deployment.kept import with_kept_choices
 from flexperts.deployment.settings import for_silo
 from flexperts.deployment.state import private_folder
@@ -98,6 +99,10 @@ class HomeRun(TrainedRun):
     def client(self, name: str, observer: Observer | None = None) -> Client:
         """Return the silo as a client."""
         return self._home.client
+
+    def encoder_of(self, name: str) -> PromptEncoder:
+        """Return the encoder of the silo's prompts."""
+        return self._home.client.encoder
 
     def request(self, name: str) -> Request:
         """Return the last request that the silo received."""

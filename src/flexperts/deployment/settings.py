@@ -40,9 +40,8 @@ def for_silo(config: RunConfig, silo: SiloConfig) -> RunConfig:
         config: The recipe, which is received from the server: no path in it is used.
         silo: The silo's settings.
     """
-    files = ClientFiles(train=silo.data.train, test=silo.data.test)
-    own_rows = {"clients": {silo.name: files}, "columns": silo.data.columns, "on_bad_row": silo.data.on_bad_row}
-    data = _kept(config.data) | own_rows
+    files = ClientFiles(**dict(silo.data))
+    data = _kept(config.data) | {"clients": {silo.name: files}}
     own = {"base": silo.base, "device": silo.device, "trust_remote_code": silo.trust_remote_code}
     parts = {
         "data": DataConfig.model_validate(data),

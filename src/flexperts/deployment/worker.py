@@ -150,7 +150,7 @@ class Worker:
                 f"run {folder.name[:8]}: its first rows are not on record; the current rows are recorded now"
             )
         keep_recipe(folder, config.to_toml())
-        keep_choices(folder, workspace.encoder.date, answer_limit(workspace, mine))
+        keep_choices(folder, workspace.template_date, answer_limit(workspace, mine))
         return Resident(workspace, mine, folder)
 
     def _release(self) -> None:

@@ -20,6 +20,7 @@ from flexperts.artifacts import RunDirectory
 from flexperts.client.answer_limit import check_limit
 from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
+from flexperts.data.check import short_line
 from flexperts.data.clients import Clients, partition_manifest
 from flexperts.data.unchanged import check_same_rows
 from flexperts.engines.engine import Engine
@@ -96,7 +97,7 @@ def _run(config: RunConfig, out: Path, workspace: Workspace) -> dict[str, Any]:
     _check(config, run, workspace)
     with engine_of(workspace, config, out) as engine:
         base = _prepare(config, engine)
-        config = config.with_choices(template_date=workspace.encoder.date)
+        config = config.with_choices(template_date=workspace.template_date)
         loading = time.monotonic() - started
         summary = _run_method(engine, base, config, out, loading)
         if config.method.reference:
@@ -155,19 +156,30 @@ def engine_of(workspace: Workspace, config: RunConfig, folder: Path) -> Engine:
 def _check(config: RunConfig, run: RunDirectory, workspace: Workspace) -> None:
     """Read the rows, and check all that can be checked without the base."""
     observer = current_observer()
-    check_extras(config)
-    methods = [make_method(its.method) for its in _configs(config)]
-    for method, its in zip(methods, _configs(config), strict=True):
-        method.check(its)
-        check_protections(method, its)
+    check_settings(config)
     observer.stage("reading rows")
     check_beyond(config)
-    for method in methods:
-        method.check_clients(workspace.clients)
-    check_enough(config, len(workspace.clients))
+    check_clients(config, workspace.clients)
     observer.stage(_rows_line(workspace.clients))
+    observer.stage(short_line(workspace.clients, workspace.lengths, config.training.max_length))
     if (run.path / "config.toml").exists():
         check_same_rows(run.partition, workspace.clients)
+
+
+def check_settings(config: RunConfig) -> None:
+    """Refuse settings that do not fit each other, or need what is not installed; no rows are read."""
+    check_extras(config)
+    for its in _configs(config):
+        method = make_method(its.method)
+        method.check(its)
+        check_protections(method, its)
+
+
+def check_clients(config: RunConfig, clients: Clients) -> None:
+    """Refuse clients whose number or rows do not fit the run's methods and defences."""
+    for its in _configs(config):
+        make_method(its.method).check_clients(clients)
+    check_enough(config, len(clients))
 
 
 def _rows_line(clients: Clients) -> str:

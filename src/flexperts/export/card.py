@@ -238,7 +238,7 @@ def _note(facts: Facts) -> str:
 
 def _prompts(facts: Facts) -> str:
     """Return how to write prompts as in training."""
-    if facts.run.workspace.encoder.chat:
+    if facts.run.encoder_of(facts.owner).chat:
         how = "a passage follows the question in the same turn, after an empty line"
     elif not facts.has_template:
         return "They follow the alpaca template, which no chat template of this tokenizer can write; use flexperts."

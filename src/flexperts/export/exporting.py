@@ -93,7 +93,8 @@ def export_run(
         kept = run.client(owner).choice(run.request(owner))["chosen"] if chosen == "chosen" else chosen
         peft = run.model.lora.peft_entries(run.config.model.base)
         run.close()
-        tokenizer = trained_tokenizer(run.workspace.encoder)
+        encoder = run.encoder_of(owner)
+        tokenizer = trained_tokenizer(encoder)
         facts = Facts(run, out.name, form, owner, chosen, kept, stored, content, bool(tokenizer.chat_template))
         observer.stage(f"writing {out}")
         if form == "adapter":
@@ -103,7 +104,7 @@ def export_run(
             write_personal(folder, peft, content, facts.as_json(), getattr(torch, stored))
             write_template(folder, tokenizer)
         else:
-            stop_where_trained(run.workspace.base.model, run.workspace.encoder)
+            stop_where_trained(run.workspace.base.model, encoder)
             write_model(folder, run.workspace.base, content, tokenizer)
         observer.stage(f"loading {out} in a fresh process")
         found = _checked(facts, folder, tokens) if check else None

@@ -10,14 +10,16 @@ from typing import Any
 from flexperts.client.workspace import Workspace
 from flexperts.config.data import ClientFiles, DataConfig
 from flexperts.config.run import RunConfig
-from flexperts.data.clients import Clients, rows_hash
+from flexperts.data.clients import Clients, read_client_file, rows_hash
 from flexperts.data.rows import ClientRows, Row
-from flexperts.data.sources import HUB, read_source
+from flexperts.data.sources import HUB
 from flexperts.data.unchanged import has_rows, read_manifest
 from flexperts.errors import ConfigError, DataError
-from flexperts.finished.trained import TrainedRun, with_rows_of
+from flexperts.finished.trained import TrainedRun, own_of_record, with_rows_of
 from flexperts.observer import current_observer
 from flexperts.recipe import located
+
+_SIDES = ("train", "test")
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,13 @@ def _of_source(run: TrainedRun, name: str, source: str) -> Elsewhere:
         raise ConfigError(f"--data {name}=...", f"the run's clients are {', '.join(run.clients)}", "choose one")
     source = located(source, Path())
     data, joined = run.config.data, run.joined.get(name, {}).get("data")
-    columns = joined["columns"] if joined else data.columns
-    on_bad_row = joined.get("on_bad_row", "refuse") if joined else data.on_bad_row
+    settings = own_of_record(joined) if joined else data.settings_of(name)
+    rows_only = with_rows_of(run.config, name, ClientFiles(**settings, train=source))
     say = current_observer().notice
-    whole = tuple(read_source(source, columns, split="test", on_bad_row=on_bad_row, say=say))
+    whole = tuple(read_client_file(name, source, rows_only.data.of_client(name), "test", say))
     if _is_own(run, name, whole):
         return _scored(run, name, whole, own=True)
     try:
-        rows_only = with_rows_of(run.config, name, ClientFiles(train=source), columns, on_bad_row)
         held_out = _side(run.config, _clients(run, rows_only)[name])
     except DataError:  # too few passages for a held-out share, such as a file of test rows
         held_out = ()
@@ -102,8 +103,8 @@ def _moved(data: DataConfig, folder: Path) -> DataConfig:
             settings["folder"] = _under(folder, data.folder)
         elif data.clients:
             settings["clients"] = {
-                n: {side: _under(folder, path) for side, path in files.items()}
-                for n, files in settings["clients"].items()
+                n: its.own | {side: _under(folder, path) for side in _SIDES if (path := getattr(its, side))}
+                for n, its in data.clients.items()
             }
         elif data.partition:
             sources = {side: settings["partition"].get(side) for side in ("source", "test")}
@@ -111,7 +112,8 @@ def _moved(data: DataConfig, folder: Path) -> DataConfig:
         else:
             raise FileNotFoundError
     except FileNotFoundError:
-        kept = {name: settings[name] for name in ("columns", "on_bad_row")}
+        kept: dict[str, Any] = {name: settings[name] for name in ("columns", "format", "on_bad_row")}
+        kept["clients"] = {n: its.own for n, its in data.clients.items() if (folder / n).is_dir()}
         return DataConfig.model_validate({"folder": str(folder), **kept, **data.held_out()})
     return DataConfig.model_validate(settings)
 

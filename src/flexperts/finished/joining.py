@@ -15,7 +15,7 @@ from flexperts.client.answer_limit import check_limit, with_recorded_limit
 from flexperts.client.client import Client
 from flexperts.client.request import Request
 from flexperts.client.workspace import Workspace
-from flexperts.config.data import ClientFiles
+from flexperts.config.data import ClientFiles, DataConfig
 from flexperts.config.names import alike, client_name, normal, readings_of
 from flexperts.config.run import RunConfig
 from flexperts.data.clients import partition_manifest
@@ -29,13 +29,14 @@ from flexperts.methods.kit.method import Method, State
 from flexperts.methods.registry import make_method
 from flexperts.observer import Observer, observing
 from flexperts.parameters.vector import vector_hash
-from flexperts.recipe import located, recorded_recipe
+from flexperts.recipe import client_files, located, recorded_recipe
 from flexperts.server.checkpoint import load_server
 from flexperts.server.summary import not_finite_of
 from flexperts.training.local import LocalSettings, TrainResult
 
-_OWN = ("training.", "data.columns.", "data.on_bad_row")
-"""Prefixes of the settings that a new client may change; the others are fixed by the run's models."""
+_READING = tuple(key for key in ClientFiles.model_fields if key in DataConfig.model_fields)
+_OWN = (*(f"data.{key}" for key in _READING), "model.template")
+"""Settings beside [training] that a new client may change; the others are fixed by the run's models."""
 _COMMON = ("training.max_length", "training.gradient_checkpointing")
 
 
@@ -46,6 +47,7 @@ def join(
     test: Path | str | None = None,
     name: str | None = None,
     steps: int | None = None,
+    columns: Mapping[str, str] | None = None,
     settings: Iterable[str] = (),
     seed: int | None = None,
     observer: Observer | None = None,
@@ -64,7 +66,9 @@ def join(
         test: Its test rows; without them, the run's share of its passages is held out.
         name: Its name; by default the file's name, or the folder's if the file is called ``train``.
         steps: Optimizer steps; by default as many as a participant with these rows had in the recipe's rounds.
-        settings: ``KEY=VALUE`` of [training], [data.columns] and data.on_bad_row for this client.
+        columns: Field -> column of its files, in place of the run's data.columns.
+        settings: ``KEY=VALUE`` of [training] for this client, and how its rows are read: data.columns,
+            data.on_bad_row, data.test_fraction, model.template.
         seed: Seed of its batches; by default the run's.
         observer: Receives progress.
         workspace: A workspace of the same base, in memory already.
@@ -89,14 +93,14 @@ def join(
         _check_free(run, name)
         own_settings = _own_settings(run, settings, config.seed if seed is None else seed, steps)
         trains = with_recorded_limit(own_settings, summary)
-        files = ClientFiles(train=_located(data), test=None if test is None else _located(test))
-        read = trains.data.columns, trains.data.on_bad_row
-        rows_only = with_rows_of(config, name, files, *read)
+        given = {"train": _located(data), "test": None if test is None else _located(test)}
+        files = client_files(f"{name}'s rows", _own_of_rows(trains, config, columns) | given)
+        rows_only = with_rows_of(config, name, files)
         observer.stage(f"{name}: reading rows")
         own = workspace.for_run(rows_only) if workspace else Workspace(rows_only)
         rows = partition_manifest(own.clients)["clients"][name]  # read first: errors in rows need no base
         own.check(config, needs_experts=method.needs_experts)
-        known = {"client": name, "data": kept_data(run.path, files, *read), "rows": rows}
+        known = {"client": name, "data": kept_data(run.path, files), "rows": rows}
         return _admit(run, own, trains, steps, known, method.states, observer, base)
 
 
@@ -130,7 +134,7 @@ def join_left_out(
             observer.notice(f"{name} does not join: with {method.name}, {rule}")
             return None
         _check_free(run, name)
-        if workspace.encoder.date == config.model.template_date:  # else prompts are others, and so is the workspace
+        if workspace.template_date == config.model.template_date:  # else prompts differ, and so does the workspace
             config = config.model_copy(update={"model": workspace.config.model})
         own = workspace.for_run(left_out_rows(run, config, name))
         known = {"client": name, "data": None, "rows": partition_manifest(own.clients)["clients"][name]}
@@ -273,12 +277,27 @@ def _own_settings(run: RunDirectory, settings: Iterable[str], seed: int, steps: 
     given = list(settings)
     for override in given:
         key = override.partition("=")[0].strip()
-        if not key.startswith(_OWN) or key in _COMMON:
-            rule = f"a new client may set training.* (not {' or '.join(_COMMON)}), data.columns.*, data.on_bad_row"
+        if not (key.startswith("training.") or key in _OWN or key.startswith("data.columns.")) or key in _COMMON:
+            rule = f"a new client may set training.* (not {' or '.join(_COMMON)}), {', '.join(_OWN)}"
             raise ConfigError(f"--set {override}", rule, "leave it out: the run's value is used")
     if steps is not None and steps < 1:
         raise ConfigError(f"steps = {steps}", "it must be at least 1", "raise it or leave it out")
     return recorded_recipe(run.path, [*given, f"seed={seed}"])
+
+
+def _own_of_rows(trains: RunConfig, config: RunConfig, columns: Mapping[str, str] | None) -> dict[str, Any]:
+    """Return the new client's settings for its rows, where they are not those of ``with_rows_of``.
+
+    Args:
+        trains: The run's recipe with the new client's settings.
+        config: The run's recipe.
+        columns: See ``join``.
+    """
+    wanted = {key: getattr(trains.data, key) for key in _READING}
+    wanted |= {} if columns is None else {"columns": dict(columns)}
+    usual = with_rows_of(config, "_", ClientFiles(train="_")).data
+    own = {key: value for key, value in wanted.items() if value != getattr(usual, key)}
+    return own if trains.model.template == config.model.template else own | {"template": trains.model.template}
 
 
 def _name_of(source: str) -> str:

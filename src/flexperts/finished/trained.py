@@ -15,9 +15,10 @@ from flexperts.client.floor import states_of
 from flexperts.client.model import ClientModel
 from flexperts.client.request import Request
 from flexperts.client.workspace import Workspace
-from flexperts.config.data import ClientFiles, DataConfig, OnBadRow
+from flexperts.config.data import ClientFiles, DataConfig
 from flexperts.config.names import normal
 from flexperts.config.run import RunConfig
+from flexperts.data.prompts import PromptEncoder
 from flexperts.data.rows import Row
 from flexperts.data.sources import HUB
 from flexperts.data.unchanged import check_same_rows, check_unchanged, read_manifest
@@ -31,6 +32,9 @@ from flexperts.observer import Observer
 from flexperts.parameters.store import load_personal
 from flexperts.recipe import check_trust, located, recorded_recipe
 from flexperts.server.checkpoint import load_server
+
+_ASSUMED = {"format": "auto", "on_bad_row": "refuse"}
+"""Settings of a joined client that its record leaves out."""
 
 
 class TrainedRun:
@@ -126,6 +130,11 @@ class TrainedRun:
         if name not in self._workspaces:
             self._workspaces[name] = workspace_of(self.run.path, self.joined[name], self.workspace)
         return self._workspaces[name]
+
+    def encoder_of(self, name: str) -> PromptEncoder:
+        """Return the encoder of a client's prompts; its rows and state are not read."""
+        name = normal(name)
+        return self._workspace_of(name).encoder_for(name)
 
     def request(self, name: str) -> Request:
         """Return the request with which a client uses the finished model, as the server would send it."""
@@ -243,7 +252,7 @@ def answer_one(
     """Return the greedy answer of a client's model in a state to one instruction; see ``TrainedRun.generate``."""
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens = {max_new_tokens}", "it must be at least 1", "raise it to 1 or more")
-    encoder = client.workspace.encoder
+    encoder = client.encoder
     if plain:
         prompt = encoder.tokens.plain(instruction)
     elif before:
@@ -275,12 +284,9 @@ def answer_one(
     return answer
 
 
-def with_rows_of(
-    config: RunConfig, name: str, files: ClientFiles, columns: Mapping[str, str], on_bad_row: OnBadRow
-) -> RunConfig:
+def with_rows_of(config: RunConfig, name: str, files: ClientFiles) -> RunConfig:
     """Return a run with the rows of one given client only; the settings for holding out rows stay the run's."""
-    kept = config.data.held_out()
-    data = DataConfig(clients={name: files}, columns=dict(columns), on_bad_row=on_bad_row, **kept)
+    data = DataConfig(clients={name: files}, **config.data.held_out())
     return config.model_copy(update={"data": data})
 
 
@@ -301,19 +307,22 @@ def workspace_of(run: Path, record: Mapping[str, Any], workspace: Workspace) -> 
     if data is None:
         config = left_out_rows(RunDirectory(run), workspace.config, name)
         return Workspace(config, workspace.base, workspace.untouched, same)
-    files = ClientFiles(train=_from(run, data["train"]), test=data["test"] and _from(run, data["test"]))
-    config = with_rows_of(workspace.config, name, files, data["columns"], data.get("on_bad_row", "refuse"))
+    files = {"train": _from(run, data["train"]), "test": data["test"] and _from(run, data["test"])}
+    config = with_rows_of(workspace.config, name, ClientFiles(**own_of_record(data) | files))
     return Workspace(config, workspace.base, workspace.untouched, same)
 
 
-def kept_data(run: Path, files: ClientFiles, columns: Mapping[str, str], on_bad_row: OnBadRow) -> dict[str, Any]:
+def kept_data(run: Path, files: ClientFiles) -> dict[str, Any]:
     """Return the record's data settings; paths are relative to the run, so that they reveal as little as needed."""
-    return {
-        "train": _seen_from(run, files.train),
-        "test": files.test and _seen_from(run, files.test),
-        "columns": dict(columns),
-        **({"on_bad_row": on_bad_row} if on_bad_row != "refuse" else {}),
-    }
+    assert files.train is not None
+    own = {name: value for name, value in files.own.items() if value != _ASSUMED.get(name)}
+    test = files.test and _seen_from(run, files.test)
+    return {"columns": {}, **own, "train": _seen_from(run, files.train), "test": test}
+
+
+def own_of_record(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a joined client's own settings from its record's data settings."""
+    return {**_ASSUMED, **{name: value for name, value in data.items() if name not in ("train", "test")}}
 
 
 def _seen_from(run: Path, source: str) -> str:

@@ -153,8 +153,13 @@ class Engine(Protocol):
     def failure(self) -> FlexpertsError | None:
         """Why the engine stopped answering; None while it works."""
 
-    def prompt_tokens(self, messages: Sequence[Message]) -> list[int]:
-        """Return a conversation's tokens, up to where the answer starts."""
+    def prompt_tokens(self, messages: Sequence[Message], model: ModelName | None = None) -> list[int]:
+        """Return a conversation's tokens, up to where the answer starts.
+
+        Args:
+            messages: The turns; the last one is the user's.
+            model: Who answers: a client may have a template of its own. None is the run's template.
+        """
 
     def submit(
         self, model: ModelName, prompt: Sequence[int], sampling: Sampling, on_piece: Callable[[Piece], None]

@@ -72,10 +72,9 @@ class ServingEngine:
         self._lanes = lanes_of(trained)
         self._base, self._encoder = trained.model.base.model, trained.workspace.encoder
         self._sharing = probe(self._base)
-        self._ends = frozenset(end_tokens(self._base, self._encoder))
+        self._encoders = {name: trained.encoder_of(name) for name in {model.client for model in self._lanes}}
         # Tokenizers are not thread-safe: the engine decodes with one, and callers encode with another.
-        self._askers = copy.copy(self._encoder)
-        self._askers.tokenizer, self._encoding = copy.deepcopy(self._encoder.tokenizer), threading.Lock()
+        self._asking, self._encoding = copy.deepcopy(self._encoder.tokenizer), threading.Lock()
         self._queue: deque[RequestState] = deque()
         self._changed = threading.Condition()
         self._closed, self._counters = False, Counters()
@@ -117,10 +116,12 @@ class ServingEngine:
         """Why the engine stopped answering; None while it works."""
         return self._failure
 
-    def prompt_tokens(self, messages: Sequence[Message]) -> list[int]:
+    def prompt_tokens(self, messages: Sequence[Message], model: ModelName | None = None) -> list[int]:
         """Return a conversation's tokens; see ``contract.Engine``."""
+        encoder = copy.copy(self._encoder if model is None else self._encoders[model.client])
+        encoder.tokenizer = self._asking
         with self._encoding:
-            tokens = self._askers.conversation(messages)
+            tokens = encoder.conversation(messages)
         self._check_room(tokens)
         return tokens
 
@@ -140,7 +141,8 @@ class ServingEngine:
             self._count(generated_tokens=piece.tokens, finished=ended, failed=failed)
             on_piece(piece)
 
-        row = RequestState(model, prompt, Decoding(self._encoder.tokenizer, self._ends, sampling), most, heard)
+        ends = frozenset(end_tokens(self._base, self._encoders[model.client]))
+        row = RequestState(model, prompt, Decoding(self._encoder.tokenizer, ends, sampling), most, heard)
         with self._changed:
             if self._closed:
                 raise self._ended()

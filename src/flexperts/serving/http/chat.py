@@ -113,7 +113,7 @@ async def _delivery(service: Service, owner: str, model: ModelName, wanted: Chat
     sampling, engine = wanted.sampling(service.limits), service.engine
     _check_length(wanted.bytes, service.limits.longest_prompt(engine.context_length), "bytes")
     async with service.tokenizing.of(owner):
-        prompt = await run_in_threadpool(engine.prompt_tokens, wanted.conversation)
+        prompt = await run_in_threadpool(engine.prompt_tokens, wanted.conversation, model)
     _check_length(len(prompt), service.limits.prompt_tokens, "tokens")
     return Delivery(
         engine,
