@@ -18,6 +18,7 @@ from flexperts.data.clients import Clients, load_clients
 from flexperts.data.prompts import Example, PromptEncoder, encoder_of
 from flexperts.data.records import Say
 from flexperts.data.rows import ClientRows, Row
+from flexperts.data.tables import Given
 from flexperts.errors import DataError, GraftError, ModelError
 from flexperts.evaluation.mmlu import KnowledgeScore
 from flexperts.evaluation.scores import EvaluationSettings, Scores
@@ -61,12 +62,14 @@ class Workspace:
         loaded: The base, if it is in memory already.
         untouched: What is known of the untouched base.
         started_with: Called when rows are read; refuses rows that are not those that the run started with.
+        given: Rows that a Python program has given, by their source in the recipe.
     """
 
     config: RunConfig
     loaded: LoadedBase | None = None
     untouched: Untouched = field(default_factory=Untouched)
     started_with: Callable[[Clients], None] | None = None
+    given: Given = field(default_factory=dict, repr=False)
     _encoded: dict[str, list[Example]] = field(default_factory=dict, init=False, repr=False)
     _longest_response: int = field(default=0, init=False, repr=False)
     _longest_prompt: int = field(default=0, init=False, repr=False)
@@ -74,11 +77,11 @@ class Workspace:
     def for_run(self, config: RunConfig) -> Workspace:
         """Return the workspace of another run: this one, or a new one if the rows or the base differ."""
         if config.model != self.config.model:
-            return Workspace(config)
+            return Workspace(config, given=self.given)
         if _rows_of(config) == _rows_of(self.config):
             return self
         base = self.__dict__.get("base", self.loaded)  # the base if it is in memory; it is not loaded for this
-        return Workspace(config, base, self.untouched)
+        return Workspace(config, base, self.untouched, given=self.given)
 
     def rows_only(self) -> Workspace:
         """Return a workspace with the same rows for another process, which loads the base itself."""
@@ -91,7 +94,7 @@ class Workspace:
     def clients(self) -> Clients:
         """Every client's rows; all of them can be encoded."""
         say = current_observer().notice
-        read = load_clients(self.config.data, self.config.seed, say)
+        read = load_clients(self.config.data, self.config.seed, say, self.given)
         for line in self.encoder.notices:
             say(line)
         clients = {name: self._fitting(name, rows, say) for name, rows in read.items()}

@@ -18,6 +18,7 @@ from flexperts.data.partition import load_partition
 from flexperts.data.records import DataTable, Record, Say, unsaid
 from flexperts.data.rows import ClientRows, Row, read_rows
 from flexperts.data.sources import read_source
+from flexperts.data.tables import Given
 from flexperts.errors import DataError, did_you_mean, shown
 
 Clients = dict[str, ClientRows]
@@ -25,13 +26,14 @@ _NAMED = 5
 """Most clients that an error names."""
 
 
-def load_clients(config: DataConfig, seed: int, say: Say = unsaid) -> Clients:
+def load_clients(config: DataConfig, seed: int, say: Say = unsaid, given: Given | None = None) -> Clients:
     """Read all clients' rows, sorted by client name.
 
     Args:
         config: The recipe's data section.
         seed: Seed of a partition, and of the train/test split where there is no test file.
         say: Called with one line per surprising finding, with client and file.
+        given: Rows that a Python program has given.
     """
     if config.at_silos:
         raise DataError(
@@ -46,17 +48,19 @@ def load_clients(config: DataConfig, seed: int, say: Say = unsaid) -> Clients:
     elif config.partition:
         clients = _kept(load_partition(config, seed, say), config)
     else:
-        clients = _read(config.clients, config, seed, say)
+        clients = _read(config.clients, config, seed, say, given)
     clients = {name: clients[name] for name in sorted(clients)}
     if not (config.validation_fraction or config.validation_rows):
         return clients
     return {name: _with_validation(rows, config, seed, name) for name, rows in clients.items()}
 
 
-def _read(files: Mapping[str, ClientFiles], config: DataConfig, seed: int, say: Say) -> Clients:
+def _read(
+    files: Mapping[str, ClientFiles], config: DataConfig, seed: int, say: Say, given: Given | None = None
+) -> Clients:
     names = client_names(files)  # an invalid name is refused before any file is read
     kept = _kept({names[n]: own for n, own in files.items()}, config)
-    return {name: _files(name, own, config, seed, say) for name, own in kept.items()}
+    return {name: _files(name, own, config, seed, say, given) for name, own in kept.items()}
 
 
 def _kept(clients: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
@@ -146,19 +150,26 @@ def _made(source: str, rows: Sequence[Mapping[str, Any]]) -> DataTable:
     )
 
 
-def _files(name: str, files: ClientFiles, config: DataConfig, seed: int, say: Say) -> ClientRows:
-    train = read_client_file(name, files.train, config, "train", say)
+def _files(
+    name: str, files: ClientFiles, config: DataConfig, seed: int, say: Say, given: Given | None
+) -> ClientRows:
+    train = read_client_file(name, files.train, config, "train", say, given)
     if files.test is None:
         return hold_out(train, config.test_fraction, seed, name, say=say)
-    test = read_client_file(name, files.test, config, "test", say)
+    test = read_client_file(name, files.test, config, "test", say, given)
     return check_disjoint(ClientRows(tuple(train), tuple(test)), name, say=say)
 
 
 def read_client_file(
-    name: str, source: str, config: DataConfig, split: Literal["train", "test"], say: Say = unsaid
+    name: str,
+    source: str,
+    config: DataConfig,
+    split: Literal["train", "test"],
+    say: Say = unsaid,
+    given: Given | None = None,
 ) -> list[Row]:
     """Read one of a client's files; notices and errors name the client."""
-    how: dict[str, Any] = {"split": split, "on_bad_row": config.on_bad_row}
+    how: dict[str, Any] = {"split": split, "on_bad_row": config.on_bad_row, "given": given}
     try:
         return read_source(source, config.columns, **how, say=lambda text: say(f"{name}: {text}"))
     except DataError as error:

@@ -21,6 +21,7 @@ from flexperts.client.answer_limit import check_limit
 from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
 from flexperts.data.clients import Clients, partition_manifest
+from flexperts.data.tables import keep_given, kept_given
 from flexperts.data.unchanged import check_same_rows
 from flexperts.engines.engine import Engine
 from flexperts.engines.in_process import InProcess
@@ -52,6 +53,7 @@ def run_federation(
     *,
     resume: bool = False,
     workspace: Workspace | None = None,
+    keep_rows: bool = False,
 ) -> dict[str, Any]:
     """Run a recipe with all clients on this machine.
 
@@ -63,6 +65,7 @@ def run_federation(
             except for the number of rounds (see ``extending``).
         workspace: Base and rows that are loaded already, for a recipe with the same seed, model, data, evaluation
             and longest example; many runs can share one.
+        keep_rows: Keep rows that a Python program has given in ``out/rows``, so that a resumed run finds them.
 
     Returns:
         The summary, which is also in ``out/summary.json``; a reference method's summary is under ``reference``.
@@ -77,8 +80,8 @@ def run_federation(
         return summary
     with sole_writer(out), observing(observer or Observer()):
         summary = _standing(config, out, resume=resume)  # another process may just have ended
-        workspace = (workspace or Workspace(config)).for_run(config)
-        return _run(config, out, workspace) if summary is None else summary
+        workspace = (workspace or Workspace(config, given=kept_given(out))).for_run(config)
+        return _run(config, out, workspace, keep_rows=keep_rows) if summary is None else summary
 
 
 def _dated(config: RunConfig, out: Path) -> RunConfig:
@@ -88,7 +91,7 @@ def _dated(config: RunConfig, out: Path) -> RunConfig:
     return config.with_choices(template_date=recorded_recipe(out).model.template_date)
 
 
-def _run(config: RunConfig, out: Path, workspace: Workspace) -> dict[str, Any]:
+def _run(config: RunConfig, out: Path, workspace: Workspace, *, keep_rows: bool) -> dict[str, Any]:
     """Run what is not finished yet, in a directory that only this process writes."""
     started, run = time.monotonic(), RunDirectory(out)
     logging.getLogger("flwr").setLevel(logging.WARNING)  # Flower logs many lines every round
@@ -96,6 +99,8 @@ def _run(config: RunConfig, out: Path, workspace: Workspace) -> dict[str, Any]:
     _check(config, run, workspace)
     with engine_of(workspace, config, out) as engine:
         base = _prepare(config, engine)
+        if keep_rows:
+            keep_given(workspace.given, config.data.columns, out)
         config = config.with_choices(template_date=workspace.encoder.date)
         loading = time.monotonic() - started
         summary = _run_method(engine, base, config, out, loading)

@@ -52,7 +52,7 @@ def export_run(
     out: Path,
     *,
     client: str | None = None,
-    form: str = "transformers",
+    form: str | None = "transformers",
     state: str | None = None,
     dtype: str | None = None,
     base: str | None = None,
@@ -67,14 +67,14 @@ def export_run(
         path: The run directory.
         out: The folder to create.
         client: The client; None if the state is the same for all clients.
-        form: One of ``FORMS``.
+        form: One of ``FORMS``; None takes the smallest that holds the model: adapter, personal or transformers.
         state: global, personalized or chosen; None takes the form's default, or chosen where the run has a floor.
         dtype: Storage type of the weights; None takes the base's.
         base: Where the run's base is, if not where its recipe says.
         check: Whether to load the folder in a fresh process and compare its logits with the run's.
         trust_remote_code: Whether code of the base may run; a recipe that asks for it is refused otherwise.
     """
-    _known("--form", form, FORMS)
+    _known("--form", form, (*FORMS, None))
     _known("--dtype", dtype, (*DTYPES, None))
     if out.exists():
         raise ArtifactError(f"{out}", "it already exists", "choose another --to, or delete it")
@@ -83,12 +83,13 @@ def export_run(
     observer = current_observer()
     with _appearing(out) as folder:
         run = TrainedRun(path, base=base, trust_remote_code=trust_remote_code)
+        tokens = _reference_tokens(run)
+        form = form or _smallest(run, client, state, tokens)
         _check_plain(run, form)
         stored = dtype or run.config.model.dtype
         if form in ("transformers", "merged"):
             _cast(run, getattr(torch, stored))
         observer.stage("reading the model")
-        tokens = _reference_tokens(run)
         owner, chosen, content = _read(run, client, form, state, tokens)
         kept = run.client(owner).choice(run.request(owner))["chosen"] if chosen == "chosen" else chosen
         peft = run.model.lora.peft_entries(run.config.model.base)
@@ -132,6 +133,12 @@ def _reference_tokens(run: TrainedRun) -> Tensor:
     ids = run.workspace.base.tokenizer(REFERENCE_TEXT, return_tensors="pt")["input_ids"]
     tokens: Tensor = ids[:, : run.config.training.max_length]
     return tokens
+
+
+def _smallest(run: TrainedRun, client: str | None, state: str | None, tokens: Tensor) -> str:
+    """Return the form of the smallest folder that holds a model."""
+    _, _, content = _read(run, client, "transformers", state, tokens)
+    return next((form for form in ("adapter", "personal") if _misfit(form, content) is None), "transformers")
 
 
 def _read(
