@@ -136,12 +136,13 @@ class RunDirectory:
         return run
 
     @classmethod
-    def open(cls, path: Path) -> RunDirectory:
+    def open(cls, path: Path | str) -> RunDirectory:
         """Open an existing run.
 
         Raises:
             ArtifactError: There is no run, or this user cannot enter its directory.
         """
+        path = Path(path)
         try:
             holds_run = (path / "config.toml").is_file()
         except OSError as error:

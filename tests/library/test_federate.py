@@ -175,7 +175,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"training": 3}, "training"),
     ({"rounds": 0}, "federation.rounds = 0"),
     ({"rounds": 2, "federation": {"rounds": 3}}, "they are one setting"),
-    ({"federation": 3}, "federation: int"),
+    ({"federation": 3}, "federation = 3"),
     ({"clients": {}}, "a mapping from each name to its rows"),
     ({"clients": {"a": {"instruction": ["x"]}}}, "a client has train rows"),
     ({"clients": {"a": {"train": [], "validation": []}}}, "unknown key 'data.clients.a.validation'"),

@@ -38,7 +38,7 @@ def run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_answers_are_those_of_the_run(run: Run) -> None:
     model = run.model("clinic")
-    one = [run.trained.generate("clinic", "Name item 3.", context) for context in ("It is brown.", "")]
+    one = [run._trained.generate("clinic", "Name item 3.", context) for context in ("It is brown.", "")]
     assert model.generate(ASKED[:2], batch_size=1) == one
     assert model.generate(ASKED, max_new_tokens=2)[1].tokens <= 2
     assert model.chat([{"role": "user", "content": "Name item 3."}]) == one[1]
@@ -57,7 +57,7 @@ def test_a_conversation_has_several_turns(run: Run) -> None:
     model = run.model("clinic")
     turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Yes?"}]
     turns.append({"role": "user", "content": "Name item 3."})
-    assert model.encode(turns) == run.trained.workspace.encoder.conversation(turns)
+    assert model.encode(turns) == run._trained.workspace.encoder.conversation(turns)
     assert [model.chat(turns)] == model.generate([turns])
 
 
@@ -67,7 +67,7 @@ def test_the_torch_model_is_the_clients(run: Run) -> None:
     with model.in_use() as network, torch.no_grad():
         first = int(network(torch.tensor([tokens])).logits[0, -1].argmax())
     [answer] = model.generate(ASKED[1:2], max_new_tokens=1)
-    encoder = run.trained.workspace.encoder
+    encoder = run._trained.workspace.encoder
     assert answer == encoder.tokenizer.decode([first], skip_special_tokens=True).strip()
 
 
@@ -104,7 +104,7 @@ def test_clients_and_states_are_checked_before_the_base_loads(run: Run) -> None:
         fresh.model("clinik")
     with pytest.raises(ConfigError, match="zero_shot, global, personalized"):
         fresh.model("clinic", "best")
-    assert "trained" not in vars(fresh)
+    assert "_trained" not in vars(fresh)
 
 
 def test_they_say_what_they_are(run: Run, tiny_base: Path) -> None:
@@ -117,8 +117,8 @@ def test_they_say_what_they_are(run: Run, tiny_base: Path) -> None:
 def test_a_run_is_closed_and_opens_again(run: Run) -> None:
     with Run(str(run.path)) as other:
         answer = other.model("clinic").generate(ASKED[1:2])
-        model = other.trained.model
-    assert "trained" not in vars(other)
+        model = other._trained.model
+    assert "_trained" not in vars(other)
     assert model.base.model.get_submodule("model.layers.0.self_attn.q_proj").__class__ is torch.nn.Linear
     assert other.model("clinic").generate(ASKED[1:2]) == answer == run.model("clinic").generate(ASKED[1:2])
 

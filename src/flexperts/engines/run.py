@@ -48,7 +48,7 @@ _NAMED = 10
 
 def run_federation(
     config: RunConfig,
-    out: Path,
+    out: Path | str,
     observer: Observer | None = None,
     *,
     resume: bool = False,
@@ -74,6 +74,7 @@ def run_federation(
         FlexpertsError: Recipe, data or base break a rule, a resumed run has other rows than before, or another
             process writes the directory; these are checked before anything is written.
     """
+    out = Path(out)
     config = _dated(config, out)
     if (summary := _standing(config, out, resume=resume)) is not None:
         _tidy(out)

@@ -237,7 +237,9 @@ def _set_modes(folder: Path, *, private: bool) -> None:
 def _checked(facts: Facts, folder: Path, tokens: Tensor) -> LogitDifference:
     """Load the folder in a fresh process, as its card says, and compare logits."""
     source = facts.run.workspace.base.source
-    base = str(Path(source).resolve()) if Path(source).is_dir() else source  # the process has another current folder
+    base = (
+        str(Path(source).resolve()) if Path(source).is_dir() else source
+    )  # the process has another current folder
     code = facts.loading(str(folder.resolve()), base)
     whole = facts.form in ("transformers", "merged")
     types = {facts.dtype} if whole else {facts.dtype, facts.run.config.model.dtype}

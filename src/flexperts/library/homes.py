@@ -53,8 +53,8 @@ class Home(Protocol):
     def write(self, folder: Path, form: str | None) -> None:
         """Write the model as a folder, in one of the forms of an export; None is the smallest."""
 
-    def close(self) -> None:
-        """Free what was opened."""
+    at_close: Callable[[], None]
+    """Frees what belongs to the model alone."""
 
 
 class RunHome:
@@ -65,7 +65,6 @@ class RunHome:
         opened: Returns the run; it is opened on first use.
         client: The client's name.
         state: The state of its model.
-        close: Frees the run.
     """
 
     def __init__(
@@ -74,14 +73,10 @@ class RunHome:
         opened: Callable[[], TrainedRun],
         client: str,
         state: State,
-        close: Callable[[], None] = lambda: None,
     ) -> None:
         self.place, self.state = path, state
-        self._opened, self._client, self._close = opened, client, close
-
-    def close(self) -> None:
-        """See ``Home``."""
-        self._close()
+        self._opened, self._client = opened, client
+        self.at_close: Callable[[], None] = lambda: None  # its run belongs to others
 
     @property
     def encoder(self) -> PromptEncoder:
@@ -127,6 +122,7 @@ class FolderHome:
         about = folder / "personal.json"
         self.about: dict[str, Any] = mapping(about, read_json(about)) if about.is_file() else {}
         """Whose model it is, in which state, and on which base; empty where the form does not say."""
+        self.at_close = self._free
         self.state = str(self.about.get("state", "exported"))
         if not self._whole and not (folder / "adapter_model.safetensors").is_file():
             raise ArtifactError(
@@ -219,8 +215,7 @@ class FolderHome:
             raise ConfigError(f"form = {form!r}", rule, "leave it out, or export from the run")
         shutil.copytree(self.place, folder)
 
-    def close(self) -> None:
-        """See ``Home``."""
+    def _free(self) -> None:
         self.__dict__.pop("encoder", None)
         self.__dict__.pop("_loaded", None)
 

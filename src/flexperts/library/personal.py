@@ -11,7 +11,7 @@ from flexperts.cli.console import console
 from flexperts.config.names import normal
 from flexperts.errors import ArtifactError, ConfigError, DataError, PrivacyError, one_line
 from flexperts.evaluation.generation import Answer
-from flexperts.library.homes import FolderHome, Home, RunHome, written
+from flexperts.library.homes import FolderHome, Home, written
 
 Prompt = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 """An instruction, a row with ``instruction`` and maybe ``context``, or the turns of a conversation."""
@@ -74,14 +74,15 @@ class PersonalModel:
 
             run = Run(folder, base=its, trust_remote_code=trust_remote_code)
             model = run.model(client, state)
-            run.trained.client(model.client)  # its state must be whole
-            return cls(model.client, RunHome(folder, lambda: run.trained, model.client, model.state, run.close))
+            _ = model._home.encoder  # the base and the client's state load now, so that errors come here
+            model._home.at_close = run.close
+            return model
         home = FolderHome(folder, its, dtype, trust_remote_code=trust_remote_code)
         owner = home.about.get("client")
         if (client is not None and owner and normal(client) != owner) or state not in (None, home.state):
             holds = f"{folder} holds one model, {owner or 'of one client'}, {home.state}"
             raise ConfigError(f"client {client!r}, state {state!r}", holds, "leave client and state out")
-        _ = home.encoder  # the base loads now, so that errors come here
+        _ = home.encoder  # likewise
         return cls(normal(client or owner or folder.name), home)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], *, max_new_tokens: int | None = None) -> Answer:
@@ -132,11 +133,10 @@ class PersonalModel:
                 rule = "a row has a text `instruction`, and its `context` is text"
                 raise DataError(where, rule, "give these columns as text")
             return encoder.prompt(instruction, context)
-        turns = list(prompt) if isinstance(prompt, Sequence) else [None]
-        if not all(isinstance(t, Mapping) and isinstance(t.get("role"), str) and "content" in t for t in turns):
-            rule = "it is an instruction, a row, or a list of messages with role and content"
+        if not isinstance(prompt, Sequence) or not all(_is_message(turn) for turn in prompt):
+            rule = "it is an instruction, a row, or a list of messages whose role and content are text"
             raise DataError(where, rule, 'write messages as {"role": "user", "content": "..."}')
-        return encoder.conversation(turns)  # type: ignore[arg-type]  # checked just before
+        return encoder.conversation(prompt)
 
     @contextmanager
     def in_use(self) -> Iterator[Any]:
@@ -213,7 +213,7 @@ class PersonalModel:
 
     def close(self) -> None:
         """Free the run or the base, if ``from_pretrained`` opened it."""
-        self._home.close()
+        self._home.at_close()
 
     def __enter__(self) -> Self:
         return self
@@ -223,6 +223,10 @@ class PersonalModel:
 
     def __repr__(self) -> str:
         return f"PersonalModel({self.client!r}, {self.state}, of {self._home.place})"
+
+
+def _is_message(turn: Any) -> bool:
+    return isinstance(turn, Mapping) and all(isinstance(turn.get(key), str) for key in ("role", "content"))
 
 
 def _downloaded(repository: str, revision: str | None, token: str | None) -> Path:

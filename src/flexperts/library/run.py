@@ -100,7 +100,7 @@ class Run:
         if name not in self._scored:
             raise ConfigError(f"client {name!r}", f"the run's clients are {', '.join(self.clients)}", "choose one")
         chosen = state_named(make_method(config.method), config, state)
-        return PersonalModel(name, RunHome(self.path, lambda: self.trained, name, chosen))
+        return PersonalModel(name, RunHome(self.path, lambda: self._trained, name, chosen))
 
     def evaluate(self, rows: Mapping[str, Any] | None = None) -> Table:
         """Score clients' models again, in every state of the method.
@@ -116,7 +116,7 @@ class Run:
             DataError: Rows break a rule, or the run's own rows are not at hand.
         """
         read = None if rows is None else {normal(name): self._read(name, its) for name, its in rows.items()}
-        found = self.trained.evaluate(rows=read)
+        found = self._trained.evaluate(rows=read)
         return {
             kind: {
                 name: {str(s): value for s, its in states.items() if (value := its.metrics()[kind]) is not None}
@@ -126,7 +126,7 @@ class Run:
         }
 
     def _read(self, name: str, rows: Any) -> Any:
-        data, source, given = self.trained.config.data, given_source(name, "test"), {}
+        data, source, given = self._trained.config.data, given_source(name, "test"), {}
         if isinstance(rows, str | Path):
             source = located(str(rows), Path())
         else:
@@ -134,13 +134,13 @@ class Run:
         return read_source(source, data.columns, split="test", on_bad_row=data.on_bad_row, given=given)
 
     @cached_property
-    def trained(self) -> TrainedRun:
+    def _trained(self) -> TrainedRun:
         """The run with its base in memory, which its models share."""
         return TrainedRun(self.path, self._workspace, base=self._base, trust_remote_code=self._trusted)
 
     def close(self) -> None:
         """Free the base; a model that is used afterwards loads it again."""
-        if (trained := self.__dict__.pop("trained", None)) is not None:
+        if (trained := self.__dict__.pop("_trained", None)) is not None:
             trained.close()
         self._workspace = None
 
