@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from flexperts.cli.console import console
 from flexperts.config.names import normal
+from flexperts.data.prompts import PromptEncoder
 from flexperts.errors import ArtifactError, ConfigError, DataError, PrivacyError, one_line
 from flexperts.evaluation.generation import Answer
 from flexperts.library.homes import FolderHome, Home, written
@@ -116,27 +117,13 @@ class PersonalModel:
         """
         if isinstance(prompts, str | Mapping):
             raise DataError("prompts", "they are a list", "write generate([prompt])")
-        encoded = [self._encoded(prompt, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
+        encoder = self._home.encoder
+        encoded = [_encoded(encoder, prompt, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
         return self._home.answers(encoded, max_new_tokens, batch_size) if encoded else []
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return a prompt's tokens up to where the answer starts, as in training; see ``generate``."""
-        return self._encoded(prompt, "the prompt")
-
-    def _encoded(self, prompt: Prompt, where: str) -> list[int]:
-        encoder = self._home.encoder
-        if isinstance(prompt, str):
-            return encoder.prompt(prompt)
-        if isinstance(prompt, Mapping):
-            instruction, context = prompt.get("instruction"), prompt.get("context") or ""
-            if not isinstance(instruction, str) or not isinstance(context, str):
-                rule = "a row has a text `instruction`, and its `context` is text"
-                raise DataError(where, rule, "give these columns as text")
-            return encoder.prompt(instruction, context)
-        if not isinstance(prompt, Sequence) or not all(_is_message(turn) for turn in prompt):
-            rule = "it is an instruction, a row, or a list of messages whose role and content are text"
-            raise DataError(where, rule, 'write messages as {"role": "user", "content": "..."}')
-        return encoder.conversation(prompt)
+        return _encoded(self._home.encoder, prompt, "the prompt")
 
     @contextmanager
     def in_use(self) -> Iterator[Any]:
@@ -150,6 +137,8 @@ class PersonalModel:
 
     def save_pretrained(self, folder: str | Path, *, form: str | None = None) -> None:
         """Write the model as a folder for transformers, PEFT and ``from_pretrained``, with a model card.
+
+        The base is loaded again for it, and once more in the process that checks the folder.
 
         Args:
             folder: The folder to create.
@@ -225,8 +214,24 @@ class PersonalModel:
         return f"PersonalModel({self.client!r}, {self.state}, of {self._home.place})"
 
 
-def _is_message(turn: Any) -> bool:
-    return isinstance(turn, Mapping) and all(isinstance(turn.get(key), str) for key in ("role", "content"))
+def _encoded(encoder: PromptEncoder, prompt: Prompt, where: str) -> list[int]:
+    if isinstance(prompt, str):
+        return encoder.prompt(prompt)
+    if isinstance(prompt, Mapping):
+        instruction, context = prompt.get("instruction"), prompt.get("context") or ""
+        if not isinstance(instruction, str) or not isinstance(context, str):
+            rule = "a row has a text `instruction`, and its `context` is text"
+            raise DataError(where, rule, "give these columns as text")
+        return encoder.prompt(instruction, context)
+    turns = [turn for turn in prompt if isinstance(turn, Mapping)] if isinstance(prompt, Sequence) else []
+    if not turns or len(turns) != len(prompt) or not all(map(_is_message, turns)):
+        rule = "it is an instruction, a row, or a list of messages whose role and content are text"
+        raise DataError(where, rule, 'write messages as {"role": "user", "content": "..."}')
+    return encoder.conversation(turns)
+
+
+def _is_message(turn: Mapping[str, Any]) -> bool:
+    return all(isinstance(turn.get(key), str) for key in ("role", "content"))
 
 
 def _downloaded(repository: str, revision: str | None, token: str | None) -> Path:
