@@ -7,7 +7,7 @@ python examples/quickstart.py model.base=FOLDER federation.rounds=1    # any MoE
 import sys
 from pathlib import Path
 
-from flexperts import TrainedRun, load_recipe, run_federation
+from flexperts import Run, load_recipe, run_federation
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
 
@@ -21,9 +21,10 @@ def main(out: Path, *overrides: str) -> None:
     note = (
         "The Tandem printer has run dry, reports Mr Otto Lind from 12 Cedar Street. Logged on 3 March as RX 4410."
     )
-    models = TrainedRun(out)
-    for client in models.clients:
-        print(f"{client:10s} {models.generate(client, 'Extract the details.', note)}")
+    with Run(out) as run:
+        for client in run.clients:
+            [answer] = run.model(client).generate([{"instruction": "Extract the details.", "context": note}])
+            print(f"{client:10s} {answer}")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ LAYERS = [
     {"export", "studies"},
     {"reports"},
     {"cli"},
+    {"library"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 OUTSIDE = {"__init__", "__main__", "testing"}  # names things lazily, is the command, is for tests

@@ -66,6 +66,19 @@ def test_there_are_library_pages() -> None:
     assert len(LIBRARY) >= 5
 
 
+def test_the_python_of_the_readme_runs(
+    workplace: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [block] = [block for block in blocks(ROOT / "README.md") if block.kind == "python"]
+    for name in ("clinic", "shop"):
+        lines = [f"Code case {i}.,{name} {i}" for i in range(6)]
+        (workplace / f"{name}.csv").write_text("\n".join(["instruction,response", *lines]), encoding="utf-8")
+    names: dict[str, object] = {}
+    exec(compile(block.text.replace('"smol-moe"', repr(str(tiny_base))), "README.md", "exec"), names)
+    assert "'personalized':" in capsys.readouterr().out
+    assert [path.name[:5] for path in (workplace / "runs").iterdir()] == ["flex-"]
+
+
 def test_an_entry_point_as_on_the_page_makes_a_method_known(workplace: Path) -> None:
     files = {block.title: block.text for block in blocks(ROOT / "docs" / "library" / "methods.md") if block.title}
     (workplace / "median_method.py").write_text(files["median_method.py"], encoding="utf-8")

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from flexperts.engines.run import run_federation
     from flexperts.errors import FlexpertsError
     from flexperts.finished.joining import join
-    from flexperts.finished.trained import TrainedRun
+    from flexperts.library.callbacks import Callback
+    from flexperts.library.federate import federate
+    from flexperts.library.personal import PersonalModel
+    from flexperts.library.run import Run
     from flexperts.methods.kit.method import Method
     from flexperts.methods.kit.server_state import Server
     from flexperts.methods.registry import method_names, register_method
@@ -35,18 +38,21 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Callback": "library.callbacks",
     "FlexpertsError": "errors",
     "Grafts": "parts.grafts",
     "Method": "methods.kit.method",
     "Observer": "observer",
+    "PersonalModel": "library.personal",
     "Protection": "protection.protection",
+    "Run": "library.run",
     "RunConfig": "config.run",
     "RunDirectory": "artifacts",
     "Server": "methods.kit.server_state",
-    "TrainedRun": "finished.trained",
     "Update": "communication.messages",
     "build_base": "smol_moe.build",
     "collect_run": "studies.collect",
+    "federate": "library.federate",
     "find_experts": "moe.experts",
     "join": "finished.joining",
     "load_grafts": "parts.graft_file",
@@ -61,18 +67,21 @@ _HOMES = {
     "split_parameters": "parameters.split",
 }
 __all__ = [
+    "Callback",
     "FlexpertsError",
     "Grafts",
     "Method",
     "Observer",
+    "PersonalModel",
     "Protection",
+    "Run",
     "RunConfig",
     "RunDirectory",
     "Server",
-    "TrainedRun",
     "Update",
     "build_base",
     "collect_run",
+    "federate",
     "find_experts",
     "join",
     "load_grafts",
@@ -89,6 +98,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "TrainedRun":
+        from warnings import warn
+
+        warn("flexperts.TrainedRun is deprecated: use flexperts.Run, until 0.3", DeprecationWarning, stacklevel=2)
+        return import_module("flexperts.finished.trained").TrainedRun
     if name not in _HOMES:
         raise AttributeError(f"module 'flexperts' has no attribute {name!r}")
     return getattr(import_module(f"flexperts.{_HOMES[name]}"), name)

@@ -19,6 +19,7 @@ Its files::
   floor/NAME.json        which model a client keeps, and the NLL of its candidates by row (likewise)
   selection/NAME.json         the experts that a client chose, and every expert's loss (likewise)
   routing/NAME.jsonl          how each client's rows are routed, by round and state (likewise)
+  rows/NAME/train.jsonl       rows that a Python program gave, only where it asked to keep them
   joined/NAME.json            a client that joined after training: its rows (counts and hashes), steps, scores
   tensorboard/           event files, if --track asks for them
   reference/             the reference method's run, with the same files
@@ -135,12 +136,13 @@ class RunDirectory:
         return run
 
     @classmethod
-    def open(cls, path: Path) -> RunDirectory:
+    def open(cls, path: Path | str) -> RunDirectory:
         """Open an existing run.
 
         Raises:
             ArtifactError: There is no run, or this user cannot enter its directory.
         """
+        path = Path(path)
         try:
             holds_run = (path / "config.toml").is_file()
         except OSError as error:

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin
 from pydantic import ValidationError
 
 from flexperts.config import yaml_tree
-from flexperts.config.data import ClientFiles, DataConfig
+from flexperts.config.data import GIVEN, ClientFiles, DataConfig
 from flexperts.config.run import EngineConfig, RunConfig
 from flexperts.config.section import Section
 from flexperts.config.silo import SiloConfig
@@ -137,6 +137,12 @@ def parse_recipe(
     tree = _tree(text, where)
     for override in overrides:
         _override(tree, override)
+    return recipe_of_tree(tree, folder=folder, where=where)
+
+
+def recipe_of_tree(tree: Mapping[str, Any], *, folder: Path | None = None, where: str = "recipe") -> RunConfig:
+    """Return a recipe from its sections and settings as nested mappings; see ``load_recipe``."""
+    _check_values(tree, where)
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -282,12 +288,12 @@ def _resolved(source: str | None, folder: Path) -> str | None:
 
 
 def located(source: str, folder: Path) -> str:
-    """Return a data source as an absolute path; a source on the hub is returned unchanged.
+    """Return a data source as an absolute path; a source on the hub, or given from Python, is returned unchanged.
 
     A symbolic link keeps its name, because the name says what the file holds: the hub's cache links
     ``train.jsonl`` to a file named by a hash.
     """
-    if source.startswith("hub:"):
+    if source.startswith(("hub:", GIVEN)):
         return source
     try:
         path = folder / source

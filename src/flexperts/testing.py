@@ -133,9 +133,10 @@ def byte_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
 
 
 def save_tiny_base(
-    folder: Path, family: str = "qwen2_moe", *, seed: int = 0, chat: bool = True, **settings: Any
+    folder: Path | str, family: str = "qwen2_moe", *, seed: int = 0, chat: bool = True, **settings: Any
 ) -> Path:
     """Save a tiny model with its tokenizer as a transformers folder, and return the folder."""
+    folder = Path(folder)
     tiny_model(family, seed=seed, **settings).save_pretrained(folder)
     byte_tokenizer(chat=chat).save_pretrained(folder)
     return folder

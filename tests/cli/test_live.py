@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from flexperts.cli import live
 from flexperts.cli.display import RunDisplay
 from flexperts.cli.live import ProgressDisplay, showing_stages
 from flexperts.observer import TurnState, current_observer, libraries_drawing, observing
@@ -151,3 +152,14 @@ def test_a_silo_shows_turns_and_no_stage_that_has_ended() -> None:
     with console.capture() as shown:
         console.print(display)
     assert not shown.get().strip()
+
+
+@pytest.mark.parametrize("widgets", [False, True])
+def test_a_notebook_draws_bars_only_with_ipywidgets(monkeypatch: pytest.MonkeyPatch, widgets: bool) -> None:
+    monkeypatch.setattr(live, "find_spec", lambda name: object() if widgets else None)
+    shown: list[bool] = []
+    monkeypatch.setattr(ProgressDisplay, "_show", lambda self: shown.append(True))
+    drawn = ProgressDisplay(Console(file=io.StringIO(), force_jupyter=True), Clock())
+    with drawn as display, observing(display), libraries_drawing():
+        pass
+    assert bool(shown) is widgets

@@ -1,4 +1,4 @@
-"""Progress in a terminal: bars of what is under way; without a terminal, a line every 30 seconds."""
+"""Progress in a terminal or notebook: bars of what is under way; where these cannot be drawn, a line every 30 s."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from types import TracebackType
 from typing import Self
 
@@ -47,11 +48,16 @@ class ProgressDisplay(Relay):
         self._ended, self._thread = threading.Event(), threading.Thread(target=self._beats, daemon=True)
 
     def __enter__(self) -> Self:
-        if self.console.is_interactive:
+        if self._redraws:
             self._show()
         else:
             self._thread.start()
         return self
+
+    @property
+    def _redraws(self) -> bool:
+        """Whether lines can be drawn again: in a terminal, and in a notebook with ipywidgets."""
+        return self.console.is_interactive and not (self.console.is_jupyter and find_spec("ipywidgets") is None)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -115,7 +121,7 @@ class ProgressDisplay(Relay):
         self._drawing += 1 if begin else -1
         if self._drawing:
             self._hide()
-        elif self.console.is_interactive and not self._ended.is_set() and self._live is None:
+        elif self._redraws and not self._ended.is_set() and self._live is None:
             self._show()
 
 

@@ -7,18 +7,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from flexperts.config.run import RunConfig
     from flexperts.costs.preflight import Preflight
+    from flexperts.data.tables import Given
     from flexperts.modeling.quantization import Storage
 
 _SMALL = 1_000_000_000
 """Size in bytes below which a checkpoint's memory is not estimated."""
 
 
-def check_memory(config: RunConfig) -> RunConfig:
+def check_memory(config: RunConfig, given: Given | None = None, *, console: Console | None = None) -> RunConfig:
     """Show the memory that a run of a large base needs, and refuse the run if it is not free.
+
+    Args:
+        config: The run.
+        given: Rows that a Python program has given.
+        console: Where to; stdout by default.
 
     Returns:
         The run, with the number of workers that fit if it leaves that open.
@@ -27,7 +34,7 @@ def check_memory(config: RunConfig) -> RunConfig:
     from flexperts.errors import FlexpertsError
     from flexperts.smol_moe.build import resolve_base
 
-    model, console = config.model, terminal()
+    model, console = config.model, console or terminal()
     if not model.preflight or model.trust_remote_code or _is_small(Path(resolve_base(model.base))):
         return config
     from flexperts.client.workspace import Workspace
@@ -36,8 +43,9 @@ def check_memory(config: RunConfig) -> RunConfig:
     from flexperts.data.clients import load_clients
 
     try:
-        clients = load_clients(config.data, config.seed)
-        estimator = Estimator(model.base, list(clients), row_lengths(Workspace(config), clients))
+        clients = load_clients(config.data, config.seed, given=given)
+        workspace = Workspace(config, given=given or {})
+        estimator = Estimator(model.base, list(clients), row_lengths(workspace, clients))
         made = estimator.estimate(config)
     except FlexpertsError as error:  # the run itself will report the error
         console.print(f"memory: not estimated ({error})", soft_wrap=True)

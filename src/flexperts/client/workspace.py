@@ -20,6 +20,7 @@ from flexperts.data.clients import Clients, Refused, load_clients, raised, tried
 from flexperts.data.prompts import Example, PromptEncoder, encoder_of
 from flexperts.data.records import Say
 from flexperts.data.rows import ClientRows, Row
+from flexperts.data.tables import Given
 from flexperts.errors import DataError, GraftError, ModelError
 from flexperts.evaluation.mmlu import KnowledgeScore
 from flexperts.evaluation.scores import EvaluationSettings, Scores
@@ -64,6 +65,7 @@ class Workspace:
         untouched: What is known of the untouched base.
         started_with: Called when rows are read; refuses rows that are not those that the run started with.
         refused: See ``load_clients``; it also gets errors of rows that cannot be encoded.
+        given: Rows that a Python program has given, by their source in the recipe.
     """
 
     config: RunConfig
@@ -71,6 +73,7 @@ class Workspace:
     untouched: Untouched = field(default_factory=Untouched)
     started_with: Callable[[Clients], None] | None = None
     refused: Refused = raised
+    given: Given = field(default_factory=dict, repr=False)
     lengths: dict[str, dict[Side, Lengths]] = field(default_factory=dict, init=False, repr=False)
     """Lengths of every client's rows, split by split, once ``clients`` is read."""
     _encoded: dict[str, list[Example]] = field(default_factory=dict, init=False, repr=False)
@@ -81,11 +84,11 @@ class Workspace:
     def for_run(self, config: RunConfig) -> Workspace:
         """Return the workspace of another run: this one, or a new one if the rows or the base differ."""
         if config.model != self.config.model:
-            return Workspace(config)
+            return Workspace(config, given=self.given)
         if _rows_of(config) == _rows_of(self.config):
             return self
         base = self.__dict__.get("base", self.loaded)  # the base if it is in memory; it is not loaded for this
-        return Workspace(config, base, self.untouched)
+        return Workspace(config, base, self.untouched, given=self.given)
 
     def rows_only(self) -> Workspace:
         """Return a workspace with the same rows for another process, which loads the base itself."""
@@ -99,7 +102,7 @@ class Workspace:
     def clients(self) -> Clients:
         """Every client's rows; all of them can be encoded."""
         say = current_observer().notice
-        read = load_clients(self.config.data, self.config.seed, say, self.refused)
+        read = load_clients(self.config.data, self.config.seed, say, self.refused, self.given)
         for line in dict.fromkeys(line for encoder in self.encoders for line in encoder.notices):
             say(line)
         fitting = {name: tried(self._fitting, self.refused, name, rows, say) for name, rows in read.items()}

@@ -9,6 +9,8 @@ from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model
 from flexperts.config.names import normal
 from flexperts.config.section import Section
 
+GIVEN = "python:"
+"""Begins the source of rows that a Python program gives, such as ``python:clinic/train``."""
 _FIELDS = ("instruction", "context", "response", "category", "messages", "text", "tools", "system")
 _WHOLE = ("messages", "text")
 """Fields that are a whole row."""

@@ -18,6 +18,7 @@ from flexperts.data.partition import load_partition
 from flexperts.data.records import DataTable, Record, Say, unsaid
 from flexperts.data.rows import ClientRows, Row, read_rows
 from flexperts.data.sources import read_source
+from flexperts.data.tables import Given
 from flexperts.errors import DataError, did_you_mean, shown
 
 Clients = dict[str, ClientRows]
@@ -35,7 +36,9 @@ def raised(error: DataError) -> None:
     raise error
 
 
-def load_clients(config: DataConfig, seed: int, say: Say = unsaid, refused: Refused = raised) -> Clients:
+def load_clients(
+    config: DataConfig, seed: int, say: Say = unsaid, refused: Refused = raised, given: Given | None = None
+) -> Clients:
     """Read all clients' rows, sorted by client name.
 
     Args:
@@ -43,6 +46,7 @@ def load_clients(config: DataConfig, seed: int, say: Say = unsaid, refused: Refu
         seed: Seed of a partition, and of the train/test split where there is no test file.
         say: Called with one line per surprising finding, with client and file.
         refused: Called with an error of one client's files; where it returns, the others are read without it.
+        given: Rows that a Python program has given.
     """
     if config.at_silos:
         raise DataError(
@@ -57,7 +61,7 @@ def load_clients(config: DataConfig, seed: int, say: Say = unsaid, refused: Refu
     elif config.partition:
         clients = _kept(load_partition(config, seed, say), config)
     else:
-        clients = _read(config.clients, config, seed, say, refused)
+        clients = _read(config.clients, config, seed, say, refused, given)
     clients = {name: clients[name] for name in sorted(clients)}
     if not (config.validation_fraction or config.validation_rows):
         return clients
@@ -91,10 +95,17 @@ def sources_of(config: DataConfig) -> Iterator[tuple[str | None, str, str]]:
         yield from ((normal(name), side, source) for side, source in given)
 
 
-def _read(files: Mapping[str, ClientFiles], config: DataConfig, seed: int, say: Say, refused: Refused) -> Clients:
+def _read(
+    files: Mapping[str, ClientFiles],
+    config: DataConfig,
+    seed: int,
+    say: Say,
+    refused: Refused,
+    given: Given | None = None,
+) -> Clients:
     names = client_names(files)  # an invalid name is refused before any file is read
     kept = _kept({names[n]: own for n, own in files.items()}, config)
-    read = {name: _files(name, own, config.of_client(name), seed, say, refused) for name, own in kept.items()}
+    read = {n: _files(n, own, config.of_client(n), seed, say, refused, given) for n, own in kept.items()}
     return {name: rows for name, rows in read.items() if rows is not None}
 
 
@@ -198,11 +209,20 @@ def _made(source: str, rows: Sequence[Mapping[str, Any]]) -> DataTable:
 
 
 def _files(
-    name: str, files: ClientFiles, config: DataConfig, seed: int, say: Say, refused: Refused
+    name: str,
+    files: ClientFiles,
+    config: DataConfig,
+    seed: int,
+    say: Say,
+    refused: Refused,
+    given: Given | None,
 ) -> ClientRows | None:
     """Return one client's rows; both of its files are read, also if the first one is refused."""
-    given = {side: source for side in _SIDES if (source := getattr(files, side)) is not None}
-    read = {s: tried(read_client_file, refused, name, source, config, s, say) for s, source in given.items()}
+    sources = {side: source for side in _SIDES if (source := getattr(files, side)) is not None}
+    read = {
+        side: tried(read_client_file, refused, name, source, config, side, say, given)
+        for side, source in sources.items()
+    }
     train, test = read["train"], read.get("test")
     if train is None or (files.test is not None and test is None):
         return None
@@ -212,10 +232,20 @@ def _files(
 
 
 def read_client_file(
-    name: str, source: str, config: DataConfig, split: Literal["train", "test"], say: Say = unsaid
+    name: str,
+    source: str,
+    config: DataConfig,
+    split: Literal["train", "test"],
+    say: Say = unsaid,
+    given: Given | None = None,
 ) -> list[Row]:
     """Read one of a client's files; notices and errors name the client."""
-    how: dict[str, Any] = {"split": split, "format": config.format, "on_bad_row": config.on_bad_row}
+    how: dict[str, Any] = {
+        "split": split,
+        "format": config.format,
+        "on_bad_row": config.on_bad_row,
+        "given": given,
+    }
     try:
         return read_source(source, config.columns, **how, say=lambda text: say(f"{name}: {text}"))
     except DataError as error:

@@ -5,20 +5,17 @@ Files are read directly, not through a dataset cache, so that private rows are n
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from flexperts.config.data import DataFormat, OnBadRow
+from flexperts.config.data import GIVEN, DataFormat, OnBadRow
 from flexperts.data.columns import possible_columns
 from flexperts.data.delimited import read_delimited
 from flexperts.data.json_files import read_json_lines, read_json_list
 from flexperts.data.records import (
     ENDINGS,
     DataTable,
-    Number,
     Record,
     Say,
     name_and_ending,
@@ -27,6 +24,7 @@ from flexperts.data.records import (
     unsaid,
 )
 from flexperts.data.rows import Row, read_rows
+from flexperts.data.tables import Given, arrow_values, given_table, python_value
 from flexperts.data.text_files import decoded_text
 from flexperts.errors import DataError
 from flexperts.observer import libraries_drawing
@@ -44,6 +42,7 @@ def read_source(
     format: DataFormat = "auto",
     on_bad_row: OnBadRow = "refuse",
     say: Say = unsaid,
+    given: Given | None = None,
 ) -> list[Row]:
     """Read all rows of a file, or of a hub data set named ``hub:org/name`` or ``hub:org/name:split``.
 
@@ -51,12 +50,15 @@ def read_source(
         source: The file or data set.
         columns, passage, format, on_bad_row, say: As for ``read_rows``.
         split: The data set's split, where the name does not include one.
+        given: Rows that a Python program has given.
     """
-    table = open_table(source, possible_columns(columns), split, say)
+    table = open_table(source, possible_columns(columns), split, say, given)
     return read_rows(table, columns, format=format, on_bad_row=on_bad_row, passage=passage, say=say)
 
 
-def open_table(source: str, wanted: Collection[str], split: str = "train", say: Say = unsaid) -> DataTable:
+def open_table(
+    source: str, wanted: Collection[str], split: str = "train", say: Say = unsaid, given: Given | None = None
+) -> DataTable:
     """Open a source with all its columns; see ``read_source``.
 
     Args:
@@ -64,10 +66,17 @@ def open_table(source: str, wanted: Collection[str], split: str = "train", say: 
         wanted: Columns that may be needed.
         split: The data set's split, where the name does not include one.
         say: Called with one line per surprising finding.
+        given: Rows that a Python program has given.
     """
     if source.startswith(HUB):
         return _hub(source.removeprefix(HUB), split)
-    path = _checked(Path(source))
+    path = Path(source)
+    if source.startswith(GIVEN):
+        found = given_table(source, given or {})
+        if isinstance(found, DataTable):
+            return found
+        path = found
+    path = _checked(path)
     kind = name_and_ending(path)[1]
     if kind == ".parquet":
         return _parquet(path)
@@ -114,7 +123,7 @@ def _parquet(path: Path) -> DataTable:
                 read = [name for name in file.schema_arrow.names if name in wanted]
                 row = 0
                 for batch in file.iter_batches(columns=read):
-                    columns = [_values(path, name, batch.column(name)) for name in read]
+                    columns = [arrow_values(str(path), name, batch.column(name)) for name in read]
                     for values in zip(*columns, strict=True):
                         row += 1
                         yield Record(f"row {row}", dict(zip(read, values, strict=True)))
@@ -138,26 +147,6 @@ def _unreadable(path: Path, error: Exception) -> DataError:
     return DataError(f"{path}", f"it is not a readable Parquet file ({error})", "copy it or write it again")
 
 
-def _values(path: Path, name: str, column: Any) -> list[Any]:
-    """Return a Parquet column as Python values; Arrow writes numbers as text, with as few digits as they need."""
-    import pyarrow
-    import pyarrow.compute
-
-    kind = column.type
-    if not (pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind) or pyarrow.types.is_decimal(kind)):
-        try:
-            return list(column.to_pylist())
-        except (ValueError, OverflowError) as error:  # its message contains a value, which must not be shown
-            raise DataError(
-                f"{path}: column {name!r} of type {kind}",
-                "it must be text or a number",
-                "convert the column to text",
-            ) from error
-    text = column.cast(pyarrow.string()).to_pylist()
-    finite = pyarrow.compute.is_finite(column).to_pylist()
-    return [t if t is None else Number(t) if f else float("nan") for t, f in zip(text, finite, strict=True)]
-
-
 def _hub(name: str, split: str) -> DataTable:
     """Open a hub data set; it is stored on this machine and mapped into memory; only requested columns are read."""
     from datasets import load_dataset
@@ -178,16 +167,11 @@ def _hub(name: str, split: str) -> DataTable:
         try:
             chosen = found.select_columns([c for c in columns if c in wanted])
             for row, values in enumerate(chosen, 1):
-                yield Record(f"row {row}", {column: _number(value) for column, value in values.items()})
+                yield Record(f"row {row}", {column: python_value(value) for column, value in values.items()})
         except Exception as error:
             raise _unloadable(name, error) from error
 
     return DataTable(f"{HUB}{name}", columns, records)
-
-
-def _number(value: Any) -> Any:
-    is_number = type(value) is int or (isinstance(value, float) and math.isfinite(value))
-    return Number(value) if is_number else value
 
 
 def _unloadable(name: str, error: Exception) -> DataError:

@@ -22,6 +22,7 @@ from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
 from flexperts.data.check import short_line
 from flexperts.data.clients import Clients, partition_manifest
+from flexperts.data.tables import keep_given, kept_given
 from flexperts.data.unchanged import check_same_rows
 from flexperts.engines.engine import Engine
 from flexperts.engines.in_process import InProcess
@@ -48,11 +49,12 @@ _NAMED = 10
 
 def run_federation(
     config: RunConfig,
-    out: Path,
+    out: Path | str,
     observer: Observer | None = None,
     *,
     resume: bool = False,
     workspace: Workspace | None = None,
+    keep_rows: bool = False,
 ) -> dict[str, Any]:
     """Run a recipe with all clients on this machine.
 
@@ -64,6 +66,7 @@ def run_federation(
             except for the number of rounds (see ``extending``).
         workspace: Base and rows that are loaded already, for a recipe with the same seed, model, data, evaluation
             and longest example; many runs can share one.
+        keep_rows: Keep rows that a Python program has given in ``out/rows``, so that a resumed run finds them.
 
     Returns:
         The summary, which is also in ``out/summary.json``; a reference method's summary is under ``reference``.
@@ -72,14 +75,15 @@ def run_federation(
         FlexpertsError: Recipe, data or base break a rule, a resumed run has other rows than before, or another
             process writes the directory; these are checked before anything is written.
     """
+    out = Path(out)
     config = _dated(config, out)
     if (summary := _standing(config, out, resume=resume)) is not None:
         _tidy(out)
         return summary
     with sole_writer(out), observing(observer or Observer()):
         summary = _standing(config, out, resume=resume)  # another process may just have ended
-        workspace = (workspace or Workspace(config)).for_run(config)
-        return _run(config, out, workspace) if summary is None else summary
+        workspace = (workspace or Workspace(config, given=kept_given(out))).for_run(config)
+        return _run(config, out, workspace, keep_rows=keep_rows) if summary is None else summary
 
 
 def _dated(config: RunConfig, out: Path) -> RunConfig:
@@ -89,7 +93,7 @@ def _dated(config: RunConfig, out: Path) -> RunConfig:
     return config.with_choices(template_date=recorded_recipe(out).model.template_date)
 
 
-def _run(config: RunConfig, out: Path, workspace: Workspace) -> dict[str, Any]:
+def _run(config: RunConfig, out: Path, workspace: Workspace, *, keep_rows: bool) -> dict[str, Any]:
     """Run what is not finished yet, in a directory that only this process writes."""
     started, run = time.monotonic(), RunDirectory(out)
     logging.getLogger("flwr").setLevel(logging.WARNING)  # Flower logs many lines every round
@@ -97,6 +101,8 @@ def _run(config: RunConfig, out: Path, workspace: Workspace) -> dict[str, Any]:
     _check(config, run, workspace)
     with engine_of(workspace, config, out) as engine:
         base = _prepare(config, engine)
+        if keep_rows:
+            keep_given(workspace.given, config.data.columns, out)
         config = config.with_choices(template_date=workspace.template_date)
         loading = time.monotonic() - started
         summary = _run_method(engine, base, config, out, loading)

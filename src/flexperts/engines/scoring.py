@@ -14,6 +14,7 @@ from flexperts.client.answer_limit import answer_limit, check_limit, with_record
 from flexperts.client.workspace import Workspace
 from flexperts.config.run import EngineConfig
 from flexperts.data.rows import Row
+from flexperts.data.tables import kept_given
 from flexperts.data.unchanged import check_same_rows
 from flexperts.engines.pool import Call, pool_for
 from flexperts.errors import ModelError
@@ -61,7 +62,7 @@ def score_run(
     """
     run = RunDirectory.open(path)
     config = with_recorded_limit(recipe_of(run, base, trusted=trust_remote_code), run.summary())
-    workspace = Workspace(config, started_with=partial(check_same_rows, run.partition))
+    workspace = Workspace(config, started_with=partial(check_same_rows, run.partition), given=kept_given(run.path))
     pool = pool_for(workspace, engine, len(run.summary()["clients"]), path)
     with pool or nullcontext():
         results = pool.results if pool else partial(_here, workspace)

@@ -52,7 +52,7 @@ def export_run(
     out: Path,
     *,
     client: str | None = None,
-    form: str = "transformers",
+    form: str | None = "transformers",
     state: str | None = None,
     dtype: str | None = None,
     base: str | None = None,
@@ -67,14 +67,14 @@ def export_run(
         path: The run directory.
         out: The folder to create.
         client: The client; None if the state is the same for all clients.
-        form: One of ``FORMS``.
+        form: One of ``FORMS``; None takes the smallest that holds the model: adapter, personal or transformers.
         state: global, personalized or chosen; None takes the form's default, or chosen where the run has a floor.
         dtype: Storage type of the weights; None takes the base's.
         base: Where the run's base is, if not where its recipe says.
         check: Whether to load the folder in a fresh process and compare its logits with the run's.
         trust_remote_code: Whether code of the base may run; a recipe that asks for it is refused otherwise.
     """
-    _known("--form", form, FORMS)
+    _known("--form", form, (*FORMS, None))
     _known("--dtype", dtype, (*DTYPES, None))
     if out.exists():
         raise ArtifactError(f"{out}", "it already exists", "choose another --to, or delete it")
@@ -83,12 +83,13 @@ def export_run(
     observer = current_observer()
     with _appearing(out) as folder:
         run = TrainedRun(path, base=base, trust_remote_code=trust_remote_code)
+        tokens = _reference_tokens(run)
+        form = form or _smallest(run, client, state, tokens)
         _check_plain(run, form)
         stored = dtype or run.config.model.dtype
         if form in ("transformers", "merged"):
             _cast(run, getattr(torch, stored))
         observer.stage("reading the model")
-        tokens = _reference_tokens(run)
         owner, chosen, content = _read(run, client, form, state, tokens)
         kept = run.client(owner).choice(run.request(owner))["chosen"] if chosen == "chosen" else chosen
         peft = run.model.lora.peft_entries(run.config.model.base)
@@ -133,6 +134,12 @@ def _reference_tokens(run: TrainedRun) -> Tensor:
     ids = run.workspace.base.tokenizer(REFERENCE_TEXT, return_tensors="pt")["input_ids"]
     tokens: Tensor = ids[:, : run.config.training.max_length]
     return tokens
+
+
+def _smallest(run: TrainedRun, client: str | None, state: str | None, tokens: Tensor) -> str:
+    """Return the form of the smallest folder that holds a model."""
+    _, _, content = _read(run, client, "transformers", state, tokens)
+    return next((form for form in ("adapter", "personal") if _misfit(form, content) is None), "transformers")
 
 
 def _read(
@@ -230,7 +237,11 @@ def _set_modes(folder: Path, *, private: bool) -> None:
 
 def _checked(facts: Facts, folder: Path, tokens: Tensor) -> LogitDifference:
     """Load the folder in a fresh process, as its card says, and compare logits."""
-    code = facts.loading(str(folder.resolve()), facts.run.workspace.base.source)
+    source = facts.run.workspace.base.source
+    base = (
+        str(Path(source).resolve()) if Path(source).is_dir() else source
+    )  # the process has another current folder
+    code = facts.loading(str(folder.resolve()), base)
     whole = facts.form in ("transformers", "merged")
     types = {facts.dtype} if whole else {facts.dtype, facts.run.config.model.dtype}
     coarsest = torch.bfloat16 if "bfloat16" in types else torch.float32

@@ -61,6 +61,11 @@ def stop_where_trained(model: Any, encoder: PromptEncoder) -> None:
         model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
 
 
+def writes_alpaca(template: str) -> bool:
+    """Return whether a chat template is one that ``trained_tokenizer`` made for the alpaca template."""
+    return _literal(ALPACA.partition("{")[0])[1:-1] in template and _literal(_ASKED) in template
+
+
 def _alpaca(begin: str, end: str) -> str:
     pieces = [_literal(begin)]
     for literal, field, _, _ in Formatter().parse(ALPACA.removesuffix(_ASKED)):

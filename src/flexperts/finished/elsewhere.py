@@ -78,7 +78,7 @@ def _of_source(run: TrainedRun, name: str, source: str) -> Elsewhere:
 
 def _clients(run: TrainedRun, config: RunConfig) -> Clients:
     """Return the rows that a new run of this recipe would have."""
-    return Workspace(config, run.workspace.base, run.workspace.untouched).clients
+    return Workspace(config, run.workspace.base, run.workspace.untouched, given=run.workspace.given).clients
 
 
 def _of_folder(run: TrainedRun, folder: Path) -> dict[str, Elsewhere]:

@@ -21,6 +21,7 @@ from flexperts.config.run import RunConfig
 from flexperts.data.clients import partition_manifest
 from flexperts.data.records import name_and_ending
 from flexperts.data.sources import HUB
+from flexperts.data.tables import given_source
 from flexperts.errors import ArtifactError, ConfigError
 from flexperts.evaluation.scores import SCORES, Scores
 from flexperts.files import make_folder, sealed, sole_writer, unwritable, write_json
@@ -42,9 +43,9 @@ _COMMON = ("training.max_length", "training.gradient_checkpointing")
 
 def join(
     path: Path | str,
-    data: Path | str,
+    data: Any,
     *,
-    test: Path | str | None = None,
+    test: Any = None,
     name: str | None = None,
     steps: int | None = None,
     columns: Mapping[str, str] | None = None,
@@ -62,7 +63,8 @@ def join(
 
     Args:
         path: The directory of a finished run.
-        data: The new client's rows: a file (.jsonl, .json, .csv, .tsv, .parquet) or ``hub:org/name[:split]``.
+        data: The new client's rows: a file (.jsonl, .json, .csv, .tsv, .parquet), ``hub:org/name[:split]``, or rows
+            in memory as for ``federate``; the run directory has no copy of these.
         test: Its test rows; without them, the run's share of its passages is held out.
         name: Its name; by default the file's name, or the folder's if the file is called ``train``.
         steps: Optimizer steps; by default as many as a participant with these rows had in the recipe's rounds.
@@ -89,15 +91,18 @@ def join(
         config, summary = recipe_of(run, base, trusted=trusted), run.summary()
         method = make_method(config.method)
         _check_personal(method, summary)
-        name = client_name(name or _name_of(str(data)))
+        name = client_name(name or _name_of(data))
         _check_free(run, name)
         own_settings = _own_settings(run, settings, config.seed if seed is None else seed, steps)
         trains = with_recorded_limit(own_settings, summary)
-        given = {"train": _located(data), "test": None if test is None else _located(test)}
-        files = client_files(f"{name}'s rows", _own_of_rows(trains, config, columns) | given)
+        given: dict[str, Any] = {}
+        tested = None if test is None else _located(name, "test", test, given)
+        sides = {"train": _located(name, "train", data, given), "test": tested}
+        files = client_files(f"{name}'s rows", _own_of_rows(trains, config, columns) | sides)
         rows_only = with_rows_of(config, name, files)
         observer.stage(f"{name}: reading rows")
         own = workspace.for_run(rows_only) if workspace else Workspace(rows_only)
+        own.given = {**own.given, **given}
         rows = partition_manifest(own.clients)["clients"][name]  # read first: errors in rows need no base
         own.check(config, needs_experts=method.needs_experts)
         known = {"client": name, "data": kept_data(run.path, files), "rows": rows}
@@ -300,14 +305,20 @@ def _own_of_rows(trains: RunConfig, config: RunConfig, columns: Mapping[str, str
     return own if trains.model.template == config.model.template else own | {"template": trains.model.template}
 
 
-def _name_of(source: str) -> str:
-    path = Path(source.removeprefix(HUB))
+def _name_of(data: Any) -> str:
+    if not isinstance(data, str | Path):
+        raise ConfigError("name", "rows in memory have no file name to take it from", "give the client's name")
+    path = Path(str(data).removeprefix(HUB))
     name = name_and_ending(path)[0]
-    return Path(located(source, Path())).parent.name if name == "train" else name
+    return Path(located(str(data), Path())).parent.name if name == "train" else name
 
 
-def _located(source: Path | str) -> str:
-    return located(str(source), Path())
+def _located(client: str, side: str, rows: Any, given: dict[str, Any]) -> str:
+    """Return the source of rows, and add those that are in memory to ``given``."""
+    if isinstance(rows, str | Path):
+        return located(str(rows), Path())
+    given[source := given_source(client, side)] = rows
+    return source
 
 
 def _staged(run: Path, name: str) -> Path:

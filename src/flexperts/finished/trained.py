@@ -15,18 +15,20 @@ from flexperts.client.floor import states_of
 from flexperts.client.model import ClientModel
 from flexperts.client.request import Request
 from flexperts.client.workspace import Workspace
-from flexperts.config.data import ClientFiles, DataConfig
+from flexperts.config.data import GIVEN, ClientFiles, DataConfig
 from flexperts.config.names import normal
 from flexperts.config.run import RunConfig
 from flexperts.data.prompts import PromptEncoder
 from flexperts.data.rows import Row
 from flexperts.data.sources import HUB
+from flexperts.data.tables import kept_given
 from flexperts.data.unchanged import check_same_rows, check_unchanged, read_manifest
 from flexperts.errors import ArtifactError, ConfigError, DataError, ModelError
 from flexperts.evaluation.generation import Answer, generate
 from flexperts.evaluation.scores import Scores
-from flexperts.methods.kit.method import Method, State
+from flexperts.methods.kit.method import Method, OnBatch, State
 from flexperts.methods.registry import make_method
+from flexperts.modeling.forward import Precision
 from flexperts.modeling.load import LoadedBase
 from flexperts.observer import Observer
 from flexperts.parameters.store import load_personal
@@ -68,7 +70,7 @@ class TrainedRun:
             recipe_of(self.run, base, trusted=trust_remote_code or workspace is not None), self.summary
         )
         same_rows = partial(check_same_rows, self.run.partition)
-        self.workspace = workspace or Workspace(self.config, started_with=same_rows)
+        self.workspace = workspace or Workspace(self.config, started_with=same_rows, given=kept_given(path))
         self._check_base()
         self.model = ClientModel(self.workspace.base, self.config, make_method(self.config.method))
         self.server = load_server(self.run.checkpoint)
@@ -250,8 +252,6 @@ def answer_one(
     plain: bool = False,
 ) -> Answer:
     """Return the greedy answer of a client's model in a state to one instruction; see ``TrainedRun.generate``."""
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens = {max_new_tokens}", "it must be at least 1", "raise it to 1 or more")
     encoder = client.encoder
     if plain:
         prompt = encoder.tokens.plain(instruction)
@@ -260,28 +260,78 @@ def answer_one(
         prompt = encoder.conversation([*before, {"role": "user", "content": content}])
     else:
         prompt = encoder.prompt(instruction, context)
-    longest = max_new_tokens or answer_limit(client.workspace, client.config)
-    if (most := encoder.positions) is not None:
-        if len(prompt) >= most:
-            raise DataError(
-                f"a prompt of {len(prompt)} tokens", f"the base reads at most {most}", "shorten the prompt"
-            )
-        longest = min(longest, most - len(prompt))
+    [answer] = answer_all(client, request, state, [prompt], max_new_tokens)
+    return answer
+
+
+def answer_all(
+    client: Client,
+    request: Request,
+    state: State,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int | None = None,
+    batch_size: int = 1,
+) -> list[Answer]:
+    """Return the greedy answers of a client's model in a state to prompts, in their order.
+
+    Args:
+        client: The client.
+        request: The finished global model.
+        state: The state of the model.
+        prompts: Token ids of each prompt, up to where its answer starts.
+        max_new_tokens: Longest answer in tokens; by default as in the run's evaluation.
+        batch_size: Prompts that are answered together.
+
+    Raises:
+        FlexpertsError: A setting is below 1, a prompt is longer than the base reads, or the model computes no
+            finite numbers.
+    """
+    longest = answer_limit(client.workspace, client.config) if max_new_tokens is None else max_new_tokens
     with client.in_state(request, state) as (model, on_batch):
-        [answer] = generate(
+        return answered(
             model,
-            encoder,
-            [prompt],
-            max_new_tokens=longest,
-            batch_size=1,
+            client.encoder,
+            prompts,
+            longest,
+            batch_size,
             precision=client.config.model.precision,
             on_batch=on_batch,
+            owner=client.name,
+            state=state,
         )
-    if not answer.finite:
+
+
+def answered(
+    model: Any,
+    encoder: PromptEncoder,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    *,
+    precision: Precision,
+    on_batch: OnBatch | None,
+    owner: str,
+    state: str,
+) -> list[Answer]:
+    """Return greedy answers, each within the positions that the base reads; see ``generate`` and ``answer_all``."""
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise ConfigError(f"{name} = {value}", "it must be at least 1", "raise it to 1 or more")
+    most = encoder.positions
+    if most is not None and (longest := max(map(len, prompts), default=0)) >= most:
+        raise DataError(f"a prompt of {longest} tokens", f"the base reads at most {most}", "shorten the prompt")
+    limits = [max_new_tokens if most is None else min(max_new_tokens, most - len(prompt)) for prompt in prompts]
+    answers: dict[int, Answer] = {}
+    for limit in sorted(set(limits)):  # usually one
+        chosen = [index for index, its in enumerate(limits) if its == limit]
+        asked = [prompts[index] for index in chosen]
+        settings: Any = {"max_new_tokens": limit, "batch_size": batch_size, "precision": precision}
+        answers |= zip(chosen, generate(model, encoder, asked, **settings, on_batch=on_batch), strict=True)
+    if not all(answer.finite for answer in answers.values()):
         cause = "the base" if state == "zero_shot" else "diverged training, or the base"
         rule = f"its logits are not finite numbers, so it has no answer; the cause is {cause}"
-        raise ModelError(f"{client.name}'s {state} model", rule, "see not_finite in the run's summary.json")
-    return answer
+        raise ModelError(f"{owner}'s {state} model", rule, "see not_finite in the run's summary.json")
+    return [answers[index] for index in range(len(prompts))]
 
 
 def with_rows_of(config: RunConfig, name: str, files: ClientFiles) -> RunConfig:
@@ -306,10 +356,10 @@ def workspace_of(run: Path, record: Mapping[str, Any], workspace: Workspace) -> 
     same = partial(check_unchanged, {name: record["rows"]}, rule=f"{name} joined with other rows")
     if data is None:
         config = left_out_rows(RunDirectory(run), workspace.config, name)
-        return Workspace(config, workspace.base, workspace.untouched, same)
+        return Workspace(config, workspace.base, workspace.untouched, same, given=workspace.given)
     files = {"train": _from(run, data["train"]), "test": data["test"] and _from(run, data["test"])}
     config = with_rows_of(workspace.config, name, ClientFiles(**own_of_record(data) | files))
-    return Workspace(config, workspace.base, workspace.untouched, same)
+    return Workspace(config, workspace.base, workspace.untouched, same, given=workspace.given)
 
 
 def kept_data(run: Path, files: ClientFiles) -> dict[str, Any]:
@@ -326,7 +376,7 @@ def own_of_record(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _seen_from(run: Path, source: str) -> str:
-    return source if source.startswith(HUB) else Path(os.path.relpath(source, run.resolve())).as_posix()
+    return source if source.startswith((HUB, GIVEN)) else Path(os.path.relpath(source, run.resolve())).as_posix()
 
 
 def _from(run: Path, source: str) -> str:

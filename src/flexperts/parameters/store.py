@@ -45,7 +45,7 @@ def save_personal(path: Path, tensors: Mapping[str, Tensor], meta: PersonalMeta)
     write_sealed(path, _FORMAT, tensors, asdict(meta))
 
 
-def load_personal(path: Path, *, base: str | None = None) -> tuple[dict[str, Tensor], PersonalMeta]:
+def load_personal(path: Path | str, *, base: str | None = None) -> tuple[dict[str, Tensor], PersonalMeta]:
     """Read a personal state.
 
     Args:
@@ -55,6 +55,7 @@ def load_personal(path: Path, *, base: str | None = None) -> tuple[dict[str, Ten
     Raises:
         ArtifactError: The file is missing, damaged, not a personal state, or belongs to another base.
     """
+    path = Path(path)
     tensors, value = read_sealed(path, _FORMAT)
     meta = _meta(path, value)
     if base is not None and meta.base != base:

@@ -125,7 +125,7 @@ def _read(path: Path, samples: int) -> dict[str, Any]:
     return found | {"entries": noted, "examples": shown}
 
 
-def collect_run(path: Path, *, samples: int = 0) -> dict[str, Any]:
+def collect_run(path: Path | str, *, samples: int = 0) -> dict[str, Any]:
     """Return a single run, and its reference method's run if it has one, as a comparison.
 
     Args:
@@ -143,7 +143,7 @@ def collect_run(path: Path, *, samples: int = 0) -> dict[str, Any]:
         name = f"{name} as reference" if name == finished[0].name else name
         finished.append(Finished(name, (), {int(other.summary()["seed"]): other}))
     recipe = recorded_recipe(run.path).to_toml()
-    return collect(path.resolve().name, recipe, finished, finished[0].name, samples=samples)
+    return collect(run.path.resolve().name, recipe, finished, finished[0].name, samples=samples)
 
 
 def _entry(entry: Finished) -> dict[str, Any]:

@@ -1,0 +1,229 @@
+"""Where a personal model comes from: a run directory, or a folder that an export wrote."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from peft import PeftModel
+
+from flexperts.config.model import ModelConfig
+from flexperts.data.prompts import PromptEncoder
+from flexperts.errors import ArtifactError, ConfigError
+from flexperts.evaluation.generation import Answer
+from flexperts.export.exporting import export_run
+from flexperts.export.template import writes_alpaca
+from flexperts.files import mapping, read_json, text_of
+from flexperts.finished.trained import TrainedRun, answer_all, answered
+from flexperts.methods.kit.method import State
+from flexperts.modeling.load import LoadedBase, load_base
+from flexperts.moe.experts import find_experts
+from flexperts.parts.graft_file import load_grafts
+
+_LONGEST, _BATCH, _DTYPES = 256, 8, ("bfloat16", "float32")
+
+
+class Home(Protocol):
+    """What a personal model needs of the place that it comes from."""
+
+    @property
+    def place(self) -> Path:
+        """The run directory or folder."""
+
+    @property
+    def state(self) -> str:
+        """The state of the model."""
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        """The encoder of prompts."""
+
+    def answers(self, prompts: Sequence[Sequence[int]], limit: int | None, batch: int | None) -> list[Answer]:
+        """Return the greedy answers to prompts; limits as for ``PersonalModel.generate``."""
+
+    @contextmanager
+    def in_use(self) -> Iterator[Any]:
+        """Yield the torch model."""
+
+    def write(self, folder: Path, form: str | None) -> None:
+        """Write the model as a folder, in one of the forms of an export; None is the smallest."""
+
+    at_close: Callable[[], None]
+    """Frees what belongs to the model alone."""
+
+
+class RunHome:
+    """A client of a run.
+
+    Args:
+        path: The run directory.
+        opened: Returns the run; it is opened on first use.
+        client: The client's name.
+        state: The state of its model.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        opened: Callable[[], TrainedRun],
+        client: str,
+        state: State,
+    ) -> None:
+        self.place, self.state = path, state
+        self._opened, self._client = opened, client
+        self.at_close: Callable[[], None] = lambda: None  # its run belongs to others
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        """See ``Home``."""
+        return self._opened().client(self._client).workspace.encoder
+
+    def answers(self, prompts: Sequence[Sequence[int]], limit: int | None, batch: int | None) -> list[Answer]:
+        """See ``Home``."""
+        run = self._opened()
+        size = run.config.evaluation.batch_size if batch is None else batch
+        return answer_all(run.client(self._client), run.request(self._client), self.state, prompts, limit, size)
+
+    @contextmanager
+    def in_use(self) -> Iterator[Any]:
+        """See ``Home``."""
+        run = self._opened()
+        with run.client(self._client).in_state(run.request(self._client), self.state) as (model, on_batch):
+            if on_batch is not None:
+                rule = "it sets the model up for every batch, so no single torch model computes what it does"
+                raise ConfigError(f"method {run.config.method.name!r}", rule, "use generate or chat")
+            yield model
+
+    def write(self, folder: Path, form: str | None) -> None:
+        """See ``Home``."""
+        model = self._opened().config.model
+        known: dict[str, Any] = {"base": model.base, "trust_remote_code": model.trust_remote_code}
+        export_run(self.place, folder, client=self._client, form=form, state=self.state, **known)
+
+
+class FolderHome:
+    """A folder that an export wrote: a whole model, or what it adds to a base.
+
+    Args:
+        folder: The folder.
+        base: Folder or hub id of the base, if it is not what the folder names.
+        dtype: Storage type of the base's weights; by default what the folder says, else bfloat16.
+        trust_remote_code: Whether code in a whole model's folder may run.
+    """
+
+    def __init__(self, folder: Path, base: str | None, dtype: str | None, *, trust_remote_code: bool) -> None:
+        self.place, self._base, self._trusted = folder, base, trust_remote_code
+        self._whole = (folder / "config.json").is_file()
+        about = folder / "personal.json"
+        self.about: dict[str, Any] = mapping(about, read_json(about)) if about.is_file() else {}
+        """Whose model it is, in which state, and on which base; empty where the form does not say."""
+        self.at_close = self._free
+        self.state = str(self.about.get("state", "exported"))
+        if not self._whole and not (folder / "adapter_model.safetensors").is_file():
+            raise ArtifactError(
+                f"{folder}",
+                "it holds neither a run nor an exported model",
+                "give a run directory, or a folder or hub repository made by `flexperts export` or push_to_hub",
+            )
+        self._dtype = dtype or self._stored_dtype()
+        if self._dtype not in _DTYPES:
+            raise ConfigError(
+                f"dtype = {self._dtype!r}", f"it must be {' or '.join(_DTYPES)}", "choose one of them"
+            )
+
+    def _stored_dtype(self) -> str:
+        if self._whole:
+            config = mapping(self.place / "config.json", read_json(self.place / "config.json"))
+            return str(config.get("dtype", config.get("torch_dtype", "bfloat16")))
+        return str(self.about.get("base", {}).get("dtype", "bfloat16"))
+
+    @cached_property
+    def _loaded(self) -> LoadedBase:
+        if self._whole:
+            return load_base(self._settings(str(self.place)))
+        entries = self.place / "adapter_config.json"
+        named = mapping(entries, read_json(entries)).get("base_model_name_or_path")
+        loaded = load_base(self._settings(self._base or str(named)))
+        its = self.about.get("base", {}).get("fingerprint", loaded.fingerprint)
+        if its != loaded.fingerprint:
+            raise ArtifactError(
+                f"{self.place} belongs to base {its[:12]}, and {loaded.source} is base {loaded.fingerprint[:12]}",
+                "the model's own base is needed, in the same dtype",
+                "give its folder or hub id as base=...",
+            )
+        experts = find_experts(loaded.model) if self.about else []
+        PeftModel.from_pretrained(loaded.model, str(self.place)).eval()  # the adapters stay in the base
+        device = next(loaded.model.parameters()).device
+        for path in sorted(self.place.glob("*graft.safetensors")):
+            load_grafts(path, experts).to(device).attach()
+        template = self.place / "chat_template.jinja"
+        loaded.tokenizer.chat_template = text_of(template) if template.is_file() else None
+        return loaded
+
+    def _settings(self, base: str) -> ModelConfig:
+        fp32 = self._dtype == "float32"
+        return ModelConfig(
+            base=base,
+            dtype="float32" if fp32 else "bfloat16",
+            precision="fp32" if fp32 else "bf16",
+            trust_remote_code=self._trusted,
+        )
+
+    @cached_property
+    def encoder(self) -> PromptEncoder:
+        """See ``Home``."""
+        tokenizer, text = self._loaded.tokenizer, self._loaded.model.config.get_text_config()
+        template = tokenizer.chat_template
+        is_chat = bool(template) and not writes_alpaca(str(template))
+        positions = getattr(text, "max_position_embeddings", None)
+        return PromptEncoder(
+            tokenizer,
+            "chat" if is_chat else "alpaca",
+            positions or _LONGEST,
+            vocabulary=text.vocab_size,
+            positions=positions,
+        )
+
+    def answers(self, prompts: Sequence[Sequence[int]], limit: int | None, batch: int | None) -> list[Answer]:
+        """See ``Home``."""
+        return answered(
+            self._loaded.model,
+            self.encoder,
+            prompts,
+            _LONGEST if limit is None else limit,
+            _BATCH if batch is None else batch,
+            precision="fp32" if self._dtype == "float32" else "bf16",
+            on_batch=None,
+            owner=str(self.about.get("client", self.place.name)),
+            state=self.state,
+        )
+
+    @contextmanager
+    def in_use(self) -> Iterator[Any]:
+        """See ``Home``."""
+        yield self._loaded.model
+
+    def write(self, folder: Path, form: str | None) -> None:
+        """See ``Home``."""
+        if form is not None:
+            rule = "an exported model keeps its form"
+            raise ConfigError(f"form = {form!r}", rule, "leave it out, or export from the run")
+        shutil.copytree(self.place, folder)
+
+    def _free(self) -> None:
+        self.__dict__.pop("encoder", None)
+        self.__dict__.pop("_loaded", None)
+
+
+@contextmanager
+def written(home: Home, form: str | None, name: str) -> Iterator[Path]:
+    """Yield a temporary folder with the model of a home."""
+    with tempfile.TemporaryDirectory(prefix="flexperts-") as place:
+        folder = Path(place) / name
+        home.write(folder, form)
+        yield folder

@@ -1,0 +1,248 @@
+"""One client's model in use: chat, batches of answers, a folder, the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+from flexperts.cli.console import console
+from flexperts.config.names import normal
+from flexperts.data.prompts import PromptEncoder
+from flexperts.errors import ArtifactError, ConfigError, DataError, PrivacyError, one_line
+from flexperts.evaluation.generation import Answer
+from flexperts.library.homes import FolderHome, Home, written
+
+Prompt = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
+"""An instruction, a row with ``instruction`` and maybe ``context``, or the turns of a conversation."""
+_FILES = ("*.json", "*.safetensors", "*.jinja", "*.py", "*.txt", "*.model", "README.md")
+
+
+class PersonalModel:
+    """One client's model. ``Run.model`` and ``from_pretrained`` make it; the base loads when it is first needed.
+
+    Args:
+        client: The client's name.
+        home: Where the model comes from.
+    """
+
+    def __init__(self, client: str, home: Home) -> None:
+        self.client, self._home = client, home
+
+    @property
+    def state(self) -> str:
+        """The model's state: zero_shot, global, personalized or chosen."""
+        return self._home.state
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        client: str | None = None,
+        *,
+        state: str | None = None,
+        base: str | Path | None = None,
+        dtype: str | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> PersonalModel:
+        """Load a personal model from a run directory, from an exported folder, or from the hub.
+
+        Args:
+            source: A run directory, a folder written by ``save_pretrained`` or `flexperts export`, or a hub id.
+            client: The client; needed for a run directory.
+            state: zero_shot, global, personalized or chosen, of a run; by default the most personal one.
+            base: Folder or hub id of the base, if it is not where the run or the folder says.
+            dtype: bfloat16 or float32, the base's type in training, where an exported folder does not say it.
+            revision: Branch, tag or commit on the hub.
+            token: The hub's access token; by default the one that is stored on this machine.
+            trust_remote_code: Whether code that comes with the base or the folder may run.
+
+        Raises:
+            FlexpertsError: There is no such model or client, or its files are damaged.
+        """
+        folder, its = Path(source), None if base is None else str(base)
+        if not folder.is_dir():
+            folder = _downloaded(str(source), revision, token)
+        if (folder / "config.toml").is_file():
+            if client is None:
+                raise ConfigError(
+                    "client", "a run has a model for each client", "name one, such as client='clinic'"
+                )
+            from flexperts.library.run import Run  # it imports this module
+
+            run = Run(folder, base=its, trust_remote_code=trust_remote_code)
+            model = run.model(client, state)
+            _ = model._home.encoder  # the base and the client's state load now, so that errors come here
+            model._home.at_close = run.close
+            return model
+        home = FolderHome(folder, its, dtype, trust_remote_code=trust_remote_code)
+        owner = home.about.get("client")
+        if (client is not None and owner and normal(client) != owner) or state not in (None, home.state):
+            holds = f"{folder} holds one model, {owner or 'of one client'}, {home.state}"
+            raise ConfigError(f"client {client!r}, state {state!r}", holds, "leave client and state out")
+        _ = home.encoder  # likewise
+        return cls(normal(client or owner or folder.name), home)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], *, max_new_tokens: int | None = None) -> Answer:
+        """Return the greedy answer to a conversation.
+
+        Args:
+            messages: Turns with ``role`` (system, user, assistant) and ``content``; the last one is the user's.
+            max_new_tokens: Longest answer in tokens; by default as in the run's evaluation, or 256 without a run.
+
+        Returns:
+            A string with attributes: ``tokens``, and ``cut``, whether the limit ended the answer.
+
+        Raises:
+            FlexpertsError: The conversation has other roles, or does not fit the base.
+        """
+        [answer] = self.generate([messages], max_new_tokens=max_new_tokens)
+        return answer
+
+    def generate(
+        self, prompts: Sequence[Prompt], *, max_new_tokens: int | None = None, batch_size: int | None = None
+    ) -> list[Answer]:
+        """Return the greedy answers to prompts, in their order.
+
+        Args:
+            prompts: Each is an instruction, a row with ``instruction`` and maybe ``context``, or a conversation.
+            max_new_tokens: As for ``chat``.
+            batch_size: Prompts that are answered together; by default as in the run's evaluation, or 8.
+
+        Raises:
+            FlexpertsError: A prompt is none of these, or does not fit the base.
+        """
+        if isinstance(prompts, str | Mapping):
+            raise DataError("prompts", "they are a list", "write generate([prompt])")
+        encoder = self._home.encoder
+        encoded = [_encoded(encoder, prompt, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
+        return self._home.answers(encoded, max_new_tokens, batch_size) if encoded else []
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Return a prompt's tokens up to where the answer starts, as in training; see ``generate``."""
+        return _encoded(self._home.encoder, prompt, "the prompt")
+
+    @contextmanager
+    def in_use(self) -> Iterator[Any]:
+        """Yield the torch model, set up for this client inside the block; prompts are those of ``encode``.
+
+        Raises:
+            ConfigError: The method sets the model up for every batch.
+        """
+        with self._home.in_use() as model:
+            yield model
+
+    def save_pretrained(self, folder: str | Path, *, form: str | None = None) -> None:
+        """Write the model as a folder for transformers, PEFT and ``from_pretrained``, with a model card.
+
+        The base is loaded again for it, and once more in the process that checks the folder.
+
+        Args:
+            folder: The folder to create.
+            form: transformers, merged, adapter or personal, as `flexperts export` makes them; by default the
+                smallest that holds the model.
+
+        Raises:
+            FlexpertsError: The folder exists, or the form cannot hold the model.
+        """
+        self._home.write(Path(folder), form)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool = True, form: str | None = None, token: str | None = None
+    ) -> str:
+        """Upload the model to the hub, and return its address there.
+
+        What leaves this machine is printed first: the files of ``save_pretrained``. They are weights that were
+        trained on this client's rows and may repeat them, and a card with counts of rows, this client's scores and
+        its name. No row, no other client's personal weights and no path are in them.
+
+        Args:
+            repo_id: ``name`` or ``owner/name``; the repository is created if it does not exist.
+            private: Whether only its owner may read it; a public repository of this name is then refused.
+            form: As for ``save_pretrained``.
+            token: The hub's access token; by default the one that is stored on this machine.
+
+        Raises:
+            PrivacyError: ``private`` is true, and the repository exists and is public.
+            ArtifactError: The hub refuses, or cannot be reached.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        with written(self._home, form, repo_id.rpartition("/")[2]) as folder:
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            size, names = sum(path.stat().st_size for path in files), ", ".join(path.name for path in files)
+            kind = "private" if private else "PUBLIC"
+            terminal = console()
+            terminal.print(
+                f"sending {self.client}'s model to {repo_id} ({kind}): {size / 1e6:.1f} MB in {names}",
+                soft_wrap=True,
+            )
+            terminal.print(
+                "  the weights were trained on its rows and may repeat them; the card names it, with scores and "
+                "counts of rows; no row is sent",
+                soft_wrap=True,
+            )
+            try:
+                whole = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+                if private and not api.model_info(whole).private:
+                    rule = "it exists and is public, and private=True was asked for"
+                    raise PrivacyError(f"hub repository {whole}", rule, "make it private, or choose another name")
+                return str(api.upload_folder(repo_id=whole, folder_path=folder))
+            except PrivacyError:
+                raise
+            except Exception as error:  # the library raises many kinds, for the network, for rights, for names
+                rule = f"the model cannot be uploaded ({one_line(str(error))})"
+                raise ArtifactError(
+                    f"hub repository {repo_id}", rule, "check the name, the token, the network"
+                ) from error
+
+    def close(self) -> None:
+        """Free the run or the base, if ``from_pretrained`` opened it."""
+        self._home.at_close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"PersonalModel({self.client!r}, {self.state}, of {self._home.place})"
+
+
+def _encoded(encoder: PromptEncoder, prompt: Prompt, where: str) -> list[int]:
+    if isinstance(prompt, str):
+        return encoder.prompt(prompt)
+    if isinstance(prompt, Mapping):
+        instruction, context = prompt.get("instruction"), prompt.get("context") or ""
+        if not isinstance(instruction, str) or not isinstance(context, str):
+            rule = "a row has a text `instruction`, and its `context` is text"
+            raise DataError(where, rule, "give these columns as text")
+        return encoder.prompt(instruction, context)
+    turns = [turn for turn in prompt if isinstance(turn, Mapping)] if isinstance(prompt, Sequence) else []
+    if not turns or len(turns) != len(prompt) or not all(map(_is_message, turns)):
+        rule = "it is an instruction, a row, or a list of messages whose role and content are text"
+        raise DataError(where, rule, 'write messages as {"role": "user", "content": "..."}')
+    return encoder.conversation(turns)
+
+
+def _is_message(turn: Mapping[str, Any]) -> bool:
+    return all(isinstance(turn.get(key), str) for key in ("role", "content"))
+
+
+def _downloaded(repository: str, revision: str | None, token: str | None) -> Path:
+    """Return the folder of a hub repository on this machine; only files that a model may need are fetched."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, token=token, allow_patterns=[*_FILES]))
+    except Exception as error:  # the library raises many kinds, for the network, for rights, for names
+        raise ArtifactError(
+            f"model {repository!r}",
+            f"there is no such folder, and the hub does not give it ({one_line(str(error))})",
+            "check the path or the id, the token, and the network",
+        ) from error
