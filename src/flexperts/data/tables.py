@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flexperts.config.data import GIVEN
+from flexperts.config.data import GIVEN, DataConfig
 from flexperts.data.columns import possible_columns
 from flexperts.data.records import DataTable, Number, Record, names_shown, repeated
 from flexperts.errors import DataError
@@ -62,19 +62,19 @@ def given_table(source: str, given: Given) -> DataTable | Path:
     )
 
 
-def keep_given(given: Given, mapped: Mapping[str, str], run: Path) -> None:
+def keep_given(given: Given, config: DataConfig, run: Path) -> None:
     """Write rows that a program has given into the run directory, with the columns that may be read and no others.
 
     Args:
         given: The rows.
-        mapped: The recipe's columns; see ``columns.possible_columns``.
+        config: The recipe's data section, which names the columns of every client.
         run: The run directory.
     """
     for source in given:
         table = given_table(source, given)
         if isinstance(table, Path):
             continue
-        wanted = possible_columns(mapped)
+        wanted = possible_columns(config.of_client(source.removeprefix(GIVEN).rpartition("/")[0]).columns)
         kept = ({k: _plain(v) for k, v in one.values.items() if k in wanted} for one in table.records(wanted))
         text = "".join(f"{json_text(values)}\n" for values in kept)
         write_text(run / _FOLDER / f"{source.removeprefix(GIVEN)}.jsonl", text)

@@ -102,7 +102,7 @@ def _run(config: RunConfig, out: Path, workspace: Workspace, *, keep_rows: bool)
     with engine_of(workspace, config, out) as engine:
         base = _prepare(config, engine)
         if keep_rows:
-            keep_given(workspace.given, config.data.columns, out)
+            keep_given(workspace.given, config.data, out)
         config = config.with_choices(template_date=workspace.template_date)
         loading = time.monotonic() - started
         summary = _run_method(engine, base, config, out, loading)

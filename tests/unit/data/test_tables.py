@@ -70,7 +70,7 @@ def test_rows_in_memory_are_the_rows_of_a_file(kind: Callable[..., Any], tmp_pat
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__[3:])
 def test_kept_rows_are_the_same_and_hold_no_unused_column(kind: Callable[..., Any], tmp_path: Path) -> None:
     given = {SOURCE: kind(ROWS)}
-    keep_given(given, {}, tmp_path)
+    keep_given(given, DataConfig(at_silos=True), tmp_path)
     kept = kept_given(tmp_path)
     assert read_source(SOURCE, {}, given=kept) == read_source(SOURCE, {}, given=given)
     assert kept == {SOURCE: tmp_path / "rows" / "clinic" / "train.jsonl"}
@@ -83,7 +83,7 @@ def test_bad_rows_stay_bad_when_they_are_kept(tmp_path: Path) -> None:
         {"instruction": "a", "response": value} for value in (True, [1], {"x": 1}, math.nan, object(), None, "")
     ]
     given = {SOURCE: [*ROWS, *bad, "no mapping", {"instruction": "a", "response": "b", "context": math.inf}]}
-    keep_given(given, {}, tmp_path)
+    keep_given(given, DataConfig(at_silos=True), tmp_path)
     both = [read_source(SOURCE, {}, on_bad_row="drop", given=its) for its in (given, kept_given(tmp_path))]
     assert both[0] == both[1]
     assert len(both[0]) == len(ROWS)
