@@ -159,7 +159,7 @@ def test_a_notebook_draws_bars_only_with_ipywidgets(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(live, "find_spec", lambda name: object() if widgets else None)
     shown: list[bool] = []
     monkeypatch.setattr(ProgressDisplay, "_show", lambda self: shown.append(True))
-    drawn = ProgressDisplay(Console(file=io.StringIO(), force_jupyter=True), Clock())
-    with drawn as display, observing(display), libraries_drawing():
+    display = ProgressDisplay(Console(file=io.StringIO(), force_jupyter=True), Clock())
+    with display, observing(display), libraries_drawing():
         pass
     assert bool(shown) is widgets

@@ -57,7 +57,7 @@ class ProgressDisplay(Relay):
     @property
     def _redraws(self) -> bool:
         """Whether lines can be drawn again: in a terminal, and in a notebook with ipywidgets."""
-        return self.console.is_interactive and not (self.console.is_jupyter and find_spec("ipywidgets") is None)
+        return self.console.is_interactive or (self.console.is_jupyter and find_spec("ipywidgets") is not None)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from flexperts.config.data import GIVEN
+from flexperts.config.data import GIVEN, DataConfig
 from flexperts.data.sources import read_source
 from flexperts.data.tables import given_source, keep_given, kept_given
 from flexperts.errors import DataError
