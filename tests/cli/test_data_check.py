@@ -14,6 +14,8 @@ import pytest
 
 from flexperts.cli.main import main
 from flexperts.data.silos.generate import generate_silo
+from flexperts.serving.contract import ModelName
+from flexperts.serving.engine.engine import ServingEngine, open_engine
 
 HEAD = """
 [model]
@@ -199,6 +201,10 @@ def test_a_silo_file_and_silo_check_agree(work: Path, tiny_base: Path) -> None:
     assert PRIVATE not in printed
 
 
+def decoded(engine: ServingEngine, tokens: list[int]) -> str:
+    return str(engine._encoder.tokenizer.decode(tokens))
+
+
 def test_a_run_starts_with_the_short_version_and_a_silo_joins_with_its_columns(work: Path) -> None:
     code, printed, _ = call("run", work / "recipe.toml", "--out", work / "run")
     assert code == 0
@@ -220,6 +226,15 @@ def test_a_run_starts_with_the_short_version_and_a_silo_joins_with_its_columns(w
         "template": "alpaca",
     }
     assert record["rows"]["test_rows"] == 5
+    with contextlib.closing(open_engine(work / "run")) as engine:
+        asked = [{"role": "user", "content": "Hello"}]
+        prompts = {
+            name: decoded(engine, engine.prompt_tokens(asked, ModelName(name, "personalized")))
+            for name in ("ward", "clinic")
+        }
+    assert prompts["clinic"] == "<|user|>Hello\n<|assistant|>"
+    assert prompts["ward"].endswith("### Instruction:\nHello\n\n### Response:\n")
+    assert call("generate", work / "run", "Hello", "--client", "ward", "--max-tokens", "2")[0] == 0
     code, _, said = call("evaluate", work / "run")
     assert (code, said) == (0, "")
     code, _, said = call("evaluate", work / "run", "--data", f"ward={work / 'ward.csv'}")
