@@ -21,7 +21,7 @@ _MOST_VALUES = 100_000
 """Aliases can stand for more values than fit the memory."""
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  # as PyYAML declares it
 
 
