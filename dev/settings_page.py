@@ -27,11 +27,11 @@ HEAD = """# Settings
 
 Made by `python dev/settings_page.py` from `config/`; a test keeps it current.
 
-A run is one TOML file, the recipe. Only `data` is required; every other key has the default that is given here.
-Unknown keys and values outside the limits are refused. `--set` overrides a key for one command, as in
-`flexperts run my-run.toml --set training.lr=1e-3`; an empty value (`--set knowledge.general=`) unsets a key whose
-default is unset. Data paths are relative to the file that names them. A run keeps its whole recipe, defaults
-included, as `config.toml` in its directory.
+A run is one file, the recipe: TOML, or YAML (`.yaml`, `.yml`) with the same keys. Only `data` is required; every
+other key has the default that is given here. Unknown keys and values outside the limits are refused. `--set`
+overrides a key for one command, as in `flexperts run my-run.toml --set training.lr=1e-3`; an empty value
+(`--set knowledge.general=`) unsets a key whose default is unset. Data paths are relative to the file that names
+them. A run keeps its whole recipe, defaults included, as `config.toml` in its directory.
 
 {sections}
 

@@ -262,7 +262,7 @@ def _lines(facts: Mapping[str, Any]) -> list[str]:
             read = ", ".join(f"{field} = {printable(column)!r}" for field, column in file["columns"].items())
             unused = names_shown(map(printable, file["unused"])) or "none"
             who = f"{file['silo']} {file['split']}" if file["silo"] else file["split"]
-            used.setdefault((read, unused), []).append(who)
+            used.setdefault((f"{file['format']}: {read}", unused), []).append(who)
     files = [
         f"{', '.join(who[:_EXAMPLES])}{f' and {len(who) - _EXAMPLES} more' if len(who) > _EXAMPLES else ''}: "
         f"{read}; unused columns: {unused}"

@@ -177,9 +177,10 @@ def _ranks(lengths: Mapping[str, Mapping[Side, Lengths]], clients: Clients, kind
 
 
 def file_facts(config: DataConfig) -> list[dict[str, Any]]:
-    """Return what is read of every file: ``silo`` (None for a pooled file), ``split``, ``source``, ``columns``.
+    """Return what is read of every file: ``silo`` (None for a pooled file), ``split``, ``source``, ``format``.
 
-    ``columns`` is field -> column, and ``unused`` has the other columns; files that cannot be read have neither.
+    ``columns`` is field -> column, and ``unused`` has the other columns. Files that cannot be read have neither format
+    nor columns.
     """
     return [
         {"silo": name, "split": split, "source": source}
@@ -196,7 +197,11 @@ def _columns(source: str, config: DataConfig, split: str) -> dict[str, Any]:
     except DataError:  # it is reported where the rows are read
         return {}
     used = {PASSAGE, *own, *found.values()}
-    return {"columns": found, "unused": [name for name in table.columns if name not in used]}
+    return {
+        "format": "instruction",
+        "columns": found,
+        "unused": [name for name in table.columns if name not in used],
+    }
 
 
 def parts(example: Example) -> list[tuple[bool, tuple[int, ...]]]:

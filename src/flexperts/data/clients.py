@@ -87,12 +87,9 @@ def sources_of(config: DataConfig) -> Iterator[tuple[str | None, str, str]]:
     files = client_folders(Path(config.folder), unsaid) if config.folder else config.clients
     left = {normal(name) for name in config.leave_out or ()}
     for name, its in files.items():
-        given = (
-            (side, source)
-            for side in _SIDES
-            if (source := getattr(its, side)) is not None and normal(name) not in left
-        )
-        yield from ((normal(name), side, source) for side, source in given)
+        given = {side: source for side in _SIDES if (source := getattr(its, side)) is not None}
+        if normal(name) not in left:
+            yield from ((normal(name), side, source) for side, source in given.items())
 
 
 def _read(
