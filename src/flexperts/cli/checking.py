@@ -166,7 +166,8 @@ def checked(config: RunConfig, *, whole: bool) -> Checked:
         config: The run.
         whole: Whether all silos of the run are in it, so that their number counts.
     """
-    notes, errors = _Notes(), []
+    notes = _Notes()
+    errors: list[FlexpertsError] = []
     work = Workspace(config, refused=errors.append)
     with observing(Once(notes)):
         errors += caught(check_settings, config)

@@ -178,8 +178,8 @@ def _ranks(lengths: Mapping[str, Mapping[Side, Lengths]], clients: Clients, kind
 def file_facts(config: DataConfig) -> list[dict[str, Any]]:
     """Return what is read of every file: ``silo`` (None for a pooled file), ``split``, ``source``, ``format``.
 
-    ``columns`` is field -> column, and ``unused`` has the other columns. Files that cannot be read have neither format
-    nor columns.
+    ``columns`` is field -> column, and ``unused`` has the other columns. Files that cannot be read have neither
+    format nor columns.
     """
     return [
         {"silo": name, "split": split, "source": source}

@@ -26,7 +26,7 @@ from flexperts.evaluation.scores import EvaluationSettings, Scores
 from flexperts.modeling.memory import peak_bytes, reset_peak
 from flexperts.server.exchange import LazyGrid
 
-_Untouched = dict[tuple[str, int, EvaluationSettings], Scores]
+_Untouched = dict[tuple[str, int, str, EvaluationSettings], Scores]
 
 
 class Workers(Engine):
