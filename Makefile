@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# Containers often forbid bytecode; every process that the tests start would compile the package anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help setup locked lock run test test-oldest slow families quantization ray faults fuzz deployment test-all coverage bench docs check format dist clean
 

@@ -2,27 +2,64 @@
 
 from __future__ import annotations
 
+import gc
+import json
+import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from flexperts.config.run import RunConfig
+from flexperts.data.silos.generate import write_silos
 from flexperts.methods import registry
 from flexperts.recipe import parse_recipe
-from flexperts.testing import save_tiny_base
+from flexperts.testing import byte_tokenizer, save_tiny_base
 
 # Tiny matrices gain nothing from threads, and tests that run side by side would wait for each other's.
 torch.set_num_threads(1)
 
 
+def pytest_collection_finish() -> None:
+    """Keep modules and tests, a million objects, out of every later garbage collection."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_wait_for_the_disk() -> Iterator[None]:
+    """A run waits for the disk at every file that it writes; what tests write need not outlive a power failure."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="session")
+def byte_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tiny qwen2_moe with a byte tokenizer and a chat template."""
+    return save_tiny_base(tmp_path_factory.mktemp("base") / "bytes", max_position_embeddings=1024)
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved tiny qwen2_moe with a byte tokenizer and a chat template."""
-    return save_tiny_base(tmp_path_factory.mktemp("base") / "tiny", max_position_embeddings=1024)
+    """The same with tokens for the words of the silos' rows: a quarter of the tokens, and half of a run's time."""
+    folder, size = tmp_path_factory.mktemp("base"), 1024
+    write_silos(folder / "silos", 0, 8, 4)
+    files = sorted(folder.glob("silos/*/*.jsonl"))
+    texts = ["<|user|> <|assistant|>", *(file.read_text(encoding="utf-8") for file in files)]
+    of_bytes = byte_tokenizer()
+    learnt = of_bytes.train_new_from_iterator(texts, size, show_progress=False)
+    merges = json.loads(learnt.backend_tokenizer.to_str())["model"]["merges"]
+    words = {"".join(pair): i for i, pair in enumerate(merges, len(of_bytes))}
+    base = save_tiny_base(folder / "tiny", max_position_embeddings=1024, vocab_size=size)
+    whole = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))
+    whole["model"] |= {"merges": merges, "vocab": of_bytes.get_vocab() | words}
+    (base / "tokenizer.json").write_text(json.dumps(whole), encoding="utf-8")
+    return base
 
 
 @pytest.fixture
@@ -66,3 +103,49 @@ def recipe(tiny_base: Path) -> Callable[..., RunConfig]:
         return parse_recipe(text, overrides)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def _workspace(recipe: Callable[..., RunConfig]) -> Any:
+    from flexperts.client.workspace import Workspace
+
+    return Workspace(recipe())
+
+
+@pytest.fixture
+def shared_base(_workspace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let all runs of recipes on the tiny base use one that is in memory, and what is known of it untouched."""
+    monkeypatch.setattr("flexperts.engines.run.Workspace", _workspace.for_run)
+
+
+@pytest.fixture(scope="session")
+def _code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One place where transformers keeps copies of the code of exported folders, since Python imports it."""
+    from transformers import dynamic_module_utils
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield
+
+
+@pytest.fixture
+def exports_checked_here(
+    _code_cache: None, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Check exports in this process, not in fresh ones; return each one's code, tokens, and the run's logits."""
+    from flexperts.export import exporting
+    from flexperts.export.content import logits_of
+    from flexperts.export.verification import LogitDifference
+
+    seen: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+
+    def check(
+        code: str, tokens: torch.Tensor, reference: torch.Tensor, dtype: torch.dtype, *, without: str
+    ) -> LogitDifference:
+        names: dict[str, Any] = {}
+        exec(code, names)
+        seen.append((code, tokens, reference))
+        return LogitDifference.between(logits_of(names["model"].eval(), tokens), reference)
+
+    monkeypatch.setattr(exporting, "verify", check)
+    return seen

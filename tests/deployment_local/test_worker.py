@@ -46,6 +46,12 @@ class Lines(Observer):
         self.lines.append(f"note: {text}")
 
 
+@pytest.fixture(scope="session")
+def tiny_base(byte_base: Path) -> Path:
+    """The base of bytes, because lengths of answers are counted in bytes here."""
+    return byte_base
+
+
 @pytest.fixture
 def worker(silo: SiloConfig) -> Worker:
     make_private(Path(silo.state))

@@ -1,10 +1,11 @@
-"""What test_several_cards.py starts with torchrun, in two processes that talk by gloo.
+"""What test_several_cards.py starts with torchrun, in two processes that talk by gloo; tasks are divided by ``--``.
 
 python ranks.py runs FOLDER OVERRIDES...     the example, once per text of overrides
 python ranks.py layers FAMILY...             a divided base computes and is read as a whole one
 python ranks.py refusals BASE                what a client on several cards is refused
 """
 
+import itertools
 import json
 import runpy
 import sys
@@ -49,6 +50,8 @@ def layers(*families: str) -> None:
         assert fingerprint(model) == name, family
         assert first_not_finite(model) is None, family
         assert all(map(torch.equal, before, [model(TOKENS).logits, *_weights(model)])), family
+    if dist.get_rank() == 0:
+        print(json.dumps(families))
 
 
 def _weights(model: torch.nn.Module) -> list[torch.Tensor]:
@@ -78,7 +81,10 @@ def _refusal(model, config) -> str:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[1] != "runs":  # the example starts its own group
-        dist.init_process_group()
-    globals()[sys.argv[1]](*sys.argv[2:])
+    for given, task in itertools.groupby(sys.argv[1:], lambda word: word != "--"):
+        name, *arguments = task
+        if given:
+            if name != "runs" and not dist.is_initialized():  # the example starts its own group
+                dist.init_process_group()
+            globals()[name](*arguments)
     dist.destroy_process_group()

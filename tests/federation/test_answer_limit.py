@@ -56,10 +56,10 @@ def clients(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def make(tiny_base: Path, clients: Path) -> Recipe:
+def make(byte_base: Path, clients: Path) -> Recipe:
     text = f"""
         [model]
-        base = "{tiny_base}"
+        base = "{byte_base}"
         dtype = "float32"
         precision = "fp32"
         [data]

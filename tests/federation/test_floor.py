@@ -123,6 +123,7 @@ ONCE = ("federation.rounds=1", "training.local_steps=12")
 OPPOSITE = ("method.name=fedavg", 'floor={candidates = ["global", "local"]}', "training.local_steps=30")
 
 
+@pytest.mark.usefixtures("exports_checked_here")
 @pytest.mark.parametrize(
     ("expected", "settings", "spoil"),
     [
@@ -193,6 +194,7 @@ def test_the_record_says_what_was_compared_and_only_the_table_is_in_the_summary(
     assert summary["bytes"]["personal_sent"] == 0
 
 
+@pytest.mark.usefixtures("exports_checked_here")
 def test_a_share_of_the_graft_lies_between_and_is_what_is_exported_and_served(
     make: Callable[..., RunConfig], workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,6 +221,7 @@ def test_a_share_of_the_graft_lies_between_and_is_what_is_exported_and_served(
     assert export_run(out, tmp_path / "model", client="north").difference is not None
 
 
+@pytest.mark.usefixtures("exports_checked_here")
 @pytest.mark.parametrize("name", ["ditto", "fedper", "feddpa_t"])
 def test_between_global_and_personal_of_private_adapters(
     make: Callable[..., RunConfig], workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

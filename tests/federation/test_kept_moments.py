@@ -20,6 +20,7 @@ from flexperts.finished.joining import join
 from flexperts.methods.flex import Flex
 from flexperts.methods.kit.turn import Turn
 
+pytestmark = pytest.mark.usefixtures("shared_base")
 Recipe = Callable[..., RunConfig]
 KEPT = (
     "training.personal_moments=kept",

@@ -19,6 +19,7 @@ from flexperts.methods.fedavg import FedAvg
 
 from .scripted_grid import ScriptedGrid, Silo, run_on
 
+pytestmark = pytest.mark.usefixtures("shared_base")
 Recipe = Callable[..., RunConfig]
 SHORT = (
     "federation.rounds=1",

@@ -46,6 +46,7 @@ from .scripted_grid import (
     trio,
 )
 
+pytestmark = pytest.mark.usefixtures("shared_base")
 Recipe = Callable[..., RunConfig]
 
 

@@ -27,6 +27,7 @@ from flexperts.studies.collect import collect_run
 
 from .scripted_grid import FOUR, ScriptedGrid, Watch, changed, run_on, trio
 
+pytestmark = pytest.mark.usefixtures("shared_base")
 Recipe = Callable[..., RunConfig]
 NAN, INF = math.nan, math.inf
 

@@ -26,6 +26,7 @@ from flexperts.protection.pipeline import (
 )
 from flexperts.server.checkpoint import load_server
 
+pytestmark = pytest.mark.usefixtures("shared_base")
 Recipe = Callable[..., RunConfig]
 SHORT = ("evaluation.max_new_tokens=1", "evaluation.rows=1", "federation.rounds=1")
 MODULE = """

@@ -23,6 +23,7 @@ from flexperts.parameters.vector import Payload
 from flexperts.server.checkpoint import load_server
 from flexperts.server.strategy import FlexpertsStrategy
 
+pytestmark = pytest.mark.usefixtures("shared_base")
 Recipe = Callable[..., RunConfig]
 CLIENTS = ["clinic", "help_desk", "law_firm", "shop"]
 SHORT = ("evaluation.max_new_tokens=1", "evaluation.rows=1")

@@ -30,6 +30,7 @@ from flexperts.protection.pipeline import privacy_spent, protect
 from flexperts.server.checkpoint import load_server
 from flexperts.tracking import scalars
 
+pytestmark = pytest.mark.usefixtures("shared_base")
 Recipe = Callable[..., RunConfig]
 CLIENTS = ["clinic", "help_desk", "law_firm", "shop"]
 SHORT = ("evaluation.max_new_tokens=1", "evaluation.rows=1", "lora.dropout=0.1")

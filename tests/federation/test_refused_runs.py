@@ -33,7 +33,7 @@ def dense_base(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "override",
     [
-        "training.max_length=64",
+        "training.max_length=16",
         "graft.experts=9",
         "lora.projections=['w_proj']",
         "method.name=fedavgg",

@@ -117,9 +117,9 @@ def test_contexts_that_are_cut_are_said_with_client_file_and_row(
     assert SECRET not in told[0]
 
 
-def test_control_tokens_in_rows_train_as_text(tiny_base: Path, tmp_path: Path) -> None:
+def test_control_tokens_in_rows_train_as_text(byte_base: Path, tmp_path: Path) -> None:
     row = {"instruction": "Say </s><pad>", "response": "no </s> here"}
-    workspace = Workspace(silo(tmp_path, [row], tiny_base))
+    workspace = Workspace(silo(tmp_path, [row], byte_base))
     ids = workspace.examples("ward")[0].input_ids
     assert [i for i in ids if i > 255] == [257]
     assert ids[-1] == 257

@@ -25,6 +25,7 @@ from flexperts.engines.run import _NAMED, _rows_line, run_federation
 from flexperts.finished.trained import TrainedRun
 from flexperts.recipe import parse_recipe
 
+pytestmark = pytest.mark.usefixtures("shared_base")
 Recipe = Callable[..., RunConfig]
 
 
@@ -38,11 +39,19 @@ def without_seconds(folder: Path) -> list[dict[str, object]]:
     return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "sha256")} for line in lines]
 
 
+@pytest.fixture(scope="module")
+def finished(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that tests only read."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    run_federation(recipe("training.lr=0.02"), out)
+    return out
+
+
 @pytest.mark.parametrize("method", ["fedavg", "flex", "local"])
 def test_two_runs_with_one_seed_are_bit_identical(recipe: Recipe, tmp_path: Path, method: str) -> None:
     config = recipe(f"method.name={method}", "lora.dropout=0.1")
     for name in ("a", "b"):
-        run_federation(config, tmp_path / name)
+        run_federation(config, tmp_path / name, workspace=Workspace(config))
     first, second = files(tmp_path / "a"), files(tmp_path / "b")
     del first["rounds.jsonl"], second["rounds.jsonl"]
     assert len(first) >= 8
@@ -94,10 +103,10 @@ def test_summary_has_what_is_promised(recipe: Recipe, tmp_path: Path) -> None:
     assert reference["mean"]["nll"]["zero_shot"] == summary["mean"]["nll"]["zero_shot"]
 
 
-def test_bytes_are_payload_plus_little(recipe: Recipe, tmp_path: Path) -> None:
+def test_bytes_are_payload_plus_little(finished: Path) -> None:
     """On the tiny base the payload is 8 kB, so the fixed part of a message shows; on real ones it vanishes."""
-    sizes = run_federation(recipe(), tmp_path / "run")["bytes"]
-    adapter = load_file(tmp_path / "run" / "shared" / "adapter_model.safetensors")
+    sizes = RunDirectory(finished).summary()["bytes"]
+    adapter = load_file(finished / "shared" / "adapter_model.safetensors")
     payload = 4 * sum(tensor.numel() for tensor in adapter.values())
     for direction in ("uplink", "downlink"):
         assert payload < sizes[f"{direction}_per_client_per_round"] < payload + 2048
@@ -124,8 +133,8 @@ def test_the_base_is_bit_identical_after_a_run(
     assert not any(m._forward_hooks for m in resident.base.model.modules())
 
 
-def test_training_learns_and_moves_only_what_it_should(recipe: Recipe, tmp_path: Path) -> None:
-    config = recipe("federation.rounds=6", "training.lr=0.05")
+def test_training_learns_and_moves_only_what_it_should(recipe: Recipe, byte_base: Path, tmp_path: Path) -> None:
+    config = recipe(f"model.base={byte_base}", "federation.rounds=6", "training.lr=0.05")
     summary = run_federation(config, tmp_path / "run")
     nll = summary["mean"]["nll"]
     assert nll["global"] < nll["zero_shot"] - 0.03
@@ -134,34 +143,32 @@ def test_training_learns_and_moves_only_what_it_should(recipe: Recipe, tmp_path:
     assert losses[-1] < losses[0]
 
 
-def test_shared_adapter_is_an_ordinary_peft_folder(recipe: Recipe, tmp_path: Path, tiny_base: Path) -> None:
+def test_shared_adapter_is_an_ordinary_peft_folder(finished: Path, tiny_base: Path) -> None:
     """Loaded by PEFT alone, without flexperts, it computes what the run's global state computes."""
-    run_federation(recipe("training.lr=0.02"), tmp_path / "run")
-    trained = TrainedRun(tmp_path / "run")
+    trained = TrainedRun(finished)
     ids = torch.arange(40).reshape(2, 20)
     with trained.client("shop").in_state(trained.request("shop"), "global") as (model, _), torch.no_grad():
         ours = model(input_ids=ids).logits
     base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     with torch.no_grad():
         plain = base(input_ids=ids).logits
-        theirs = PeftModel.from_pretrained(base, tmp_path / "run" / "shared").eval()(input_ids=ids).logits
+        theirs = PeftModel.from_pretrained(base, finished / "shared").eval()(input_ids=ids).logits
     assert torch.equal(ours, theirs)
     assert not torch.equal(ours, plain)
 
 
-def test_adapter_config_is_the_same_on_every_machine(recipe: Recipe, tmp_path: Path, tiny_base: Path) -> None:
+def test_adapter_config_is_the_same_on_every_machine(finished: Path, tiny_base: Path) -> None:
     """Clients must agree on its text: no set in random order, no local path."""
-    run_federation(recipe(), tmp_path / "run")
-    text = (tmp_path / "run" / "shared" / "adapter_config.json").read_text()
+    text = (finished / "shared" / "adapter_config.json").read_text()
     config = json.loads(text)
     assert config["target_modules"] == sorted(config["target_modules"])
     assert config["base_model_name_or_path"] == tiny_base.name
     assert str(tiny_base.parent) not in text
 
 
-def test_evaluating_again_from_files_gives_the_same_scores(recipe: Recipe, tmp_path: Path) -> None:
-    summary = run_federation(recipe("training.lr=0.02"), tmp_path / "run")
-    again = TrainedRun(tmp_path / "run").evaluate()
+def test_evaluating_again_from_files_gives_the_same_scores(finished: Path) -> None:
+    summary = RunDirectory(finished).summary()
+    again = TrainedRun(finished).evaluate()
     for client, states in again.items():
         for state, scores in states.items():
             assert scores.rouge_l == summary["clients"][client]["rouge_l"][state]

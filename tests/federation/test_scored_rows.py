@@ -13,6 +13,7 @@ from flexperts.config.run import RunConfig
 from flexperts.data.clients import load_clients
 from flexperts.engines.run import run_federation
 
+pytestmark = pytest.mark.usefixtures("shared_base")
 Recipe = Callable[..., RunConfig]
 CLIENTS = ["clinic", "help_desk", "law_firm", "shop"]
 SHORT = ("training.local_steps=1", "evaluation.max_new_tokens=2")
@@ -114,8 +115,9 @@ def test_bytes_by_group_add_up_to_what_is_declared(recipe: Recipe, tmp_path: Pat
     assert method != "scaffold" or (groups > lora and all(g.startswith("derived ") for g in groups - lora))
 
 
-def test_every_rows_scores_are_kept_beside_its_answers(recipe: Recipe, tmp_path: Path) -> None:
-    summary = run_federation(recipe("federation.rounds=1", *SHORT), tmp_path / "run")
+def test_every_rows_scores_are_kept_beside_its_answers(recipe: Recipe, byte_base: Path, tmp_path: Path) -> None:
+    config = recipe(f"model.base={byte_base}", "federation.rounds=1", *SHORT)
+    summary = run_federation(config, tmp_path / "run")
     for client in CLIENTS:
         kept = lines(tmp_path / "run" / "predictions" / f"{client}.jsonl")
         for state in ("zero_shot", "global", "personalized"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,26 +28,43 @@ RUNS = (
     "method.name=flex graft.rank=4 training.gradient_checkpointing=true",
 )
 SMALL = """
-    data.silos.train_rows=8 data.silos.test_rows=4 training.max_length=640
-    federation.rounds=2 training.local_steps=2 evaluation.max_new_tokens=4
+    data.silos.train_rows=4 data.silos.test_rows=2 training.max_length=640
+    federation.rounds=2 training.local_steps=2 evaluation.max_new_tokens=2
 """
 LAYOUTS = ("qwen2_moe", "gpt_oss", "dbrx", "llama4_text", "granitemoe")
 
 
-def on_two(*arguments: str | Path) -> str:
+def on_two(*arguments: str | Path) -> list[str]:
+    """Return the lines that two processes print."""
     command = (*LAUNCH, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", ROOT / "tests/federation/ranks.py")
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    return done.stdout.splitlines()
 
 
 def states(run: Path) -> dict[Path, dict[str, torch.Tensor]]:
     return {file.relative_to(run): load_file(file) for file in run.rglob("*.safetensors")}
 
 
-def test_two_processes_with_half_a_base_each_are_one_process(tiny_base: Path, tmp_path: Path) -> None:
-    several = [f"model.base={tiny_base} {SMALL} {run}" for run in RUNS]
-    on_two("runs", tmp_path / "two", *several)
+@pytest.fixture(scope="module")
+def several(tiny_base: Path) -> list[str]:
+    return [f"model.base={tiny_base} {SMALL} {run}" for run in RUNS]
+
+
+@pytest.fixture(scope="module")
+def done(several: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """Two processes do all tasks: the folder of the runs, the line of the layers, the line of the refusals."""
+    folder = tmp_path_factory.mktemp("two")
+    tiny_model("mixtral").save_pretrained(folder / "base")
+    tasks = ("runs", folder, *several, "--", "layers", *LAYOUTS, "--", "refusals", folder / "base")
+    layers, refusals = (line for line in on_two(*tasks) if line.startswith("["))
+    return folder, layers, refusals
+
+
+def test_two_processes_with_half_a_base_each_are_one_process(
+    several: list[str], done: tuple[Path, str, str], tmp_path: Path
+) -> None:
+    shutil.copytree(done[0], tmp_path / "two")
     for number, overrides in enumerate(several):
         config = load_recipe(ROOT / "recipes" / "quickstart.toml", overrides.split())
         here = run_federation(config, tmp_path / "one" / str(number))
@@ -63,17 +81,17 @@ def test_two_processes_with_half_a_base_each_are_one_process(tiny_base: Path, tm
     assert run_federation(longer, tmp_path / "two" / "2", resume=True)["rounds"] == 3
 
 
-@pytest.mark.parametrize(
-    "families",
-    [pytest.param(LAYOUTS, id="layouts"), pytest.param(tuple(FAMILIES), id="all", marks=pytest.mark.families)],
-)
-def test_a_divided_base_computes_and_is_read_as_a_whole_one(families: tuple[str, ...]) -> None:
-    on_two("layers", *families)
+def test_a_divided_base_computes_and_is_read_as_a_whole_one(done: tuple[Path, str, str]) -> None:
+    assert json.loads(done[1]) == list(LAYOUTS)
 
 
-def test_noise_and_tensor_parallelism_are_refused_by_name(tmp_path: Path) -> None:
-    tiny_model("mixtral").save_pretrained(tmp_path)
-    noise, tensor = json.loads(on_two("refusals", tmp_path))
+@pytest.mark.families
+def test_every_divided_base_computes_and_is_read_as_a_whole_one() -> None:
+    assert json.loads(on_two("layers", *FAMILIES)[-1]) == list(FAMILIES)
+
+
+def test_noise_and_tensor_parallelism_are_refused_by_name(done: tuple[Path, str, str]) -> None:
+    noise, tensor = json.loads(done[2])
     assert "privacy.noise = 'local' with a base that is divided over processes" in noise
     assert "a base with tensor parallelism" in tensor
 

@@ -28,6 +28,7 @@ from flexperts.observer import Observer, Observers
 from flexperts.recipe import parse_recipe
 from flexperts.tracking import Tracking, hyperparameters, scalars, tracker_names
 
+pytestmark = pytest.mark.usefixtures("shared_base")
 Recipe = Callable[..., RunConfig]
 Curves = dict[str, dict[int, float]]
 CLIENTS = ["clinic", "help_desk", "law_firm", "shop"]

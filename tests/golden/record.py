@@ -12,6 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from flexperts.client.workspace import Workspace
+from flexperts.config.run import RunConfig
 from flexperts.engines.run import run_federation
 from flexperts.methods.registry import method_names
 from flexperts.recipe import parse_recipe
@@ -39,12 +41,15 @@ max_new_tokens = 2
 """
 
 
-def trajectory(method: str, folder: Path) -> dict[str, Any]:
+def shared_workspace(folder: Path) -> Workspace:
+    """Save the base of all runs in a new folder, and return it with their rows."""
+    return Workspace(_recipe(save_tiny_base(folder, max_position_embeddings=1024), "fedavg"))
+
+
+def trajectory(method: str, workspace: Workspace, out: Path) -> dict[str, Any]:
     """Return losses and NLL of every round and client of a tiny run."""
-    base = save_tiny_base(folder / "base", max_position_embeddings=1024)
-    recipe = parse_recipe(_RECIPE.format(base=base, method=method), METHOD_SETTINGS.get(method, ()))
-    run_federation(recipe, folder / "run")
-    rounds = [json.loads(line) for line in (folder / "run" / "rounds.jsonl").read_text().splitlines()]
+    run_federation(_recipe(workspace.config.model.base, method), out, workspace=workspace)
+    rounds = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
     return {
         "loss": [{n: c["loss"] for n, c in r["clients"].items()} for r in rounds],
         "nll": [
@@ -53,12 +58,15 @@ def trajectory(method: str, folder: Path) -> dict[str, Any]:
     }
 
 
+def _recipe(base: Path | str, method: str) -> RunConfig:
+    return parse_recipe(_RECIPE.format(base=base, method=method), METHOD_SETTINGS.get(method, ()))
+
+
 def record() -> None:
     """Write the references anew."""
-    made = {}
-    for method in method_names():
-        with tempfile.TemporaryDirectory() as folder:
-            made[method] = trajectory(method, Path(folder))
+    with tempfile.TemporaryDirectory() as folder:
+        workspace = shared_workspace(Path(folder) / "base")
+        made = {method: trajectory(method, workspace, Path(folder) / method) for method in method_names()}
     REFERENCES.write_text(json.dumps(made, indent=1) + "\n")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from flexperts.client.workspace import Workspace
 from flexperts.methods.registry import method_names
 
 _spec = importlib.util.spec_from_file_location("record", Path(__file__).with_name("record.py"))
@@ -34,8 +35,14 @@ def test_every_method_has_a_reference() -> None:
     assert sorted(REFERENCES) == method_names()
 
 
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return record.shared_workspace(tmp_path_factory.mktemp("golden") / "base")
+
+
 @pytest.mark.parametrize("method", method_names())
-def test_trajectory(method: str, tmp_path: Path) -> None:
-    found, expected = (dict(numbers(t)) for t in (record.trajectory(method, tmp_path), REFERENCES[method]))
+def test_trajectory(method: str, workspace: Workspace, tmp_path: Path) -> None:
+    made = record.trajectory(method, workspace, tmp_path / "run")
+    found, expected = dict(numbers(made)), dict(numbers(REFERENCES[method]))
     assert len(expected) >= 12  # what a method without training has
     assert found == pytest.approx(expected, rel=2e-4)

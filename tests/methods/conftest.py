@@ -31,6 +31,11 @@ SETTINGS = LocalSettings(
 )
 
 
+@pytest.fixture(autouse=True)
+def _one_base(shared_base: None) -> None:
+    """Load the base once for all methods' runs."""
+
+
 @pytest.fixture
 def take_turn(recipe: Callable[..., RunConfig]) -> Callable[..., Any]:
     """Return a function that lends the tiny model to one client; adapters have values unless asked otherwise."""

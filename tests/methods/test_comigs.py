@@ -65,9 +65,9 @@ class PlainPairs(Plain):
         sgd([self.tensors[n] for n in names], loss, rate)
 
 
-def test_a_run_is_a_loop_of_two_levels(recipe: Any, tmp_path: Path) -> None:
+def test_a_run_is_a_loop_of_two_levels(recipe: Any, byte_base: Path, tmp_path: Path) -> None:
     """Updates of the router fall into round 2, between its two steps, and at the end of round 3."""
-    config = recipe("method.name=comigs", OPTIONS, *PLAIN, "training.personal_lr=20.0")
+    config = recipe(f"model.base={byte_base}", "method.name=comigs", OPTIONS, *PLAIN, "training.personal_lr=20.0")
     plain = PlainPairs(config)
     own = {c: {n: t for n, t in plain.start.items() if n.endswith(OWN)} for c in plain.clients}
     common = {n: t for n, t in plain.start.items() if not n.endswith(OWN)}

@@ -89,8 +89,10 @@ def close_products(found: Mapping[str, Any], expected: Mapping[str, Any]) -> Non
 # FedEx-LoRA.
 
 
-def test_fedex_is_a_loop_that_adds_the_residual_to_dense_weights(recipe: Recipe, tmp_path: Path) -> None:
-    config = recipe("method.name=fedex_lora", *PLAIN)
+def test_fedex_is_a_loop_that_adds_the_residual_to_dense_weights(
+    recipe: Recipe, byte_base: Path, tmp_path: Path
+) -> None:
+    config = recipe(f"model.base={byte_base}", "method.name=fedex_lora", *PLAIN)
     plain = Plain(config)
     pairs: Pairs = lora_layers(plain.start)
     dense = {m: torch.zeros(len(B), A.shape[1]) for m, (A, B) in pairs.items()}
@@ -163,8 +165,8 @@ def test_fedex_adapter_folder_computes_the_global_state(recipe: Recipe, tmp_path
 # RoLoRA.
 
 
-def test_rolora_is_a_loop_that_alternates(recipe: Recipe, tmp_path: Path) -> None:
-    config = recipe("method.name=rolora", *PLAIN)
+def test_rolora_is_a_loop_that_alternates(recipe: Recipe, byte_base: Path, tmp_path: Path) -> None:
+    config = recipe(f"model.base={byte_base}", "method.name=rolora", *PLAIN)
     plain = Plain(config)
     pairs: Pairs = lora_layers(plain.start)
     for number in range(1, ROUNDS + 1):

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import openai
 import pytest
 
+from flexperts.config.run import RunConfig
+
 from .scripted_engine import ScriptedEngine, Served, openai_of, served
+
+
+@pytest.fixture(scope="session")
+def recipe(recipe: Callable[..., RunConfig], byte_base: Path) -> Callable[..., RunConfig]:
+    """The same on the base of bytes, whose answers differ more."""
+    return lambda *overrides: recipe(f"model.base={byte_base}", *overrides)
 
 
 @pytest.fixture(scope="module")

@@ -95,12 +95,12 @@ def test_logits_and_activations_grow_with_what_they_are_of() -> None:
     assert of().training(4_000) > of().training(0)
 
 
-def test_the_longest_row_is_measured(tiny_base: Path, tmp_path: Path) -> None:
+def test_the_longest_row_is_measured(byte_base: Path, tmp_path: Path) -> None:
     for split, word in (("train", "a"), ("test", "bb")):
         rows = [f'{{"instruction": "{word}{n}", "response": "{"x" * (n + 1)}"}}' for n in range(4)]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
     files = f'{{train = "{tmp_path}/train.jsonl", test = "{tmp_path}/test.jsonl"}}'
-    config = parse_recipe(f'model.base = "{tiny_base}"\ndata.clients.one = {files}')
+    config = parse_recipe(f'model.base = "{byte_base}"\ndata.clients.one = {files}')
     lengths = row_lengths(config, load_clients(config.data, config.seed))
     assert lengths.response == 5  # four letters and the end
     assert lengths.row == len("<|user|>bb3\n<|assistant|>") + 5
