@@ -1,1 +1,1 @@
-"""Secure aggregation: the silos' part and the server's part of a protocol by which the server learns a sum alone."""
+"""Secure aggregation: a protocol by which the server learns the sum of updates, and no single one."""

@@ -1,7 +1,7 @@
-"""The cryptography of secure aggregation; every function is one of `cryptography` or PyCryptodome, given our values.
+"""The cryptography of secure aggregation: functions of `cryptography` and PyCryptodome, given our values.
 
-X25519 (RFC 7748), HKDF with SHA-256 (RFC 5869), ChaCha20 (RFC 8439), AES-256-GCM (NIST SP 800-38D), Ed25519 (RFC
-8032), and Shamir's sharing over GF(2^128). Secrets, shares and keys have 32 bytes.
+X25519 (RFC 7748), HKDF with SHA-256 (RFC 5869), ChaCha20 (RFC 8439), AES-256-GCM (NIST SP 800-38D), Ed25519
+(RFC 8032), and Shamir's sharing over GF(2^128). Secrets, shares and keys have 32 bytes.
 """
 
 from __future__ import annotations

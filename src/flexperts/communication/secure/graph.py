@@ -1,10 +1,10 @@
 """Who holds whose shares: all of all, or, with more than a hundred clients, each those of some random neighbours.
 
-Source: Bell et al., CCS 2020 (ePrint 2020/704), section 3: a random Harary graph, that is, clients in a random ring,
-each with the nearest k. k is the smallest even number for which, with a third of the clients colluding with the
-server and a fifth dropping out, (1) no client has as many colluding share holders as its threshold, and the honest
-survivors stay connected, but for a probability of 2^-40, and (2) every client has as many surviving holders as its
-threshold, but for a probability of 2^-20.
+Source: Bell et al., CCS 2020 (ePrint 2020/704), section 3: a random Harary graph, that is, clients in a random
+ring, each with the nearest k. k is the smallest even number for which, with a third of the clients colluding with
+the server and a fifth dropping out, (1) no client has as many colluding share holders as its threshold, and the
+honest survivors stay connected, but for a probability of 2^-40, and (2) every client has as many surviving holders
+as its threshold, but for a probability of 2^-20.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _SECURITY, _CORRECTNESS = 2.0**-41, 2.0**-20
 _COMPLETE = 100
 """Most clients among which all hold shares of all; any half of them may then collude with the server."""
 _BETWEEN = 0.6
-"""Least share of a client's holders that must answer, among neighbours: it is between 1/3 and 4/5, so k is small."""
+"""Least share of a client's holders that must answer, among neighbours: between 1/3 and 4/5, it keeps k small."""
 FEWEST = 3
 """Fewest silos whose sum is made: with two, each can compute the other's update from it."""
 
 
 def threshold_of(holders: int, share: float) -> int:
-    """Return how many of a secret's holders must give their share: more than a share of them, and at least three."""
+    """Return how many of a secret's holders must answer: more than a share of them, and at least three."""
     return max(FEWEST, math.floor(share * holders + 1e-9) + 1)
 
 

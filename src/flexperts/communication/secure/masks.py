@@ -1,4 +1,4 @@
-"""The masks of a round, the values that recognize its secrets, and how a silo or the server refuses: both need them."""
+"""What silos and the server both compute: a round's masks, checks of its secrets, and errors."""
 
 from __future__ import annotations
 

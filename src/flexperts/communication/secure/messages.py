@@ -1,8 +1,8 @@
 """The messages of secure aggregation, in the order in which they are sent; each is JSON in one text field.
 
-A silo joins with its ``Card``. A round then is: ``SetUp`` and ``Advertised`` (with the unmasking of the round before,
-or alone), ``Masking`` with the request to train, ``Unmask`` and ``Revealed``; where silos do not trust the server to
-tell all of them the same survivors, ``Closed`` and ``Agreed`` come before ``Unmask``.
+A silo joins with its ``Card``. A round then is: ``SetUp`` and ``Advertised`` (with the unmasking of the round
+before, or alone), ``Masking`` with the request to train, ``Unmask`` and ``Revealed``; where silos do not trust the
+server to tell all of them the same survivors, ``Closed`` and ``Agreed`` come before ``Unmask``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A silo's part of secure aggregation: its keys, its masks, and what it reveals of others.
 
-Source: Bonawitz et al., CCS 2017 (ePrint 2017/281), figure 4. The server's part is ``tally.py``; neither imports the
-other.
+Source: Bonawitz et al., CCS 2017 (ePrint 2017/281), figure 4. The server's part is ``tally.py``; neither imports
+the other.
 """
 
 from __future__ import annotations

@@ -179,7 +179,8 @@ class Tally:
         if secret is None:
             raise refused(
                 f"the shares of {name}",
-                f"they do not give its secret: {name} has dealt wrong ones, or one of {_listed(given)} has sent one",
+                f"they do not give its secret: {name} has dealt wrong ones, or one of "
+                f"{_listed(given)} has sent one",
             )
         for peer in (peer for peer, number in numbers.items() if number in wrong):
             faults.setdefault(peer, f"it has sent a wrong share of {name}, or got one from it")
