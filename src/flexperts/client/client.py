@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flexperts.client.answer_limit import answer_limit, longer_references, scored_rows
 from flexperts.client.floor import MIXTURES, candidates_of, choose, read_choice, record_of
+from flexperts.client.masking import Masked
 from flexperts.client.model import ClientModel
 from flexperts.client.request import Request, Trained
 from flexperts.client.routing_log import prompt_batches, routing_lines, write_routing
@@ -36,7 +37,7 @@ from flexperts.observer import Observer, Phase, TurnState, current_observer
 from flexperts.parameters.store import PersonalMeta, PersonalStore, load_personal
 from flexperts.parameters.vector import Payload, vector_hash
 from flexperts.parts.grafts import GATES
-from flexperts.protection.pipeline import protect, told
+from flexperts.protection.pipeline import is_secure, protect, told
 from flexperts.seeding import generator
 from flexperts.training.local import LocalSettings, steps_per_round
 
@@ -102,6 +103,11 @@ class Client:
         site = self.method.initial_site(self.model.site(self.name, self.examples, _prepared(meta), agreement))
         with self.model.lend(site, {}) as (split, _):
             return encode(split, self.method.initial(split)), json.dumps(split.describe())
+
+    @cached_property
+    def masked(self) -> Masked | None:
+        """The client's part of secure aggregation; None if the recipe has none."""
+        return Masked(self.name, self.folder, self.config.privacy.clip) if is_secure(self.config) else None
 
     def train(self, request: Request) -> Trained:
         """Train one round from the server's weights; the personal part is saved on disk."""

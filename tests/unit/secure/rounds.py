@@ -11,7 +11,7 @@ from flexperts.communication.secure import ciphers
 from flexperts.communication.secure.fixed_point import Ring
 from flexperts.communication.secure.messages import Masking, Unmask
 from flexperts.communication.secure.silo import Silo, State
-from flexperts.communication.secure.tally import Tally
+from flexperts.communication.secure.tally import Tally, new_session
 from flexperts.parameters.vector import Vector
 
 CLIP = 2.0
@@ -45,7 +45,7 @@ class Round:
             drawn = stream.normal(size=self.size)
             self.changes[name] = (drawn * CLIP / max(1.0, float(np.linalg.norm(drawn)))).astype(np.float32)
         cards = {name: one.card("run") for name, one in self.silos.items()}
-        self.tally = Tally("run", self.number, cards, self.rows, CLIP, self.share)
+        self.tally = Tally(new_session("run", self.number, cards, self.rows, CLIP, self.share))
 
     @property
     def names(self) -> list[str]:

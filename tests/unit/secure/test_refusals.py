@@ -21,6 +21,7 @@ from flexperts.communication.secure.messages import (
     read,
 )
 from flexperts.communication.secure.silo import Silo, State
+from flexperts.communication.secure.tally import Kept, Tally
 from flexperts.errors import FederationError
 
 from .rounds import CLIP, Round, silo
@@ -169,6 +170,23 @@ def test_a_silo_never_gives_both_kinds_of_shares_of_one_silo() -> None:
     assert first.reveal(asked) == revealed
     with pytest.raises(FederationError, match="another list of survivors in session"):
         first.reveal(one.tally.unmask("s00"))
+
+
+def test_a_round_is_summed_once() -> None:
+    """The sums of two sessions with other survivors would differ by the update of one silo."""
+    one = Round(4).advertise().mask().reveal()
+    with pytest.raises(FederationError, match="keys for another sum of round 1: this silo has given its shares"):
+        Round(4, silos=one.silos).advertise()
+    Round(4, number=2, silos=one.silos).advertise().mask().reveal()
+
+
+def test_a_session_that_is_kept_is_unmasked_later() -> None:
+    one = Round(4).advertise().mask(["s03"]).reveal(["s00", "s01"])
+    with pytest.raises(FederationError, match="1 silos are left"):
+        one.tally.total()
+    kept, masked = one.tally.kept()
+    one.tally = Tally.of(Kept.model_validate_json(kept.model_dump_json()), masked)
+    assert one.reveal().tally.total()[0].tobytes() == one.plain().tobytes()
 
 
 @pytest.mark.parametrize(

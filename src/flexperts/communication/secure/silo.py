@@ -69,6 +69,8 @@ class State(BaseModel):
     sessions: dict[str, Session] = Field(default_factory=dict)
     past: list[str] = Field(default_factory=list)
     """Sessions whose secrets are deleted."""
+    summed: int = 0
+    """The last round for which it has given shares: the sum of other survivors would differ by single updates."""
 
 
 class Silo:
@@ -112,6 +114,11 @@ class Silo:
             return self.state.sessions[session].answer
         if session in self.state.sessions or session in self.state.past:
             raise refused(f"session {session[:8]}", "a session is set up once")
+        if terms.round <= self.state.summed:
+            raise refused(
+                f"keys for another sum of round {terms.round}",
+                "this silo has given its shares for one, and two sums can differ by the update of one silo",
+            )
         self._check_terms(asked)
         self._check_cards(terms.run, asked.peers)
         key, secret, names = ciphers.new_secret(), ciphers.new_secret(), sorted(asked.peers)
@@ -258,7 +265,7 @@ class Silo:
             raise too_few(len(survivors), session.setup.terms.threshold)
         if session.closed not in (None, closed):
             raise refused(f"another list of survivors in session {closed.session[:8]}", "in a session there is one")
-        session.closed = closed
+        session.closed, self.state.summed = closed, max(self.state.summed, session.setup.terms.round)
         return session
 
     def _check_agreement(self, setup: SetUp, asked: Unmask) -> None:

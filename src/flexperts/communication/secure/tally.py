@@ -21,6 +21,7 @@ from flexperts.communication.secure.messages import (
     Card,
     Closed,
     Masking,
+    Message,
     Revealed,
     SetUp,
     Signature,
@@ -30,8 +31,38 @@ from flexperts.communication.secure.messages import (
 )
 
 
-class Tally:
-    """One session: a round's silos, what they have sent, and the sum so far.
+class Session(Message):
+    """What is fixed when a session begins.
+
+    Args:
+        terms: The terms.
+        clip: The L2 norm that updates are clipped to.
+        least: Silos that must stay to the end.
+        cards: Silo -> its card, sorted.
+        rows: Silo -> the rows that it counts for.
+        holders: Silo -> who holds its shares, sorted, itself among them.
+    """
+
+    terms: Terms
+    clip: float
+    least: int
+    cards: dict[str, Card]
+    rows: dict[str, int]
+    holders: dict[str, list[str]]
+
+
+class Kept(Message):
+    """A session in which all updates have arrived; with their sum it can be unmasked later."""
+
+    session: Session
+    advertised: dict[str, Advertised]
+    survivors: list[str]
+
+
+def new_session(
+    run: str, number: int, cards: Mapping[str, Card], rows: Mapping[str, int], clip: float, share: float
+) -> Session:
+    """Return a new session.
 
     Args:
         run: The run's id.
@@ -41,31 +72,57 @@ class Tally:
         clip: The L2 norm that updates are clipped to.
         share: More than this share of the silos must stay to the end.
     """
+    least = threshold_of(len(cards), share)
+    if len(cards) < least:
+        raise too_few(len(cards), least)
+    among = holder_share(len(cards), share)
+    of_each = holders(list(cards), among)
+    terms = Terms(
+        run=run,
+        round=number,
+        session=secrets.token_hex(16),
+        clients=len(cards),
+        threshold=threshold_of(min(map(len, of_each.values())), among),
+        most=max(rows[name] for name in cards),
+    )
+    return Session(
+        terms=terms,
+        clip=clip,
+        least=least,
+        cards=dict(sorted(cards.items())),
+        rows={name: rows[name] for name in sorted(cards)},
+        holders=of_each,
+    )
 
-    def __init__(
-        self, run: str, number: int, cards: Mapping[str, Card], rows: Mapping[str, int], clip: float, share: float
-    ) -> None:
-        self.cards = dict(sorted(cards.items()))
-        self.least = threshold_of(len(cards), share)
-        if len(cards) < self.least:
-            raise too_few(len(cards), self.least)
-        among = holder_share(len(cards), share)
-        self.holders = holders(list(self.cards), among)
-        threshold = threshold_of(min(map(len, self.holders.values())), among)
-        self.terms = Terms(
-            run=run,
-            round=number,
-            session=secrets.token_hex(16),
-            clients=len(cards),
-            threshold=threshold,
-            most=max(rows[name] for name in cards),
-        )
-        self.numbers = FixedPoint(clip, len(cards))
-        self.weights = {name: min(rows[name], self.terms.most) for name in self.cards}
+
+class Tally:
+    """One session: a round's silos, what they have sent, and the sum so far.
+
+    Args:
+        session: The session.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.terms, self.least = session, session.terms, session.least
+        self.cards, self.rows, self.holders = session.cards, session.rows, session.holders
+        self.numbers = FixedPoint(session.clip, session.terms.clients)
         self.survivors: list[str] = []
         self._advertised: dict[str, Advertised] = {}
         self._revealed: dict[str, Revealed] = {}
         self._sum: Ring | None = None
+
+    @classmethod
+    def of(cls, kept: Kept, masked: Ring) -> Tally:
+        """Return a session that was kept, with the sum of its masked updates."""
+        tally = cls(kept.session)
+        tally.survivors, tally._advertised, tally._sum = list(kept.survivors), dict(kept.advertised), masked
+        return tally
+
+    def kept(self) -> tuple[Kept, Ring]:
+        """Return the session and the sum of its masked updates, to be unmasked later."""
+        if self._sum is None or len(self.survivors) < self.least:
+            raise too_few(len(self.survivors), self.least)
+        return Kept(session=self.session, advertised=self._advertised, survivors=self.survivors), self._sum
 
     def setup(self, name: str) -> SetUp:
         """Return the request for a silo's keys."""
@@ -85,10 +142,14 @@ class Tally:
         """The silos that have sent keys, sorted: those whose updates can be in the sum."""
         return sorted(self._advertised)
 
-    def masking(self, name: str) -> Masking:
-        """Return the request to mask a silo's update, after all keys have been taken."""
+    def check_ready(self) -> None:
+        """Refuse to go on with the keys of too few silos."""
         if len(self._advertised) < self.least:
             raise too_few(len(self._advertised), self.least)
+
+    def masking(self, name: str) -> Masking:
+        """Return the request to mask a silo's update, after all keys have been taken."""
+        self.check_ready()
         told = {
             peer: Told(mask=its.mask, check=its.check, sealed=its.sealed[name], signature=its.signature)
             for peer in self.holders[name]
@@ -163,9 +224,14 @@ class Tally:
         return total, faults
 
     @property
+    def counted(self) -> int:
+        """The survivors' rows."""
+        return sum(self.rows[name] for name in self.survivors)
+
+    @property
     def weight(self) -> float:
         """The sum of the survivors' weights, by which the sum is divided."""
-        return sum(self.weights[name] for name in self.survivors) / self.terms.most
+        return self.counted / self.terms.most
 
     def _rebuilt(
         self, name: str, given: Mapping[str, str], is_right: Callable[[bytes], bool], faults: dict[str, str]

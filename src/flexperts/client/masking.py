@@ -1,0 +1,108 @@
+"""A client's part of secure aggregation in a run: its keys on disk, and its answers to the server's requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from flexperts.communication.compression import Packed
+from flexperts.communication.messages import MASKED
+from flexperts.communication.secure import ciphers
+from flexperts.communication.secure.messages import AnyMessage, Masking, SetUp, Unmask, read
+from flexperts.communication.secure.silo import Silo, State
+from flexperts.errors import PrivacyError
+from flexperts.files import damaged, opened, read_json, sealed, write_json
+from flexperts.parameters.vector import Vector
+
+_SERVER = "server"
+
+
+class Masked:
+    """The secrets of one client, in one file; what is answered is on disk before it is returned.
+
+    Args:
+        name: The client.
+        folder: The folder of its files in this run.
+        clip: ``privacy.clip``.
+        identity: File of its identity, which may belong to several runs; by default one in ``folder``.
+        roster: Silo -> its identity, if only these are accepted.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        clip: float,
+        identity: Path | None = None,
+        roster: Mapping[str, str] | None = None,
+    ) -> None:
+        self._path = folder / "secure" / f"{name}.json"
+        self._identity = identity or folder / "secure" / f"{name}.identity.json"
+        self._name, self._clip, self._roster = name, clip, roster
+
+    def card(self, run: str) -> str:
+        """Return what the client joins with, as JSON."""
+        with self._silo() as silo:
+            return silo.card(run).model_dump_json()
+
+    def keys(self, setup: str) -> str:
+        """Return the answer to a request for keys; both are JSON."""
+        with self._silo() as silo:
+            return silo.advertise(_read(SetUp, setup)).model_dump_json()
+
+    def update(self, masking: str, change: Vector | None, rows: int) -> Packed:
+        """Return an update, masked, in the place of the bare one.
+
+        Args:
+            masking: The request's keys of others, as JSON.
+            change: The update, clipped.
+            rows: The client's rows.
+
+        Raises:
+            PrivacyError: There is no such part in the request.
+        """
+        if not masking or change is None:
+            raise PrivacyError(
+                f"a request to {self._name} for an update without masks",
+                "with privacy.aggregation = 'secure' none is sent",
+                "use one flexperts version on the server and every silo",
+            )
+        with self._silo() as silo:
+            return Packed({MASKED: silo.masked(_read(Masking, masking), change, rows)}, {"packing": MASKED})
+
+    def shares(self, unmask: str) -> str:
+        """Return the answer to a request for shares; both are JSON."""
+        with self._silo() as silo:
+            return silo.reveal(_read(Unmask, unmask)).model_dump_json()
+
+    @contextmanager
+    def _silo(self) -> Iterator[Silo]:
+        """Yield the client's part of the protocol, and write what it must keep."""
+        try:
+            state = State.model_validate(_loaded(self._path)) if self._path.exists() else State()
+        except ValidationError as error:
+            raise damaged(self._path, f"its content is not valid: {error.errors()[0]['loc']}") from error
+        yield Silo(self._name, identity_of(self._identity), state, self._clip, self._roster)
+        write_json(self._path, sealed(state.model_dump()), indent=None)
+
+
+def identity_of(path: Path) -> bytes:
+    """Return the Ed25519 private key in a file, which is made on first use."""
+    if not path.exists():
+        write_json(path, sealed({"key": ciphers.new_secret().hex()}))
+    try:
+        key = bytes.fromhex(str(_loaded(path)["key"]))
+    except (KeyError, ValueError) as error:
+        raise damaged(path, "it has no key") from error
+    return key
+
+
+def _loaded(path: Path) -> dict[str, object]:
+    return opened(path, read_json(path), needed=True)
+
+
+def _read(kind: type[AnyMessage], text: str) -> AnyMessage:
+    return read(kind, text, _SERVER)
