@@ -9,7 +9,7 @@ from flwr.app import RecordDict
 from flexperts.communication.compression import Packed
 from flexperts.communication.messages import info_of, metrics_of, payload_of, records
 from flexperts.communication.secure import ciphers
-from flexperts.communication.secure.messages import Masking, SetUp, Unmask, read
+from flexperts.communication.secure.messages import Closed, Masking, SetUp, Unmask, read
 from flexperts.communication.secure.silo import Silo as Masker
 from flexperts.communication.secure.silo import State
 from flexperts.parameters.vector import Payload, Vector
@@ -33,10 +33,11 @@ class MaskingSilo(Silo):
     """A silo whose updates are masked; ``factor`` is what it multiplies an update by after clipping."""
 
     factor: int = 1
+    agrees: bool = False
     masker: Masker = field(init=False)
 
     def __post_init__(self) -> None:
-        self.masker = Masker(self.name, ciphers.new_secret(), State(), CLIP)
+        self.masker = Masker(self.name, ciphers.new_secret(), State(), CLIP, agrees=self.agrees)
 
     def change(self, number: int) -> Vector:
         return clipped(super().change(number), CLIP)
@@ -49,6 +50,8 @@ class MaskingSilo(Silo):
             told = {"client": self.name, "keys": "", "shares": ""}
             if "unmask" in info:
                 told["shares"] = self.masker.reveal(read(Unmask, info["unmask"], "server")).model_dump_json()
+            if "closed" in info:
+                told["agreed"] = self.masker.agree(read(Closed, info["closed"], "server")).model_dump_json()
             if "setup" in info:
                 told["keys"] = self.masker.advertise(read(SetUp, info["setup"], "server")).model_dump_json()
             return records(told, {})

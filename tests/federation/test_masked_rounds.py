@@ -222,3 +222,17 @@ def test_without_the_sum_that_was_kept_a_summed_round_is_not_repeated(recipe: Re
         FederationError, match="keys for another sum of round 3: this silo has given its shares for one"
     ):
         run_on(ScriptedGrid(*silos), config, tmp_path / "run")
+
+
+def test_silos_that_agree_on_the_survivors_take_one_exchange_more(recipe: Recipe, tmp_path: Path) -> None:
+    silos = four(agrees=True)
+    grid = ScriptedGrid(*silos)
+    grid.faults["train", 2, "b"] = drop
+    server, logs = run_on(grid, recipe(*MASKED, "privacy.agreement=true"), tmp_path / "run")
+    assert np.abs(server.shared.vector - expected(["abcd", "acd", "abcd"], silos)).max() < 10 * STEP + 1e-6
+    assert [log["secure"]["exchanges"] for log in logs] == [3, 2, 2]
+
+
+def test_silos_that_agree_give_nothing_to_a_server_that_does_not_ask(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(FederationError, match="0 signatures of the survivors: 3 must have signed one list"):
+        run_on(ScriptedGrid(*four(agrees=True)), recipe(*MASKED), tmp_path / "run")

@@ -63,7 +63,8 @@ def _keys(content: RecordDict, client: Client) -> RecordDict:
         raise FederationError("a request for keys", "this recipe has no secure aggregation", "use one recipe")
     shares = client.masked.shares(asked.unmask) if asked.unmask else ""
     keys = client.masked.keys(asked.setup) if asked.setup else ""
-    return records({"client": client.name, "keys": keys, "shares": shares}, {})
+    agreed = client.masked.signature(asked.closed) if asked.closed else ""
+    return records({"client": client.name, "keys": keys, "shares": shares, "agreed": agreed}, {})
 
 
 def _train(content: RecordDict, client: Client) -> RecordDict:

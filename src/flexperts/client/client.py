@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flexperts.client.answer_limit import answer_limit, longer_references, scored_rows
 from flexperts.client.floor import MIXTURES, candidates_of, choose, read_choice, record_of
-from flexperts.client.masking import Masked
+from flexperts.client.masking import Masked, Standing
 from flexperts.client.model import ClientModel
 from flexperts.client.request import Request, Trained
 from flexperts.client.routing_log import prompt_batches, routing_lines, write_routing
@@ -56,11 +56,19 @@ class Client:
         model: The model that clients use in turn.
         folder: The folder of its personal state and predictions.
         observer: Receives progress.
+        standing: Who the client is to others, with secure aggregation.
     """
 
     def __init__(
-        self, name: str, workspace: Workspace, model: ClientModel, folder: Path, observer: Observer | None = None
+        self,
+        name: str,
+        workspace: Workspace,
+        model: ClientModel,
+        folder: Path,
+        observer: Observer | None = None,
+        standing: Standing | None = None,
     ) -> None:
+        self.standing = standing
         self.name, self.workspace, self.model, self.folder = name, workspace, model, folder
         self.observer = observer or Observer()
         self.config, self.method = model.config, model.method
@@ -107,7 +115,9 @@ class Client:
     @cached_property
     def masked(self) -> Masked | None:
         """The client's part of secure aggregation; None if the recipe has none."""
-        return Masked(self.name, self.folder, self.config.privacy.clip) if is_secure(self.config) else None
+        if not is_secure(self.config):
+            return None
+        return Masked(self.name, self.folder, self.config.privacy, self.standing, self.observer.notice)
 
     def train(self, request: Request) -> Trained:
         """Train one round from the server's weights; the personal part is saved on disk."""
@@ -439,13 +449,16 @@ class Resident:
         workspace: Base and rows.
         config: The run; only its method may differ from the workspace's.
         folder: The folder of the clients' files.
+        standing: Who the clients are to others, if it is not this run that decides it.
     """
 
-    def __init__(self, workspace: Workspace, config: RunConfig, folder: Path) -> None:
+    def __init__(
+        self, workspace: Workspace, config: RunConfig, folder: Path, standing: Standing | None = None
+    ) -> None:
         self.workspace, self.folder = workspace, folder
         self.model = model = ClientModel(workspace.base, config, make_method(config.method))
         self._client = lru_cache(CLIENTS_KEPT)(
-            lambda name: Client(name, workspace, model, folder, current_observer())
+            lambda name: Client(name, workspace, model, folder, current_observer(), standing)
         )
 
     def client(self, name: str) -> Client:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -11,13 +12,28 @@ from pydantic import ValidationError
 from flexperts.communication.compression import Packed
 from flexperts.communication.messages import MASKED
 from flexperts.communication.secure import ciphers
-from flexperts.communication.secure.messages import AnyMessage, Masking, SetUp, Unmask, read
+from flexperts.communication.secure.masks import fingerprint
+from flexperts.communication.secure.messages import AnyMessage, Closed, Masking, SetUp, Unmask, read
 from flexperts.communication.secure.silo import Silo, State
+from flexperts.config.federation import PrivacyConfig
 from flexperts.errors import PrivacyError
 from flexperts.files import damaged, opened, read_json, sealed, write_json
 from flexperts.parameters.vector import Vector
 
 _SERVER = "server"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a silo has besides a run: who it is, and whom it knows.
+
+    Args:
+        identity: File of its identity; by default one among the run's files.
+        roster: Silo -> its identity, if only these are accepted; else silos are known as they are first seen.
+    """
+
+    identity: Path | None = None
+    roster: Mapping[str, str] = field(default_factory=dict)
 
 
 class Masked:
@@ -26,22 +42,23 @@ class Masked:
     Args:
         name: The client.
         folder: The folder of its files in this run.
-        clip: ``privacy.clip``.
-        identity: File of its identity, which may belong to several runs; by default one in ``folder``.
-        roster: Silo -> its identity, if only these are accepted.
+        privacy: The recipe's section.
+        standing: Who the client is.
+        say: Receives the identities of silos that are new, if they are not in a roster and the identity is a silo's.
     """
 
     def __init__(
         self,
         name: str,
         folder: Path,
-        clip: float,
-        identity: Path | None = None,
-        roster: Mapping[str, str] | None = None,
+        privacy: PrivacyConfig,
+        standing: Standing | None = None,
+        say: Callable[[str], None] = str,
     ) -> None:
         self._path = folder / "secure" / f"{name}.json"
-        self._identity = identity or folder / "secure" / f"{name}.identity.json"
-        self._name, self._clip, self._roster = name, clip, roster
+        self._standing = standing or Standing()
+        self._identity = self._standing.identity or folder / "secure" / f"{name}.identity.json"
+        self._name, self._privacy, self._say = name, privacy, say
 
     def card(self, run: str) -> str:
         """Return what the client joins with, as JSON."""
@@ -51,7 +68,27 @@ class Masked:
     def keys(self, setup: str) -> str:
         """Return the answer to a request for keys; both are JSON."""
         with self._silo() as silo:
-            return silo.advertise(_read(SetUp, setup)).model_dump_json()
+            known = set(silo.state.pins)
+            answer = silo.advertise(_read(SetUp, setup))
+            if self._standing.identity is not None and not self._standing.roster:
+                for name in sorted(silo.state.pins.keys() - known - {self._name}):
+                    self._say(
+                        f"silo {name} is new, its identity is {fingerprint(silo.state.pins[name])}: compare it with what "
+                        "that silo's `flexperts silo check` prints"
+                    )
+            return answer.model_dump_json()
+
+    def signature(self, closed: str) -> str:
+        """Return the answer to a list of survivors; both are JSON."""
+        with self._silo() as silo:
+            return silo.agree(_read(Closed, closed)).model_dump_json()
+
+    def is_new(self, masking: str) -> bool:
+        """Return whether no update has been masked for a request yet."""
+        told = _read(Masking, masking)
+        with self._silo() as silo:
+            session = silo.state.sessions.get(told.session)
+            return session is None or session.told != told
 
     def update(self, masking: str, change: Vector | None, rows: int) -> Packed:
         """Return an update, masked, in the place of the bare one.
@@ -85,7 +122,8 @@ class Masked:
             state = State.model_validate(_loaded(self._path)) if self._path.exists() else State()
         except ValidationError as error:
             raise damaged(self._path, f"its content is not valid: {error.errors()[0]['loc']}") from error
-        yield Silo(self._name, identity_of(self._identity), state, self._clip, self._roster)
+        clip, agrees = self._privacy.clip, self._privacy.agreement
+        yield Silo(self._name, identity_of(self._identity), state, clip, self._standing.roster, agrees=agrees)
         write_json(self._path, sealed(state.model_dump()), indent=None)
 
 

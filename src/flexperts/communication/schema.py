@@ -114,11 +114,13 @@ class SplitRow(Fields):
 
 
 class KeysFields(Fields):
-    """Keys of a round with secure aggregation, and shares of the round before, as JSON or empty."""
+    """Keys of a round with secure aggregation, shares of the round before, and the signature of its survivors; each
+    is JSON or empty."""
 
     client: Name
     keys: Annotated[str, Field(max_length=LONGEST_TEXT)]
     shares: Annotated[str, Field(max_length=LONGEST_TEXT)]
+    agreed: Annotated[str, Field(max_length=ROOM)] = ""
 
 
 _TABLE = TypeAdapter(Annotated[list[SplitRow], Field(max_length=3)])
@@ -201,10 +203,12 @@ class InitialQuery(Query):
 
 
 class KeysQuery(Query):
-    """A request for keys of a round with secure aggregation, for shares of the one before, or both; as JSON."""
+    """A request for keys of a round with secure aggregation, for shares of the one before or both, or for the
+    signature of a list of survivors; each is JSON or empty."""
 
     setup: Annotated[str, Field(max_length=LONGEST_TEXT)] = ""
     unmask: Annotated[str, Field(max_length=LONGEST_TEXT)] = ""
+    closed: Annotated[str, Field(max_length=LONGEST_TEXT)] = ""
 
 
 class TrainRequest(Query):

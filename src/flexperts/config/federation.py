@@ -64,7 +64,10 @@ class PrivacyConfig(Section):
     outside, see docs/secure-aggregation.md."""
     survivors: float = Field(0.5, ge=0.5, lt=1)
     """With secure aggregation, more than this share of a round's clients, and at least three, must stay to its end.
-    As many together learn the others' sum, fewer learn nothing more from the server's messages."""
+    Fewer of them, together with the server, cannot take off another client's masks."""
+    agreement: bool = False
+    """With secure aggregation, clients sign one list of those whose updates have arrived before they give shares:
+    against a server that tells them different lists. It is one more exchange in every round."""
 
 
 class CompressionConfig(Section):

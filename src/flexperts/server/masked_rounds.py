@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 from flexperts.checked_file import read_sealed, write_sealed
 from flexperts.communication.messages import check_records, fields_of, payload_of, records
 from flexperts.communication.schema import LONGEST_TEXT, KeysFields, NoNumbers, check_size, checked
-from flexperts.communication.secure.messages import Advertised, Card, Revealed, read
+from flexperts.communication.secure.messages import Advertised, Agreed, Card, Revealed, read
 from flexperts.communication.secure.tally import Kept, Tally, new_session
 from flexperts.communication.traffic import encoded_bytes
 from flexperts.config.names import normal
@@ -68,13 +68,13 @@ class MaskedRounds:
         tally.check_ready()
 
     def keep(self, path: Path, log: RoundLog) -> None:
-        """Write the masked sum before it is unmasked: silos give shares for one sum of a round, and for no other."""
+        """Write the masked sum before it is unmasked: silos give shares for one sum of a round only."""
         kept, total = self.tally.kept()
         tensors = {"sum": torch.from_numpy(total.view(f"i{total.itemsize}").copy())}
         write_sealed(path, _FORMAT, tensors, {"kept": kept.model_dump_json(), "log": vars(log)})
 
     def resumed(self, path: Path, number: int) -> RoundLog | None:
-        """Return the record of a round whose masked sum was written, and continue with it; None if there is none."""
+        """Return the record of a round whose masked sum was written, to continue with it; None without."""
         if not path.exists():
             return None
         tensors, rest = read_sealed(path, _FORMAT)
@@ -102,7 +102,8 @@ class MaskedRounds:
         """
         tally, upcoming = self.tally, None
         online = [name for name in tally.survivors if name in self._members.online]
-        asked = {name: {"unmask": tally.unmask(name).model_dump_json()} for name in online}
+        signatures = self._agreed(grid, online, log) if self._config.privacy.agreement else {}
+        asked = {name: {"unmask": tally.unmask(name, signatures).model_dump_json()} for name in online}
         if len(rows_next) >= tally.least:
             upcoming = self._session(rows_next, log.number + 1, log)
             for name in upcoming.cards:
@@ -120,6 +121,14 @@ class MaskedRounds:
         log.secure["norm"] = float(np.linalg.norm(change))
         self._check_mean(log.secure["norm"], change.size)
         return np.asarray(change, dtype=np.float32)
+
+    def _agreed(self, grid: Grid, survivors: Sequence[str], log: RoundLog) -> dict[str, str]:
+        """Return the survivors' signatures of who they are."""
+        found = dict[str, str]()
+        asked = {name: {"closed": self.tally.closed(name).model_dump_json()} for name in survivors}
+        for name, told in self._answers(grid, asked, log):
+            self._take(name, log, lambda n=name, t=told: found.update({n: read(Agreed, t.agreed, n).signature}))
+        return found
 
     def _check_mean(self, norm: float, size: int) -> None:
         """Refuse a mean that clipped updates cannot have: the only check of values that are never seen singly."""
