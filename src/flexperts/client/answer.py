@@ -44,8 +44,10 @@ def answer(kind: str, content: RecordDict, client: Client) -> RecordDict:
 def _join(content: RecordDict, client: Client) -> RecordDict:
     """Send the client's introduction to the server."""
     asked = _read(content, Query)
-    card = {} if client.masked is None else {"card": client.masked.card(asked.run)}
-    return records(client.join() | card, {})
+    told = client.join()
+    if client.masked is not None:
+        told["card"] = client.masked.card(asked.run)
+    return records(told, {})
 
 
 def _initial(content: RecordDict, client: Client) -> RecordDict:

@@ -44,7 +44,7 @@ class Masked:
         folder: The folder of its files in this run.
         privacy: The recipe's section.
         standing: Who the client is.
-        say: Receives the identities of silos that are new, if they are not in a roster and the identity is a silo's.
+        say: Receives the identities of new silos, where this one has an identity of its own and no roster.
     """
 
     def __init__(
@@ -72,10 +72,8 @@ class Masked:
             answer = silo.advertise(_read(SetUp, setup))
             if self._standing.identity is not None and not self._standing.roster:
                 for name in sorted(silo.state.pins.keys() - known - {self._name}):
-                    self._say(
-                        f"silo {name} is new, its identity is {fingerprint(silo.state.pins[name])}: compare it with what "
-                        "that silo's `flexperts silo check` prints"
-                    )
+                    told = f"silo {name} is new, its identity is {fingerprint(silo.state.pins[name])}"
+                    self._say(f"{told}: compare it with what that silo's `flexperts silo check` prints")
             return answer.model_dump_json()
 
     def signature(self, closed: str) -> str:

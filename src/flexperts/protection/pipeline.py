@@ -73,6 +73,18 @@ def check_protections(method: Method, config: RunConfig) -> None:
         raise ConfigError(" with ".join(combining), "only one defence can make a round's average", "turn one off")
 
 
+def check_apart(config: RunConfig) -> None:
+    """Refuse settings that cannot work where the silos are other machines."""
+    ratio = config.federation.max_norm_ratio
+    if is_secure(config) and ratio != "off":
+        raise ConfigError(
+            f"federation.max_norm_ratio = {ratio:g} with privacy.aggregation = 'secure'",
+            "it compares the sizes of single updates, and the server receives their sum alone; silos clip their "
+            "updates to privacy.clip instead, and the server checks the sum",
+            "set federation.max_norm_ratio = 'off'",
+        )
+
+
 def check_enough(config: RunConfig, clients: int) -> None:
     """Refuse a defence that needs more clients than a round has."""
     drawn = config.federation.drawn(clients)

@@ -59,8 +59,7 @@ def too_few(found: int, least: int) -> FederationError:
     )
 
 
-def refused(value: str, rule: str) -> FederationError:
+def refused(value: str, rule: str, remedy: str = "") -> FederationError:
     """Return the error for a message that breaks the protocol."""
-    return FederationError(
-        f"secure aggregation: {value}", rule, "resume the run, which begins the round again with new keys"
-    )
+    remedy = remedy or "resume the run, which begins the round again with new keys"
+    return FederationError(f"secure aggregation: {value}", rule, remedy)

@@ -37,6 +37,10 @@ from flexperts.communication.secure.messages import (
     Unmask,
 )
 
+_BY_PHONE = (
+    "compare identities with that silo by phone, then correct the roster in this silo's file or start a new run"
+)
+
 
 class Session(BaseModel):
     """A silo's secrets of one round."""
@@ -118,6 +122,7 @@ class Silo:
             raise refused(
                 f"keys for another sum of round {terms.round}",
                 "this silo has given its shares for one, and two sums can differ by the update of one silo",
+                "start a new run, if the run's directory does not have the sum any more",
             )
         self._check_terms(asked)
         self._check_cards(terms.run, asked.peers)
@@ -224,11 +229,13 @@ class Silo:
             if not ciphers.is_signed(bytes.fromhex(card.identity), bytes.fromhex(card.signature), *text):
                 raise refused(f"the keys of {name}", "its identity has not signed them for this run")
             if self.roster and name != self.name and name not in self.roster:
-                raise refused(f"silo {name}", "it is not in this silo's roster")
+                raise refused(f"silo {name}", "it is not in this silo's roster", _BY_PHONE)
             known = self.roster.get(name, self.state.pins.get(name, card.identity))
             if card.identity != known:
                 raise refused(
-                    f"the identity {fingerprint(card.identity)} of {name}", f"this silo knows {fingerprint(known)}"
+                    f"the identity {fingerprint(card.identity)} of {name}",
+                    f"this silo knows {fingerprint(known)}",
+                    _BY_PHONE,
                 )
         self.state.pins |= {name: card.identity for name, card in peers.items()}
 

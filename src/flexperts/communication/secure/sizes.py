@@ -1,4 +1,4 @@
-"""How many bytes a round's messages of secure aggregation have, before a run; the masked update is not one of them."""
+"""The bytes of a round's messages of secure aggregation, without the masked update, before a run."""
 
 from __future__ import annotations
 
