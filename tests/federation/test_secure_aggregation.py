@@ -23,6 +23,7 @@ from flexperts.server.checkpoint import load_server
 
 Recipe = Callable[..., RunConfig]
 SHORT = ("evaluation.max_new_tokens=1", "evaluation.rows=1", "training.local_steps=2", "training.lr=1e-4")
+WAYS = ("uplink", "downlink")
 SECURE = ("privacy.aggregation=secure", "privacy.clip=100")
 
 
@@ -34,15 +35,14 @@ def shared(folder: Path) -> Vector:
     return load_server(RunDirectory(folder).checkpoint).shared.vector
 
 
-@pytest.mark.parametrize("method", ["flex", "fedadam"])
+@pytest.mark.parametrize("method", ["flex", "ditto"])
 def test_a_secure_run_ends_where_the_plain_one_does(recipe: Recipe, tmp_path: Path, method: str) -> None:
     """But for whole numbers in the place of floats, which training then carries on."""
     settings = (*SHORT, f"method.name={method}")
     first = run_federation(recipe(*settings), tmp_path / "plain")
     second = run_federation(recipe(*settings, *SECURE), tmp_path / "secure")
     plain, secure = shared(tmp_path / "plain"), shared(tmp_path / "secure")
-    moved = np.abs(plain - shared_start(tmp_path / "plain", plain)).max()
-    assert np.abs(plain - secure).max() < (1e-6 if method == "flex" else 0.1 * moved)
+    assert np.abs(plain - secure).max() < 1e-6
     assert not np.array_equal(plain, secure)
     logs = rounds(tmp_path / "secure")
     assert [log["secure"]["exchanges"] for log in logs] == [2, 1]
@@ -52,14 +52,8 @@ def test_a_secure_run_ends_where_the_plain_one_does(recipe: Recipe, tmp_path: Pa
     assert second["bytes"]["keys_total"] == sum(sum(log["secure"][way].values()) for log in logs for way in WAYS)
     for name, scores in first["clients"].items():
         for state, nll in scores["nll"].items():
-            assert abs(nll - second["clients"][name]["nll"][state]) < 1e-3
-
-
-WAYS = ("uplink", "downlink")
-
-
-def shared_start(folder: Path, end: Vector) -> Vector:
-    return np.zeros_like(end)
+            if nll is not None:  # a state that the method has
+                assert abs(nll - second["clients"][name]["nll"][state]) < 1e-3
 
 
 def test_no_reply_holds_an_update(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,14 +72,14 @@ def test_no_reply_holds_an_update(recipe: Recipe, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(Tally, "add", noted)
     monkeypatch.setattr(Client, "train", trained)
-    run_federation(recipe(*SHORT, "privacy.aggregation=secure", "privacy.clip=0.01"), tmp_path / "run")
+    run_federation(recipe(*SHORT, "privacy.aggregation=secure", "privacy.clip=0.001"), tmp_path / "run")
     assert len(added) == len(bare) == 8
     for masked, change in zip(added, bare, strict=True):
-        assert float(np.linalg.norm(change)) == pytest.approx(0.01, rel=1e-3)
+        assert float(np.linalg.norm(change)) == pytest.approx(0.001, rel=1e-3)
         numbers = masked.view(np.int32).astype(np.float64)
         assert abs(np.corrcoef(numbers, change)[0, 1]) < 6 / change.size**0.5
         assert abs(numbers.std() / 2**32 - 12**-0.5) < 6 / change.size**0.5
-    assert all(log["secure"]["norm"] <= 0.01 * 1.001 for log in rounds(tmp_path / "run"))
+    assert all(log["secure"]["norm"] <= 0.001 * 1.001 for log in rounds(tmp_path / "run"))
 
 
 def test_worker_processes_end_with_the_same_bits_and_a_stopped_run_too(recipe: Recipe, tmp_path: Path) -> None:
@@ -115,13 +109,16 @@ def test_the_plan_has_the_bytes_of_the_keys(recipe: Recipe, tiny_base: Path, tmp
     base = meta_base(description, config.model.dtype)
     clients = sorted(rounds(tmp_path / "run")[0]["clients"])
     plan = plan_method(base, model_facts(description, base), config, clients, 10.0)
-    for planned, log in zip(plan.rounds, rounds(tmp_path / "run"), strict=True):
-        for name in clients:
-            sent = log["uplink"][name] + log["secure"]["uplink"][name]
-            got = log["downlink"][name] + log["secure"]["downlink"][name]
-            received = sum(planned.downlink[name].values()) + planned.keys[name]
-            assert 0 < sent - planned.packed[name] < 3000
-            assert 0 < got - received < 4000
+    logs = rounds(tmp_path / "run")
+    assert sum(log["secure"]["exchanges"] for log in logs) == len(logs) + 1
+    for name in clients:  # a run has the keys of as many rounds, one round earlier
+        sent = sum(
+            log["uplink"][name] + log["secure"]["uplink"][name] - plan.rounds[0].packed[name] for log in logs
+        )
+        assert 0 < sent < 3000 * len(logs)
+        planned = sum(plan.rounds[0].downlink[name].values()) + plan.rounds[0].keys[name]
+        got = sum(log["downlink"][name] + log["secure"]["downlink"][name] - planned for log in logs)
+        assert 0 < got < 4000 * len(logs)
     assert plan.uplink == sum(sum(each.packed.values()) for each in plan.rounds) / 8
 
 
@@ -133,7 +130,7 @@ def test_the_plan_has_the_bytes_of_the_keys(recipe: Recipe, tiny_base: Path, tmp
         ("compression.kind=int8", "masked values are whole numbers of 32 bits"),
         ("privacy.noise=central", "the server has no single update to clip"),
         ("privacy.noise=local", "local noise exceeds the clip"),
-        ("method.name=scaffold", "it needs a mean of replies that are the sent weights"),
+        ("method.name=fedalt", "it needs a mean of replies that are the sent weights"),
         ("method.options.aggregation=truncated", "it needs a mean of replies that are the sent weights"),
         ("federation.participation=0.5", "with its settings it needs at least 3"),
     ],

@@ -17,6 +17,7 @@ from flexperts.communication.secure.ciphers import identity_key
 from flexperts.communication.wire import deserialize, serialize
 from flexperts.config.run import RunConfig
 from flexperts.config.silo import SiloConfig
+from flexperts.data.silos.generate import write_silos
 from flexperts.deployment.settings import at_silos
 from flexperts.deployment.state import identity_file, make_private
 from flexperts.deployment.worker import Worker
@@ -26,7 +27,7 @@ from flexperts.observer import Observer
 from flexperts.recipe import load_silo
 from flexperts.server.checkpoint import load_server
 
-from ..federation.scripted_grid import ScriptedGrid, drop, run_on
+from .scripted_grid import ScriptedGrid, drop, run_on
 
 Recipe = Callable[..., RunConfig]
 SILOS = ("clinic", "help_desk", "law_firm")
@@ -70,6 +71,14 @@ def silo_at(folder: Path, rows: Path, base: Path, more: str = "") -> SiloConfig:
     return load_silo(folder / "silo.toml")
 
 
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one sub-folder per silo."""
+    folder = tmp_path_factory.mktemp("rows")
+    write_silos(folder, 0, 8, 4)
+    return folder
+
+
 @pytest.fixture
 def config(recipe: Recipe, rows: Path) -> RunConfig:
     files = {n: f"{{train = '{rows}/{n}/train.jsonl', test = '{rows}/{n}/test.jsonl'}}" for n in SILOS}
@@ -93,7 +102,7 @@ def served(config: RunConfig, folder: Path, rows: Path, base: Path, more: str = 
 def test_workers_end_near_the_plain_run_and_say_which_silos_are_new(
     config: RunConfig, tmp_path: Path, rows: Path, tiny_base: Path
 ) -> None:
-    """A reply that is lost ends its round; the round is then repeated in another session by workers that restarted."""
+    """A lost reply ends its round, which workers that have restarted then repeat in another session."""
     run_federation(config, tmp_path / "plain")
     secure = secured(config, agreement=True)
     silos = served(secure, tmp_path, rows, tiny_base)
@@ -151,5 +160,5 @@ def test_a_silo_can_require_it(
 
 def test_the_comparison_of_single_updates_is_refused_before_the_run(config: RunConfig) -> None:
     apart = config.model_copy(update={"privacy": config.privacy.model_copy(update={"aggregation": "secure"})})
-    with pytest.raises(ConfigError, match="federation.max_norm_ratio = 10 with privacy.aggregation = 'secure'"):
+    with pytest.raises(ConfigError, match=r"federation.max_norm_ratio = 10 with privacy.aggregation = 'secure'"):
         at_silos(apart)
