@@ -21,6 +21,7 @@ import numpy as np
 from flexperts.communication.secure import ciphers
 from flexperts.communication.secure.silo import Silo, State
 from flexperts.communication.secure.tally import Tally, new_session
+from flexperts.environment import environment
 
 VALUES, CLIP, ROUNDS = 645_120, 20.0, 5
 CASES = ((4, 0), (4, 1), (8, 0), (8, 2), (20, 0), (20, 5))
@@ -98,7 +99,7 @@ def main() -> None:
     given = parser.parse_args()
     entries = json.loads(given.table.read_text())["entries"] if given.table else [measured(*case) for case in CASES]
     if given.out:
-        given.out.write_text(json.dumps({"entries": entries}, indent=2) + "\n")
+        given.out.write_text(json.dumps({"environment": environment(), "entries": entries}, indent=2) + "\n")
     print(table(entries))
 
 

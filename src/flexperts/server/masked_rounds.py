@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 from flexperts.checked_file import read_sealed, write_sealed
 from flexperts.communication.messages import check_records, fields_of, payload_of, records
 from flexperts.communication.schema import LONGEST_TEXT, KeysFields, NoNumbers, check_size, checked
+from flexperts.communication.secure.masks import SpoiltError
 from flexperts.communication.secure.messages import Advertised, Agreed, Card, Revealed, read
 from flexperts.communication.secure.tally import Kept, Tally, new_session
 from flexperts.communication.traffic import encoded_bytes
@@ -89,8 +90,10 @@ class MaskedRounds:
         self.tally = tally
         return log
 
-    def mean(self, grid: Grid, rows_next: _Rows, log: RoundLog) -> Vector:
+    def mean(self, grid: Grid, rows_next: _Rows, log: RoundLog) -> Vector | None:
         """Return the mean of the updates that have arrived, by rows; the clients' shares unmask their sum.
+
+        It is None if the sum cannot be that of clipped updates, or shares are wrong.
 
         Args:
             grid: The grid of nodes.
@@ -98,7 +101,7 @@ class MaskedRounds:
             log: The round's record.
 
         Raises:
-            FederationError: Too few clients have stayed, or the sum is not one of clipped updates.
+            FederationError: Too few clients have stayed; the round can continue when they are back.
         """
         tally, upcoming = self.tally, None
         online = [name for name in tally.survivors if name in self._members.online]
@@ -114,12 +117,19 @@ class MaskedRounds:
             if upcoming is not None and name in upcoming.cards:
                 self._take(name, log, lambda n=name, t=told: upcoming.advertise(n, read(Advertised, t.keys, n)))
         self._next = upcoming
-        total, faults = tally.total()
-        for name, fault in faults.items():
-            self._refuse(name, fault, log)
-        change = tally.numbers.decode(total) / tally.weight
-        log.secure["norm"] = float(np.linalg.norm(change))
-        self._check_mean(log.secure["norm"], change.size)
+        try:
+            total, faults = tally.total()
+            for name, fault in faults.items():
+                self._refuse(name, fault, log)
+            change = tally.numbers.decode(total) / tally.weight
+            log.secure["norm"] = float(np.linalg.norm(change))
+            self._check_mean(log.secure["norm"], change.size)
+        except SpoiltError as error:  # silos give no shares for another sum of this round
+            log.secure["spoilt"] = one_line(str(error))
+            self._members.observer.notice(f"round {log.number}: the shared weights stay as they were; {error}")
+            for name in tally.survivors:
+                log.withdraw(name)
+            return None
         return np.asarray(change, dtype=np.float32)
 
     def _agreed(self, grid: Grid, survivors: Sequence[str], log: RoundLog) -> dict[str, str]:
@@ -135,14 +145,14 @@ class MaskedRounds:
         tally, privacy, most = self.tally, self._config.privacy, self._config.federation.max_update_rms
         rounding = size**0.5 * tally.numbers.step / 2 * len(tally.survivors) / tally.weight
         if not norm <= privacy.clip * (1 + _SLACK) + rounding:
-            raise FederationError(
+            raise SpoiltError(
                 f"the mean of the updates of {', '.join(tally.survivors)} has an L2 norm of {norm:.4g}",
                 f"updates are clipped to privacy.clip = {privacy.clip:g}; one of these silos has sent something "
                 "else, and no one can see which",
-                "look at the silos' logs, leave out a silo that you do not trust, and resume",
+                "look at the silos' logs, and leave out one that you do not trust",
             )
         if not norm <= most * size**0.5:
-            raise FederationError(
+            raise SpoiltError(
                 f"the mean of the updates: root mean square {norm / size**0.5:.3g}",
                 f"it must be at most federation.max_update_rms = {most:g}",
                 "lower training.lr, or privacy.clip",

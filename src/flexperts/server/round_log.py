@@ -39,7 +39,7 @@ class RoundLog:
         privacy: The guarantee of differential privacy after this round; None without noise.
         capped: Client -> rows that its update counted for, if those were fewer than it reported.
         secure: Of the exchanges that secure aggregation adds: their number, encoded bytes by direction and client,
-            and seconds; and the L2 norm of the mean update. Empty without.
+            and seconds; the L2 norm of the mean update; ``spoilt``, why the sum was not used. Empty without.
         planned: The run's planned number of rounds when this one began; the learning rate's cosine is over it.
             0 in rounds of earlier versions.
     """

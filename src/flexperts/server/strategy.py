@@ -106,15 +106,10 @@ class FlexpertsStrategy(Strategy):
         The rule asks for one update after the other, and each reply is read and recorded when its turn comes.
         """
         log = self.rounds[-1]
-        updates = None if self._masks() else _unless_empty(self._updates(replies, log))
         if self._masks():
-            self.method.aggregate(self.server, [self._sum(replies, log)])
-        elif updates or not log.participants:  # otherwise no update came, and the quorum's error says why
-            arrived: Iterable[Update] = updates or ()
-            if self.method.sends_weights(self.server):
-                arrived = reduced(self.config, self.server.shared, arrived)
-            self.method.aggregate(self.server, arrived)
-        self._check_quorum(log)
+            self._aggregate_masked(replies, log)
+        else:
+            self._aggregate(replies, log)
         self.server.round += 1
         log.privacy = privacy_spent(self.config, self._rounds_with_weights())
         log.seconds["training"] = time.monotonic() - self._started
@@ -167,8 +162,17 @@ class FlexpertsStrategy(Strategy):
         """Return whether the coming round's updates are masked."""
         return is_secure(self.config) and self.method.sends_weights(self.server)
 
-    def _sum(self, replies: Iterable[Message], log: RoundLog) -> Update:
-        """Return one update in the place of the masked ones, which are added up as they arrive."""
+    def _aggregate(self, replies: Iterable[Message], log: RoundLog) -> None:
+        updates = _unless_empty(self._updates(replies, log))
+        if updates or not log.participants:  # otherwise no update came, and the quorum's error says why
+            arrived: Iterable[Update] = updates or ()
+            if self.method.sends_weights(self.server):
+                arrived = reduced(self.config, self.server.shared, arrived)
+            self.method.aggregate(self.server, arrived)
+        self._check_quorum(log)
+
+    def _aggregate_masked(self, replies: Iterable[Message], log: RoundLog) -> None:
+        """Add up masked updates as they arrive, and give the method one update in their place."""
         for name, reply in self._by_client(replies):
             self._usable(name, reply, log)
         self._check_quorum(log)
@@ -178,7 +182,9 @@ class FlexpertsStrategy(Strategy):
             online = set(self._participants(log.number + 1)) & set(self.members.online)
             rows = self._capped(online)
         change, shared = self.masked.mean(self._grid, rows, log), self.server.shared
-        return Update(EVERYONE, replace(shared, vector=shared.vector + change), self.masked.tally.counted, {})
+        if change is not None:
+            mean = replace(shared, vector=shared.vector + change)
+            self.method.aggregate(self.server, [Update(EVERYONE, mean, self.masked.tally.counted, {})])
 
     @property
     def _masked_sum(self) -> Path:

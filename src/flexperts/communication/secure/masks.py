@@ -50,6 +50,10 @@ def fingerprint(identity: str) -> str:
     return " ".join(identity[at : at + 4] for at in range(0, 32, 4))
 
 
+class SpoiltError(FederationError):
+    """A sum that cannot be used, and cannot be made again either."""
+
+
 def too_few(found: int, least: int) -> FederationError:
     """Return the error for a round that too few silos are left in."""
     return FederationError(

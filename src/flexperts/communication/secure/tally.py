@@ -15,7 +15,7 @@ import numpy as np
 from flexperts.communication.secure import ciphers
 from flexperts.communication.secure.fixed_point import FixedPoint, Ring
 from flexperts.communication.secure.graph import holder_share, holders, threshold_of
-from flexperts.communication.secure.masks import check_of, common_mask, own_mask, refused, too_few
+from flexperts.communication.secure.masks import SpoiltError, check_of, common_mask, own_mask, refused, too_few
 from flexperts.communication.secure.messages import (
     Advertised,
     Card,
@@ -203,7 +203,8 @@ class Tally:
         """Return the sum of the survivors' updates, and silo -> what is wrong with its shares, if anything is.
 
         Raises:
-            FederationError: A silo's masks cannot be computed: too few have given shares, or wrong ones.
+            SpoiltError: A silo's masks cannot be computed from the shares, of which some are wrong.
+            FederationError: Too few have given shares so far.
         """
         assert self._sum is not None
         total, faults = self._sum.copy(), dict[str, str]()
@@ -243,10 +244,11 @@ class Tally:
         shares = {numbers[peer]: bytes.fromhex(share) for peer, share in given.items()}
         secret, wrong = ciphers.secret_among(shares, self.terms.threshold, is_right)
         if secret is None:
-            raise refused(
-                f"the shares of {name}",
+            raise SpoiltError(
+                f"secure aggregation: the shares of {name}",
                 f"they do not give its secret: {name} has dealt wrong ones, or one of "
                 f"{_listed(given)} has sent one",
+                "look at these silos' logs, and leave out one that you do not trust",
             )
         for peer in (peer for peer, number in numbers.items() if number in wrong):
             faults.setdefault(peer, f"it has sent a wrong share of {name}, or got one from it")
