@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 
 from flexperts.communication.secure import ciphers
+from flexperts.communication.secure.messages import Rules
 from flexperts.communication.secure.silo import Silo, State
 from flexperts.communication.secure.tally import Tally, new_session
 from flexperts.environment import environment
 
-VALUES, CLIP, ROUNDS = 645_120, 20.0, 5
+VALUES, RULES, ROUNDS = 645_120, Rules(clip=20.0), 5
 CASES = ((4, 0), (4, 1), (8, 0), (8, 2), (20, 0), (20, 5))
 """Clients, and how many of them drop out before they send their update."""
 
@@ -40,10 +41,10 @@ def one_round(clients: int, dropped: int, number: int) -> dict[str, float]:
     """Return one round's costs: milliseconds, bytes of a client besides its update, largest error of the mean."""
     stream, spent, sizes = np.random.default_rng(number), dict.fromkeys(("client", "server"), 0.0), 0
     names = [f"silo-{i:02}" for i in range(clients)]
-    silos = {name: Silo(name, ciphers.new_secret(), State(), CLIP) for name in names}
+    silos = {name: Silo(name, ciphers.new_secret(), State(), RULES) for name in names}
     changes = {name: stream.normal(0, 0.013, VALUES).astype(np.float32) for name in names}
     cards = {name: silo.card("run") for name, silo in silos.items()}
-    tally = Tally(new_session("run", number, cards, dict.fromkeys(names, 1), CLIP, 0.5))
+    tally = Tally(new_session("run", number, cards, dict.fromkeys(names, 1), RULES))
 
     def timed(who: str, function: Any, *arguments: Any) -> Any:
         started = time.perf_counter()

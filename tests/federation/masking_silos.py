@@ -9,7 +9,7 @@ from flwr.app import RecordDict
 from flexperts.communication.compression import Packed
 from flexperts.communication.messages import info_of, metrics_of, payload_of, records
 from flexperts.communication.secure import ciphers
-from flexperts.communication.secure.messages import Closed, Masking, SetUp, Unmask, read
+from flexperts.communication.secure.messages import Closed, Masking, Rules, SetUp, Unmask, read
 from flexperts.communication.secure.silo import Silo as Masker
 from flexperts.communication.secure.silo import State
 from flexperts.parameters.vector import Payload, Vector
@@ -37,7 +37,7 @@ class MaskingSilo(Silo):
     masker: Masker = field(init=False)
 
     def __post_init__(self) -> None:
-        self.masker = Masker(self.name, ciphers.new_secret(), State(), CLIP, agrees=self.agrees)
+        self.masker = Masker(self.name, ciphers.new_secret(), State(), Rules(clip=CLIP, agrees=self.agrees))
 
     def change(self, number: int) -> Vector:
         return clipped(super().change(number), CLIP)

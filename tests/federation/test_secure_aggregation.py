@@ -19,6 +19,7 @@ from flexperts.costs.plan import model_facts, plan_method
 from flexperts.engines.run import run_federation
 from flexperts.errors import ConfigError, PrivacyError
 from flexperts.parameters.vector import Vector
+from flexperts.protection.noise import gaussian_epsilon
 from flexperts.server.checkpoint import load_server
 
 Recipe = Callable[..., RunConfig]
@@ -129,7 +130,7 @@ def test_the_plan_has_the_bytes_of_the_keys(recipe: Recipe, tiny_base: Path, tmp
         ("compression.kind=top_k", "masked values are whole numbers of 32 bits"),
         ("compression.kind=int8", "masked values are whole numbers of 32 bits"),
         ("privacy.noise=central", "the server has no single update to clip"),
-        ("privacy.noise=local", "local noise exceeds the clip"),
+        ("privacy.noise=local", "local noise is more than a sum needs"),
         ("method.name=fedalt", "it needs a mean of replies that are the sent weights"),
         ("method.options.aggregation=truncated", "it needs a mean of replies that are the sent weights"),
         ("federation.participation=0.5", "with its settings it needs at least 3"),
@@ -153,3 +154,28 @@ def test_a_client_sends_no_update_without_masks(
         PrivacyError, match=r"for an update without masks: with privacy.aggregation = 'secure' none is"
     ):
         run_federation(recipe(*SHORT, *SECURE), tmp_path / "run")
+
+
+def test_clients_add_their_shares_of_noise_before_they_mask(recipe: Recipe, tmp_path: Path) -> None:
+    """The sum has the noise that a trusted server would add; with all four clients a third more variance."""
+    noise = ("privacy.noise=distributed", "privacy.clip=0.01", "privacy.noise_multiplier=5", "evaluation.every=1")
+    config = recipe(*SHORT, "privacy.aggregation=secure", *noise, "federation.rounds=1")
+    summary = run_federation(config, tmp_path / "noised")
+    start = run_federation(
+        recipe(*SHORT, *SECURE[:1], "privacy.clip=1e-12", "federation.rounds=1"), tmp_path / "bare"
+    )
+    moved = shared(tmp_path / "noised").astype(np.float64) - shared(tmp_path / "bare")
+    assert abs(moved.std() / (5 * 0.01 * (4 / 3) ** 0.5 / 4) - 1) < 0.05
+    exact = gaussian_epsilon(5, 1e-5)
+    assert exact < summary["privacy"]["epsilon"] < 1.2 * exact  # the Renyi bound is a little larger
+    assert summary["privacy"]["mode"] == "distributed"
+    assert start["privacy"] is None
+    [log] = rounds(tmp_path / "noised")
+    assert all("loss" not in told and "tokens" not in told for told in log["clients"].values())
+    assert not log["refused"]
+    assert "spoilt" not in log["secure"]
+
+
+def test_a_share_of_noise_is_refused_without_masks(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not hide an update that is seen singly"):
+        run_federation(recipe("privacy.noise=distributed"), tmp_path / "run")

@@ -19,6 +19,7 @@ from flexperts.config.federation import PrivacyConfig
 from flexperts.errors import PrivacyError
 from flexperts.files import damaged, opened, read_json, sealed, write_json
 from flexperts.parameters.vector import Vector
+from flexperts.protection.secure import rules_of
 
 _SERVER = "server"
 
@@ -120,8 +121,7 @@ class Masked:
             state = State.model_validate(_loaded(self._path)) if self._path.exists() else State()
         except ValidationError as error:
             raise damaged(self._path, f"its content is not valid: {error.errors()[0]['loc']}") from error
-        clip, agrees = self._privacy.clip, self._privacy.agreement
-        yield Silo(self._name, identity_of(self._identity), state, clip, self._standing.roster, agrees=agrees)
+        yield Silo(self._name, identity_of(self._identity), state, rules_of(self._privacy), self._standing.roster)
         write_json(self._path, sealed(state.model_dump()), indent=None)
 
 

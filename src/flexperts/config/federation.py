@@ -50,13 +50,15 @@ class FederationConfig(Section):
 class PrivacyConfig(Section):
     """What protects the shared update of one client: noise and secure aggregation; see docs/privacy.md."""
 
-    noise: Literal["none", "central", "local"] = "none"
+    noise: Literal["none", "central", "local", "distributed"] = "none"
     """central = the server clips every update and adds noise to their mean; local = each client clips its update
-    and adds noise to it before it is sent. In both, every client counts once."""
+    and adds noise to it before it is sent; distributed = with secure aggregation, each client adds its share of the
+    noise that central would add. In all, every client counts once."""
     clip: float = Field(1.0, gt=0)
     """L2 norm that an update (trained minus sent) is clipped to, with noise or secure aggregation."""
     noise_multiplier: float = Field(1.0, gt=0)
-    """Standard deviation of the noise over clip: on the sum of the updates (central), on each update (local)."""
+    """Standard deviation of the noise over clip: on the sum of the updates (central, and at least, distributed), on
+    each update (local)."""
     delta: float = Field(1e-5, gt=0, lt=1)
     """The delta at which epsilon is reported."""
     aggregation: Literal["plain", "secure"] = "plain"

@@ -15,13 +15,13 @@ import torch
 from flexperts.client.model import ClientModel
 from flexperts.communication.compression import packed_bytes
 from flexperts.communication.messages import Update
-from flexperts.communication.secure.fixed_point import FixedPoint
 from flexperts.communication.secure.sizes import message_bytes
 from flexperts.communication.traffic import group_bytes
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.kit.turn import Prepared, Site
 from flexperts.parameters.vector import Manifest, Payload, sizes_only
 from flexperts.protection.pipeline import check_enough, is_secure
+from flexperts.protection.secure import rules_of
 from flexperts.selection.selection import LayerScores
 
 Groups = dict[str, int]
@@ -101,7 +101,7 @@ def planned_rounds(model: ClientModel, sites: dict[str, PlannedSite]) -> list[Ro
         keys = dict[str, int]()
         if is_secure(model.config) and method.sends_weights(server):
             privacy = model.config.privacy
-            value = FixedPoint(privacy.clip, len(participants)).dtype.itemsize
+            value = rules_of(privacy).numbers(len(participants)).dtype.itemsize
             added = message_bytes(participants, privacy.survivors)
             packed = {name: value * manifest.size + added[name][0] for name, manifest in declared.items()}
             keys = {name: size for name, (_, size) in added.items()}

@@ -23,7 +23,7 @@ from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError
 from flexperts.methods.kit.method import Method
 from flexperts.parameters.vector import Payload, Vector
-from flexperts.protection.noise import CentralNoise, LocalNoise
+from flexperts.protection.noise import CentralNoise, DistributedNoise, LocalNoise
 from flexperts.protection.packing import Packing
 from flexperts.protection.protection import Protection
 from flexperts.protection.robust import RobustRule
@@ -38,7 +38,8 @@ def protections(config: RunConfig) -> list[Protection]:
     """Return the defences of a run, in their order."""
     found: list[Protection] = []
     if config.privacy.noise != "none":
-        found.append((LocalNoise if config.privacy.noise == "local" else CentralNoise)(config))
+        kinds = {"local": LocalNoise, "central": CentralNoise, "distributed": DistributedNoise}
+        found.append(kinds[config.privacy.noise](config))
     if config.federation.aggregation != "mean":
         found.append(RobustRule(config))
     found += [_installed(config, name) for name in config.protections]

@@ -10,11 +10,19 @@ from torch import Tensor
 
 from flexperts.communication.compression import Packed
 from flexperts.communication.secure.graph import FEWEST
+from flexperts.communication.secure.messages import Rules
+from flexperts.config.federation import PrivacyConfig
 from flexperts.errors import ConfigError
 from flexperts.methods.kit.method import Method
 from flexperts.parameters.vector import Vector
 from flexperts.protection.noise import clipped
 from flexperts.protection.protection import Protection
+
+
+def rules_of(privacy: PrivacyConfig) -> Rules:
+    """Return a recipe's section as the protocol takes it."""
+    multiplier = privacy.noise_multiplier if privacy.noise == "distributed" else 0.0
+    return Rules(clip=privacy.clip, share=privacy.survivors, multiplier=multiplier, agrees=privacy.agreement)
 
 
 class SecureAggregation(Protection):
@@ -42,10 +50,9 @@ class SecureAggregation(Protection):
                 "set compression.kind = 'none'",
             ),
             f"privacy.noise = {privacy.noise!r}": (
-                privacy.noise != "none",
-                "the server has no single update to clip, and local noise exceeds the clip from which the whole "
-                "numbers have their scale",
-                "set privacy.noise = 'none'",
+                privacy.noise not in ("none", "distributed"),
+                "the server has no single update to clip, and local noise is more than a sum needs",
+                "set privacy.noise = 'distributed' or 'none'",
             ),
         }
         for setting, (is_set, rule, remedy) in excluded.items():

@@ -23,6 +23,7 @@ from flexperts.config.run import RunConfig
 from flexperts.errors import FederationError, incompatible, one_line
 from flexperts.files import damaged
 from flexperts.parameters.vector import Payload, Vector
+from flexperts.protection.secure import rules_of
 from flexperts.server.exchange import Asked, error_of, request, sendable
 from flexperts.server.membership import Membership
 from flexperts.server.round_log import RoundLog
@@ -30,6 +31,8 @@ from flexperts.server.round_log import RoundLog
 _FORMAT = "flexperts-masked-sum-1"
 _SLACK = 1e-3
 """Share by which rounding may leave the norm of a mean above the clip."""
+_NOISE = 10.0
+"""Standard deviations by which the norm of noise may be above its mean."""
 _Rows = Mapping[str, int]
 
 
@@ -143,15 +146,18 @@ class MaskedRounds:
     def _check_mean(self, norm: float, size: int) -> None:
         """Refuse a mean that clipped updates cannot have: the only check of values that are never seen singly."""
         tally, privacy, most = self.tally, self._config.privacy, self._config.federation.max_update_rms
-        rounding = size**0.5 * tally.numbers.step / 2 * len(tally.survivors) / tally.weight
-        if not norm <= privacy.clip * (1 + _SLACK) + rounding:
+        clients = len(tally.survivors)
+        rounding = size**0.5 * tally.numbers.step / 2 * clients / tally.weight
+        # The norm of noise on so many values is nearly constant; with few, it can be a few times its mean.
+        noise = tally.numbers.noise * (size**0.5 + _NOISE) * clients**0.5 / tally.weight
+        if not norm <= privacy.clip * (1 + _SLACK) + rounding + noise:
             raise SpoiltError(
                 f"the mean of the updates of {', '.join(tally.survivors)} has an L2 norm of {norm:.4g}",
                 f"updates are clipped to privacy.clip = {privacy.clip:g}; one of these silos has sent something "
                 "else, and no one can see which",
                 "look at the silos' logs, and leave out one that you do not trust",
             )
-        if not norm <= most * size**0.5:
+        if not norm <= most * size**0.5 + noise:
             raise SpoiltError(
                 f"the mean of the updates: root mean square {norm / size**0.5:.3g}",
                 f"it must be at most federation.max_update_rms = {most:g}",
@@ -163,8 +169,7 @@ class MaskedRounds:
         cards = dict[str, Card]()
         for name in sorted(rows):
             self._take(name, log, lambda n=name: cards.update({n: read(Card, self._members.told[n].card, n)}))
-        privacy = self._config.privacy
-        return Tally(new_session(self._members.run, number, cards, rows, privacy.clip, privacy.survivors))
+        return Tally(new_session(self._members.run, number, cards, rows, rules_of(self._config.privacy)))
 
     def _fits(self, kept: Tally, rows: _Rows, log: RoundLog) -> bool:
         """Return whether a session has all clients of a round, as they are now, and enough of them are online."""

@@ -94,7 +94,7 @@ class FlexpertsStrategy(Strategy):
         log.missing = list(log.participants)
         asked = sorted(set(log.participants) & set(self.members.online))
         if self._masks():
-            self.masked.begin(grid, self._counted(asked, log), log)
+            self.masked.begin(grid, self._masked_rows(asked, log), log)
         self.observer.phase("training", len(asked), log.number, self.rounds_total)
         return sendable(grid, self._train_requests(log))
 
@@ -180,7 +180,7 @@ class FlexpertsStrategy(Strategy):
         rows = dict[str, int]()
         if log.number < self.config.federation.rounds:
             online = set(self._participants(log.number + 1)) & set(self.members.online)
-            rows = self._capped(online)
+            rows = self._masked_rows(online, log)
         change, shared = self.masked.mean(self._grid, rows, log), self.server.shared
         if change is not None:
             mean = replace(shared, vector=shared.vector + change)
@@ -190,6 +190,11 @@ class FlexpertsStrategy(Strategy):
     def _masked_sum(self) -> Path:
         """Where a round's sum is until the round is over."""
         return self.run.checkpoint.with_name("masked-sum.safetensors")
+
+    def _masked_rows(self, names: Iterable[str], log: RoundLog) -> dict[str, int]:
+        """Return the rows by which clients weight their masked updates; with noise, every client counts once."""
+        noised = self.config.privacy.noise == "distributed"
+        return dict.fromkeys(names, 1) if noised else self._counted(names, log)
 
     def _take_masked(self, name: str, content: RecordDict) -> Update:
         tally = self.masked.tally
@@ -280,7 +285,8 @@ class FlexpertsStrategy(Strategy):
         has, share = self.server.clients, self.server.max_share
         if self.method.pools_rows:
             return dict.fromkeys(names, sum(has.values()))
-        rows = self._capped(names)
+        known = self.server.counted
+        rows = capped_rows({name: known[name] for name in names}, share)
         log.capped = {name: count for name, count in rows.items() if count < has[name]}
         for name, count in log.capped.items():
             self.observer.notice(
@@ -288,10 +294,6 @@ class FlexpertsStrategy(Strategy):
                 f"federation.max_share = {share:g} of the mean"
             )
         return rows
-
-    def _capped(self, names: Iterable[str]) -> dict[str, int]:
-        known = self.server.counted
-        return capped_rows({name: known[name] for name in names}, self.server.max_share)
 
     def _usable(self, name: str, reply: Message, log: RoundLog) -> Update | None:
         """Return a reply's update and record its measures; if it is refused, record why and return None."""

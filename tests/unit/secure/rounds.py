@@ -9,7 +9,7 @@ import numpy as np
 
 from flexperts.communication.secure import ciphers
 from flexperts.communication.secure.fixed_point import Ring
-from flexperts.communication.secure.messages import Masking, Unmask
+from flexperts.communication.secure.messages import Masking, Rules, Unmask
 from flexperts.communication.secure.silo import Silo, State
 from flexperts.communication.secure.tally import Tally, new_session
 from flexperts.parameters.vector import Vector
@@ -18,8 +18,8 @@ CLIP = 2.0
 SIZE = 50
 
 
-def silo(name: str, **settings: bool) -> Silo:
-    return Silo(name, ciphers.new_secret(), State(), CLIP, **settings)
+def silo(name: str, rules: Rules = Rules(clip=CLIP)) -> Silo:  # noqa: B008 - it is frozen
+    return Silo(name, ciphers.new_secret(), State(), rules)
 
 
 @dataclass
@@ -31,13 +31,15 @@ class Round:
     size: int = SIZE
     number: int = 1
     agrees: bool = False
+    noise: float = 0.0
     silos: dict[str, Silo] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
     sent: dict[str, Ring] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = [f"s{i:02}" for i in range(self.count)]
-        self.silos = self.silos or {name: silo(name, agrees=self.agrees) for name in names}
+        rules = Rules(clip=CLIP, share=self.share, multiplier=self.noise, agrees=self.agrees)
+        self.silos = self.silos or {name: silo(name, rules) for name in names}
         self.rows = self.rows or {name: 3 + i for i, name in enumerate(names)}
         stream = np.random.default_rng(self.number)
         self.changes: dict[str, Vector] = {}
@@ -45,7 +47,7 @@ class Round:
             drawn = stream.normal(size=self.size)
             self.changes[name] = (drawn * CLIP / max(1.0, float(np.linalg.norm(drawn)))).astype(np.float32)
         cards = {name: one.card("run") for name, one in self.silos.items()}
-        self.tally = Tally(new_session("run", self.number, cards, self.rows, CLIP, self.share))
+        self.tally = Tally(new_session("run", self.number, cards, self.rows, rules))
 
     @property
     def names(self) -> list[str]:

@@ -16,6 +16,7 @@ from flexperts.communication.secure.messages import (
     Masking,
     Message,
     Revealed,
+    Rules,
     SetUp,
     Unmask,
     read,
@@ -54,11 +55,12 @@ STRANGER = silo("s02").card("run")
             "has not signed them for this run",
         ),
         (lambda s: terms(s, run="other"), "another silo's are in their place"),
-        (lambda s: terms(s, threshold=5), "at most all of them"),
-        (lambda s: terms(s, clients=3), "the round has 3 silos"),
+        (lambda s: terms(s, threshold=4), "of 4 share holders it is 3, by privacy.survivors"),
+        (lambda s: terms(s, clients=3), "4 share holders: of 3 silos it is 3"),
+        (lambda s: terms(s, clients=1000), "4 share holders: of 1000 silos it is 1"),
         (
             lambda s: with_(s, peers={n: c for n, c in s.peers.items() if n != "s00"}),
-            "another silo's are in their place",
+            "3 share holders: of 4 silos it",
         ),
     ],
 )
@@ -71,7 +73,7 @@ def test_a_setup_is_refused(change: Change, rule: str) -> None:
 
 def test_a_threshold_of_half_is_refused() -> None:
     one = Round(6)
-    with pytest.raises(FederationError, match="a threshold of 3: it is more than half of the 6 share holders"):
+    with pytest.raises(FederationError, match="a threshold of 3: of 6 share holders it is 4"):
         one.silos["s00"].advertise(terms(one.tally.setup("s00"), threshold=3))
 
 
@@ -87,7 +89,7 @@ def test_swapped_keys_are_refused_by_the_name_of_their_silo() -> None:
 def test_a_roster_admits_no_one_else() -> None:
     one = Round(4)
     known = {name: one.silos[name].card("run").identity for name in ("s01", "s02")}
-    careful = Silo("s00", ciphers.new_secret(), State(), CLIP, roster=known)
+    careful = Silo("s00", ciphers.new_secret(), State(), Rules(clip=CLIP), roster=known)
     setup = peers(one.tally.setup("s00"), s00=careful.card("run"))
     with pytest.raises(FederationError, match="silo s03: it is not in this silo's roster"):
         careful.advertise(setup)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import flexperts.communication.secure as secure
-from flexperts.communication.secure import ciphers, graph, tally
+from flexperts.communication.secure import ciphers, graph, silo, tally
+from flexperts.communication.secure.discrete_gaussian import discrete_gaussian
 from flexperts.communication.secure.fixed_point import FixedPoint, Ring
 from flexperts.communication.secure.masks import common_mask, own_mask
 from flexperts.errors import FederationError
@@ -81,7 +82,8 @@ def test_what_could_overflow_is_refused(value: float) -> None:
 
 
 def test_many_silos_share_with_their_neighbours_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph, "degree", lambda clients, share: 6)
+    for module in (graph, silo):
+        monkeypatch.setattr(module, "degree", lambda clients, share: 6)
     one = Round(14)
     assert {len(names) for names in one.tally.holders.values()} == {7}
     assert all(name in one.tally.holders[peer] for name, peers in one.tally.holders.items() for peer in peers)
@@ -210,3 +212,37 @@ def test_neither_side_imports_the_other_nor_torch_nor_flower() -> None:
         other = {"silo.py": "tally", "tally.py": "silo"}.get(path.name)
         assert f"flexperts.communication.secure.{other}" not in names
     assert tally.Tally.__module__.endswith("tally")
+
+
+@pytest.mark.parametrize("std", [0.7, 3.0, 40.5])
+def test_noise_is_a_discrete_gaussian(std: float) -> None:
+    drawn = discrete_gaussian(200_000, std)
+    reach = int(4 * std) + 1
+    values = np.arange(-reach, reach + 1)
+    mass = np.exp(-(values**2) / (2 * std**2))
+    counts = np.array([(drawn == value).sum() for value in values])
+    inside = counts.sum()
+    expected = mass / mass.sum() * inside
+    enough = expected > 20
+    found = stats.chisquare(counts[enough], expected[enough] * counts[enough].sum() / expected[enough].sum())
+    assert found.pvalue > 1e-6
+    assert inside > 0.999 * drawn.size
+
+
+def test_the_sum_has_at_least_the_noise_that_the_recipe_asks_for() -> None:
+    """With three of four silos it has just that, and no value with noise can overflow."""
+    one = Round(4, size=100_000, noise=2.0).advertise().mask(["s03"]).reveal()
+    total, _ = one.tally.total()
+    numbers = one.tally.numbers
+    exact = sum(
+        one.changes[n].astype(np.float64) * one.rows[n] / max(one.rows.values()) for n in one.tally.survivors
+    )
+    noise = numbers.decode(total) - exact
+    assert abs(noise.std() / (2.0 * CLIP) - 1) < 0.01
+    assert abs(noise.mean()) < 6 * 2.0 * CLIP / 100_000**0.5
+    assert numbers.noise == pytest.approx(2.0 * CLIP / 3**0.5)
+    quiet = FixedPoint(CLIP, 4, numbers.noise)
+    whole = quiet.encode(np.full(1, CLIP, np.float32)).view(np.int32)
+    assert abs(int(whole[0])) <= quiet.most
+    with pytest.raises(FederationError, match=r"noise of .* steps on 2 values: it needs 100 steps"):
+        FixedPoint(CLIP, 4, 1e-8).encode(np.zeros(2, np.float32))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flexperts.communication.secure.discrete_gaussian import LEAST, discrete_gaussian
 from flexperts.errors import FederationError
 
 Ring = NDArray[Any]
@@ -16,6 +17,9 @@ _FINE = 2**20
 """Steps from 0 to the clip that a value must have at least; where 32 bits give fewer, 64 are used."""
 _FINEST = 2**44
 """Most steps: products with a float64 are then exact to one step."""
+_TAIL = 12.0
+"""Standard deviations of the noise that have room; a value has more with a probability below 1e-32."""
+_SHORTER = 0.01
 _SLACK = 1e-3
 """Share by which rounding in fp32 may leave a value above the clip."""
 
@@ -27,10 +31,17 @@ class FixedPoint:
     Args:
         clip: Largest magnitude of a value; an update of at most this L2 norm has no larger one.
         clients: Most clients whose values are added.
+        noise: Standard deviation of the discrete Gaussian noise that each client adds to a value; 0 adds none.
     """
 
     clip: float
     clients: int
+    noise: float = 0.0
+
+    @property
+    def reach(self) -> float:
+        """The largest magnitude of a value with its noise, which is cut there."""
+        return self.clip + _TAIL * self.noise
 
     @property
     def bits(self) -> int:
@@ -39,13 +50,13 @@ class FixedPoint:
 
     @property
     def most(self) -> int:
-        """The whole number of the clip: ``clients`` of them add up to at most half of the range."""
+        """The whole number of ``reach``: ``clients`` of them add up to at most half of the range."""
         return min((2 ** (self.bits - 1) - 1) // self.clients, _FINEST)
 
     @property
     def step(self) -> float:
         """What one whole number is worth; a client's value is rounded by at most half of it."""
-        return self.clip / self.most
+        return self.reach / self.most
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -53,7 +64,9 @@ class FixedPoint:
         return np.dtype(f"<u{self.bits // 8}")
 
     def encode(self, change: NDArray[np.float32], weight: float = 1.0) -> Ring:
-        """Return a clipped update times a weight as whole numbers.
+        """Return a clipped update times a weight as whole numbers, with noise if there is any.
+
+        With noise, the update is made so much shorter that it is not above the clip after rounding either.
 
         Args:
             change: The update; its values are at most ``clip``.
@@ -69,8 +82,17 @@ class FixedPoint:
                 f"values are at most the clip of {self.clip:g} and weights at most 1, or the sum could overflow",
                 "lower training.lr, if this silo's training has diverged",
             )
-        steps = change * np.float64(weight / self.step)
+        shorter = self.step * change.size**0.5 / 2 / self.clip if self.noise else 0.0
+        steps = change * np.float64(weight * (1 - shorter) / self.step)
         np.rint(steps, out=steps)
+        if self.noise:
+            if shorter > _SHORTER or self.noise < LEAST * self.step:
+                raise FederationError(
+                    f"noise of {self.noise / self.step:.3g} steps on {change.size:,} values",
+                    f"it needs {LEAST:g} steps, and rounding may take {_SHORTER:.0%} of the clip at most",
+                    "raise privacy.noise_multiplier, or lower it if it is above 1000",
+                )
+            steps += discrete_gaussian(change.size, self.noise / self.step)
         np.clip(steps, -self.most, self.most, out=steps)
         return steps.astype(f"<i{self.bits // 8}").view(self.dtype)  # modulo 2^bits
 

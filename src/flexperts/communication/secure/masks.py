@@ -22,9 +22,7 @@ def common_mask(
         size: Number of values.
     """
     try:
-        key = ciphers.agreed(
-            private, bytes.fromhex(public), "mask", terms.digest, repr(numbers.clip), *sorted(pair)
-        )
+        key = ciphers.agreed(private, bytes.fromhex(public), "mask", terms.digest, repr(numbers), *sorted(pair))
     except ValueError:
         raise refused(f"the keys of {pair[1]}", "they are not keys of X25519") from None
     return ciphers.keystream(key, size, numbers.dtype)

@@ -13,7 +13,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from flexperts.communication.secure.graph import FEWEST
+from flexperts.communication.secure.fixed_point import FixedPoint
+from flexperts.communication.secure.graph import FEWEST, threshold_of
 from flexperts.errors import incompatible
 
 _LONGEST_NAME = 400
@@ -41,6 +42,28 @@ class Message(BaseModel):
 
 
 AnyMessage = TypeVar("AnyMessage", bound=Message)
+
+
+class Rules(Message):
+    """What the recipe says, which silos and server have each by themselves.
+
+    Args:
+        clip: The L2 norm that updates are clipped to.
+        share: More than this share of the silos must stay to the end.
+        multiplier: Standard deviation of the noise on the sum, over ``clip``, when as few as possible have stayed.
+        agrees: Whether survivors sign one list before they give shares.
+    """
+
+    clip: float
+    share: float = 0.5
+    multiplier: float = 0.0
+    agrees: bool = False
+
+    def numbers(self, clients: int) -> FixedPoint:
+        """Return the whole numbers of a round with so many silos."""
+        return FixedPoint(
+            self.clip, clients, self.multiplier * self.clip / threshold_of(clients, self.share) ** 0.5
+        )
 
 
 class Card(Message):

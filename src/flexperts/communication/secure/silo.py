@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from flexperts.communication.secure import ciphers
-from flexperts.communication.secure.fixed_point import FixedPoint, Ring
+from flexperts.communication.secure.fixed_point import Ring
+from flexperts.communication.secure.graph import degree, holder_share, threshold_of
 from flexperts.communication.secure.masks import (
     check_of,
     closing,
@@ -32,6 +33,7 @@ from flexperts.communication.secure.messages import (
     Key,
     Masking,
     Revealed,
+    Rules,
     SetUp,
     Terms,
     Unmask,
@@ -84,9 +86,8 @@ class Silo:
         name: Its name.
         identity: Its Ed25519 private key.
         state: What it has kept; the methods change it.
-        clip: The L2 norm that updates are clipped to.
+        rules: What the recipe says.
         roster: Silo -> its identity, for silos that are known by other means; others are taken as first seen.
-        agrees: Whether it reveals shares only if as many survivors as the threshold have signed the same list.
     """
 
     def __init__(
@@ -94,13 +95,11 @@ class Silo:
         name: str,
         identity: bytes,
         state: State,
-        clip: float,
+        rules: Rules,
         roster: Mapping[str, str] | None = None,
-        *,
-        agrees: bool = False,
     ) -> None:
-        self.name, self.identity, self.state, self.clip = name, identity, state, clip
-        self.roster, self.agrees = roster or {}, agrees
+        self.name, self.identity, self.state, self.rules = name, identity, state, rules
+        self.roster = roster or {}
 
     def card(self, run: str) -> Card:
         """Return what the silo joins with."""
@@ -170,7 +169,7 @@ class Silo:
                 raise refused(f"the keys of {name}", "its identity has not signed them for this session")
             if self._shares_from(setup, name, told) is None:
                 raise refused(f"the shares of {name}", "they were not sealed by it, for this silo and this session")
-        numbers = FixedPoint(self.clip, terms.clients)
+        numbers = self.rules.numbers(terms.clients)
         masked = numbers.encode(change, min(rows, terms.most) / terms.most)
         digest = hashlib.sha256(told.model_dump_json().encode() + masked.tobytes()).hexdigest()
         if session.digest not in ("", digest):
@@ -192,7 +191,7 @@ class Silo:
         """Return the silo's shares: of every survivor's secret, of every other silo's key, and never both."""
         session = self._accepted(asked.closed)
         setup, own = session.setup, session.shares
-        if self.agrees:
+        if self.rules.agrees:
             self._check_agreement(setup, asked)
         assert session.told is not None
         secrets = {self.name: own[0]}
@@ -206,16 +205,17 @@ class Silo:
         return Revealed(secrets=secrets, keys=keys)
 
     def _check_terms(self, asked: SetUp) -> None:
-        terms, holders = asked.terms, len(asked.peers)
-        if not holders <= terms.clients:
-            raise refused(f"{holders} share holders", f"the round has {terms.clients} silos")
-        if not holders < 2 * terms.threshold <= 2 * holders:
-            raise refused(
-                f"a threshold of {terms.threshold}", f"it is more than half of the {holders} share holders, and at "
-                "most all of them"
-            )  # fmt: skip
-        if self.agrees and holders != terms.clients:
-            raise refused(f"{holders} share holders of {terms.clients} silos", "here all hold shares of all")
+        """Refuse terms that do not follow from the recipe and the number of silos."""
+        terms, found = asked.terms, len(asked.peers)
+        among = holder_share(terms.clients, self.rules.share)
+        wanted = 1 + degree(terms.clients, among)
+        if found != wanted:
+            raise refused(f"{found} share holders", f"of {terms.clients} silos it is {wanted}")
+        if terms.threshold != threshold_of(found, among):
+            rule = f"of {found} share holders it is {threshold_of(found, among)}, by privacy.survivors"
+            raise refused(f"a threshold of {terms.threshold}", rule)
+        if self.rules.agrees and found != terms.clients:
+            raise refused(f"{found} share holders of {terms.clients} silos", "with privacy.agreement it is all")
 
     def _check_cards(self, run: str, peers: Mapping[str, Card]) -> None:
         """Refuse cards that are not their silos' own, and pin the identities of silos that are new."""

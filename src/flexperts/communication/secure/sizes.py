@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flexperts.communication.secure.ciphers import SIZE
-from flexperts.communication.secure.messages import Advertised, Card, Revealed
+from flexperts.communication.secure.messages import Advertised, Card, Revealed, Rules
 from flexperts.communication.secure.tally import Tally, new_session
 
 _KEY, _SIGNATURE, _SEALED = "0" * (2 * SIZE), "0" * (4 * SIZE), "0" * (2 * (12 + 2 * SIZE + 16))
@@ -20,7 +20,7 @@ def message_bytes(names: Sequence[str], share: float) -> dict[str, tuple[int, in
         share: ``privacy.survivors``.
     """
     cards = dict.fromkeys(names, Card(identity=_KEY, sealing=_KEY, signature=_SIGNATURE))
-    tally = Tally(new_session(_RUN, 1, cards, dict.fromkeys(names, 1), 1.0, share))
+    tally = Tally(new_session(_RUN, 1, cards, dict.fromkeys(names, 1), Rules(clip=1.0, share=share)))
     answers: dict[str, list[Advertised | Revealed]] = {}
     for number, name in enumerate(tally.cards):
         sealed = {peer: _SEALED for peer in tally.holders[name] if peer != name}

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 
 from flexperts.communication.secure import ciphers
-from flexperts.communication.secure.fixed_point import FixedPoint, Ring
+from flexperts.communication.secure.fixed_point import Ring
 from flexperts.communication.secure.graph import holder_share, holders, threshold_of
 from flexperts.communication.secure.masks import SpoiltError, check_of, common_mask, own_mask, refused, too_few
 from flexperts.communication.secure.messages import (
@@ -23,6 +23,7 @@ from flexperts.communication.secure.messages import (
     Masking,
     Message,
     Revealed,
+    Rules,
     SetUp,
     Signature,
     Terms,
@@ -36,7 +37,7 @@ class Session(Message):
 
     Args:
         terms: The terms.
-        clip: The L2 norm that updates are clipped to.
+        rules: What the recipe says.
         least: Silos that must stay to the end.
         cards: Silo -> its card, sorted.
         rows: Silo -> the rows that it counts for.
@@ -44,7 +45,7 @@ class Session(Message):
     """
 
     terms: Terms
-    clip: float
+    rules: Rules
     least: int
     cards: dict[str, Card]
     rows: dict[str, int]
@@ -59,9 +60,7 @@ class Kept(Message):
     survivors: list[str]
 
 
-def new_session(
-    run: str, number: int, cards: Mapping[str, Card], rows: Mapping[str, int], clip: float, share: float
-) -> Session:
+def new_session(run: str, number: int, cards: Mapping[str, Card], rows: Mapping[str, int], rules: Rules) -> Session:
     """Return a new session.
 
     Args:
@@ -69,13 +68,12 @@ def new_session(
         number: The round.
         cards: The round's silos with their cards, at least three.
         rows: Silo -> the rows that it counts for.
-        clip: The L2 norm that updates are clipped to.
-        share: More than this share of the silos must stay to the end.
+        rules: What the recipe says.
     """
-    least = threshold_of(len(cards), share)
+    least = threshold_of(len(cards), rules.share)
     if len(cards) < least:
         raise too_few(len(cards), least)
-    among = holder_share(len(cards), share)
+    among = holder_share(len(cards), rules.share)
     of_each = holders(list(cards), among)
     terms = Terms(
         run=run,
@@ -87,7 +85,7 @@ def new_session(
     )
     return Session(
         terms=terms,
-        clip=clip,
+        rules=rules,
         least=least,
         cards=dict(sorted(cards.items())),
         rows={name: rows[name] for name in sorted(cards)},
@@ -105,7 +103,7 @@ class Tally:
     def __init__(self, session: Session) -> None:
         self.session, self.terms, self.least = session, session.terms, session.least
         self.cards, self.rows, self.holders = session.cards, session.rows, session.holders
-        self.numbers = FixedPoint(session.clip, session.terms.clients)
+        self.numbers = session.rules.numbers(session.terms.clients)
         self.survivors: list[str] = []
         self._advertised: dict[str, Advertised] = {}
         self._revealed: dict[str, Revealed] = {}
