@@ -63,7 +63,7 @@ def one_round(clients: int, dropped: int, number: int) -> dict[str, float]:
     for name in names[dropped:]:
         told = tally.masking(name)
         sizes += size(told)
-        timed("server", tally.add, name, timed("client", silos[name].masked, told, changes[name], 1))
+        timed("server", tally.add, name, timed("client", silos[name].masked, told, number, changes[name], 1))
     for name in tally.survivors:
         asked_for = tally.unmask(name)
         shares = timed("client", silos[name].reveal, asked_for)

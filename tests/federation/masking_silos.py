@@ -58,7 +58,7 @@ class MaskingSilo(Silo):
         if kind != "train":
             return reply
         change = payload_of(reply, self.name).vector - payload_of(content, "server").vector
-        masked = self.masker.masked(read(Masking, info["masking"], "server"), change, self.rows)
+        masked = self.masker.masked(read(Masking, info["masking"], "server"), info["round"], change, self.rows)
         if self.factor != 1:
             masked = masked * masked.dtype.type(self.factor)
         heading = {name: info_of(reply)[name] for name in ("client", "round", "base")}

@@ -75,7 +75,7 @@ def _train(content: RecordDict, client: Client) -> RecordDict:
     trained = client.train(request)
     update, packed = trained.update, trained.sent.packed
     if client.masked is not None and update.payload.size:
-        packed = client.masked.update(asked.masking, trained.sent.change, update.rows)
+        packed = client.masked.update(asked.masking, request.round, trained.sent.change, update.rows)
     info = {"client": client.name, "round": request.round, "base": client.model.base.fingerprint}
     reply = records(info, dict(update.metrics) | {"rows": update.rows}, update.payload, packed)
     leaked = personal_bytes(reply, trained.private, *trained.sent.hidden)

@@ -16,7 +16,7 @@ from flexperts.communication.secure.masks import fingerprint
 from flexperts.communication.secure.messages import AnyMessage, Closed, Masking, SetUp, Unmask, read
 from flexperts.communication.secure.silo import Silo, State
 from flexperts.config.federation import PrivacyConfig
-from flexperts.errors import PrivacyError
+from flexperts.errors import PrivacyError, one_line
 from flexperts.files import damaged, opened, read_json, sealed, write_json
 from flexperts.parameters.vector import Vector
 from flexperts.protection.secure import rules_of
@@ -73,7 +73,7 @@ class Masked:
             answer = silo.advertise(_read(SetUp, setup))
             if self._standing.identity is not None and not self._standing.roster:
                 for name in sorted(silo.state.pins.keys() - known - {self._name}):
-                    told = f"silo {name} is new, its identity is {fingerprint(silo.state.pins[name])}"
+                    told = f"silo {one_line(name)} is new, its identity is {fingerprint(silo.state.pins[name])}"
                     self._say(f"{told}: compare it with what that silo's `flexperts silo check` prints")
             return answer.model_dump_json()
 
@@ -89,11 +89,12 @@ class Masked:
             session = silo.state.sessions.get(told.session)
             return session is None or session.told != told
 
-    def update(self, masking: str, change: Vector | None, rows: int) -> Packed:
+    def update(self, masking: str, number: int, change: Vector | None, rows: int) -> Packed:
         """Return an update, masked, in the place of the bare one.
 
         Args:
             masking: The request's keys of others, as JSON.
+            number: The round that the update is of.
             change: The update, clipped.
             rows: The client's rows.
 
@@ -107,7 +108,7 @@ class Masked:
                 "use one flexperts version on the server and every silo",
             )
         with self._silo() as silo:
-            return Packed({MASKED: silo.masked(_read(Masking, masking), change, rows)}, {"packing": MASKED})
+            return Packed({MASKED: silo.masked(_read(Masking, masking), number, change, rows)}, {"packing": MASKED})
 
     def shares(self, unmask: str) -> str:
         """Return the answer to a request for shares; both are JSON."""

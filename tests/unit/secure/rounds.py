@@ -69,7 +69,7 @@ class Round:
 
     def masked(self, name: str, told: Masking | None = None) -> Ring:
         told = told or self.tally.masking(name)
-        return self.silos[name].masked(told, self.changes[name], self.rows[name])
+        return self.silos[name].masked(told, self.number, self.changes[name], self.rows[name])
 
     def reveal(self, without: Collection[str] = (), order: Sequence[str] | None = None) -> Round:
         asked: dict[str, Unmask] = {name: self.tally.unmask(name) for name in self.tally.survivors}

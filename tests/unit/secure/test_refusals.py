@@ -156,6 +156,13 @@ def test_one_update_is_masked_once_in_a_session() -> None:
         one.masked("s00")
 
 
+def test_a_session_masks_an_update_of_its_own_round() -> None:
+    """Else one round's update could be in two sums, as an update of two rounds."""
+    one = Round(4, number=2).advertise()
+    with pytest.raises(FederationError, match="a session of round 2 for an update of round 1: it is of one round"):
+        one.silos["s00"].masked(one.tally.masking("s00"), 1, one.changes["s00"], 3)
+
+
 def unmask(one: Round, survivors: str, dropped: str = "") -> Unmask:
     closed = one.tally.closed("s00")
     return Unmask(closed=with_(closed, survivors=survivors.split(), dropped=dropped.split()))

@@ -89,4 +89,5 @@ def _parted(clients: int, bad: int, k: int) -> float:
     if k > bad:
         return 0.0
     pairs = clients * (clients - k - 1) / 2
-    return pairs * (math.comb(clients - k, bad - k) / math.comb(clients, bad))
+    log = math.lgamma(clients - k + 1) - math.lgamma(bad - k + 1) + math.lgamma(bad + 1) - math.lgamma(clients + 1)
+    return pairs * math.exp(log)

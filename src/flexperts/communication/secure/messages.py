@@ -19,6 +19,7 @@ from flexperts.errors import incompatible
 
 _LONGEST_NAME = 400
 _MOST = 2**31
+_MOST_CLIENTS = 100_000
 
 
 def _hex(size: int) -> Any:
@@ -95,7 +96,7 @@ class Terms(Message):
     run: Annotated[str, Field(max_length=200)]
     round: Annotated[int, Field(ge=1, le=_MOST)]
     session: Session
-    clients: Annotated[int, Field(ge=FEWEST, le=_MOST)]
+    clients: Annotated[int, Field(ge=FEWEST, le=_MOST_CLIENTS)]
     threshold: Annotated[int, Field(ge=FEWEST, le=_MOST)]
     most: Annotated[int, Field(ge=1, le=_MOST)]
 

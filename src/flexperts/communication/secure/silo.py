@@ -145,16 +145,19 @@ class Silo:
         )
         return answer
 
-    def masked(self, told: Masking, change: NDArray[np.float32], rows: int) -> Ring:
+    def masked(self, told: Masking, number: int, change: NDArray[np.float32], rows: int) -> Ring:
         """Return the silo's update, masked.
 
         Args:
             told: The others' keys and shares.
+            number: The round that the update is of.
             change: The update, clipped.
             rows: The silo's rows; its weight is their share of those of the silo with most.
         """
         session = self._session(told.session)
         terms, setup = session.setup.terms, session.setup
+        if terms.round != number:
+            raise refused(f"a session of round {terms.round} for an update of round {number}", "it is of one round")
         if other := sorted(told.peers.keys() - (setup.peers.keys() - {self.name})):
             raise refused(f"silos {', '.join(other[:3])}", "no shares were sent to them in this session")
         if len(told.peers) + 1 < terms.threshold:
@@ -184,15 +187,17 @@ class Silo:
 
     def agree(self, closed: Closed) -> Agreed:
         """Return a signature of the survivors; in a session there is one list."""
-        terms = self._accepted(closed).setup.terms
-        return Agreed(signature=ciphers.signed(self.identity, *closing(terms, closed)).hex())
+        session = self._acceptable(closed)
+        self._fix(session, closed)
+        return Agreed(signature=ciphers.signed(self.identity, *closing(session.setup.terms, closed)).hex())
 
     def reveal(self, asked: Unmask) -> Revealed:
         """Return the silo's shares: of every survivor's secret, of every other silo's key, and never both."""
-        session = self._accepted(asked.closed)
+        session = self._acceptable(asked.closed)
         setup, own = session.setup, session.shares
         if self.rules.agrees:
             self._check_agreement(setup, asked)
+        self._fix(session, asked.closed)
         assert session.told is not None
         secrets = {self.name: own[0]}
         keys: dict[str, str] = {}
@@ -258,8 +263,8 @@ class Silo:
         both = ciphers.opened(key, sealed, setup.terms.digest, name, self.name)
         return None if both is None else (both[: ciphers.SIZE], both[ciphers.SIZE :])
 
-    def _accepted(self, closed: Closed) -> Session:
-        """Return the session of a list of survivors, after fixing it; refuse another list."""
+    def _acceptable(self, closed: Closed) -> Session:
+        """Return the session of a list of survivors; refuse a list that cannot be right, or is another one."""
         session = self._session(closed.session)
         if session.told is None:
             raise refused(f"session {closed.session[:8]}", "this silo has sent no update in it")
@@ -272,8 +277,10 @@ class Silo:
             raise too_few(len(survivors), session.setup.terms.threshold)
         if session.closed not in (None, closed):
             raise refused(f"another list of survivors in session {closed.session[:8]}", "in a session there is one")
-        session.closed, self.state.summed = closed, max(self.state.summed, session.setup.terms.round)
         return session
+
+    def _fix(self, session: Session, closed: Closed) -> None:
+        session.closed, self.state.summed = closed, max(self.state.summed, session.setup.terms.round)
 
     def _check_agreement(self, setup: SetUp, asked: Unmask) -> None:
         text = closing(setup.terms, asked.closed)
