@@ -218,8 +218,9 @@ class MaskedRounds:
             self._refuse(name, one_line(str(error)), log)
 
     def _refuse(self, name: str, reason: str, log: RoundLog) -> None:
-        log.refuse(name, reason)
-        self._members.observer.refused(name, reason)
+        if reason not in log.refused.get(name, ""):  # a silo that is down answers every exchange with it
+            log.refuse(name, reason)
+            self._members.observer.refused(name, reason)
 
 
 def _fields(name: str, reply: Message) -> KeysFields:
