@@ -18,6 +18,7 @@ from flexperts.communication.secure.silo import Silo, State
 from flexperts.config.federation import PrivacyConfig
 from flexperts.errors import PrivacyError, one_line
 from flexperts.files import damaged, opened, read_json, sealed, write_json
+from flexperts.observer import Observer
 from flexperts.parameters.vector import Vector
 from flexperts.protection.secure import rules_of
 
@@ -54,12 +55,12 @@ class Masked:
         folder: Path,
         privacy: PrivacyConfig,
         standing: Standing | None = None,
-        say: Callable[[str], None] = str,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         self._path = folder / "secure" / f"{name}.json"
         self._standing = standing or Standing()
         self._identity = self._standing.identity or folder / "secure" / f"{name}.identity.json"
-        self._name, self._privacy, self._say = name, privacy, say
+        self._name, self._privacy, self._say = name, privacy, say or Observer().notice
 
     def card(self, run: str) -> str:
         """Return what the client joins with, as JSON."""

@@ -220,7 +220,7 @@ def masked_of(content: RecordDict, sender: str, dtype: np.dtype[Any], size: int)
         size: Their number.
     """
     info = {n: v for n, v in info_of(content).items() if n in _OF_PAYLOADS}
-    arrays = content.array_records.get(SHARED, {})
+    arrays = dict(content.array_records.get(SHARED, ArrayRecord()))
     if info != {_PACKING: MASKED} or set(content.array_records) != {SHARED} or set(arrays) != {MASKED}:
         raise incompatible(f"{sender} sent an update that is not masked", "the recipe has secure aggregation")
     values = _values(arrays[MASKED], sender)

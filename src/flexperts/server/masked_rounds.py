@@ -15,7 +15,7 @@ from flexperts.checked_file import read_sealed, write_sealed
 from flexperts.communication.messages import check_records, fields_of, payload_of, records
 from flexperts.communication.schema import LONGEST_TEXT, KeysFields, NoNumbers, check_size, checked
 from flexperts.communication.secure.masks import SpoiltError
-from flexperts.communication.secure.messages import Advertised, Agreed, Card, Revealed, read
+from flexperts.communication.secure.messages import Advertised, Agreed, AnyMessage, Card, Revealed, read
 from flexperts.communication.secure.tally import Kept, Tally, new_session
 from flexperts.communication.traffic import encoded_bytes
 from flexperts.config.names import normal
@@ -68,7 +68,7 @@ class MaskedRounds:
         self.tally = tally = self._session(rows, log.number, log)
         asked = {name: {"setup": tally.setup(name).model_dump_json()} for name in tally.cards}
         for name, told in self._answers(grid, asked, log):
-            self._take(name, log, lambda n=name, t=told: tally.advertise(n, read(Advertised, t.keys, n)))
+            self._take(log, name, Advertised, told.keys, tally.advertise)
         tally.check_ready()
 
     def keep(self, path: Path, log: RoundLog) -> None:
@@ -116,9 +116,9 @@ class MaskedRounds:
                 asked.setdefault(name, {})["setup"] = upcoming.setup(name).model_dump_json()
         for name, told in self._answers(grid, asked, log):
             if name in tally.survivors:
-                self._take(name, log, lambda n=name, t=told: tally.reveal(n, read(Revealed, t.shares, n)))
+                self._take(log, name, Revealed, told.shares, tally.reveal)
             if upcoming is not None and name in upcoming.cards:
-                self._take(name, log, lambda n=name, t=told: upcoming.advertise(n, read(Advertised, t.keys, n)))
+                self._take(log, name, Advertised, told.keys, upcoming.advertise)
         self._next = upcoming
         try:
             total, faults = tally.total()
@@ -137,11 +137,11 @@ class MaskedRounds:
 
     def _agreed(self, grid: Grid, survivors: Sequence[str], log: RoundLog) -> dict[str, str]:
         """Return the survivors' signatures of who they are."""
-        found = dict[str, str]()
+        found = dict[str, Agreed]()
         asked = {name: {"closed": self.tally.closed(name).model_dump_json()} for name in survivors}
         for name, told in self._answers(grid, asked, log):
-            self._take(name, log, lambda n=name, t=told: found.update({n: read(Agreed, t.agreed, n).signature}))
-        return found
+            self._take(log, name, Agreed, told.agreed, found.__setitem__)
+        return {name: its.signature for name, its in found.items()}
 
     def _check_mean(self, norm: float, size: int) -> None:
         """Refuse a mean that clipped updates cannot have: the only check of values that are never seen singly."""
@@ -168,7 +168,7 @@ class MaskedRounds:
         """Return a new session of the clients that have joined with a card."""
         cards = dict[str, Card]()
         for name in sorted(rows):
-            self._take(name, log, lambda n=name: cards.update({n: read(Card, self._members.told[n].card, n)}))
+            self._take(log, name, Card, self._members.told[name].card, cards.__setitem__)
         return Tally(new_session(self._members.run, number, cards, rows, rules_of(self._config.privacy)))
 
     def _fits(self, kept: Tally, rows: _Rows, log: RoundLog) -> bool:
@@ -210,10 +210,12 @@ class MaskedRounds:
         log.secure["seconds"] += time.monotonic() - started
         log.secure["exchanges"] += 1
 
-    def _take(self, name: str, log: RoundLog, step: Callable[[], None]) -> None:
+    def _take(
+        self, log: RoundLog, name: str, kind: type[AnyMessage], text: str, step: Callable[[str, AnyMessage], None]
+    ) -> None:
         """Do a step with a client's message; one that is refused is that client's alone."""
         try:
-            step()
+            step(name, read(kind, text, name))
         except FederationError as error:
             self._refuse(name, one_line(str(error)), log)
 

@@ -98,14 +98,14 @@ def is_signed(public: bytes, signature: bytes, *text: str | int) -> bool:
 
 def shares_of(secret: bytes, threshold: int, count: int) -> list[bytes]:
     """Return shares 1 to ``count`` of a secret; any ``threshold`` of them give it, fewer say nothing."""
-    halves = [Shamir.split(threshold, count, part) for part in (secret[:_HALF], secret[_HALF:])]
+    halves = [Shamir.split(threshold, count, part, False) for part in (secret[:_HALF], secret[_HALF:])]
     return [first + second for (_, first), (_, second) in zip(*halves, strict=True)]
 
 
 def secret_of(shares: Mapping[int, bytes]) -> bytes:
     """Return the secret of exactly as many shares, by number, as its threshold."""
     parts = ([(number, share[at : at + _HALF]) for number, share in shares.items()] for at in (0, _HALF))
-    return b"".join(Shamir.combine(part) for part in parts)
+    return b"".join(Shamir.combine(part, False) for part in parts)
 
 
 def secret_among(

@@ -51,7 +51,7 @@ class FixedPoint:
     @property
     def most(self) -> int:
         """The whole number of ``reach``: ``clients`` of them add up to at most half of the range."""
-        return min((2 ** (self.bits - 1) - 1) // self.clients, _FINEST)
+        return min(((1 << self.bits - 1) - 1) // self.clients, _FINEST)
 
     @property
     def step(self) -> float:

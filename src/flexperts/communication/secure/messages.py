@@ -203,8 +203,9 @@ def read(kind: type[AnyMessage], text: str, sender: str) -> AnyMessage:
     """
     try:
         return kind.model_validate(json.loads(text))
-    except (ValidationError, ValueError, RecursionError) as error:
-        first = error.errors(include_url=False)[0] if isinstance(error, ValidationError) else {}
-        place = ".".join(map(str, first.get("loc", ()))) or "the text"
-        rule = f"{place[:100]}: {first.get('msg', 'it is not JSON')}"
-        raise incompatible(f"{sender}'s {kind.__name__} of secure aggregation", rule) from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        rule = f"{'.'.join(map(str, first['loc']))[:100]}: {first['msg']}"
+    except (ValueError, RecursionError):
+        rule = "it is not JSON"
+    raise incompatible(f"{sender}'s {kind.__name__} of secure aggregation", rule)
