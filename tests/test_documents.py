@@ -57,6 +57,13 @@ def test_the_page_on_packing_shows_the_committed_results() -> None:
     assert benchmark.table(entries) in (ROOT / "docs" / "privacy.md").read_text()
 
 
+def test_the_page_on_secure_aggregation_shows_the_committed_results() -> None:
+    benchmark = script("secure_aggregation")
+    entries = json.loads((ROOT / "benchmarks" / "results" / "secure_aggregation.json").read_text())["entries"]
+    assert len(entries) == len(benchmark.CASES)
+    assert benchmark.table(entries) in (ROOT / "docs" / "secure-aggregation.md").read_text()
+
+
 def test_the_pages_on_speed_and_scale_show_the_committed_results(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks" / "performance")
     speed, scale, suite = (script(f"performance/{name}") for name in ("page", "scale_page", "suite"))

@@ -10,6 +10,8 @@ Its files::
                          and once more with the reference's when those are
   shared/                the averaged LoRA as an ordinary PEFT adapter folder
   checkpoint.safetensors the server's whole state after the last finished round, to resume and use it
+  masked-sum.safetensors with secure aggregation: a round's sum, between the last update and the end of the round
+  secure/NAME.json       a client's keys and secrets for it (at the client in a deployed run)
   partition.json         each client's rows: counts and hashes
   beyond.json            scores on other clients' rows and on general tasks, if the recipe asks for them
   personal/NAME.safetensors   each client's personal state; personal/before has that of the round before,

@@ -66,7 +66,8 @@ def test_silo_check_prints_the_policy_and_tests_a_recipe_against_it(
         "policy: this silo sends no scores (policy.scores)",
         "policy: a score must stand for at least 1 rows (policy.min_score_rows)",
         "policy: a request may have at most 1,073,741,824 bytes (policy.max_message_bytes)",
-        "policy: not set: bases, max_runs, max_evaluations, noise, min_noise_multiplier, max_epsilon, min_clients",
+        "policy: not set: bases, max_runs, max_evaluations, noise, min_noise_multiplier, aggregation, agreement, "
+        "max_epsilon, min_clients",
     ]
     planned = tmp_path / "planned.toml"
     for rounds, code in ((2, 0), (3, 1)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,11 +12,34 @@ from flexperts.client.workspace import Workspace
 from flexperts.engines.run import run_federation
 from flexperts.parameters.store import load_personal
 from flexperts.recipe import load_recipe
+from flexperts.server.checkpoint import load_server
 
 pytestmark = pytest.mark.slow
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.toml"
 SMALL = ("federation.rounds=1", "training.local_steps=2", "evaluation.rows=2", "evaluation.max_new_tokens=4")
+
+
+def test_a_run_with_secure_aggregation_is_the_plain_one_within_the_error_of_whole_numbers(tmp_path: Path) -> None:
+    clip, alone = 40.0, (*SMALL, "method.reference=")
+    plain, secure = (
+        load_recipe(RECIPE, (*alone, *settings))
+        for settings in ((), ("privacy.aggregation=secure", f"privacy.clip={clip}"))
+    )
+    workspace = Workspace(plain)
+    summaries = [
+        run_federation(config, tmp_path / name, workspace=workspace)
+        for name, config in (("plain", plain), ("secure", secure))
+    ]
+    first, second = (
+        load_server(tmp_path / name / "checkpoint.safetensors").shared.vector for name in ("plain", "secure")
+    )
+    rows = [client["train_rows"] for client in summaries[0]["clients"].values()]
+    step, fp32 = clip * len(rows) / 2**31, 1e-6
+    assert np.abs(first - second).max() <= step / 2 * len(rows) * max(rows) / sum(rows) + fp32
+    for kind, least in (("nll", 0.01), ("rouge_l", 1.0)):
+        means = [summary["mean"][kind]["personalized"] for summary in summaries]
+        assert abs(means[0] - means[1]) <= least
 
 
 def test_two_runs_are_bit_identical_and_leave_the_base_alone(

@@ -82,6 +82,7 @@ def check(
     wrong += caught(check_silo_extras, settings)
     wrong += caught(_show_policy, settings, planned if recipe else None)
     wrong += caught(_show_state, settings)
+    wrong += caught(_show_identity, settings)
     raise_last(wrong)
 
 
@@ -121,6 +122,21 @@ def _show_state(settings: SiloConfig) -> None:
         check_names(door)
         typer.echo(f"{door.path}: answers {', '.join(door.users)}, by group {door.group}")
     typer.echo("a worker serves it" if served else "no worker serves it now")
+
+
+def _show_identity(settings: SiloConfig) -> None:
+    """Print the identity under which other silos know this one in secure aggregation."""
+    from flexperts.client.masking import identity_of
+    from flexperts.communication.secure.ciphers import identity_key
+    from flexperts.communication.secure.masks import fingerprint
+    from flexperts.deployment.state import identity_file
+
+    state = Path(settings.state)
+    if not state.exists():
+        typer.echo("identity for secure aggregation: made when this silo is first served")
+        return
+    identity = identity_key(identity_of(identity_file(state))).hex()
+    typer.echo(f"identity for secure aggregation: {identity}, for comparing by phone: {fingerprint(identity)}")
 
 
 @app.command("units")

@@ -12,7 +12,14 @@ from flwr.app import RecordDict
 from flexperts.client.client import Client
 from flexperts.client.request import Request
 from flexperts.communication.messages import check_records, fields_of, payload_of, records
-from flexperts.communication.schema import AnyFields, EvaluateRequest, InitialQuery, Query, TrainRequest
+from flexperts.communication.schema import (
+    AnyFields,
+    EvaluateRequest,
+    InitialQuery,
+    KeysQuery,
+    Query,
+    TrainRequest,
+)
 from flexperts.communication.traffic import personal_bytes
 from flexperts.errors import FederationError, PrivacyError
 
@@ -36,8 +43,11 @@ def answer(kind: str, content: RecordDict, client: Client) -> RecordDict:
 
 def _join(content: RecordDict, client: Client) -> RecordDict:
     """Send the client's introduction to the server."""
-    _read(content, Query)
-    return records(client.join(), {})
+    asked = _read(content, Query)
+    told = client.join()
+    if client.masked is not None:
+        told["card"] = client.masked.card(asked.run)
+    return records(told, {})
 
 
 def _initial(content: RecordDict, client: Client) -> RecordDict:
@@ -48,13 +58,26 @@ def _initial(content: RecordDict, client: Client) -> RecordDict:
     return records(told, {}, payload if asked.weights else None)
 
 
+def _keys(content: RecordDict, client: Client) -> RecordDict:
+    """Send keys and encrypted shares for a round with secure aggregation, and shares for the round before."""
+    asked = _read(content, KeysQuery)
+    if client.masked is None:
+        raise FederationError("a request for keys", "this recipe has no secure aggregation", "use one recipe")
+    shares = client.masked.shares(asked.unmask) if asked.unmask else ""
+    keys = client.masked.keys(asked.setup) if asked.setup else ""
+    agreed = client.masked.signature(asked.closed) if asked.closed else ""
+    return records({"client": client.name, "keys": keys, "shares": shares, "agreed": agreed}, {})
+
+
 def _train(content: RecordDict, client: Client) -> RecordDict:
     """Train one round and send what the method shares."""
-    request, _ = checked_request(content, TrainRequest, client)
+    request, asked = checked_request(content, TrainRequest, client)
     trained = client.train(request)
-    update = trained.update
+    update, packed = trained.update, trained.sent.packed
+    if client.masked is not None and update.payload.size:
+        packed = client.masked.update(asked.masking, request.round, trained.sent.change, update.rows)
     info = {"client": client.name, "round": request.round, "base": client.model.base.fingerprint}
-    reply = records(info, dict(update.metrics) | {"rows": update.rows}, update.payload, trained.sent.packed)
+    reply = records(info, dict(update.metrics) | {"rows": update.rows}, update.payload, packed)
     leaked = personal_bytes(reply, trained.private, *trained.sent.hidden)
     if leaked:
         raise PrivacyError(f"{client.name}: {leaked} personal bytes", "no personal byte is sent", "report this bug")
@@ -114,6 +137,7 @@ def _read(content: RecordDict, schema: type[AnyFields]) -> AnyFields:
 ANSWERS: Mapping[str, Callable[[RecordDict, Client], RecordDict]] = {
     "query.join": _join,
     "query.initial": _initial,
+    "query.keys": _keys,
     "train": _train,
     "evaluate": _evaluate,
 }

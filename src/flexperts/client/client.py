@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flexperts.client.answer_limit import answer_limit, longer_references, scored_rows
 from flexperts.client.floor import MIXTURES, candidates_of, choose, read_choice, record_of
+from flexperts.client.masking import Masked, Standing
 from flexperts.client.model import ClientModel
 from flexperts.client.request import Request, Trained
 from flexperts.client.routing_log import prompt_batches, routing_lines, write_routing
@@ -36,7 +37,7 @@ from flexperts.observer import Observer, Phase, TurnState, current_observer
 from flexperts.parameters.store import PersonalMeta, PersonalStore, load_personal
 from flexperts.parameters.vector import Payload, vector_hash
 from flexperts.parts.grafts import GATES
-from flexperts.protection.pipeline import protect, told
+from flexperts.protection.pipeline import is_secure, protect, told
 from flexperts.seeding import generator
 from flexperts.training.local import LocalSettings, steps_per_round
 
@@ -55,11 +56,19 @@ class Client:
         model: The model that clients use in turn.
         folder: The folder of its personal state and predictions.
         observer: Receives progress.
+        standing: Who the client is to others, with secure aggregation.
     """
 
     def __init__(
-        self, name: str, workspace: Workspace, model: ClientModel, folder: Path, observer: Observer | None = None
+        self,
+        name: str,
+        workspace: Workspace,
+        model: ClientModel,
+        folder: Path,
+        observer: Observer | None = None,
+        standing: Standing | None = None,
     ) -> None:
+        self.standing = standing
         self.name, self.workspace, self.model, self.folder = name, workspace, model, folder
         self.observer = observer or Observer()
         self.config, self.method = model.config, model.method
@@ -107,6 +116,13 @@ class Client:
         site = self.method.initial_site(self.model.site(self.name, self.examples, _prepared(meta), agreement))
         with self.model.lend(site, {}) as (split, _):
             return encode(split, self.method.initial(split)), json.dumps(split.describe())
+
+    @cached_property
+    def masked(self) -> Masked | None:
+        """The client's part of secure aggregation; None if the recipe has none."""
+        if not is_secure(self.config):
+            return None
+        return Masked(self.name, self.folder, self.config.privacy, self.standing, self.observer.notice)
 
     def train(self, request: Request) -> Trained:
         """Train one round from the server's weights; the personal part is saved on disk."""
@@ -442,13 +458,16 @@ class Resident:
         workspace: Base and rows.
         config: The run; only its method may differ from the workspace's.
         folder: The folder of the clients' files.
+        standing: Who the clients are to others, if it is not this run that decides it.
     """
 
-    def __init__(self, workspace: Workspace, config: RunConfig, folder: Path) -> None:
+    def __init__(
+        self, workspace: Workspace, config: RunConfig, folder: Path, standing: Standing | None = None
+    ) -> None:
         self.workspace, self.folder = workspace, folder
         self.model = model = ClientModel(workspace.base, config, make_method(config.method))
         self._client = lru_cache(CLIENTS_KEPT)(
-            lambda name: Client(name, workspace, model, folder, current_observer())
+            lambda name: Client(name, workspace, model, folder, current_observer(), standing)
         )
 
     def client(self, name: str) -> Client:

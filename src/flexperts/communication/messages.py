@@ -4,7 +4,8 @@ A payload is built from a ``ParameterSplit``'s shared group and from tensors tha
 personal and frozen parameters cannot enter it. A reply may hold its update packed (``compression.py``) in place of
 the fp32 vector and its manifest: the server knows the manifest from its request, and rebuilds the vector. The other
 fields are those of ``schema.py``. Requests:
-``query.join`` (who are you), ``query.initial`` (your initial shared weights), ``train``, ``evaluate``.
+``query.join`` (who are you), ``query.initial`` (your initial shared weights), ``train``, ``evaluate``; with secure
+aggregation ``query.keys``, too.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from flexperts.parameters.split import ParameterSplit, kept_storages, storage_ad
 from flexperts.parameters.vector import Manifest, Payload, Vector
 
 SHARED = "shared"
+MASKED = "masked"
+"""The packing, and the array's name, of an update with masks."""
 DERIVED = "derived."
 """Start of the names of tensors that are computed from training and sent with the shared parameters."""
 _INFO, _METRICS, _MANIFEST, _PACKING = "info", "metrics", "manifest", "packing"
@@ -205,6 +208,25 @@ def payload_of(content: RecordDict, sender: str, expected: Expected | None = Non
             f"{sender} sent an update that is not packed", f"the recipe's is {expected.packing.kind!r}"
         )
     return Payload(manifest, vector)
+
+
+def masked_of(content: RecordDict, sender: str, dtype: np.dtype[Any], size: int) -> NDArray[Any]:
+    """Return a masked update: a read-only view of so many whole numbers of a type.
+
+    Args:
+        content: A reply's content.
+        sender: Name of the sender, for errors.
+        dtype: Their type.
+        size: Their number.
+    """
+    info = {n: v for n, v in info_of(content).items() if n in _OF_PAYLOADS}
+    arrays = dict(content.array_records.get(SHARED, ArrayRecord()))
+    if info != {_PACKING: MASKED} or set(content.array_records) != {SHARED} or set(arrays) != {MASKED}:
+        raise incompatible(f"{sender} sent an update that is not masked", "the recipe has secure aggregation")
+    values = _values(arrays[MASKED], sender)
+    if values.dtype != dtype or values.shape != (size,):
+        raise incompatible(f"{sender} sent {values.dtype}{list(values.shape)}", f"it must be {dtype}[{size}]")
+    return values
 
 
 def _rebuilt(packed: Packed, sender: str, expected: Expected | None) -> Payload:

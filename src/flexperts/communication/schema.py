@@ -90,6 +90,8 @@ class Joining(Fields):
     base: Fingerprint
     train_rows: Rows
     report: Json
+    card: Annotated[str, Field(max_length=ROOM)] = ""
+    """JSON of its keys for secure aggregation."""
 
 
 class InitialFields(Fields):
@@ -109,6 +111,16 @@ class SplitRow(Fields):
     bytes: Count
     trained: Literal["yes", "no"]
     leaves: Word
+
+
+class KeysFields(Fields):
+    """Keys of a round with secure aggregation, shares of the round before, and the signature of its survivors; each
+    is JSON or empty."""
+
+    client: Name
+    keys: Annotated[str, Field(max_length=LONGEST_TEXT)]
+    shares: Annotated[str, Field(max_length=LONGEST_TEXT)]
+    agreed: Annotated[str, Field(max_length=ROOM)] = ""
 
 
 _TABLE = TypeAdapter(Annotated[list[SplitRow], Field(max_length=3)])
@@ -190,11 +202,22 @@ class InitialQuery(Query):
     weights: bool = True
 
 
+class KeysQuery(Query):
+    """A request for keys of a round with secure aggregation, for shares of the one before or both, or for the
+    signature of a list of survivors; each is JSON or empty."""
+
+    setup: Annotated[str, Field(max_length=LONGEST_TEXT)] = ""
+    unmask: Annotated[str, Field(max_length=LONGEST_TEXT)] = ""
+    closed: Annotated[str, Field(max_length=LONGEST_TEXT)] = ""
+
+
 class TrainRequest(Query):
     """A request to train the given round."""
 
     agreement: Json
     round: Annotated[int, Field(ge=1, le=MOST_ROUNDS)]
+    masking: Annotated[str, Field(max_length=LONGEST_TEXT)] = ""
+    """JSON of other clients' keys for secure aggregation."""
 
 
 class EvaluateRequest(Query):

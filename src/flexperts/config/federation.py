@@ -48,17 +48,28 @@ class FederationConfig(Section):
 
 
 class PrivacyConfig(Section):
-    """Differential privacy of the shared update, at the level of a client; see docs/privacy.md."""
+    """What protects the shared update of one client: noise and secure aggregation; see docs/privacy.md."""
 
-    noise: Literal["none", "central", "local"] = "none"
+    noise: Literal["none", "central", "local", "distributed"] = "none"
     """central = the server clips every update and adds noise to their mean; local = each client clips its update
-    and adds noise to it before it is sent. In both, every client counts once."""
+    and adds noise to it before it is sent; distributed = with secure aggregation, each client adds its share of the
+    noise that central would add. In all, every client counts once."""
     clip: float = Field(1.0, gt=0)
-    """L2 norm that an update (trained minus sent) is clipped to."""
+    """L2 norm that an update (trained minus sent) is clipped to, with noise or secure aggregation."""
     noise_multiplier: float = Field(1.0, gt=0)
-    """Standard deviation of the noise over clip: on the sum of the updates (central), on each update (local)."""
+    """Standard deviation of the noise over clip: on the sum of the updates (central, and at least, distributed), on
+    each update (local)."""
     delta: float = Field(1e-5, gt=0, lt=1)
     """The delta at which epsilon is reported."""
+    aggregation: Literal["plain", "secure"] = "plain"
+    """secure = clients mask their updates so that the server learns their sum alone; not yet reviewed by anyone
+    outside, see docs/secure-aggregation.md."""
+    survivors: float = Field(0.5, ge=0.5, lt=1)
+    """With secure aggregation, more than this share of a round's clients, and at least three, must stay to its end.
+    Fewer of them, together with the server, cannot take off another client's masks."""
+    agreement: bool = False
+    """With secure aggregation, clients sign one list of those whose updates have arrived before they give shares:
+    against a server that tells them different lists. It is one more exchange in every round."""
 
 
 class CompressionConfig(Section):

@@ -48,6 +48,10 @@ class SiloSocket(Section):
     """Users (names or numbers) whose processes get answers; all others are refused, members of the group too."""
 
 
+Identity = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+"""An Ed25519 public key in hex."""
+
+
 class SiloPolicy(Section):
     """What the silo allows, whatever a server asks. Its worker refuses the rest, and tells the server the rule."""
 
@@ -65,6 +69,10 @@ class SiloPolicy(Section):
     """local = a run must have privacy.noise = "local"; none = it need not."""
     min_noise_multiplier: float | None = Field(None, gt=0)
     """Least privacy.noise_multiplier; needs noise = "local"."""
+    aggregation: Literal["plain", "secure"] = "plain"
+    """secure = a run must have privacy.aggregation = "secure"; plain = it need not."""
+    agreement: bool = False
+    """Whether a run with secure aggregation must have privacy.agreement = true."""
     max_epsilon: float | None = Field(None, gt=0)
     """Budget: most epsilon that the updates of all runs together may spend; needs noise = "local"."""
     delta: float = Field(1e-5, gt=0, lt=1)
@@ -107,3 +115,6 @@ class SiloConfig(Section):
     socket: SiloSocket | None = None
     """Socket for a SuperNode that runs as another user; see docs/deploy.md."""
     policy: SiloPolicy = SiloPolicy()
+    roster: dict[str, Identity] = Field(default_factory=dict)
+    """Silo -> its identity, as its `flexperts silo check` prints it; secure aggregation is then with these alone.
+    Without a roster, each silo is known in a run as it is first seen."""

@@ -18,7 +18,7 @@ from flexperts.communication.traffic import mean_groups
 from flexperts.config.run import RunConfig
 from flexperts.costs.flops import added_flops, base_flops
 from flexperts.costs.models import Description, describe, experts_per_token, meta_base
-from flexperts.costs.rounds import RoundBytes, mean_packed, planned_rounds, planned_sites
+from flexperts.costs.rounds import RoundBytes, mean_keys, mean_packed, planned_rounds, planned_sites
 from flexperts.errors import ConfigError, FlexpertsError
 from flexperts.methods.kit.method import Method
 from flexperts.methods.registry import make_method, method_names
@@ -138,7 +138,7 @@ def plan_method(
     finally:
         model.close()
     up, down = mean_groups(r.uplink for r in rounds), mean_groups(r.downlink for r in rounds)
-    sent, received = mean_packed(rounds), float(sum(down.values()))
+    sent, received = mean_packed(rounds), sum(down.values()) + mean_keys(rounds)
     return MethodPlan(
         name=name or method.name,
         method=method.name,

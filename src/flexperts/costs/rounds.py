@@ -6,8 +6,8 @@ method then chooses is arbitrary; how many it chooses is the same as in a run.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,10 +15,13 @@ import torch
 from flexperts.client.model import ClientModel
 from flexperts.communication.compression import packed_bytes
 from flexperts.communication.messages import Update
+from flexperts.communication.secure.sizes import message_bytes
 from flexperts.communication.traffic import group_bytes
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.kit.turn import Prepared, Site
 from flexperts.parameters.vector import Manifest, Payload, sizes_only
+from flexperts.protection.pipeline import check_enough, is_secure
+from flexperts.protection.secure import rules_of
 from flexperts.selection.selection import LayerScores
 
 Groups = dict[str, int]
@@ -54,18 +57,21 @@ class RoundBytes:
         number: The round, from 1.
         uplink: Participating client -> bytes that it sends, by tensor group, before packing.
         downlink: Participating client -> bytes that it receives, by tensor group.
-        packed: Participating client -> all bytes that it sends, packed as the recipe says.
+        packed: Participating client -> all bytes that it sends, packed or masked as the recipe says.
+        keys: Participating client -> bytes that it receives for secure aggregation; empty without.
     """
 
     number: int
     uplink: dict[str, Groups]
     downlink: dict[str, Groups]
     packed: dict[str, int]
+    keys: dict[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
         """Bytes of all clients in both directions."""
-        return sum(self.packed.values()) + sum(sum(groups.values()) for groups in self.downlink.values())
+        received = sum(sum(groups.values()) for groups in self.downlink.values())
+        return sum(self.packed.values()) + received + sum(self.keys.values())
 
 
 def planned_sites(model: ClientModel, clients: Collection[str], top_k: int) -> dict[str, PlannedSite]:
@@ -82,6 +88,8 @@ def planned_rounds(model: ClientModel, sites: dict[str, PlannedSite]) -> list[Ro
     """Return the recipe's rounds and the method's extra ones; with partial participation, the first clients."""
     method, federation, compression = model.method, model.config.federation, model.config.compression
     server = _server(model, sites)
+    if is_secure(model.config):
+        check_enough(model.config, len(sites))
     drawn = sorted(sites)[: federation.drawn(len(sites))]
     rounds = []
     for number in range(1, federation.rounds + method.extra_rounds(federation.rounds) + 1):
@@ -90,7 +98,14 @@ def planned_rounds(model: ClientModel, sites: dict[str, PlannedSite]) -> list[Ro
         declared = {name: method.uplink(server, name) for name in participants}
         sent = {name: group_bytes(manifest) for name, manifest in declared.items()}
         packed = {name: packed_bytes(manifest.size, compression) for name, manifest in declared.items()}
-        rounds.append(RoundBytes(number, sent, received, packed))
+        keys = dict[str, int]()
+        if is_secure(model.config) and method.sends_weights(server):
+            privacy = model.config.privacy
+            value = rules_of(privacy).numbers(len(participants)).dtype.itemsize
+            added = message_bytes(participants, privacy.survivors)
+            packed = {name: value * manifest.size + added[name][0] for name, manifest in declared.items()}
+            keys = {name: size for name, (_, size) in added.items()}
+        rounds.append(RoundBytes(number, sent, received, packed, keys))
         if method.sends_back:
             updates = [Update(name, _shapes(manifest), 1, {}) for name, manifest in declared.items()]
             method.aggregate(server, updates)
@@ -125,5 +140,14 @@ def _shapes(manifest: Manifest) -> Payload:
 
 def mean_packed(rounds: Sequence[RoundBytes]) -> float:
     """Return mean bytes of a reply over all rounds and their participants; 0 without participants."""
-    sent = [size for each in rounds for size in each.packed.values()]
-    return sum(sent) / len(sent) if sent else 0.0
+    return _mean(size for each in rounds for size in each.packed.values())
+
+
+def mean_keys(rounds: Sequence[RoundBytes]) -> float:
+    """Return mean bytes that a client receives for secure aggregation in a round."""
+    return _mean(each.keys.get(name, 0) for each in rounds for name in each.packed)
+
+
+def _mean(sizes: Iterable[int]) -> float:
+    found = list(sizes)
+    return sum(found) / len(found) if found else 0.0

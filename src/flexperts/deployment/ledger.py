@@ -176,7 +176,9 @@ class Ledger:
         return [sorted(group) for group in groups]
 
     def _trained(self, spent: Spent, number: int, privacy: PrivacyConfig) -> Spent:
-        """Return what a run has received after one more round."""
+        """Return what a run has received after one more round; an update that is masked anew counts once."""
+        if number == spent.round:
+            return spent
         multiplier = accounted_multiplier(privacy)
         if privacy.noise == "local" and math.isfinite(gaussian_epsilon(multiplier, self.policy.delta)):
             return replace(spent, round=number, noised=spent.noised + multiplier**-2)

@@ -22,6 +22,8 @@ def rules(policy: SiloPolicy) -> dict[str, str]:
         "noise": policy.noise == "local" and "privacy.noise must be 'local'",
         "min_noise_multiplier": policy.min_noise_multiplier
         and f"privacy.noise_multiplier must be at least {policy.min_noise_multiplier}",
+        "aggregation": policy.aggregation == "secure" and "privacy.aggregation must be 'secure'",
+        "agreement": policy.agreement and "with secure aggregation, privacy.agreement must be true",
         "max_epsilon": policy.max_epsilon
         and f"the epsilon of all runs must be at most {policy.max_epsilon} at delta {policy.delta}",
         "scores": not policy.scores and "this silo sends no scores",
@@ -64,6 +66,11 @@ def check_recipe(policy: SiloPolicy, config: RunConfig, method: Method) -> None:
         ("max_evaluations", f"{evaluations} evaluations"): policy.scores and evaluations > most,
         ("noise", f"privacy.noise = {privacy.noise!r}"): policy.noise == "local" != privacy.noise,
         ("min_noise_multiplier", f"{privacy.noise_multiplier}"): privacy.noise_multiplier < least,
+        ("aggregation", f"privacy.aggregation = {privacy.aggregation!r}"): policy.aggregation == "secure"
+        and privacy.aggregation != "secure",
+        ("agreement", f"privacy.agreement = {privacy.agreement}"): policy.agreement
+        and privacy.aggregation == "secure"
+        and not privacy.agreement,
         ("min_score_rows", f"evaluation.rows = {evaluation.rows}"): few,
         ("min_clients", f"{federation.min_clients}"): federation.min_clients < (policy.min_clients or 1),
     }

@@ -41,6 +41,7 @@ def _reply(kind: str, message: Message, context: Context) -> Message:
 app = ClientApp()
 app.query("join")(partial(_reply, "query.join"))
 app.query("initial")(partial(_reply, "query.initial"))
+app.query("keys")(partial(_reply, "query.keys"))
 app.train()(partial(_reply, "train"))
 app.evaluate()(partial(_reply, "evaluate"))
 

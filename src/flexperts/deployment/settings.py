@@ -13,6 +13,7 @@ from flexperts.config.run import RunConfig
 from flexperts.config.silo import SiloConfig
 from flexperts.errors import ConfigError
 from flexperts.methods.registry import method_class
+from flexperts.protection.pipeline import check_apart
 
 _PLACES: dict[str, Any] = {"device": "auto", "device_map": None, "max_memory": {}, "offload_folder": None}
 """Defaults for settings that each silo decides: device and memory of the base."""
@@ -24,6 +25,7 @@ def at_silos(config: RunConfig) -> RunConfig:
     Silos have their own rows and device. A reference method would be a second run; callers tell users so.
     """
     _refuse_what_needs_all_rows(config)
+    check_apart(config)
     parts = {
         "data": _at_silos(config.data),
         "model": config.model.model_copy(update=_PLACES),

@@ -26,6 +26,11 @@ def lock_of(state: Path) -> Path:
     return state / "worker.lock"
 
 
+def identity_file(state: Path) -> Path:
+    """Return the file of the silo's identity in secure aggregation; it need not exist."""
+    return state / "identity.json"
+
+
 def private_folder(state: Path, run: str) -> Path:
     """Return the folder of one run's private state; it need not exist.
 

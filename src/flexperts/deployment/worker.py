@@ -14,6 +14,7 @@ from flwr.app import RecordDict
 from flexperts.client.answer import ANSWERS, answer, checked_request, request_of
 from flexperts.client.answer_limit import answer_limit, check_limit
 from flexperts.client.client import Client, Resident
+from flexperts.client.masking import Standing
 from flexperts.client.workspace import Workspace
 from flexperts.communication.schema import EvaluateRequest, TrainRequest
 from flexperts.communication.wire import Fields, deserialize, serialize
@@ -25,7 +26,7 @@ from flexperts.deployment.kept import keep_choices, keep_recipe, keep_rows, with
 from flexperts.deployment.ledger import Asked, Ledger
 from flexperts.deployment.policy import check_loss, check_policy, check_recipe, refusal
 from flexperts.deployment.settings import for_silo
-from flexperts.deployment.state import private_folder
+from flexperts.deployment.state import identity_file, private_folder
 from flexperts.errors import PolicyError, incompatible, logged
 from flexperts.methods.registry import make_method
 from flexperts.modeling.load import LoadedBase, load_base
@@ -36,6 +37,7 @@ from flexperts.recipe import parse_recipe
 _DONE = {
     "query.join": "joined",
     "query.initial": "sent the initial shared weights",
+    "query.keys": "sent keys and shares of secure aggregation",
     "train": "trained",
     "evaluate": "evaluated",
 }
@@ -92,6 +94,8 @@ class Worker:
             else:
                 asked = _asked(run, kind, content, client)
                 stored = self._ledger.reply_to(asked, client.config.privacy)
+                if kind == "train" and _masks_anew(content, client):
+                    stored = None  # the same update, with the masks of another session
                 reply = stored or self._released(asked, content, client)
                 when = f"run {run[:8]}, round {asked.round}"
                 done = f"{_DONE[kind]} before, and sent the same reply" if stored else _DONE[kind]
@@ -151,7 +155,7 @@ class Worker:
             )
         keep_recipe(folder, config.to_toml())
         keep_choices(folder, workspace.template_date, answer_limit(workspace, mine))
-        return Resident(workspace, mine, folder)
+        return Resident(workspace, mine, folder, Standing(identity_file(Path(self.silo.state)), self.silo.roster))
 
     def _release(self) -> None:
         resident, self._resident, self._run = self._resident, None, None
@@ -198,3 +202,9 @@ def _asked(run: str, kind: str, content: RecordDict, client: Client) -> Asked:
         return Asked.of(run, kind, request, its.states, its.answers)
     request, _ = checked_request(content, TrainRequest, client)
     return Asked.of(run, kind, request)
+
+
+def _masks_anew(content: RecordDict, client: Client) -> bool:
+    """Return whether a request to train has keys for which no update has been masked yet."""
+    _, its = checked_request(content, TrainRequest, client)
+    return client.masked is not None and bool(its.masking) and client.masked.is_new(its.masking)

@@ -23,10 +23,11 @@ from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError
 from flexperts.methods.kit.method import Method
 from flexperts.parameters.vector import Payload, Vector
-from flexperts.protection.noise import CentralNoise, LocalNoise
+from flexperts.protection.noise import CentralNoise, DistributedNoise, LocalNoise
 from flexperts.protection.packing import Packing
 from flexperts.protection.protection import Protection
 from flexperts.protection.robust import RobustRule
+from flexperts.protection.secure import SecureAggregation
 
 EVERYONE = "all"
 """Client name of the one update that replaces all."""
@@ -37,10 +38,13 @@ def protections(config: RunConfig) -> list[Protection]:
     """Return the defences of a run, in their order."""
     found: list[Protection] = []
     if config.privacy.noise != "none":
-        found.append((LocalNoise if config.privacy.noise == "local" else CentralNoise)(config))
+        kinds = {"local": LocalNoise, "central": CentralNoise, "distributed": DistributedNoise}
+        found.append(kinds[config.privacy.noise](config))
     if config.federation.aggregation != "mean":
         found.append(RobustRule(config))
     found += [_installed(config, name) for name in config.protections]
+    if is_secure(config):
+        found.append(SecureAggregation(config))
     if config.compression.kind != "none":
         found.append(Packing(config))
     return found
@@ -59,8 +63,27 @@ def check_protections(method: Method, config: RunConfig) -> None:
     for protection in active:
         protection.check(method)
     combining = [protection.setting for protection in active if _overrides(protection, "combined")]
+    counting = [protection.setting for protection in active if protection.counts_once]
+    if is_secure(config) and (other := [*combining, *counting]):
+        raise ConfigError(
+            f"{other[0]} with privacy.aggregation = 'secure'",
+            "the server receives the sum of the updates by rows, and no single one to combine",
+            "turn one off",
+        )
     if len(combining) > 1:
         raise ConfigError(" with ".join(combining), "only one defence can make a round's average", "turn one off")
+
+
+def check_apart(config: RunConfig) -> None:
+    """Refuse settings that cannot work where the silos are other machines."""
+    ratio = config.federation.max_norm_ratio
+    if is_secure(config) and ratio != "off":
+        raise ConfigError(
+            f"federation.max_norm_ratio = {ratio:g} with privacy.aggregation = 'secure'",
+            "it compares the sizes of single updates, and the server receives their sum alone; silos clip their "
+            "updates to privacy.clip instead, and the server checks the sum",
+            "set federation.max_norm_ratio = 'off'",
+        )
 
 
 def check_enough(config: RunConfig, clients: int) -> None:
@@ -83,11 +106,13 @@ class Outgoing:
         payload: The weights, as the server will have them.
         packed: The packed update that is sent instead of them, if the recipe packs.
         hidden: The method's own vector where a defence has changed it.
+        change: The update by itself, where it is masked before it is sent.
     """
 
     payload: Payload
     packed: Packed | None = None
     hidden: tuple[Vector, ...] = ()
+    change: Vector | None = None
 
 
 def protect(
@@ -111,7 +136,13 @@ def protect(
     change, packed = trained.vector - received.vector, None
     for protection in active:
         change, packed = protection.outgoing(change, memory)
-    return Outgoing(Payload(trained.manifest, received.vector + change), packed, (trained.vector,))
+    masked = change if is_secure(config) else None
+    return Outgoing(Payload(trained.manifest, received.vector + change), packed, (trained.vector,), masked)
+
+
+def is_secure(config: RunConfig) -> bool:
+    """Return whether updates are masked, and the server learns their sum alone."""
+    return config.privacy.aggregation == "secure"
 
 
 def told(config: RunConfig, names: Iterable[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from statistics import median
+from typing import Any
 
 import numpy as np
 from flwr.app import RecordDict
@@ -17,6 +18,7 @@ from flexperts.communication.messages import (
     Update,
     check_records,
     fields_of,
+    masked_of,
     metrics_of,
     payload_of,
 )
@@ -33,12 +35,13 @@ from flexperts.communication.schema import (
     measure_fields,
     score_fields,
 )
+from flexperts.communication.secure.fixed_point import FixedPoint, Ring
 from flexperts.config.names import normal
 from flexperts.config.run import RunConfig
 from flexperts.errors import FederationError, FlexpertsError, incompatible
 from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.server_state import Server
-from flexperts.parameters.vector import Payload, Vector
+from flexperts.parameters.vector import Payload, Vector, sizes_only
 from flexperts.protection.pipeline import told
 
 _BLOCK = 1 << 20
@@ -63,14 +66,29 @@ class Admission:
             manifest = self.method.uplink(self.server, client)
             expected = Expected(manifest, self.server.shared, self.config.compression)
             check_size(content, expected.most, client)
-            check_records(content, client, "info", "metrics")
-            heading = fields_of(content, TrainedHeading, client)
-            _check_heading(client, heading, self.server.round + 1)
-            self._check_base(client, heading.base)
+            self._check_trained(client, content)
             return self._update(client, content, expected)
         except FederationError:
             raise
         except Exception as error:  # bytes from another machine: no fault in them may stop the round
+            raise _unreadable(client, error) from error
+
+    def masked(self, client: str, content: RecordDict, numbers: FixedPoint) -> tuple[Update, Ring]:
+        """Return the measures in a reply to a training request with secure aggregation, and the masked update.
+
+        Nothing can be checked of its values. The returned update has a payload of the right size without values.
+        """
+        try:
+            manifest = self.server.shared.manifest
+            check_size(content, numbers.dtype.itemsize * manifest.size + ROOM, client)
+            self._check_trained(client, content)
+            metrics = self._measures(client, content)
+            values = masked_of(content, client, numbers.dtype, manifest.size)
+            payload = Payload(manifest, sizes_only(manifest.size))
+            return Update(client, payload, metrics["rows"], metrics), values
+        except FederationError:
+            raise
+        except Exception as error:  # as above
             raise _unreadable(client, error) from error
 
     def scores(self, client: str, content: RecordDict, *, answers: bool) -> dict[str, float | int | None]:
@@ -109,7 +127,14 @@ class Admission:
                 f"{client} reports {found} counts about answers", f"it must be all of {', '.join(counts)}, or none"
             )
 
-    def _update(self, client: str, content: RecordDict, expected: Expected) -> Update:
+    def _check_trained(self, client: str, content: RecordDict) -> None:
+        check_records(content, client, "info", "metrics")
+        heading = fields_of(content, TrainedHeading, client)
+        _check_heading(client, heading, self.server.round + 1)
+        self._check_base(client, heading.base)
+
+    def _measures(self, client: str, content: RecordDict) -> dict[str, Any]:
+        """Return a round's measures, without the count of personal bytes, which must be 0."""
         schema = measure_fields(tuple(told(self.config, MEASURES)))
         metrics = checked(schema, metrics_of(content), client).model_dump()
         self._check_rows(client, metrics["rows"])
@@ -119,10 +144,12 @@ class Admission:
                 "no personal byte is sent",
                 "report this bug",
             )
-        payload = payload_of(content, client, expected)
         known = {name: value for name, value in metrics.items() if name != "personal_sent"}
-        known["rows"] = rows = int(metrics["rows"])
-        update = Update(client, payload, rows, known)
+        return known | {"rows": int(metrics["rows"])}
+
+    def _update(self, client: str, content: RecordDict, expected: Expected) -> Update:
+        metrics = self._measures(client, content)
+        update = Update(client, payload_of(content, client, expected), metrics["rows"], metrics)
         self._check_values(update)
         self.method.check_update(self.server, update)
         return update

@@ -36,6 +36,7 @@ class Introduction:
         rows: Its train rows.
         report: The value of the method's ``report``.
         size: Encoded bytes of the message.
+        card: Its keys for secure aggregation, as JSON; empty without.
     """
 
     client: str
@@ -43,6 +44,7 @@ class Introduction:
     rows: int
     report: Any
     size: int
+    card: str = ""
 
     @classmethod
     def read(cls, reply: Message) -> Introduction:
@@ -58,7 +60,8 @@ class Introduction:
             name, rows = client_name(told.client), told.train_rows
             if rows < 1:
                 raise ValueError(f"{rows} train rows")
-            return cls(name, told.base, rows, json.loads(told.report), encoded_bytes(reply.content))
+            size = encoded_bytes(reply.content)
+            return cls(name, told.base, rows, json.loads(told.report), size, told.card)
         except Exception as error:  # another machine's bytes
             said = str(error) if isinstance(error, FlexpertsError) else repr(error)
             raise incompatible(

@@ -38,6 +38,8 @@ class RoundLog:
         left: Clients that left before this round.
         privacy: The guarantee of differential privacy after this round; None without noise.
         capped: Client -> rows that its update counted for, if those were fewer than it reported.
+        secure: Of the exchanges that secure aggregation adds: their number, encoded bytes by direction and client,
+            and seconds; the L2 norm of the mean update; ``spoilt``, why the sum was not used. Empty without.
         planned: The run's planned number of rounds when this one began; the learning rate's cosine is over it.
             0 in rounds of earlier versions.
     """
@@ -61,6 +63,7 @@ class RoundLog:
     left: list[str] = field(default_factory=list)
     privacy: dict[str, Any] | None = None
     capped: dict[str, int] = field(default_factory=dict)
+    secure: dict[str, Any] = field(default_factory=dict)
     planned: int = 0
 
     def declare(self, direction: str, client: str, manifest: Manifest) -> None:

@@ -18,7 +18,7 @@ from flexperts.methods.kit.server_state import Server
 from flexperts.methods.registry import make_method
 from flexperts.observer import Observer, Once
 from flexperts.parameters.vector import Payload
-from flexperts.protection.pipeline import check_enough, check_protections
+from flexperts.protection.pipeline import check_apart, check_enough, check_protections
 from flexperts.server.checkpoint import load_server, save_server
 from flexperts.server.enrolment import check_report, enrol_fitting, found, gather, require
 from flexperts.server.exchange import LazyGrid
@@ -52,6 +52,8 @@ def serve(
     method, members = make_method(config.method), Membership(observer, run.run_id)
     method.check(config)
     check_protections(method, config)
+    if not isinstance(grid, LazyGrid):
+        check_apart(config)
     observer.stage(f"{config.method.name}: clients join")
     server, initial = _joined(grid, config, run, method, members)
     observer.split(method.name, initial.split)

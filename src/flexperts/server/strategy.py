@@ -8,10 +8,11 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
@@ -24,12 +25,13 @@ from flexperts.errors import FederationError, one_line
 from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.server_state import Server
 from flexperts.observer import Observer
-from flexperts.protection.pipeline import privacy_spent, reduced
+from flexperts.protection.pipeline import EVERYONE, is_secure, privacy_spent, reduced
 from flexperts.seeding import derive_seed, generator
 from flexperts.server.admission import Admission, leaked
 from flexperts.server.checkpoint import save_server
 from flexperts.server.enrolment import enrol_fitting
 from flexperts.server.exchange import Asked, error_of, request, sendable
+from flexperts.server.masked_rounds import MaskedRounds
 from flexperts.server.membership import Membership
 from flexperts.server.round_log import RoundLog
 from flexperts.server.start import check_start
@@ -62,6 +64,7 @@ class FlexpertsStrategy(Strategy):
         self.method, self.config, self.server = method, config, server
         self.members, self.run, self.observer = members, run, observer
         self.admission = Admission(method, config, server)
+        self.masked = MaskedRounds(config, members)
         self.rounds: list[RoundLog] = list(finished)
         self.rounds_total = config.federation.rounds + method.extra_rounds(config.federation.rounds)
         self._asked = Asked()
@@ -80,12 +83,18 @@ class FlexpertsStrategy(Strategy):
         """Return one request per participant that is online, sorted by client; no two share their records."""
         self._started = time.monotonic()
         log = RoundLog(self.server.round + 1, planned=self.config.federation.rounds)
-        self.rounds.append(log)
+        kept = self.masked.resumed(self._masked_sum, log.number) if self._masks() else None
+        self.rounds.append(log := kept or log)
         self.observer.stage(f"round {log.number} of {self.rounds_total}")
         self._meet(grid, log)
-        log.participants, self._asked = self._participants(), Asked()
+        self._grid = grid
+        if kept is not None:  # its clients have trained
+            return sendable(grid, iter(()))
+        log.participants, self._asked = self._participants(log.number), Asked()
         log.missing = list(log.participants)
-        asked = set(log.participants) & set(self.members.online)
+        asked = sorted(set(log.participants) & set(self.members.online))
+        if self._masks():
+            self.masked.begin(grid, self._masked_rows(asked, log), log)
         self.observer.phase("training", len(asked), log.number, self.rounds_total)
         return sendable(grid, self._train_requests(log))
 
@@ -97,13 +106,10 @@ class FlexpertsStrategy(Strategy):
         The rule asks for one update after the other, and each reply is read and recorded when its turn comes.
         """
         log = self.rounds[-1]
-        updates = _unless_empty(self._updates(replies, log))
-        if updates or not log.participants:  # otherwise no update came, and the quorum's error says why
-            arrived: Iterable[Update] = updates or ()
-            if self.method.sends_weights(self.server):
-                arrived = reduced(self.config, self.server.shared, arrived)
-            self.method.aggregate(self.server, arrived)
-        self._check_quorum(log)
+        if self._masks():
+            self._aggregate_masked(replies, log)
+        else:
+            self._aggregate(replies, log)
         self.server.round += 1
         log.privacy = privacy_spent(self.config, self._rounds_with_weights())
         log.seconds["training"] = time.monotonic() - self._started
@@ -130,6 +136,7 @@ class FlexpertsStrategy(Strategy):
         log.seconds["evaluation"] = time.monotonic() - self._started
         self.run.append_round(vars(log))
         save_server(self.run.checkpoint, self.server)
+        self._masked_sum.unlink(missing_ok=True)
         self.observer.round(vars(log))
         return None
 
@@ -151,18 +158,67 @@ class FlexpertsStrategy(Strategy):
         sends, server = self.method.sends_weights(self.server), self.server
         return server.round if sends else min(server.round, self.config.federation.rounds)
 
-    def _participants(self) -> list[str]:
-        """Return the clients that train in the coming round, sorted; they are drawn online or not."""
+    def _masks(self) -> bool:
+        """Return whether the coming round's updates are masked."""
+        return is_secure(self.config) and self.method.sends_weights(self.server)
+
+    def _aggregate(self, replies: Iterable[Message], log: RoundLog) -> None:
+        updates = _unless_empty(self._updates(replies, log))
+        if updates or not log.participants:  # otherwise no update came, and the quorum's error says why
+            arrived: Iterable[Update] = updates or ()
+            if self.method.sends_weights(self.server):
+                arrived = reduced(self.config, self.server.shared, arrived)
+            self.method.aggregate(self.server, arrived)
+        self._check_quorum(log)
+
+    def _aggregate_masked(self, replies: Iterable[Message], log: RoundLog) -> None:
+        """Add up masked updates as they arrive, and give the method one update in their place."""
+        for name, reply in self._by_client(replies):
+            self._usable(name, reply, log)
+        self._check_quorum(log)
+        self.masked.keep(self._masked_sum, log)
+        rows = dict[str, int]()
+        if log.number < self.config.federation.rounds:
+            online = set(self._participants(log.number + 1)) & set(self.members.online)
+            rows = self._masked_rows(online, log)
+        change, shared = self.masked.mean(self._grid, rows, log), self.server.shared
+        if change is not None:
+            mean = replace(shared, vector=shared.vector + change)
+            self.method.aggregate(self.server, [Update(EVERYONE, mean, self.masked.tally.counted, {})])
+
+    @property
+    def _masked_sum(self) -> Path:
+        """Where a round's sum is until the round is over."""
+        return self.run.checkpoint.with_name("masked-sum.safetensors")
+
+    def _masked_rows(self, names: Iterable[str], log: RoundLog) -> dict[str, int]:
+        """Return the rows by which clients weight their masked updates; with noise, every client counts once."""
+        noised = self.config.privacy.noise == "distributed"
+        return dict.fromkeys(names, 1) if noised else self._counted(names, log)
+
+    def _take_masked(self, name: str, content: RecordDict) -> Update:
+        tally = self.masked.tally
+        update, values = self.admission.masked(name, content, tally.numbers)
+        tally.add(name, values)
+        return update
+
+    def _participants(self, number: int) -> list[str]:
+        """Return the clients that train in a round, sorted; they are drawn online or not."""
         clients = sorted(self.server.clients)
         count = self.config.federation.drawn(len(clients))
-        stream = generator(self.config.seed, "participants", self.server.round + 1)
+        stream = generator(self.config.seed, "participants", number)
         drawn = torch.randperm(len(clients), generator=stream)[:count].tolist()
         return sorted(self.method.participants(self.server, sorted(clients[i] for i in drawn)))
 
     def _train_requests(self, log: RoundLog) -> Iterator[Message]:
         for name in sorted(set(log.participants) & set(self.members.online)):
             payload = self.method.broadcast(self.server, name)
-            content = records(self._info(log.number), payload=payload)
+            info = self._info(log.number)
+            if self._masks():
+                if name not in self.masked.tally.ready:
+                    continue
+                info |= {"masking": self.masked.tally.masking(name).model_dump_json()}
+            content = records(info, payload=payload)
             log.downlink[name] = encoded_bytes(content)
             log.declare("downlink", name, payload.manifest)
             yield self._asked.note(request(content, "train", self.members.node(name), str(log.number)))
@@ -246,7 +302,8 @@ class FlexpertsStrategy(Strategy):
         try:
             self._check_turn(name, reply, log.participants, log.clients)
             log.personal_sent += leaked(reply.content)
-            update = self.admission.update(name, reply.content)
+            read = self._take_masked if self._masks() else self.admission.update
+            update = read(name, reply.content)
         except FederationError as error:
             log.refuse(name, self._refused(name, error))
             return None

@@ -141,6 +141,7 @@ def _bytes(rounds: Iterable[RoundLog]) -> dict[str, Any]:
         "uplink_total": sum(up),
         "downlink_total": sum(down),
         "evaluation_total": sum(sum(sizes.values()) for log in logs for sizes in log.evaluation.values()),
+        "keys_total": sum(sum(log.secure.get(way, {}).values()) for log in logs for way in ("uplink", "downlink")),
         "personal_sent": sum(log.personal_sent for log in logs),
         "groups": {way: mean_groups(log.groups[way] for log in logs) for way in ("uplink", "downlink")},
     }
