@@ -28,8 +28,8 @@ RUNS = (
     "method.name=flex graft.rank=4 training.gradient_checkpointing=true",
 )
 SMALL = """
-    data.silos.train_rows=4 data.silos.test_rows=2 training.max_length=640
-    federation.rounds=2 training.local_steps=2 evaluation.max_new_tokens=2
+    data.silos.train_rows=4 data.silos.test_rows=4 training.max_length=640
+    federation.rounds=2 training.local_steps=2 evaluation.max_new_tokens=2 evaluation.rows=2
 """
 LAYOUTS = ("qwen2_moe", "gpt_oss", "dbrx", "llama4_text", "granitemoe")
 
