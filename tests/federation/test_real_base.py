@@ -37,7 +37,7 @@ def test_a_run_with_secure_aggregation_is_the_plain_one_within_the_error_of_whol
     rows = [client["train_rows"] for client in summaries[0]["clients"].values()]
     step, fp32 = clip * len(rows) / 2**31, 1e-6
     assert np.abs(first - second).max() <= step / 2 * len(rows) * max(rows) / sum(rows) + fp32
-    # Weights that differ in their last bits are other ones in bf16 here and there, and tokens near the border of two
+    # Weights that differ in their last bits are other ones in bf16 at times, and tokens near the border of two
     # experts are routed elsewhere. Answers of so few tokens and rows are not compared.
     means = [summary["mean"]["nll"]["personalized"] for summary in summaries]
     assert abs(means[0] - means[1]) <= 0.05
