@@ -122,6 +122,10 @@ class Workspace:
         """Return the rows that can be encoded, with their encodings; add the others to ``bad``."""
         found = []
         for row in rows:
+            if self.encoder.pairs and not row.rejected:
+                rule = "training.objective = 'dpo' compares two answers to each question"
+                bad.append(BadRow(row.where, "no rejected answer", rule))
+                continue
             try:
                 found.append((row, self.encoder.encode(row)))
             except DataError as error:
@@ -200,7 +204,7 @@ class Workspace:
 
 def _rows_of(config: RunConfig) -> tuple[Any, ...]:
     """Return the settings that decide which rows a run has, and how they are encoded."""
-    return config.seed, config.data, config.training.max_length
+    return config.seed, config.data, config.training.max_length, config.training.objective
 
 
 class TrainRows(Sequence[Example]):

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model
 
 from flexperts.config.section import Section
 
-_FIELDS = ("instruction", "context", "response", "category")
+_FIELDS = ("instruction", "context", "response", "category", "rejected")
 
 
 def _of_fields(columns: dict[str, str]) -> dict[str, str]:
@@ -109,7 +109,7 @@ class DataConfig(Section):
     leave_out: tuple[str, ...] | None = None
     """Names of clients that do not take part, such as those that join the finished run; their rows are not used."""
     columns: Columns = Field(default_factory=dict)
-    """Field (instruction, context, response, category) -> column, where the column has another name."""
+    """Field (instruction, context, response, category, rejected) -> column, where the column has another name."""
     on_bad_row: OnBadRow = "refuse"
     """What to do with bad rows: refuse = stop and name all of them; drop = leave them out and say which."""
     test_fraction: float = Field(0.2, gt=0, lt=1)

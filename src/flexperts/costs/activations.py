@@ -69,12 +69,12 @@ class Activations:
     top_k: int
 
     def training(self, personal: int) -> int:
-        """Return the bytes that the backward pass needs for one micro-batch.
+        """Return the bytes that the backward pass needs for one micro-batch; DPO's holds two answers of each row.
 
         Args:
             personal: fp32 bytes of personal experts; whole ones are also kept in the dtype of the products.
         """
-        tokens, graft, experts = self._micro_batch * self.lengths.row, self.config.graft, find_experts(self.model)
+        tokens, graft, experts = self._trained * self.lengths.row, self.config.graft, find_experts(self.model)
         per_token = self._layers * _LAYER * self._width + self._dense()
         copies = personal // 2 if graft.rank == "full" else 0
         grafted = graft.experts * (2 if graft.output == "difference" else 1)
@@ -108,11 +108,16 @@ class Activations:
         """Return the bytes of the logits of ``rows`` responses; in training, of one micro-batch."""
         vocabulary: int = self.model.config.get_text_config().vocab_size
         factor = _TRAINED_LOGIT if trained else _SCORED_LOGIT
-        return factor * (self._micro_batch if trained else rows) * (self.lengths.response + 1) * vocabulary
+        return factor * (self._trained if trained else rows) * (self.lengths.response + 1) * vocabulary
 
     @property
     def _micro_batch(self) -> int:
         return self.config.training.rows_per_pass
+
+    @property
+    def _trained(self) -> int:
+        """Answers in one training pass."""
+        return self._micro_batch * (2 if self.config.training.objective == "dpo" else 1)
 
     @property
     def _scale(self) -> int:
@@ -150,5 +155,5 @@ def row_lengths(config: RunConfig, clients: Mapping[str, ClientRows]) -> Lengths
     """Return the longest row and the longest response of a run's clients."""
     encoder = encoder_of(config, *load_tokenizer(config.model))
     encoded = [encoder.encode_all((*c.train, *c.test, *c.validation)) for c in clients.values()]
-    examples = [example for client in encoded for example in client]
+    examples = [form for client in encoded for example in client for form in example.forms]
     return Lengths(max(len(e.input_ids) for e in examples), max(e.response_length for e in examples))

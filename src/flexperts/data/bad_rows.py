@@ -26,6 +26,14 @@ class BadRow(NamedTuple):
     rule: str
 
 
+class BadValueError(Exception):
+    """A value of a row that cannot be used; ``what`` and ``rule`` as of a ``BadRow``."""
+
+    def __init__(self, what: str, rule: str) -> None:
+        super().__init__(what)
+        self.what, self.rule = what, rule
+
+
 def settle_bad_rows(
     source: str, bad: Sequence[BadRow], total: int, on_bad_row: OnBadRow | None, say: Say = unsaid
 ) -> None:

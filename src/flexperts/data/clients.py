@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,9 +91,18 @@ def _with_validation(rows: ClientRows, config: DataConfig, seed: int, where: str
 def rows_hash(rows: ClientRows) -> str:
     """Return the SHA-256 of a client's rows, split by split."""
     sides = (rows.train, rows.test, *([rows.validation] if rows.validation else []))
-    # The last field says where a row came from; it does not count as content.
-    content = [[astuple(row)[:-1] for row in side] for side in sides]
+    content = [[_content(row) for row in side] for side in sides]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+_ALWAYS = ("instruction", "response", "context", "category", "passage")
+
+
+def _content(row: Row) -> list[Any]:
+    """Return a row's content; of the fields that came later only those that are set, so that old hashes hold."""
+    later = {f.name: getattr(row, f.name) for f in fields(row) if f.compare and f.name not in _ALWAYS}
+    given = {name: value for name, value in later.items() if value}
+    return [*(getattr(row, name) for name in _ALWAYS), *([given] if given else [])]
 
 
 def partition_manifest(clients: Clients) -> dict[str, Any]:

@@ -7,15 +7,18 @@ from collections.abc import Mapping, Sequence
 from flexperts.data.records import Say, names_shown
 from flexperts.errors import DataError, closest
 
-FIELDS = ("instruction", "context", "response", "category")
+FIELDS = ("instruction", "context", "response", "category", "rejected")
 REQUIRED = ("instruction", "response")
+CHOSEN, PROMPT = "chosen", "prompt"
+"""Columns of a preference row: its preferred answer, and its question, which chats have in their turns instead."""
 KNOWN = {
     "instruction": ("instruction", "prompt"),
     "context": ("context", "input"),
-    "response": ("response", "output", "completion"),
+    "response": ("response", "output", "completion", CHOSEN),
     "category": ("category",),
+    "rejected": ("rejected",),
 }
-"""Field -> its column in Dolly and in our files, in Alpaca, and in files of prompts and completions."""
+"""Field -> its column in Dolly and in our files, in Alpaca, in files of prompts and completions or preferences."""
 PASSAGE = "passage"
 _CHATS = ("messages", "conversations", "conversation", "chat")
 _MEANT = {
@@ -23,6 +26,7 @@ _MEANT = {
     "response": ("answer", "output", "completion", "reply", "assistant", "a"),
     "context": ("passage", "document", "text", "note", "background", "input"),
     "category": ("task", "type", "label", "class"),
+    "rejected": ("rejected_response", "dispreferred", "worse", "loser"),
 }
 """Other common names of the fields: suggested in messages, never used unless the recipe says so."""
 
@@ -52,6 +56,13 @@ def fields_of(source: str, columns: Sequence[str], mapped: Mapping[str, str]) ->
                 f"name one under [data.columns], such as {field} = {free[0]!r}",
             )
         found[field] = free[0]
+    if "rejected" not in mapped and found.get("response") != CHOSEN:
+        found.pop("rejected", None)  # such a column means something else next to a response
+    if "rejected" in found and "instruction" not in {**mapped, **found}:
+        found["instruction"], columns = (
+            PROMPT,
+            [*columns, PROMPT],
+        )  # the question may be in the answers' first turns
     wanted = {field: field for field in REQUIRED} | found
     if missing := {
         field: column for field, column in wanted.items() if column not in columns or field not in found
@@ -71,7 +82,7 @@ def say_columns(
         others: Columns that are used for something else.
         say: Called with the line, if there is one.
     """
-    taken = [f"{f} is read from {c!r}" for f, c in found.items() if f not in mapped and c != f]
+    taken = [f"{f} is read from {c!r}" for f, c in found.items() if f not in mapped and c != f and c in columns]
     unused = [name for name in columns if name not in {PASSAGE, *found.values(), *others}]
     parts = [", ".join(taken), f"unused columns: {names_shown(unused)}" if unused else ""]
     if told := "; ".join(part for part in parts if part):

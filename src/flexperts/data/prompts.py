@@ -6,7 +6,7 @@ Instruct models use the chat template of their tokenizer, base models the alpaca
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import regex
@@ -24,6 +24,8 @@ ALPACA = (
     "the request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
 )
 """The prompt in the FLEx paper's code."""
+_Turn = tuple[list[int], list[int]]
+"""The tokens of a prompt, and those of its response with the end token."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,13 @@ class Example:
         input_ids: Prompt, response and end token.
         prompt_length: Number of prompt tokens; the loss is computed on the others.
         cut: Whether the context was cut.
+        rejected: The same prompt with the rejected answer; None where a row is not used as a preference.
     """
 
     input_ids: tuple[int, ...]
     prompt_length: int
     cut: bool = False
+    rejected: Example | None = None
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -49,6 +53,11 @@ class Example:
     def response_length(self) -> int:
         """Number of response tokens, with the end token."""
         return len(self.input_ids) - self.prompt_length
+
+    @property
+    def forms(self) -> tuple[Example, ...]:
+        """What is read of the row: itself, and with the rejected answer too in a preference row."""
+        return (self,) if self.rejected is None else (self, self.rejected)
 
 
 class PromptEncoder:
@@ -74,8 +83,9 @@ class PromptEncoder:
         date: str | None = None,
         vocabulary: int | None = None,
         positions: int | None = None,
+        pairs: bool = False,
     ) -> None:
-        self.tokenizer, self.max_length, self.positions = tokenizer, max_length, positions
+        self.tokenizer, self.max_length, self.positions, self.pairs = tokenizer, max_length, positions, pairs
         if positions is not None and max_length > positions:
             raise ConfigError(
                 f"training.max_length = {max_length}",
@@ -137,25 +147,33 @@ class PromptEncoder:
         return self.prompt(messages[-1]["content"], "\n\n".join(before))
 
     def encode(self, row: Row) -> Example:
-        """Return the row's tokens; a context that is too long is cut at its end, between characters."""
+        """Return the row's tokens; a context that is too long is cut at its end, between characters.
+
+        Both answers of a preference row get the same context.
+        """
         try:
-            prompt, response = self._turn(row, row.context)
-            cut = len(prompt) + len(response) > self.max_length
+            turns = self._turns(row, row.context)
+            cut = _longest(turns) > self.max_length
             if cut:
-                prompt, response = self._shortened(row, len(prompt) + len(response))
+                turns = self._shortened(row, _longest(turns))
         except FlexpertsError as error:
             raise DataError(f"{row.where or 'a row'}: {error.value}", error.rule, error.remedy) from error
-        return Example((*prompt, *response), len(prompt), cut)
+        chosen, *rejected = (Example((*prompt, *response), len(prompt), cut) for prompt, response in turns)
+        return replace(chosen, rejected=rejected[0]) if rejected else chosen
 
     def encode_all(self, rows: Sequence[Row]) -> list[Example]:
         """Encode rows in order."""
         return [self.encode(row) for row in rows]
 
-    def _turn(self, row: Row, context: str) -> tuple[list[int], list[int]]:
-        """Return the tokens of a row's prompt, and the tokens of its response with the end token."""
+    def _turns(self, row: Row, context: str) -> list[_Turn]:
+        """Return the turn with each of the row's answers that is used."""
+        answers = [row.response, *([row.rejected] if self.pairs and row.rejected else [])]
+        return [self._turn(row.instruction, context, answer) for answer in answers]
+
+    def _turn(self, instruction: str, context: str, response: str) -> _Turn:
         if self.chat:
-            return self.chat.turn(_asking(row.instruction, context), row.response)
-        asked, answer = self._alpaca(row.instruction, context), self.tokens.mark(row.response)
+            return self.chat.turn(_asking(instruction, context), response)
+        asked, answer = self._alpaca(instruction, context), self.tokens.mark(response)
         prompt = self.tokens.encode(asked)
         response = self.tokens.encode_after(prompt, asked, answer)
         return [*self.tokens.beginning, *prompt], [*response, self.end_token]
@@ -169,8 +187,8 @@ class PromptEncoder:
             }
         return ALPACA.format(instruction=self.tokens.mark(instruction), **parts)
 
-    def _shortened(self, row: Row, length: int) -> tuple[list[int], list[int]]:
-        ends = self._cuts(row.context)
+    def _shortened(self, row: Row, length: int) -> list[_Turn]:
+        ends, turns = self._cuts(row.context), list[_Turn]()
         while length > self.max_length:
             if not ends:
                 raise DataError(
@@ -180,9 +198,9 @@ class PromptEncoder:
                 )
             # Cutting can merge or split tokens at the seam, so measure again rather than trust the count.
             del ends[max(0, len(ends) - (length - self.max_length)) :]
-            prompt, response = self._turn(row, row.context[: ends[-1]] if ends else "")
-            length = len(prompt) + len(response)
-        return prompt, response
+            turns = self._turns(row, row.context[: ends[-1]] if ends else "")
+            length = _longest(turns)
+        return turns
 
     def _cuts(self, text: str) -> list[int]:
         """Return where a text may be cut: after a visible character, and at a token's end where that is known."""
@@ -210,7 +228,12 @@ def encoder_of(config: RunConfig, tokenizer: Any, described: Any) -> PromptEncod
         date=model.template_date,
         vocabulary=text.vocab_size,
         positions=getattr(text, "max_position_embeddings", None),
+        pairs=config.training.objective == "dpo",
     )
+
+
+def _longest(turns: Sequence[_Turn]) -> int:
+    return max(len(prompt) + len(response) for prompt, response in turns)
 
 
 def _asking(instruction: str, context: str) -> list[dict[str, str]]:

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from flexperts.config.data import OnBadRow
 from flexperts.config.names import one_label
-from flexperts.data.bad_rows import BadRow, settle_bad_rows
+from flexperts.data.bad_rows import BadRow, BadValueError, settle_bad_rows
 from flexperts.data.columns import FIELDS, PASSAGE, REQUIRED, fields_of, say_columns
+from flexperts.data.pairs import with_texts
 from flexperts.data.records import DataTable, Number, Record, Say, names_shown, unsaid, whole_number
 from flexperts.errors import DataError
 
@@ -28,6 +29,7 @@ class Row:
         category: Name of the task; may be empty.
         passage: Identity of the passage, by which train and test are separated.
         where: File, line and row that it came from, for messages; not part of the row's content.
+        rejected: An answer that the silo likes less than ``response``; empty in rows that are not preferences.
     """
 
     instruction: str
@@ -36,6 +38,7 @@ class Row:
     category: str = ""
     passage: str = ""
     where: str = dataclasses.field(default="", compare=False)
+    rejected: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def read_labelled(
         try:
             row = _row(record, fields, identity, where)
             good.append((row, _label(record, by, label) if by and label else ""))
-        except _BadValueError as error:
+        except BadValueError as error:
             bad.append(BadRow(where, error.what, error.rule))
         else:
             numbers.update(f for f in FIELDS[:3] if isinstance(record.values.get(fields.get(f, "")), Number))
@@ -119,33 +122,30 @@ def _say_texts(source: str, rows: Sequence[Row], numbers: Mapping[str, int], say
     if numbers:
         counts = ", ".join(f"{field} of {count} rows" for field, count in numbers.items())
         say(f"{source}: numbers are used as text, exactly as written ({counts})")
-    if broken := sum("\ufffd" in f"{row.instruction}{row.context}{row.response}" for row in rows):
+    if broken := sum("\ufffd" in f"{row.instruction}{row.context}{row.response}{row.rejected}" for row in rows):
         say(f"{source}: {broken} rows contain U+FFFD, which replaces a character that a conversion lost")
-
-
-class _BadValueError(Exception):
-    def __init__(self, what: str, rule: str) -> None:
-        super().__init__(what)
-        self.what, self.rule = what, rule
 
 
 def _row(record: Record, fields: Mapping[str, str], identity: str, where: str) -> Row:
     if record.fault:
-        raise _BadValueError(*record.fault)
-    values = {field: _field(record.values, field, column) for field, column in fields.items()}
-    named = _text(record.values, identity)
+        raise BadValueError(*record.fault)
+    told = with_texts(record.values, fields) if "rejected" in fields else record.values
+    values = {field: _field(told, field, column) for field, column in fields.items()}
+    if values.get("rejected") == values["response"]:
+        raise BadValueError(f"{fields['rejected']} is the same as {fields['response']}", "a pair has two answers")
+    named = _text(told, identity)
     passage = named if named.strip() else values.get("context") or values["instruction"]
     return Row(**values, passage=passage, where=where)
 
 
 def _field(values: Mapping[str, Any], field: str, column: str) -> str:
-    if field not in REQUIRED:
+    if field not in (*REQUIRED, "rejected"):
         return _text(values, column)
     if column not in values:
-        raise _BadValueError(f"no {column}", f"the {field} is required")
+        raise BadValueError(f"no {column}", f"the {field} is required")
     text = _text(values, column)
     if not text.strip():
-        raise _BadValueError(f"{column} is empty", f"the {field} must contain text")
+        raise BadValueError(f"{column} is empty", f"the {field} must contain text")
     return text
 
 
@@ -155,11 +155,11 @@ def _text(values: Mapping[str, Any], column: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise _BadValueError(f"{column} is {_kind(value)}", "it must be text or a number")
+        raise BadValueError(f"{column} is {_kind(value)}", "it must be text or a number")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can contain lone surrogates, which no tokenizer accepts
-        raise _BadValueError(
+        raise BadValueError(
             f"{column} contains half of a character", "it must be valid Unicode text, without lone surrogates"
         ) from error
     return str(value)
@@ -190,7 +190,7 @@ def _label(record: Record, column: str, label: Label) -> str:
     """Return a label as text; ids are often whole numbers."""
     text = one_label(_text(record.values, column))
     if isinstance(record.values.get(column), Number) and whole_number(record.values[column]) is None:
-        raise _BadValueError(f"{column} is not a whole number", "it must be text or a whole number")
+        raise BadValueError(f"{column} is not a whole number", "it must be text or a whole number")
     if not text:
-        raise _BadValueError(f"{column} is empty", label.rule)
+        raise BadValueError(f"{column} is empty", label.rule)
     return text

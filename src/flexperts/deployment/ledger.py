@@ -220,7 +220,7 @@ def _hashes(rows: Iterable[Row]) -> set[str]:
     found = Counter[str]()
     hashes = set()
     for row in rows:
-        text = json.dumps([row.instruction, row.context, row.response])
+        text = json.dumps([row.instruction, row.context, row.response, *([row.rejected] if row.rejected else [])])
         digest = _sha256(text.encode())[:_HASH]
         found[digest] += 1
         hashes.add(f"{digest}.{found[digest]}")

@@ -22,7 +22,7 @@ from flexperts.data.clients import partition_manifest
 from flexperts.data.records import name_and_ending
 from flexperts.data.sources import HUB
 from flexperts.errors import ArtifactError, ConfigError
-from flexperts.evaluation.scores import SCORES, Scores
+from flexperts.evaluation.scores import Scores, kinds_in
 from flexperts.files import make_folder, sealed, sole_writer, unwritable, write_json
 from flexperts.finished.trained import TrainedRun, kept_data, left_out_rows, recipe_of, with_rows_of
 from flexperts.methods.kit.method import Method, State
@@ -36,7 +36,7 @@ from flexperts.training.local import LocalSettings, TrainResult
 
 _OWN = ("training.", "data.columns.", "data.on_bad_row")
 """Prefixes of the settings that a new client may change; the others are fixed by the run's models."""
-_COMMON = ("training.max_length", "training.gradient_checkpointing")
+_COMMON = ("training.max_length", "training.gradient_checkpointing", "training.objective", "training.dpo_beta")
 
 
 def join(
@@ -239,7 +239,8 @@ class Newcomer(Client):
 
 def _scored(scores: Mapping[State, Scores]) -> dict[str, Any]:
     """Return the scores in the form of a client's entry in a summary."""
-    by_kind = {kind: {state: getattr(its, kind) for state, its in scores.items()} for kind in SCORES}
+    kinds = kinds_in(next(iter(scores.values())).metrics())
+    by_kind = {kind: {state: getattr(its, kind) for state, its in scores.items()} for kind in kinds}
     return {**by_kind, "not_finite": not_finite_of(scores), "scored_rows": next(iter(scores.values())).rows}
 
 
@@ -274,7 +275,7 @@ def _own_settings(run: RunDirectory, settings: Iterable[str], seed: int, steps: 
     for override in given:
         key = override.partition("=")[0].strip()
         if not key.startswith(_OWN) or key in _COMMON:
-            rule = f"a new client may set training.* (not {' or '.join(_COMMON)}), data.columns.*, data.on_bad_row"
+            rule = f"a new client may set training.* (not {', '.join(_COMMON)}), data.columns.*, data.on_bad_row"
             raise ConfigError(f"--set {override}", rule, "leave it out: the run's value is used")
     if steps is not None and steps < 1:
         raise ConfigError(f"steps = {steps}", "it must be at least 1", "raise it or leave it out")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from flexperts.reports.cells import Table
-from flexperts.reports.reading import METRICS, STATES, Comparison, Entry, against, border_error
+from flexperts.reports.reading import METRICS, REWARDS, STATES, Comparison, Entry, against, border_error
 
 REFERENCE_MARK = " (reference)"
 """Follows the reference's name in the table of scores."""
@@ -100,8 +100,18 @@ def client_note(comparison: Comparison, metric: str, last: str) -> str:
     shown = "mean over seeds" if last == "row" else "mean ± sample standard deviation over seeds"
     shown = shown if len(comparison["seeds"]) > 1 else "one seed"
     best = _best_words(comparison).replace("column", "row" if last == "row" else "column")
-    text = f"{METRICS[metric]}, {better} is better; {shown}. The last {last} is the plain mean over clients."
+    text = f"{(METRICS | REWARDS)[metric]}, {better} is better; {shown}. The last {last} is the plain mean over clients."
     return _joined(text, best, counts(comparison))
+
+
+def reward_note(comparison: Comparison) -> str:
+    """Return the note of the table of preferences."""
+    text = (
+        "The reward of an answer is dpo_beta times its log-likelihood minus the base's, in nats; the margin is the "
+        "chosen answer's reward minus the rejected answer's, a mean over rows. Accuracy: share of rows with a margin "
+        "above 0, an equal pair counting half, so the untouched base has 0 and 50 %."
+    )
+    return _joined(text, _best_words(comparison), interval_note(comparison), counts(comparison))
 
 
 def ability_note(comparison: Comparison) -> str:
@@ -119,9 +129,10 @@ def floor_note(comparison: Comparison, entries: Sequence[Entry]) -> str:
     counted = ((e["name"], ((STATES.get(c, c), n) for c, n in e["floor"]["kept"].items())) for e in entries)
     kept = [f"{name}: {', '.join(f'{model} {n}' for model, n in its)}" for name, its in counted]
     level = f"{100 * comparison['confidence']:g} %"
+    loss = "DPO loss" if any("loss" in entry["floor"] for entry in entries) else "NLL"
     text = (
         f"Each client keeps one model by its validation rows. Kept, over all seeds: {'; '.join(kept)}. Harmed: the "
-        "NLL on its test rows is higher than this choice's. The best is known only from the test rows, so the mean "
+        f"{loss} on its test rows is higher than this choice's. The best is known only from the test rows, so the mean "
         f"against it, the regret, is never below 0. In brackets the {level} interval of a bootstrap over rows; it "
         "does not apply to other clients."
     )
