@@ -3,8 +3,8 @@
     D(c) = sum_i w_i d_i(c)      SE(c)^2 = n / (n - 1) sum_i w_i^2 (d_i(c) - D(c))^2      w_i = t_i / sum_j t_j
 
 over n validation rows with t_i response tokens; d_i(c) is the NLL of candidate c on row i minus that of the best
-candidate, which has the lowest NLL of all rows. With ``training.objective = "dpo"``, d_i(c) is of DPO's loss, and t_i
-is 1. The client keeps the first c in the order of ``CANDIDATES`` with D(c) <= SE(c): the one-standard-error rule of
+candidate, which has the lowest NLL of all rows. With ``training.objective = "dpo"`` it is DPO's loss, and t_i is 1.
+The client keeps the first c in the order of ``CANDIDATES`` with D(c) <= SE(c): the one-standard-error rule of
 Breiman et al. (1984), with the error of the paired difference.
 """
 

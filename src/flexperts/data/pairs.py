@@ -1,7 +1,7 @@
 """Preference rows: one question with a chosen and a rejected answer, as texts or as chats.
 
-The forms are TRL's: ``prompt``, ``chosen`` and ``rejected`` as texts or as lists of messages, or two chats that hold
-the question in the turns that they share.
+The forms are TRL's: ``prompt``, ``chosen`` and ``rejected`` as texts or as lists of messages, or two chats with the
+question in the turns that they share.
 """
 
 from __future__ import annotations

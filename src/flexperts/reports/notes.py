@@ -100,16 +100,17 @@ def client_note(comparison: Comparison, metric: str, last: str) -> str:
     shown = "mean over seeds" if last == "row" else "mean ± sample standard deviation over seeds"
     shown = shown if len(comparison["seeds"]) > 1 else "one seed"
     best = _best_words(comparison).replace("column", "row" if last == "row" else "column")
-    text = f"{(METRICS | REWARDS)[metric]}, {better} is better; {shown}. The last {last} is the plain mean over clients."
+    name = (METRICS | REWARDS)[metric]
+    text = f"{name}, {better} is better; {shown}. The last {last} is the plain mean over clients."
     return _joined(text, best, counts(comparison))
 
 
 def reward_note(comparison: Comparison) -> str:
     """Return the note of the table of preferences."""
     text = (
-        "The reward of an answer is dpo_beta times its log-likelihood minus the base's, in nats; the margin is the "
-        "chosen answer's reward minus the rejected answer's, a mean over rows. Accuracy: share of rows with a margin "
-        "above 0, an equal pair counting half, so the untouched base has 0 and 50 %."
+        "The reward of an answer is dpo_beta times its log-likelihood minus the base's, in nats. The margin is the "
+        "reward of the chosen answer minus that of the rejected one, a mean over rows. Accuracy: the share of rows "
+        "with a margin above 0; an equal pair counts half, so the untouched base has a margin of 0 and 50 %."
     )
     return _joined(text, _best_words(comparison), interval_note(comparison), counts(comparison))
 
@@ -132,9 +133,9 @@ def floor_note(comparison: Comparison, entries: Sequence[Entry]) -> str:
     loss = "DPO loss" if any("loss" in entry["floor"] for entry in entries) else "NLL"
     text = (
         f"Each client keeps one model by its validation rows. Kept, over all seeds: {'; '.join(kept)}. Harmed: the "
-        f"{loss} on its test rows is higher than this choice's. The best is known only from the test rows, so the mean "
-        f"against it, the regret, is never below 0. In brackets the {level} interval of a bootstrap over rows; it "
-        "does not apply to other clients."
+        f"{loss} on its test rows is higher than this choice's. The best is known only from the test rows, so the "
+        f"mean against it, the regret, is never below 0. In brackets the {level} interval of a bootstrap over "
+        "rows; it does not apply to other clients."
     )
     return _joined(text, counts(comparison))
 

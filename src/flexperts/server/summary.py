@@ -37,8 +37,8 @@ def summarize(
     the method does not have is null. ``planned`` lists the planned number of rounds and the round after which it
     was set: one entry, unless the number was changed later. A client without scores is under ``unscored`` with the
     reason, and in neither mean. A score that is not a finite number is null, with the reason under ``not_finite``;
-    a mean that includes it is null too. Only runs on preference rows have ``reward_margin`` and ``reward_accuracy``.
-    A client's ``answers`` are the longest answer in tokens, the number of scored references that are longer, and the
+    a mean that includes it is null too. Only preference rows have ``reward_margin`` and ``reward_accuracy``. A
+    client's ``answers`` are the longest answer in tokens, the number of scored references that are longer, and the
     number of cut answers of each state. ``privacy`` is the guarantee of differential privacy; null without noise.
 
     Args:
