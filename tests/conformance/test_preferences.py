@@ -71,8 +71,7 @@ def test_a_method_trains_on_preferences(
         assert not checked
         return
     assert checked
-    own = summary["mean"]["reward_margin"][states[-1]]
-    assert own != 0
+    assert any(client["reward_margin"][states[-1]] for client in summary["clients"].values())
 
 
 def on_pairs(recipe: Recipe, pairs: Path, name: str) -> RunConfig:

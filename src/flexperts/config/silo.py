@@ -24,7 +24,7 @@ class SiloData(ClientFiles):
     """The silo's own rows."""
 
     columns: Columns = Field(default_factory=dict)
-    """Field (instruction, context, response, category) -> column, where the column has another name."""
+    """Field (instruction, context, response, category, rejected) -> column, where the column has another name."""
     on_bad_row: OnBadRow = "refuse"
     """What to do with bad rows: refuse = stop and name all of them; drop = leave them out and say which."""
 

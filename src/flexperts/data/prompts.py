@@ -175,8 +175,8 @@ class PromptEncoder:
             return self.chat.turn(_asking(instruction, context), response)
         asked, answer = self._alpaca(instruction, context), self.tokens.mark(response)
         prompt = self.tokens.encode(asked)
-        response = self.tokens.encode_after(prompt, asked, answer)
-        return [*self.tokens.beginning, *prompt], [*response, self.end_token]
+        said = self.tokens.encode_after(prompt, asked, answer)
+        return [*self.tokens.beginning, *prompt], [*said, self.end_token]
 
     def _alpaca(self, instruction: str, context: str) -> str:
         parts = {"with_input": "", "input": ""}

@@ -65,7 +65,7 @@ def reward_table(comparison: Comparison) -> Table:
     )
     rows = [
         (
-            words(entry["name"]),
+            words(_marked(comparison, entry)),
             own_state(entry),
             *(cell for metric in REWARDS for cell in _tested(entry, metric)),
             *(spread(stat(entry, "global", "own", metric), DIGITS[metric]) for metric in REWARDS),
@@ -136,10 +136,9 @@ def place_words(comparison: Comparison, state: str, place: str) -> str:
 
 
 def _main_row(comparison: Comparison, entry: Entry) -> tuple[Cell, ...]:
-    name = entry["name"] + (REFERENCE_MARK if entry["name"] == comparison["reference"] else "")
     sent, seconds = entry.get("bytes") or {}, entry.get("seconds") or {}
     return (
-        words(name),
+        words(_marked(comparison, entry)),
         own_state(entry),
         *_tested(entry, "rouge_l"),
         *_tested(entry, "nll"),
@@ -150,6 +149,11 @@ def _main_row(comparison: Comparison, entry: Entry) -> tuple[Cell, ...]:
         size(sent.get("downlink_per_client_per_round")),
         number(seconds.get("training"), 0),
     )
+
+
+def _marked(comparison: Comparison, entry: Entry) -> str:
+    """Return an entry's name, with a mark at the reference's."""
+    return str(entry["name"]) + (REFERENCE_MARK if entry["name"] == comparison["reference"] else "")
 
 
 def own_state(entry: Entry) -> Cell:

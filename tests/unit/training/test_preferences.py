@@ -136,7 +136,7 @@ def trl_trainer(
 
         def _compute_loss(self, *args: Any) -> Any:
             loss = super()._compute_loss(*args)
-            self.seen = [*getattr(self, "seen", []), float(loss)]
+            self.seen = [*getattr(self, "seen", []), float(loss.detach())]
             return loss
 
     def turns(row: dict[str, str]) -> dict[str, Any]:
