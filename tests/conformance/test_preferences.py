@@ -26,10 +26,10 @@ Recipe = Callable[..., RunConfig]
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two clients with opposite preferences."""
+    """Two clients with opposite preferences; on the same questions, their updates would add up to 0."""
     folder = tmp_path_factory.mktemp("pairs")
-    for client, order in (("east", 1), ("west", -1)):
-        for side, numbers in (("train", range(8)), ("test", range(8, 10))):
+    for client, order, first in (("east", 1, 0), ("west", -1, 100)):
+        for side, numbers in (("train", range(first, first + 8)), ("test", range(first + 8, first + 10))):
             answers = [(f"yes {n}", f"no, not {n}")[::order] for n in numbers]
             rows = [
                 {"prompt": f"Is {n} odd?", "chosen": chosen, "rejected": rejected}
@@ -82,6 +82,7 @@ def on_pairs(recipe: Recipe, pairs: Path, name: str) -> RunConfig:
         "training.micro_batch_size=2",
         "evaluation.max_new_tokens=1",
         *METHOD_SETTINGS.get(name, ()),
+        *(["method.options={experts=6}"] if name == "fedamole" else []),  # its pool is for more clients
     )
     data: dict[str, Any] = made.model_dump(exclude_none=True)
     data["data"] = {"folder": str(pairs)}
