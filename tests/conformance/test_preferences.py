@@ -22,6 +22,10 @@ from flexperts.training.local import LocalSettings
 from flexperts.training.preferences import DirectPreference, log_likelihoods
 
 Recipe = Callable[..., RunConfig]
+OPTIONS = {
+    "fedamole": ["method.options={experts=6}"],  # its pool is for more clients
+    "fdlora": ["method.options={fusion_penalty=0}"],  # which is more than two steps gain
+}
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +86,7 @@ def on_pairs(recipe: Recipe, pairs: Path, name: str) -> RunConfig:
         "training.micro_batch_size=2",
         "evaluation.max_new_tokens=1",
         *METHOD_SETTINGS.get(name, ()),
-        *(["method.options={experts=6}"] if name == "fedamole" else []),  # its pool is for more clients
+        *OPTIONS.get(name, ()),
     )
     data: dict[str, Any] = made.model_dump(exclude_none=True)
     data["data"] = {"folder": str(pairs)}
