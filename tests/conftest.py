@@ -115,7 +115,7 @@ def _workspace(recipe: Callable[..., RunConfig]) -> Any:
 @pytest.fixture
 def shared_base(_workspace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let all runs of recipes on the tiny base use one that is in memory, and what is known of it untouched."""
-    monkeypatch.setattr("flexperts.engines.run.Workspace", _workspace.for_run)
+    monkeypatch.setattr("flexperts.engines.run.Workspace", lambda config, given: _workspace.for_run(config))
 
 
 @pytest.fixture(scope="session")

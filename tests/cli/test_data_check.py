@@ -117,6 +117,19 @@ def test_the_table_and_the_example_of_a_terminal(work: Path) -> None:
         assert "help_desk" in printed
 
 
+def test_the_example_of_a_pair_has_both_answers(work: Path) -> None:
+    rows = [{"prompt": f"Is {i} odd?", "chosen": "Certainly.", "rejected": "No."} for i in range(10)]
+    (work / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ("--recipe", work / "recipe.toml", "--set", "training.objective=dpo")
+    code, printed, _ = call("data", "check", work / "pairs.jsonl", *options, terminal=True)
+    assert code == 0
+    assert "\x1b[1;4;32mCertainly.</s>\x1b[0m" in printed
+    assert "\x1b[1;4;31mNo.</s>\x1b[0m" in printed
+    found = json.loads(call("data", "check", work / "pairs.jsonl", *options, "--json")[1])
+    assert found["files"][0]["format"] == "preference"
+    assert found["silos"]["pairs"]["answer_tokens"]["max"] == len("Certainly.")
+
+
 def test_control_characters_of_rows_are_shown_as_escapes(work: Path) -> None:
     rows = [{"instruction": f"q{i}\x1b[31m\u202e", "response": "a\x07\nb"} for i in range(10)]
     (work / "help_desk.jsonl").write_text("\n".join(map(json.dumps, rows)))

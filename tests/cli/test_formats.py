@@ -5,6 +5,7 @@ The table in docs/data.md has a row per format and a column per test here.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable
@@ -58,6 +59,15 @@ FORMATS = {
     ),
     "conversational": Format(
         lambda n: {"prompt": chat(n)[:4], "completion": chat(n)[4:]}, ("{n} of them.</s>",), 3
+    ),
+    "preference": Format(
+        lambda n: {
+            "prompt": chat(n)[:4],
+            "chosen": chat(n)[4:],
+            "rejected": [{"role": "assistant", "content": "No"}],
+        },
+        ("{n} of them.</s>",),
+        3,
     ),
     "text": Format(lambda n: {"text": f"Row {n} is text."}, ("ow {n}", " is text.</s>")),
     "alpaca": Format(
@@ -125,6 +135,7 @@ def test_read(trained: TrainedRun, run: tuple[Path, RunConfig, list[str]], name:
         if row.plain:
             assert row.instruction + row.response == record["text"]
         elif its.earlier:
+            assert row.rejected == ("No" if name == "preference" else "")
             assert [(m["role"], m["content"]) for m in messages_of(row)] == [
                 (m["role"], m["content"]) for m in chat(number)
             ]
@@ -135,6 +146,7 @@ def test_read(trained: TrainedRun, run: tuple[Path, RunConfig, list[str]], name:
         "messages": "chats in 'messages'",
         "sharegpt": "chats in 'conversations'",
         "text": "plain text in 'text'",
+        "preference": "preferences of 'chosen' to 'rejected'",
     }
     if name in told:
         assert sum(f"rows are {told[name]}" in line and f"/{name}/train" in line for line in run[2]) == 1
@@ -146,6 +158,14 @@ def test_trained_mask(trained: TrainedRun, name: str) -> None:
     for number, example in enumerate(encoder.encode_all(rows_of(trained, name))):
         texts = [encoder.tokenizer.decode(example.input_ids[start:end]) for start, end in example.spans]
         assert texts == [text.format(n=number) for text in FORMATS[name].trained]
+
+
+def test_both_answers_of_a_preference_are_trained_by_dpo(trained: TrainedRun) -> None:
+    encoder = copy.copy(trained.workspace.encoder)
+    encoder.pairs = True
+    for number, example in enumerate(encoder.encode_all(rows_of(trained, "preference"))):
+        texts = [[encoder.tokenizer.decode(f.input_ids[a:b]) for a, b in f.spans] for f in example.forms]
+        assert texts == [[f"{number} of them.</s>"], ["No</s>"]]
 
 
 @formats

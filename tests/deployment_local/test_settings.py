@@ -106,8 +106,14 @@ def test_a_silo_takes_nothing_of_its_own_from_a_recipe(recipe: Recipe, tmp_path:
     silo = load_silo(written(tmp_path, SILO + 'columns = {response = "reply"}'))
     mine = for_silo(theirs, silo)
     assert mine.data.model_dump(exclude_defaults=True) == {
-        "clients": {"a": {"train": str(tmp_path / "rows/train.csv")}},
-        "columns": {"response": "reply"},
+        "clients": {
+            "a": {
+                "train": str(tmp_path / "rows/train.csv"),
+                "columns": {"response": "reply"},
+                "format": "auto",
+                "on_bad_row": "refuse",
+            }
+        },
         "validation_fraction": 0.2,
     }
     assert (mine.model.base, mine.model.device, mine.knowledge.mmlu) == ("smol-moe", "auto", None)
@@ -139,8 +145,8 @@ def test_a_silo_says_itself_what_becomes_of_bad_rows(
 ) -> None:
     silo = load_silo(written(tmp_path, SILO + (f'on_bad_row = "{own}"' if own else "")))
     handed = recipe(f"data={{folder = '/x', on_bad_row = '{theirs}'}}")
-    assert for_silo(at_silos(handed), silo).data.on_bad_row == (own or "refuse")
-    assert for_silo(handed, silo).data.on_bad_row == (own or "refuse")
+    assert for_silo(at_silos(handed), silo).data.of_client("a").on_bad_row == (own or "refuse")
+    assert for_silo(handed, silo).data.of_client("a").on_bad_row == (own or "refuse")
 
 
 def test_silo_settings_are_frozen(tmp_path: Path) -> None:

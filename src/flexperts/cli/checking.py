@@ -22,6 +22,7 @@ from flexperts.config.data import DataConfig
 from flexperts.config.names import client_name, file_safe
 from flexperts.config.run import RunConfig
 from flexperts.data.check import differences, file_facts, parts, silo_facts
+from flexperts.data.prompts import Example
 from flexperts.data.records import ENDINGS, name_and_ending, names_shown
 from flexperts.data.sources import HUB
 from flexperts.deployment.settings import for_silo
@@ -273,12 +274,19 @@ def _lines(facts: Mapping[str, Any]) -> list[str]:
 
 def _print_example(out: Console, work: Workspace, name: str) -> None:
     """Print one encoded train row of a silo, of median length; the tokens with a loss stand out."""
-    ordered = sorted(work.examples(name), key=lambda example: len(example.input_ids))
+    ordered = sorted(work.examples(name), key=lambda example: example.length)
     example, tokenizer = ordered[len(ordered) // 2], work.encoder_for(name).tokenizer
-    shown = Text()
-    for is_trained, ids in parts(example):
-        text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        lines = "\n".join(printable(line) for line in text.split("\n"))
-        shown.append(lines, style="bold green underline" if is_trained else "dim")
+
+    def show(form: Example, colour: str) -> None:
+        shown = Text()
+        for is_trained, ids in parts(form):
+            text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            lines = "\n".join(printable(line) for line in text.split("\n"))
+            shown.append(lines, style=f"bold {colour} underline" if is_trained else "dim")
+        out.print(shown, soft_wrap=True)
+
     out.print(f"{name}: a train row of {len(example.input_ids)} tokens; the loss is on the underlined green ones")
-    out.print(shown, soft_wrap=True)
+    show(example, "green")
+    if example.rejected:
+        out.print(f"{name}: the same row with the rejected answer, of {len(example.rejected.input_ids)} tokens")
+        show(example.rejected, "red")

@@ -99,8 +99,10 @@ def split_table(method: str, rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def score_table(summary: Mapping[str, Any]) -> Table:
     """Return the table of every client's ROUGE-L and NLL in every state, with the reference method's scores."""
-    columns = _columns(summary)
-    table = Table(title="ROUGE-L (NLL) on each client's own test split", title_justify="left")
+    from flexperts.server.summary import scores_title
+
+    columns, what = _columns(summary), scores_title("reward_accuracy" in summary["mean"])
+    table = Table(title=f"{what} on each client's own test split", title_justify="left")
     table.add_column("client", overflow="fold")  # names are never cut
     for title, _, _ in columns:
         table.add_column(title, justify="right")
@@ -114,12 +116,13 @@ def score_table(summary: Mapping[str, Any]) -> Table:
 
 
 def floor_table(summary: Mapping[str, Any]) -> Table:
-    """Return the table of what clients keep: all candidates' NLL on validation rows, and its own on test rows."""
+    """Return the table of what clients keep: all candidates' loss on validation rows, and its own on test rows."""
     from flexperts.client.floor import CANDIDATES
 
     clients = summary["floor"]
     shown = [name for name in CANDIDATES if any(name in its["validation"] for its in clients.values())]
-    title = f"{summary['method']}: the model that each client keeps, by NLL on its validation rows"
+    loss = "DPO loss" if "reward_accuracy" in summary["mean"] else "NLL"
+    title = f"{summary['method']}: the model that each client keeps, by {loss} on its validation rows"
     table = Table("client", "keeps", title=title, title_justify="left")
     for name in (*shown, "kept, test"):
         table.add_column(STATES.get(name, name), justify="right")
@@ -149,9 +152,9 @@ def _states(summary: Mapping[str, Any]) -> set[str]:
 
 
 def _cell(scores: Mapping[str, Any] | None, state: str) -> str:
-    from flexperts.server.summary import score_text
+    from flexperts.server.summary import scores_text
 
-    return "-" if scores is None else score_text(scores["rouge_l"][state], scores["nll"][state])
+    return "-" if scores is None else scores_text(scores, state)
 
 
 def score_notes(summary: Mapping[str, Any]) -> Iterator[str]:

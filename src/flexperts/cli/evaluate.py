@@ -57,14 +57,15 @@ def _table(scores: Mapping[str, Mapping[Any, Any]], marks: Mapping[str, str]) ->
     from rich.table import Table
 
     from flexperts.reports.reading import STATES
-    from flexperts.server.summary import score_text
+    from flexperts.server.summary import score_text, scores_title
 
     others = any("other rows" in mark for mark in marks.values())
     rows = "rows given here, not all of them the run's" if others else "each client's own scored rows"
     states = list(next(iter(scores.values())))
     columns = [STATES.get(state, state) for state in states]
-    table = Table("client", *columns, title=f"ROUGE-L (NLL) on {rows}", title_justify="left")
+    what = scores_title(any(its[states[0]].margins for its in scores.values()))
+    table = Table("client", *columns, title=f"{what} on {rows}", title_justify="left")
     for client, by_state in scores.items():
-        shown = (score_text(by_state[s].rouge_l, by_state[s].nll) for s in states)
+        shown = (score_text(by_state[s].rouge_l, by_state[s].nll, by_state[s].reward_accuracy) for s in states)
         table.add_row(f"{client}{marks.get(client, '')}", *shown)
     return table

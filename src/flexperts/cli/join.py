@@ -84,12 +84,12 @@ def _table(record: dict[str, Any], summary: dict[str, Any]) -> Any:
     """Return the table of the new silo's scores and the mean of the participants'."""
     from rich.table import Table
 
-    from flexperts.server.summary import score_text
+    from flexperts.server.summary import scores_text, scores_title
 
     states = list(record["rouge_l"])
-    title = "ROUGE-L (NLL), each on its own scored rows"
+    title = f"{scores_title('reward_accuracy' in record)}, each on its own scored rows"
     table = Table("", *(state.replace("_", "-") for state in states), title=title, title_justify="left")
     participants = f"mean of {len(summary['clients'])} participants"
     for who, scores in ((record["client"], record), (participants, summary["mean"])):
-        table.add_row(who, *(score_text(scores["rouge_l"][s], scores["nll"][s]) for s in states))
+        table.add_row(who, *(scores_text(scores, s) for s in states))
     return table

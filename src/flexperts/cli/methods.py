@@ -19,6 +19,8 @@ A recipe names a method under `[method]` and its settings under `[method.options
 name = "fedprox"
 options = {mu = 0.01}
 ```
+
+All of them take their loss from the run: the NLL of responses, or DPO's on [preferences](preferences.md).
 """
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,6 +40,7 @@ from flexperts.parts.grafts import GATES
 from flexperts.protection.pipeline import is_secure, protect, told
 from flexperts.seeding import generator
 from flexperts.training.local import LocalSettings, steps_per_round
+from flexperts.training.preferences import DirectPreference
 
 _MEMORY, _MOMENTS = "memory.", "moments."
 _State = TypeVar("_State", bound=str)
@@ -167,7 +168,8 @@ class Client:
         on_rows(0)
         known, batch_size = self.workspace.untouched.scores, self.config.evaluation.batch_size
         limit = answer_limit(self.workspace, self.config)
-        settings = EvaluationSettings(limit, batch_size, self.config.model.precision, answers)
+        pairs = self.encoder.pairs and all(row.rejected for row in rows)
+        settings = EvaluationSettings(limit, batch_size, self.config.model.precision, answers, pairs)
         template = "chat" if self.encoder.chat else "alpaca"
         encoded = self.config.training.max_length, self.config.data.loss_on, template
         key = rows_hash(ClientRows((), tuple(rows))), encoded, settings
@@ -176,6 +178,11 @@ class Client:
             return known[key]
         with self.in_state(request, state) as (model, on_batch):
             scores = evaluate(model, self.encoder, rows, settings, on_rows, on_batch)
+        if pairs:
+            with_answers = *key[:2], replace(settings, answers=True)
+            base = scores if state == "zero_shot" else known.get(with_answers)
+            base = base or self._score(request, "zero_shot", rows, False, lambda done: None)
+            scores = scores.rewarded(base, self.config.training.dpo_beta)
         if state == "zero_shot":
             known[key] = scores
         return scores
@@ -257,7 +264,7 @@ class Client:
         record = read_choice(self._choice_path, of := self._finished(request))
         if record is None:
             scores = self.evaluate(request, self._candidates(request), self.rows.validation, answers=False)
-            chosen = choose({name: its.nlls for name, its in scores.items()}, scores["zero_shot"].tokens)
+            chosen = choose({name: its.losses for name, its in scores.items()}, scores["zero_shot"].weights)
             record = {**of, "chosen": chosen, "validation": record_of(scores), "test": None}
             write_json(self._choice_path, sealed(record))
         return record
@@ -331,6 +338,7 @@ class Client:
             json_text(
                 {"instruction": row.instruction, "context": row.context, "response": row.response}
                 | ({"before": [message.mapping for message in row.before]} if row.before else {})
+                | ({"rejected": row.rejected} if row.rejected else {})
                 | {state: score.predictions[index] for state, score in scores.items()}
                 | {"scores": {state: score.row(index) for state, score in scores.items()}}
             )
@@ -380,6 +388,9 @@ class Client:
         with self.model.lend(site, personal) as (split, parts):
             turn = Turn(site, request.round, split, parts, received, memory, settings, stream)
             turn.moments = moments if keeps else None
+            if self.config.training.objective == "dpo":
+                reference = partial(self.method.in_state, turn, "zero_shot")
+                turn.objective = DirectPreference(self.config.training.dpo_beta, reference)
             yield turn, meta
 
     def _keep(self, turn: Turn, meta: PersonalMeta, shared: str) -> None:

@@ -3,8 +3,9 @@
     D(c) = sum_i w_i d_i(c)      SE(c)^2 = n / (n - 1) sum_i w_i^2 (d_i(c) - D(c))^2      w_i = t_i / sum_j t_j
 
 over n validation rows with t_i response tokens; d_i(c) is the NLL of candidate c on row i minus that of the best
-candidate, which has the lowest NLL of all rows. The client keeps the first c in the order of ``CANDIDATES`` with
-D(c) <= SE(c): the one-standard-error rule of Breiman et al. (1984), with the error of the paired difference.
+candidate, which has the lowest NLL of all rows. With ``training.objective = "dpo"`` it is DPO's loss, and t_i is 1.
+The client keeps the first c in the order of ``CANDIDATES`` with D(c) <= SE(c): the one-standard-error rule of
+Breiman et al. (1984), with the error of the paired difference.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ def choose(nlls: Mapping[str, Sequence[float]], tokens: Sequence[int]) -> str:
     """Return the candidate to keep; zero_shot if no candidate has finite scores.
 
     Args:
-        nlls: Candidate -> NLL of every row, in nats per token; one that is not finite excludes the candidate.
-        tokens: Response tokens of every row, at least two rows.
+        nlls: Candidate -> loss of every row, such as its NLL; one that is not finite excludes the candidate.
+        tokens: Weight of every row, such as its response tokens; at least two rows.
     """
     finite = {name: np.array(nlls[name]) for name in CANDIDATES if name in nlls and np.isfinite(nlls[name]).all()}
     weights = np.array(tokens) / sum(tokens)
@@ -71,11 +72,18 @@ def choose(nlls: Mapping[str, Sequence[float]], tokens: Sequence[int]) -> str:
 
 
 def record_of(scores: Mapping[str, Scores]) -> dict[str, Any]:
-    """Return scores of candidates on the same rows as plain values: means, and NLL and tokens of every row."""
+    """Return scores of candidates on the same rows as plain values.
+
+    Returns:
+        ``nll``: means; ``rows`` and ``tokens``: every row's NLL, and its weight. On preference rows these are DPO's
+        loss, of which ``dpo`` has the means, and 1.
+    """
+    first = next(iter(scores.values()))
     return {
         "nll": {name: its.nll for name, its in scores.items()},
-        "rows": {name: [finite_or_none(nll) for nll in its.nlls] for name, its in scores.items()},
-        "tokens": list(next(iter(scores.values())).tokens),
+        "rows": {name: [finite_or_none(loss) for loss in its.losses] for name, its in scores.items()},
+        "tokens": list(first.weights),
+        **({"dpo": {name: its.loss for name, its in scores.items()}} if first.margins else {}),
     }
 
 

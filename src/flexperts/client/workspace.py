@@ -130,7 +130,7 @@ class Workspace:
         on_bad_row = self.config.data.of_client(name).on_bad_row
         settle_bad_rows(name, bad, len(bad) if is_empty else total, on_bad_row, say)
         self._say_cut(name, [row for row, example in (*train, *test, *validation) if example.cut], say)
-        answers = sum(turn.role == "assistant" for row in fitting.train for turn in row.before)
+        answers = sum(turn.role == "assistant" and turn.trained for row in fitting.train for turn in row.before)
         if answers and self.encoder_for(name).chat is None and self.config.data.loss_on == "all":
             say(f"{name}: the alpaca template has one answer: {answers} earlier answers of chats are not trained")
         return fitting
@@ -150,6 +150,10 @@ class Workspace:
         """Return the rows that can be encoded, with their encodings; add the others to ``bad``."""
         found = []
         for row in rows:
+            if encoder.pairs and not row.rejected:
+                rule = "training.objective = 'dpo' compares two answers to each question"
+                bad.append(BadRow(row.where, "no rejected answer", rule))
+                continue
             try:
                 found.append((row, encoder.encode(row)))
             except DataError as error:
@@ -253,7 +257,7 @@ class Workspace:
 
 def _rows_of(config: RunConfig) -> tuple[Any, ...]:
     """Return the settings that decide which rows a run has, and how they are encoded."""
-    return config.seed, config.data, config.training.max_length
+    return config.seed, config.data, config.training.max_length, config.training.objective
 
 
 class TrainRows(Sequence[Example]):

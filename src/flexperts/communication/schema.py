@@ -68,6 +68,7 @@ Fingerprint = Annotated[Word, Field(min_length=1)]
 Json = Annotated[str, Field(min_length=1, max_length=LONGEST_TEXT), AfterValidator(_no_not_finite)]
 _Score = Annotated[Annotated[float, Field(ge=0, le=_LARGEST)] | None, BeforeValidator(_none_if_not_finite)]
 _Points = Annotated[Annotated[float, Field(ge=0, le=100)] | None, BeforeValidator(_none_if_not_finite)]
+_Margin = Annotated[Number | None, BeforeValidator(_none_if_not_finite)]
 State = Literal["zero_shot", "global", "personalized"]
 
 
@@ -166,17 +167,20 @@ def measure_fields(told: tuple[str, ...]) -> type[Fields]:
 
 
 @lru_cache(64)
-def score_fields(states: tuple[str, ...], *, answers: bool) -> type[Fields]:
+def score_fields(states: tuple[str, ...], *, answers: bool, pairs: bool = False) -> type[Fields]:
     """Return the schema of an evaluation's numbers: scores, and about answers all of their counts or none.
 
     Args:
         states: The model states that were asked for.
         answers: Whether answers were asked for; without them ROUGE-L and the counts may be missing.
+        pairs: Whether the run's rows are preferences, so that rewards are among the scores.
     """
     optional = ... if answers else None
     fields: dict[str, Any] = {"rows": (Number, ...)}
     fields |= {f"nll.{state}": (_Score, ...) for state in states}
     fields |= {f"rouge_l.{state}": (_Points, optional) for state in states}
+    for state in states if pairs else ():
+        fields |= {f"reward_margin.{state}": (_Margin, ...), f"reward_accuracy.{state}": (_Points, ...)}
     fields |= dict.fromkeys(answer_counts(states), (Count | None, None))
     return _made("Scores", fields)
 

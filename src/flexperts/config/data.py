@@ -11,7 +11,7 @@ from flexperts.config.section import Section
 
 GIVEN = "python:"
 """Begins the source of rows that a Python program gives, such as ``python:clinic/train``."""
-_FIELDS = ("instruction", "context", "response", "category", "messages", "text", "tools", "system")
+_FIELDS = ("instruction", "context", "response", "category", "rejected", "messages", "text", "tools", "system")
 _WHOLE = ("messages", "text")
 """Fields that are a whole row."""
 
@@ -25,7 +25,7 @@ def _of_fields(columns: dict[str, str]) -> dict[str, str]:
     if empty := [field for field in ("instruction", "response", *_WHOLE) if columns.get(field) == ""]:
         raise ValueError(f"columns maps {empty[0]} to nothing; it is required")
     for field in _WHOLE:
-        others = {"instruction", "context", "response", *_WHOLE} - {field}
+        others = {"instruction", "context", "response", "rejected", *_WHOLE} - {field}
         if field in columns and (also := sorted(others & columns.keys())):
             raise ValueError(f"columns maps {field} and {also[0]}; {field} is a whole row")
     return columns
@@ -33,7 +33,9 @@ def _of_fields(columns: dict[str, str]) -> dict[str, str]:
 
 OnBadRow = Literal["refuse", "drop"]
 """What happens to rows that cannot be used."""
-DataFormat = Literal["auto", "instruction", "alpaca", "dolly", "prompt_completion", "messages", "sharegpt", "text"]
+DataFormat = Literal[
+    "auto", "instruction", "alpaca", "dolly", "prompt_completion", "preference", "messages", "sharegpt", "text"
+]
 """How rows are written in a file; auto recognises it by the columns."""
 LossOn = Literal["all", "last"]
 """Which of a chat's answers are trained."""
@@ -145,7 +147,7 @@ class DataConfig(Section):
     leave_out: tuple[str, ...] | None = None
     """Names of clients that do not take part, such as those that join the finished run; their rows are not used."""
     columns: Columns = Field(default_factory=dict)
-    """Field (instruction, context, response, category; messages, tools, system; text) -> column of another name."""
+    """Field (instruction, context, response, category, rejected; messages, tools, system; text) -> its column."""
     format: DataFormat = "auto"
     """How rows are written; auto recognises it by the columns (see docs/data.md)."""
     loss_on: LossOn = "all"

@@ -28,6 +28,11 @@ class MethodConfig(Section):
 class TrainingConfig(Section):
     """The local step of every client."""
 
+    objective: Literal["next_token", "dpo"] = "next_token"
+    """Loss of the local step: next_token = NLL of the response; dpo = direct preference optimization on rows with a
+    chosen and a rejected answer, with the untouched base as reference model (docs/preferences.md)."""
+    dpo_beta: float = Field(0.1, gt=0)
+    """With objective "dpo", the factor of the log-ratios to the base; higher keeps the model closer to the base."""
     local_steps: int | None = Field(None, ge=1)
     """Optimizer steps per round; without it, local_epochs decides."""
     local_epochs: float = Field(1.0, gt=0)

@@ -26,7 +26,7 @@ class SiloData(ClientFiles):
     train: str
     """File (.jsonl, .json, .csv, .tsv, .parquet; see docs/data.md) or hub:org/name[:split]."""
     columns: Columns = Field(default_factory=dict)
-    """Field (instruction, context, response, category) -> column, where the column has another name."""
+    """Field (instruction, context, response, category, rejected; messages, tools, system; text) -> its column."""
     format: DataFormat = "auto"
     """How rows are written; auto recognises it by the columns (see docs/data.md)."""
     on_bad_row: OnBadRow = "refuse"

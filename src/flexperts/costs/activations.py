@@ -70,12 +70,12 @@ class Activations:
     top_k: int
 
     def training(self, personal: int) -> int:
-        """Return the bytes that the backward pass needs for one micro-batch.
+        """Return the bytes that the backward pass needs for one micro-batch; DPO's holds two answers of each row.
 
         Args:
             personal: fp32 bytes of personal experts; whole ones are also kept in the dtype of the products.
         """
-        tokens, graft, experts = self._micro_batch * self.lengths.row, self.config.graft, find_experts(self.model)
+        tokens, graft, experts = self._trained * self.lengths.row, self.config.graft, find_experts(self.model)
         per_token = self._layers * _LAYER * self._width + self._dense()
         copies = personal // 2 if graft.rank == "full" else 0
         grafted = graft.experts * (2 if graft.output == "difference" else 1)
@@ -110,11 +110,16 @@ class Activations:
         vocabulary: int = self.model.config.get_text_config().vocab_size
         factor = _TRAINED_LOGIT if trained else _SCORED_LOGIT
         columns = max(self.lengths.response, self.lengths.trained)
-        return factor * (self._micro_batch if trained else rows) * (columns + 1) * vocabulary
+        return factor * (self._trained if trained else rows) * (columns + 1) * vocabulary
 
     @property
     def _micro_batch(self) -> int:
         return self.config.training.rows_per_pass
+
+    @property
+    def _trained(self) -> int:
+        """Answers in one training pass."""
+        return self._micro_batch * (2 if self.config.training.objective == "dpo" else 1)
 
     @property
     def _scale(self) -> int:
@@ -149,11 +154,11 @@ class Activations:
 
 
 def row_lengths(workspace: Workspace, clients: Mapping[str, ClientRows]) -> Lengths:
-    """Return the longest row, response and trained part of a run's clients."""
+    """Return the longest row, response and trained part of a run's clients; a pair counts with both answers."""
     encoded = [
         workspace.encoder_for(name).encode_all((*its.train, *its.test, *its.validation))
         for name, its in clients.items()
     ]
-    examples = [example for client in encoded for example in client]
-    lengths = ((len(e.input_ids), e.response_length, e.trained_columns) for e in examples)
+    forms = [form for client in encoded for example in client for form in example.forms]
+    lengths = ((len(e.input_ids), e.response_length, e.trained_columns) for e in forms)
     return Lengths(*map(max, zip(*lengths, strict=True)))

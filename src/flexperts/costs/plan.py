@@ -31,6 +31,7 @@ from flexperts.protection.pipeline import check_protections
 from flexperts.recipe import parse_recipe
 
 _FP32 = 4
+_PAIRS = "with objective dpo a step reads both answers of a row, and once more with the base alone"
 DEFAULT_ROWS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("flex, whole expert", "flex", ("graft.rank=full",)),
     ("flex, rank 32", "flex", ("graft.rank=32",)),
@@ -139,6 +140,7 @@ def plan_method(
         model.close()
     up, down = mean_groups(r.uplink for r in rounds), mean_groups(r.downlink for r in rounds)
     sent, received = mean_packed(rounds), sum(down.values()) + mean_keys(rounds)
+    pairs = _PAIRS if config.training.objective == "dpo" else ""
     return MethodPlan(
         name=name or method.name,
         method=method.name,
@@ -154,7 +156,7 @@ def plan_method(
         overhead=flops / facts.flops_per_token - 1,
         seconds=_seconds(sent + received, bandwidth),
         at_server=sum(r.total for r in rounds) / len(rounds),
-        note="; ".join(filter(None, (method.plan_note, _floor_note(config, method)))),
+        note="; ".join(filter(None, (method.plan_note, _floor_note(config, method), pairs))),
         rounds=tuple(rounds),
     )
 

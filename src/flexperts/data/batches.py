@@ -79,6 +79,6 @@ def _one_pass(examples: Sequence[Example], batch_size: int, generator: Generator
     group = batch_size * _BUCKET
     batches: list[list[Example]] = []
     for start in range(0, len(order), group):
-        members = sorted(order[start : start + group], key=lambda i: len(examples[i].input_ids))
+        members = sorted(order[start : start + group], key=lambda i: examples[i].length)
         batches += [[examples[i] for i in members[s : s + batch_size]] for s in range(0, len(members), batch_size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]

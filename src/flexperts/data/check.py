@@ -38,8 +38,8 @@ class Lengths(NamedTuple):
     """Lengths of the rows of one split, in their order.
 
     Args:
-        tokens: Tokens of each row.
-        answers: Tokens of each answer, without its end token.
+        tokens: Tokens of each row; of a pair, with the longer answer.
+        answers: Tokens of each answer, or chosen answer, without its end token.
         cut: Number of rows that were cut to the longest length.
     """
 
@@ -51,7 +51,7 @@ class Lengths(NamedTuple):
 def lengths_of(examples: Sequence[Example]) -> Lengths:
     """Return the lengths of encoded rows."""
     cut = sum(example.cut for example in examples)
-    return Lengths(tuple(len(e.input_ids) for e in examples), tuple(e.response_length - 1 for e in examples), cut)
+    return Lengths(tuple(e.length for e in examples), tuple(e.response_length - 1 for e in examples), cut)
 
 
 def silo_facts(rows: ClientRows, lengths: Mapping[Side, Lengths], limit: int) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def silo_facts(rows: ClientRows, lengths: Mapping[Side, Lengths], limit: int) ->
         "duplicates": {side: len(its) - len({*its}) for side, its in keys.items()},
         "also_in_train": sum(key in trained for side in SIDES[1:] for key in keys[side]),
         "empty": sum(_SAYS.search(row.response) is None for row in everything),
-        "scripts": scripts(f"{row.instruction}{row.context}{row.response}" for row in everything),
+        "scripts": scripts(f"{row.instruction}{row.context}{row.response}{row.rejected}" for row in everything),
         "categories": dict(sorted(Counter(row.category for row in rows.train).items())),
     }
 
@@ -179,8 +179,8 @@ def _ranks(lengths: Mapping[str, Mapping[Side, Lengths]], clients: Clients, kind
 def file_facts(config: DataConfig) -> list[dict[str, Any]]:
     """Return what is read of every file: ``silo`` (None for a pooled file), ``split``, ``source``, ``format``.
 
-    ``columns`` is field -> column, and ``unused`` has the other columns. Files that cannot be read have neither
-    format nor columns.
+    ``columns`` is field -> column, and ``unused`` has the other columns. Files that cannot be read have none of
+    these.
     """
     return [
         {"silo": name, "split": split, "source": source}
@@ -193,15 +193,12 @@ def _columns(source: str, config: DataConfig, split: str) -> dict[str, Any]:
     own = {config.partition.column} if config.partition and config.partition.by != "iid" else set()
     try:
         table = open_table(source, possible_columns(config.columns), split)
-        found = layout_of(table.source, table.columns, config.columns, config.format).fields
+        layout = layout_of(table.source, table.columns, config.columns, config.format)
     except DataError:  # it is reported where the rows are read
         return {}
-    used = {PASSAGE, *own, *found.values()}
-    return {
-        "format": "instruction",
-        "columns": found,
-        "unused": [name for name in table.columns if name not in used],
-    }
+    used = {PASSAGE, *own, *layout.fields.values()}
+    unused = [name for name in table.columns if name not in used]
+    return {"format": layout.format, "columns": layout.fields, "unused": unused}
 
 
 def parts(example: Example) -> list[tuple[bool, tuple[int, ...]]]:

@@ -7,15 +7,18 @@ from collections.abc import Mapping, Sequence
 from flexperts.data.records import Say, names_shown
 from flexperts.errors import DataError, closest
 
-FIELDS = ("instruction", "context", "response", "category")
+FIELDS = ("instruction", "context", "response", "category", "rejected")
 REQUIRED = ("instruction", "response")
+CHOSEN = "chosen"
+"""Column of the preferred answer, beside a rejected one."""
 KNOWN = {
     "instruction": ("instruction", "prompt"),
     "context": ("context", "input"),
-    "response": ("response", "output", "completion"),
+    "response": ("response", "output", "completion", CHOSEN),
     "category": ("category",),
+    "rejected": ("rejected",),
 }
-"""Field -> its column in Dolly and in our files, in Alpaca, and in files of prompts and completions."""
+"""Field -> its column in Dolly and in our files, in Alpaca, in files of prompts and completions, of preferences."""
 PASSAGE = "passage"
 CHATS = ("messages", "conversations", "conversation", "chat")
 """Columns with chats, the first one first."""
@@ -25,6 +28,7 @@ _MEANT = {
     "response": ("answer", "output", "completion", "reply", "assistant", "a"),
     "context": ("passage", "document", "text", "note", "background", "input"),
     "category": ("task", "type", "label", "class"),
+    "rejected": ("rejected_response", "dispreferred", "worse", "loser"),
 }
 """Other common names of the fields: suggested in messages, never used unless the recipe says so."""
 
@@ -60,7 +64,10 @@ def fields_of(source: str, columns: Sequence[str], mapped: Mapping[str, str]) ->
                 f"name one under [data.columns], such as {field} = {free[0]!r}",
             )
         found[field] = free[0]
-    wanted = {field: field for field in REQUIRED} | found
+    if "rejected" not in mapped and found.get("response") != CHOSEN:
+        found.pop("rejected", None)  # beside a response, such a column means something else
+    required = ("response",) if "rejected" in found else REQUIRED  # a pair's chats may hold the question
+    wanted = {field: field for field in required} | found
     if missing := {
         field: column for field, column in wanted.items() if column not in columns or field not in found
     }:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from flexperts.config.data import DataFormat
-from flexperts.data.columns import CHATS, KNOWN, fields_of, looks_like_instructions
+from flexperts.data.columns import CHATS, CHOSEN, KNOWN, REQUIRED, fields_of, looks_like_instructions
 from flexperts.data.records import names_shown
 from flexperts.errors import DataError
 
@@ -16,8 +16,11 @@ _OWN = {
     "alpaca": {"instruction": "instruction", "context": "input", "response": "output"},
     "dolly": {"instruction": "instruction", "context": "context", "response": "response"},
     "prompt_completion": {"instruction": "prompt", "response": "completion"},
+    "preference": {"instruction": "prompt", "context": "context", "response": "chosen", "rejected": "rejected"},
 }
 """Format of instructions and responses -> field -> its column."""
+_NEEDED = {"preference": ("response", "rejected")}
+"""Format -> the fields of ``_OWN`` that it needs, if these are not instruction and response."""
 _BESIDE = ("category", "tools", "system")
 """Fields of a chat besides its turns; each is read from a column of its own name."""
 
@@ -26,7 +29,7 @@ class Layout(NamedTuple):
     """How a source's rows are read.
 
     Args:
-        format: instruction, alpaca, dolly, prompt_completion, messages, sharegpt or text.
+        format: instruction, alpaca, dolly, prompt_completion, preference, messages, sharegpt or text.
         fields: Field -> column; chats have the field ``messages``, plain text has ``text``.
     """
 
@@ -38,6 +41,8 @@ class Layout(NamedTuple):
         """What is worth saying about the format; empty for instructions and responses."""
         if self.format == "text":
             return f"rows are plain text in {self.fields['text']!r}, and all of it is trained"
+        if "rejected" in self.fields:
+            return f"rows are preferences of {self.fields['response']!r} to {self.fields['rejected']!r}"
         return f"rows are chats in {self.fields['messages']!r}" if "messages" in self.fields else ""
 
 
@@ -60,19 +65,21 @@ def layout_of(source: str, columns: Sequence[str], mapped: Mapping[str, str], gi
         usual = next((name for name in _TURNS[chosen] if name in columns), _TURNS[chosen][0])
         return Layout(chosen, _beside(source, columns, mapped, {"messages": mapped.get("messages", usual)}, given))
     own = _OWN.get(given, {})
-    preset = {f: c for f, c in own.items() if c in columns or f in ("instruction", "response")}
+    preset = {f: c for f, c in own.items() if c in columns or f in _NEEDED.get(given, REQUIRED)}
     empty = {"context": ""} if own and "context" not in preset else {}
     fields = fields_of(source, columns, {**empty, **preset, **mapped})
     found = _named(fields) if given == "auto" else given
     tools = mapped.get("tools", "tools")
-    return Layout(found, fields | ({"tools": tools} if found == "prompt_completion" and tools in columns else {}))
+    may_call = found in ("prompt_completion", "preference") and tools in columns
+    return Layout(found, fields | ({"tools": tools} if may_call else {}))
 
 
 def _recognised(columns: Sequence[str], mapped: Mapping[str, str]) -> DataFormat:
     for field, format_ in (("messages", "messages"), ("text", "text")):
         if mapped.get(field):
             return format_  # type: ignore[return-value]
-    if {"instruction", "response"} & mapped.keys() or _has_instructions(columns):
+    pairs = bool(mapped.get("rejected")) or {CHOSEN, "rejected"} <= {*columns}
+    if {*REQUIRED} & mapped.keys() or pairs or _has_instructions(columns):
         return "instruction"
     if chats := [name for name in CHATS if name in columns]:
         return "sharegpt" if chats[0] == "conversations" else "messages"
@@ -80,11 +87,13 @@ def _recognised(columns: Sequence[str], mapped: Mapping[str, str]) -> DataFormat
 
 
 def _has_instructions(columns: Sequence[str]) -> bool:
-    return all({*KNOWN[field]} & {*columns} for field in ("instruction", "response"))
+    return all({*KNOWN[field]} & {*columns} for field in REQUIRED)
 
 
 def _named(fields: Mapping[str, str]) -> DataFormat:
     """Return the name of the format that has these columns."""
+    if "rejected" in fields:
+        return "preference"
     used = {field: column for field, column in fields.items() if field != "category"}
     for name, own in _OWN.items():
         if used.items() <= own.items() and (name != "alpaca" or "response" in used):

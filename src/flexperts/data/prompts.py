@@ -37,12 +37,14 @@ class Example:
         prompt_length: Number of prompt tokens, all tokens before the last answer.
         cut: Whether the context was cut, or a chat's oldest turns were left out.
         earlier: Spans of the prompt's tokens that are trained besides the response: a chat's earlier answers.
+        rejected: The same prompt with the rejected answer; None where a row is not used as a preference.
     """
 
     input_ids: tuple[int, ...]
     prompt_length: int
     cut: bool = False
     earlier: tuple[Span, ...] = ()
+    rejected: Example | None = None
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -69,6 +71,16 @@ class Example:
         """Number of tokens from the first trained one on."""
         return len(self.input_ids) - self.spans[0][0]
 
+    @property
+    def forms(self) -> tuple[Example, ...]:
+        """What is read of the row: itself, and with the rejected answer too where it is used as a preference."""
+        return (self,) if self.rejected is None else (self, self.rejected)
+
+    @property
+    def length(self) -> int:
+        """Number of tokens, of the longer form."""
+        return max(len(form.input_ids) for form in self.forms)
+
 
 class PromptEncoder:
     """Encoder of rows for one tokenizer; control tokens in a row's texts become plain characters.
@@ -82,6 +94,7 @@ class PromptEncoder:
         vocabulary: Rows of the base's embedding; None where unknown.
         positions: Longest input of the base, in tokens; None where unknown.
         loss_on: Which of a chat's answers are trained: all or the last.
+        pairs: Whether preference rows are used with both answers.
     """
 
     def __init__(
@@ -95,8 +108,10 @@ class PromptEncoder:
         vocabulary: int | None = None,
         positions: int | None = None,
         loss_on: LossOn = "all",
+        pairs: bool = False,
     ) -> None:
-        self.tokenizer, self.max_length, self.positions, self.loss_on = tokenizer, max_length, positions, loss_on
+        self.tokenizer, self.max_length, self.positions = tokenizer, max_length, positions
+        self.loss_on, self.pairs = loss_on, pairs
         if positions is not None and max_length > positions:
             raise ConfigError(
                 f"training.max_length = {max_length}",
@@ -158,11 +173,12 @@ class PromptEncoder:
 
     def encode(self, row: Row) -> Example:
         """Return the row's tokens. Of a row that is too long, the context is cut at its end, between characters; a
-        chat's oldest turns are left out, but not its system turn; plain text is cut at its end.
+        chat's oldest turns are left out, but not its system turn; plain text is cut at its end. Both answers of a
+        preference get the same prompt.
         """
         try:
             example = self._plain(row) if row.plain else self._example(row)
-            if len(example.input_ids) > self.max_length:
+            if example.length > self.max_length:
                 example = replace(self._shortened(row, example), cut=True)
         except FlexpertsError as error:
             raise DataError(f"{row.where or 'a row'}: {error.value}", error.rule, error.remedy) from error
@@ -174,6 +190,11 @@ class PromptEncoder:
 
     def _example(self, row: Row) -> Example:
         """Return a row's tokens, however many they are."""
+        example = self._form(row)
+        return replace(example, rejected=self._form(row.with_rejected)) if self.pairs and row.rejected else example
+
+    def _form(self, row: Row) -> Example:
+        """Return a row's tokens with its response."""
         if self.chat:
             messages = messages_of(row)
             trained = [i for i in self._trained(row) if i < len(messages) - 1]
@@ -222,7 +243,7 @@ class PromptEncoder:
         shorter, without = (self._with_less_context, "context")
         if row.before:
             shorter, without = (self._with_fewer_turns, "earlier turns")
-        found = shorter(row, len(example.input_ids))
+        found = shorter(row, example.length)
         if isinstance(found, Example):
             return found
         raise DataError(
@@ -238,7 +259,7 @@ class PromptEncoder:
             # Cutting can merge or split tokens at the seam, so measure again rather than trust the count.
             del ends[max(0, len(ends) - (length - self.max_length)) :]
             example = self._example(replace(row, context=row.context[: ends[-1]] if ends else ""))
-            length = len(example.input_ids)
+            length = example.length
             if length <= self.max_length:
                 return example
         return length
@@ -252,9 +273,9 @@ class PromptEncoder:
             return self._example(replace(row, before=(*row.before[:system], *row.before[start:])))
 
         starts.append(len(row.before))
-        fits = bisect_left(starts, True, key=lambda start: len(without(start).input_ids) <= self.max_length)
+        fits = bisect_left(starts, True, key=lambda start: without(start).length <= self.max_length)
         example = without(starts[min(fits, len(starts) - 1)])
-        return example if fits < len(starts) else len(example.input_ids)
+        return example if fits < len(starts) else example.length
 
     def _cuts(self, text: str) -> list[int]:
         """Return where a text may be cut: after a visible character, and at a token's end where that is known."""
@@ -283,6 +304,7 @@ def encoder_of(config: RunConfig, tokenizer: Any, described: Any) -> PromptEncod
         vocabulary=text.vocab_size,
         positions=getattr(text, "max_position_embeddings", None),
         loss_on=config.data.loss_on,
+        pairs=config.training.objective == "dpo",
     )
 
 

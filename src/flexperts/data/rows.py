@@ -15,10 +15,10 @@ from flexperts.data.bad_rows import BadRow, BadValueError, settle_bad_rows, text
 from flexperts.data.columns import PASSAGE, REQUIRED, say_columns
 from flexperts.data.formats import Layout, layout_of
 from flexperts.data.records import DataTable, Number, Record, Say, names_shown, unsaid, whole_number
-from flexperts.data.turns import Message, read_chat, read_turns, untrained
+from flexperts.data.turns import Message, as_turns, read_chat, read_pair, read_turns, untrained
 from flexperts.errors import DataError
 
-_TEXTS = ("instruction", "context", "response")
+_TEXTS = ("instruction", "context", "response", "rejected")
 """Fields in which numbers are read as text."""
 
 
@@ -36,8 +36,10 @@ class Row:
         before: A chat's turns before the last user turn.
         between: A chat's turns between the last user turn and the response: tool calls and their results.
         kept: JSON object of what else a chat template may write: ``tools`` that may be called, and other fields of
-            the last turns of ``user`` and ``assistant``, such as ``tool_calls``; may be empty.
+            the last turns of ``user`` and ``assistant``, and of the ``rejected`` answer, such as ``tool_calls``;
+            may be empty.
         plain: Whether instruction and response are one plain text that is continued, without a template.
+        rejected: An answer that the silo likes less than the response; empty in rows that are not preferences.
     """
 
     instruction: str
@@ -50,6 +52,7 @@ class Row:
     between: tuple[Message, ...] = ()
     kept: str = ""
     plain: bool = False
+    rejected: str = ""
 
     @property
     def content(self) -> list[Any]:
@@ -63,6 +66,12 @@ class Row:
     def extras(self) -> dict[str, Any]:
         """What ``kept`` says."""
         return dict(json.loads(self.kept)) if self.kept else {}
+
+    @property
+    def with_rejected(self) -> Row:
+        """The row with the rejected answer in the place of the response."""
+        kept = {**self.extras, "assistant": self.extras.get("rejected", {})}
+        return dataclasses.replace(self, response=self.rejected, kept=json.dumps(kept))
 
 
 @dataclass(frozen=True)
@@ -168,14 +177,14 @@ def _say_texts(source: str, rows: Sequence[Row], numbers: Mapping[str, int], say
 
 def _said(row: Row) -> list[str]:
     turns = [message.content for message in (*row.before, *row.between)]
-    return [row.instruction, row.context, row.response, *turns]
+    return [row.instruction, row.context, row.response, row.rejected, *turns]
 
 
 def _row(record: Record, layout: Layout, identity: str, where: str) -> tuple[Row, int]:
     """Return a record as a row, and the number of turns of a chat that are left out at its end."""
     if record.fault:
         raise BadValueError(*record.fault)
-    fields, values = layout.fields, record.values
+    fields, values = {"instruction": "prompt", **layout.fields}, record.values  # a pair's chats may hold the prompt
 
     def labels(passage: str) -> dict[str, str]:
         named = text_of(values.get(identity), identity)
@@ -185,31 +194,43 @@ def _row(record: Record, layout: Layout, identity: str, where: str) -> tuple[Row
     if "text" in fields:
         text = _field(values, "text", fields["text"])
         return Row(*_halves(text), plain=True, **labels(text)), 0  # type: ignore[arg-type]
-    if (turns := _turns(values, layout)) is not None:
-        chat = read_chat(turns, values.get(fields.get("tools", "")))
-        return Row(**chat.fields, **labels(chat.first)), chat.unanswered  # type: ignore[arg-type]
-    texts = {field: _field(values, field, fields[field]) for field in _TEXTS if field in fields}
-    return Row(**texts, **labels(texts.get("context") or texts["instruction"])), 0  # type: ignore[arg-type]
+    turns, rejected = _turns(values, fields, layout.format)
+    unanswered = 0
+    if turns is not None:
+        chat = read_chat(turns, values.get(fields.get("tools", "")), rejected)
+        row, unanswered = Row(**chat.fields, **labels(chat.first)), chat.unanswered  # type: ignore[arg-type]
+    else:
+        texts = {field: _field(values, field, fields[field]) for field in _TEXTS if field in fields}
+        row = Row(**texts, **labels(texts.get("context") or texts["instruction"]))  # type: ignore[arg-type]
+    chosen, other = row.extras.get("assistant"), row.extras.get("rejected")
+    if "rejected" in fields and (row.response, chosen) == (row.rejected, other):
+        raise BadValueError(f"{fields['rejected']} is the same as {fields['response']}", "a pair has two answers")
+    return row, unanswered
 
 
-def _turns(values: Mapping[str, Any], layout: Layout) -> list[Message] | None:
-    """Return the turns of a chat; None where the row is an instruction and a response."""
-    fields = layout.fields
+def _turns(
+    values: Mapping[str, Any], fields: Mapping[str, str], format_: DataFormat
+) -> tuple[list[Message] | None, Message | None]:
+    """Return the turns of a chat and its rejected answer; no turns where a row is an instruction and a response."""
     if column := fields.get("messages"):
         if values.get(column) is None:
             raise BadValueError(f"no {column}", "the chat is required")
         system = text_of(values.get(fields.get("system", "")), fields.get("system", "system"))
-        return read_turns(values[column], column, system=system)
-    prompt, completion = (values.get(fields[field]) for field in REQUIRED)
-    if layout.format != "prompt_completion" or not (isinstance(prompt, list) or isinstance(completion, list)):
-        return None
-    asked = _as_turns(prompt, fields["instruction"], "user")
-    return [*untrained(asked), *_as_turns(completion, fields["response"], "assistant")]
-
-
-def _as_turns(value: Any, column: str, role: str) -> list[Message]:
-    """Return a prompt or a completion as turns; a text is one turn."""
-    return read_turns(value if isinstance(value, list) else [{"role": role, "content": value}], column)
+        return read_turns(values[column], column, system=system), None
+    named = [fields[field] for field in (*REQUIRED, "rejected") if field in fields]
+    found = [values.get(column) for column in named]
+    is_chat = any(isinstance(value, list) for value in found)
+    if not is_chat or ("rejected" not in fields and format_ != "prompt_completion"):
+        return None, None
+    if "rejected" not in fields:
+        asked = as_turns(found[0], named[0], "user")
+        return [*untrained(asked), *as_turns(found[1], named[1], "assistant")], None
+    if text_of(values.get(fields.get("context", "")), fields.get("context", "")).strip():
+        raise BadValueError(
+            f"{fields['context']} beside a chat",
+            "the turns are the whole question; set context = '' to leave it out",
+        )
+    return read_pair(found, named)
 
 
 def _halves(text: str) -> tuple[str, str]:
@@ -221,7 +242,7 @@ def _halves(text: str) -> tuple[str, str]:
 
 
 def _field(values: Mapping[str, Any], field: str, column: str) -> str:
-    if field not in (*REQUIRED, "text"):
+    if field not in (*REQUIRED, "rejected", "text"):
         return text_of(values.get(column), column)
     if column not in values:
         raise BadValueError(f"no {column}", f"the {field} is required")

@@ -61,6 +61,7 @@ class Chat:
         before: The turns before the last user turn.
         between: The turns between the last user turn and the response: tool calls and their results.
         kept: JSON object of what a template may write besides; see ``Row``.
+        rejected: Text of the rejected answer; empty in a chat that is no preference.
         first: Text of the first user turn, which identifies the chat.
         unanswered: Number of turns after the last assistant turn, which are left out.
     """
@@ -70,22 +71,24 @@ class Chat:
     before: tuple[Message, ...]
     between: tuple[Message, ...]
     kept: str
+    rejected: str
     first: str
     unanswered: int
 
     @property
     def fields(self) -> dict[str, Any]:
         """The fields of a row."""
-        names = ("instruction", "response", "before", "between", "kept")
+        names = ("instruction", "response", "before", "between", "kept", "rejected")
         return {name: getattr(self, name) for name in names}
 
 
-def read_chat(turns: Sequence[Message], tools: Any = None) -> Chat:
+def read_chat(turns: Sequence[Message], tools: Any = None, rejected: Message | None = None) -> Chat:
     """Return the parts of a chat.
 
     Args:
         turns: All turns.
         tools: Descriptions of the tools that the assistant may call, as a list of objects or its JSON.
+        rejected: Another last answer, which the silo likes less.
 
     Raises:
         BadValueError: The chat has no answer after a user's turn.
@@ -100,18 +103,17 @@ def read_chat(turns: Sequence[Message], tools: Any = None) -> Chat:
     question, answer = turns[asked[-1]], turns[last]
     if not answer.trained:
         raise BadValueError("the last answer has weight 0", "the last assistant turn is always trained")
-    kept = {"tools": _tools(tools), "user": question.more and json.loads(question.more)}
-    kept = {
-        name: value
-        for name, value in (kept | {"assistant": answer.more and json.loads(answer.more)}).items()
-        if value
-    }
+    kept = {"tools": _tools(tools)}
+    for name, turn in (("user", question), ("assistant", answer), ("rejected", rejected)):
+        kept[name] = json.loads(turn.more) if turn and turn.more else {}
+    kept = {name: value for name, value in kept.items() if value}
     return Chat(
         question.content,
         answer.content,
         tuple(turns[: asked[-1]]),
         tuple(turns[asked[-1] + 1 : last]),
         _json(kept) if kept else "",
+        rejected.content if rejected else "",
         turns[asked[0]].content,
         len(turns) - last - 1,
     )
@@ -130,6 +132,48 @@ def read_turns(value: Any, column: str, *, system: str = "") -> list[Message]:
         raise BadValueError(f"{column} is {kind_of(value)}", "a chat is a list of objects with role and content")
     turns = [_turn(turn, f"{column}, turn {number}") for number, turn in enumerate(found, 1)]
     return [Message("system", system), *turns] if system.strip() else turns
+
+
+def read_pair(values: Sequence[Any], columns: Sequence[str]) -> tuple[list[Message], Message]:
+    """Return a preference's turns up to the chosen answer, and the rejected answer.
+
+    The forms are TRL's: a prompt and two answers, each of them text or turns, or two chats that hold the prompt.
+
+    Args:
+        values: Prompt, chosen and rejected answer; the prompt may be None.
+        columns: Their columns, for messages.
+
+    Raises:
+        BadValueError: They are not one conversation with two last answers.
+    """
+    prompt, *answers = values
+    asked = as_turns(prompt, columns[0], "user") if prompt else []
+    first, second = (as_turns(v, c, "assistant") for v, c in zip(answers, columns[1:], strict=True))
+    if first[: len(asked)] == asked or (not isinstance(prompt, list) and first[0].role != "assistant"):
+        asked = []
+    *shared, answer = *asked, *first
+    *other, worse = *asked, *second
+    if shared != other or {answer.role, worse.role} != {"assistant"}:
+        raise BadValueError(
+            f"{columns[1]} and {columns[2]} differ before their last turn, or do not end with the assistant's",
+            "they must be one conversation with two last answers",
+        )
+    if not worse.content.strip():
+        raise BadValueError(f"{columns[2]} is empty", "the rejected answer must contain text")
+    return [*untrained(shared), answer], worse
+
+
+def as_turns(value: Any, column: str, role: str) -> list[Message]:
+    """Return a value as turns: a text is one turn of a role.
+
+    Args:
+        value: A text, or what ``read_turns`` reads, with at least one turn.
+        column: The column, for messages.
+        role: The role of a text.
+    """
+    if value == []:
+        raise BadValueError(f"{column} is empty", "it must contain a turn")
+    return read_turns(value if isinstance(value, list) else [{"role": role, "content": value}], column)
 
 
 def untrained(turns: Sequence[Message]) -> list[Message]:

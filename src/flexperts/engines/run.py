@@ -264,10 +264,11 @@ def _run_rounds(engine: Engine, base: str, config: RunConfig, run: RunDirectory,
 
 
 def _kept(run: RunDirectory, clients: Iterable[str]) -> dict[str, Any]:
-    """Return what every scored client keeps, and the NLL of its candidates by kind of rows."""
+    """Return what every scored client keeps, and the loss of its candidates by kind of rows."""
     records = {name: run.of_client("floor", name) for name in clients}
     return {
-        name: {"chosen": its["chosen"], **{rows: its[rows]["nll"] for rows in ("validation", "test")}}
+        name: {"chosen": its["chosen"]}
+        | {rows: its[rows].get("dpo") or its[rows]["nll"] for rows in ("validation", "test")}
         for name, its in records.items()
     }
 

@@ -1,12 +1,16 @@
-"""Scores of one model state on one client's test rows: NLL and ROUGE-L."""
+"""Scores of one model state on one client's test rows: NLL and ROUGE-L, and rewards on preference rows.
+
+The reward of an answer y is beta (log p(y | x) - log p_base(y | x)), as in DPO; a row's margin is the reward of the
+chosen answer minus that of the rejected one.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +25,13 @@ from flexperts.modeling.forward import Precision, autocast, token_losses
 
 SCORES = ("rouge_l", "nll")
 """Names of the scores in files."""
+REWARDS = ("reward_margin", "reward_accuracy")
+"""Names of the further scores of preference rows."""
+
+
+def kinds_in(names: Container[str]) -> tuple[str, ...]:
+    """Return the names of scores that a client or row has; those of ``SCORES`` always."""
+    return (*SCORES, *(kind for kind in REWARDS if kind in names))
 
 
 @dataclass(frozen=True)
@@ -32,12 +43,14 @@ class EvaluationSettings:
         batch_size: Rows per forward pass and per generated batch.
         precision: As in training.
         answers: Whether answers are generated and scored by ROUGE-L.
+        pairs: Whether the rows' rejected answers are scored too; each row then has one.
     """
 
     max_new_tokens: int
     batch_size: int
     precision: Precision
     answers: bool = True
+    pairs: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,12 +65,38 @@ class Scores:
         tokens: Number of trained tokens of every row.
         points: ROUGE-L F1 of every row, from 0 to 100; empty where no answers were generated.
         predictions: Generated answers; empty where none were generated.
+        rejected: Summed NLL of every row's rejected answer, in nats; empty where the rows are no preferences.
+        margins: Reward margin of every row, in nats; empty as ``rejected``, and before ``rewarded``.
     """
 
     nlls: tuple[float, ...]
     tokens: tuple[int, ...]
     points: tuple[float, ...] = ()
     predictions: tuple[Answer, ...] = ()
+    rejected: tuple[float, ...] = ()
+    margins: tuple[float, ...] = ()
+
+    def rewarded(self, base: Scores, beta: float) -> Scores:
+        """Return these scores with the rows' reward margins.
+
+        Args:
+            base: The untouched base's scores on the same rows.
+            beta: Factor of the log-ratios.
+        """
+        ours, theirs = (
+            [its.nlls[i] * its.tokens[i] - its.rejected[i] for i in range(its.rows)] for its in (self, base)
+        )
+        return replace(self, margins=tuple(beta * (b - a) for a, b in zip(ours, theirs, strict=True)))
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """Each row's loss in the run's objective: DPO's where there are margins, else the NLL per token."""
+        return tuple(np.logaddexp(0.0, -np.array(self.margins)).tolist()) if self.margins else self.nlls
+
+    @property
+    def weights(self) -> tuple[int, ...]:
+        """Weight of each row in the mean of ``losses``: one where there are margins, else its tokens."""
+        return (1,) * self.rows if self.margins else self.tokens
 
     @property
     def rows(self) -> int:
@@ -79,14 +118,38 @@ class Scores:
         """Number of answers that reached the token limit."""
         return sum(answer.cut for answer in self.predictions)
 
+    @property
+    def loss(self) -> float | None:
+        """Mean of ``losses``; None if a row's loss is not finite."""
+        return mean_of(self.losses) if self.margins else self.nll
+
+    @property
+    def reward_margin(self) -> float | None:
+        """Mean reward margin, in nats; None without preferences, or if a row's margin is not finite."""
+        return mean_of(self.margins)
+
+    @property
+    def reward_accuracy(self) -> float | None:
+        """Percentage of rows with a margin above 0, an equal pair counting half; None as ``reward_margin``."""
+        return mean_of(map(_won, self.margins))
+
     def metrics(self) -> dict[str, float | None]:
         """Return the means by name; None where a mean is not finite."""
-        return {"rouge_l": self.rouge_l, "nll": self.nll} if self.points else {"nll": self.nll}
+        points = {"rouge_l": self.rouge_l} if self.points else {}
+        rewards = {kind: getattr(self, kind) for kind in REWARDS} if self.margins else {}
+        return {**points, "nll": self.nll, **rewards}
 
     def row(self, index: int) -> dict[str, float | None]:
         """Return one row's numbers by name; None where a number is not finite."""
         points = {"rouge_l": finite_or_none(self.points[index])} if self.points else {}
-        return {**points, "nll": finite_or_none(self.nlls[index]), "tokens": self.tokens[index]}
+        pair = self.margins[index : index + 1]
+        rewards = {kind: finite_or_none(v) for m in pair for kind, v in zip(REWARDS, (m, _won(m)), strict=True)}
+        return {**points, "nll": finite_or_none(self.nlls[index]), "tokens": self.tokens[index], **rewards}
+
+
+def _won(margin: float) -> float:
+    """Return the points of a pair: 100 if the chosen answer has the higher reward, 50 if both are equal."""
+    return math.nan if math.isnan(margin) else 50.0 * ((margin > 0) + (margin >= 0))
 
 
 def finite_or_none(value: float | None) -> float | None:
@@ -122,17 +185,29 @@ def evaluate(
     """
     examples = encoder.encode_all(rows)
     nlls, tokens, predictions = [0.0] * len(rows), [0] * len(rows), [Answer("")] * len(rows)
+    rejected = [0.0] * len(rows) if settings.pairs else []
     for chosen in longest_first([e.prompt for e in examples], settings.batch_size):
-        sums, counts, answers = _batch(model, encoder, [examples[i] for i in chosen], settings, on_batch)
-        for index, total, count, text in zip(chosen, sums, counts, answers, strict=True):
+        found = _batch(model, encoder, [examples[i] for i in chosen], settings, on_batch)
+        for index, total, count, text in zip(chosen, found.sums, found.counts, found.answers, strict=True):
             nlls[index], tokens[index], predictions[index] = total / count, count, text
+        for index, total in zip(chosen, found.rejected, strict=False):
+            rejected[index] = total
         on_rows(len(chosen))
     if not settings.answers:
-        return Scores(tuple(nlls), tuple(tokens))
+        return Scores(tuple(nlls), tuple(tokens), rejected=tuple(rejected))
     points = rouge_l(predictions, [_reference(encoder, row, e) for row, e in zip(rows, examples, strict=True)])
     whole = [given.finite and math.isfinite(nll) for given, nll in zip(predictions, nlls, strict=True)]
     points = [value if is_whole else math.nan for value, is_whole in zip(points, whole, strict=True)]
-    return Scores(tuple(nlls), tuple(tokens), tuple(points), tuple(predictions))
+    return Scores(tuple(nlls), tuple(tokens), tuple(points), tuple(predictions), tuple(rejected))
+
+
+class _Found(NamedTuple):
+    """Of a batch's rows: summed NLL in nats, number of trained tokens, answers, summed NLL of rejected answers."""
+
+    sums: list[float]
+    counts: list[int]
+    answers: list[Answer]
+    rejected: list[float]
 
 
 def _reference(encoder: PromptEncoder, row: Row, example: Example) -> str:
@@ -152,22 +227,25 @@ def _batch(
     examples: Sequence[Example],
     settings: EvaluationSettings,
     on_batch: Callable[[PaddedBatch], None] | None,
-) -> tuple[list[float], list[int], list[Answer]]:
-    """Return every row's summed NLL in nats, number of trained tokens, and answer."""
+) -> _Found:
     prompts, pad = prompt_batch([e.prompt for e in examples], encoder), encoder.tokenizer.pad_token_id
     if on_batch:
         on_batch(prompts)
     with autocast(next(model.parameters()).device, settings.precision):
         read = read_prompts(model, prompts)
-        if read.can_go_on and not any(e.earlier for e in examples):
-            sums, counts = response_losses(model, read, pad_responses(examples, pad))
+        sides = list(zip(*(e.forms[: 1 + settings.pairs] for e in examples), strict=True))
+        same = all(form.prompt == e.prompt for e in examples for form in e.forms)  # a template may see the answer
+        if read.can_go_on and same and not any(e.earlier for e in examples):
+            losses = [response_losses(model, read, pad_responses(side, pad)) for side in sides]
         else:
-            sums, counts = token_losses(model, pad_batch(examples, pad))
+            losses = [token_losses(model, pad_batch(side, pad)) for side in sides]
         answers = [Answer("")] * len(examples)
         if settings.answers:
             limit = settings.max_new_tokens
             answers = greedy_answers(model, encoder, read, limit, rows_leave=on_batch is None)
-    return sums.double().tolist(), counts.tolist(), answers
+    sums, counts = zip(*losses, strict=True)
+    first, *others = (its.double().tolist() for its in sums)
+    return _Found(first, counts[0].tolist(), answers, others[0] if others else [])
 
 
 @cache

@@ -17,7 +17,7 @@ from flexperts.files import placeless, write_text
 from flexperts.finished.trained import TrainedRun
 from flexperts.methods.kit.method import State
 from flexperts.modeling.skeleton import auto_class
-from flexperts.server.summary import score_text
+from flexperts.server.summary import scores_text
 from flexperts.smol_moe.build import BASES
 
 _MODEL = """\
@@ -212,12 +212,14 @@ def _scores(facts: Facts) -> Iterator[str]:
     took_part = facts.run.summary["clients"]
     scored = took_part | facts.run.joined
     names = [facts.client] if facts.client else sorted(took_part)
-    yield f"ROUGE-L (NLL in nats per token) on each silo's own {facts.run.config.evaluation.split} rows:\n"
+    pairs = facts.run.config.training.objective == "dpo"
+    rewards = ", and the percentage of pairs whose chosen answer has the higher reward," if pairs else ""
+    yield f"ROUGE-L (NLL in nats per token){rewards} on each silo's own {facts.run.config.evaluation.split} rows:\n"
     states = facts.run.model.method.states
     yield f"| silo | rows | {' | '.join(states)} |"
     yield "|---" * (len(states) + 2) + "|"
     for name in (n for n in names if n in scored):
-        cells = [score_text(scored[name]["rouge_l"][s], scored[name]["nll"][s]) for s in states]
+        cells = [scores_text(scored[name], s) for s in states]
         yield f"| {name} | {scored[name]['scored_rows']} | {' | '.join(cells)} |"
     yield f"\nThis export is the state *{_state(facts)}*."
 

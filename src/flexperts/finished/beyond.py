@@ -16,7 +16,7 @@ from flexperts.data.rows import Row
 from flexperts.data.sources import read_source
 from flexperts.errors import ModelError
 from flexperts.evaluation.mmlu import KnowledgeScore, check_source, mmlu
-from flexperts.evaluation.scores import SCORES, Scores, mean_of
+from flexperts.evaluation.scores import Scores, kinds_in, mean_of
 from flexperts.finished.trained import TrainedRun
 from flexperts.methods.kit.method import State
 from flexperts.observer import Observer, current_observer
@@ -89,7 +89,8 @@ def _others(run: TrainedRun, client: Client, state: State, clients: Mapping[str,
         name: other.scored_rows[:count] for name, other in clients.items() if other is not client
     }
     each = {n: _numbers(client.score(run.request(client.name), state, r)) for n, r in rows.items()}
-    means = {kind: mean_of(scores[kind] for scores in each.values()) for kind in SCORES}
+    kinds = kinds_in(next(iter(each.values())))
+    means = {kind: mean_of(scores[kind] for scores in each.values()) for kind in kinds}
     return {**means, "rows": sum(scores["rows"] for scores in each.values()), "by_client": each}
 
 

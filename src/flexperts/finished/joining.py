@@ -23,7 +23,7 @@ from flexperts.data.records import name_and_ending
 from flexperts.data.sources import HUB
 from flexperts.data.tables import given_source
 from flexperts.errors import ArtifactError, ConfigError
-from flexperts.evaluation.scores import SCORES, Scores
+from flexperts.evaluation.scores import Scores, kinds_in
 from flexperts.files import make_folder, sealed, sole_writer, unwritable, write_json
 from flexperts.finished.trained import TrainedRun, kept_data, left_out_rows, recipe_of, with_rows_of
 from flexperts.methods.kit.method import Method, State
@@ -38,7 +38,7 @@ from flexperts.training.local import LocalSettings, TrainResult
 _READING = tuple(key for key in ClientFiles.model_fields if key in DataConfig.model_fields)
 _OWN = (*(f"data.{key}" for key in _READING), "model.template")
 """Settings beside [training] that a new client may change; the others are fixed by the run's models."""
-_COMMON = ("training.max_length", "training.gradient_checkpointing")
+_COMMON = ("training.max_length", "training.gradient_checkpointing", "training.objective", "training.dpo_beta")
 
 
 def join(
@@ -248,7 +248,8 @@ class Newcomer(Client):
 
 def _scored(scores: Mapping[State, Scores]) -> dict[str, Any]:
     """Return the scores in the form of a client's entry in a summary."""
-    by_kind = {kind: {state: getattr(its, kind) for state, its in scores.items()} for kind in SCORES}
+    kinds = kinds_in(next(iter(scores.values())).metrics())
+    by_kind = {kind: {state: getattr(its, kind) for state, its in scores.items()} for kind in kinds}
     return {**by_kind, "not_finite": not_finite_of(scores), "scored_rows": next(iter(scores.values())).rows}
 
 
@@ -283,7 +284,7 @@ def _own_settings(run: RunDirectory, settings: Iterable[str], seed: int, steps: 
     for override in given:
         key = override.partition("=")[0].strip()
         if not (key.startswith("training.") or key in _OWN or key.startswith("data.columns.")) or key in _COMMON:
-            rule = f"a new client may set training.* (not {' or '.join(_COMMON)}), {', '.join(_OWN)}"
+            rule = f"a new client may set training.* (not {', '.join(_COMMON)}), {', '.join(_OWN)}"
             raise ConfigError(f"--set {override}", rule, "leave it out: the run's value is used")
     if steps is not None and steps < 1:
         raise ConfigError(f"steps = {steps}", "it must be at least 1", "raise it or leave it out")

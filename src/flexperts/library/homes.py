@@ -81,7 +81,7 @@ class RunHome:
     @property
     def encoder(self) -> PromptEncoder:
         """See ``Home``."""
-        return self._opened().client(self._client).workspace.encoder
+        return self._opened().client(self._client).encoder
 
     def answers(self, prompts: Sequence[Sequence[int]], limit: int | None, batch: int | None) -> list[Answer]:
         """See ``Home``."""

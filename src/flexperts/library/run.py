@@ -13,7 +13,7 @@ from flexperts.config.names import normal
 from flexperts.data.sources import read_source
 from flexperts.data.tables import given_source
 from flexperts.errors import ConfigError
-from flexperts.evaluation.scores import SCORES
+from flexperts.evaluation.scores import kinds_in
 from flexperts.files import placeless
 from flexperts.finished.trained import TrainedRun, state_named
 from flexperts.library.homes import RunHome
@@ -75,15 +75,16 @@ class Run:
     def scores(self) -> Table:
         """The run's scores: ``scores["nll"]["clinic"]["personalized"]``.
 
-        ``rouge_l`` is in points of 100, ``nll`` in nats per token of the answer. States that the method does not
-        have, or without a finite score, are left out. ``pandas.DataFrame(run.scores["nll"]).T`` is a table.
+        ``rouge_l`` is in points of 100, ``nll`` in nats per token of the answer; runs on preferences also have
+        ``reward_margin`` and ``reward_accuracy``. States that the method does not have, or without a finite score,
+        are left out. ``pandas.DataFrame(run.scores["nll"]).T`` is a table.
         """
         return {
             kind: {
                 name: {state: value for state, value in its[kind].items() if value is not None}
                 for name, its in sorted(self._scored.items())
             }
-            for kind in SCORES
+            for kind in kinds_in(next(iter(self._scored.values())))
         }
 
     def model(self, client: str, state: str | None = None) -> PersonalModel:
@@ -119,19 +120,22 @@ class Run:
         found = self._trained.evaluate(rows=read)
         return {
             kind: {
-                name: {str(s): value for s, its in states.items() if (value := its.metrics()[kind]) is not None}
+                name: {str(s): value for s, its in states.items() if (value := its.metrics().get(kind)) is not None}
                 for name, states in found.items()
             }
-            for kind in SCORES
+            for kind in kinds_in(
+                {kind for states in found.values() for its in states.values() for kind in its.metrics()}
+            )
         }
 
     def _read(self, name: str, rows: Any) -> Any:
-        data, source, given = self._trained.config.data, given_source(name, "test"), {}
+        data, source, given = self._trained.config.data.of_client(name), given_source(name, "test"), {}
         if isinstance(rows, str | Path):
             source = located(str(rows), Path())
         else:
             given[source] = rows
-        return read_source(source, data.columns, split="test", on_bad_row=data.on_bad_row, given=given)
+        kind, on_bad_row = data.format, data.on_bad_row
+        return read_source(source, data.columns, split="test", format=kind, on_bad_row=on_bad_row, given=given)
 
     @cached_property
     def _trained(self) -> TrainedRun:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from flexperts.reports.cells import Table
-from flexperts.reports.reading import METRICS, STATES, Comparison, Entry, against, border_error
+from flexperts.reports.reading import METRICS, REWARDS, STATES, Comparison, Entry, against, border_error
 
 REFERENCE_MARK = " (reference)"
 """Follows the reference's name in the table of scores."""
@@ -100,8 +100,19 @@ def client_note(comparison: Comparison, metric: str, last: str) -> str:
     shown = "mean over seeds" if last == "row" else "mean ± sample standard deviation over seeds"
     shown = shown if len(comparison["seeds"]) > 1 else "one seed"
     best = _best_words(comparison).replace("column", "row" if last == "row" else "column")
-    text = f"{METRICS[metric]}, {better} is better; {shown}. The last {last} is the plain mean over clients."
+    name = (METRICS | REWARDS)[metric]
+    text = f"{name}, {better} is better; {shown}. The last {last} is the plain mean over clients."
     return _joined(text, best, counts(comparison))
+
+
+def reward_note(comparison: Comparison) -> str:
+    """Return the note of the table of preferences."""
+    text = (
+        "The reward of an answer is dpo_beta times its log-likelihood minus the base's, in nats. The margin is the "
+        "reward of the chosen answer minus that of the rejected one, a mean over rows. Accuracy: the share of rows "
+        "with a margin above 0; an equal pair counts half, so the untouched base has a margin of 0 and 50 %."
+    )
+    return _joined(text, _best_words(comparison), interval_note(comparison), counts(comparison))
 
 
 def ability_note(comparison: Comparison) -> str:
@@ -119,11 +130,12 @@ def floor_note(comparison: Comparison, entries: Sequence[Entry]) -> str:
     counted = ((e["name"], ((STATES.get(c, c), n) for c, n in e["floor"]["kept"].items())) for e in entries)
     kept = [f"{name}: {', '.join(f'{model} {n}' for model, n in its)}" for name, its in counted]
     level = f"{100 * comparison['confidence']:g} %"
+    loss = "DPO loss" if any("loss" in entry["floor"] for entry in entries) else "NLL"
     text = (
         f"Each client keeps one model by its validation rows. Kept, over all seeds: {'; '.join(kept)}. Harmed: the "
-        "NLL on its test rows is higher than this choice's. The best is known only from the test rows, so the mean "
-        f"against it, the regret, is never below 0. In brackets the {level} interval of a bootstrap over rows; it "
-        "does not apply to other clients."
+        f"{loss} on its test rows is higher than this choice's. The best is known only from the test rows, so the "
+        f"mean against it, the regret, is never below 0. In brackets the {level} interval of a bootstrap over "
+        "rows; it does not apply to other clients."
     )
     return _joined(text, counts(comparison))
 

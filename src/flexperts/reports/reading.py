@@ -17,6 +17,8 @@ STATES = {"zero_shot": "zero-shot", "global": "global", "personalized": "persona
 """A state's name in ``comparison.json`` -> its name in reports."""
 METRICS = {"rouge_l": "ROUGE-L", "nll": "NLL"}
 """A score's name in ``comparison.json`` -> its name in reports."""
+REWARDS = {"reward_accuracy": "reward accuracy, %", "reward_margin": "reward margin"}
+"""The same for the scores of preference rows."""
 
 
 def stat(entry: Entry, state: str, place: str, metric: str) -> Mapping[str, Any] | None:
@@ -26,7 +28,7 @@ def stat(entry: Entry, state: str, place: str, metric: str) -> Mapping[str, Any]
         entry: The entry.
         state: A key of ``STATES``.
         place: own, others, general or mmlu.
-        metric: rouge_l or nll; accuracy for mmlu.
+        metric: a key of ``METRICS`` or ``REWARDS``; accuracy for mmlu.
     """
     found = ((entry.get("scores") or {}).get(state) or {}).get(place) or {}
     return found.get(metric) or None

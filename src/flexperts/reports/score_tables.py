@@ -19,9 +19,10 @@ from flexperts.reports.cells import (
     spread,
     words,
 )
-from flexperts.reports.notes import REFERENCE_MARK, ability_note, counts, floor_note, main_note
+from flexperts.reports.notes import REFERENCE_MARK, ability_note, counts, floor_note, main_note, reward_note
 from flexperts.reports.reading import (
     METRICS,
+    REWARDS,
     STATES,
     Comparison,
     Entry,
@@ -35,7 +36,7 @@ from flexperts.reports.reading import (
     stat,
 )
 
-DIGITS = {"rouge_l": 1, "nll": 3}
+DIGITS = {"rouge_l": 1, "nll": 3, "reward_accuracy": 1, "reward_margin": 3}
 """Score -> digits after the point."""
 LOWEST_IS_BEST = {"nll"}
 WHO = (Column("entry", words=True), Column("own state", words=True))
@@ -49,6 +50,31 @@ def main_table(comparison: Comparison) -> Table:
     rows = mark_best(mark_best(rows, 2), 5, lowest=True)
     rows += _base_row(comparison)
     return Table("main", "Scores and differences", main_note(comparison), _main_header(comparison), tuple(rows))
+
+
+def reward_table(comparison: Comparison) -> Table:
+    """Return how well own and global states tell chosen from rejected answers; no rows without preferences."""
+    state = own_state_words(comparison)
+    level = f"{100 * comparison['confidence']:g}\u00a0%"
+    groups = (place_words(comparison, state, "own"), place_words(comparison, "global", "own"))
+    tested = [c for m in REWARDS.values() for c in (m, f"Δ {m} to reference [{level}]", "p, adjusted")]
+    header = (
+        *WHO,
+        *(Column(name, groups[0]) for name in tested),
+        *(Column(name, groups[1]) for name in REWARDS.values()),
+    )
+    rows = [
+        (
+            words(_marked(comparison, entry)),
+            own_state(entry),
+            *(cell for metric in REWARDS for cell in _tested(entry, metric)),
+            *(spread(stat(entry, "global", "own", metric), DIGITS[metric]) for metric in REWARDS),
+        )
+        for entry in ordered(comparison)
+        if own(entry, "own", "reward_margin")
+    ]
+    rows = mark_best(mark_best(rows, 2), 5)
+    return Table("rewards", "Preferences", reward_note(comparison), header, tuple(rows))
 
 
 def ability_table(comparison: Comparison) -> Table:
@@ -110,10 +136,9 @@ def place_words(comparison: Comparison, state: str, place: str) -> str:
 
 
 def _main_row(comparison: Comparison, entry: Entry) -> tuple[Cell, ...]:
-    name = entry["name"] + (REFERENCE_MARK if entry["name"] == comparison["reference"] else "")
     sent, seconds = entry.get("bytes") or {}, entry.get("seconds") or {}
     return (
-        words(name),
+        words(_marked(comparison, entry)),
         own_state(entry),
         *_tested(entry, "rouge_l"),
         *_tested(entry, "nll"),
@@ -124,6 +149,11 @@ def _main_row(comparison: Comparison, entry: Entry) -> tuple[Cell, ...]:
         size(sent.get("downlink_per_client_per_round")),
         number(seconds.get("training"), 0),
     )
+
+
+def _marked(comparison: Comparison, entry: Entry) -> str:
+    """Return an entry's name, with a mark at the reference's."""
+    return str(entry["name"]) + (REFERENCE_MARK if entry["name"] == comparison["reference"] else "")
 
 
 def own_state(entry: Entry) -> Cell:
@@ -156,7 +186,9 @@ _INSTEAD = {f"all {name}": state for state, name in STATES.items()} | {"all loca
 
 def floor_table(comparison: Comparison) -> Table:
     """Return, for entries with a floor, what clients keep against each simple choice, and against their best."""
-    group = f"NLL of what clients keep, minus this choice's, own {comparison['split']}"
+    dpo = any("loss" in entry["floor"] for entry in comparison["entries"] if entry.get("floor"))
+    loss = "DPO loss" if dpo else "NLL"
+    group = f"{loss} of what clients keep, minus this choice's, own {comparison['split']}"
     header = (
         Column("entry", words=True),
         Column("instead of", words=True),

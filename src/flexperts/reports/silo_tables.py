@@ -9,6 +9,7 @@ from flexperts.reports.cells import MISSING, Cell, Column, Table, bounded, mark_
 from flexperts.reports.notes import client_note, counts
 from flexperts.reports.reading import (
     METRICS,
+    REWARDS,
     STATES,
     Comparison,
     Entry,
@@ -68,7 +69,7 @@ def _mark_best(row: Sequence[Cell], *, lowest: bool) -> tuple[Cell, ...]:
 def _by_client(
     comparison: Comparison, metric: str, last: str, header: tuple[Column, ...], rows: Sequence[tuple[Cell, ...]]
 ) -> Table:
-    title = f"{METRICS[metric]} by client"
+    title = f"{(METRICS | REWARDS)[metric]} by client"
     return Table(f"clients-{metric}", title, client_note(comparison, metric, last), header, tuple(rows))
 
 

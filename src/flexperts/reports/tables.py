@@ -10,22 +10,32 @@ from flexperts.config.changes import flat
 from flexperts.reports.cells import MISSING, Cell, Column, Table, finite, number, significant, size, words
 from flexperts.reports.notes import counts, with_budgets
 from flexperts.reports.reading import Comparison, Entry, layer_names, ordered, routing_measure, routing_of
-from flexperts.reports.score_tables import WHO, ability_table, answer_table, floor_table, main_table, own_state
+from flexperts.reports.score_tables import (
+    WHO,
+    ability_table,
+    answer_table,
+    floor_table,
+    main_table,
+    own_state,
+    reward_table,
+)
 from flexperts.reports.silo_tables import client_table, newcomer_table, robust_table, spread_table
 
 
 def tables(comparison: Comparison) -> dict[str, Table]:
     """Return every table that has a row, by key, in the order of the report.
 
-    Keys: main, clients-rouge_l, clients-nll, robust, spread, newcomers, answers, floor, ability, cost, groups,
-    privacy, routing, selection, entries, environment.
+    Keys: main, rewards, clients-rouge_l, clients-nll, clients-reward_accuracy, robust, spread, newcomers, answers,
+    floor, ability, cost, groups, privacy, routing, selection, entries, environment.
     Columns in which every number is missing are left out. Below every table of entries are the budgets and variants
     of its entries' methods.
     """
     made = (
         main_table(comparison),
+        rewards := reward_table(comparison),
         client_table(comparison, "rouge_l"),
         client_table(comparison, "nll"),
+        *([client_table(comparison, "reward_accuracy")] if rewards.rows else []),
         robust_table(comparison),
         spread_table(comparison),
         newcomer_table(comparison),

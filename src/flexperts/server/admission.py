@@ -39,6 +39,7 @@ from flexperts.communication.secure.fixed_point import FixedPoint, Ring
 from flexperts.config.names import normal
 from flexperts.config.run import RunConfig
 from flexperts.errors import FederationError, FlexpertsError, incompatible
+from flexperts.evaluation.scores import REWARDS
 from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.server_state import Server
 from flexperts.parameters.vector import Payload, Vector, sizes_only
@@ -103,12 +104,15 @@ class Admission:
             check_size(content, ROOM, client)
             check_records(content, client, "info", "metrics")
             metrics = metrics_of(content)
-            known = checked(score_fields(self.method.states, answers=answers), metrics, client).model_dump()
+            pairs = self.config.training.objective == "dpo"
+            schema = score_fields(self.method.states, answers=answers, pairs=pairs)
+            known = checked(schema, metrics, client).model_dump()
             _check_heading(client, fields_of(content, Heading, client), self.server.round)
             payload_of(content, client).check(Payload.empty().manifest, client)
             self._check_scored(client, known, metrics)
             known["rows"] = int(known["rows"])
-            taken = [name for name in metrics if answers or name.partition(".")[0] in ("rows", "nll")]
+            always = ("rows", "nll", *REWARDS)
+            taken = [name for name in metrics if answers or name.partition(".")[0] in always]
             return {name: None if _is_void(name, known) else known[name] for name in taken}
         except FederationError:
             raise
@@ -267,9 +271,9 @@ def root_mean_square(values: Vector, start: Vector | None = None) -> float:
 
 
 def _is_void(name: str, known: Metrics) -> bool:
-    """Return whether a score is not finite, or is a ROUGE-L of a model state whose NLL is not finite."""
+    """Return whether a score is not finite, or is another score of a model state whose NLL is not finite."""
     kind, _, state = name.partition(".")
-    return known[name] is None or (kind == "rouge_l" and known[f"nll.{state}"] is None)
+    return known[name] is None or (kind in ("rouge_l", *REWARDS) and known[f"nll.{state}"] is None)
 
 
 def _check_heading(client: str, heading: Heading, number: int) -> None:

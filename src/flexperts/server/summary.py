@@ -7,7 +7,7 @@ from typing import Any
 
 from flexperts.communication.traffic import mean_groups
 from flexperts.config.run import RunConfig
-from flexperts.evaluation.scores import SCORES, Scores
+from flexperts.evaluation.scores import REWARDS, SCORES, Scores, kinds_in
 from flexperts.evaluation.words import TOKENIZER
 from flexperts.methods.kit.method import State
 from flexperts.server.round_log import RoundLog
@@ -37,9 +37,9 @@ def summarize(
     the method does not have is null. ``planned`` lists the planned number of rounds and the round after which it
     was set: one entry, unless the number was changed later. A client without scores is under ``unscored`` with the
     reason, and in neither mean. A score that is not a finite number is null, with the reason under ``not_finite``;
-    a mean that includes it is null too. A client's ``answers`` are the longest answer in tokens, the number of
-    scored references that are longer, and the number of cut answers of each state. ``privacy`` is the guarantee of
-    differential privacy; null without noise.
+    a mean that includes it is null too. Only preference rows have ``reward_margin`` and ``reward_accuracy``. A
+    client's ``answers`` are the longest answer in tokens, the number of scored references that are longer, and the
+    number of cut answers of each state. ``privacy`` is the guarantee of differential privacy; null without noise.
 
     Args:
         config: The run.
@@ -79,7 +79,7 @@ def _planned(rounds: Iterable[RoundLog]) -> list[dict[str, int]]:
 
 
 def _client(metrics: _Metrics, answers: _Metrics | None, train_rows: int) -> dict[str, Any]:
-    scores = {kind: {state: metrics.get(f"{kind}.{state}") for state in _STATES} for kind in SCORES}
+    scores = {kind: {state: metrics.get(f"{kind}.{state}") for state in _STATES} for kind in _kinds(metrics)}
     return {**scores, "train_rows": train_rows, "scored_rows": metrics["rows"], "answers": _answers(answers)}
 
 
@@ -91,7 +91,13 @@ def _answers(told: _Metrics | None) -> dict[str, Any] | None:
 
 
 def _means(clients: Mapping[str, _Metrics], weights: Mapping[str, float]) -> dict[str, dict[str, float | None]]:
-    return {kind: {state: _mean(clients, f"{kind}.{state}", weights) for state in _STATES} for kind in SCORES}
+    kinds = _kinds(name for metrics in clients.values() for name in metrics)
+    return {kind: {state: _mean(clients, f"{kind}.{state}", weights) for state in _STATES} for kind in kinds}
+
+
+def _kinds(metrics: Iterable[str]) -> tuple[str, ...]:
+    """Return the kinds of scores among names of the form ``SCORE.STATE``."""
+    return kinds_in({name.partition(".")[0] for name in metrics})
 
 
 def _mean(clients: Mapping[str, _Metrics], score: str, weights: Mapping[str, float]) -> float | None:
@@ -110,7 +116,7 @@ def not_finite(metrics: _Metrics) -> dict[str, str]:
         metrics: One client's scores by ``SCORE.STATE``; None where a score is not finite.
     """
     found = [kind_and_state.partition(".") for kind_and_state, value in metrics.items() if value is None]
-    states = dict.fromkeys(state for kind, _, state in found if kind in SCORES)
+    states = dict.fromkeys(state for kind, _, state in found if kind in (*SCORES, *REWARDS))
     return dict.fromkeys(states, _BASE if "zero_shot" in states else _TRAINING)
 
 
@@ -119,10 +125,24 @@ def not_finite_of(scores: Mapping[State, Scores]) -> dict[str, str]:
     return not_finite({f"{kind}.{s}": value for s, its in scores.items() for kind, value in its.metrics().items()})
 
 
-def score_text(rouge_l: float | None, nll: float | None) -> str:
-    """Return ``ROUGE-L (NLL)`` as tables show it, with a dash for a number that is missing or not finite."""
+def score_text(rouge_l: float | None, nll: float | None, accuracy: float | None = None) -> str:
+    """Return ``ROUGE-L (NLL)`` as tables show it, with a dash for a number that is missing or not finite.
+
+    On preference rows the accuracy of rewards follows, in percent.
+    """
     shown = ("-" if value is None else f"{value:.{digits}f}" for value, digits in ((rouge_l, 1), (nll, 2)))
-    return "-" if rouge_l is None and nll is None else "{} ({})".format(*shown)
+    text = "-" if rouge_l is None and nll is None else "{} ({})".format(*shown)
+    return text if accuracy is None else f"{text} {accuracy:.0f}%"
+
+
+def scores_text(scores: Mapping[str, Mapping[str, Any]], state: str) -> str:
+    """Return ``score_text`` of a state of a summary's client or mean."""
+    return score_text(scores["rouge_l"][state], scores["nll"][state], scores.get("reward_accuracy", {}).get(state))
+
+
+def scores_title(has_pairs: bool) -> str:
+    """Return what the numbers of ``score_text`` are."""
+    return "ROUGE-L (NLL) reward accuracy" if has_pairs else "ROUGE-L (NLL)"
 
 
 def _parameters(rounds: Iterable[RoundLog], group: str) -> int:

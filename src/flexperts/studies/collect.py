@@ -17,7 +17,7 @@ import tomli_w
 
 from flexperts.artifacts import RunDirectory
 from flexperts.errors import ArtifactError, ConfigError
-from flexperts.evaluation.scores import SCORES, Scores, mean_of
+from flexperts.evaluation.scores import REWARDS, SCORES, Scores, kinds_in, mean_of
 from flexperts.files import placeless, read_json
 from flexperts.methods.registry import method_class
 from flexperts.recipe import recorded_recipe
@@ -211,15 +211,16 @@ def _answers_of(seeds: list[dict[str, Any]], states: tuple[str, ...]) -> dict[st
 
 def _scores(entry: Finished, state: str) -> dict[str, Any]:
     return {
-        "own": _kinds(SCORES, [_own(summary, entry.clients, state) for summary in entry.summaries]),
-        "others": _kinds(SCORES, _others(entry, state)),
-        "general": _kinds(SCORES, _beyond(entry, "general", state)),
-        "mmlu": _kinds(("accuracy",), _beyond(entry, "mmlu", state)),
+        "own": _kinds([_own(summary, entry.clients, state) for summary in entry.summaries]),
+        "others": _kinds(_others(entry, state)),
+        "general": _kinds(_beyond(entry, "general", state)),
+        "mmlu": _kinds(_beyond(entry, "mmlu", state), ("accuracy",)),
     }
 
 
 def _own(summary: Mapping[str, Any], clients: Sequence[str], state: str) -> dict[str, Any]:
-    return {client: {kind: summary["clients"][client][kind][state] for kind in SCORES} for client in clients}
+    found = {client: summary["clients"][client] for client in clients}
+    return {client: {kind: its[kind][state] for kind in kinds_in(its)} for client, its in found.items()}
 
 
 def _newcomers(entry: Finished, names: Sequence[str]) -> dict[str, Any]:
@@ -228,7 +229,7 @@ def _newcomers(entry: Finished, names: Sequence[str]) -> dict[str, Any]:
     if not names or not all(name in seed["clients"] for seed in seeds for name in names):
         return {}
     states = [state for state in entry.states if state in seeds[0]["clients"][names[0]]["nll"]]
-    return {state: _kinds(SCORES, [_own(seed, names, state) for seed in seeds]) for state in states}
+    return {state: _kinds([_own(seed, names, state) for seed in seeds]) for state in states}
 
 
 def _beyond(entry: Finished, rows: str, state: str) -> list[dict[str, Any]]:
@@ -255,7 +256,8 @@ def _of_the_others(clients: Mapping[str, Sequence[Any]], state: str, count: int)
     found = {}
     for name in own:
         others = [scores for other, scores in own.items() if other != name]
-        found[name] = {kind: mean_of(scores[kind] for scores in others) for kind in SCORES}
+        kinds = kinds_in(others[0])
+        found[name] = {kind: mean_of(scores[kind] for scores in others) for kind in kinds}
     return found
 
 
@@ -263,13 +265,16 @@ def _scored(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """Return a client's scores over some of its rows, computed as in a run."""
     nlls = tuple(math.nan if row["nll"] is None else row["nll"] for row in rows)
     points = tuple(math.nan if row["rouge_l"] is None else row["rouge_l"] for row in rows)
-    return Scores(nlls, tuple(row["tokens"] for row in rows), points).metrics()
+    margins = tuple(row["reward_margin"] for row in rows if "reward_margin" in row)
+    margins = tuple(math.nan if margin is None else margin for margin in margins)
+    return Scores(nlls, tuple(row["tokens"] for row in rows), points, margins=margins).metrics()
 
 
-def _kinds(kinds: Sequence[str], seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def _kinds(seeds: Sequence[Mapping[str, Any]], kinds: Sequence[str] = ()) -> dict[str, Any] | None:
     """Return statistics of each kind of score over seeds and clients; None if a seed was not measured."""
     if not all(seeds):
         return None
+    kinds = kinds or kinds_in(next(iter(seeds[0].values())))
     return {kind: statistic([{c: scores[kind] for c, scores in seed.items()} for seed in seeds]) for kind in kinds}
 
 
@@ -306,7 +311,9 @@ def curves(entry: Finished) -> dict[str, Any]:
     """Return, by state, each score over the evaluated rounds; the training loss is under ``training``."""
     rounds = [run.rounds() for run in entry.runs.values()]
     wanted = [("training", "nll", "clients", "loss")]
-    wanted += [(state, score, "scores", f"{score}.{state}") for state in entry.states for score in SCORES]
+    wanted += [
+        (state, score, "scores", f"{score}.{state}") for state in entry.states for score in (*SCORES, *REWARDS)
+    ]
     found: dict[str, Any] = {}
     for state, score, part, key in wanted:
         if curve := _curve(rounds, part, key):

@@ -16,7 +16,7 @@ from flexperts.studies.statistics import Paired, adjust, paired_bootstrap
 
 Rows = Sequence[Mapping[str, Any]]
 Predictions = Mapping[str, Rows]
-_WEIGHTS = {"rouge_l": None, "nll": "tokens"}
+_WEIGHTS = {"rouge_l": None, "nll": "tokens", "reward_margin": None, "reward_accuracy": None}
 """Score -> the weight of its rows; None means equal weights."""
 
 
@@ -82,7 +82,8 @@ def _paired(ours: Predictions, theirs: Predictions, states: tuple[str, str], kin
 
 
 def _column(rows: Rows, state: str, kind: str) -> Any:
-    return np.array([row["scores"][state][kind] for row in rows], dtype=float)  # null is not-a-number
+    """Return one score of every row, ``[R]``; not-a-number where it is null, or the rows have no such score."""
+    return np.array([row["scores"][state].get(kind) for row in rows], dtype=float)
 
 
 def row_texts(predictions: Predictions) -> tuple[tuple[str, ...], ...]:

@@ -33,7 +33,8 @@ def floors(entry: Finished, confidence: float, resamples: int) -> dict[str, Any]
     Returns:
         ``kept``: candidate -> how many clients keep it, over all seeds. ``against``: simple choice, or best -> the
         differences in NLL of what clients keep: ``mean`` over clients, share of clients ``harmed``, mean of the
-        ``worst`` tenth (rounded up), each with an interval. Against the best, the mean is the regret.
+        ``worst`` tenth (rounded up), each with an interval. Against the best, the mean is the regret. ``loss`` is
+        dpo where the differences are in DPO's loss instead.
     """
     seeds = [_records(entry, run) for run in entry.runs.values()]
     if not seeds or not all(seeds):
@@ -47,7 +48,8 @@ def floors(entry: Finished, confidence: float, resamples: int) -> dict[str, Any]
         if len(found) == len(paired):
             against[simple] = _tests(found, partial(_stream, entry.name, simple), settings)
     kept = Counter(record["chosen"] for records in seeds for record in records.values())
-    return {"kept": dict(sorted(kept.items())), "against": against}
+    dpo = {"loss": "dpo"} if any("dpo" in its["test"] for records in seeds for its in records.values()) else {}
+    return {"kept": dict(sorted(kept.items())), "against": against, **dpo}
 
 
 def _records(entry: Finished, run: Any) -> dict[str, Any]:
@@ -63,7 +65,7 @@ def _paired(records: _Records, simple: str) -> Paired | None:
     differences, weights = {}, {}
     for client, record in records.items():
         test = record["test"]
-        means = {name: nll for name, nll in test["nll"].items() if nll is not None}
+        means = {name: loss for name, loss in (test.get("dpo") or test["nll"]).items() if loss is not None}
         name = min(means, key=lambda each: means[each], default=simple) if simple == BEST else simple
         if name not in means or record["chosen"] not in means:
             return None

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest, trim_mean
 
-from flexperts.evaluation.scores import SCORES
+from flexperts.evaluation.scores import REWARDS, SCORES
 from flexperts.seeding import derive_seed
 from flexperts.studies.finished import Finished
 from flexperts.studies.statistics import Floats, worst_tenth
@@ -45,7 +45,7 @@ def over_silos(
     found: dict[str, dict[str, Any]] = {}
     for entry in finished:
         other = None if entry is reference or entry.clients != reference.clients else reference
-        by_kind = {kind: _measures(entry, other, kind, confidence, resamples) for kind in SCORES}
+        by_kind = {kind: _measures(entry, other, kind, confidence, resamples) for kind in (*SCORES, *REWARDS)}
         found[entry.name] = {kind: its for kind, its in by_kind.items() if its is not None}
     return found
 
@@ -77,7 +77,8 @@ def _scores(entry: Finished, kind: str, seeds: Sequence[int] | None = None) -> F
     wanted = list(entry.runs) if seeds is None else seeds
     by_seed = dict(zip(entry.runs, entry.summaries, strict=True))
     own = entry.states[-1]
-    return np.array([[by_seed[s]["clients"][c][kind][own] for c in entry.clients] for s in wanted], dtype=float)
+    clients = [[by_seed[s]["clients"][c] for c in entry.clients] for s in wanted]
+    return np.array([[its.get(kind, {}).get(own) for its in seed] for seed in clients], dtype=float)
 
 
 def _paired(entry: Finished, reference: Finished, kind: str) -> tuple[Floats, Floats] | None:

@@ -88,7 +88,7 @@ class TrainResult:
     """The result of local training.
 
     Args:
-        loss: Mean response NLL over the steps, nats per token.
+        loss: Mean of the objective over the steps: response NLL in nats per token, or DPO's loss in nats per row.
         steps: Optimizer steps done.
         rows: Rows in the client's train split: its weight in the average.
         tokens: Tokens processed, without padding.
@@ -163,7 +163,7 @@ def train_local(
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss)
-        tokens += (read := sum(len(row.input_ids) for row in rows))
+        tokens += (read := sum(len(form.input_ids) for row in rows for form in row.forms))
         on_step(loss, read)
     _check_weights(split, settings)
     if moments is not None:

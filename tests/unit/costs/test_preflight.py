@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
 from flexperts.costs import preflight
 from flexperts.costs.activations import Activations, Lengths, row_lengths
 from flexperts.costs.preflight import PROCESS, Estimator, check_fits, with_workers_that_fit
-from flexperts.data.clients import load_clients
 from flexperts.errors import ModelError
 from flexperts.moe.quantized import quantized_bytes
 from flexperts.recipe import parse_recipe
@@ -101,7 +101,7 @@ def test_the_longest_row_is_measured(byte_base: Path, tmp_path: Path) -> None:
         (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
     files = f'{{train = "{tmp_path}/train.jsonl", test = "{tmp_path}/test.jsonl"}}'
     config = parse_recipe(f'model.base = "{byte_base}"\ndata.clients.one = {files}')
-    lengths = row_lengths(config, load_clients(config.data, config.seed))
+    lengths = row_lengths(workspace := Workspace(config), workspace.clients)
     assert lengths.response == 5  # four letters and the end
     assert lengths.row == len("<|user|>bb3\n<|assistant|>") + 5
 

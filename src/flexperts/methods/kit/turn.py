@@ -98,7 +98,7 @@ class Turn:
         settings: The round's local settings.
         stream: Random stream of the round's batches.
         on_step: Called with every step's loss and tokens.
-        objective: The loss; language modelling on responses, except in tests.
+        objective: The loss; language modelling on responses, or the run's other objective.
         moments: AdamW's moments of the personal parameters by ``<moment>.<parameter>``, kept on this client between
             rounds; None if every round starts without any.
         derived: Tensors computed in training and sent with the shared parameters; names start with ``derived.``.
