@@ -66,7 +66,7 @@ def silo_rows(silo: str, count: int = 10) -> list[dict[str, str]]:
 
 
 @pytest.fixture
-def work(tmp_path: Path, tiny_base: Path) -> Path:
+def work(tmp_path: Path, byte_base: Path) -> Path:
     """A recipe of two silos with other headers and formats."""
     with (tmp_path / "clinic.csv").open("w", newline="") as file:
         table = csv.writer(file)
@@ -75,7 +75,7 @@ def work(tmp_path: Path, tiny_base: Path) -> Path:
             table.writerow([row["instruction"], row["context"], row["response"], number])
     lines = [json.dumps({k: v for k, v in row.items() if k != "passage"}) for row in silo_rows("help_desk")]
     (tmp_path / "help_desk.jsonl").write_text("\n".join(lines) + "\n")
-    (tmp_path / "recipe.toml").write_text(HEAD.format(base=tiny_base) + CLIENTS)
+    (tmp_path / "recipe.toml").write_text(HEAD.format(base=byte_base) + CLIENTS)
     return tmp_path
 
 

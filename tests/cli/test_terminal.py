@@ -218,7 +218,7 @@ def test_a_refusal_in_another_encoding(variables: dict[str, str]) -> None:
     code, printed, said = start("run", "北京.toml", **variables)
     assert (code, printed) == (2, b"")
     ships = ", ".join(shipped_recipes())
-    there = f"give a TOML file, or the name of a recipe that ships: {ships}"
+    there = f"give a TOML or YAML file, or the name of a recipe that ships: {ships}"
     assert said == f"error: \\u5317\\u4eac.toml: there is no such recipe; {there}\n".encode()
 
 

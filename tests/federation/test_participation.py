@@ -43,7 +43,7 @@ def drawn(
     found = []
     for number in range(count):
         state.round = number
-        found.append(strategy._participants(number))
+        found.append(strategy._participants(number + 1))
     return found
 
 

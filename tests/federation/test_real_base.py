@@ -49,7 +49,7 @@ def test_two_runs_are_bit_identical_and_leave_the_base_alone(
     config = load_recipe(RECIPE, SMALL)
     resident = Workspace(config)
     before = {name: tensor.clone() for name, tensor in resident.base.model.state_dict().items()}
-    monkeypatch.setattr("flexperts.engines.run.Workspace", lambda config: resident)
+    monkeypatch.setattr("flexperts.engines.run.Workspace", lambda config, given: resident)
     for name in ("a", "b"):
         summary = run_federation(config, tmp_path / name)
         assert summary["bytes"]["personal_sent"] == 0

@@ -125,7 +125,7 @@ def test_the_base_is_bit_identical_after_a_run(
     config = recipe("method.reference=local", "training.gradient_checkpointing=true")
     resident = Workspace(config)
     before = {name: tensor.clone() for name, tensor in resident.base.model.state_dict().items()}
-    monkeypatch.setattr("flexperts.engines.run.Workspace", lambda config: resident)
+    monkeypatch.setattr("flexperts.engines.run.Workspace", lambda config, given: resident)
     run_federation(config, tmp_path / "run")
     after = resident.base.model.state_dict()
     assert after.keys() == before.keys()

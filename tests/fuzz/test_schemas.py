@@ -43,6 +43,8 @@ TEXTS: list[type[Fields]] = [
     schema.InitialQuery,
     schema.TrainRequest,
     schema.EvaluateRequest,
+    schema.KeysQuery,
+    schema.KeysFields,
 ]
 """Schemas of texts and whole numbers: what is in a ConfigRecord."""
 NUMBERED: list[type[Fields]] = [
@@ -188,6 +190,7 @@ KINDS = {
     "query.initial": schema.InitialQuery,
     "train": schema.TrainRequest,
     "evaluate": schema.EvaluateRequest,
+    "query.keys": schema.KeysQuery,
 }
 
 

@@ -186,7 +186,7 @@ def test_bad_overrides(override: str, said: str) -> None:
     rank=st.one_of(st.just("full"), st.integers(1, 99)),
     text=st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1),
     steps=st.none() | st.integers(1, 99),
-    clients=st.dictionaries(st.text(min_size=1), st.text(), min_size=1, max_size=3),
+    clients=st.dictionaries(st.text(min_size=1), st.text(min_size=1), min_size=1, max_size=3),
 )
 def test_toml_round_trip_is_the_same_config(
     seed: int,

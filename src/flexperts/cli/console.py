@@ -9,9 +9,9 @@ from io import TextIOWrapper
 from rich.console import Console
 
 
-def console(*, stderr: bool = False) -> Console:
+def console(*, stderr: bool = False, quiet: bool = False) -> Console:
     """Return a console that prints markup and emoji codes as plain text: paths, names and answers hold anything."""
-    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    return Console(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False)
 
 
 def take_names_as_utf8() -> None:

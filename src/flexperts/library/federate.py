@@ -8,9 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from flexperts.artifacts import RunDirectory
+from flexperts.cli.console import console
 from flexperts.cli.display import RunDisplay
 from flexperts.cli.preflight import check_memory
 from flexperts.client.workspace import Workspace
@@ -79,7 +78,7 @@ def federate(
         )
     with ExitStack() as stack:
         display = stack.enter_context(RunDisplay()) if progress else None
-        config = check_memory(config, given, console=None if progress else Console(quiet=True))
+        config = check_memory(config, given, console=console(quiet=not progress))
         observers = Observers(*([display] if display else []), *callbacks)
         workspace = Workspace(config, given=given)
         summary = run_federation(config, path, observers, resume=resume, workspace=workspace, keep_rows=keep_rows)

@@ -152,16 +152,20 @@ class MaskedRounds:
         noise = tally.numbers.noise * (size**0.5 + _NOISE) * clients**0.5 / tally.weight
         if not norm <= privacy.clip * (1 + _SLACK) + rounding + noise:
             raise SpoiltError(
-                f"the mean of the updates of {', '.join(tally.survivors)} has an L2 norm of {norm:.4g}",
-                f"updates are clipped to privacy.clip = {privacy.clip:g}; one of these silos has sent something "
-                "else, and no one can see which",
-                "look at the silos' logs, and leave out one that you do not trust",
+                FederationError(
+                    f"the mean of the updates of {', '.join(tally.survivors)} has an L2 norm of {norm:.4g}",
+                    f"updates are clipped to privacy.clip = {privacy.clip:g}; one of these silos has sent something "
+                    "else, and no one can see which",
+                    "look at the silos' logs, and leave out one that you do not trust",
+                )
             )
         if not norm <= most * size**0.5 + noise:
             raise SpoiltError(
-                f"the mean of the updates: root mean square {norm / size**0.5:.3g}",
-                f"it must be at most federation.max_update_rms = {most:g}",
-                "lower training.lr, or privacy.clip",
+                FederationError(
+                    f"the mean of the updates: root mean square {norm / size**0.5:.3g}",
+                    f"it must be at most federation.max_update_rms = {most:g}",
+                    "lower training.lr, or privacy.clip",
+                )
             )
 
     def _session(self, rows: _Rows, number: int, log: RoundLog) -> Tally:

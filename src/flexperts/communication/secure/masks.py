@@ -48,8 +48,8 @@ def fingerprint(identity: str) -> str:
     return " ".join(identity[at : at + 4] for at in range(0, 32, 4))
 
 
-class SpoiltError(FederationError):
-    """A sum that cannot be used, and cannot be made again either."""
+class SpoiltError(Exception):
+    """A sum that cannot be used, and cannot be made again either: the round changes nothing, and the run goes on."""
 
 
 def too_few(found: int, least: int) -> FederationError:

@@ -243,10 +243,12 @@ class Tally:
         secret, wrong = ciphers.secret_among(shares, self.terms.threshold, is_right)
         if secret is None:
             raise SpoiltError(
-                f"secure aggregation: the shares of {name}",
-                f"they do not give its secret: {name} has dealt wrong ones, or one of "
-                f"{_listed(given)} has sent one",
-                "look at these silos' logs, and leave out one that you do not trust",
+                FederationError(
+                    f"secure aggregation: the shares of {name}",
+                    f"they do not give its secret: {name} has dealt wrong ones, or one of "
+                    f"{_listed(given)} has sent one",
+                    "look at these silos' logs, and leave out one that you do not trust",
+                )
             )
         for peer in (peer for peer, number in numbers.items() if number in wrong):
             faults.setdefault(peer, f"it has sent a wrong share of {name}, or got one from it")
