@@ -35,7 +35,7 @@ def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
     path, shipped = Path(path), shipped_recipes()
     if str(path) in shipped and not path.is_file():
         path = shipped[str(path)]
-    there = f"give a TOML file, or a YAML file, or the name of a recipe that ships: {', '.join(shipped)}"
+    there = f"give a TOML or YAML file, or the name of a recipe that ships: {', '.join(shipped)}"
     return parse_recipe(_text(path, "recipe", there), overrides, folder=path.parent, where=str(path))
 
 

@@ -371,7 +371,7 @@ def test_a_shipped_recipe_is_found_by_its_name(tmp_path: Path, monkeypatch: pyte
     Path("quickstart").write_text("[data.silos]\ntrain_rows = 5\n")  # a file of one's own goes first
     assert load_recipe("quickstart").data.silos.train_rows == 5
     for missing in ("none", "folder/large", "large.toml"):
-        with pytest.raises(ConfigError, match=r"no such recipe; give a TOML file, or .* quickstart"):
+        with pytest.raises(ConfigError, match=r"no such recipe; give a TOML or YAML file, or .* quickstart"):
             load_recipe(missing)
 
 

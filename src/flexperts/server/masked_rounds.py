@@ -154,8 +154,8 @@ class MaskedRounds:
             raise SpoiltError(
                 FederationError(
                     f"the mean of the updates of {', '.join(tally.survivors)} has an L2 norm of {norm:.4g}",
-                    f"updates are clipped to privacy.clip = {privacy.clip:g}; one of these silos has sent something "
-                    "else, and no one can see which",
+                    f"updates are clipped to privacy.clip = {privacy.clip:g}; one of these silos has sent "
+                    "something else, and no one can see which",
                     "look at the silos' logs, and leave out one that you do not trust",
                 )
             )

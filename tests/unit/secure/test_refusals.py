@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flexperts.communication.secure import ciphers
-from flexperts.communication.secure.masks import fingerprint
+from flexperts.communication.secure.masks import SpoiltError, fingerprint
 from flexperts.communication.secure.messages import (
     Advertised,
     Card,
@@ -265,7 +265,7 @@ def test_wrong_shares_end_the_round_by_name_where_no_others_are_left(kind: str) 
         if name == "s01":
             sent = with_(sent, **{kind: {n: wrong(s) if n == of else s for n, s in getattr(sent, kind).items()}})
         one.tally.reveal(name, sent)
-    with pytest.raises(FederationError, match=rf"the shares of {of}: .* or one of s00, s01, s02 has sent one"):
+    with pytest.raises(SpoiltError, match=rf"the shares of {of}: .* or one of s00, s01, s02 has sent one"):
         one.tally.total()
 
 

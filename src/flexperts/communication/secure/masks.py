@@ -49,7 +49,7 @@ def fingerprint(identity: str) -> str:
 
 
 class SpoiltError(Exception):
-    """A sum that cannot be used, and cannot be made again either: the round changes nothing, and the run goes on."""
+    """A sum that cannot be used or made again: the round changes nothing, and the run goes on."""
 
 
 def too_few(found: int, least: int) -> FederationError:

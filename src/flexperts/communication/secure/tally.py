@@ -30,6 +30,7 @@ from flexperts.communication.secure.messages import (
     Told,
     Unmask,
 )
+from flexperts.errors import FederationError
 
 
 class Session(Message):
