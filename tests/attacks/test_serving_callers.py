@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from flexperts.errors import ConfigError
-from flexperts.serving.contract import Message, Sampling
+from flexperts.serving.contract import Message, ModelName, Sampling
 from flexperts.serving.engine.decoding import check_sampling
 from flexperts.serving.http import door
 from flexperts.serving.http.settings import Address, Limits
@@ -184,10 +184,10 @@ class SlowTokenizer(ScriptedEngine):
 
     alone, may = threading.Lock(), threading.Event()
 
-    def prompt_tokens(self, messages: Sequence[Message]) -> list[int]:
+    def prompt_tokens(self, messages: Sequence[Message], model: ModelName | None = None) -> list[int]:
         with self.alone:
             self.may.wait()
-            return super().prompt_tokens(messages)
+            return super().prompt_tokens(messages, model)
 
 
 def test_tokenizing_is_fair_between_keys_and_off_the_event_loop() -> None:
