@@ -95,9 +95,9 @@ def test_a_base_computes_with_the_values_of_its_codes(family: str, scheme: str, 
 
 
 @SCHEMES
-def test_the_table_counts_bytes(scheme: Scheme, tiny_base: Path) -> None:
+def test_the_table_counts_bytes(scheme: Scheme, byte_base: Path) -> None:
     experts = LAYERS * N * 3 * D * I
-    base = load(tiny_base, scheme, "bfloat16").model
+    base = load(byte_base, scheme, "bfloat16").model
     rows = {row.part: row for row in storage(base)}
     assert rows["routed experts"].types == (scheme,)
     assert rows["routed experts"].before == 2 * experts
