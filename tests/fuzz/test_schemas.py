@@ -175,7 +175,7 @@ class Silent:
     name = "bank"
     config = SimpleNamespace(federation=SimpleNamespace(rounds=3))
     method = SimpleNamespace(extra_rounds=lambda rounds: 1)
-
+    last_round = 4
     observer = Observer()
 
     def __getattr__(self, name: str) -> Any:
@@ -190,7 +190,6 @@ KINDS = {
     "query.initial": schema.InitialQuery,
     "train": schema.TrainRequest,
     "evaluate": schema.EvaluateRequest,
-    "query.keys": schema.KeysQuery,
 }
 
 
