@@ -74,7 +74,8 @@ OVERHEAD = {
     ],
     "ROUGE-L": ["flexperts.evaluation.scores:rouge_l"],
     "display": [
-        f"flexperts.cli.display:RunDisplay.{name}" for name in ("stage", "turn", "turn_ended", "round", "result")
+        f"flexperts.terminal.display:RunDisplay.{name}"
+        for name in ("stage", "turn", "turn_ended", "round", "result")
     ],
     "Flower's apps": ["flexperts.engines.grid:InProcessGrid._deliver"],
 }

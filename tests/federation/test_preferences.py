@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from flexperts.artifacts import RunDirectory
-from flexperts.cli.display import floor_table, score_table
 from flexperts.client.floor import choose
 from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
@@ -25,6 +24,7 @@ from flexperts.recipe import parse_recipe
 from flexperts.reports.tables import tables
 from flexperts.studies.collect import collect
 from flexperts.studies.finished import Finished
+from flexperts.terminal.display import floor_table, score_table
 from flexperts.testing import tiny_model
 
 REWARDS = ("reward_margin", "reward_accuracy")

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flexperts.cli.console import console
 from flexperts.client.answer_limit import answer_limit, check_limit
 from flexperts.client.floor import check_floor
 from flexperts.client.workspace import Workspace
@@ -32,6 +31,7 @@ from flexperts.finished.beyond import check_beyond
 from flexperts.finished.trained import with_rows_of
 from flexperts.observer import Observer, Once, observing
 from flexperts.recipe import client_files, holds_silo, load_recipe, load_silo, located, parse_recipe
+from flexperts.terminal.console import console
 
 Kind = Literal["recipe", "silo", "file"]
 _EXAMPLES = 4

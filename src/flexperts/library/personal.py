@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from flexperts.cli.console import console
 from flexperts.config.names import normal
 from flexperts.data.prompts import PromptEncoder
 from flexperts.errors import ArtifactError, ConfigError, DataError, PrivacyError, one_line
 from flexperts.evaluation.generation import Answer
 from flexperts.library.homes import FolderHome, Home, written
+from flexperts.terminal.console import console
 
 Prompt = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 """An instruction, a row with ``instruction`` and maybe ``context``, or the turns of a conversation."""
