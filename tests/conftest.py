@@ -45,11 +45,18 @@ def byte_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def silos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a sub-folder per silo, to be read only: 8 train rows and 4 test rows each."""
+    folder = tmp_path_factory.mktemp("silos")
+    write_silos(folder, 0, 8, 4)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory, silos: Path) -> Path:
     """The same with tokens for the words of the silos' rows: a quarter of the tokens, and half of a run's time."""
     folder, size = tmp_path_factory.mktemp("base"), 1024
-    write_silos(folder / "silos", 0, 8, 4)
-    files = sorted(folder.glob("silos/*/*.jsonl"))
+    files = sorted(silos.glob("*/*.jsonl"))
     texts = ["<|user|> <|assistant|>", *(file.read_text(encoding="utf-8") for file in files)]
     of_bytes = byte_tokenizer()
     learnt = of_bytes.train_new_from_iterator(texts, size, show_progress=False)
@@ -81,15 +88,18 @@ def sandbox() -> None:
 
 
 @pytest.fixture(scope="session")
-def recipe(tiny_base: Path) -> Callable[..., RunConfig]:
+def tiny_model(tiny_base: Path) -> str:
+    """A recipe's section with the tiny base."""
+    return f'[model]\nbase = "{tiny_base}"\ndtype = "float32"\nprecision = "fp32"\n'
+
+
+@pytest.fixture(scope="session")
+def recipe(tiny_model: str) -> Callable[..., RunConfig]:
     """Return a function that makes a recipe of a few seconds on the tiny base, with overrides on top."""
 
     def make(*overrides: str) -> RunConfig:
         text = f"""
-            [model]
-            base = "{tiny_base}"
-            dtype = "float32"
-            precision = "fp32"
+            {tiny_model}
             [data.silos]
             train_rows = 8
             test_rows = 4
@@ -134,18 +144,14 @@ def exports_checked_here(
 ) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
     """Check exports in this process, not in fresh ones; return each one's code, tokens, and the run's logits."""
     from flexperts.export import exporting
-    from flexperts.export.content import logits_of
-    from flexperts.export.verification import LogitDifference
+
+    from .checked_here import verify
 
     seen: list[tuple[str, torch.Tensor, torch.Tensor]] = []
 
-    def check(
-        code: str, tokens: torch.Tensor, reference: torch.Tensor, dtype: torch.dtype, *, without: str
-    ) -> LogitDifference:
-        names: dict[str, Any] = {}
-        exec(code, names)
+    def check(code: str, tokens: torch.Tensor, reference: torch.Tensor, *others: Any, without: str) -> Any:
         seen.append((code, tokens, reference))
-        return LogitDifference.between(logits_of(names["model"].eval(), tokens), reference)
+        return verify(code, tokens, reference, *others, without=without)
 
     monkeypatch.setattr(exporting, "verify", check)
     return seen

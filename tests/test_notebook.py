@@ -15,6 +15,14 @@ OUT = "runs/notebook"
 ROUNDS, TRAIN_ROWS, TEST_ROWS = 2, 4, 4
 MODEL = {{"dtype": "float32", "precision": "fp32"}}
 """
+CHECKED_HERE = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import checked_here
+from flexperts.export import exporting
+exporting.verify = checked_here.verify
+"""
+"""The kernel checks the exported folder; tests/export has the check in a fresh process."""
 
 
 def outputs(notebook: Any, kind: str) -> list[Any]:
@@ -38,7 +46,7 @@ def test_the_notebook_runs_and_draws_its_results(
     [parameters] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
     names = [line.partition("=")[0] for line in parameters.source.splitlines()]
     assert names == [line.partition("=")[0] for line in SMALL.split("\n")[1:-1]]
-    parameters.source = SMALL.format(base=str(tiny_base))
+    parameters.source = SMALL.format(base=str(tiny_base)) + CHECKED_HERE
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
 
     [picture] = outputs(notebook, "image/png")

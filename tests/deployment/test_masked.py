@@ -13,7 +13,6 @@ import pytest
 from flexperts.client.client import Client
 from flexperts.communication.secure.fixed_point import FixedPoint
 from flexperts.config.data import DataConfig
-from flexperts.data.silos.generate import write_silos
 from flexperts.engines.run import run_federation
 from flexperts.recipe import load_recipe
 from flexperts.server.checkpoint import load_server
@@ -28,11 +27,9 @@ CLIP = 100.0
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def four(silos: Path) -> dict[str, Path]:
     """Silo -> folder with its train and test rows."""
-    folder = tmp_path_factory.mktemp("rows")
-    write_silos(folder, 0, 8, 4)
-    return {name: folder / name for name in SILOS}
+    return {name: silos / name for name in SILOS}
 
 
 def masked(deployed: Callable[..., Path], rounds: int, **given: Any) -> Path:

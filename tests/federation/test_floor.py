@@ -61,13 +61,10 @@ def silos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def make(tiny_base: Path, silos: Path) -> Callable[..., RunConfig]:
+def make(tiny_model: str, silos: Path) -> Callable[..., RunConfig]:
     def made(*overrides: str) -> RunConfig:
         text = f"""
-            [model]
-            base = "{tiny_base}"
-            dtype = "float32"
-            precision = "fp32"
+            {tiny_model}
             [data]
             folder = "{silos}"
             validation_rows = 8

@@ -48,13 +48,10 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def preferring(tiny_base: Path, rows: Path) -> Callable[..., RunConfig]:
+def preferring(tiny_model: str, rows: Path) -> Callable[..., RunConfig]:
     def make(*overrides: str) -> RunConfig:
         text = f"""
-            [model]
-            base = "{tiny_base}"
-            dtype = "float32"
-            precision = "fp32"
+            {tiny_model}
             [data]
             folder = "{rows}"
             leave_out = ["north"]
