@@ -109,7 +109,6 @@ def _run(config: RunConfig, out: Path, resume: bool, track: Sequence[str], again
     with RunDisplay() as display:
         from flexperts.engines.run import run_federation  # seconds
 
-        check_memory(config)
         with Tracking(track, config, out) as tracking:
             summary = run_federation(config, out, Observers(display, tracking), resume=resume)
     display.result(summary, out)
