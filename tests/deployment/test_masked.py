@@ -39,14 +39,6 @@ def masked(deployed: Callable[..., Path], rounds: int, **given: Any) -> Path:
     return recipe
 
 
-def everything(cluster: Cluster) -> None:
-    cluster.start_superlink()
-    if cluster.tls:
-        cluster.register()
-    for silo in SILOS:
-        cluster.start_silo(silo)
-
-
 def test_a_recording_proxy_finds_no_update(
     tmp_path: Path, tiny_base: Path, four: dict[str, Path], deployed: Callable[..., Path], monkeypatch: Any
 ) -> None:
@@ -68,7 +60,7 @@ def test_a_recording_proxy_finds_no_update(
     with Cluster(tmp_path / "cluster", four, tiny_base, tls=False) as cluster:
         proxy = RecordingProxy(cluster.port)
         cluster.through = proxy.port
-        everything(cluster)
+        cluster.start_everything()
         assert cluster.submit(recipe, "seen").wait(300) == 0
         streams = proxy.streams()
         shared, alone = (
@@ -94,7 +86,7 @@ def test_a_silo_is_killed_while_it_trains_and_the_others_sum_is_made(
     recipe = masked(deployed, 3, deadline=60)
     (tmp_path / "cluster").mkdir()
     with Cluster(tmp_path / "cluster", four, tiny_base) as cluster:
-        everything(cluster)
+        cluster.start_everything()
         run = cluster.submit(recipe, "masks")
         wait_until(lambda: len(cluster.rounds("masks")) >= 1, "round 1")
         cluster.kill("worker-law_firm")
