@@ -46,7 +46,11 @@ def test_the_notebook_runs_and_draws_its_results(
     [parameters] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
     names = [line.partition("=")[0] for line in parameters.source.splitlines()]
     assert names == [line.partition("=")[0] for line in SMALL.split("\n")[1:-1]]
-    parameters.source = SMALL.format(base=str(tiny_base)) + CHECKED_HERE
+    parameters.source = SMALL.format(base=str(tiny_base))
+    [saving] = [
+        cell for cell in notebook.cells if "model.save_pretrained(" in cell.source and cell.cell_type == "code"
+    ]
+    saving.source = CHECKED_HERE + saving.source
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
 
     [picture] = outputs(notebook, "image/png")
