@@ -46,7 +46,7 @@ def byte_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def silos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a sub-folder per silo, to be read only: 8 train rows and 4 test rows each."""
+    """A folder with a sub-folder per silo, of 8 train and 4 test rows each; tests only read it."""
     folder = tmp_path_factory.mktemp("silos")
     write_silos(folder, 0, 8, 4)
     return folder
