@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from flexperts.config.run import RunConfig
 from flexperts.data.silos.generate import write_silos
 from flexperts.methods import registry
 from flexperts.recipe import parse_recipe
+from flexperts.terminal import live
 from flexperts.testing import byte_tokenizer, save_tiny_base
 
 # Tiny matrices gain nothing from threads, and tests that run side by side would wait for each other's.
@@ -35,6 +37,14 @@ def _no_wait_for_the_disk() -> Iterator[None]:
     """A run waits for the disk at every file that it writes; what tests write need not outlive a power failure."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_line_while_starting() -> Iterator[None]:
+    """On a busy machine a command may take so long that it says on stderr that it is still starting."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(live, "_FIRST", math.inf)
         yield
 
 
