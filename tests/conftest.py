@@ -63,10 +63,11 @@ def silos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory: pytest.TempPathFactory, silos: Path) -> Path:
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with tokens for the words of the silos' rows: a quarter of the tokens, and half of a run's time."""
     folder, size = tmp_path_factory.mktemp("base"), 1024
-    files = sorted(silos.glob("*/*.jsonl"))
+    write_silos(folder / "silos", 0, 8, 4)
+    files = sorted(folder.glob("silos/*/*.jsonl"))
     texts = ["<|user|> <|assistant|>", *(file.read_text(encoding="utf-8") for file in files)]
     of_bytes = byte_tokenizer()
     learnt = of_bytes.train_new_from_iterator(texts, size, show_progress=False)
