@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from flexperts.config.run import RunConfig
 from flexperts.data.silos.generate import write_silos
 from flexperts.methods import registry
 from flexperts.recipe import parse_recipe
+from flexperts.terminal import live
 from flexperts.testing import byte_tokenizer, save_tiny_base
 
 # Tiny matrices gain nothing from threads, and tests that run side by side would wait for each other's.
@@ -38,10 +40,26 @@ def _no_wait_for_the_disk() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_line_while_starting() -> Iterator[None]:
+    """On a busy machine a command may take so long that it says on stderr that it is still starting."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(live, "_FIRST", math.inf)
+        yield
+
+
 @pytest.fixture(scope="session")
 def byte_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved tiny qwen2_moe with a byte tokenizer and a chat template."""
     return save_tiny_base(tmp_path_factory.mktemp("base") / "bytes", max_position_embeddings=1024)
+
+
+@pytest.fixture(scope="session")
+def silos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a sub-folder per silo, of 8 train and 4 test rows each; tests only read it."""
+    folder = tmp_path_factory.mktemp("silos")
+    write_silos(folder, 0, 8, 4)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -81,15 +99,18 @@ def sandbox() -> None:
 
 
 @pytest.fixture(scope="session")
-def recipe(tiny_base: Path) -> Callable[..., RunConfig]:
+def tiny_model(tiny_base: Path) -> str:
+    """A recipe's section with the tiny base."""
+    return f'[model]\nbase = "{tiny_base}"\ndtype = "float32"\nprecision = "fp32"\n'
+
+
+@pytest.fixture(scope="session")
+def recipe(tiny_model: str) -> Callable[..., RunConfig]:
     """Return a function that makes a recipe of a few seconds on the tiny base, with overrides on top."""
 
     def make(*overrides: str) -> RunConfig:
         text = f"""
-            [model]
-            base = "{tiny_base}"
-            dtype = "float32"
-            precision = "fp32"
+            {tiny_model}
             [data.silos]
             train_rows = 8
             test_rows = 4
@@ -134,18 +155,14 @@ def exports_checked_here(
 ) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
     """Check exports in this process, not in fresh ones; return each one's code, tokens, and the run's logits."""
     from flexperts.export import exporting
-    from flexperts.export.content import logits_of
-    from flexperts.export.verification import LogitDifference
+
+    from .checked_here import verify
 
     seen: list[tuple[str, torch.Tensor, torch.Tensor]] = []
 
-    def check(
-        code: str, tokens: torch.Tensor, reference: torch.Tensor, dtype: torch.dtype, *, without: str
-    ) -> LogitDifference:
-        names: dict[str, Any] = {}
-        exec(code, names)
+    def check(code: str, tokens: torch.Tensor, reference: torch.Tensor, *others: Any, without: str) -> Any:
         seen.append((code, tokens, reference))
-        return LogitDifference.between(logits_of(names["model"].eval(), tokens), reference)
+        return verify(code, tokens, reference, *others, without=without)
 
     monkeypatch.setattr(exporting, "verify", check)
     return seen

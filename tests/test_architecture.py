@@ -29,8 +29,8 @@ LAYERS = [
     {"engines", "deployment", "serving", "costs"},
     {"export", "studies"},
     {"reports"},
-    {"cli"},
-    {"library"},
+    {"terminal"},
+    {"cli", "library"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 OUTSIDE = {"__init__", "__main__", "testing"}  # names things lazily, is the command, is for tests

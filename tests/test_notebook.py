@@ -15,6 +15,14 @@ OUT = "runs/notebook"
 ROUNDS, TRAIN_ROWS, TEST_ROWS = 2, 4, 4
 MODEL = {{"dtype": "float32", "precision": "fp32"}}
 """
+CHECKED_HERE = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import checked_here
+from flexperts.export import exporting
+exporting.verify = checked_here.verify
+"""
+"""The kernel checks the exported folder; tests/export has the check in a fresh process."""
 
 
 def outputs(notebook: Any, kind: str) -> list[Any]:
@@ -39,6 +47,10 @@ def test_the_notebook_runs_and_draws_its_results(
     names = [line.partition("=")[0] for line in parameters.source.splitlines()]
     assert names == [line.partition("=")[0] for line in SMALL.split("\n")[1:-1]]
     parameters.source = SMALL.format(base=str(tiny_base))
+    [saving] = [
+        cell for cell in notebook.cells if "model.save_pretrained(" in cell.source and cell.cell_type == "code"
+    ]
+    saving.source = CHECKED_HERE + saving.source
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
 
     [picture] = outputs(notebook, "image/png")

@@ -74,7 +74,8 @@ OVERHEAD = {
     ],
     "ROUGE-L": ["flexperts.evaluation.scores:rouge_l"],
     "display": [
-        f"flexperts.cli.display:RunDisplay.{name}" for name in ("stage", "turn", "turn_ended", "round", "result")
+        f"flexperts.terminal.display:RunDisplay.{name}"
+        for name in ("stage", "turn", "turn_ended", "round", "result")
     ],
     "Flower's apps": ["flexperts.engines.grid:InProcessGrid._deliver"],
 }
@@ -91,7 +92,8 @@ def run(clock: Clock, settings: Sequence[str], folder: Path) -> list[dict[str, f
     Returns:
         The clock's seconds at the start and at the end of each round, in turn.
     """
-    from flexperts.cli import display, main
+    from flexperts.cli import main
+    from flexperts.terminal import display
 
     marks: list[dict[str, float]] = []
 

@@ -12,7 +12,6 @@ from flwr.app import Error, Message
 from rich.console import Console
 
 from flexperts.artifacts import RunDirectory
-from flexperts.cli.display import RunDisplay
 from flexperts.communication.messages import records
 from flexperts.config.run import RunConfig
 from flexperts.deployment import server_app, worker
@@ -22,6 +21,7 @@ from flexperts.observer import Observers
 from flexperts.reports.html import html_report
 from flexperts.reports.markdown import markdown_report
 from flexperts.studies.collect import collect_run
+from flexperts.terminal.display import RunDisplay
 
 from ..federation.scripted_grid import (  # noqa: TID252
     FOUR,

@@ -30,10 +30,6 @@ from flexperts.testing import byte_tokenizer
 PROGRAM = Path(sys.executable).with_name("flexperts")
 CLIENTS = ["clinic", "help_desk", "law_firm", "shop"]
 RECIPE = """
-[model]
-base = "{base}"
-dtype = "float32"
-precision = "fp32"
 [training]
 max_length = 640
 lr = 0.05
@@ -84,10 +80,10 @@ def listing(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+def work(tmp_path_factory: pytest.TempPathFactory, tiny_model: str) -> Path:
     """A folder with a recipe in it."""
     folder = tmp_path_factory.mktemp("work")
-    (folder / "recipe.toml").write_text(RECIPE.format(base=tiny_base) + SILOS)
+    (folder / "recipe.toml").write_text(tiny_model + RECIPE + SILOS)
     return folder
 
 
@@ -222,14 +218,14 @@ def test_inspect_without_grafts(tiny_base: Path) -> None:
     assert "experts module" not in printed
 
 
-def test_made_silos_train_from_their_folder(tmp_path: Path, tiny_base: Path) -> None:
+def test_made_silos_train_from_their_folder(tmp_path: Path, tiny_model: str) -> None:
     code, printed, _ = call("data", "make-silos", tmp_path / "silos", "--train-rows", "8", "--test-rows", "4")
     assert code == 0
     assert sorted(printed.splitlines()) == sorted(
         str(tmp_path / "silos" / name) for name in listing(tmp_path / "silos")
     )
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text(RECIPE.format(base=tiny_base) + "[data]\nfolder = 'silos'\n[method]\nname = 'fedavg'\n")
+    recipe.write_text(tiny_model + RECIPE + "[data]\nfolder = 'silos'\n[method]\nname = 'fedavg'\n")
     code, printed, said = call("run", recipe, "--out", tmp_path / "out")
     assert (code, said) == (0, "")
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -238,7 +234,7 @@ def test_made_silos_train_from_their_folder(tmp_path: Path, tiny_base: Path) -> 
     )
 
 
-def test_what_surprises_in_the_rows_is_said_once(tmp_path: Path, tiny_base: Path) -> None:
+def test_what_surprises_in_the_rows_is_said_once(tmp_path: Path, tiny_model: str) -> None:
     for ward, ending in (("ward_a", "jsonl"), ("ward_c", "csv")):
         (tmp_path / "silos" / ward).mkdir(parents=True)
         rows = [
@@ -252,7 +248,7 @@ def test_what_surprises_in_the_rows_is_said_once(tmp_path: Path, tiny_base: Path
     (tmp_path / "silos" / "pool.csv").write_text("")
     recipe = tmp_path / "recipe.toml"
     data = "[data]\nfolder = 'silos'\non_bad_row = 'drop'\n[knowledge]\ngeneral = 'silos/ward_c/train.csv'\n"
-    recipe.write_text(RECIPE.format(base=tiny_base) + f"{data}[method]\nname = 'fedavg'\nreference = 'local'\n")
+    recipe.write_text(tiny_model + RECIPE + f"{data}[method]\nname = 'fedavg'\nreference = 'local'\n")
     code, printed, said = call("run", recipe, "--out", tmp_path / "out")
     assert (code, said) == (0, "")
     silos = tmp_path / "silos"
@@ -369,7 +365,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
 )
 def test_run_refuses_data(
     tmp_path: Path,
-    tiny_base: Path,
+    tiny_model: str,
     train: list[dict[str, str]] | None,
     test: list[dict[str, str]] | None,
     said: list[str],
@@ -380,7 +376,7 @@ def test_run_refuses_data(
     if test is not None:
         jsonl(tmp_path / "test.jsonl", *test)
         data += "test = 'test.jsonl'\n"
-    (tmp_path / "recipe.toml").write_text(RECIPE.format(base=tiny_base) + data)
+    (tmp_path / "recipe.toml").write_text(tiny_model + RECIPE + data)
     before = listing(tmp_path)
     refused(call("run", tmp_path / "recipe.toml", "--out", tmp_path / "out"), *said)
     assert listing(tmp_path) == before

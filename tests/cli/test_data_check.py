@@ -219,7 +219,8 @@ def decoded(engine: ServingEngine, tokens: list[int]) -> str:
 
 
 def test_a_run_starts_with_the_short_version_and_a_silo_joins_with_its_columns(work: Path) -> None:
-    code, printed, _ = call("run", work / "recipe.toml", "--out", work / "run")
+    short = ("--set", "evaluation.max_new_tokens=2")
+    code, printed, _ = call("run", work / "recipe.toml", "--out", work / "run", *short)
     assert code == 0
     assert re.search(r"tokens of a row: \d+ \(p50\), \d+ \(p95\), \d+ \(max\), of at most 640", printed)
     with (work / "ward.csv").open("w", newline="") as file:

@@ -56,6 +56,7 @@ def refused(*arguments: str) -> str:
     return str(error)
 
 
+@pytest.mark.usefixtures("exports_checked_here")
 def test_the_base_is_named_where_it_lies_now(moved: Path, tmp_path: Path) -> None:
     run, base = str(moved / "run"), ["--base", str(moved / "away" / "base")]
     asked = ["generate", run, "Say hi.", "--client", "clinic"]

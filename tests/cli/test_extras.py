@@ -67,15 +67,22 @@ NEEDED = {
     "ray": ("ray", '[engine]\nkind = "ray"\n'),
 }
 """Extra -> a module of it, and a setting that needs it."""
-FIRST = """
-import sys
-sys.modules[sys.argv.pop(1)] = None
+REFUSED = """
+import contextlib, io, json, sys
 from flexperts.cli.main import main
-try:
-    main()
-finally:
-    print(*sys.modules)
+found = []
+for module, *arguments in json.loads(sys.argv[1]):
+    sys.modules[module], sys.argv, said, code = None, ["flexperts", *arguments], io.StringIO(), None
+    try:
+        with contextlib.redirect_stderr(said):
+            main()
+    except SystemExit as ended:
+        code = ended.code
+    del sys.modules[module]
+    found.append([code, said.getvalue(), [*sys.modules]])
+print(json.dumps(found))
 """
+"""Runs commands, each without a module; prints exit codes, errors, and the modules that are loaded after each."""
 
 
 def needing(extra: str, folder: Path) -> Path:
@@ -85,14 +92,27 @@ def needing(extra: str, folder: Path) -> Path:
     return folder / "recipe.toml"
 
 
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[int, str, list[str]]]:
+    """Extra and command -> what the command did without the extra, all in one fresh process."""
+    cases = [(extra, command) for extra in NEEDED for command in ("run", "compare")]
+    asked = [
+        [NEEDED[extra][0], command, str(needing(extra, tmp_path_factory.mktemp(extra)))] for extra, command in cases
+    ]
+    words = [sys.executable, "-c", REFUSED, json.dumps(asked)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=tmp_path_factory.mktemp("cwd"))
+    return dict(zip(cases, map(tuple, json.loads(done.stdout)), strict=True))
+
+
 @pytest.mark.parametrize("command", ["run", "compare"])
 @pytest.mark.parametrize("extra", NEEDED)
-def test_a_setting_is_refused_before_anything_is_loaded(extra: str, command: str, tmp_path: Path) -> None:
-    words = [sys.executable, "-c", FIRST, NEEDED[extra][0], command, needing(extra, tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 2
-    assert f"run pip install 'flexperts[{extra}]'" in done.stderr
-    assert not {"torch", "transformers", "datasets"} & set(done.stdout.split())
+def test_a_setting_is_refused_before_anything_is_loaded(
+    extra: str, command: str, refusals: dict[tuple[str, str], tuple[int, str, list[str]]]
+) -> None:
+    code, said, loaded = refusals[extra, command]
+    assert code == 2
+    assert f"run pip install 'flexperts[{extra}]'" in said
+    assert not {"torch", "transformers", "datasets"} & set(loaded)
 
 
 @pytest.mark.parametrize("extra", NEEDED)

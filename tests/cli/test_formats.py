@@ -82,7 +82,7 @@ formats = pytest.mark.parametrize("name", FORMATS)
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> tuple[Path, RunConfig, list[str]]:
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_model: str) -> tuple[Path, RunConfig, list[str]]:
     """A finished run, its recipe and its notices."""
     folder = tmp_path_factory.mktemp("formats")
     for name, its in FORMATS.items():
@@ -92,10 +92,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> tuple[Path
             (folder / "rows" / name / f"{side}.jsonl").write_text(text)
     config = parse_recipe(
         f"""
-        [model]
-        base = "{tiny_base}"
-        dtype = "float32"
-        precision = "fp32"
+        {tiny_model}
         [data]
         folder = "{folder / "rows"}"
         [training]

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from flexperts.cli import live
-from flexperts.cli.display import RunDisplay
-from flexperts.cli.live import ProgressDisplay, showing_stages
 from flexperts.observer import TurnState, current_observer, libraries_drawing, observing
+from flexperts.terminal import live
+from flexperts.terminal.display import RunDisplay
+from flexperts.terminal.live import ProgressDisplay, showing_stages
 
 
 class Clock:

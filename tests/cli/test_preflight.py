@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
-from flexperts.cli import preflight
-from flexperts.cli.preflight import check_memory
 from flexperts.config.run import RunConfig
 from flexperts.errors import ModelError
+from flexperts.terminal import preflight
+from flexperts.terminal.preflight import check_memory
 
 
 @pytest.fixture

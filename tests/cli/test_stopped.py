@@ -160,7 +160,7 @@ def test_a_run_that_breaks_off_offers_what_is_kept(work: Path) -> None:
     """The disk is full when the first checkpoints are written; a refusal before that offers nothing."""
     code = (
         "import resource, sys\n"
-        "import flexperts.cli.display, flexperts.engines.run, flexperts.tracking\n"
+        "import flexperts.terminal.display, flexperts.engines.run, flexperts.tracking\n"
         "from flexperts.cli.main import main\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))\n"
         "main()\n"

@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from flexperts.cli.console import console
-from flexperts.cli.display import RunDisplay, score_table, split_table
 from flexperts.cli.main import main
 from flexperts.parameters.split import ParameterSplit
 from flexperts.recipe import shipped_recipes
+from flexperts.terminal.console import console
+from flexperts.terminal.display import RunDisplay, score_table, split_table
 
 SOURCE = Path(__file__).parents[2] / "src" / "flexperts"
 LIKE_MARKUP = [

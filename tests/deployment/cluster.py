@@ -69,6 +69,7 @@ class Cluster:
         self._connection()
         if tls:
             self._certificates()
+        self._silos = list(silos)
         for name, rows in silos.items():
             self._silo(name, rows, base)
 
@@ -118,6 +119,13 @@ class Cluster:
     def start_silo(self, silo: str) -> None:
         self.start_worker(silo)
         self.start_node(silo)
+
+    def start_everything(self) -> None:
+        self.start_superlink()
+        if self.tls:
+            self.register()
+        for silo in self._silos:
+            self.start_silo(silo)
 
     def kill(self, name: str) -> None:
         """Kill a process with all its children, without a chance to say goodbye."""

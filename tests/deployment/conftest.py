@@ -7,31 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from flexperts.data.silos.generate import write_silos
-
 SILOS = ("clinic", "law_firm")
 
 
 @pytest.fixture(scope="session")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def rows(silos: Path) -> dict[str, Path]:
     """Silo -> folder with its train and test rows."""
-    folder = tmp_path_factory.mktemp("rows")
-    write_silos(folder, 0, 8, 4)
-    return {name: folder / name for name in SILOS}
+    return {name: silos / name for name in SILOS}
 
 
 @pytest.fixture
-def deployed(tmp_path: Path, tiny_base: Path) -> Callable[..., Path]:
+def deployed(tmp_path: Path, tiny_model: str) -> Callable[..., Path]:
     """Return a function that writes a deployed run's recipe."""
 
     def write(rounds: int, deadline: float = 100, method: str = "flex") -> Path:
         path = tmp_path / "recipe.toml"
         path.write_text(
             f"""
-            [model]
-            base = "{tiny_base}"
-            dtype = "float32"
-            precision = "fp32"
+            {tiny_model}
             [data]
             at_silos = true
             [method]

@@ -25,14 +25,6 @@ Deployed = Callable[..., Path]
 SILOS = ("clinic", "law_firm")
 
 
-def everything(cluster: Cluster) -> None:
-    cluster.start_superlink()
-    if cluster.tls:
-        cluster.register()
-    for silo in SILOS:
-        cluster.start_silo(silo)
-
-
 def state(cluster: Cluster, silo: str) -> Path:
     (found,) = (cluster.folder / silo / "state" / "runs").glob(f"*/personal/{silo}.safetensors")
     return found
@@ -48,7 +40,7 @@ def test_two_rounds_over_tls_are_those_of_one_process(
     recipe = deployed(2)
     (tmp_path / "cluster").mkdir()
     with Cluster(tmp_path / "cluster", rows, tiny_base) as cluster:
-        everything(cluster)
+        cluster.start_everything()
         run = cluster.submit(recipe, "tls")
         assert run.wait(300) == 0
         assert len(cluster.rounds("tls")) == 2
@@ -75,7 +67,7 @@ def test_a_silo_and_then_the_superlink_are_killed_and_the_run_ends_well(
     recipe = deployed(4, deadline=60)
     (tmp_path / "cluster").mkdir()
     with Cluster(tmp_path / "cluster", rows, tiny_base) as cluster:
-        everything(cluster)
+        cluster.start_everything()
         cluster.submit(recipe, "storm")
         wait_until(lambda: len(cluster.rounds("storm")) >= 1, "round 1")
         graft = load_personal(state(cluster, "law_firm"))[1].choice
@@ -112,7 +104,7 @@ def test_nothing_personal_and_no_text_crosses_the_network(
     with Cluster(tmp_path / "cluster", rows, tiny_base, tls=False) as cluster:
         proxy = RecordingProxy(cluster.port)
         cluster.through = proxy.port
-        everything(cluster)
+        cluster.start_everything()
         assert cluster.submit(deployed(2), "seen").wait(300) == 0
         streams = proxy.streams()
         shared = load_server(cluster.runs / "seen" / "checkpoint.safetensors").shared.vector

@@ -13,7 +13,6 @@ import pytest
 from flexperts.client.client import Client
 from flexperts.communication.secure.fixed_point import FixedPoint
 from flexperts.config.data import DataConfig
-from flexperts.data.silos.generate import write_silos
 from flexperts.engines.run import run_federation
 from flexperts.recipe import load_recipe
 from flexperts.server.checkpoint import load_server
@@ -28,11 +27,9 @@ CLIP = 100.0
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def four(silos: Path) -> dict[str, Path]:
     """Silo -> folder with its train and test rows."""
-    folder = tmp_path_factory.mktemp("rows")
-    write_silos(folder, 0, 8, 4)
-    return {name: folder / name for name in SILOS}
+    return {name: silos / name for name in SILOS}
 
 
 def masked(deployed: Callable[..., Path], rounds: int, **given: Any) -> Path:
@@ -40,14 +37,6 @@ def masked(deployed: Callable[..., Path], rounds: int, **given: Any) -> Path:
     text = recipe.read_text().replace("min_clients = 2", 'min_clients = 4\nmax_norm_ratio = "off"')
     recipe.write_text(f'{text}\n[privacy]\naggregation = "secure"\nclip = {CLIP}\n')
     return recipe
-
-
-def everything(cluster: Cluster) -> None:
-    cluster.start_superlink()
-    if cluster.tls:
-        cluster.register()
-    for silo in SILOS:
-        cluster.start_silo(silo)
 
 
 def test_a_recording_proxy_finds_no_update(
@@ -71,7 +60,7 @@ def test_a_recording_proxy_finds_no_update(
     with Cluster(tmp_path / "cluster", four, tiny_base, tls=False) as cluster:
         proxy = RecordingProxy(cluster.port)
         cluster.through = proxy.port
-        everything(cluster)
+        cluster.start_everything()
         assert cluster.submit(recipe, "seen").wait(300) == 0
         streams = proxy.streams()
         shared, alone = (
@@ -97,7 +86,7 @@ def test_a_silo_is_killed_while_it_trains_and_the_others_sum_is_made(
     recipe = masked(deployed, 3, deadline=60)
     (tmp_path / "cluster").mkdir()
     with Cluster(tmp_path / "cluster", four, tiny_base) as cluster:
-        everything(cluster)
+        cluster.start_everything()
         run = cluster.submit(recipe, "masks")
         wait_until(lambda: len(cluster.rounds("masks")) >= 1, "round 1")
         cluster.kill("worker-law_firm")

@@ -9,21 +9,12 @@ import pytest
 
 from flexperts.config.run import RunConfig
 from flexperts.config.silo import SiloConfig
-from flexperts.data.silos.generate import write_silos
 from flexperts.deployment.settings import at_silos
 from flexperts.recipe import load_silo
 
 
-@pytest.fixture(scope="session")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one sub-folder per silo."""
-    folder = tmp_path_factory.mktemp("rows")
-    write_silos(folder, 0, 8, 4)
-    return folder
-
-
 @pytest.fixture
-def silo_file(tmp_path: Path, rows: Path, tiny_base: Path) -> Path:
+def silo_file(tmp_path: Path, silos: Path, tiny_base: Path) -> Path:
     """The file of the silo `clinic`, whose state folder lies beside it."""
     path = tmp_path / "silo.toml"
     path.write_text(
@@ -34,8 +25,8 @@ def silo_file(tmp_path: Path, rows: Path, tiny_base: Path) -> Path:
         dtype = "float32"
         device = "cpu"
         [data]
-        train = "{rows / "clinic" / "train.jsonl"}"
-        test = "{rows / "clinic" / "test.jsonl"}"
+        train = "{silos / "clinic" / "train.jsonl"}"
+        test = "{silos / "clinic" / "test.jsonl"}"
         [policy]
         min_score_rows = 1
         """

@@ -71,10 +71,10 @@ def test_a_recipe_at_silos_has_no_rows_here(recipe: Recipe) -> None:
         recipe("data.at_silos=true")
 
 
-def test_what_is_handed_out_names_no_path_and_no_device(recipe: Recipe, rows: Path) -> None:
-    own = (f"data={{folder = '{rows}', test_fraction = 0.3, validation_fraction = 0.2}}", "model.device=cpu")
+def test_what_is_handed_out_names_no_path_and_no_device(recipe: Recipe, silos: Path) -> None:
+    own = (f"data={{folder = '{silos}', test_fraction = 0.3, validation_fraction = 0.2}}", "model.device=cpu")
     handed = at_silos(recipe(*own, "method.reference=fedavg", "data.columns={context = 'about'}"))
-    assert str(rows) not in handed.to_toml()
+    assert str(silos) not in handed.to_toml()
     assert handed.data.at_silos
     assert (handed.data.folder, handed.data.columns) == (None, {})
     assert (handed.data.test_fraction, handed.data.validation_fraction) == (0.3, 0.2)

@@ -43,13 +43,15 @@ def silo_at(folder: Path, rows: Path, base: Path) -> Path:
 
 @pytest.mark.parametrize("method", ["flex", "feddpa_t", "fedalt", "fedlease"])
 def test_workers_and_one_process_end_alike(
-    recipe: Callable[..., RunConfig], tmp_path: Path, rows: Path, tiny_base: Path, method: str
+    recipe: Callable[..., RunConfig], tmp_path: Path, silos: Path, tiny_base: Path, method: str
 ) -> None:
-    files = {name: f"{{train = '{rows}/{name}/train.jsonl', test = '{rows}/{name}/test.jsonl'}}" for name in SILOS}
+    files = {
+        name: f"{{train = '{silos}/{name}/train.jsonl', test = '{silos}/{name}/test.jsonl'}}" for name in SILOS
+    }
     clients, more = ", ".join(f"{name} = {sides}" for name, sides in files.items()), METHOD_SETTINGS.get(method, ())
     config = recipe(f"data={{clients = {{{clients}}}}}", f"method.name={method}", *more, *SHORT)
     summary = run_federation(config, tmp_path / "one")
-    paths = {name: silo_at(tmp_path / name, rows, tiny_base) for name in SILOS}
+    paths = {name: silo_at(tmp_path / name, silos, tiny_base) for name in SILOS}
     handed = at_silos(config)
     nodes = {n: through_relay(paths[name], handed.to_toml()) for n, name in enumerate(SILOS, 1)}
     server = RunDirectory.create(tmp_path / "server", handed.to_toml())

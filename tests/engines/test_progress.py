@@ -11,12 +11,12 @@ from typing import Any
 
 from rich.console import Console
 
-from flexperts.cli.display import RunDisplay
 from flexperts.config.run import RunConfig
 from flexperts.engines import fork_server
 from flexperts.engines.fork_server import Remote
 from flexperts.engines.run import run_federation
 from flexperts.observer import Relay, TurnState
+from flexperts.terminal.display import RunDisplay
 
 Recipe = Callable[..., RunConfig]
 

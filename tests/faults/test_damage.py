@@ -142,7 +142,7 @@ def test_damage_to_a_finished_run_is_told(place: Place, tmp_path: Path, name: st
 
 FULL = """
 import resource, sys
-import flexperts.cli.display, flexperts.engines.run, flexperts.tracking  # torch writes while it loads
+import flexperts.terminal.display, flexperts.engines.run, flexperts.tracking  # torch writes while it loads
 from flexperts.cli.main import main
 limit = int(sys.argv.pop(1))
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))

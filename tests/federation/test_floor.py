@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from flexperts.artifacts import RunDirectory
-from flexperts.cli.display import floor_table
 from flexperts.client.client import Client, Resident
 from flexperts.client.request import Request
 from flexperts.client.routing_log import prompt_batches
@@ -37,6 +36,7 @@ from flexperts.parameters.vector import Payload
 from flexperts.recipe import parse_recipe
 from flexperts.serving.contract import find_model
 from flexperts.serving.engine.additions import additions, all_models
+from flexperts.terminal.display import floor_table
 
 ALL = 'floor={candidates = ["global", "local", "personalized", "mixture"]}'
 
@@ -61,13 +61,10 @@ def silos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def make(tiny_base: Path, silos: Path) -> Callable[..., RunConfig]:
+def make(tiny_model: str, silos: Path) -> Callable[..., RunConfig]:
     def made(*overrides: str) -> RunConfig:
         text = f"""
-            [model]
-            base = "{tiny_base}"
-            dtype = "float32"
-            precision = "fp32"
+            {tiny_model}
             [data]
             folder = "{silos}"
             validation_rows = 8

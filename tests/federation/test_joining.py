@@ -20,7 +20,6 @@ from torch import Tensor
 from flexperts.artifacts import RunDirectory
 from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
-from flexperts.data.silos.generate import write_silos
 from flexperts.engines.run import run_federation
 from flexperts.errors import ArtifactError, ConfigError, DataError, FlexpertsError
 from flexperts.finished.joining import join, join_left_out
@@ -49,13 +48,6 @@ WITHOUT_GLOBAL = {"fedamole", "fedlease", "zero_shot"}
 
 def content(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-@pytest.fixture(scope="module")
-def silos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("silos")
-    write_silos(folder, 0, 8, 4)
-    return folder
 
 
 @pytest.fixture(scope="module")

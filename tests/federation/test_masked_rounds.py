@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -207,12 +207,8 @@ def test_a_silo_with_most_rows_counts_for_its_share_only(recipe: Recipe, tmp_pat
     assert np.abs(server.shared.vector - expected(["abcd"] * 3, silos)).max() < 10 * STEP + 1e-6
 
 
-@pytest.mark.parametrize("gone", ["", "d"])
-def test_a_run_that_is_stopped_after_unmasking_resumes_with_the_same_sum(
-    recipe: Recipe, tmp_path: Path, gone: str
-) -> None:
-    """Other survivors' sum would differ by single updates, so the silos give no shares for it."""
-    silos, config = four(), recipe(*MASKED)
+def stopped(silos: Sequence[Any], config: RunConfig, out: Path) -> None:
+    """Run rounds up to the scores of the last one, after its sum is unmasked."""
     grid = ScriptedGrid(*silos)
 
     def stop(request: Any, reply: Any) -> list[Any]:
@@ -220,7 +216,16 @@ def test_a_run_that_is_stopped_after_unmasking_resumes_with_the_same_sum(
 
     grid.faults["evaluate", 3, "a"] = stop
     with pytest.raises(StopError):
-        run_on(grid, config, tmp_path / "run")
+        run_on(grid, config, out)
+
+
+@pytest.mark.parametrize("gone", ["", "d"])
+def test_a_run_that_is_stopped_after_unmasking_resumes_with_the_same_sum(
+    recipe: Recipe, tmp_path: Path, gone: str
+) -> None:
+    """Other survivors' sum would differ by single updates, so the silos give no shares for it."""
+    silos, config = four(), recipe(*MASKED)
+    stopped(silos, config, tmp_path / "run")
     again = ScriptedGrid(*(silo for silo in silos if silo.name != gone))
     server, logs = run_on(again, config, tmp_path / "run")
     assert np.abs(server.shared.vector - expected(["abcd"] * 3, silos)).max() < 10 * STEP + 1e-6
@@ -231,14 +236,7 @@ def test_a_run_that_is_stopped_after_unmasking_resumes_with_the_same_sum(
 
 def test_without_the_sum_that_was_kept_a_summed_round_is_not_repeated(recipe: Recipe, tmp_path: Path) -> None:
     silos, config = four(), recipe(*MASKED)
-    grid = ScriptedGrid(*silos)
-
-    def stop(request: Any, reply: Any) -> list[Any]:
-        raise StopError
-
-    grid.faults["evaluate", 3, "a"] = stop
-    with pytest.raises(StopError):
-        run_on(grid, config, tmp_path / "run")
+    stopped(silos, config, tmp_path / "run")
     (tmp_path / "run" / "masked-sum.safetensors").unlink()
     with pytest.raises(
         FederationError, match="keys for another sum of round 3: this silo has given its shares for one"

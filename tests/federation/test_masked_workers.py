@@ -17,7 +17,6 @@ from flexperts.communication.secure.ciphers import identity_key
 from flexperts.communication.wire import deserialize, serialize
 from flexperts.config.run import RunConfig
 from flexperts.config.silo import SiloConfig
-from flexperts.data.silos.generate import write_silos
 from flexperts.deployment.settings import at_silos
 from flexperts.deployment.state import identity_file, make_private
 from flexperts.deployment.worker import Worker
@@ -71,17 +70,9 @@ def silo_at(folder: Path, rows: Path, base: Path, more: str = "") -> SiloConfig:
     return load_silo(folder / "silo.toml")
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one sub-folder per silo."""
-    folder = tmp_path_factory.mktemp("rows")
-    write_silos(folder, 0, 8, 4)
-    return folder
-
-
 @pytest.fixture
-def config(recipe: Recipe, rows: Path) -> RunConfig:
-    files = {n: f"{{train = '{rows}/{n}/train.jsonl', test = '{rows}/{n}/test.jsonl'}}" for n in SILOS}
+def config(recipe: Recipe, silos: Path) -> RunConfig:
+    files = {n: f"{{train = '{silos}/{n}/train.jsonl', test = '{silos}/{n}/test.jsonl'}}" for n in SILOS}
     clients = ", ".join(f"{name} = {sides}" for name, sides in files.items())
     return recipe(f"data={{clients = {{{clients}}}}}", *SHORT)
 
@@ -100,45 +91,45 @@ def served(config: RunConfig, folder: Path, rows: Path, base: Path, more: str = 
 
 
 def test_workers_end_near_the_plain_run_and_say_which_silos_are_new(
-    config: RunConfig, tmp_path: Path, rows: Path, tiny_base: Path
+    config: RunConfig, tmp_path: Path, silos: Path, tiny_base: Path
 ) -> None:
     """A lost reply ends its round, which workers that have restarted then repeat in another session."""
     run_federation(config, tmp_path / "plain")
     secure = secured(config, agreement=True)
-    silos = served(secure, tmp_path, rows, tiny_base)
-    grid = ScriptedGrid(*silos)  # type: ignore[arg-type]
+    workers = served(secure, tmp_path, silos, tiny_base)
+    grid = ScriptedGrid(*workers)  # type: ignore[arg-type]
     grid.faults["train", 2, "law_firm"] = drop
     with pytest.raises(FederationError, match="2 silos are left in the round"):
         run_on(grid, secure, tmp_path / "run")
-    for silo in silos:
+    for silo in workers:
         silo.restart()
-    again = ScriptedGrid(*silos)  # type: ignore[arg-type]
+    again = ScriptedGrid(*workers)  # type: ignore[arg-type]
     server, logs = run_on(again, secure, tmp_path / "run")
     plain = load_server(RunDirectory(tmp_path / "plain").checkpoint).shared.vector
     assert np.abs(server.shared.vector - plain).max() < 1e-6
     assert [sorted(log["clients"]) for log in logs] == [list(SILOS)] * 2
-    for silo in silos:
+    for silo in workers:
         identity = identity_key(identity_of(identity_file(Path(silo.silo.state)))).hex()
         assert len([text for text in silo.seen.told if "is new, its identity is" in text]) == 2
-        for other in silos:
+        for other in workers:
             told = [text for text in other.seen.told if text.startswith(f"silo {silo.name} is new")]
             assert len(told) == (other is not silo)
             assert all(" ".join(identity[at : at + 4] for at in range(0, 32, 4)) in text for text in told)
 
 
-def test_a_silo_accepts_its_roster_only(config: RunConfig, tmp_path: Path, rows: Path, tiny_base: Path) -> None:
+def test_a_silo_accepts_its_roster_only(config: RunConfig, tmp_path: Path, silos: Path, tiny_base: Path) -> None:
     secure = secured(config)
-    silos = served(secure, tmp_path, rows, tiny_base)
-    known = {s.name: identity_key(identity_of(identity_file(Path(s.silo.state)))).hex() for s in silos}
-    silos[0].silo = silos[0].silo.model_copy(update={"roster": known | {"law_firm": "0" * 64}})
-    silos[0].restart()
-    grid = ScriptedGrid(*silos)  # type: ignore[arg-type]
+    workers = served(secure, tmp_path, silos, tiny_base)
+    known = {s.name: identity_key(identity_of(identity_file(Path(s.silo.state)))).hex() for s in workers}
+    workers[0].silo = workers[0].silo.model_copy(update={"roster": known | {"law_firm": "0" * 64}})
+    workers[0].restart()
+    grid = ScriptedGrid(*workers)  # type: ignore[arg-type]
     with pytest.raises(FederationError, match="2 silos are left in the round"):
         run_on(grid, secure, tmp_path / "run")
-    silos[0].silo = silos[0].silo.model_copy(update={"roster": known})
-    silos[0].restart()
-    run_on(ScriptedGrid(*silos), secure, tmp_path / "run")  # type: ignore[arg-type]
-    assert not [text for text in silos[0].seen.told if "is new" in text]
+    workers[0].silo = workers[0].silo.model_copy(update={"roster": known})
+    workers[0].restart()
+    run_on(ScriptedGrid(*workers), secure, tmp_path / "run")  # type: ignore[arg-type]
+    assert not [text for text in workers[0].seen.told if "is new" in text]
 
 
 @pytest.mark.parametrize(
@@ -149,11 +140,11 @@ def test_a_silo_accepts_its_roster_only(config: RunConfig, tmp_path: Path, rows:
     ],
 )
 def test_a_silo_can_require_it(
-    config: RunConfig, tmp_path: Path, rows: Path, tiny_base: Path, privacy: dict[str, Any], rule: str
+    config: RunConfig, tmp_path: Path, silos: Path, tiny_base: Path, privacy: dict[str, Any], rule: str
 ) -> None:
     asked = secured(config, **privacy)
     more = 'aggregation = "secure"\nagreement = true'
-    silo = Served(silo_at(tmp_path / "clinic", rows, tiny_base, more), asked.to_toml())
+    silo = Served(silo_at(tmp_path / "clinic", silos, tiny_base, more), asked.to_toml())
     reply = silo.answer("query.join", records({"run": "0" * 32}))
     assert info_of(reply)["error"] == f"PolicyError: {rule}"
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flexperts.cli.display import score_notes, score_table
 from flexperts.config.run import RunConfig
 from flexperts.engines.run import run_federation
 from flexperts.errors import ModelError
@@ -24,6 +23,7 @@ from flexperts.reports.html import html_report
 from flexperts.reports.markdown import markdown_report
 from flexperts.reports.tables import tables
 from flexperts.studies.collect import collect_run
+from flexperts.terminal.display import score_notes, score_table
 
 from .scripted_grid import FOUR, ScriptedGrid, Watch, changed, run_on, trio
 

@@ -161,7 +161,7 @@ RUN = """
 
 @pytest.mark.faults
 def test_of_two_that_resume_one_run_one_goes_on(recipe: Callable[..., RunConfig], tmp_path: Path) -> None:
-    """Real processes on one directory: rounds stand once, whoever was first."""
+    """Real processes on one directory: every round is there once, whichever came first."""
     (tmp_path / "recipe.toml").write_text(recipe(*SHORT, "federation.rounds=4").to_toml())
     command = [sys.executable, "-c", textwrap.dedent(RUN), str(tmp_path / "recipe.toml"), str(tmp_path / "run")]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from flexperts.artifacts import RunDirectory
-from flexperts.cli.display import floor_table, score_table
 from flexperts.client.floor import choose
 from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
@@ -25,6 +24,7 @@ from flexperts.recipe import parse_recipe
 from flexperts.reports.tables import tables
 from flexperts.studies.collect import collect
 from flexperts.studies.finished import Finished
+from flexperts.terminal.display import floor_table, score_table
 from flexperts.testing import tiny_model
 
 REWARDS = ("reward_margin", "reward_accuracy")
@@ -48,13 +48,10 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def preferring(tiny_base: Path, rows: Path) -> Callable[..., RunConfig]:
+def preferring(tiny_model: str, rows: Path) -> Callable[..., RunConfig]:
     def make(*overrides: str) -> RunConfig:
         text = f"""
-            [model]
-            base = "{tiny_base}"
-            dtype = "float32"
-            precision = "fp32"
+            {tiny_model}
             [data]
             folder = "{rows}"
             leave_out = ["north"]

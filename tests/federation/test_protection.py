@@ -15,7 +15,6 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flexperts.cli.display import RunDisplay
 from flexperts.communication.messages import Update
 from flexperts.config.run import RunConfig
 from flexperts.engines.run import run_federation
@@ -28,6 +27,7 @@ from flexperts.parameters.vector import Manifest, Payload, Vector
 from flexperts.protection.packing import RESIDUAL
 from flexperts.protection.pipeline import privacy_spent, protect
 from flexperts.server.checkpoint import load_server
+from flexperts.terminal.display import RunDisplay
 from flexperts.tracking import scalars
 
 pytestmark = pytest.mark.usefixtures("shared_base")

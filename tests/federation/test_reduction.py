@@ -100,7 +100,7 @@ def test_krum_sees_small_changes_of_large_weights(recipe: Recipe) -> None:
         arrays, _ = Krum(num_malicious_nodes=1).aggregate_train(0, [message(v) for v in (wrong, *good)])
         assert arrays is not None
         taken_in += np.array_equal(arrays["w"].numpy(), wrong)
-    assert taken_in  # if this fails, Flower has mended it, and weights can be passed on
+    assert taken_in  # if this fails, Flower has fixed it, and weights can be passed on
 
 
 @pytest.mark.parametrize(

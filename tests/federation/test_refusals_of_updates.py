@@ -15,7 +15,6 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 from rich.console import Console
 
 from flexperts.artifacts import RunDirectory
-from flexperts.cli.display import RunDisplay
 from flexperts.communication.messages import Update, records
 from flexperts.config.run import RunConfig
 from flexperts.errors import FederationError
@@ -27,6 +26,7 @@ from flexperts.parameters.vector import Manifest, Payload
 from flexperts.server.admission import Admission, root_mean_square
 from flexperts.server.checkpoint import load_server
 from flexperts.server.round_log import RoundLog
+from flexperts.terminal.display import RunDisplay
 
 from .scripted_grid import START, Fault, ScriptedGrid, Silo, Watch, answered, changed, dead, drop, expected, run_on
 

@@ -27,6 +27,7 @@ from flexperts.recipe import parse_recipe
 
 pytestmark = pytest.mark.usefixtures("shared_base")
 Recipe = Callable[..., RunConfig]
+SHORT = ("training.local_steps=1", "evaluation.rows=1")
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -49,7 +50,7 @@ def finished(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("method", ["fedavg", "flex", "local"])
 def test_two_runs_with_one_seed_are_bit_identical(recipe: Recipe, tmp_path: Path, method: str) -> None:
-    config = recipe(f"method.name={method}", "lora.dropout=0.1")
+    config = recipe(f"method.name={method}", "lora.dropout=0.1", "evaluation.rows=1")
     for name in ("a", "b"):
         run_federation(config, tmp_path / name, workspace=Workspace(config))
     first, second = files(tmp_path / "a"), files(tmp_path / "b")
@@ -61,7 +62,7 @@ def test_two_runs_with_one_seed_are_bit_identical(recipe: Recipe, tmp_path: Path
 
 def test_another_seed_gives_other_weights(recipe: Recipe, tmp_path: Path) -> None:
     for seed in (0, 1):
-        run_federation(recipe(f"seed={seed}"), tmp_path / str(seed))
+        run_federation(recipe(f"seed={seed}", *SHORT), tmp_path / str(seed))
     weights = [(tmp_path / s / "shared" / "adapter_model.safetensors").read_bytes() for s in "01"]
     assert weights[0] != weights[1]
 
@@ -76,9 +77,9 @@ class ListGrid(InProcessGrid):
 def test_the_order_of_arrival_changes_nothing(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_federation(recipe(), tmp_path / "lazy")
+    run_federation(recipe(*SHORT), tmp_path / "lazy")
     monkeypatch.setattr("flexperts.engines.in_process.InProcessGrid", ListGrid)
-    run_federation(recipe(), tmp_path / "list")
+    run_federation(recipe(*SHORT), tmp_path / "list")
     lazy, listed = files(tmp_path / "lazy"), files(tmp_path / "list")
     del lazy["rounds.jsonl"], listed["rounds.jsonl"]
     assert lazy == listed
@@ -122,7 +123,7 @@ def test_local_sends_nothing(recipe: Recipe, tmp_path: Path) -> None:
 def test_the_base_is_bit_identical_after_a_run(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = recipe("method.reference=local", "training.gradient_checkpointing=true")
+    config = recipe("method.reference=local", "training.gradient_checkpointing=true", *SHORT)
     resident = Workspace(config)
     before = {name: tensor.clone() for name, tensor in resident.base.model.state_dict().items()}
     monkeypatch.setattr("flexperts.engines.run.Workspace", lambda config, given: resident)
@@ -176,12 +177,12 @@ def test_evaluating_again_from_files_gives_the_same_scores(finished: Path) -> No
 
 
 def test_rounds_can_be_evaluated_on_the_way(recipe: Recipe, tmp_path: Path) -> None:
-    run_federation(recipe("federation.rounds=3", "evaluation.every=2"), tmp_path / "run")
+    run_federation(recipe("federation.rounds=3", "evaluation.every=2", *SHORT), tmp_path / "run")
     assert [bool(r["scores"]) for r in without_seconds(tmp_path / "run")] == [False, True, True]
 
 
 def test_a_run_is_rebuilt_from_its_config(recipe: Recipe, tmp_path: Path) -> None:
-    config = recipe("graft.rank=2", "graft.experts=2")
+    config = recipe("graft.rank=2", "graft.experts=2", *SHORT)
     run_federation(config, tmp_path / "run")
     assert parse_recipe((tmp_path / "run" / "config.toml").read_text()) == config
 
@@ -189,7 +190,7 @@ def test_a_run_is_rebuilt_from_its_config(recipe: Recipe, tmp_path: Path) -> Non
 def test_gradient_accumulation_equals_one_large_batch(recipe: Recipe, tmp_path: Path) -> None:
     """1 x 4 and 4 x 1 rows per step give the same weights but for the rounding of sums."""
     for size in (4, 1):
-        run_federation(recipe(f"training.micro_batch_size={size}"), tmp_path / str(size))
+        run_federation(recipe(f"training.micro_batch_size={size}", "evaluation.rows=1"), tmp_path / str(size))
     one, many = (load_file(tmp_path / s / "shared" / "adapter_model.safetensors") for s in "41")
     assert all(torch.allclose(one[name], many[name], atol=2e-4) for name in one)
 

@@ -14,7 +14,6 @@ from flexperts.config.data import DataConfig
 from flexperts.config.run import RunConfig
 from flexperts.data.clients import load_clients, partition_manifest, rows_hash
 from flexperts.data.rows import ClientRows, Row
-from flexperts.data.silos.generate import write_silos
 from flexperts.data.unchanged import check_unchanged
 from flexperts.engines.run import run_federation
 from flexperts.errors import ArtifactError, DataError
@@ -32,13 +31,6 @@ class BrokenOffError(Exception):
 class AfterRound1(Observer):
     def round(self, record: Any) -> None:
         raise BrokenOffError
-
-
-@pytest.fixture(scope="module")
-def silos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("silos")
-    write_silos(folder, 0, 8, 4)
-    return folder
 
 
 @pytest.fixture

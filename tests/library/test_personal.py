@@ -36,6 +36,12 @@ def run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     )
 
 
+@pytest.fixture(autouse=True)
+def _unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exported folders are not checked once more: tests/export has these checks."""
+    monkeypatch.setattr(exporting, "_checked", lambda *_: None)
+
+
 def test_answers_are_those_of_the_run(run: Run) -> None:
     model = run.model("clinic")
     one = [run._trained.generate("clinic", "Name item 3.", context) for context in ("It is brown.", "")]
@@ -132,10 +138,7 @@ def test_a_model_is_loaded_from_a_run_directory(run: Run) -> None:
 
 
 @pytest.mark.parametrize("state", ["global", "personalized"])
-def test_a_saved_model_answers_alike_without_the_run(
-    run: Run, state: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(exporting, "_checked", lambda *_: None)
+def test_a_saved_model_answers_alike_without_the_run(run: Run, state: str, tiny_base: Path, tmp_path: Path) -> None:
     model = run.model("clinic", state)
     model.save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / "personal.json").exists() is (state == "personalized")
@@ -145,8 +148,7 @@ def test_a_saved_model_answers_alike_without_the_run(
     assert {p.name for p in (tmp_path / "copy").iterdir()} == {p.name for p in (tmp_path / "saved").iterdir()}
 
 
-def test_a_whole_model_answers_alike(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporting, "_checked", lambda *_: None)
+def test_a_whole_model_answers_alike(run: Run, tmp_path: Path) -> None:
     model = run.model("clinic", "global")
     model.save_pretrained(tmp_path / "merged", form="merged")
     saved = PersonalModel.from_pretrained(tmp_path / "merged")
@@ -154,10 +156,7 @@ def test_a_whole_model_answers_alike(run: Run, tmp_path: Path, monkeypatch: pyte
     assert saved.generate(ASKED, max_new_tokens=6) == model.generate(ASKED)
 
 
-def test_a_saved_model_is_refused_on_another_base(
-    run: Run, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(exporting, "_checked", lambda *_: None)
+def test_a_saved_model_is_refused_on_another_base(run: Run, tiny_base: Path, tmp_path: Path) -> None:
     run.model("clinic").save_pretrained(tmp_path / "saved")
     with pytest.raises(ArtifactError, match="the model's own base is needed"):
         PersonalModel.from_pretrained(tmp_path / "saved", base=tiny_base, dtype="bfloat16")
@@ -193,7 +192,6 @@ class Hub:
 def test_a_pushed_model_is_private_and_holds_no_rows(
     run: Run, tiny_base: Path, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(exporting, "_checked", lambda *_: None)
     monkeypatch.setattr(huggingface_hub, "HfApi", hub := Hub())
     model = run.model("clinic")
     assert model.push_to_hub("ours", token="t") == "https://hub/me/ours"
@@ -216,7 +214,6 @@ def test_a_pushed_model_is_private_and_holds_no_rows(
 
 
 def test_a_public_repository_is_refused_unless_it_is_asked_for(run: Run, monkeypatch: Any) -> None:
-    monkeypatch.setattr(exporting, "_checked", lambda *_: None)
     monkeypatch.setattr(huggingface_hub, "HfApi", hub := Hub(public=True))
     with pytest.raises(PrivacyError, match="exists and is public"):
         run.model("clinic").push_to_hub("ours")
@@ -228,7 +225,6 @@ def test_errors_of_the_hub_are_ours(run: Run, monkeypatch: Any) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("no \x1b[31mnetwork")
 
-    monkeypatch.setattr(exporting, "_checked", lambda *_: None)
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda token=None: SimpleNamespace(create_repo=fail))
     with pytest.raises(ArtifactError, match="cannot be uploaded") as caught:
         run.model("clinic").push_to_hub("ours")

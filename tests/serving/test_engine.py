@@ -1,4 +1,4 @@
-"""The engine on tiny runs: a mixed batch answers as one client at a time, whoever comes and goes."""
+"""The engine on tiny runs: a mixed batch answers as one client at a time, while others come and go."""
 
 from __future__ import annotations
 

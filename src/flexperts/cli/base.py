@@ -30,8 +30,8 @@ def build(
     force: Annotated[bool, typer.Option(help="Build even if the cache has the base.")] = False,
 ) -> None:
     """Build a base and print its folder, an ordinary transformers model."""
-    from flexperts.cli.live import showing_stages
     from flexperts.smol_moe.build import build_base, to_stderr
+    from flexperts.terminal.live import showing_stages
 
     with showing_stages():
         folder = build_base(name, source=source, force=force, report=to_stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,11 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flexperts.cli.console import console
 from flexperts.client.answer_limit import answer_limit, check_limit
 from flexperts.client.floor import check_floor
 from flexperts.client.workspace import Workspace
-from flexperts.config.data import DataConfig
 from flexperts.config.names import client_name, file_safe
 from flexperts.config.run import RunConfig
 from flexperts.data.check import differences, file_facts, parts, silo_facts
@@ -32,6 +31,7 @@ from flexperts.finished.beyond import check_beyond
 from flexperts.finished.trained import with_rows_of
 from flexperts.observer import Observer, Once, observing
 from flexperts.recipe import client_files, holds_silo, load_recipe, load_silo, located, parse_recipe
+from flexperts.terminal.console import console
 
 Kind = Literal["recipe", "silo", "file"]
 _EXAMPLES = 4
@@ -61,11 +61,14 @@ class Checked:
         work, config = self.workspace, self.config
         clients = self.clients
         limit = answer_limit(work, config) if clients else None
+        files = list[dict[str, Any]]()
+        with suppress(FlexpertsError):  # it is reported where the rows are read
+            files = file_facts(config.data)
         return {
             "base": config.model.base,
             "max_length": config.training.max_length,
             "max_new_tokens": limit,
-            "files": _caught_value(file_facts, config.data),
+            "files": files,
             "silos": {
                 name: {"template": "chat" if work.encoder_for(name).chat else "alpaca"}
                 | silo_facts(rows, work.lengths[name], limit or 0)
@@ -104,13 +107,6 @@ def caught(look: Callable[..., object], *arguments: object) -> list[FlexpertsErr
     except FlexpertsError as error:
         return [error]
     return []
-
-
-def _caught_value(make: Callable[[DataConfig], list[dict[str, Any]]], data: DataConfig) -> list[dict[str, Any]]:
-    try:
-        return make(data)
-    except FlexpertsError:  # it is reported where the rows are read
-        return []
 
 
 def raise_last(errors: Sequence[FlexpertsError]) -> None:
@@ -233,7 +229,7 @@ def _table(facts: Mapping[str, Any]) -> Table:
             " ".join(f"{script} {share:.0%}" for script, share in list(its["scripts"].items())[:3]),
             _difference(facts["difference"].get(name)),
         )
-    if more := len(facts["silos"]) - _SILOS if len(facts["silos"]) > _SILOS else 0:
+    if (more := len(facts["silos"]) - _SILOS) > 0:
         table.caption = f"and {more} more silos; --json has all of them"
     return table
 

@@ -72,8 +72,8 @@ def command(
         check_extras(config)
     out = out or Path("runs") / recipe.stem
 
-    from flexperts.cli.live import ProgressDisplay, showing_stages
     from flexperts.cli.report import report
+    from flexperts.terminal.live import ProgressDisplay, showing_stages
 
     with showing_stages():
         from flexperts.studies.claim import alone_in

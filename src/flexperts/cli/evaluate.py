@@ -35,9 +35,9 @@ def command(
     engine = engine_settings(workers)
     RunDirectory.open(run).summary()  # refuse a wrong path before anything heavy loads
 
-    from flexperts.cli.display import RunDisplay
     from flexperts.observer import observing
     from flexperts.reports.reading import STATES
+    from flexperts.terminal.display import RunDisplay
 
     with RunDisplay() as display, observing(display):
         from flexperts.engines.scoring import score_run

@@ -47,8 +47,8 @@ def command(
 
     RunDirectory.open(run).summary()  # refuse a wrong path before anything heavy loads
 
-    from flexperts.cli.live import showing_stages
     from flexperts.reports.cells import size
+    from flexperts.terminal.live import showing_stages
 
     with showing_stages():
         from flexperts.export.exporting import export_run

@@ -87,7 +87,7 @@ def command(
 
     RunDirectory.open(run).summary()  # refuse a wrong path before anything heavy loads
 
-    from flexperts.cli.live import showing_stages
+    from flexperts.terminal.live import showing_stages
 
     with showing_stages() as display:
         from flexperts.finished.trained import TrainedRun

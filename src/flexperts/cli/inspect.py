@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from flexperts.modeling.quantization import Storage
 
 
 def command(
@@ -33,13 +38,12 @@ def command(
     _show(base, ClientModel(base, config, chosen), projections, stored)
 
 
-def _show(base: Any, model: Any, projections: Sequence[str], stored: Any) -> None:
+def _show(base: Any, model: Any, projections: Sequence[str], stored: Sequence[Storage]) -> None:
     from rich.table import Column, Table
 
-    from flexperts.cli.console import console as terminal
-    from flexperts.cli.display import split_table
-    from flexperts.cli.preflight import storage_table
     from flexperts.methods.kit.turn import Prepared
+    from flexperts.terminal.console import console as terminal
+    from flexperts.terminal.display import split_table
 
     console = terminal()
     kind = type(base.model).__name__
@@ -50,10 +54,24 @@ def _show(base: Any, model: Any, projections: Sequence[str], stored: Any) -> Non
         table.add_row(experts.name, str(experts.num_experts), str(experts.width))
     if model.experts:
         console.print(table)
-    console.print(storage_table(stored))
+    console.print(_storage_table(stored))
     targets = Counter(name.rsplit(".", 1)[-1] for name in projections)
     console.print("attention projections:", ", ".join(f"{count} {name}" for name, count in targets.items()))
     # The experts that a client chooses depend on its rows; the number of parameters does not.
     first = {e.name: tuple(range(model.config.graft.experts)) for e in model.experts}
     with model.lend(model.site("inspect", [], Prepared(first)), {}) as (split, _):
         console.print(split_table(model.method.name, split.describe()))
+
+
+def _storage_table(rows: Sequence[Storage]) -> Table:
+    """Return the table of how a loaded base is stored, part by part."""
+    from rich.table import Table
+
+    from flexperts.reports.cells import size
+
+    table = Table("weights", "type", title="how the base is stored", title_justify="left")
+    for column in ("full", "stored"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(row.part, ", ".join(row.types), size(row.before).text, size(row.after).text)
+    return table

@@ -51,7 +51,7 @@ def command(
 
     summary = RunDirectory.open(run).summary()  # refuse a wrong path before anything heavy loads
 
-    from flexperts.cli.display import RunDisplay, cut_line
+    from flexperts.terminal.display import RunDisplay, cut_line
 
     with stoppable(lambda: "the silo has not joined; run the same command again"), RunDisplay() as display:
         from flexperts.finished.joining import join

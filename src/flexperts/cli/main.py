@@ -31,8 +31,8 @@ from flexperts.cli import (
     serve,
     silo,
 )
-from flexperts.cli.console import console, escape_what_cannot_be_shown, take_names_as_utf8
 from flexperts.errors import ArtifactError, ConfigError, FlexpertsError
+from flexperts.terminal.console import console, escape_what_cannot_be_shown, take_names_as_utf8
 
 _SHOWN = 80
 """Most characters of an argument that an error message repeats."""

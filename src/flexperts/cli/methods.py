@@ -33,7 +33,7 @@ def command(
         return
     from rich.table import Column, Table
 
-    from flexperts.cli.console import console
+    from flexperts.terminal.console import console
 
     table = Table(Column("method", no_wrap=True), "what it does", "sent", "stays", "source", show_lines=True)
     for method in _methods():

@@ -36,7 +36,7 @@ def command(
 
 
 def _show(made: Any) -> None:
-    from flexperts.cli.console import console as terminal
+    from flexperts.terminal.console import console as terminal
 
     console = terminal()
     facts = made.model

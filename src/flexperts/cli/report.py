@@ -22,7 +22,7 @@ def command(
     path: Annotated[Path, typer.Argument(help="Directory of a run or of a comparison.")], samples: Samples = 0
 ) -> None:
     """Write comparison.json, report.html (opens from disk) and report.md into a finished directory."""
-    from flexperts.cli.console import console
+    from flexperts.terminal.console import console
 
     check_plots()
     report(console(), _collected(path, samples), path)

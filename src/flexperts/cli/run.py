@@ -96,20 +96,19 @@ def command(
 def _run(config: RunConfig, out: Path, resume: bool, track: Sequence[str], again: str) -> None:
     """Run in this process, and show it."""
     from flexperts.artifacts import RunDirectory
-    from flexperts.cli.preflight import check_memory
+    from flexperts.terminal.preflight import check_memory
 
     if not resume:
         RunDirectory.check_free(out, config.to_toml(), again)
     config = check_memory(config)
 
-    from flexperts.cli.display import RunDisplay
     from flexperts.observer import Observers
+    from flexperts.terminal.display import RunDisplay
     from flexperts.tracking import Tracking
 
     with RunDisplay() as display:
         from flexperts.engines.run import run_federation  # seconds
 
-        check_memory(config)
         with Tracking(track, config, out) as tracking:
             summary = run_federation(config, out, Observers(display, tracking), resume=resume)
     display.result(summary, out)
@@ -145,10 +144,10 @@ def _progress(out: Path) -> tuple[int, ...]:
 def _deploy(config: RunConfig, engine: str, name: str, resume: bool, track: list[str] | None, again: str) -> None:
     """Submit the run to a SuperLink, follow its log, and show the result if it is on this machine."""
     from flexperts.artifacts import RunDirectory
-    from flexperts.cli.display import RunDisplay
     from flexperts.deployment.settings import at_silos, run_folder
     from flexperts.deployment.submit import connection_of, follow, submit
     from flexperts.errors import ConfigError, FederationError
+    from flexperts.terminal.display import RunDisplay
 
     connection, folder = connection_of(engine), run_folder(name)
     if track:

@@ -147,7 +147,7 @@ def _serve(
     open_engine: Callable[[], Engine], ring: KeyRing, key: str | None, address: Address, limits: Limits, grace: int
 ) -> None:
     """Listen at once, answer when the base is loaded, and serve until stopped or until the engine fails."""
-    from flexperts.cli.live import showing_stages
+    from flexperts.terminal.live import showing_stages
 
     with optional("serve", "serving"):
         from flexperts.serving.http.server import make_server, running
@@ -168,7 +168,7 @@ def _serve(
 def _say_ready(engine: Engine, address: Address, url: str, key: str | None) -> None:
     from rich.table import Table
 
-    from flexperts.cli.console import console
+    from flexperts.terminal.console import console
 
     table = Table()
     for column in ("client", "ask it as"):

@@ -41,9 +41,9 @@ def serve(silo: _Silo) -> None:
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, lambda *_: sys.exit(0))
 
-    from flexperts.cli.console import console
-    from flexperts.cli.display import RunDisplay
     from flexperts.deployment import listening
+    from flexperts.terminal.console import console
+    from flexperts.terminal.display import RunDisplay
 
     with (
         RunDisplay(console(stderr=True), stages_last=False) as display,
@@ -160,11 +160,11 @@ def runs(silo: _Silo) -> None:
     """List the runs whose private state is kept at the silo, and the epsilon that updates have spent."""
     from rich.table import Table
 
-    from flexperts.cli.console import console
     from flexperts.deployment.kept import kept_runs
     from flexperts.deployment.ledger import Ledger
     from flexperts.recipe import load_silo
     from flexperts.reports.cells import size
+    from flexperts.terminal.console import console
 
     settings = load_silo(silo)
     ledger, table = Ledger(Path(settings.state), settings.policy), Table()
@@ -199,7 +199,7 @@ def generate(
 
     settings, before = load_silo(silo), turns_of(messages)
 
-    from flexperts.cli.live import showing_stages
+    from flexperts.terminal.live import showing_stages
 
     with showing_stages() as display:
         from flexperts.deployment.home import HomeModel

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flexperts.client.workspace import Workspace
 from flexperts.config.evaluation import EvaluationConfig
 from flexperts.config.run import RunConfig
-from flexperts.data.prompts import Example
+from flexperts.data.prompts import PromptEncoder
 from flexperts.data.rows import ClientRows, Row
 from flexperts.errors import ConfigError
 from flexperts.observer import Observer
@@ -47,14 +47,10 @@ def scored_rows(rows: ClientRows, evaluation: EvaluationConfig) -> tuple[Row, ..
     return (rows.validation if evaluation.split == "validation" else rows.test)[: evaluation.rows]
 
 
-def longer_references(tokens: Iterable[int], limit: int) -> list[int]:
-    """Return the lengths, without end tokens, of the references that are longer than the longest answer.
-
-    Args:
-        tokens: Tokens of each reference, with its end token.
-        limit: The longest answer, in tokens.
-    """
-    return [count - 1 for count in tokens if count - 1 > limit]
+def longer_references(workspace: Workspace, config: RunConfig, client: str, limit: int) -> list[int]:
+    """Return the tokens, without end tokens, of a client's scored references that are longer than ``limit``."""
+    scored = workspace.lengths[client][config.evaluation.split].answers[: config.evaluation.rows]
+    return [tokens for tokens in scored if tokens > limit]
 
 
 def check_limit(workspace: Workspace, config: RunConfig, observer: Observer) -> None:
@@ -63,11 +59,12 @@ def check_limit(workspace: Workspace, config: RunConfig, observer: Observer) -> 
     if config.evaluation.max_new_tokens is None:
         longest = workspace.longest_response
         observer.stage(f"answers of up to {limit} tokens: the longest train response has {longest} with its end")
+    most = workspace.encoder.positions
     for name, rows in workspace.clients.items():
         scored = scored_rows(rows, config.evaluation)
-        examples = workspace.encoder_for(name).encode_all(scored)
-        _check_room(name, scored, examples, limit, workspace.encoder.positions)
-        if longer := longer_references((example.response_length for example in examples), limit):
+        if most is not None and workspace.longest_prompt + limit > most:
+            _check_room(name, scored, workspace.encoder_for(name), limit, most)
+        if longer := longer_references(workspace, config, name, limit):
             found.append(f"{name} {len(longer)} of {len(scored)} (up to {max(longer)} tokens)")
     if found:
         more = f" and {len(found) - _NAMED} more clients" if len(found) > _NAMED else ""
@@ -77,13 +74,11 @@ def check_limit(workspace: Workspace, config: RunConfig, observer: Observer) -> 
         )
 
 
-def _check_room(
-    name: str, scored: Sequence[Row], examples: Sequence[Example], limit: int, most: int | None
-) -> None:
-    for row, example in zip(scored, examples, strict=True):
-        if most is not None and example.prompt_length + limit > most:
+def _check_room(name: str, scored: Sequence[Row], encoder: PromptEncoder, limit: int, most: int) -> None:
+    for row in scored:
+        if (prompt := encoder.encode(row).prompt_length) + limit > most:
             raise ConfigError(
-                f"{name}: {row.where}: a prompt of {example.prompt_length} tokens, and an answer of up to {limit}",
+                f"{name}: {row.where}: a prompt of {prompt} tokens, and an answer of up to {limit}",
                 f"the base reads at most {most} tokens",
                 "lower evaluation.max_new_tokens or training.max_length",
             )

@@ -327,8 +327,7 @@ class Client:
     def answer_counts(self, scores: Mapping[_State, Scores]) -> dict[str, int]:
         """Return the answer limit in tokens, the number of longer references, and each state's cut answers."""
         limit = answer_limit(self.workspace, self.config)
-        examples = self.encoder.encode_all(self.scored_rows)
-        longer = longer_references((example.response_length for example in examples), limit)
+        longer = longer_references(self.workspace, self.config, self.name, limit)
         cut = {f"cut.{state}": its.cut for state, its in scores.items()}
         return {"max_new_tokens": limit, "longer_references": len(longer), **cut}
 

@@ -16,7 +16,7 @@ from flexperts.config.run import RunConfig
 from flexperts.data.bad_rows import BadRow, settle_bad_rows, some
 from flexperts.data.batches import pad_batch
 from flexperts.data.check import SIDES, Lengths, Side, lengths_of
-from flexperts.data.clients import Clients, Refused, load_clients, raised, tried
+from flexperts.data.clients import Clients, Refused, each, load_clients, raised
 from flexperts.data.prompts import Example, PromptEncoder, encoder_of
 from flexperts.data.records import Say
 from flexperts.data.rows import ClientRows, Row
@@ -105,8 +105,7 @@ class Workspace:
         read = load_clients(self.config.data, self.config.seed, say, self.refused, self.given)
         for line in dict.fromkeys(line for encoder in self.encoders for line in encoder.notices):
             say(line)
-        fitting = {name: tried(self._fitting, self.refused, name, rows, say) for name, rows in read.items()}
-        clients = {name: rows for name, rows in fitting.items() if rows is not None}
+        clients = each(read, lambda name, rows: self._fitting(name, rows, say), self.refused)
         if self.started_with is not None:
             self.started_with(clients)
         return clients

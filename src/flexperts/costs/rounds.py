@@ -15,7 +15,7 @@ import torch
 from flexperts.client.model import ClientModel
 from flexperts.communication.compression import packed_bytes
 from flexperts.communication.messages import Update
-from flexperts.communication.secure.sizes import message_bytes
+from flexperts.communication.secure.tally import message_bytes
 from flexperts.communication.traffic import group_bytes
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.kit.turn import Prepared, Site

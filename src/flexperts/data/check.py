@@ -18,8 +18,7 @@ import regex
 from flexperts.config.data import DataConfig
 from flexperts.config.names import SCRIPTS
 from flexperts.data.clients import Clients, sources_of
-from flexperts.data.columns import PASSAGE, possible_columns
-from flexperts.data.formats import layout_of
+from flexperts.data.formats import PASSAGE, layout_of, possible_columns
 from flexperts.data.holdout import passage_key
 from flexperts.data.prompts import Example
 from flexperts.data.rows import ClientRows, Row

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -22,7 +21,9 @@ from flexperts.data.tables import Given
 from flexperts.errors import DataError, did_you_mean, shown
 
 Clients = dict[str, ClientRows]
-Made = TypeVar("Made")
+_Key = TypeVar("_Key", bound=str)
+_Found = TypeVar("_Found")
+_Made = TypeVar("_Made")
 _SIDES: tuple[Literal["train"], Literal["test"]] = ("train", "test")
 _NAMED = 5
 """Most clients that an error names."""
@@ -56,26 +57,41 @@ def load_clients(
         )
     if config.silos:
         clients = _kept(_shipped(config), config)
-    elif config.folder:
-        clients = _read(_in_folder(config.folder, config, say), config, seed, say, refused)
     elif config.partition:
         clients = _kept(load_partition(config, seed, say), config)
     else:
-        clients = _read(config.clients, config, seed, say, refused, given)
+        files = _in_folder(config.folder, config, say) if config.folder else config.clients
+        names = client_names(files)  # an invalid name is refused before any file is read
+        kept = _kept({names[name]: own for name, own in files.items()}, config)
+        clients = each(
+            kept, lambda name, its: _read(name, its, config.of_client(name), seed, say, refused, given), refused
+        )
     clients = {name: clients[name] for name in sorted(clients)}
-    if not (config.validation_fraction or config.validation_rows):
-        return clients
-    made = {name: tried(_with_validation, refused, rows, config, seed, name) for name, rows in clients.items()}
-    return {name: rows for name, rows in made.items() if rows is not None}
+    if config.validation_fraction or config.validation_rows:
+        clients = each(clients, lambda name, rows: _with_validation(rows, config, seed, name), refused)
+    return clients
 
 
-def tried(make: Callable[..., Made], refused: Refused, *given: Any) -> Made | None:
-    """Return what a function makes of one client; None if it raises a ``DataError`` and ``refused`` returns."""
-    try:
-        return make(*given)
-    except DataError as error:
-        refused(error)
-        return None
+def each(
+    found: Mapping[_Key, _Found], make: Callable[[_Key, _Found], _Made | None], refused: Refused
+) -> dict[_Key, _Made]:
+    """Return what a function makes of each item; without those that break a rule, where ``refused`` returns.
+
+    Args:
+        found: Client or split -> its files or rows.
+        make: Gets both; where it returns None, it has called ``refused`` itself.
+        refused: As for ``load_clients``.
+    """
+    made: dict[_Key, _Made] = {}
+    for name, its in found.items():
+        try:
+            one = make(name, its)
+        except DataError as error:
+            refused(error)
+        else:
+            if one is not None:
+                made[name] = one
+    return made
 
 
 def sources_of(config: DataConfig) -> Iterator[tuple[str | None, str, str]]:
@@ -90,20 +106,6 @@ def sources_of(config: DataConfig) -> Iterator[tuple[str | None, str, str]]:
         given = {side: source for side in _SIDES if (source := getattr(its, side)) is not None}
         if normal(name) not in left:
             yield from ((normal(name), side, source) for side, source in given.items())
-
-
-def _read(
-    files: Mapping[str, ClientFiles],
-    config: DataConfig,
-    seed: int,
-    say: Say,
-    refused: Refused,
-    given: Given | None = None,
-) -> Clients:
-    names = client_names(files)  # an invalid name is refused before any file is read
-    kept = _kept({names[n]: own for n, own in files.items()}, config)
-    read = {n: _files(n, own, config.of_client(n), seed, say, refused, given) for n, own in kept.items()}
-    return {name: rows for name, rows in read.items() if rows is not None}
 
 
 def _in_folder(folder: str, config: DataConfig, say: Say) -> dict[str, ClientFiles]:
@@ -205,7 +207,7 @@ def _made(source: str, rows: Sequence[Mapping[str, Any]]) -> DataTable:
     )
 
 
-def _files(
+def _read(
     name: str,
     files: ClientFiles,
     config: DataConfig,
@@ -215,17 +217,14 @@ def _files(
     given: Given | None,
 ) -> ClientRows | None:
     """Return one client's rows; both of its files are read, also if the first one is refused."""
+    sources: dict[Literal["train", "test"], str]
     sources = {side: source for side in _SIDES if (source := getattr(files, side)) is not None}
-    read = {
-        side: tried(read_client_file, refused, name, source, config, side, say, given)
-        for side, source in sources.items()
-    }
-    train, test = read["train"], read.get("test")
-    if train is None or (files.test is not None and test is None):
+    read = each(sources, lambda side, its: read_client_file(name, its, config, side, say, given), refused)
+    if len(read) < len(sources):
         return None
-    if test is None:
-        return tried(partial(hold_out, say=say), refused, train, config.test_fraction, seed, name)
-    return tried(partial(check_disjoint, say=say), refused, ClientRows(tuple(train), tuple(test)), name)
+    if "test" in read:
+        return check_disjoint(ClientRows(tuple(read["train"]), tuple(read["test"])), name, say=say)
+    return hold_out(read["train"], config.test_fraction, seed, name, say=say)
 
 
 def read_client_file(

@@ -18,7 +18,7 @@ from typing import Any
 from flexperts.config.data import DataConfig, PartitionConfig
 from flexperts.config.names import client_names, file_safe
 from flexperts.data.bad_rows import BadRow, settle_bad_rows
-from flexperts.data.columns import possible_columns
+from flexperts.data.formats import possible_columns
 from flexperts.data.holdout import check_disjoint, hold_out
 from flexperts.data.records import Say, unsaid
 from flexperts.data.rows import ClientRows, Label, Row, read_labelled

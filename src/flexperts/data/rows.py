@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 from flexperts.config.data import DataFormat, OnBadRow
 from flexperts.config.names import one_label
 from flexperts.data.bad_rows import BadRow, BadValueError, settle_bad_rows, text_of
-from flexperts.data.columns import PASSAGE, REQUIRED, say_columns
-from flexperts.data.formats import Layout, layout_of
+from flexperts.data.formats import PASSAGE, REQUIRED, Layout, layout_of, say_columns
 from flexperts.data.records import DataTable, Number, Record, Say, names_shown, unsaid, whole_number
 from flexperts.data.turns import Message, as_turns, read_chat, read_pair, read_turns, untrained
 from flexperts.errors import DataError
@@ -158,7 +157,7 @@ def read_labelled(
     if not (good or bad):
         raise DataError(table.source, "a split needs at least one row", "add rows or leave the client out")
     settle_bad_rows(table.source, bad, len(good) + len(bad), on_bad_row, say)
-    say_columns(table.source, table.columns, columns, fields, identity, by or "", told=layout.told, say=say)
+    say_columns(table.source, table.columns, columns, layout, identity, by or "", say=say)
     if unanswered:
         say(f"{table.source}: {unanswered} chats end with turns that no answer follows; these turns are left out")
     rows = [row for row, _ in good]

@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from flexperts.config.data import GIVEN, DataFormat, OnBadRow
-from flexperts.data.columns import possible_columns
 from flexperts.data.delimited import read_delimited
+from flexperts.data.formats import possible_columns
 from flexperts.data.json_files import read_json_lines, read_json_list
 from flexperts.data.records import (
     ENDINGS,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flexperts.config.data import GIVEN, DataConfig
-from flexperts.data.columns import possible_columns
+from flexperts.data.formats import possible_columns
 from flexperts.data.records import DataTable, Number, Record, names_shown, repeated
 from flexperts.errors import DataError
 from flexperts.files import json_text, write_text

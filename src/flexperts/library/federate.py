@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from flexperts.artifacts import RunDirectory
-from flexperts.cli.console import console
-from flexperts.cli.display import RunDisplay
-from flexperts.cli.preflight import check_memory
 from flexperts.client.workspace import Workspace
 from flexperts.config.names import client_names
 from flexperts.config.run import RunConfig
@@ -22,6 +19,9 @@ from flexperts.errors import ConfigError, DataError
 from flexperts.library.run import Run
 from flexperts.observer import Observer, Observers
 from flexperts.recipe import check_extras, recipe_of_tree, recorded_recipe
+from flexperts.terminal.console import console
+from flexperts.terminal.display import RunDisplay
+from flexperts.terminal.preflight import check_memory
 
 _WHERE = "flexperts.federate"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 
 from peft import PeftModel
 
+from flexperts.config.data import Template
 from flexperts.config.model import ModelConfig
 from flexperts.data.prompts import PromptEncoder
 from flexperts.errors import ArtifactError, ConfigError
@@ -21,11 +21,14 @@ from flexperts.export.template import writes_alpaca
 from flexperts.files import mapping, read_json, text_of
 from flexperts.finished.trained import TrainedRun, answer_all, answered
 from flexperts.methods.kit.method import State
+from flexperts.modeling.forward import Precision
 from flexperts.modeling.load import LoadedBase, load_base
 from flexperts.moe.experts import find_experts
 from flexperts.parts.graft_file import load_grafts
 
-_LONGEST, _BATCH, _DTYPES = 256, 8, ("bfloat16", "float32")
+_LONGEST, _BATCH = 256, 8
+_PRECISIONS: dict[str, Precision] = {"bfloat16": "bf16", "float32": "fp32"}
+"""Storage type of the base -> the precision in which it computes."""
 
 
 class Home(Protocol):
@@ -53,9 +56,6 @@ class Home(Protocol):
     def write(self, folder: Path, form: str | None) -> None:
         """Write the model as a folder, in one of the forms of an export; None is the smallest."""
 
-    at_close: Callable[[], None]
-    """Frees what belongs to the model alone."""
-
 
 class RunHome:
     """A client of a run.
@@ -67,16 +67,9 @@ class RunHome:
         state: The state of its model.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        opened: Callable[[], TrainedRun],
-        client: str,
-        state: State,
-    ) -> None:
+    def __init__(self, path: Path, opened: Callable[[], TrainedRun], client: str, state: State) -> None:
         self.place, self.state = path, state
         self._opened, self._client = opened, client
-        self.at_close: Callable[[], None] = lambda: None  # its run belongs to others
 
     @property
     def encoder(self) -> PromptEncoder:
@@ -122,7 +115,6 @@ class FolderHome:
         about = folder / "personal.json"
         self.about: dict[str, Any] = mapping(about, read_json(about)) if about.is_file() else {}
         """Whose model it is, in which state, and on which base; empty where the form does not say."""
-        self.at_close = self._free
         self.state = str(self.about.get("state", "exported"))
         if not self._whole and not (folder / "adapter_model.safetensors").is_file():
             raise ArtifactError(
@@ -131,10 +123,9 @@ class FolderHome:
                 "give a run directory, or a folder or hub repository made by `flexperts export` or push_to_hub",
             )
         self._dtype = dtype or self._stored_dtype()
-        if self._dtype not in _DTYPES:
-            raise ConfigError(
-                f"dtype = {self._dtype!r}", f"it must be {' or '.join(_DTYPES)}", "choose one of them"
-            )
+        if self._dtype not in _PRECISIONS:
+            rule = f"it must be {' or '.join(_PRECISIONS)}"
+            raise ConfigError(f"dtype = {self._dtype!r}", rule, "choose one of them")
 
     def _stored_dtype(self) -> str:
         if self._whole:
@@ -166,28 +157,17 @@ class FolderHome:
         return loaded
 
     def _settings(self, base: str) -> ModelConfig:
-        fp32 = self._dtype == "float32"
-        return ModelConfig(
-            base=base,
-            dtype="float32" if fp32 else "bfloat16",
-            precision="fp32" if fp32 else "bf16",
-            trust_remote_code=self._trusted,
-        )
+        known = {"base": base, "dtype": self._dtype, "precision": _PRECISIONS[self._dtype]}
+        return ModelConfig.model_validate(known | {"trust_remote_code": self._trusted})
 
     @cached_property
     def encoder(self) -> PromptEncoder:
         """See ``Home``."""
         tokenizer, text = self._loaded.tokenizer, self._loaded.model.config.get_text_config()
-        template = tokenizer.chat_template
-        is_chat = bool(template) and not writes_alpaca(str(template))
-        positions = getattr(text, "max_position_embeddings", None)
-        return PromptEncoder(
-            tokenizer,
-            "chat" if is_chat else "alpaca",
-            positions or _LONGEST,
-            vocabulary=text.vocab_size,
-            positions=positions,
-        )
+        template, positions = tokenizer.chat_template, getattr(text, "max_position_embeddings", None)
+        kind: Template = "chat" if template and not writes_alpaca(str(template)) else "alpaca"
+        known = {"vocabulary": text.vocab_size, "positions": positions}
+        return PromptEncoder(tokenizer, kind, positions or _LONGEST, **known)
 
     def answers(self, prompts: Sequence[Sequence[int]], limit: int | None, batch: int | None) -> list[Answer]:
         """See ``Home``."""
@@ -197,7 +177,7 @@ class FolderHome:
             prompts,
             _LONGEST if limit is None else limit,
             _BATCH if batch is None else batch,
-            precision="fp32" if self._dtype == "float32" else "bf16",
+            precision=_PRECISIONS[self._dtype],
             on_batch=None,
             owner=str(self.about.get("client", self.place.name)),
             state=self.state,
@@ -215,15 +195,7 @@ class FolderHome:
             raise ConfigError(f"form = {form!r}", rule, "leave it out, or export from the run")
         shutil.copytree(self.place, folder)
 
-    def _free(self) -> None:
-        self.__dict__.pop("encoder", None)
-        self.__dict__.pop("_loaded", None)
-
-
-@contextmanager
-def written(home: Home, form: str | None, name: str) -> Iterator[Path]:
-    """Yield a temporary folder with the model of a home."""
-    with tempfile.TemporaryDirectory(prefix="flexperts-") as place:
-        folder = Path(place) / name
-        home.write(folder, form)
-        yield folder
+    def close(self) -> None:
+        """Free the base."""
+        for name in ("encoder", "_loaded"):
+            self.__dict__.pop(name, None)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from flexperts.cli.console import console
 from flexperts.config.names import normal
 from flexperts.data.prompts import PromptEncoder
 from flexperts.errors import ArtifactError, ConfigError, DataError, PrivacyError, one_line
 from flexperts.evaluation.generation import Answer
-from flexperts.library.homes import FolderHome, Home, written
+from flexperts.library.homes import FolderHome, Home
+from flexperts.terminal.console import console
 
 Prompt = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 """An instruction, a row with ``instruction`` and maybe ``context``, or the turns of a conversation."""
@@ -29,6 +30,7 @@ class PersonalModel:
 
     def __init__(self, client: str, home: Home) -> None:
         self.client, self._home = client, home
+        self._at_close: Callable[[], None] = lambda: None  # the run belongs to others
 
     @property
     def state(self) -> str:
@@ -76,7 +78,7 @@ class PersonalModel:
             run = Run(folder, base=its, trust_remote_code=trust_remote_code)
             model = run.model(client, state)
             _ = model._home.encoder  # the base and the client's state load now, so that errors come here
-            model._home.at_close = run.close
+            model._at_close = run.close
             return model
         home = FolderHome(folder, its, dtype, trust_remote_code=trust_remote_code)
         owner = home.about.get("client")
@@ -84,7 +86,9 @@ class PersonalModel:
             holds = f"{folder} holds one model, {owner or 'of one client'}, {home.state}"
             raise ConfigError(f"client {client!r}, state {state!r}", holds, "leave client and state out")
         _ = home.encoder  # likewise
-        return cls(normal(client or owner or folder.name), home)
+        model = cls(normal(client or owner or folder.name), home)
+        model._at_close = home.close
+        return model
 
     def chat(self, messages: Sequence[Mapping[str, Any]], *, max_new_tokens: int | None = None) -> Answer:
         """Return the greedy answer to a conversation.
@@ -172,7 +176,9 @@ class PersonalModel:
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
-        with written(self._home, form, repo_id.rpartition("/")[2]) as folder:
+        with tempfile.TemporaryDirectory(prefix="flexperts-") as place:
+            folder = Path(place) / repo_id.rpartition("/")[2]
+            self._home.write(folder, form)
             files = sorted(path for path in folder.rglob("*") if path.is_file())
             size, names = sum(path.stat().st_size for path in files), ", ".join(path.name for path in files)
             kind = "private" if private else "PUBLIC"
@@ -202,7 +208,7 @@ class PersonalModel:
 
     def close(self) -> None:
         """Free the run or the base, if ``from_pretrained`` opened it."""
-        self._home.at_close()
+        self._at_close()
 
     def __enter__(self) -> Self:
         return self

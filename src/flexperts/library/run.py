@@ -51,11 +51,8 @@ class Run:
         self.summary = self.directory.summary()
         """What summary.json holds."""
         self._joined = self.directory.joined()
-        self._workspace, self._base, self._trusted = (
-            workspace,
-            None if base is None else str(base),
-            trust_remote_code,
-        )
+        self._workspace, self._trusted = workspace, trust_remote_code
+        self._base = None if base is None else str(base)
 
     @property
     def path(self) -> Path:

@@ -14,14 +14,7 @@ from flexperts.deployment.settings import at_silos, for_silo
 from flexperts.errors import ConfigError, DataError
 from flexperts.recipe import load_recipe, load_silo, parse_recipe
 
-BASE = """
-[model]
-base = "{base}"
-dtype = "float32"
-precision = "fp32"
-[training]
-max_length = 640
-"""
+LENGTH = "[training]\nmax_length = 640\n"
 
 
 def write(folder: Path, name: str, instruction: str, response: str, count: int = 10) -> Path:
@@ -126,9 +119,9 @@ def test_a_name_in_another_unicode_form_has_its_settings(two: Path) -> None:
     assert data.of_client("other").test_fraction == 0.2
 
 
-def test_a_template_of_its_own(two: Path, tiny_base: Path) -> None:
+def test_a_template_of_its_own(two: Path, tiny_model: str) -> None:
     text = FILES.replace("[data.clients.shop]", 'template = "alpaca"\n[data.clients.shop]')
-    (two / "r.toml").write_text(BASE.format(base=tiny_base) + text)
+    (two / "r.toml").write_text(tiny_model + LENGTH + text)
     work = Workspace(load_recipe(two / "r.toml"))
     tokenizer = work.encoder.tokenizer
     prompts = {name: tokenizer.decode(work.examples(name)[0].prompt) for name in work.clients}

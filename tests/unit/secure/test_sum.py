@@ -1,4 +1,4 @@
-"""The sum of secure aggregation is the plain sum, whoever drops out; the server's view gives no update."""
+"""The sum of secure aggregation is the plain sum, also when clients drop out; the server's view gives no update."""
 
 from __future__ import annotations
 

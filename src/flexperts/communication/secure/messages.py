@@ -30,8 +30,9 @@ Name = Annotated[str, Field(min_length=1, max_length=_LONGEST_NAME)]
 Session = Annotated[str, _hex(16)]
 Key = Annotated[str, _hex(32)]
 Share = Key
-Sealed = Annotated[str, _hex(12 + 2 * 32 + 16)]
-"""A nonce, two encrypted shares, and a tag."""
+SEALED = 12 + 2 * 32 + 16
+"""Bytes of a nonce, two encrypted shares, and a tag."""
+Sealed = Annotated[str, _hex(SEALED)]
 Signature = Annotated[str, _hex(64)]
 Names = Annotated[list[Name], Field(max_length=_MOST)]
 

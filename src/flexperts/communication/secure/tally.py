@@ -7,7 +7,7 @@ The silos' part is ``silo.py``; neither imports the other.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -17,6 +17,7 @@ from flexperts.communication.secure.fixed_point import Ring
 from flexperts.communication.secure.graph import holder_share, holders, threshold_of
 from flexperts.communication.secure.masks import SpoiltError, check_of, common_mask, own_mask, refused, too_few
 from flexperts.communication.secure.messages import (
+    SEALED,
     Advertised,
     Card,
     Closed,
@@ -254,6 +255,37 @@ class Tally:
         for peer in (peer for peer, number in numbers.items() if number in wrong):
             faults.setdefault(peer, f"it has sent a wrong share of {name}, or got one from it")
         return secret
+
+
+def message_bytes(names: Sequence[str], share: float) -> dict[str, tuple[int, int]]:
+    """Return client -> bytes that it sends and receives in a round without drop-outs, without the masked update.
+
+    They are those of the messages themselves, of clients that do not exist.
+
+    Args:
+        names: The round's clients.
+        share: ``privacy.survivors``.
+    """
+    key, signature, sealed = ("0" * 2 * size for size in (ciphers.SIZE, 2 * ciphers.SIZE, SEALED))
+    cards = dict.fromkeys(names, Card(identity=key, sealing=key, signature=signature))
+    tally = Tally(new_session("0" * 32, 1, cards, dict.fromkeys(names, 1), Rules(clip=1.0, share=share)))
+    keys: dict[str, Advertised] = {}
+    for number, name in enumerate(tally.cards):
+        dealt = {peer: sealed for peer in tally.holders[name] if peer != name}
+        keys[name] = Advertised(mask=f"{number:064x}", check=key, sealed=dealt, signature=signature)
+        tally.advertise(name, keys[name])
+    tally.survivors = list(tally.cards)
+    return {
+        name: (
+            _bytes(its, Revealed(secrets=dict.fromkeys(tally.holders[name], key), keys={})),
+            _bytes(tally.setup(name), tally.masking(name), tally.unmask(name)),
+        )
+        for name, its in keys.items()
+    }
+
+
+def _bytes(*messages: Message) -> int:
+    return sum(len(message.model_dump_json()) for message in messages)
 
 
 def _is_secret(check: str, secret: bytes) -> bool:

@@ -1,19 +1,16 @@
-"""Tables that commands show: a run's estimated memory before anything loads, and a loaded base's storage."""
+"""A run's estimated memory, shown before anything loads; a run that does not fit is refused."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from flexperts.config.run import RunConfig
     from flexperts.costs.preflight import Preflight
     from flexperts.data.tables import Given
-    from flexperts.modeling.quantization import Storage
 
 _SMALL = 1_000_000_000
 """Size in bytes below which a checkpoint's memory is not estimated."""
@@ -30,9 +27,9 @@ def check_memory(config: RunConfig, given: Given | None = None, *, console: Cons
     Returns:
         The run, with the number of workers that fit if it leaves that open.
     """
-    from flexperts.cli.console import console as terminal
     from flexperts.errors import FlexpertsError
     from flexperts.smol_moe.build import resolve_base
+    from flexperts.terminal.console import console as terminal
 
     model, console = config.model, console or terminal()
     if not model.preflight or model.trust_remote_code or _is_small(Path(resolve_base(model.base))):
@@ -53,20 +50,6 @@ def check_memory(config: RunConfig, given: Given | None = None, *, console: Cons
     console.print(_table(made))
     check_fits(made, {} if made.peak.total <= made.free else estimator.savings(config))
     return with_workers_that_fit(config, made)
-
-
-def storage_table(rows: Sequence[Storage]) -> Table:
-    """Return the table of how a loaded base is stored, part by part."""
-    from rich.table import Table
-
-    from flexperts.reports.cells import size
-
-    table = Table("weights", "type", title="how the base is stored", title_justify="left")
-    for column in ("full", "stored"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(row.part, ", ".join(row.types), size(row.before).text, size(row.after).text)
-    return table
 
 
 def _is_small(folder: Path) -> bool:

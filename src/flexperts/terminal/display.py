@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from flexperts.cli.live import ProgressDisplay
 from flexperts.reports.cells import size
 from flexperts.reports.reading import STATES
+from flexperts.terminal.live import ProgressDisplay
 
 
 class RunDisplay(ProgressDisplay):

@@ -16,9 +16,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from flexperts.cli.console import console as terminal
 from flexperts.observer import Relay, observing
 from flexperts.progress import Line, RunProgress
+from flexperts.terminal.console import console as terminal
 
 _EVERY = 30.0
 """Seconds between two lines without a terminal."""

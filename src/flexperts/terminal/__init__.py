@@ -1,0 +1,1 @@
+"""What commands and runs from Python show of a run, in a terminal or a notebook."""
