@@ -240,6 +240,10 @@ class RunDirectory:
         """Return how many whole lines of rounds there are, damaged or not."""
         return content_of(self._rounds).count(b"\n") if self._rounds.exists() else 0
 
+    def last_round_at(self) -> float | None:
+        """Return when the last round was written, in seconds since 1970; None before the first."""
+        return self._rounds.stat().st_mtime if self.has_rounds() else None
+
     def append_round(self, record: Mapping[str, Any]) -> None:
         """Add a finished round.
 

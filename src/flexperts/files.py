@@ -11,6 +11,7 @@ never through a link, so that another user of the folder can neither read it nor
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
@@ -273,6 +274,32 @@ def holder(path: Path) -> str:
         pid, host, *_ = path.read_text(encoding="utf-8").split()
         return f"process {int(pid)} on {host}"
     return "another process"
+
+
+def writer(folder: Path) -> str | None:
+    """Return a description of the process that writes a folder; None if none does.
+
+    A killed process leaves the file behind, without its lock. Only this machine's locks are tried.
+    """
+    path = folder / LOCK
+    try:
+        _pid, host, *_ = path.read_text(encoding="utf-8").split()
+        if host == socket.gethostname() and not _is_locked(path):
+            return None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):  # a process is just taking it, or another user's run
+        pass
+    return holder(path)
+
+
+def _is_locked(path: Path) -> bool:
+    with path.open(encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go at once, as the file is closed
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _unlockable(what: Path, error: OSError) -> ArtifactError:

@@ -30,6 +30,7 @@ from flexperts.cli import (
     run,
     serve,
     silo,
+    status,
 )
 from flexperts.errors import ArtifactError, ConfigError, FlexpertsError
 from flexperts.terminal.console import console, escape_what_cannot_be_shown, take_names_as_utf8
@@ -57,6 +58,7 @@ app.command("new")(new.command)
 app.command("run")(run.command)
 app.command("compare")(compare.command)
 app.command("report")(report.command)
+app.command("status")(status.command)
 app.command("plan")(plan.command)
 app.command("evaluate")(evaluate.command)
 app.command("generate")(generate.command)
