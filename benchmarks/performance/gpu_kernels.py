@@ -23,8 +23,8 @@ from flexperts.testing import byte_tokenizer
 
 @section(
     "Attention with padding",
-    "torch's attention with a mask, bf16, forward and backward: with left padding, where rows see no column, and with "
-    "one large head dimension.",
+    "torch's attention with a mask, bf16, forward and backward: with left padding, where rows see no column, and "
+    "with one large head dimension.",
     30,
     "With torch 2.13, cuDNN's backward pass gives NaN where the length is 64 modulo 128 (pytorch issue 196678).",
 )
