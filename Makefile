@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 # Containers often forbid bytecode; every process that the tests start would compile the package anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup locked lock run test test-oldest slow families quantization ray faults fuzz deployment test-all coverage bench docs check format dist clean
+.PHONY: help setup locked lock run test test-oldest slow families quantization ray faults fuzz deployment test-all coverage bench gpu docs check format dist clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -92,6 +92,9 @@ check: setup  ## Formatting, lint, types, architecture
 format: setup  ## Format, and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+gpu: setup  ## Check and measure on one card (at most eight minutes), write docs/gpu.md
+	$(BIN)/python benchmarks/performance/gpu.py
 
 # The tools stay out of .venv; the wheel is tried where nothing else is installed.
 dist:  ## Build sdist and wheel into dist/, check both, try the wheel in an empty environment

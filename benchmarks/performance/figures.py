@@ -64,9 +64,9 @@ class Benchmark:
     notes: Sequence[str] = ()
     started: float = field(default_factory=time.perf_counter)
 
-    def write(self, out: Path, figures: Sequence[Figure], details: Any) -> None:
-        """Print the figures, and write ``OUT/NAME.json``."""
-        for figure in figures:
+    def write(self, out: Path, figures: Sequence[Figure], details: Any, *, tell: bool = True) -> None:
+        """Print the figures if ``tell``, and write ``OUT/NAME.json``."""
+        for figure in figures if tell else ():
             print(line(figure))
         found = {
             "title": self.title,

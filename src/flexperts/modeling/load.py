@@ -24,6 +24,7 @@ from flexperts.errors import ModelError
 from flexperts.modeling.placement import computing_device, placement
 from flexperts.modeling.quantization import ExpertsQuantization, check_quantized, check_quantizer
 from flexperts.modeling.skeleton import auto_class
+from flexperts.moe.dispatch import BY_PAIRS
 from flexperts.moe.experts import find_experts
 from flexperts.observer import current_observer, libraries_drawing
 from flexperts.parameters.fingerprint import fingerprint
@@ -92,7 +93,7 @@ def load_base(config: ModelConfig, tokenizer: Any = None) -> LoadedBase:
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused below, by name
                 **placement(config, described, device),
-                **_quantization(config, described),
+                **_experts(config, described, device),
             )
     except ModelError:
         raise
@@ -218,16 +219,17 @@ def _refused(base: str, error: Exception) -> ModelError:
     )
 
 
-def _quantization(config: ModelConfig, described: Any) -> dict[str, Any]:
-    """Return the arguments of ``from_pretrained`` for quantization."""
+def _experts(config: ModelConfig, described: Any, device: torch.device) -> dict[str, Any]:
+    """Return the arguments of ``from_pretrained`` for how routed experts are stored and computed."""
+    on_card = device.type != "cpu"
+    way = {"experts_implementation": BY_PAIRS} if on_card else {}
     if config.quantization == "none":
-        return {}
+        return way
     check_quantizer(described, config.base)
-    # transformers' eager loop runs experts one by one, so only one is dequantized at a time.
-    return {
-        "quantization_config": ExpertsQuantization(config.quantization),
-        "experts_implementation": "eager",
-    }
+    # transformers' eager loop has the values of one expert in memory at a time. On a card it would wait for the
+    # host at each of them: there a layer's experts, or those that a decoding step needs, get their values at once.
+    way = way or {"experts_implementation": "eager"}
+    return {"quantization_config": ExpertsQuantization(config.quantization), **way}
 
 
 def _freeze(model: Any) -> None:

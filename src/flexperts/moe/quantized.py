@@ -1,9 +1,9 @@
 """A frozen weight in 8 or 4 bits: a tensor with the shape and dtype of the original weight that stores its codes.
 
 Shape, dtype and name are those of the full weight, so experts are found and read as usual. One expert,
-``weight[i]``, is a view of its codes. An operation that needs values gets them for that operation only; autograd
-keeps the codes. Quantizing and dequantizing are bitsandbytes' operations, in blocks of 64 values with one fp32
-scale.
+``weight[i]``, is a view of its codes; several, ``weight[numbers]``, are copies of theirs. An operation that needs
+values gets them for that operation only; autograd keeps the codes. Quantizing and dequantizing are bitsandbytes'
+operations, in blocks of 64 values with one fp32 scale.
 """
 
 from __future__ import annotations
@@ -122,6 +122,8 @@ class QuantizedTensor(Tensor):
             return self._on_parts(lambda part: part.to(kwargs.get("device"), copy=True))
         if func is _aten.select.int and self.codes.dim() > 1 and args[0] == 0:
             return self._on_parts(lambda part: part[args[1]])
+        if func is _aten.index.Tensor and self.codes.dim() > 1 and len(args[0]) == 1:
+            return self._on_parts(lambda part: part[args[0][0]])
         swaps = func is _aten.transpose.int and {d % self.dim() for d in args} == {self.dim() - 2, self.dim() - 1}
         if swaps or func is _aten.t.default:
             return self._on_parts(lambda part: part, transposed=not self.transposed)

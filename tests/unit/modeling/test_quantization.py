@@ -16,6 +16,7 @@ from flexperts.engines.run import run_federation
 from flexperts.errors import ConfigError, ModelError
 from flexperts.modeling.load import LoadedBase, load_base
 from flexperts.modeling.quantization import check_quantized, planned_bytes, storage
+from flexperts.moe.dispatch import BY_PAIRS
 from flexperts.moe.experts import find_experts
 from flexperts.moe.quantized import QuantizedTensor, Scheme, quantized_bytes
 from flexperts.parts.grafts import Grafts
@@ -61,6 +62,14 @@ def test_one_expert_is_a_view_of_its_own_codes(scheme: Scheme) -> None:
 
 
 @SCHEMES
+def test_several_experts_are_copies_of_their_codes(scheme: Scheme) -> None:
+    quantized, numbers = QuantizedTensor.quantize(weight(4, 16, 32), scheme), torch.tensor([2, 0, 2])
+    some = quantized[numbers]
+    assert isinstance(some, QuantizedTensor)
+    assert torch.equal(some.dequantize(), quantized.dequantize()[numbers])
+
+
+@SCHEMES
 @pytest.mark.parametrize("product", [F.linear, lambda x, w: x @ w.mT], ids=["linear", "matmul"])
 def test_products_and_gradients_are_those_of_the_values_and_autograd_keeps_codes(
     scheme: Scheme, product: Callable[..., torch.Tensor]
@@ -92,6 +101,31 @@ def test_a_base_computes_with_the_values_of_its_codes(family: str, scheme: str, 
     full.set_experts_implementation("eager")
     tokens = torch.arange(1, 33)[None]
     torch.testing.assert_close(quantized(tokens).logits, full(tokens).logits)
+
+
+@SCHEMES
+@pytest.mark.parametrize("way", ["batched_mm", "grouped_mm", BY_PAIRS])
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
+def test_a_cards_ways_compute_the_same_and_autograd_keeps_codes(
+    family: str, way: str, scheme: str, tmp_path: Path
+) -> None:
+    model = load(save_tiny_base(tmp_path / family, family), scheme).model
+    experts = find_experts(model)[0]
+    hidden, same = (weight(5, D).requires_grad_() for _ in range(2))
+    index = torch.tensor([[0, 1], [1, 2], [3, 0], [2, 3], [0, 2]])
+    mixture = torch.full(index.shape, 0.5)
+    expected = experts.module(same, index, mixture)
+    model.set_experts_implementation(way)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        output = experts.module(hidden, index, mixture)
+    output.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(hidden.grad, same.grad)
+    codes = [t for t in kept if isinstance(t, QuantizedTensor)]
+    assert len(codes) == 2
+    assert all(t.dim() < 3 for t in kept if not isinstance(t, QuantizedTensor))
 
 
 @SCHEMES
