@@ -1,7 +1,7 @@
-"""The audit: rounds are simulated in every setting, the update that an observer sees is attacked, the results are JSON.
+"""The audit: rounds are simulated in every setting, the update that an observer sees is attacked; the result is JSON.
 
-A run directory keeps no updates. So the audited round is the one after a finished run's last; a recipe is first run for
-one round, where there are enough rows on others than those of the audited round.
+A run directory keeps no updates. So the audited round is the one after a finished run's last. A recipe is first run
+for one round, on another part of the rows where they are divided; else on the same.
 """
 
 from __future__ import annotations
@@ -302,9 +302,12 @@ def _exposure(planted: Sequence[float], candidates: Sequence[float], seed: int) 
     return {**its, "most": log2(len(candidates) + 1), "chance": chance(len(candidates))}
 
 
-def _shares(words: dict[str, int] | None) -> dict[str, Any] | None:
+def _shares(words: dict[str, Any] | None) -> dict[str, Any] | None:
     """Return the word attack's counts with the share of named words that are right, and its Wilson interval."""
-    if words is None or not words["named"]:
-        return words and {**words, "value": None, "low": None, "high": None}
+    if words is None:
+        return None
+    shares = {name: _shares(value) if name == "own" else value for name, value in words.items()}
+    if not words["named"]:
+        return {**shares, "value": None, "low": None, "high": None}
     its = binomtest(words["right"], words["named"]).proportion_ci(method="wilson")
-    return {**words, "value": words["right"] / words["named"], "low": float(its.low), "high": float(its.high)}
+    return {**shares, "value": words["right"] / words["named"], "low": float(its.low), "high": float(its.high)}

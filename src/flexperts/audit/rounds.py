@@ -1,7 +1,7 @@
 """A simulated round: silos train by the client's own code, and what an observer gets is returned.
 
-The observer is whoever sees most: the server, which sees every silo's update alone (``plain``, ``local``) or the mean
-that it unmasks (``secure``). With central noise it is another silo, which sees the mean with noise.
+The observer is the server, which sees every silo's update as it leaves the silo, or with secure aggregation the mean
+that it unmasks. With central noise, which does not hide updates from the server, it is another silo.
 """
 
 from __future__ import annotations

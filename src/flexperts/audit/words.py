@@ -1,15 +1,15 @@
 """Words in an update: which tokens' inputs make up the change of the first adapted layers' A.
 
-LoRA computes B A x. A's gradient on some tokens is the sum of outer products (B^T d_t) x_t^T, so each of its rows is a
-weighted sum of the layer's inputs x_t. In the first block an input is a function of its token alone. With B, the base
-and the change known, the tokens are found by matching: the fewest inputs whose weighted sums are the change. The weights,
-which depend on all else, are left free; so one step's gradient, the sum of several steps, a mean over silos and a change
-with noise are attacked alike. In a run's very first step B is zero and A has no gradient.
+LoRA computes B A x. The gradient of A on some tokens is the sum of outer products (B^T d_t) x_t^T, so each of its rows
+is a weighted sum of the layer's inputs x_t. In the first block an input is a function of its token alone. With base, B
+and change known, the tokens are found by matching the gradient: the fewest inputs of which the change is a weighted
+sum. The weights depend on all else and are left free. So one step's gradient, the sum of several steps, a mean over
+silos and a change with noise are attacked alike. In a run's very first step B is zero, and A has no gradient.
 
-arXiv 2601.17533 finds bags of words in adapters' gradients too, from other traces, and then orders them; here they are
-not ordered. The test of one token against the gradient's span is that of Petrov et al., 2024 (arXiv 2405.15586); a span
-of rank r holds no more than r tokens, so here the best next token is chosen again and again (order-recursive matching
-pursuit; Rebollo-Neira and Lowe, 2002), which can find more tokens than that.
+arXiv 2601.17533 finds bags of words in adapters' gradients too, from other traces, and orders them; here they are not
+ordered. Petrov et al., 2024 (arXiv 2405.15586) test each token against the gradient's span, which decides for as many
+tokens as the span has dimensions. Here the best next token is chosen again and again (matching pursuit for several
+vectors; Tropp et al., 2006), which can find more tokens than that.
 
 Shapes: V vocabulary, D input width, M rows of all A's.
 """
@@ -29,13 +29,13 @@ from flexperts.modeling.lora import SHARED_PREFIX, LoraAdapters
 _COLUMNS = 512
 """Tokens read in one pass."""
 _SHARE = 4
-"""At most a D-th over this many tokens are named: with more, any change is a sum of inputs."""
+"""At most D over this many tokens are named: of many more, any change is a weighted sum."""
 _LEAST = 1e-6
-"""Share of an input's energy that must be left for it to be named."""
+"""Share of an input's or a change's size below which rounding decides."""
 
 
-class _ReadError(Exception):
-    """Ends a forward pass after the layer whose input was wanted; never leaves this module."""
+class _InputRead(Exception):  # noqa: N818 - no error: it ends a forward pass after the layer whose input was wanted
+    pass
 
 
 def first_layers(lora: LoraAdapters, change: Mapping[str, Tensor]) -> dict[str, str]:
@@ -68,7 +68,7 @@ def token_inputs(lora: LoraAdapters, target: str, precision: Precision) -> Tenso
 
     def read(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         found.append(args[0].detach().float().flatten(0, -2).cpu())
-        raise _ReadError
+        raise _InputRead
 
     tokens = torch.arange(lora.base.get_input_embeddings().weight.shape[0], device=device)
     handle = layer.register_forward_pre_hook(read)
@@ -77,7 +77,7 @@ def token_inputs(lora: LoraAdapters, target: str, precision: Precision) -> Tenso
             try:
                 with autocast(device, precision):
                     lora.base(input_ids=some[None], use_cache=False)
-            except _ReadError:
+            except _InputRead:
                 pass
     finally:
         handle.remove()
@@ -88,7 +88,8 @@ def token_inputs(lora: LoraAdapters, target: str, precision: Precision) -> Tenso
 def matched(change: Tensor, inputs: Tensor, known: Collection[int], count: int) -> list[int]:
     """Return the tokens whose inputs make up a change, the best match first.
 
-    In each step the token is chosen that leaves least of the change unexplained together with those before it.
+    In each step the token is chosen that explains most of the change together with those before it. All directions
+    of the change count alike, however large: a token with a small gradient is as much in it as another.
 
     Args:
         change: ``[M, D]``; each row is a sum of inputs with unknown weights, and maybe noise.
@@ -96,6 +97,8 @@ def matched(change: Tensor, inputs: Tensor, known: Collection[int], count: int) 
         known: Tokens that are in the rows anyway, such as the template's; they are explained first and not named.
         count: Number of tokens to name.
     """
+    _, sizes, directions = torch.linalg.svd(change, full_matrices=False)
+    change = directions[sizes > _LEAST * sizes[0]]
     left = (inputs**2).sum(1)  # of every input, what is not a sum of the chosen ones
     whole = left.clone()
     agreement = inputs @ change.T  # [V, M], with what is not explained yet
@@ -143,7 +146,9 @@ def word_attack(
             and their most frequent tokens are what can be guessed without any update.
 
     Returns:
-        ``true`` (different tokens of the rows), ``named``, ``right`` and ``guessed`` (right ones of as many guesses).
+        ``true`` (different tokens of the rows), ``named``, ``right``, and ``guessed``: right ones of as many guesses.
+        ``own`` has the same for tokens that no other silo's row has; guesses are then the vocabulary's first tokens,
+        which are the most frequent ones in public text.
     """
     layers = first_layers(lora, change)
     inputs = token_inputs(lora, next(iter(layers)), precision) if layers else None
@@ -154,10 +159,13 @@ def word_attack(
     count = min(len(true), inputs.shape[1] // _SHARE)
     named = matched(torch.cat([change[name] for name in layers.values()]), inputs, template, count)
     frequent = Counter(token for row in others for token in row if token not in template)
-    guessed = [token for token, _ in frequent.most_common(count)]
+    own = [token for token in range(len(inputs)) if token not in frequent and token not in template]
     return {
-        "true": len(true),
-        "named": len(named),
-        "right": len(true.intersection(named)),
-        "guessed": len(true.intersection(guessed)),
+        **_counted(true, named, [token for token, _ in frequent.most_common()]),
+        "own": _counted(true.intersection(own), [token for token in named if token in set(own)], own),
     }
+
+
+def _counted(true: Collection[int], named: Sequence[int], guesses: Sequence[int]) -> dict[str, int]:
+    right, guessed = (len(set(true).intersection(its)) for its in (named, guesses[: len(named)]))
+    return {"true": len(true), "named": len(named), "right": right, "guessed": guessed}

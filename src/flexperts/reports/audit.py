@@ -12,72 +12,76 @@ from flexperts.reports.html import heads, template
 from flexperts.reports.markdown import escaped, markdown_grid
 
 _BOUND = (
-    "This is a lower bound: the attacks here are simple, and a stronger one may learn more. A result at chance level is "
-    "no proof that nothing leaks."
+    "This is a lower bound: the attacks here are simple, and a stronger one may learn more. A result at the level of "
+    "chance is no proof that nothing is revealed."
 )
 _NOTE = (
-    "Intervals are 95 %. Words: different tokens that the attack names from the update and that are in the silo's rows, of "
-    "those it names; guessed: right ones of as many tokens that are most frequent at the other silos. Tokens of the "
-    "template do not count. The interval is Wilson's over the named words. Exposure: bits by which the observer's model ranks a canary above "
-    "made-up secrets that were not trained; mean over canaries, interval over canaries. AUC: chance that a row of the "
-    "silo scores above a row that was not trained; found at 1 % or 5 %: share of the silo's rows found when so many "
-    "other rows are called its own by mistake; intervals over rows."
+    "Intervals are 95 %. Words right: of the different tokens that the attack names, the share in the silo's rows, "
+    "without the template's tokens; Wilson's interval over the named tokens. Guessed: the same share of as many tokens "
+    "that are most frequent at the other silos. Own words: the same for tokens that no other silo's row has; guessed "
+    "are the first ones of the vocabulary. Exposure: by how many bits the observed model ranks a canary "
+    "above secrets that were not trained, mean and interval over canaries. AUC: the chance that a row of the silo scores "
+    "above a row that was not trained. Found at 1 % and 5 %: the share of the silo's rows that are found when so many "
+    "other rows are taken for the silo's; intervals over rows."
 )
 
 
 def sentences(result: Mapping[str, Any]) -> list[str]:
-    """Return what the audit found, in plain sentences: first about the whole, then for every setting and attack."""
-    return [
-        _BOUND,
-        *_of_control(result),
-        *(text for name, its in result["settings"].items() for text in _said(name, its)),
-    ]
+    """Return what the audit found: what it can say, the positive control, then every attack in every setting."""
+    settings: Mapping[str, Any] = result["settings"]
+    return [_BOUND, _of_control(settings), *(text for name, its in settings.items() for text in _said(name, its))]
 
 
-def _of_control(result: Mapping[str, Any]) -> Iterator[str]:
-    for its in result["settings"].values():
-        if its["control"]:
-            works = its["words"] and its["words"]["named"] and its["words"]["low"] > _guess(its["words"])
-            yield (
-                "The positive control succeeds: from one step on one row, without any defence, the attack finds words."
-                if works
-                else "THE POSITIVE CONTROL FAILS: the attack on words does not work on this base, and where it finds "
-                "nothing that means nothing."
-            )
-            return
-    yield "The positive control was not measured: where the attack on words finds nothing, that means nothing."
+def _of_control(settings: Mapping[str, Any]) -> str:
+    control = next((its["words"] for its in settings.values() if its["control"]), None)
+    if not control:
+        return "The positive control was not measured: where the attack on words finds nothing, that means nothing."
+    if _finds_words(control):
+        return "The positive control succeeds: from one step on one row, without a defence, the attack finds words."
+    return (
+        "THE POSITIVE CONTROL FAILS: the attack on words does not work on this base, and where it finds nothing, that "
+        "means nothing."
+    )
 
 
-def _guess(found: Mapping[str, Any]) -> float:
-    return float(found["guessed"] / found["named"])
+def _finds_words(found: Mapping[str, Any]) -> bool:
+    """Return whether the attack is better than guessing, by its interval."""
+    return bool(found["named"] and found["low"] > found["guessed"] / found["named"])
 
 
 def _said(name: str, its: Mapping[str, Any]) -> Iterator[str]:
-    who = f"{name}: from {'the mean of ' + str(its['silos']) + ' silos' if _sees_mean(its) else 'one update'}, {its['observer']}"
+    """Yield one sentence for every attack that was made."""
+    mean = its["secure"] or its["noise"] == "central"
+    who = (
+        f"{name}: from {'the mean of ' + str(its['silos']) + ' silos' if mean else 'one update'} {its['observer']}"
+    )
     if found := its["words"]:
-        better = found["named"] and found["low"] > _guess(found)
+        own = found["own"]
         yield (
-            f"{who} names {found['named']} words, and {found['right']} of them are among the {found['true']} in the silo's "
-            f"rows; {found['guessed']} are right by guessing, so the update {'tells' if better else 'does not measurably tell'} words."
+            f"{who} names {found['named']} words, of which {found['right']} are among the {found['true']} of the rows "
+            f"({found['guessed']} by guessing), and {own['right']} of the {own['true']} that no other silo has "
+            f"({own['guessed']} by guessing): the update "
+            f"{_verb('reveals', _finds_words(found) or _finds_words(own))} words."
         )
     else:
-        yield f"{who} has no A of a first layer to find words with."
+        yield f"{who} gets no A of a first layer, which the attack on words needs."
     if found := its["canaries"]:
-        known = found["low"] > found["chance"]
         yield (
-            f"{who} ranks canaries by {found['value']:.1f} bits [{found['low']:.1f}, {found['high']:.1f}] of "
-            f"{found['most']:.0f}; {found['chance']:.1f} is chance: they are {'' if known else 'not measurably '}memorized."
+            f"{who} has a model that ranks canaries by {found['value']:.1f} of {found['most']:.0f} bits (from "
+            f"{found['low']:.1f} to {found['high']:.1f}; chance is {found['chance']:.1f}): the update "
+            f"{_verb('reveals', found['low'] > found['chance'])} them."
         )
     if found := its["membership"]:
         auc = found["auc"]
         yield (
-            f"{who} tells a row of the silo from another one with an AUC of {auc['value']:.2f} [{auc['low']:.2f}, "
-            f"{auc['high']:.2f}]: {'better than' if auc['low'] > 0.5 else 'not measurably better than'} chance (0.50)."
+            f"{who} has a model that ranks rows of the silo above others with an AUC of {auc['value']:.2f} (from "
+            f"{auc['low']:.2f} to {auc['high']:.2f}; chance is 0.50): the weights "
+            f"{_verb('reveal', auc['low'] > 0.5)} which rows were trained on."
         )
 
 
-def _sees_mean(its: Mapping[str, Any]) -> bool:
-    return bool(its["secure"] or its["noise"] == "central")
+def _verb(reveals: str, does: bool) -> str:
+    return reveals if does else f"{'do' if reveals == 'reveal' else 'does'} not measurably reveal"
 
 
 def audit_table(result: Mapping[str, Any]) -> Table:
@@ -89,7 +93,17 @@ def audit_table(result: Mapping[str, Any]) -> Table:
         Column("secure", words=True),
         *(
             Column(name)
-            for name in ("silos", "words right", "guessed", "exposure, bits", "AUC", "found at 1 %", "found at 5 %")
+            for name in (
+                "silos",
+                "words right",
+                "guessed",
+                "own words right",
+                "own guessed",
+                "exposure, bits",
+                "AUC",
+                "found at 1 %",
+                "found at 5 %",
+            )
         ),
     )
     rows = tuple(_row(name, its) for name, its in result["settings"].items())
@@ -100,21 +114,25 @@ def _row(name: str, its: Mapping[str, Any]) -> tuple[Cell, ...]:
     found, members = its["words"], its["membership"] or {}
     noise = MISSING if its["noise"] == "none" else f"{its['noise']}, z = {its['noise_multiplier']:g}"
     clip = "" if its["clip"] is None else f", clip {its['clip']:g}"
-    guessed = number(_guess(found), 2) if found and found["named"] else Cell(MISSING)
-    right = bounded(found, 2)
-    if found and found["named"]:
-        right = Cell(f"{right.text} of {found['named']}", right.value)
     return (
         words(name),
         *(number(its[key], 0) for key in ("steps", "rows", "rank")),
         words(noise + clip if its["noise"] != "none" else noise),
         words(f"yes{clip}" if its["secure"] else "no"),
         number(its["silos"], 0),
-        right,
-        guessed,
+        *_word_cells(found),
+        *_word_cells(found and found["own"]),
         bounded(its["canaries"], 1),
         *(bounded(members.get(key), 2) for key in ("auc", "at_1", "at_5")),
     )
+
+
+def _word_cells(found: Mapping[str, Any] | None) -> tuple[Cell, Cell]:
+    """Return the share of right words with its interval and number, and the share by guessing."""
+    if not found or not found["named"]:
+        return Cell(MISSING), Cell(MISSING)
+    right = bounded(found, 2)
+    return Cell(f"{right.text} of {found['named']}", right.value), number(found["guessed"] / found["named"], 2)
 
 
 def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
