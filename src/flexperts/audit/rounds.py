@@ -68,7 +68,7 @@ class Setting:
         return config.model_copy(update={**off, "privacy": PrivacyConfig(**kept, **self.privacy)})
 
 
-CONTROL = "one row, one step"
+CONTROL = "control"
 
 
 def settings_of(recipe: RunConfig, clients: int, secure: tuple[int, ...]) -> list[Setting]:
@@ -91,7 +91,7 @@ def settings_of(recipe: RunConfig, clients: int, secure: tuple[int, ...]) -> lis
     longer = {"local_steps": recipe.training.local_steps * 4 if recipe.training.local_steps else None}
     drawn = recipe.federation.drawn(clients)
     return [
-        Setting(CONTROL, "the positive control", {**one_step, **plain_sgd, "batch_size": 1}, {}, 1, "one"),
+        Setting(CONTROL, "one row, one step: the positive control", {**one_step, **plain_sgd, "batch_size": 1}, {}, 1, "one"),
         Setting("one step", "one step on one batch", one_step, {}, 1, "batch"),
         Setting("plain", "the recipe's steps, no defence", {}, {}, 1),
         Setting("many steps", "four times the recipe's steps", {"local_epochs": epochs, **longer}, {}, 1),
