@@ -1,4 +1,4 @@
-"""The audit: rounds are simulated in every setting, the update that an observer sees is attacked; the result is JSON.
+"""The audit: a round is simulated in every setting, and the update that an observer sees is attacked.
 
 A run directory keeps no updates. So the audited round is the one after a finished run's last. A recipe is first run
 for one round, on another part of the rows where they are divided; else on the same.

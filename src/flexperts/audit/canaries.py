@@ -1,8 +1,8 @@
 """Canaries: made-up secrets in the audited silo's rows, and how well the model that an observer has knows them.
 
-Source: Carlini et al., 2019 (arXiv 1802.08232). Exposure = log2 of the number of candidates minus log2 of the
-canary's rank among them; the others are secrets that were drawn alike and never trained. A secret's score is how much
-lower its loss is than under the untouched base, which knows none of them.
+Source: Carlini et al., 2019 (arXiv 1802.08232). Exposure is log2 of the number of candidates minus log2 of the
+canary's rank among them; the others are secrets that were drawn alike and never trained. A secret's score is how
+much lower its loss is than under the untouched base, which knows none of them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A simulated round: silos train by the client's own code, and what an observer gets is returned.
 
-The observer is the server, which sees every silo's update as it leaves the silo, or with secure aggregation the mean
-that it unmasks. With central noise, which does not hide updates from the server, it is another silo.
+The observer is the server: it sees every silo's update as it leaves the silo, or with secure aggregation the mean
+that it unmasks. With central noise, which hides nothing from the server, the observer is another silo.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ def settings_of(recipe: RunConfig, clients: int, secure: tuple[int, ...]) -> lis
         secure: Numbers of silos in the rows with secure aggregation.
     """
     one_step = {"local_steps": 1}
+    # The exact gradient: an optimizer without a state, and a rate at which fp32 weights do not round it.
     plain_sgd = {
         "optimizer": "sgd",
         "lr": 1.0,
@@ -91,7 +92,14 @@ def settings_of(recipe: RunConfig, clients: int, secure: tuple[int, ...]) -> lis
     longer = {"local_steps": recipe.training.local_steps * 4 if recipe.training.local_steps else None}
     drawn = recipe.federation.drawn(clients)
     return [
-        Setting(CONTROL, "one row, one step: the positive control", {**one_step, **plain_sgd, "batch_size": 1}, {}, 1, "one"),
+        Setting(
+            CONTROL,
+            "one row, one step: the positive control",
+            {**one_step, **plain_sgd},
+            {},
+            1,
+            "one",
+        ),
         Setting("one step", "one step on one batch", one_step, {}, 1, "batch"),
         Setting("plain", "the recipe's steps, no defence", {}, {}, 1),
         Setting("many steps", "four times the recipe's steps", {"local_epochs": epochs, **longer}, {}, 1),
@@ -115,7 +123,7 @@ def dealt(clients: Clients, audited: str, most: int) -> list[Clients]:
     if have < 2 * parts:
         raise DataError(
             f"{audited}: {have} train rows for {parts} parts",
-            f"the rows of {len(clients)} clients are divided so that {most} silos can train, with two rows at least",
+            f"the rows of {len(clients)} clients are divided among {most} silos, each with two rows at least",
             "lower --silos, or audit a client with more rows by --client",
         )
     names = [audited, *(name for name in clients if name != audited)]
@@ -161,7 +169,7 @@ class Simulation:
         workspace: The run's base and encoders.
         server: The server's state.
         silos: Silo -> its rows; the first one is audited.
-        personal: Folder with personal states of the run's clients; a silo that has none there starts with a new one.
+        personal: Folder of the clients' personal states; a silo that has none there starts with a new one.
     """
 
     def __init__(self, workspace: Workspace, server: Server, silos: Clients, personal: Path) -> None:

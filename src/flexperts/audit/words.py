@@ -1,15 +1,15 @@
 """Words in an update: which tokens' inputs make up the change of the first adapted layers' A.
 
-LoRA computes B A x. The gradient of A on some tokens is the sum of outer products (B^T d_t) x_t^T, so each of its rows
-is a weighted sum of the layer's inputs x_t. In the first block an input is a function of its token alone. With base, B
-and change known, the tokens are found by matching the gradient: the fewest inputs of which the change is a weighted
-sum. The weights depend on all else and are left free. So one step's gradient, the sum of several steps, a mean over
-silos and a change with noise are attacked alike. In a run's very first step B is zero, and A has no gradient.
+LoRA computes B A x. The gradient of A on some tokens is the sum of outer products (B^T d_t) x_t^T, so each of its
+rows is a weighted sum of the layer's inputs x_t. In the first block an input is a function of its token alone. With
+base, B and change known, the tokens are found by matching the gradient: the fewest inputs of which the change is a
+weighted sum. The weights depend on all else and are left free. So one step's gradient, the sum of several steps, a
+mean over silos and a change with noise are attacked alike. In a run's first step B is zero, and A has no gradient.
 
-arXiv 2601.17533 finds bags of words in adapters' gradients too, from other traces, and orders them; here they are not
-ordered. Petrov et al., 2024 (arXiv 2405.15586) test each token against the gradient's span, which decides for as many
-tokens as the span has dimensions. Here the best next token is chosen again and again (matching pursuit for several
-vectors; Tropp et al., 2006), which can find more tokens than that.
+arXiv 2601.17533 finds bags of words in adapters' gradients too, from other traces, and orders them; here they are
+not ordered. Petrov et al., 2024 (arXiv 2405.15586) test each token against the gradient's span, which decides for
+as many tokens as the span has dimensions. Here the best next token is chosen again and again (matching pursuit for
+several vectors; Tropp et al., 2006), which can find more tokens than that.
 
 Shapes: V vocabulary, D input width, M rows of all A's.
 """
@@ -142,16 +142,18 @@ def word_attack(
         lora: The base with its adapters.
         precision: As in training.
         rows: Token ids of the rows that were trained on.
-        others: Token ids of other silos' rows, which the observer may have: tokens in all of them are the template's,
-            and their most frequent tokens are what can be guessed without any update.
+        others: Token ids of other silos' rows, which the observer may have: tokens in all of them are the
+            template's, and their most frequent tokens are what can be guessed without any update.
 
     Returns:
-        ``true`` (different tokens of the rows), ``named``, ``right``, and ``guessed``: right ones of as many guesses.
-        ``own`` has the same for tokens that no other silo's row has; guesses are then the vocabulary's first tokens,
-        which are the most frequent ones in public text.
+        ``true`` (different tokens of the rows), ``named``, ``right``, and ``guessed``: right ones of as many
+        guesses. ``own`` has the same for tokens that no other silo's row has; guesses are then the first tokens of
+        the vocabulary, which are the most frequent ones in public text.
     """
     layers = first_layers(lora, change)
-    inputs = token_inputs(lora, next(iter(layers)), precision) if layers else None
+    if not any(change[name].any() for name in layers.values()):
+        return None
+    inputs = token_inputs(lora, next(iter(layers)), precision)
     if inputs is None:
         return None
     template = set.intersection(*map(set, others))

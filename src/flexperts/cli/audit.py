@@ -21,7 +21,7 @@ def command(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Override a setting, such as privacy.clip=10; of a run, only training.* and privacy.*. Repeatable.",
+            help="Override a setting, such as privacy.clip=10; for a run, training.* and privacy.*. Repeatable.",
         ),
     ] = None,
     out: Annotated[
@@ -43,7 +43,7 @@ def command(
     base: Base = None,
     trust: Trust = False,
 ) -> None:
-    """Attack a client's update in simulated rounds: canaries, membership of rows, words. A lower bound of what leaks."""
+    """Attack a client's update in simulated rounds: a lower bound of what updates reveal about its rows."""
     from flexperts.errors import ConfigError
     from flexperts.recipe import check_trust, load_recipe
 

@@ -12,17 +12,17 @@ from flexperts.reports.html import heads, template
 from flexperts.reports.markdown import escaped, markdown_grid
 
 _BOUND = (
-    "This is a lower bound: the attacks here are simple, and a stronger one may learn more. A result at the level of "
-    "chance is no proof that nothing is revealed."
+    "This is a lower bound: the attacks here are simple, and a stronger one may learn more. A result at the level "
+    "of chance is no proof that nothing is revealed."
 )
 _NOTE = (
     "Intervals are 95 %. Words right: of the different tokens that the attack names, the share in the silo's rows, "
-    "without the template's tokens; Wilson's interval over the named tokens. Guessed: the same share of as many tokens "
-    "that are most frequent at the other silos. Own words: the same for tokens that no other silo's row has; guessed "
-    "are the first ones of the vocabulary. Exposure: by how many bits the observed model ranks a canary "
-    "above secrets that were not trained, mean and interval over canaries. AUC: the chance that a row of the silo scores "
-    "above a row that was not trained. Found at 1 % and 5 %: the share of the silo's rows that are found when so many "
-    "other rows are taken for the silo's; intervals over rows."
+    "without the template's tokens; Wilson's interval over the named tokens. Guessed: the same share of as many "
+    "tokens that are most frequent at the other silos. Own words: the same for tokens that no other silo's row "
+    "has; guessed are the first ones of the vocabulary. Exposure: by how many bits the observed model ranks a "
+    "canary above secrets that were not trained; mean and interval over canaries. AUC: the chance that a row of "
+    "the silo scores above a row that was not trained. Found at 1 % and 5 %: the share of the silo's rows found "
+    "when so many other rows are taken for trained ones; intervals over rows."
 )
 
 
@@ -39,8 +39,8 @@ def _of_control(settings: Mapping[str, Any]) -> str:
     if _finds_words(control):
         return "The positive control succeeds: from one step on one row, without a defence, the attack finds words."
     return (
-        "THE POSITIVE CONTROL FAILS: the attack on words does not work on this base, and where it finds nothing, that "
-        "means nothing."
+        "THE POSITIVE CONTROL FAILS: the attack on words does not work on this base, and where it finds nothing, "
+        "that means nothing."
     )
 
 
@@ -58,9 +58,9 @@ def _said(name: str, its: Mapping[str, Any]) -> Iterator[str]:
     if found := its["words"]:
         own = found["own"]
         yield (
-            f"{who} names {found['named']} words, of which {found['right']} are among the {found['true']} of the rows "
-            f"({found['guessed']} by guessing), and {own['right']} of the {own['true']} that no other silo has "
-            f"({own['guessed']} by guessing): the update "
+            f"{who} names {found['named']} words, of which {found['right']} are among the {found['true']} of the "
+            f"rows ({found['guessed']} by guessing), and {own['right']} of the {own['true']} that no other silo "
+            f"has ({own['guessed']} by guessing): the update "
             f"{_verb('reveals', _finds_words(found) or _finds_words(own))} words."
         )
     else:
