@@ -56,9 +56,8 @@ class Setting:
     def config(self, recipe: RunConfig) -> RunConfig:
         """Return the recipe with this setting's changes."""
         training = recipe.training.model_copy(update=dict(self.training))
-        federation = recipe.federation.model_copy(
-            update={"participation": 1.0}
-        )  # the setting has the number of silos
+        everyone = {"participation": 1.0}  # of the setting's silos
+        federation = recipe.federation.model_copy(update=everyone)
         config = recipe.model_copy(update={"training": training, "federation": federation})
         if self.privacy is None:
             return config
@@ -81,25 +80,12 @@ def settings_of(recipe: RunConfig, clients: int, secure: tuple[int, ...]) -> lis
     """
     one_step = {"local_steps": 1}
     # The exact gradient: an optimizer without a state, and a rate at which fp32 weights do not round it.
-    plain_sgd = {
-        "optimizer": "sgd",
-        "lr": 1.0,
-        "weight_decay": 0.0,
-        "warmup_ratio": 0.0,
-        "personal_moments": "fresh",
-    }
+    gradient = {"optimizer": "sgd", "lr": 1.0, "weight_decay": 0.0, "personal_moments": "fresh"}
     epochs = recipe.training.local_epochs * 4
     longer = {"local_steps": recipe.training.local_steps * 4 if recipe.training.local_steps else None}
     drawn = recipe.federation.drawn(clients)
     return [
-        Setting(
-            CONTROL,
-            "one row, one step: the positive control",
-            {**one_step, **plain_sgd},
-            {},
-            1,
-            "one",
-        ),
+        Setting(CONTROL, "one row, one step: the positive control", one_step | gradient, {}, 1, "one"),
         Setting("one step", "one step on one batch", one_step, {}, 1, "batch"),
         Setting("plain", "the recipe's steps, no defence", {}, {}, 1),
         Setting("many steps", "four times the recipe's steps", {"local_epochs": epochs, **longer}, {}, 1),
@@ -185,8 +171,7 @@ class Simulation:
             config: The recipe with the setting's changes.
             rows: The audited silo's rows.
         """
-        number = self.server.round + 1
-        rounds = max(config.federation.rounds, number)
+        rounds = max(config.federation.rounds, self.server.round + 1)
         evaluation = config.evaluation.model_copy(update={"max_new_tokens": 1})
         federation = config.federation.model_copy(update={"rounds": rounds})
         config = config.model_copy(update={"federation": federation, "evaluation": evaluation})
@@ -196,13 +181,13 @@ class Simulation:
                 shutil.copytree(self.personal, Path(folder) / "personal")
             resident = Resident(self.workspace.with_clients(config, silos), config, Path(folder))
             try:
-                yield self._round(resident, config, sorted(silos), number)
+                yield self._round(resident, config, sorted(silos))
             finally:
                 resident.model.close()
 
-    def _round(self, resident: Resident, config: RunConfig, names: list[str], number: int) -> Observed:
-        method = resident.model.method
-        sent = method.broadcast(self.server, self.audited)
+    def _round(self, resident: Resident, config: RunConfig, names: list[str]) -> Observed:
+        number, server = self.server.round + 1, replace(self.server, rounds=config.federation.rounds)
+        sent = resident.model.method.broadcast(server, self.audited)
         request = Request(sent, self.server.agreement, number)
         kept = Payload.of({n: t for n, t in sent.tensors().items() if not n.startswith(DERIVED)})
         alone = not is_secure(config) and config.privacy.noise != "central"
