@@ -22,18 +22,16 @@ from flexperts.finished.trained import TrainedRun
 from flexperts.observer import Observer
 from flexperts.recipe import parse_recipe
 from flexperts.reports.audit import audit_markdown, audit_table, sentences, write_audit
-from flexperts.testing import save_tiny_base
 
 Make = Callable[..., RunConfig]
 
 
 @pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """Return a function that makes recipes on a base that is wide enough to hold a row's tokens apart."""
-    base = save_tiny_base(tmp_path_factory.mktemp("base") / "wide", hidden_size=256, max_position_embeddings=1024)
+def make(wide_base: Path) -> Make:
+    """Return a function that makes recipes of few rows, with overrides on top."""
     text = f"""
         [model]
-        base = "{base}"
+        base = "{wide_base}"
         dtype = "float32"
         precision = "fp32"
         [method]

@@ -73,7 +73,7 @@ def token_inputs(lora: LoraAdapters, target: str, precision: Precision) -> Tenso
     tokens = torch.arange(lora.base.get_input_embeddings().weight.shape[0], device=device)
     handle = layer.register_forward_pre_hook(read)
     try:
-        for some in (*tokens.split(_COLUMNS), tokens[:_COLUMNS].flip(0)):
+        for some in (*torch.split(tokens, _COLUMNS), tokens[:_COLUMNS].flip(0)):
             try:
                 with autocast(device, precision):
                     lora.base(input_ids=some[None], use_cache=False)
