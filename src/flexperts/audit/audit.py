@@ -6,6 +6,7 @@ for one round, on another part of the rows where they are divided; else on the s
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tomli_w
 from scipy.stats import binomtest
 
 from flexperts.artifacts import RunDirectory
@@ -26,12 +28,12 @@ from flexperts.config.evaluation import EvaluationConfig, KnowledgeConfig
 from flexperts.config.federation import CompressionConfig, PrivacyConfig
 from flexperts.config.names import normal
 from flexperts.config.run import MethodConfig, RunConfig
-from flexperts.data.clients import Clients
+from flexperts.data.clients import Clients, partition_manifest
 from flexperts.data.rows import Row
 from flexperts.engines.run import check_settings, run_federation
 from flexperts.environment import environment
 from flexperts.errors import ArtifactError, ConfigError, did_you_mean
-from flexperts.files import opened, read_json, sealed, sole_writer, write_json
+from flexperts.files import opened, placeless, read_json, sealed, sole_writer, write_json
 from flexperts.finished.trained import TrainedRun
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.registry import make_method
@@ -210,7 +212,7 @@ def _begun(subject: Subject, out: Path) -> dict[str, Any]:
     audited = next(iter(parts[0]))
     made = {
         "method": config.method.name,
-        "base": {"name": config.model.base, "fingerprint": server.base},
+        "base": {"name": placeless(config.model.base), "fingerprint": server.base},
         "client": audited,
         "clients": len(parts[0]),
         "parts": len(parts),
@@ -218,7 +220,8 @@ def _begun(subject: Subject, out: Path) -> dict[str, Any]:
         "test_rows": len(parts[0][audited].test),
         "round": server.round + 1,
         "canaries": {"secrets": CANARIES, "repeats": REPEATS, "candidates": CANDIDATES + 1},
-        "recipe": config.to_toml(),
+        "rows": partition_manifest(parts[0])["sha256"],
+        "recipe": tomli_w.dumps(placeless(tomllib.loads(config.to_toml()))),
     }
     path = out / RESULT
     if not path.exists():
