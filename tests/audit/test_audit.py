@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from flexperts.audit import audit as audits
 from flexperts.audit.audit import Plan, audit_recipe, audit_run
 from flexperts.audit.rounds import Simulation, settings_of
 from flexperts.audit.words import word_attack
+from flexperts.cli.main import app
 from flexperts.config.run import RunConfig
 from flexperts.engines.run import run_federation
 from flexperts.errors import FlexpertsError
@@ -127,7 +129,9 @@ def test_the_table_has_every_attack_and_the_settings_that_they_ran_in(audited: t
     assert "lower bound" in audit_markdown(result)
 
 
-def test_no_text_of_a_row_is_written(audited: tuple[dict[str, Any], Path], run: Path) -> None:
+def test_no_text_of_a_row_and_no_folder_is_written(
+    audited: tuple[dict[str, Any], Path], run: Path, wide_base: Path
+) -> None:
     _, out = audited
     trained = TrainedRun(run)
     trained.close()
@@ -136,6 +140,7 @@ def test_no_text_of_a_row_is_written(audited: tuple[dict[str, Any], Path], run: 
         path.read_text(encoding="utf-8") for path in out.iterdir() if path.suffix in (".json", ".html", ".md")
     ]
     assert len(written) == 3
+    assert not any(str(wide_base.parent) in page for page in written)
     for text in (
         field for row in rows for field in (row.instruction, row.context, row.response) if len(field) > 12
     ):
@@ -188,3 +193,19 @@ def test_what_cannot_be_audited_is_refused_before_anything_is_trained(
 def test_a_runs_rows_and_base_cannot_be_changed(run: Path, tmp_path: Path) -> None:
     with pytest.raises(FlexpertsError, match=r"training\.\* and privacy\.\*"):
         audit_run(run, ("data.silos.seed=1",), tmp_path / "out", Plan(), Observer())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        (["--silos", "2"], "hides no silo"),
+        (["--silos", "four"], "hides no silo"),
+        (["--base", "x"], "names its base"),
+    ],
+)
+def test_the_command_refuses_wrong_options(tmp_path: Path, arguments: list[str], rule: str) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[data.silos]\n")
+    found = CliRunner().invoke(app, ["audit", str(recipe), *arguments])
+    assert isinstance(found.exception, FlexpertsError)
+    assert rule in str(found.exception)
