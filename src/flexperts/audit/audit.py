@@ -222,10 +222,11 @@ def _begun(subject: Subject, out: Path) -> dict[str, Any]:
         "canaries": {"secrets": CANARIES, "repeats": REPEATS, "candidates": CANDIDATES + 1},
         "rows": partition_manifest(parts[0])["sha256"],
         "recipe": tomli_w.dumps(placeless(tomllib.loads(config.to_toml()))),
+        "environment": environment(),
     }
     path = out / RESULT
     if not path.exists():
-        return {**made, "environment": environment(), "settings": {}}
+        return {**made, "settings": {}}
     found = opened(path, read_json(path), needed=True)
     if differing := [key for key, value in made.items() if found.get(key) != value]:
         rule = f"it is of another audit (other {', '.join(differing)})"

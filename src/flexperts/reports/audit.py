@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import binomtest
+
 from flexperts.files import PUBLIC, write_text
 from flexperts.reports.cells import MISSING, Cell, Column, Table, bounded, number, words
 from flexperts.reports.html import heads, template
@@ -45,8 +47,10 @@ def _of_control(settings: Mapping[str, Any]) -> str:
 
 
 def _finds_words(found: Mapping[str, Any]) -> bool:
-    """Return whether the attack is better than guessing, by its interval."""
-    return bool(found["named"] and found["low"] > found["guessed"] / found["named"])
+    """Return whether the attack is better than guessing: its interval is above that of the guesses."""
+    if not found["named"]:
+        return False
+    return bool(found["low"] > binomtest(found["guessed"], found["named"]).proportion_ci(method="wilson").high)
 
 
 def _said(name: str, its: Mapping[str, Any]) -> Iterator[str]:
