@@ -65,7 +65,17 @@ def silos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with tokens for the words of the silos' rows: a quarter of the tokens, and half of a run's time."""
-    folder, size = tmp_path_factory.mktemp("base"), 1024
+    return _base_of_words(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def wide_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with inputs that are wide enough to hold the tokens of a row apart."""
+    return _base_of_words(tmp_path_factory.mktemp("base"), hidden_size=256)
+
+
+def _base_of_words(folder: Path, **settings: int) -> Path:
+    size = 1024
     write_silos(folder / "silos", 0, 8, 4)
     files = sorted(folder.glob("silos/*/*.jsonl"))
     texts = ["<|user|> <|assistant|>", *(file.read_text(encoding="utf-8") for file in files)]
@@ -73,7 +83,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     learnt = of_bytes.train_new_from_iterator(texts, size, show_progress=False)
     merges = json.loads(learnt.backend_tokenizer.to_str())["model"]["merges"]
     words = {"".join(pair): i for i, pair in enumerate(merges, len(of_bytes))}
-    base = save_tiny_base(folder / "tiny", max_position_embeddings=1024, vocab_size=size)
+    base = save_tiny_base(folder / "tiny", max_position_embeddings=1024, vocab_size=size, **settings)
     whole = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))
     whole["model"] |= {"merges": merges, "vocab": of_bytes.get_vocab() | words}
     (base / "tokenizer.json").write_text(json.dumps(whole), encoding="utf-8")

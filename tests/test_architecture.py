@@ -27,7 +27,7 @@ LAYERS = [
     {"client", "server"},
     {"finished"},
     {"engines", "deployment", "serving", "costs"},
-    {"export", "studies"},
+    {"audit", "export", "studies"},
     {"reports"},
     {"terminal"},
     {"cli", "library"},

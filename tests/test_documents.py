@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from flexperts.reports.markdown import markdown_report
+from flexperts.reports.audit import audit_table, sentences
+from flexperts.reports.markdown import markdown_grid, markdown_report
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,6 +56,12 @@ def test_the_page_on_packing_shows_the_committed_results() -> None:
     entries = json.loads((ROOT / "benchmarks" / "results" / "compression.json").read_text())["entries"]
     assert len(entries) >= 4
     assert benchmark.table(entries) in (ROOT / "docs" / "privacy.md").read_text()
+
+
+def test_the_page_on_the_audit_shows_the_committed_results() -> None:
+    result = json.loads((ROOT / "docs" / "results" / "audit" / "audit.json").read_text())
+    assert markdown_grid(audit_table(result)) in (ROOT / "docs" / "results" / "audit.md").read_text()
+    assert "succeeds" in sentences(result)[1]
 
 
 def test_the_page_on_secure_aggregation_shows_the_committed_results() -> None:

@@ -14,6 +14,7 @@ import typer
 
 from flexperts import __version__
 from flexperts.cli import (
+    audit,
     base,
     compare,
     data,
@@ -60,6 +61,7 @@ app.command("compare")(compare.command)
 app.command("report")(report.command)
 app.command("status")(status.command)
 app.command("plan")(plan.command)
+app.command("audit")(audit.command)
 app.command("evaluate")(evaluate.command)
 app.command("generate")(generate.command)
 app.command("export")(export.command)

@@ -98,6 +98,13 @@ class Workspace:
         other._longest_response, other._longest_prompt = self._longest_response, self._longest_prompt
         return other
 
+    def with_clients(self, config: RunConfig, clients: Clients) -> Workspace:
+        """Return a workspace on the same base in which clients have these rows; all of them can be encoded."""
+        other = Workspace(config, self.base, self.untouched, given=self.given)
+        other.__dict__["clients"] = clients
+        other.lengths = self.lengths
+        return other
+
     @cached_property
     def clients(self) -> Clients:
         """Every client's rows; all of them can be encoded."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from flexperts.files import PRIVATE, PUBLIC, write_json, write_text
@@ -30,15 +30,8 @@ def html_report(comparison: Mapping[str, Any]) -> str:
     Args:
         comparison: The content of ``comparison.json``.
     """
-    environment = Environment(
-        loader=PackageLoader("flexperts.reports", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
     made = tables(comparison)
-    return environment.get_template("page.html.jinja").render(
+    return template("page.html.jinja").render(
         comparison=comparison,
         warning=rows_shown(comparison),
         summary=summary(comparison),
@@ -47,9 +40,21 @@ def html_report(comparison: Mapping[str, Any]) -> str:
         tables=made,
         plots=_plots(comparison),
         routing=routing_plots(comparison),
-        heads=_heads,
+        heads=heads,
         safe_svg=_safe_svg,
     )
+
+
+def template(name: str) -> Template:
+    """Return a page's template."""
+    environment = Environment(
+        loader=PackageLoader("flexperts.reports", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    return environment.get_template(name)
 
 
 def _plots(comparison: Comparison) -> dict[str, list[Plot]]:
@@ -65,7 +70,7 @@ def _plots(comparison: Comparison) -> dict[str, list[Plot]]:
     return {key: [plot for plot in plots if plot is not None] for key, plots in made.items()}
 
 
-def _heads(table: Table) -> list[tuple[str, int]]:
+def heads(table: Table) -> list[tuple[str, int]]:
     """Return the headings that span columns, as text and number of columns; empty if no column has one."""
     spans: list[tuple[str, int]] = []
     for column in table.header:
