@@ -1,4 +1,4 @@
-"""Puts ``backend.cpp`` into this process. torch looks for a card's code once, on its import, so this comes first."""
+"""Puts ``backend.cpp`` into this process, before torch: it looks for a card's code once, on its import."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """A stand-in for CUDA cards on a CPU build of torch.
 
-A ``CardTensor`` says that it is on ``cuda:N`` and computes with a tensor on the CPU, so its values are real. Operands on
-two devices are refused as on CUDA, autocast uses torch's lists for CUDA, and every operation, every wait of the host and
-every copy to the card is counted, with the line that asked for it. Kernels stay the CPU's: a card's speed, its rounding and
-faults of its kernels cannot be seen here.
+A ``CardTensor`` says that it is on ``cuda:N`` and computes with a tensor on the CPU, so its values are real.
+Operands on two devices are refused as on CUDA, and autocast uses torch's lists for CUDA. Operations, waits of the
+host and copies to the card are counted, with the line that asked for them. Kernels stay the CPU's: a card's speed,
+its rounding and faults of its kernels cannot be seen here.
 
-How: a tensor subclass gets every operation that has a card's tensor among its operands; operations that make tensors
-from nothing are registered for torch's CUDA backend, which a CPU build leaves empty.
+How: a tensor subclass gets every operation that has a card's tensor among its operands; operations that make
+tensors from nothing are registered for torch's CUDA backend, which a CPU build leaves empty.
 """
 
 from __future__ import annotations
@@ -14,18 +14,17 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import pytest
-import torch._inductor  # imported by the first optimizer otherwise, when torch looks for code of a real card
 import torch
+import torch._inductor  # imported by the first optimizer otherwise, when torch looks for code of a real card
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 aten = torch.ops.aten
 GIB = 2**30
@@ -43,7 +42,7 @@ WAITING = {
     "equal", "is_nonzero",
 }  # fmt: skip
 """Operations whose result, or its size, the host has to read."""
-NO_KERNEL = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "_fused_sdp_choice"}
+NO_KERNEL = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"}
 
 
 class Counts:
@@ -57,8 +56,8 @@ class Counts:
         self.launches: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         self.uploads: Counter[str] = Counter()
-        self.attention: list[bool] = []  # whether cuDNN's kernel was allowed, by call
         self.products: Counter[str] = Counter()  # types of the operands of grouped products
+        self.pinned = 0  # bytes
         self.peak = Block.live
 
 
@@ -66,7 +65,7 @@ class Block:
     """The bytes of one storage on a card, while any tensor uses it."""
 
     live = 0
-    of: WeakValueDictionary[int, Block] = WeakValueDictionary()
+    of: ClassVar[WeakValueDictionary[int, Block]] = WeakValueDictionary()
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -142,7 +141,7 @@ class CardTensor(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = [*_tensors_in(args), *_tensors_in(kwargs.values())]
         plain = (Tensor, torch.nn.Parameter)
         if any(type(t) not in plain and not isinstance(t, CardTensor) for t in tensors):
             return NotImplemented  # such as a quantized weight, which calls back with its codes
@@ -152,10 +151,8 @@ class CardTensor(Tensor):
         if func not in COPIES:
             _check_devices(func, args, tensors, on_card[0].device)
         _count(func, args, kwargs, target)
-        if func is aten._fused_sdp_choice.default:
-            counts.attention.append(torch.backends.cuda.cudnn_sdp_enabled())
-            return 0  # the composition of simple operations
-        inner_args, inner = tree_map_only(CardTensor, lambda t: t.value, (args, kwargs))
+        inner_args = [_inner(argument) for argument in args]
+        inner = {name: _inner(argument) for name, argument in kwargs.items()}
         if device is not None:
             inner = inner | {"device": "cpu" if target.type == "cuda" else target}
         if kwargs.get("pin_memory"):
@@ -170,15 +167,31 @@ class CardTensor(Tensor):
         return return_and_correct_aliasing(func, args, kwargs, _on_card(out, target))
 
 
+def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors_in(value)
+
+
+def _inner(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_inner(one) for one in value]
+    return value.value if isinstance(value, CardTensor) else value
+
+
 def _on_card(out: Any, device: torch.device) -> Any:
-    return tree_map(lambda t: CardTensor(t, device) if type(t) is Tensor else t, out)
+    if isinstance(out, (list, tuple)):
+        return type(out)(_on_card(one, device) for one in out)
+    return CardTensor(out, device) if type(out) is Tensor else out
 
 
 def _check_devices(func: Any, args: Any, tensors: list[Tensor], device: torch.device) -> None:
-    """Refuse what CUDA refuses: operands on two devices, except numbers and a card's tensor indexed from the CPU."""
+    """Refuse what CUDA refuses: operands on two devices, except numbers, and indices on the CPU."""
     other = [t for t in tensors if t.device != device and not (t.dim() == 0 and t.device.type == "cpu")]
     if func in INDEXING and args[0].device == device:
-        indices = tree_leaves(args[1])
+        indices = list(_tensors_in(args[1]))
         other = [t for t in other if not (t.device.type == "cpu" and any(t is index for index in indices))]
     if other:
         where = [(tuple(t.shape), str(t.device)) for t in tensors]
@@ -191,13 +204,15 @@ def _count(func: Any, args: Any, kwargs: Any, target: torch.device) -> None:
         counts.launches[name] += 1
     if func in COPIES:
         source = args[1] if func is not aten._to_copy.default else args[0]
-        non_blocking = kwargs.get("non_blocking", False) or (func is aten.copy_.default and len(args) > 2 and args[2])
+        non_blocking = kwargs.get("non_blocking", False) or (
+            func is aten.copy_.default and len(args) > 2 and args[2]
+        )
         if source.device.type == "cuda" and target.type == "cpu" and not non_blocking:
             counts.waits[f"{name} to the CPU: {_place()}"] += 1
         if source.device.type == "cpu" and target.type == "cuda" and not non_blocking:
             counts.uploads[_place()] += 1
     elif func in INDEXING:
-        indices = [t for t in tree_leaves(args[1]) if isinstance(t, Tensor)]
+        indices = list(_tensors_in(args[1]))
         if any(t.dtype in (torch.bool, torch.uint8) for t in indices):
             counts.waits[f"{name} by a mask: {_place()}"] += 1
         if any(t.device.type == "cpu" for t in indices):
@@ -251,9 +266,12 @@ counts = Counts()
 generators = Generators()
 
 
+_AS_IT_IS = nullcontext()
+
+
 def _drawing(func: Any, device: torch.device) -> Any:
     draws = torch.Tag.nondeterministic_seeded in func.tags and device.type == "cuda"
-    return generators.drawing(device.index or 0) if draws else nullcontext()
+    return generators.drawing(device.index or 0) if draws else _AS_IT_IS
 
 
 def _made_from_nothing() -> Iterator[Any]:
@@ -297,6 +315,11 @@ def _fill_backend() -> None:
             _library.impl(func.name().removeprefix("aten::"), _factory(func), "CUDA")
 
 
+def _pin(tensor: Tensor, device: Any = None) -> Tensor:
+    counts.pinned += tensor.nbytes
+    return tensor.clone()
+
+
 @contextmanager
 def pretended(total: int = 24 * GIB) -> Iterator[Counts]:
     """Let torch find two cards inside the block; counts are yielded."""
@@ -335,7 +358,7 @@ def pretended(total: int = 24 * GIB) -> Iterator[Counts]:
         for name, value in told.items():
             patch.setattr(torch.cuda, name, value)
         patch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
-        patch.setattr(Tensor, "pin_memory", lambda tensor, device=None: tensor.clone())
+        patch.setattr(Tensor, "pin_memory", _pin)
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         counts.reset()
         try:

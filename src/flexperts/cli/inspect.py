@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from flexperts.cli.generate import Device
+
 
 def command(
     model: Annotated[str, typer.Argument(help="A shipped base, a transformers folder or a hub id.")],
@@ -16,6 +18,7 @@ def command(
         list[str],
         typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, such as lora.rank=16."),
     ] = [],  # noqa: B006 - typer copies it
+    device: Device = None,
 ) -> None:
     """Show a model's experts modules, its attention projections, and the split of its parameters."""
     from flexperts.client.model import ClientModel

@@ -21,8 +21,14 @@ from transformers.utils import logging as transformers_logging
 
 from flexperts.config.model import ModelConfig
 from flexperts.errors import ModelError
-from flexperts.modeling.placement import computing_device, placement
-from flexperts.modeling.quantization import ExpertsQuantization, check_quantized, check_quantizer
+from flexperts.modeling.memory import free_bytes
+from flexperts.modeling.placement import computing_device, pin_offloaded, placement
+from flexperts.modeling.quantization import (
+    ExpertsQuantization,
+    check_quantized,
+    check_quantizer,
+    dequantizing,
+)
 from flexperts.modeling.skeleton import auto_class
 from flexperts.moe.experts import find_experts
 from flexperts.observer import current_observer, libraries_drawing
@@ -99,6 +105,8 @@ def load_base(config: ModelConfig, tokenizer: Any = None) -> LoadedBase:
     except _UNLOADABLE as error:
         with suppress(SafetensorError):  # damaged files are reported by the error below
             _check_names(_lacking(Path(source)), _RANDOM, config.base)
+        if _is_of_memory(error):
+            raise _too_large(config, device) from error
         raise _refused(config.base, error) from error
     _check_complete(model, described, found, config.base)
     if config.quantization != "none":
@@ -107,6 +115,7 @@ def load_base(config: ModelConfig, tokenizer: Any = None) -> LoadedBase:
     _freeze(model)
     _let_go_of_files(model)
     _keep_rows_together(model)
+    pin_offloaded(model)
     return LoadedBase(model, tokenizer, fingerprint(model), source)
 
 
@@ -123,7 +132,10 @@ def _library_bars(source: str) -> Iterator[None]:
         yield
 
 
-_UNLOADABLE = (OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError, ImportError, SafetensorError)
+_UNLOADABLE = (
+    OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError, ImportError, SafetensorError,
+    MemoryError,
+)  # fmt: skip
 
 
 _RANDOM = "its files lack weights of the model, which would then be random"
@@ -202,6 +214,20 @@ def _check_finite(model: Any, base: str) -> None:
         )
 
 
+def _is_of_memory(error: Exception) -> bool:
+    """Return whether there was too little memory; torch's allocator for CPUs says so in its text only."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def _too_large(config: ModelConfig, device: torch.device) -> ModelError:
+    return ModelError(
+        f"model.base = {config.base!r}",
+        f"{device} has too little memory to load it ({free_bytes(device) / 1e9:.1f} GB are free now)",
+        "set model.quantization = 'nf4', or keep experts elsewhere with model.device_map = 'auto' and "
+        "model.max_memory, or use a device with more memory",
+    )
+
+
 def _refused(base: str, error: Exception) -> ModelError:
     said = str(error).strip() or type(error).__name__
     if "trust_remote_code" in said:
@@ -221,7 +247,7 @@ def _refused(base: str, error: Exception) -> ModelError:
 def _quantization(config: ModelConfig, described: Any) -> dict[str, Any]:
     """Return the arguments of ``from_pretrained`` for quantization."""
     if config.quantization == "none":
-        return {}
+        return dequantizing(described, config.base, asked=config.dequantize)
     check_quantizer(described, config.base)
     # transformers' eager loop runs experts one by one, so only one is dequantized at a time.
     return {
