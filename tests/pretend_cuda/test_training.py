@@ -27,7 +27,7 @@ from flexperts.testing import FAMILIES, METHOD_SETTINGS, save_tiny_base
 Recipe = Callable[..., RunConfig]
 CHECKPOINTING = "training.gradient_checkpointing=true"
 SMALL = (
-    "data.silos={train_rows=4, test_rows=2}",
+    "data.silos={train_rows=4, test_rows=4}",
     "training={local_steps=1, micro_batch_size=2, max_length=320}",
     "federation.rounds=1",
     "evaluation={max_new_tokens=1, rows=1}",
@@ -63,7 +63,8 @@ def test_every_method_runs(recipe: Recipe, tmp_path: Path, method: str) -> None:
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_trains_under_cudas_autocast(tmp_path: Path, family: str) -> None:
-    base, config = loaded(save_tiny_base(tmp_path / "base", family, max_position_embeddings=256))
+    folder = save_tiny_base(tmp_path / "base", family, max_position_embeddings=256)
+    base, config = loaded(folder, "model.dtype=bfloat16")
     lora = LoraAdapters(base.model, config.lora.model_copy(update={"projections": ()}), seed=0)
     ids = torch.randint(3, 250, (2, 16)).cuda()
     mask = torch.ones_like(ids)

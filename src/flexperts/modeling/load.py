@@ -31,6 +31,7 @@ from flexperts.modeling.quantization import (
 )
 from flexperts.modeling.skeleton import auto_class
 from flexperts.moe.experts import find_experts
+from flexperts.moe.flat import FlatExperts
 from flexperts.observer import current_observer, libraries_drawing
 from flexperts.parameters.fingerprint import fingerprint
 from flexperts.parameters.finite import first_not_finite
@@ -115,6 +116,7 @@ def load_base(config: ModelConfig, tokenizer: Any = None) -> LoadedBase:
     _freeze(model)
     _let_go_of_files(model)
     _keep_rows_together(model)
+    _weigh_in_one_type(model)
     pin_offloaded(model)
     return LoadedBase(model, tokenizer, fingerprint(model), source)
 
@@ -278,6 +280,20 @@ def _let_go_of_files(model: Any) -> None:
     for parameter in model.parameters():
         if id(parameter) not in experts and parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()
+
+
+def _weigh_in_one_type(model: Any) -> None:
+    """Give flat experts the router's weights in the type of the hidden states.
+
+    Under CUDA's autocast a softmax is in fp32, and these experts add the weighted outputs to a sum in the hidden
+    states' type, which torch refuses.
+    """
+    with suppress(ModelError):  # no experts, or an unknown layout: a method that needs experts reports it
+        for experts in find_experts(model):
+            if isinstance(experts, FlatExperts):
+                experts.module.register_forward_pre_hook(
+                    lambda _module, args: (*args[:2], args[2].to(args[0].dtype))
+                )
 
 
 def _keep_rows_together(model: Any) -> None:

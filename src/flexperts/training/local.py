@@ -176,14 +176,14 @@ def train_local(
 
 def _backward(parts: Iterator[Tensor], penalty: Callable[[], Tensor] | None) -> float:
     """Add up the gradients of the loss's parts and of the penalty; return the loss."""
-    loss = 0.0
+    loss: Tensor | float = 0.0
     for part in parts:
         if part.requires_grad:  # False if the only trained part is disabled in this batch
             backward(part)
-        loss += part.item()
+        loss = loss + part.detach().double()  # added where it is: a card is waited for once a step
     if penalty:
         backward(penalty())
-    return loss
+    return float(loss)
 
 
 def _optimizer(split: ParameterSplit, settings: LocalSettings) -> tuple[Optimizer, LRScheduler]:
