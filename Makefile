@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 # Containers often forbid bytecode; every process that the tests start would compile the package anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup locked lock run test test-oldest slow families quantization ray faults fuzz deployment test-all coverage bench gpu docs check format dist clean
+.PHONY: help setup locked lock run test test-oldest slow families quantization ray faults fuzz deployment pretend-cuda test-all coverage bench gpu docs check format dist clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -62,6 +62,9 @@ fuzz: setup  ## Malformed recipes, messages and files by the thousand (minutes)
 deployment: setup  ## SuperLink, SuperNodes and workers on loopback, killed and resumed (minutes)
 	$(BIN)/python -m pytest -m deployment
 
+pretend-cuda: setup  ## Runs on CUDA cards that a stand-in pretends; needs torch's build for CPUs and a C++ compiler (minutes)
+	$(BIN)/python -m pytest -m pretend_cuda
+
 # Its library stays out of .venv: where it is installed, PEFT imports it in every process.
 quantization: setup  ## Bases in 8 and 4 bits
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --constraint constraints.txt --target build/quantization bitsandbytes
@@ -75,7 +78,7 @@ build/ray: $(STAMP)
 ray: build/ray  ## Clients in Ray's actors
 	PYTHONPATH=build/ray $(BIN)/python -m pytest -m ray
 
-test-all: test slow families quantization ray faults fuzz deployment  ## All tiers, one at a time
+test-all: test slow families quantization ray faults fuzz deployment pretend-cuda  ## All tiers, one at a time
 
 bench: build/ray  ## Measure speed and scale, write docs/performance.md (the page says how long it takes)
 	$(BIN)/python benchmarks/performance/suite.py

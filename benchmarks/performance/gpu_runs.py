@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from figures import Figure
@@ -18,6 +20,7 @@ from safetensors.torch import load_file
 from flexperts.config.model import LoraConfig
 from flexperts.config.run import RunConfig
 from flexperts.engines.run import run_federation
+from flexperts.environment import DEVICE
 from flexperts.modeling.forward import autocast
 from flexperts.modeling.lora import LoraAdapters
 from flexperts.observer import Observer
@@ -64,24 +67,23 @@ def runs(card: Card) -> Iterator[Figure]:
         work = Path(name)
         base = save_tiny_base(work / "base", max_position_embeddings=1024)
 
-        def recipe(device: str, *more: str) -> RunConfig:
+        def recipe(*more: str) -> RunConfig:
             return parse_recipe(
-                f'[model]\nbase = "{base}"\ndevice = "{device}"\n[data.silos]\ntrain_rows = 8\ntest_rows = 4\n'
+                f'[model]\nbase = "{base}"\n[data.silos]\ntrain_rows = 8\ntest_rows = 4\n'
                 "[training]\nmax_length = 640\nlocal_steps = 4\n[federation]\nrounds = 2\n"
                 "[evaluation]\nmax_new_tokens = 4\n",
                 more,
             )
 
-        own = str(card.device)
-        first = run_federation(recipe(own), work / "first")
-        run_federation(recipe(own), work / "second")
+        first = _on(card.device, recipe(), work / "first")
+        _on(card.device, recipe(), work / "second")
         yield Figure("two runs: difference", _difference(work / "first", work / "second"), "", at_most=0)
         try:
-            run_federation(recipe(own), work / "third", _StopAfterOne())
+            _on(card.device, recipe(), work / "third", _StopAfterOne())
         except _StoppedError:
-            run_federation(recipe(own), work / "third", resume=True)
+            _on(card.device, recipe(), work / "third", resume=True)
         yield Figure("unbroken and resumed: difference", _difference(work / "first", work / "third"), "", at_most=0)
-        other = run_federation(recipe("cpu"), work / "cpu")
+        other = _on(torch.device("cpu"), recipe(), work / "cpu")
         apart = [
             abs(value - other["clients"][client]["nll"][state])
             for client, scores in first["clients"].items()
@@ -91,11 +93,17 @@ def runs(card: Card) -> Iterator[Figure]:
         for number, (what, settings) in enumerate(SETTINGS.items()):
             if what in ("nf4", "int8") and find_spec("bitsandbytes") is None:
                 continue
-            told = run_federation(recipe(own, "federation.rounds=1", *settings), work / f"with-{number}")
+            told = _on(card.device, recipe("federation.rounds=1", *settings), work / f"with-{number}")
             nlls = [value for scores in told["clients"].values() for value in scores["nll"].values()]
             yield Figure(
                 f"{what}: scores that are not finite", sum(not math.isfinite(x) for x in nlls), "", at_most=0
             )
+
+
+def _on(device: torch.device, *arguments: Any, **options: Any) -> dict[str, Any]:
+    """Return the summary of a run on a device."""
+    with patch.dict(os.environ, {DEVICE: str(device)}):
+        return run_federation(*arguments, **options)
 
 
 def _difference(one: Path, other: Path) -> float:

@@ -40,6 +40,7 @@ from typing import Any
 from uuid import uuid4
 
 from flexperts.config.changes import recipe_changes, way_on
+from flexperts.config.run import as_written_now
 from flexperts.environment import environment
 from flexperts.errors import ArtifactError
 from flexperts.files import (
@@ -160,7 +161,7 @@ class RunDirectory:
     @property
     def config_toml(self) -> str:
         """The run's recipe."""
-        return text_of(self.path / "config.toml")
+        return as_written_now(text_of(self.path / "config.toml"))
 
     @property
     def run_id(self) -> str:

@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+DEVICE = "FLEXPERTS_DEVICE"
+"""Environment variable with the device of this process and those it starts; `--device` sets it."""
 _PACKAGES = (
     "flexperts", "torch", "transformers", "peft", "accelerate", "flwr", "numpy", "safetensors", "rouge-score",
 )  # fmt: skip

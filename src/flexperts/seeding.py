@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,3 +27,17 @@ def generator(seed: int, *purpose: str | int) -> Generator:
     import torch
 
     return torch.Generator().manual_seed(derive_seed(seed, *purpose))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Start torch's global streams from a seed inside the block, on the CPU and on every card in use."""
+    import torch
+
+    begun = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    cards = range(torch.cuda.device_count() if begun else 0)
+    with torch.random.fork_rng(devices=list(cards)):
+        torch.default_generator.manual_seed(seed)
+        if cards:
+            torch.cuda.manual_seed_all(seed)
+        yield

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from flexperts.serving.contract import Piece, Sampling
-from flexperts.serving.engine.decoding import Decoding, nucleus
+from flexperts.serving.engine.decoding import Decoding, draw_together, nucleus
 from flexperts.testing import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -171,3 +173,17 @@ def test_no_piece_holds_half_a_character(kind: str, text: str) -> None:
     assert "".join(pieces_of) == text
     assert not any("\ufffd" in piece for piece in pieces_of)
     assert len(pieces_of) > 2
+
+
+def test_rows_that_are_drawn_together_have_their_own_chances() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.5, -1.0, -30.0])
+    settings = [Sampling(1, 0.7, 0.8), Sampling(1, 1.5, 1.0)]
+    draws = 20_000
+    answers = [Decoding(TOKENIZER, {END}, replace(s, seed=n)) for s in settings for n in range(draws)]
+    tokens = draw_together(answers, logits.expand(len(answers), -1)).view(2, draws)
+    for its, chosen in zip(settings, tokens, strict=True):
+        chances = nucleus((logits / its.temperature).softmax(-1), its.top_p)
+        expected = chances / chances.sum()
+        found = torch.bincount(chosen, minlength=5) / draws
+        assert (found - expected).abs().max() < 4 * (0.25 / draws) ** 0.5
+        assert not found[expected == 0].any()

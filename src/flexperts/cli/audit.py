@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flexperts.cli.generate import Base, Trust, sets_trust
+from flexperts.cli.generate import Base, Device, Trust, sets_trust
 from flexperts.cli.interrupted import stoppable
 
 
@@ -41,6 +41,7 @@ def command(
         str, typer.Option(metavar="N,N", help="Numbers of silos to measure under secure aggregation.")
     ] = "4,20",
     base: Base = None,
+    device: Device = None,
     trust: Trust = False,
 ) -> None:
     """Attack a client's update in simulated rounds: a lower bound of what updates reveal about its rows."""

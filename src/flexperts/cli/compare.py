@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flexperts.cli.generate import Trust, sets_trust
+from flexperts.cli.generate import Device, Trust, sets_trust
 from flexperts.cli.interrupted import command_line, stoppable
 from flexperts.cli.report import Samples
 
@@ -48,6 +48,7 @@ def command(
         typer.Option(metavar="TRACKER", help="Log every run; see the same option of `flexperts run`. Repeatable."),
     ] = None,
     samples: Samples = 0,
+    device: Device = None,
     trust: Trust = False,
 ) -> None:
     """Run every method with every seed, then write table, HTML report and Markdown; resumable at any point."""
@@ -84,7 +85,7 @@ def command(
     chosen: list[tuple[str, object]] = [("--methods", methods), ("--seeds", seeds), ("--reference", reference)]
     chosen += [("--out", out), ("--set", settings), ("--track", track)]
     chosen += [("--workers", workers if workers > 1 else None), ("--keep-weights", keep_weights)]
-    chosen += [("--trust-remote-code", trust)]
+    chosen += [("--device", device), ("--trust-remote-code", trust)]
     again = command_line("compare", str(recipe), options=chosen)
 
     def done() -> int:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flexperts.cli.generate import Base, Trust
+from flexperts.cli.generate import Base, Device, Trust
 from flexperts.cli.run import Workers
 
 
@@ -26,6 +26,7 @@ def command(
     ] = [],  # noqa: B006 - typer copies it
     base: Base = None,
     workers: Workers = None,
+    device: Device = None,
     trust: Trust = False,
 ) -> None:
     """Score clients' models of a finished run again, from its files, on its scored rows or on others."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flexperts.cli.generate import Base, Trust
+from flexperts.cli.generate import Base, Device, Trust
 
 Client = Annotated[
     str | None,
@@ -39,6 +39,7 @@ def command(
     state: StateOption = None,
     dtype: Dtype = None,
     base: Base = None,
+    device: Device = None,
     trust: Trust = False,
     verify: Annotated[bool, typer.Option(help="Load it in a fresh process and compare logits.")] = True,
 ) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from flexperts.environment import DEVICE
 
 if TYPE_CHECKING:
     from flexperts.evaluation.generation import Answer
@@ -26,6 +29,24 @@ Trust = Annotated[
     typer.Option(
         "--trust-remote-code",
         help="Run the base's own Python code, if the recipe asks for it too. Only for authors whom you trust.",
+    ),
+]
+
+
+def _compute_on(device: str | None) -> None:
+    """Let this process, and those it starts, compute on a device."""
+    if device is not None:
+        os.environ[DEVICE] = device
+
+
+Device = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto | cpu | cuda:N",
+        envvar=DEVICE,
+        callback=_compute_on,
+        help="Device of the model.",
+        show_default="a card where there is one",
     ),
 ]
 MaxTokens = Annotated[
@@ -78,6 +99,7 @@ def command(
     state: StateOption = None,
     max_tokens: MaxTokens = None,
     base: Base = None,
+    device: Device = None,
     trust: Trust = False,
 ) -> None:
     """Print one client's answer to an instruction; on stderr, whether it was cut."""

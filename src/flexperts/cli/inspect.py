@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flexperts.cli.generate import Device
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -21,6 +23,7 @@ def command(
         list[str],
         typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, such as lora.rank=16."),
     ] = [],  # noqa: B006 - typer copies it
+    device: Device = None,
 ) -> None:
     """Show a model's experts modules, its attention projections, and the split of its parameters."""
     from flexperts.client.model import ClientModel

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from flexperts.cli.data import ColumnsOption, columns_given
-from flexperts.cli.generate import Base, Trust
+from flexperts.cli.generate import Base, Device, Trust
 from flexperts.cli.interrupted import stoppable
 
 
@@ -40,6 +40,7 @@ def command(
     ] = None,
     columns: ColumnsOption = None,
     base: Base = None,
+    device: Device = None,
     trust: Trust = False,
     seed: Annotated[
         int | None,

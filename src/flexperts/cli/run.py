@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flexperts.cli.generate import Trust, sets_trust
+from flexperts.cli.generate import Device, Trust, sets_trust
 from flexperts.cli.interrupted import command_line, standing, stoppable
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def command(
             "settings decide what else it collects, such as terminal output. Repeatable.",
         ),
     ] = None,
+    device: Device = None,
     trust: Trust = False,
 ) -> None:
     """Run a recipe: train, average, evaluate, and write a run directory."""
@@ -82,7 +83,13 @@ def command(
     address = None if engine in LOCAL else engine  # without the option, the recipe decides, and the run is local
     out = out or (Path(name) if address is not None else Path("runs") / name)
     options: list[tuple[str, object]] = [("--set", settings), ("--track", track), ("--out", out)]
-    options += [("--workers", workers), ("--engine", engine), ("--trust-remote-code", trust), ("--resume", True)]
+    options += [
+        ("--workers", workers),
+        ("--engine", engine),
+        ("--device", device),
+        ("--trust-remote-code", trust),
+        ("--resume", True),
+    ]
     again = command_line("run", str(recipe), options=options)
     if address is not None:
         _deploy(config, address, str(out), resume, track, again)

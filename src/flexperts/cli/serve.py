@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flexperts.cli.generate import Base, Trust
+from flexperts.cli.generate import Base, Device, Trust
 from flexperts.errors import optional
 from flexperts.serving.http.settings import Address, Limits
 
@@ -50,6 +50,7 @@ def command(
     run: Annotated[str, typer.Argument(help="Run directory; with --silo, the id of a run that the silo keeps.")],
     silo: _Silo = None,
     base: Base = None,
+    device: Device = None,
     trust: Trust = False,
     keys: _Keys = None,
     make_keys: _Made = None,

@@ -11,7 +11,6 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from flexperts.client.answer_limit import answer_limit, longer_references, scored_rows
@@ -33,12 +32,13 @@ from flexperts.files import json_text, sealed, write_json, write_text
 from flexperts.methods.kit.method import OnBatch, State
 from flexperts.methods.kit.turn import Prepared, Turn
 from flexperts.methods.registry import make_method
+from flexperts.modeling.repeatable import repeatable
 from flexperts.observer import Observer, Phase, TurnState, current_observer
 from flexperts.parameters.store import PersonalMeta, PersonalStore, load_personal
 from flexperts.parameters.vector import Payload, vector_hash
 from flexperts.parts.grafts import GATES
 from flexperts.protection.pipeline import is_secure, protect, told
-from flexperts.seeding import generator
+from flexperts.seeding import generator, seeded
 from flexperts.training.local import LocalSettings, steps_per_round
 from flexperts.training.preferences import DirectPreference
 
@@ -127,8 +127,8 @@ class Client:
 
     def train(self, request: Request) -> Trained:
         """Train one round from the server's weights; the personal part is saved on disk."""
-        with self._training(request, request.round - 1) as (turn, meta), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(turn.stream.initial_seed())  # dropout draws from the global stream
+        with self._training(request, request.round - 1) as (turn, meta), seeded(turn.stream.initial_seed()):
+            # Dropout draws from the global stream.
             self.method.receive(turn)
             result = self.method.train(turn)
             bare = encode(turn.split, self.method.outgoing(turn))
@@ -384,7 +384,7 @@ class Client:
         received = {n: t.to(device) for n, t in request.payload.tensors().items()}
         stream = generator(self.config.seed, self.name, request.round, "batches")
         site = self.model.site(self.name, self.examples, _prepared(meta), request.agreement)
-        with self.model.lend(site, personal) as (split, parts):
+        with repeatable(device), self.model.lend(site, personal) as (split, parts):
             turn = Turn(site, request.round, split, parts, received, memory, settings, stream)
             turn.moments = moments if keeps else None
             if self.config.training.objective == "dpo":
@@ -414,7 +414,8 @@ class Client:
             self.observer.turn(TurnState(self.name, "selection", "selection", done, total))
 
         report(0, 0)
-        prepared = self.method.prepare(replace(self.model.site(self.name, self.examples), on_batch=report))
+        with repeatable(self.model.device):
+            prepared = self.method.prepare(replace(self.model.site(self.name, self.examples), on_batch=report))
         if prepared.choice:
             self.observer.chosen(self.name, prepared.choice)
             write_json(self.folder / "selection" / f"{self.name}.json", asdict(prepared))

@@ -70,6 +70,11 @@ class ClientModel:
         return other
 
     @property
+    def _is_spread(self) -> bool:
+        """Whether the base's layers are on several cards."""
+        return len({p.device for p in self.base.model.parameters() if not p.is_meta}) > 1
+
+    @property
     def device(self) -> torch.device:
         """The device of the base."""
         return torch.device(next(self.base.model.parameters()).device)
@@ -103,7 +108,9 @@ class ClientModel:
         self.lent = parts
         try:
             self.lora.reset()
-            parts |= {name: part.to(self.device) for name, part in self.method.parts(site).items()}
+            made = self.method.parts(site)
+            # Over several cards a part is where its layer is.
+            parts |= made if self._is_spread else {name: part.to(self.device) for name, part in made.items()}
             split = self._split(parts)
             if personal:
                 _load_personal(personal, split.personal)

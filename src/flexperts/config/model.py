@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -9,6 +10,8 @@ from pydantic import Field, field_validator, model_validator
 from flexperts.config.data import Template
 from flexperts.config.section import FreeSettings, Section
 from flexperts.errors import shown
+
+_PLACE = re.compile(r"cpu|disk|cuda:\d+")
 
 
 class ModelConfig(Section):
@@ -27,13 +30,17 @@ class ModelConfig(Section):
     template_date: str | None = Field(None, pattern=r"^\d{4}-\d{2}-\d{2}$")
     """Date (YYYY-MM-DD) given to chat templates that ask for today's; without it, the day of the run's start."""
     device: str = "auto"
-    """auto (CUDA where there is a GPU), cpu, cuda, cuda:1, ..."""
+    """Deprecated, until 0.3: a device belongs to a machine, not to a run. Use ``--device`` or FLEXPERTS_DEVICE."""
     quantization: Literal["none", "int8", "nf4"] = "none"
     """How the frozen routed experts are stored: in dtype, or in 8 or 4 bits; all else stays in dtype. It excludes
     device_map."""
-    device_map: Literal["auto"] | dict[str, Literal["cpu", "disk"]] | None = None
-    """Where routed experts that do not fit the device are kept between uses: module name -> cpu or disk, for all
-    experts in the module; or auto: the device up to max_memory, then the CPU's memory, then disk."""
+    dequantize: bool = False
+    """Load a checkpoint that stores its weights as codes (FP8, MXFP4, ...) in dtype. Without it such a checkpoint
+    is refused: LoRA, grafts and the selection compute with the weights' values."""
+    device_map: Literal["auto"] | dict[str, str] | None = None
+    """Where what does not fit the device is: module name -> cpu or disk, for all routed experts in the module
+    between uses; or cuda:N, for all layers in the module; or auto: experts on the device up to max_memory, then in
+    the CPU's memory, then on disk."""
     max_memory: dict[Literal["device", "cpu"], str] = Field(default_factory=dict)
     """The most that device_map = "auto" fills, such as "8GiB"; without it, 70 % of what is free."""
     offload_folder: str | None = None
@@ -48,11 +55,13 @@ class ModelConfig(Section):
     @classmethod
     def _one_computing_device(cls, given: object) -> object:
         places = given.values() if isinstance(given, dict) else () if given in ("auto", None) else (given,)
-        if odd := [place for place in places if place not in ("cpu", "disk")]:
+        if odd := [place for place in places if not _PLACE.fullmatch(str(place))]:
             raise ValueError(
-                f"{shown(odd[0])} is not a place for experts: write auto, or module names with cpu or disk; for "
-                "several cards see docs/large-models.md"
+                f"{shown(odd[0])} is not a place for experts: write auto, or module names with cpu, disk or "
+                "cuda:N; for several cards see docs/large-models.md"
             )
+        if len({str(place).partition(":")[0] == "cuda" for place in places}) > 1:
+            raise ValueError("layers on other cards and experts on cpu or disk exclude each other")
         return given
 
     @model_validator(mode="after")

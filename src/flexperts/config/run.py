@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from typing import Annotated, Literal, Self
 
 import tomli_w
@@ -131,8 +132,13 @@ class RunConfig(Section):
         return self
 
     def to_toml(self) -> str:
-        """Return the complete run as TOML, defaults written out; ``compare`` and ``engine`` decide no result."""
-        return tomli_w.dumps(self.model_dump(exclude_none=True, mode="json", exclude={"compare", "engine"}))
+        """Return the complete run as TOML, defaults written out.
+
+        ``compare``, ``engine`` and the device are left out: they decide no result, or belong to a machine.
+        """
+        written = self.model_dump(exclude_none=True, mode="json", exclude={"compare", "engine"})
+        del written["model"]["device"]
+        return tomli_w.dumps(written)
 
     def with_choices(self, template_date: str | None = None, max_new_tokens: int | None = None) -> RunConfig:
         """Return the same run with what was chosen in the place of what it leaves open."""
@@ -146,3 +152,14 @@ class RunConfig(Section):
     def with_method(self, name: str) -> RunConfig:
         """Return the same run with another method and no reference."""
         return self.model_copy(update={"method": MethodConfig(name=name)})
+
+
+def as_written_now(recipe: str) -> str:
+    """Return a recipe's TOML as ``RunConfig.to_toml`` writes it in this version; other text is returned unchanged.
+
+    A version that adds a setting writes its default too, and earlier ones wrote the device.
+    """
+    try:
+        return RunConfig.model_validate(tomllib.loads(recipe)).to_toml()
+    except ValueError:
+        return recipe

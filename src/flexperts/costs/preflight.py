@@ -6,6 +6,7 @@ activations are estimated from the model's shapes.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from flexperts.costs.plan import MethodPlan, model_facts, plan_method
 from flexperts.errors import FlexpertsError, ModelError
 from flexperts.modeling.load import LoadedBase
 from flexperts.modeling.memory import free_bytes
-from flexperts.modeling.placement import computing_device, placement
+from flexperts.modeling.placement import computing_device, placement, upwards
 from flexperts.modeling.quantization import planned_bytes
 from flexperts.parameters.fingerprint import stored_bytes
 from flexperts.recipe import parse_recipe
@@ -124,7 +125,8 @@ class Estimator:
         before, found = self.estimate(config).peak.total, {}
         for setting in _KNOBS:
             try:
-                saved = before - self.estimate(parse_recipe(config.to_toml(), [setting])).peak.total
+                device = f"model.device={config.model.device}"  # a recipe's text has none
+                saved = before - self.estimate(parse_recipe(config.to_toml(), [device, setting])).peak.total
             except FlexpertsError:
                 continue  # not compatible with the run's other settings
             if saved > before // 100:
@@ -206,14 +208,20 @@ def _phases(
 
 
 def _on_device(config: RunConfig, described: Description, base: LoadedBase, device: torch.device) -> int:
-    """Return the bytes of the base on the computing device."""
+    """Return the bytes of the base on the computing device in training.
+
+    A card also holds the experts that it computes with: one layer's at a time with gradient checkpointing, else
+    all, because autograd keeps them.
+    """
     whole: int = planned_bytes(base.model, config.model.quantization)
-    if config.model.device_map is None:
+    offloads = config.model.device_map is not None
+    if not offloads or (device.type != "cpu" and not config.training.gradient_checkpointing):
         return whole
     places: dict[str, Any] = placement(config.model, described.config, device)["device_map"]
-    elsewhere: list[torch.Tensor] = [
-        parameter
-        for name, parameter in base.model.named_parameters()
-        if places[name.rpartition(".")[0]] != str(device)
-    ]
-    return whole - sum(map(stored_bytes, elsewhere))
+    elsewhere: Counter[str] = Counter()
+    for name, parameter in base.model.named_parameters():
+        module = next(up for up in upwards(name) if up in places)
+        if places[module] != str(device):
+            elsewhere[module] += stored_bytes(parameter)
+    fetched = device.type != "cpu" and {"cpu", "disk"} & set(places.values())
+    return whole - elsewhere.total() + (max(elsewhere.values(), default=0) if fetched else 0)

@@ -23,6 +23,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from flexperts.client.workspace import Workspace
+from flexperts.environment import DEVICE
 from flexperts.errors import FlexpertsError
 from flexperts.methods.registry import method_paths, register_method
 from flexperts.modeling.memory import freed_memory_kept
@@ -124,9 +125,7 @@ def _work(parent: Connection, setting: Setting, number: int) -> NoReturn:
     try:
         torch.set_num_threads(setting.threads)
         if setting.devices:
-            device = {"device": setting.devices[number % len(setting.devices)]}
-            model = workspace.config.model.model_copy(update=device)
-            workspace.config = workspace.config.model_copy(update={"model": model})
+            os.environ[DEVICE] = setting.devices[number % len(setting.devices)]
         with observing(Remote(parent)), freed_memory_kept(), suppress(EOFError, ConnectionError):
             while True:
                 function, arguments = parent.recv()

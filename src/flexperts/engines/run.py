@@ -163,6 +163,8 @@ def _check(config: RunConfig, run: RunDirectory, workspace: Workspace) -> None:
     """Read the rows, and check all that can be checked without the base."""
     observer = current_observer()
     check_settings(config)
+    if config.model.device != "auto":
+        observer.notice("model.device is deprecated: use --device or FLEXPERTS_DEVICE instead, until 0.3")
     observer.stage("reading rows")
     check_beyond(config)
     check_clients(config, workspace.clients)

@@ -8,8 +8,6 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from flexperts.artifacts import JOINED, RunDirectory
 from flexperts.client.answer_limit import check_limit, with_recorded_limit
 from flexperts.client.client import Client
@@ -31,6 +29,7 @@ from flexperts.methods.registry import make_method
 from flexperts.observer import Observer, observing
 from flexperts.parameters.vector import vector_hash
 from flexperts.recipe import client_files, located, recorded_recipe
+from flexperts.seeding import seeded
 from flexperts.server.checkpoint import load_server
 from flexperts.server.summary import not_finite_of
 from flexperts.training.local import LocalSettings, TrainResult
@@ -232,8 +231,8 @@ class Newcomer(Client):
 
     def personalize(self, request: Request) -> TrainResult:
         """Train the personal part without rounds and save it on disk; nothing is encoded for sending."""
-        with self._training(request, 0) as (turn, meta), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(turn.stream.initial_seed())  # dropout draws from the global stream
+        with self._training(request, 0) as (turn, meta), seeded(turn.stream.initial_seed()):
+            # Dropout draws from the global stream.
             self.method.receive(turn)
             turn.moments = None  # no round follows in which they would be used
             result = self.method.personalize(turn)

@@ -1,4 +1,4 @@
-"""Attention while a model trains on a CPU."""
+"""Attention while a model trains."""
 
 from __future__ import annotations
 
@@ -26,6 +26,21 @@ def attention_in_fp32() -> Iterator[None]:
         yield
     finally:
         ALL_ATTENTION_FUNCTIONS["sdpa"] = before
+
+
+@contextmanager
+def attention_without_cudnn() -> Iterator[None]:
+    """Keep torch from cuDNN's attention on CUDA inside the block; what the caller had set holds again after it.
+
+    In torch 2.13 its backward pass gives NaN where a mask hides whole rows and S % 128 is 64 (pytorch#196678), and
+    padding on the left always has such rows. A torch in which that is fixed ends this.
+    """
+    before: bool = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def _attention(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -13,8 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError, ModelError
-from flexperts.moe.experts import find_experts
+from flexperts.modeling.placement import layer_names, offloaded
 from flexperts.moe.quantized import QuantizedTensor
+from flexperts.moe.stored import execution_device
 
 _PARALLEL = {"tp_size": "tensor", "ep_size": "expert", "pp_size": "pipeline"}
 _REMEDY = "use one card, or divide the layers with FSDP2 as in docs/large-models.md"
@@ -34,7 +35,7 @@ def shard_layers(base: nn.Module, device: torch.device) -> None:
     Raises:
         ModelError: The model has no experts, or weights that are quantized or offloaded.
     """
-    name = find_experts(base)[0].name
+    layers = layer_names(base)
     if any(p.is_meta or isinstance(p, QuantizedTensor) for p in base.parameters()):
         raise ModelError(
             "a base with weights that are quantized or offloaded",
@@ -42,10 +43,8 @@ def shard_layers(base: nn.Module, device: torch.device) -> None:
             "leave out model.quantization and model.device_map",
         )
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    outer = (base.get_submodule(name[:end]) for end, letter in enumerate(name) if letter == ".")
-    layers: Any = next(module for module in outer if isinstance(module, nn.ModuleList))
     for layer in layers:
-        fully_shard(layer, mesh=mesh)
+        fully_shard(base.get_submodule(layer), mesh=mesh)
     base.to(device)
 
 
@@ -71,8 +70,10 @@ def check_cards(base: Any, config: RunConfig) -> None:
         config: The run.
 
     Raises:
-        ModelError: The weights are on several devices, or are divided by tensor, expert or pipeline parallelism.
-        ConfigError: The run adds noise, and the base is divided over processes.
+        ModelError: The weights are on several devices without model.device_map, or are divided by tensor, expert or
+            pipeline parallelism.
+        ConfigError: The run adds noise, and the base is divided over processes; or experts are offloaded from a
+            card without gradient checkpointing.
     """
     divided = getattr(base.config, "distributed_config", None)
     if kinds := [kind for size, kind in _PARALLEL.items() if (getattr(divided, size, None) or 1) > 1]:
@@ -82,8 +83,15 @@ def check_cards(base: Any, config: RunConfig) -> None:
             _REMEDY,
         )
     devices = sorted({str(p.device) for p in base.parameters() if not p.is_meta})
-    if len(devices) > 1:
+    if len(devices) > 1 and not hasattr(base, "hf_device_map"):
         raise ModelError(f"a base on {', '.join(devices)}", "a client computes on one device", _REMEDY)
+    if (kept := offloaded(base)) and not config.training.gradient_checkpointing:
+        raise ConfigError(
+            "training.gradient_checkpointing = false with model.device_map",
+            f"autograd would keep the copies of all offloaded experts on {execution_device(kept[0])} until the "
+            "backward pass, so offloading would save nothing",
+            "set training.gradient_checkpointing = true",
+        )
     if config.privacy.noise != "none" and any(isinstance(p, DTensor) for p in base.parameters()):
         raise ConfigError(
             f"privacy.noise = {config.privacy.noise!r} with a base that is divided over processes",

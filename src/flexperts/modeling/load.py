@@ -21,11 +21,18 @@ from transformers.utils import logging as transformers_logging
 
 from flexperts.config.model import ModelConfig
 from flexperts.errors import ModelError
-from flexperts.modeling.placement import computing_device, placement
-from flexperts.modeling.quantization import ExpertsQuantization, check_quantized, check_quantizer
+from flexperts.modeling.memory import free_bytes
+from flexperts.modeling.placement import computing_device, pin_offloaded, placement
+from flexperts.modeling.quantization import (
+    ExpertsQuantization,
+    check_quantized,
+    check_quantizer,
+    dequantizing,
+)
 from flexperts.modeling.skeleton import auto_class
 from flexperts.moe.dispatch import BY_PAIRS
 from flexperts.moe.experts import find_experts
+from flexperts.moe.flat import FlatExperts
 from flexperts.observer import current_observer, libraries_drawing
 from flexperts.parameters.fingerprint import fingerprint
 from flexperts.parameters.finite import first_not_finite
@@ -100,6 +107,8 @@ def load_base(config: ModelConfig, tokenizer: Any = None) -> LoadedBase:
     except _UNLOADABLE as error:
         with suppress(SafetensorError):  # damaged files are reported by the error below
             _check_names(_lacking(Path(source)), _RANDOM, config.base)
+        if _is_of_memory(error):
+            raise _too_large(config, device) from error
         raise _refused(config.base, error) from error
     _check_complete(model, described, found, config.base)
     if config.quantization != "none":
@@ -108,6 +117,8 @@ def load_base(config: ModelConfig, tokenizer: Any = None) -> LoadedBase:
     _freeze(model)
     _let_go_of_files(model)
     _keep_rows_together(model)
+    _weigh_in_one_type(model)
+    pin_offloaded(model)
     return LoadedBase(model, tokenizer, fingerprint(model), source)
 
 
@@ -124,7 +135,10 @@ def _library_bars(source: str) -> Iterator[None]:
         yield
 
 
-_UNLOADABLE = (OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError, ImportError, SafetensorError)
+_UNLOADABLE = (
+    OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError, ImportError, SafetensorError,
+    MemoryError,
+)  # fmt: skip
 
 
 _RANDOM = "its files lack weights of the model, which would then be random"
@@ -203,6 +217,20 @@ def _check_finite(model: Any, base: str) -> None:
         )
 
 
+def _is_of_memory(error: Exception) -> bool:
+    """Return whether there was too little memory; torch's allocator for CPUs says so in its text only."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def _too_large(config: ModelConfig, device: torch.device) -> ModelError:
+    return ModelError(
+        f"model.base = {config.base!r}",
+        f"{device} has too little memory to load it ({free_bytes(device) / 1e9:.1f} GB are free now)",
+        "set model.quantization = 'nf4', or keep experts elsewhere with model.device_map = 'auto' and "
+        "model.max_memory, or use a device with more memory",
+    )
+
+
 def _refused(base: str, error: Exception) -> ModelError:
     said = str(error).strip() or type(error).__name__
     if "trust_remote_code" in said:
@@ -224,7 +252,7 @@ def _experts(config: ModelConfig, described: Any, device: torch.device) -> dict[
     on_card = device.type != "cpu"
     way = {"experts_implementation": BY_PAIRS} if on_card else {}
     if config.quantization == "none":
-        return way
+        return {**dequantizing(described, config.base, asked=config.dequantize), **way}
     check_quantizer(described, config.base)
     # transformers' eager loop has the values of one expert in memory at a time. On a card it would wait for the
     # host at each of them: there a layer's experts, or those that a decoding step needs, get their values at once.
@@ -254,6 +282,20 @@ def _let_go_of_files(model: Any) -> None:
     for parameter in model.parameters():
         if id(parameter) not in experts and parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()
+
+
+def _weigh_in_one_type(model: Any) -> None:
+    """Give flat experts the router's weights in the type of the hidden states.
+
+    Under CUDA's autocast a softmax is in fp32, and these experts add the weighted outputs to a sum in the hidden
+    states' type, which torch refuses.
+    """
+    with suppress(ModelError):  # no experts, or an unknown layout: a method that needs experts reports it
+        for experts in find_experts(model):
+            if isinstance(experts, FlatExperts):
+                experts.module.register_forward_pre_hook(
+                    lambda _module, args: (*args[:2], args[2].to(args[0].dtype))
+                )
 
 
 def _keep_rows_together(model: Any) -> None:

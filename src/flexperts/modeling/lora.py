@@ -20,6 +20,7 @@ from flexperts.config.model import LoraConfig
 from flexperts.files import placeless, unwritable
 from flexperts.modeling.joined_lora import JoinedLora
 from flexperts.moe.attention import attention_linears
+from flexperts.seeding import seeded
 
 SHARED_PREFIX = "base_model."
 """Prefix of the shared adapter's parameter names, as in PEFT's adapter files."""
@@ -49,12 +50,11 @@ class LoraAdapters:
         self.rank, self.scale = config.rank, config.alpha / config.rank
         self.targets = attention_linears(base, config.projections)
         self._config = peft_config(config, self.targets)
-        with torch.random.fork_rng(devices=[]):
-            # Every silo draws the same A, so that the first average starts from one model.
-            torch.manual_seed(seed)
+        # Every silo draws the same A, so that the first average starts from one model.
+        with seeded(seed):
             self.model: Any = get_peft_model(base, self._config)
-            if personal:
-                torch.manual_seed(seed)
+        if personal:
+            with seeded(seed):
                 self.model.add_adapter("personal", self._config)
         self.model.eval()
         self._joined = [JoinedLora(base.get_submodule(parent), layers) for parent, layers in self._by_input()]

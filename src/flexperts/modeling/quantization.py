@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from flexperts.errors import ModelError
@@ -50,6 +52,11 @@ class ExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
         """Return whether a parameter belongs to the experts."""
         return param_name in self.names
+
+    @property
+    def quantized_element_size(self) -> float:
+        """Bytes per value, scales included; transformers reserves the model's memory on a card by it."""
+        return quantized_bytes((BLOCK,), self.quantization_config.scheme) / BLOCK
 
     def get_quantize_ops(self) -> ConversionOps:
         """Return the operation that quantizes one parameter."""
@@ -92,10 +99,45 @@ def check_quantizer(config: Any, base: str) -> None:
             "it needs bitsandbytes",
             "run pip install 'flexperts[quantization]', or set it to none",
         )
-    if getattr(config, "quantization_config", None) is not None:
+    if checkpoint_method(config) is not None:
         raise ModelError(
             f"model.base = {base!r}", "its checkpoint is already quantized", "set model.quantization = 'none'"
         )
+
+
+def checkpoint_method(config: Any) -> str | None:
+    """Return how a checkpoint's weights are quantized, such as ``mxfp4``; None if they are not."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    return str(found.get("quant_method"))
+
+
+def dequantizing(described: Any, base: str, *, asked: bool) -> dict[str, Any]:
+    """Return the arguments of ``from_pretrained`` that make a checkpoint's codes values again, if it stores codes.
+
+    Args:
+        described: The base's configuration; it is changed.
+        base: The base's name in the recipe.
+        asked: Whether the recipe has ``model.dequantize``.
+
+    Raises:
+        ModelError: The recipe does not ask for it, or transformers cannot do it.
+    """
+    if (method := checkpoint_method(described)) is None:
+        return {}
+    kind = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
+    can = kind is not None and "dequantize" in signature(kind).parameters
+    if can and asked:
+        described.quantization_config["dequantize"] = True
+        return {"config": described}
+    raise ModelError(
+        f"model.base = {base!r}",
+        f"its checkpoint stores weights as codes ({method}), and LoRA, grafts and the selection need their values",
+        "set model.dequantize = true, which stores them in model.dtype (see the size by `flexperts plan`)"
+        if can
+        else "use a checkpoint of this model in full precision",
+    )
 
 
 def check_quantized(model: nn.Module, base: str) -> None:

@@ -9,6 +9,7 @@ an expert's output times its weight, cast to the hidden dtype, added by index.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Generator, Tensor, nn
@@ -44,6 +45,7 @@ class AdaptedLayer(nn.ModuleDict):
         own = {i: personal_expert(experts, i, rank, alpha, streams(experts.name, i)) for i in indices}
         super().__init__({str(i): expert for i, expert in own.items()})
         self.experts, self.indices = experts, tuple(indices)
+        self.register_buffer("_chosen", torch.tensor(self.indices), persistent=False)
         self.to(experts.device)
 
     @property
@@ -53,7 +55,7 @@ class AdaptedLayer(nn.ModuleDict):
 
     def among(self, index: Tensor) -> Tensor:
         """Return whether each routing slot of ``index [T, K]`` holds an adapted expert: ``[T, K]`` bool."""
-        return torch.isin(index, torch.tensor(self.indices, device=index.device))
+        return torch.isin(index, cast(Tensor, self._chosen))
 
     def keep(self, index: Tensor, weights: Tensor) -> Tensor:
         """Return ``weights [T, K]`` with 0 for experts that are not adapted; the others are scaled to the old sum.
@@ -69,10 +71,14 @@ class AdaptedLayer(nn.ModuleDict):
     def forward(self, hidden: Tensor, index: Tensor, weights: Tensor, learning: Collection[int]) -> Tensor:
         """Return the adapted experts' weighted sum ``[T, D]``; experts outside ``learning`` pass no gradient."""
         total = torch.zeros_like(hidden)
-        hit = set(torch.unique(index).tolist())
-        for expert in (i for i in self.indices if i in hit):
-            # Slots before tokens, as in the base's loop: equal row order gives equal bits.
-            slot, token = torch.where((index == expert).T)
+        # Slots before tokens, as in the base's loop: equal row order gives equal bits.
+        matches = index.T.flatten() == cast(Tensor, self._chosen)[:, None]
+        counts = matches.sum(1).tolist()  # a card is waited for here only
+        order = torch.where(matches.any(0), matches.int().argmax(0), len(counts)).argsort(stable=True)
+        for expert, places in zip(self.indices, order[: sum(counts)].split(counts), strict=True):
+            if not len(places):
+                continue
+            slot, token = places // len(index), places % len(index)
             with torch.set_grad_enabled(torch.is_grad_enabled() and expert in learning):
                 output = self[str(expert)](hidden[token])
             total.index_add_(0, token, (output * weights[token, slot, None]).to(total.dtype))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flexperts.artifacts import RunDirectory
+from flexperts.config.run import as_written_now
 from flexperts.errors import ArtifactError
 from flexperts.files import read_json
 from flexperts.methods.registry import method_class
@@ -92,7 +93,7 @@ def read_claim(out: Path) -> dict[str, Any]:
     wanted = {"recipe", "entries", "reference", "confidence", "resamples"}
     if not isinstance(claim, dict) or not wanted <= claim.keys():
         raise ArtifactError(f"{path}", f"it must contain {', '.join(sorted(wanted))}", "restore it from a copy")
-    return claim
+    return claim | {"recipe": as_written_now(claim["recipe"])}
 
 
 def finished_marks(out: Path, name: str) -> list[Path]:

@@ -21,7 +21,7 @@ from flexperts.config.run import TrainingConfig
 from flexperts.data.batches import pad_batch, training_batches
 from flexperts.data.prompts import Example
 from flexperts.errors import FederationError
-from flexperts.modeling.attention import attention_in_fp32
+from flexperts.modeling.attention import attention_in_fp32, attention_without_cudnn
 from flexperts.modeling.forward import Precision, autocast, token_losses
 from flexperts.modeling.memory import freed_memory_kept
 from flexperts.parameters.split import ParameterSplit
@@ -127,6 +127,7 @@ def response_loss(model: nn.Module, rows: Sequence[Example], settings: LocalSett
 
 @freed_memory_kept()
 @attention_in_fp32()
+@attention_without_cudnn()
 def train_local(
     model: nn.Module,
     split: ParameterSplit,
@@ -175,14 +176,14 @@ def train_local(
 
 def _backward(parts: Iterator[Tensor], penalty: Callable[[], Tensor] | None) -> float:
     """Add up the gradients of the loss's parts and of the penalty; return the loss."""
-    loss = 0.0
+    loss: Tensor | float = 0.0
     for part in parts:
         if part.requires_grad:  # False if the only trained part is disabled in this batch
             backward(part)
-        loss += part.item()
+        loss = loss + part.detach().double()  # added where it is: a card is waited for once a step
     if penalty:
         backward(penalty())
-    return loss
+    return float(loss)
 
 
 def _optimizer(split: ParameterSplit, settings: LocalSettings) -> tuple[Optimizer, LRScheduler]:
@@ -241,6 +242,7 @@ def _finite(loss: float, settings: LocalSettings) -> float:
 def _check_weights(split: ParameterSplit, settings: LocalSettings) -> None:
     """Refuse what the last step may leave, whose loss is never computed: no server sees the personal weights."""
     whole = [parameter.isfinite().all() for parameter in split.trained.values()]
+    whole = [fine.to(whole[0].device) for fine in whole]  # layers may be on several cards
     if whole and not torch.stack(whole).all():
         name = next(name for name, fine in zip(split.trained, whole, strict=True) if not fine)
         raise _diverged(f"{name} after the last step", settings)

@@ -57,6 +57,17 @@ def test_experts_elsewhere_are_not_on_the_device(estimator: Estimator) -> None:
     assert made.needs[0].parts["base"] == 2 * (PARAMETERS - EXPERTS // 16)
 
 
+def test_a_card_holds_the_offloaded_layer_that_computes(
+    estimator: Estimator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "computing_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(preflight, "free_bytes", lambda device: 10**12)
+    offloaded, checkpointing = 'model.device_map={"model.layers" = "cpu"}', "training.gradient_checkpointing=true"
+    at_once = estimator.estimate(recipe(offloaded, checkpointing)).needs[0].parts["base"]
+    assert at_once == 2 * (PARAMETERS - EXPERTS + EXPERTS // 16)
+    assert estimator.estimate(recipe(offloaded)).needs[0].parts["base"] == 2 * PARAMETERS  # autograd keeps them all
+
+
 def test_every_knob_is_listed_with_what_it_saves(estimator: Estimator) -> None:
     small = "evaluation.batch_size=4"  # so that training needs most
     config = recipe(small)

@@ -21,6 +21,11 @@ from flexperts.errors import ModelError
 from flexperts.modeling.load import _library_bars, load_base
 from flexperts.observer import Observer, observing
 
+MEMORY = (
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+)
 CODE = """
 from pathlib import Path
 Path(r"{marker}").write_text("ran")
@@ -213,3 +218,15 @@ def test_libraries_draw_bars_on_a_terminal_for_a_base_from_the_hub(
             assert observer.heard == [True] * drawn
         assert observer.heard == [True, False] * drawn
     transformers_logging.disable_progress_bar()
+
+
+@pytest.mark.parametrize("error", MEMORY, ids=lambda error: type(error).__name__)
+def test_too_little_memory_is_told_as_that(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(ModelError, match=r"cpu has too little memory to load it.*quantization = 'nf4'"):
+        load_base(config(tiny_base))

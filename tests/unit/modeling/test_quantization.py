@@ -9,13 +9,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.modeling_utils import get_total_byte_count
 
 from flexperts.config.model import ModelConfig
 from flexperts.config.run import RunConfig
 from flexperts.engines.run import run_federation
 from flexperts.errors import ConfigError, ModelError
 from flexperts.modeling.load import LoadedBase, load_base
-from flexperts.modeling.quantization import check_quantized, planned_bytes, storage
+from flexperts.modeling.quantization import (
+    ExpertsQuantization,
+    ExpertsQuantizer,
+    check_quantized,
+    planned_bytes,
+    storage,
+)
 from flexperts.moe.dispatch import BY_PAIRS
 from flexperts.moe.experts import find_experts
 from flexperts.moe.quantized import QuantizedTensor, Scheme, quantized_bytes
@@ -187,6 +194,16 @@ def test_experts_of_odd_sizes_are_refused(tmp_path: Path) -> None:
     folder = save_tiny_base(tmp_path / "odd", "olmoe", hidden_size=40, intermediate_size=15)
     with pytest.raises(ModelError, match="not a multiple of 64 values"):
         load(folder, "int8")
+
+
+@SCHEMES
+def test_transformers_reserves_what_the_experts_will_take(tmp_path: Path, scheme: Scheme) -> None:
+    model = tiny_model(dtype=torch.bfloat16)
+    quantizer = ExpertsQuantizer(ExpertsQuantization(scheme))
+    quantizer._process_model_before_weight_loading(model)
+    places = {name: torch.device("cuda", 0) for name, _ in model.named_parameters()}
+    (reserved,) = get_total_byte_count(model, places, quantizer).values()
+    assert reserved == planned_bytes(model, scheme)
 
 
 def test_a_quantized_checkpoint_is_refused(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from flexperts.evaluation.generation import prompt_batch
 from flexperts.modeling.caches import Sharing, append_rows, select_rows, sharing
 from flexperts.modeling.forward import Precision, autocast, next_logits
 from flexperts.serving.contract import ModelName, Piece
-from flexperts.serving.engine.decoding import Decoding
+from flexperts.serving.engine.decoding import Decoding, draw_together
 from flexperts.serving.engine.lanes import Lane
 
 
@@ -48,10 +48,11 @@ class RequestState:
         """End the request at the next step."""
         self.cancelled = True
 
-    def advance(self, logits: Tensor, likeliest: int) -> None:
-        """Take the next token from ``logits [V]``; a failure here ends only this row."""
+    def advance(self, logits: Tensor, token: int) -> None:
+        """Take the next token, on a CPU drawn from ``logits [V]``; a failure here ends only this row."""
         try:
-            token = likeliest if self.answer.is_greedy else self.answer.draw(logits)
+            if logits.device.type == "cpu" and not self.answer.is_greedy:
+                token = self.answer.draw(logits)
             if piece := self.answer.take(token):
                 self._send(piece)
         except Exception as error:
@@ -154,8 +155,13 @@ class Batch:
 
 
 def _advance(rows: Sequence[RequestState], logits: Tensor) -> None:
-    for row, own, likeliest in zip(rows, logits, logits.argmax(-1).tolist(), strict=True):
-        row.advance(own, likeliest)
+    tokens = logits.argmax(-1)
+    drawing = [number for number, row in enumerate(rows) if not row.answer.is_greedy]
+    if drawing and logits.device.type != "cpu":
+        these = torch.tensor(drawing, device=logits.device)
+        tokens[these] = draw_together([rows[number].answer for number in drawing], logits[these])
+    for row, own, token in zip(rows, logits, tokens.tolist(), strict=True):
+        row.advance(own, token)
 
 
 def _widened(mask: Tensor, columns: int) -> Tensor:

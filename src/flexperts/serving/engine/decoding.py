@@ -61,11 +61,16 @@ class Decoding:
         return self._sampling.temperature < _COLD
 
     def draw(self, logits: Tensor) -> int:
-        """Return a token drawn from fp32 ``logits [V]``; an answer's draws depend only on its seed."""
-        chances = (logits.cpu() / self._sampling.temperature).softmax(-1)
+        """Return a token drawn from fp32 ``logits [V]`` on the CPU; an answer's draws depend only on its seed."""
+        chances = (logits / self._sampling.temperature).softmax(-1)
         if self._sampling.top_p < 1:
             chances = nucleus(chances, self._sampling.top_p)
         return int(torch.multinomial(chances, 1, generator=self._generator))
+
+    def chance(self) -> tuple[float, float, float]:
+        """Return temperature, ``top_p`` and the next uniform number of the answer's stream."""
+        drawn = float(torch.rand((), generator=self._generator))
+        return self._sampling.temperature, self._sampling.top_p, drawn
 
     def take(self, token: int) -> Piece | None:
         """Add a token; return the next piece of text, or None while there is none."""
@@ -107,6 +112,20 @@ class Decoding:
         text, self._waiting = self._waiting[:length], self._waiting[length:]
         tokens, self._sent_tokens = len(self.tokens) - self._sent_tokens, len(self.tokens)
         return Piece(text, tokens, finish)
+
+
+def draw_together(answers: Sequence[Decoding], logits: Tensor) -> Tensor:
+    """Return a token for each row of fp32 ``logits [B, V]``, ``[B]``, drawn on their device without a wait for it.
+
+    Each answer's uniform number is looked up in its row's cumulative distribution, the likeliest tokens first.
+    """
+    temperature, top_p, drawn = torch.tensor([a.chance() for a in answers], device=logits.device).T.unsqueeze(-1)
+    ordered, tokens = (logits / temperature).softmax(-1).sort(descending=True)
+    ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0.0)
+    together = ordered.cumsum(-1)
+    place = torch.searchsorted(together, drawn * together[:, -1:], right=True)
+    last = (ordered > 0).sum(-1, keepdim=True) - 1  # rounding may lead beyond it
+    return tokens.gather(-1, place.minimum(last)).squeeze(-1)
 
 
 def nucleus(chances: Tensor, top_p: float) -> Tensor:

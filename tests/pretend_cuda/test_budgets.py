@@ -1,0 +1,112 @@
+"""What a layer, a step and a token cost in kernels, waits of the host and copies, against ``budgets.toml``.
+
+Each figure is the difference of two runs that differ in one layer, step or token, so that nothing else is in it.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from card import Counts
+from test_training import loaded
+
+from flexperts.costs.speed import Workload, set_up, train
+from flexperts.data.prompts import PromptEncoder
+from flexperts.evaluation.generation import generate
+from flexperts.modeling.load import LoadedBase
+from flexperts.serving.contract import ModelName, Sampling
+from flexperts.serving.engine.batch import Batch, RequestState
+from flexperts.serving.engine.decoding import Decoding
+from flexperts.testing import byte_tokenizer, save_tiny_base
+
+BUDGETS = tomllib.loads(Path(__file__).with_name("budgets.toml").read_text(encoding="utf-8"))
+METHODS = {
+    "fedavg": ("method.name=fedavg",),
+    "flex": ("method.name=flex", "graft.calibration_tokens=64"),
+    "flex in place": ("method.name=flex", "graft.place=in_place", "graft.calibration_tokens=64"),
+    "flex low rank": ("method.name=flex", "graft.rank=4", "graft.calibration_tokens=64"),
+}
+Kinds = dict[str, Counter[str]]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[int, LoadedBase]:
+    """The same base with two and with three layers."""
+    folder = tmp_path_factory.mktemp("layers")
+    return {n: loaded(save_tiny_base(folder / str(n), num_hidden_layers=n))[0] for n in (2, 3)}
+
+
+def counted(counts: Counts, call: Callable[[], object]) -> Kinds:
+    counts.reset()
+    call()
+    return {kind: getattr(counts, kind).copy() for kind in ("launches", "waits", "uploads")}
+
+
+def more(longer: Kinds, shorter: Kinds) -> Kinds:
+    """Return what one run has more than another, by place."""
+    found: Kinds = {}
+    for kind, places in longer.items():
+        places.subtract(shorter[kind])
+        found[kind] = Counter({place: number for place, number in places.items() if number})
+    return found
+
+
+def check(name: str, unit: str, found: Kinds) -> None:
+    totals = {kind: places.total() for kind, places in found.items()}
+    allowed = BUDGETS.get(name, {}).get(unit, {})
+    over = {k: dict(found[k].most_common(12)) for k, total in totals.items() if total > allowed.get(k, -1)}
+    assert not over, f"[{name!r}.{unit}] needs {totals}, and its budget is {allowed}: {over}"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_training_step(bases: dict[int, LoadedBase], counts: Counts, name: str) -> None:
+    def steps(layers: int, number: int) -> Kinds:
+        with set_up(bases[layers], METHODS[name]) as (model, split, config):
+            work = Workload(rows=2, prompt=16, response=8, steps=number)
+            return counted(counts, lambda: train(model, split, config, work))
+
+    step = {layers: more(steps(layers, 2), steps(layers, 1)) for layers in (2, 3)}
+    check(name, "step", step[2])
+    check(name, "layer", more(step[3], step[2]))
+
+
+def test_a_token_of_the_evaluation(bases: dict[int, LoadedBase], counts: Counts) -> None:
+    base = bases[2]
+    encoder = PromptEncoder(base.tokenizer, "alpaca", 64)
+
+    def tokens(number: int) -> Kinds:
+        def answer() -> None:
+            (made, _) = generate(
+                base.model, encoder, [[5, 6, 7], [8, 9]], max_new_tokens=number, batch_size=2, precision="bf16"
+            )
+            assert made.tokens == number
+
+        return counted(counts, answer)
+
+    check("evaluation", "token", more(tokens(4), tokens(3)))
+
+
+class OneModel:
+    """A lane of a batch whose rows all have the base itself."""
+
+    def read(self, prompts: object) -> None:
+        pass
+
+    def select(self, models: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_token_of_a_served_batch(bases: dict[int, LoadedBase], counts: Counts, temperature: float) -> None:
+    base = bases[2]
+    batch = Batch(base.model, OneModel(), PromptEncoder(base.tokenizer, "alpaca", 64), "bf16")  # type: ignore[arg-type]
+    model = ModelName("a", "global")
+    answers = [Decoding(byte_tokenizer(), (), Sampling(9, temperature, seed=n)) for n in range(4)]
+    rows = [RequestState(model, [5, 6, 7 + n], answer, 99, lambda _: None) for n, answer in enumerate(answers)]
+    batch.add(rows)
+    check("serving, drawn" if temperature else "serving", "token", counted(counts, batch.step))
+    assert all(len(row.answer.tokens) == 2 for row in rows)

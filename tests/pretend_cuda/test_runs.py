@@ -1,0 +1,107 @@
+"""Whole runs on a card: resumed elsewhere, exported, served, with experts in the CPU's memory or in fewer bits."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_training import CHECKPOINTING, SMALL
+
+from flexperts.config.run import RunConfig
+from flexperts.engines.run import run_federation
+from flexperts.environment import DEVICE
+from flexperts.export.exporting import export_run
+from flexperts.finished.trained import TrainedRun
+from flexperts.observer import Observer
+from flexperts.serving.contract import ModelName, Piece, Sampling
+from flexperts.serving.engine.engine import ServingEngine
+
+Recipe = Callable[..., RunConfig]
+
+
+class StoppedError(Exception):
+    """The run is broken off."""
+
+
+class StopAfterRound(Observer):
+    def round(self, record: dict[str, Any]) -> None:
+        raise StoppedError
+
+
+def ask(engine: ServingEngine, model: ModelName, sampling: Sampling) -> str:
+    pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+    prompt = engine.prompt_tokens([{"role": "user", "content": "Who?"}], model)
+    engine.submit(model, prompt, sampling, pieces.put)
+    text = ""
+    while (piece := pieces.get(timeout=60)).finish is None:
+        text += piece.text
+    assert piece.error is None
+    return text + piece.text
+
+
+def states(folder: Path) -> dict[Path, dict[str, torch.Tensor]]:
+    return {file.relative_to(folder): load_file(file) for file in sorted(folder.rglob("*.safetensors"))}
+
+
+@pytest.fixture(scope="module")
+def finished(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "run"
+    run_federation(recipe(*SMALL, "federation.rounds=2"), out)
+    return out
+
+
+def test_a_run_resumes_on_another_card_with_the_same_bits(
+    recipe: Recipe, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = recipe(*SMALL, "federation.rounds=2")
+    monkeypatch.setenv(DEVICE, "cuda:1")
+    with pytest.raises(StoppedError):
+        run_federation(config, tmp_path / "run", StopAfterRound())
+    monkeypatch.setenv(DEVICE, "cuda:0")
+    run_federation(config, tmp_path / "run", resume=True)
+    expected, found = states(finished), states(tmp_path / "run")
+    assert expected.keys() == found.keys()
+    for file, tensors in expected.items():
+        assert all(torch.equal(tensors[name], found[file][name]) for name in tensors), file
+
+
+def test_what_a_card_trained_is_exported(finished: Path, tmp_path: Path) -> None:
+    export = export_run(finished, tmp_path / "adapter", form="adapter", check=False)
+    assert (export.folder / "adapter_model.safetensors").is_file()
+    export = export_run(finished, tmp_path / "whole", client="clinic", check=False)
+    assert any(export.folder.glob("*.safetensors"))
+
+
+def test_a_card_serves_drawn_and_likeliest_answers(finished: Path) -> None:
+    trained = TrainedRun(finished)
+    plain = trained.generate("clinic", "Who?", max_new_tokens=3)
+    engine = ServingEngine(trained, max_rows=4)
+    try:
+        model = next(m for m in engine.models if (m.client, m.state) == ("clinic", "personalized"))
+        likeliest = ask(engine, model, Sampling(3))
+        drawn = [ask(engine, model, Sampling(3, temperature=0.9, top_p=0.9, seed=1)) for _ in range(2)]
+    finally:
+        engine.close()
+    assert likeliest.strip() == plain
+    assert drawn[0] == drawn[1]
+
+
+def test_a_run_with_experts_in_the_cpus_memory_has_the_same_bits(recipe: Recipe, tmp_path: Path) -> None:
+    for name, more in (("here", ()), ("there", ('model.device_map={"model.layers.1" = "cpu"}',))):
+        run_federation(recipe(*SMALL, CHECKPOINTING, "graft.rank=4", *more), tmp_path / name)
+    expected, found = states(tmp_path / "here"), states(tmp_path / "there")
+    assert len(expected) > 2
+    for file, tensors in expected.items():
+        assert all(torch.equal(tensors[name], found[file][name]) for name in tensors), file
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra")
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_a_quantized_base_trains(recipe: Recipe, tmp_path: Path, scheme: str) -> None:
+    run_federation(recipe(*SMALL, f"model.quantization={scheme}"), tmp_path / "run")
