@@ -9,6 +9,7 @@ from typing import Any
 from torch import Generator, Tensor
 
 from flexperts.communication.average import capped_rows
+from flexperts.communication.versions import Versions
 from flexperts.parameters.vector import Payload
 from flexperts.seeding import generator
 
@@ -29,6 +30,7 @@ class Server:
         start: Digest of the initial weights, their tensors and the split, as most clients reported it; empty if it
             is not known.
         nodes: Client -> the node that its name belongs to.
+        versions: The versions of the shared weights that clients have; None if they get all weights in every round.
         max_share: Largest share of one client in a mean: ``federation.max_share``, or 1 if all clients are in this
             process. It is not in the checkpoint.
         rounds: Number of the recipe's rounds; a method's extra rounds come after them. It is not in the checkpoint.
@@ -44,6 +46,7 @@ class Server:
     base: str = ""
     start: str = ""
     nodes: dict[str, int] = field(default_factory=dict)
+    versions: Versions | None = None
     max_share: float = 1.0
     rounds: int = 0
 
