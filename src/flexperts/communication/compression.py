@@ -170,9 +170,10 @@ def _unpack_int4(packed: Packed, size: int, settings: CompressionConfig, sender:
 def _pack_signs(values: Vector, settings: CompressionConfig) -> Packed:
     """Keep the signs, and each block's mean magnitude, which has the least squared error."""
     padded, exponent = _blocks(values, settings.block), _exponent(values)
-    counts = np.full(len(padded), settings.block, np.float32)
+    counts = np.full(len(padded), settings.block)
     counts[-1] -= padded.size - values.size
-    halves = _to_half(np.abs(padded).sum(1) / counts, exponent)
+    means = (np.abs(padded).sum(1, dtype=np.float64) / counts).astype(np.float32)
+    halves = _to_half(means, exponent)
     return Packed({"signs": np.packbits(values > 0), "scales": halves}, {"exponent": exponent})
 
 
