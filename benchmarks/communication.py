@@ -2,7 +2,7 @@
 
     python benchmarks/communication.py --out runs/communication --seeds 3          # the study, resumable
     python benchmarks/communication.py --out runs/communication --only fp32 "half of the signs" --rounds 3
-    python benchmarks/communication.py --page                                   # docs/communication.md from the JSON
+    python benchmarks/communication.py --page                                 # docs/communication.md from the JSON
 
 Writes benchmarks/results/communication.json, or with --results another file, and with it the page. Bytes and wall
 time of ten rounds are planned, which agrees with a run's ledger to one percent; scores are measured. All entries of
@@ -114,8 +114,7 @@ def page(found: Mapping[str, Any]) -> str:
     return TEMPLATE.read_text(encoding="utf-8").format(
         rounds=ROUNDS,
         planned=_planned_table(found["planned"]),
-        measured=_measured_table(found["measured"]),
-        runs=found["runs"],
+        measured=_measured(found),
         commit=found["commit"],
         date=found["date"],
         cores=found["environment"]["cores"],
@@ -136,8 +135,14 @@ def _planned_table(plans: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _measured_table(records: list[dict[str, Any]]) -> str:
+def _measured(found: Mapping[str, Any]) -> str:
+    records = found["measured"]
+    if not records:
+        return "No run is on record yet."
+    command = f"python benchmarks/communication.py --out runs/communication {found['runs']}"
     lines = [
+        f"FedAvg on the quick start's silos: `{command}`.",
+        "",
         "| packing | seeds | kB up, a client and round | kB down | NLL global | ROUGE-L global |",
         "|---|---:|---:|---:|---:|---:|",
     ]
@@ -145,8 +150,8 @@ def _measured_table(records: list[dict[str, Any]]) -> str:
         some = [record for record in records if record["entry"] == name]
         ways = [f"{way}_per_client_per_round" for way in ("uplink", "downlink")]
         sizes = [fmean(record["bytes"][way] for record in some) / 1e3 for way in ways]
-        scores = [fmean(r["mean"][kind]["global"] for r in some) for kind in ("nll", "rouge_l")]
-        lines.append(f"| {name} | {len(some)} | {sizes[0]:.1f} | {sizes[1]:.1f} | {scores[0]:.3f} | {scores[1]:.1f} |")
+        nll, rouge = (fmean(record["mean"][kind]["global"] for record in some) for kind in ("nll", "rouge_l"))
+        lines.append(f"| {name} | {len(some)} | {sizes[0]:.1f} | {sizes[1]:.1f} | {nll:.3f} | {rouge:.1f} |")
     return "\n".join(lines)
 
 

@@ -41,12 +41,16 @@ def silo_at(folder: Path, rows: Path, base: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("method", ["flex", "feddpa_t", "fedalt", "fedlease"])
+PACKED = ("compression.kind=top_k_sign", "compression.downlink=int4", "evaluation.every=1")
+
+
+@pytest.mark.parametrize("method", ["flex", "feddpa_t", "fedalt", "fedlease", "fedper"])
 def test_workers_and_one_process_end_alike(
     recipe: Callable[..., RunConfig], tmp_path: Path, rows: Path, tiny_base: Path, method: str
 ) -> None:
     files = {name: f"{{train = '{rows}/{name}/train.jsonl', test = '{rows}/{name}/test.jsonl'}}" for name in SILOS}
     clients, more = ", ".join(f"{name} = {sides}" for name, sides in files.items()), METHOD_SETTINGS.get(method, ())
+    more = (*more, *(PACKED if method == "fedper" else ()))
     config = recipe(f"data={{clients = {{{clients}}}}}", f"method.name={method}", *more, *SHORT)
     summary = run_federation(config, tmp_path / "one")
     paths = {name: silo_at(tmp_path / name, rows, tiny_base) for name in SILOS}

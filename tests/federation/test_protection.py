@@ -79,9 +79,7 @@ def test_error_feedback_makes_up_for_what_was_lost(
 
 
 @pytest.mark.parametrize(("kind", "fraction"), [("int4", 1.0), ("top_k_sign", 0.5), ("top_k_int4", 0.2)])
-def test_feedback_with_few_bits_brings_everything_in_the_end(
-    recipe: Recipe, kind: str, fraction: float
-) -> None:
+def test_feedback_with_few_bits_brings_everything_in_the_end(recipe: Recipe, kind: str, fraction: float) -> None:
     """Of a change that is the same in 200 rounds, the mean of what arrives is off by what is kept over 200."""
     config = recipe(f"compression.kind={kind}", f"compression.fraction={fraction}", "compression.block=32")
     change, memory = np.random.default_rng(0).normal(size=300).astype(np.float32), dict[str, Tensor]()

@@ -15,7 +15,8 @@ def command(
     ] = "",
     clients: Annotated[int, typer.Option(help="Number of clients.")] = 4,
     link: Annotated[
-        str, typer.Option(metavar="RATE", help="Each client's link in either direction, such as 10Mbit/s or 1Gbit/s.")
+        str,
+        typer.Option(metavar="RATE", help="Each client's link, in either direction: 10Mbit/s, 1Gbit/s."),
     ] = "100Mbit/s",
     bandwidth: Annotated[float | None, typer.Option(hidden=True, help="Use --link.")] = None,
     settings: Annotated[
@@ -92,7 +93,7 @@ def _tables(made: Any) -> Iterator[Any]:
         "personal": lambda row: _count(row.personal),
         "memory": lambda row: size(row.memory.total).text,
         "on disk": lambda row: size(row.personal_state).text,
-        "seconds of a run": lambda row: _seconds(row.run_seconds) if row.method else "",
+        "run, s": lambda row: _seconds(row.run_seconds) if row.method else "",
         "FLOPs": lambda row: f"{100 * row.overhead:+.2f} %",
     }
     yield _table("one client, one round: what is sent", moves, made.methods)

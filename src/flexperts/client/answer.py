@@ -38,7 +38,9 @@ def answer(kind: str, content: RecordDict, client: Client) -> RecordDict:
     """
     try:
         whole = with_weights(kind, content, client)
-        return records({"client": client.name, "error": LACKS_COPY}) if whole is None else ANSWERS[kind](whole, client)
+        if whole is None:
+            return records({"client": client.name, "error": LACKS_COPY})
+        return ANSWERS[kind](whole, client)
     finally:
         client.observer.turn_ended(client.name)
 

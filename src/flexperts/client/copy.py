@@ -7,7 +7,7 @@ request, and what is rebuilt only if it has the newest version's digest; else th
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,14 +19,13 @@ from flexperts.client.client import Client
 from flexperts.communication.compression import unpack
 from flexperts.communication.messages import (
     VERSIONS,
-    check_records,
     differences_of,
     fields_of,
     info_of,
     payload_of,
     records,
 )
-from flexperts.communication.schema import EvaluateRequest, Fields, TrainRequest
+from flexperts.communication.schema import EvaluateRequest, TrainRequest
 from flexperts.errors import FlexpertsError
 from flexperts.parameters.vector import Manifest, Payload
 

@@ -1,15 +1,15 @@
 """Packing a change of weights: half precision, 8 or 4 bits with a scale per block, the largest values only.
 
-A change is trained minus sent, or one version of the shared weights minus the one before. Both sides rebuild it from
-the packed arrays by the same fp32 products, so they get the same bits; ``error_feedback`` adds what packing has lost
-to the next change.
+A change is trained minus sent, or one version of the shared weights minus the one before. Both sides rebuild it
+from the packed arrays by the same fp32 products, so they get the same bits; ``error_feedback`` adds what packing
+has lost to the next change.
 
 The size of a packed change depends on nothing but the number of its values. Places of the largest values are
-entropy-coded without loss: as one bit a value, of which a known share is set, they take as many bits as that share's
-entropy, wherever the values are.
+entropy-coded without loss: as one bit a value, of which a known share is set, they take as many bits as that
+share's entropy, wherever the values are.
 
-Sources: Seide et al., 2014 (error feedback, signs); Dettmers et al., 2022 (arXiv 2110.02861; a scale per block); Stich
-et al., 2018 (arXiv 1809.07599; top-k with memory); Duda, 2013 (arXiv 1311.2540; the entropy coder).
+Sources: Seide et al., 2014 (error feedback, signs); Dettmers et al., 2022 (arXiv 2110.02861; a scale per block);
+Stich et al., 2018 (arXiv 1809.07599; top-k with memory); Duda, 2013 (arXiv 1311.2540; the entropy coder).
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def _pack_int4(values: Vector, settings: CompressionConfig) -> Packed:
     scales = _scales(halves, exponent)[:, None]
     whole = np.divide(padded, scales, out=np.zeros_like(padded), where=scales > 0)
     codes = np.full(values.size + values.size % 2, _TOP4 + 1, np.uint8)
-    codes[: values.size] += np.clip(np.rint(whole), -_TOP4, _TOP4).astype(np.int8).reshape(-1)[: values.size].view(np.uint8)
+    codes[: values.size] = (np.clip(np.rint(whole), -_TOP4, _TOP4) + (_TOP4 + 1)).reshape(-1)[: values.size]
     return Packed({"pairs": codes[::2] | codes[1::2] << 4, "scales": halves}, {"exponent": exponent})
 
 

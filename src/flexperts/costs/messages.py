@@ -1,7 +1,7 @@
 """Encoded messages of a planned run: what the ledger of a run counts, from sizes alone.
 
-Each message is built as a run builds it, around arrays of a few values, and the planned bytes of the weights take the
-place of these. Numbers in it are typical ones, whose encoded size differs by a few bytes from those of a run.
+Each message is built as a run builds it, around arrays of a few values, and the planned bytes of the weights take
+the place of these. Numbers in it are typical ones, whose encoded size differs by a few bytes from those of a run.
 """
 
 from __future__ import annotations
@@ -119,9 +119,12 @@ class Encoded:
 
     def is_evaluated(self, number: int) -> bool:
         """Return whether a round is evaluated."""
-        every, rounds = self.config.evaluation.every, self.config.federation.rounds
-        last = number == rounds + self.method.extra_rounds(rounds)
-        return last or bool(every and number % every == 0)
+        every = self.config.evaluation.every
+        return self._is_last(number) or bool(every and number % every == 0)
+
+    def _is_last(self, number: int) -> bool:
+        rounds = self.config.federation.rounds
+        return number == rounds + self.method.extra_rounds(rounds)
 
     def training(
         self,
@@ -158,15 +161,15 @@ class Encoded:
             requests: Client -> the weights that it receives.
         """
         states = list(self.method.states)
-        last = server.round == self.config.federation.rounds + self.method.extra_rounds(self.config.federation.rounds)
-        answers = self.config.evaluation.answers == "always" or last
+        answers = self.config.evaluation.answers == "always" or self._is_last(server.round)
+        pairs = self.config.training.objective == "dpo"
         info, made = self._info(server, server.round) | {"states": states, "answers": answers}, Messages()
-        kinds = ["nll", *(["rouge_l"] if answers else []), *(REWARDS if self.config.training.objective == "dpo" else ())]
+        kinds = ["nll", *(["rouge_l"] if answers else []), *(REWARDS if pairs else ())]
         scores: dict[str, float | int] = {f"{kind}.{state}": _NUMBER for kind in kinds for state in states}
-        scores |= dict.fromkeys(answer_counts(states), _COUNT) if answers else {}
+        scores |= dict.fromkeys((*answer_counts(states), "rows") if answers else ("rows",), _COUNT)
         for name, wanted in requests.items():
             made.down[name] = self._request(info, wanted)
-            made.up[name] = encoded_bytes(records({"client": name, "round": server.round}, scores | {"rows": _COUNT}))
+            made.up[name] = encoded_bytes(records({"client": name, "round": server.round}, scores))
         return made
 
     def _info(self, server: Server, number: int) -> dict[str, object]:
@@ -192,7 +195,7 @@ def _hollow(manifest: Manifest) -> Payload:
 
 
 def _sample(settings: CompressionConfig, number: int = 0) -> Packed:
-    """Return a few packed values; samples of different numbers are not equal, because equal arrays are sent once."""
+    """Return a few packed values; those of another number are other ones, because equal arrays are sent once."""
     return pack(np.arange(1, 100, dtype=np.float32) * (number + 1), settings)
 
 

@@ -56,7 +56,8 @@ def save_server(path: Path, server: Server) -> None:
     rest = {name: getattr(server, name) for name in _Rest.model_fields if name != "versions"}
     if (versions := server.versions) is not None:
         about = [dict(packed.about) for packed in versions.differences]
-        rest["versions"] = {name: getattr(versions, name) for name in ("digests", "first", "held")} | {"about": about}
+        plain = {"digests": versions.digests, "first": versions.first, "held": versions.held}
+        rest["versions"] = plain | {"about": about}
         tensors[_RESIDUAL] = torch.from_numpy(versions.residual)
         for number, packed in enumerate(versions.differences):
             tensors |= {f"{_DIFFERENCES}{number}/{n}": torch.from_numpy(a) for n, a in packed.arrays.items()}

@@ -395,7 +395,7 @@ class FlexpertsStrategy(Strategy):
     def _complete(
         self, replies: Iterator[Message], again: Callable[[Iterable[str]], Iterator[Message]]
     ) -> Iterator[Message]:
-        """Yield replies in their order. From the first client that lacks its copy on, the rest is held in memory."""
+        """Yield replies in their order; after the first client that lacks its copy, the rest is held in memory."""
         for reply in replies:
             if error_of(reply) != LACKS_COPY:
                 if error_of(reply) is None:

@@ -76,7 +76,8 @@ def test_top_k_keeps_the_largest_and_nothing_else(change: Vector, fraction: floa
 @given(CHANGES, st.integers(1, 50))
 def test_int4_is_off_by_half_a_step_of_its_block(change: Vector, block: int) -> None:
     """A step is a 7th of the block's largest value, itself rounded to fp16."""
-    got, largest = there_and_back(change, "int4", block=block).astype(np.float64), np.abs(change.astype(np.float64)).max()
+    got = there_and_back(change, "int4", block=block).astype(np.float64)
+    largest = np.abs(change.astype(np.float64)).max()
     for start in range(0, change.size, block):
         ours, theirs = (v[start : start + block].astype(np.float64) for v in (change, got))
         step = np.abs(ours).max() / 7
@@ -115,11 +116,12 @@ def test_places_take_their_entropy_wherever_they_are(share: float) -> None:
     size, stream = 50_000, np.random.default_rng(0)
     count = round(share * size)
     entropy = -size * (share * np.log2(share) + (1 - share) * np.log2(1 - share)) / 8
-    for chosen in (np.arange(count), np.arange(size - count, size), np.sort(stream.permutation(size)[:count])):
+    chosen = settings("top_k_sign", fraction=share)
+    for places in (np.arange(count), np.arange(size - count, size), np.sort(stream.permutation(size)[:count])):
         change = np.full(size, 1e-9, np.float32)
-        change[chosen] = stream.normal(3, 0.1, count)
-        packed = pack(change, settings("top_k_sign", fraction=share))
-        assert np.flatnonzero(unpack(packed, size, settings("top_k_sign", fraction=share), "bank")).tolist() == [*chosen]
+        change[places] = stream.normal(3, 0.1, count)
+        packed = pack(change, chosen)
+        np.testing.assert_array_equal(np.flatnonzero(unpack(packed, size, chosen, "bank")), places)
         assert 0 <= packed.arrays["places"].nbytes - entropy <= 12
 
 
@@ -201,7 +203,7 @@ def test_the_server_rebuilds_the_clients_bits_from_a_smaller_message(kind: str, 
     whole = encoded_bytes(records({"client": "bank", "round": 1}, {"rows": 3}, SENT))
     # What goes is 2000 bytes of values and the manifest; what comes are the arrays, headers and a few words.
     assert "manifest" not in info_of(content)
-    assert encoded_bytes(content) - 500 * per_value <= whole - 2000 + 700
+    assert encoded_bytes(content) - 500 * per_value <= whole - 2000 + 700 + 300 * max(0, len(arrays) - 2)
 
 
 def test_packing_does_not_hide_personal_bytes() -> None:

@@ -30,10 +30,10 @@ class Server:
         start: Digest of the initial weights, their tensors and the split, as most clients reported it; empty if it
             is not known.
         nodes: Client -> the node that its name belongs to.
-        versions: The versions of the shared weights that clients have; None if they get all weights in every round.
         max_share: Largest share of one client in a mean: ``federation.max_share``, or 1 if all clients are in this
             process. It is not in the checkpoint.
         rounds: Number of the recipe's rounds; a method's extra rounds come after them. It is not in the checkpoint.
+        versions: The versions of the shared weights that clients have; None if requests always hold all weights.
     """
 
     shared: Payload
@@ -46,9 +46,9 @@ class Server:
     base: str = ""
     start: str = ""
     nodes: dict[str, int] = field(default_factory=dict)
-    versions: Versions | None = None
     max_share: float = 1.0
     rounds: int = 0
+    versions: Versions | None = None
 
     @property
     def counted(self) -> dict[str, int]:
