@@ -45,9 +45,10 @@ def with_weights(kind: str, content: RecordDict, client: Client) -> RecordDict |
         content: The request.
         client: The client that is asked.
     """
-    settings, info = client.config.compression.down, info_of(content)
+    settings = client.config.compression.down
     if settings.kind == "none" or kind not in _SCHEMAS:
         return content
+    info = info_of(content)
     path = client.folder / "copies" / f"{client.name}.safetensors"
     if VERSIONS not in info:
         if (payload := payload_of(content, _SERVER)).size:

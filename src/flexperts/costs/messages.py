@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-from flwr.app import RecordDict
 
 from flexperts.client.model import ClientModel
 from flexperts.communication.compression import Packed, pack, packed_bytes
@@ -145,12 +145,13 @@ class Encoded:
             packed: Client -> their bytes.
             keys: Client -> bytes that it receives for secure aggregation.
         """
-        info, made = self._info(server, number), Messages()
+        info, made, settings = self._info(server, number), Messages(), self.config.compression
         measures = {name: _NUMBER if name in ("loss", "rows") else _COUNT for name in told(self.config, MEASURES)}
         for name, wanted in requests.items():
             made.down[name] = self._request(info, wanted) + keys.get(name, 0)
-            reply = _reply({"client": name, "round": number, "base": _HASH}, measures, replies[name], self.config)
-            made.up[name] = _around(reply) + packed[name]
+            heading, payload = {"client": name, "round": number, "base": _HASH}, _hollow(replies[name])
+            sample = None if settings.kind == "none" else _sample(settings)
+            made.up[name] = _around(records(heading, measures, payload, sample)) + packed[name]
         return made
 
     def evaluation(self, server: Server, requests: Mapping[str, PlannedRequest]) -> Messages:
@@ -182,13 +183,6 @@ class Encoded:
         return _around(difference_records(info, [_HASH] * (len(packed) + 1), packed)) + wanted.size
 
 
-def _reply(
-    info: Mapping[str, object], measures: Mapping[str, float | int], manifest: Manifest, config: RunConfig
-) -> RecordDict:
-    packed = None if config.compression.kind == "none" or not manifest.size else _sample(config.compression)
-    return records(info, measures, _hollow(manifest), packed)
-
-
 def _hollow(manifest: Manifest) -> Payload:
     """Return a payload with the names and shapes, and one value."""
     return Payload(manifest, np.ones(1, np.float32)) if manifest.size else Payload.empty()
@@ -199,7 +193,8 @@ def _sample(settings: CompressionConfig, number: int = 0) -> Packed:
     return pack(np.arange(1, 100, dtype=np.float32) * (number + 1), settings)
 
 
-def _around(content: RecordDict) -> int:
-    """Return the encoded bytes of a message without its arrays' values."""
+def _around(content: Any) -> int:
+    """Return the encoded bytes of a message, a ``RecordDict``, without its arrays' values."""
     arrays = [array.numpy() for record in content.array_records.values() for array in record.values()]
-    return encoded_bytes(content) - sum(array.nbytes for array in arrays)
+    values: int = sum(array.nbytes for array in arrays)
+    return encoded_bytes(content) - values

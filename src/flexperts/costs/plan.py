@@ -293,7 +293,7 @@ class MethodPlan:
         note: How a run can differ from the plan, or an empty text.
         rounds: The payloads, round by round.
         run_up, run_down: Encoded bytes of all messages of all rounds with their evaluations, as a run's ledger
-            counts them; joining is not in them.
+            counts them; joining is not in them, nor the headers of secure aggregation's exchanges.
         run_seconds: Time of these messages, each client over its own link, in every round until the last one has
             sent. 0 for ``DENSE``, as ``run_up`` and ``run_down``.
     """
