@@ -143,15 +143,17 @@ def _measured(found: Mapping[str, Any]) -> str:
     lines = [
         f"FedAvg on the quick start's silos: `{command}`.",
         "",
-        "| packing | seeds | kB up, a client and round | kB down | NLL global | ROUGE-L global |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| packing | seeds | kB up, a client and round | kB down | NLL zero-shot | NLL global | ROUGE-L global |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name in dict.fromkeys(record["entry"] for record in records):
         some = [record for record in records if record["entry"] == name]
         ways = [f"{way}_per_client_per_round" for way in ("uplink", "downlink")]
         sizes = [fmean(record["bytes"][way] for record in some) / 1e3 for way in ways]
-        nll, rouge = (fmean(record["mean"][kind]["global"] for record in some) for kind in ("nll", "rouge_l"))
-        lines.append(f"| {name} | {len(some)} | {sizes[0]:.1f} | {sizes[1]:.1f} | {nll:.3f} | {rouge:.1f} |")
+        wanted = (("nll", "zero_shot"), ("nll", "global"), ("rouge_l", "global"))
+        scores = [fmean(record["mean"][kind][state] for record in some) for kind, state in wanted]
+        cells = [f"{sizes[0]:.1f}", f"{sizes[1]:.1f}", f"{scores[0]:.3f}", f"{scores[1]:.3f}", f"{scores[2]:.1f}"]
+        lines.append(f"| {name} | {len(some)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
