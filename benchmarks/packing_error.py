@@ -32,7 +32,10 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
 PACKINGS = {
     "fp16": CompressionConfig(kind="fp16"),
     **{f"int8, blocks of {size}": CompressionConfig(kind="int8", block=size) for size in (64, 256, 1024)},
+    **{f"int4, blocks of {size}": CompressionConfig(kind="int4", block=size) for size in (64, 256)},
     **{f"top_k {share:.0%}": CompressionConfig(kind="top_k", fraction=share) for share in (0.25, 0.05, 0.01)},
+    **{f"top_k_int4 {share:.0%}": CompressionConfig(kind="top_k_int4", fraction=share) for share in (0.2, 0.05)},
+    **{f"top_k_sign {share:.0%}": CompressionConfig(kind="top_k_sign", fraction=share) for share in (1.0, 0.5)},
 }
 
 

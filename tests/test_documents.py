@@ -34,6 +34,16 @@ def test_the_comparison_shows_the_committed_results() -> None:
     assert benchmark.table(entries) in (ROOT / "docs" / "comparison.md").read_text()
 
 
+def test_the_communication_page_shows_the_committed_results() -> None:
+    benchmark = script("communication")
+    found = json.loads((ROOT / "benchmarks" / "results" / "communication.json").read_text())
+    assert (ROOT / "docs" / "communication.md").read_text() == benchmark.page(found)
+    assert found["planned"].keys() == benchmark.entries(benchmark.ROUNDS).keys()
+    half, whole = (found["planned"][name] for name in ("half of the signs", "fp32"))
+    assert whole["up"] >= 20 * half["up"]
+    assert whole["down"] >= 4 * half["down"]
+
+
 def test_a_mixture_has_no_passage_twice_and_none_that_rates_were_chosen_on() -> None:
     """Rows are asked about what follows "Context:" or "Process:"; others are their own passage."""
     one_per_passage = script("prepare_p3").one_per_passage

@@ -110,7 +110,7 @@ def main() -> None:
         "One round of FLEx (attention LoRA of rank 8) on `smol-moe`, four silos: encoded bytes of the messages, as "
         "the run's ledger has them, over the bytes of the weights in them; 1 % more is a ratio of 1.01.",
         notes=[
-            "Downlinks are never packed. Scores: benchmarks/results/compression.json, the three rounds of the "
+            "Downlinks are not packed here. Scores: benchmarks/results/compression.json, the three rounds of the "
             "quick start, seed 0; with so few rows they move by points from seed to seed.",
         ],
     )

@@ -56,3 +56,28 @@ def test_a_broken_rule_is_an_error_of_ours() -> None:
 )
 def test_counts_are_short(value: float, text: str) -> None:
     assert plan._count(value) == text
+
+
+def test_a_link_has_a_unit() -> None:
+    """FedAvg of 9.4 MB each way, three rounds and an evaluation: seven payloads over 10 Mbit/s are 53 seconds."""
+    slow, fast = (run("qwen1.5-moe-a2.7b", "--methods", "fedavg", "--json", "--link", rate) for rate in LINKS)
+    (one,), (other,) = (json.loads(result.output)["methods"] for result in (slow, fast))
+    assert one["run_seconds"] == pytest.approx(7 * 9437184 * 8 / 1e7, rel=0.01)
+    assert other["run_seconds"] == pytest.approx(one["run_seconds"] / 100)
+    assert one["seconds"] == pytest.approx(2 * 9437184 * 8 / 1e7)
+
+
+LINKS = ("10Mbit/s", "1 Gbit/s")
+
+
+@pytest.mark.parametrize("link", ["10", "10 MB/s", "-1Mbit/s", "Mbit/s", "", "1e3Mbit/s"])
+def test_a_link_without_a_rate_is_refused(link: str) -> None:
+    result = run("olmoe-1b-7b", "--link", link)
+    assert isinstance(result.exception, ConfigError)
+    assert "10Mbit/s" in str(result.exception)
+
+
+def test_the_option_before_it_still_works_and_says_so() -> None:
+    result = run("qwen1.5-moe-a2.7b", "--methods", "fedavg", "--bandwidth", "10")
+    assert result.exit_code == 0
+    assert "--bandwidth is replaced by --link" in result.output

@@ -41,7 +41,10 @@ def silo_at(folder: Path, rows: Path, base: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("method", ["flex", "feddpa_t", "fedalt", "fedlease"])
+PACKED = ("compression.kind=top_k_sign", "compression.downlink=int4", "evaluation.every=1")
+
+
+@pytest.mark.parametrize("method", ["flex", "feddpa_t", "fedalt", "fedlease", "fedper"])
 def test_workers_and_one_process_end_alike(
     recipe: Callable[..., RunConfig], tmp_path: Path, silos: Path, tiny_base: Path, method: str
 ) -> None:
@@ -49,6 +52,7 @@ def test_workers_and_one_process_end_alike(
         name: f"{{train = '{silos}/{name}/train.jsonl', test = '{silos}/{name}/test.jsonl'}}" for name in SILOS
     }
     clients, more = ", ".join(f"{name} = {sides}" for name, sides in files.items()), METHOD_SETTINGS.get(method, ())
+    more = (*more, *(PACKED if method == "fedper" else ()))
     config = recipe(f"data={{clients = {{{clients}}}}}", f"method.name={method}", *more, *SHORT)
     summary = run_federation(config, tmp_path / "one")
     paths = {name: silo_at(tmp_path / name, silos, tiny_base) for name in SILOS}

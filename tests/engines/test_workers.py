@@ -33,6 +33,7 @@ VARIANTS = {
     "fedalt": ("method.name=fedalt", "federation.participation=0.5"),
     "fedlease": ("method.name=fedlease", "method.options={warmup_rounds=1}", "federation.participation=0.5"),
     "compressed": ("compression.kind=int8",),
+    "packed both ways": ("compression.kind=top_k_int4", "compression.downlink=int4", "evaluation.every=1"),
     "robust": ("federation.aggregation=median",),
 }
 MEASURES = ("seconds", "peak_memory", "sha256", "engine")

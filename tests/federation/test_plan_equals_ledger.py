@@ -133,3 +133,31 @@ def test_packed_replies_are_planned_as_they_are_sent(
     assert plan.at_server == pytest.approx(len(sent) * (plan.uplink + plan.downlink))
     unpacked = sum(plan.uplink_groups.values())
     assert plan.uplink == unpacked if kind == "none" else plan.uplink < 0.6 * unpacked
+
+
+PACKINGS = {
+    "none": (),
+    "both": ("compression.kind=top_k_sign", "compression.fraction=0.5", "compression.downlink=int4"),
+    "both, evaluated": ("compression.kind=top_k_int4", "compression.downlink=int8", "evaluation.every=1"),
+    "few take part": ("compression.downlink=int8", "federation.participation=0.5", "evaluation.clients=1"),
+    "many rounds": ("compression.kind=int4", "compression.downlink=int8", "federation.rounds=5"),
+    "with a start of its own": ("method.name=ffa_lora", "compression.downlink=int4", "federation.rounds=3"),
+    "an extra round": ("method.name=flex", "method.options.finish=1", "compression.downlink=int4"),
+}
+
+
+@pytest.mark.parametrize("name", PACKINGS)
+def test_the_encoded_messages_of_a_run_are_planned_to_one_percent(
+    recipe: Recipe, tiny_base: Path, tmp_path: Path, shared_workspaces: dict[str, Workspace], name: str
+) -> None:
+    """On a LoRA of some 100 kB: below that a message's own few bytes would not be small."""
+    fast = ("training.local_steps=1", "evaluation.rows=1", "evaluation.max_new_tokens=1", "lora.rank=128")
+    config = recipe("method.name=fedavg", *fast, *PACKINGS[name])
+    workspace = shared_workspaces.setdefault("all", Workspace(config))
+    run_federation(config, tmp_path / "run", workspace=workspace)
+    logs = [json.loads(line) for line in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()]
+
+    plan = planned(config, tiny_base, sorted(workspace.clients))
+    for direction, whole in (("uplink", plan.run_up), ("downlink", plan.run_down)):
+        found = sum(sum(log[direction].values()) + sum(log["evaluation"][direction].values()) for log in logs)
+        assert whole == pytest.approx(found, rel=0.01), direction

@@ -78,6 +78,29 @@ def test_error_feedback_makes_up_for_what_was_lost(
         assert np.abs(wanted - sent).max() < 30 * 1.3 + 5
 
 
+@pytest.mark.parametrize(("kind", "fraction"), [("int4", 1.0), ("top_k_sign", 0.5), ("top_k_int4", 0.2)])
+def test_feedback_with_few_bits_brings_everything_in_the_end(recipe: Recipe, kind: str, fraction: float) -> None:
+    """Of a change that is the same in 200 rounds, the mean of what arrives is off by what is kept over 200."""
+    config = recipe(f"compression.kind={kind}", f"compression.fraction={fraction}", "compression.block=32")
+    change, memory = np.random.default_rng(0).normal(size=300).astype(np.float32), dict[str, Tensor]()
+    start, arrived = payload(np.zeros(300)), np.zeros(300)
+    for _ in range(200):
+        arrived += protect(config, start, payload(change), memory, "bank").payload.vector
+    np.testing.assert_allclose(arrived + memory[RESIDUAL].numpy(), 200 * change, atol=0.05)
+    assert np.abs(arrived / 200 - change).max() < 0.25
+    once = protect(config, start, payload(change), {}, "bank").payload.vector
+    assert np.abs(once - change).max() > 0.05
+
+
+def test_feedback_that_decays_by_hand(recipe: Recipe) -> None:
+    """Of [4, 3, 0, 0] one of four values is sent: 4; then half of the 3 that was left counts with the next 3."""
+    config = recipe("compression.kind=top_k", "compression.fraction=0.25", "compression.feedback_decay=0.5")
+    memory, start = dict[str, Tensor](), payload(np.zeros(4))
+    sent = [protect(config, start, payload([4, 3, 0, 0]), memory, "bank").payload.vector.tolist() for _ in range(2)]
+    assert sent == [[4, 0, 0, 0], [0, 4.5, 0, 0]]
+    assert memory[RESIDUAL].tolist() == [4, 0, 0, 0]
+
+
 def test_without_feedback_the_error_stays(configs: Mapping[str, RunConfig]) -> None:
     with_it = configs["top_k"]
     packing = with_it.compression.model_copy(update={"error_feedback": False})

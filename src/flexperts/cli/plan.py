@@ -14,7 +14,11 @@ def command(
         str, typer.Option(help="Comma-separated methods, or all.", show_default="the usual comparison")
     ] = "",
     clients: Annotated[int, typer.Option(help="Number of clients.")] = 4,
-    bandwidth: Annotated[float, typer.Option(help="Mbit/s of each client's link, in either direction.")] = 100.0,
+    link: Annotated[
+        str,
+        typer.Option(metavar="RATE", help="Each client's link, in either direction: 10Mbit/s, 1Gbit/s."),
+    ] = "100Mbit/s",
+    bandwidth: Annotated[float | None, typer.Option(hidden=True, help="Use --link.")] = None,
     settings: Annotated[
         list[str],
         typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, such as lora.rank=16. Repeatable."),
@@ -28,11 +32,27 @@ def command(
     from flexperts.costs.plan import plan
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    made = plan(model, names, settings, clients=clients, bandwidth=bandwidth)
+    if bandwidth is not None:
+        typer.echo("--bandwidth is replaced by --link, and will be removed in 0.3: --link 10Mbit/s", err=True)
+    rate = _rate(link) if bandwidth is None else bandwidth
+    made = plan(model, names, settings, clients=clients, bandwidth=rate)
     if as_json:
         typer.echo(json.dumps(asdict(made), indent=2))
         return
     _show(made)
+
+
+def _rate(link: str) -> float:
+    """Return a link's rate in Mbit/s."""
+    import re
+
+    from flexperts.errors import ConfigError
+
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMG])bit/s", link)
+    if found is None:
+        rule = "a rate is a number with kbit/s, Mbit/s or Gbit/s"
+        raise ConfigError(f"--link {link!r}", rule, "write it as 10Mbit/s")
+    return float(found[1]) * {"k": 1e-3, "M": 1.0, "G": 1e3}[found[2]]
 
 
 def _show(made: Any) -> None:
@@ -48,7 +68,7 @@ def _show(made: Any) -> None:
     )
     for table in _tables(made):
         console.print(table)
-    total = "up and down over each client's own link"
+    total = "up and down over each client's own link, in one round and in all messages of a run"
     console.print(
         f"{made.clients} clients, {made.bandwidth:g} Mbit/s; seconds: {total}; memory without activations"
     )
@@ -73,6 +93,7 @@ def _tables(made: Any) -> Iterator[Any]:
         "personal": lambda row: _count(row.personal),
         "memory": lambda row: size(row.memory.total).text,
         "on disk": lambda row: size(row.personal_state).text,
+        "run, s": lambda row: _seconds(row.run_seconds) if row.method else "",
         "FLOPs": lambda row: f"{100 * row.overhead:+.2f} %",
     }
     yield _table("one client, one round: what is sent", moves, made.methods)

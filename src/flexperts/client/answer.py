@@ -10,8 +10,9 @@ from typing import TypeVar
 from flwr.app import RecordDict
 
 from flexperts.client.client import Client
+from flexperts.client.copy import with_weights
 from flexperts.client.request import Request
-from flexperts.communication.messages import check_records, fields_of, payload_of, records
+from flexperts.communication.messages import LACKS_COPY, check_records, fields_of, payload_of, records
 from flexperts.communication.schema import (
     AnyFields,
     EvaluateRequest,
@@ -36,7 +37,10 @@ def answer(kind: str, content: RecordDict, client: Client) -> RecordDict:
         client: The client that is asked.
     """
     try:
-        return ANSWERS[kind](content, client)
+        whole = with_weights(kind, content, client)
+        if whole is None:
+            return records({"client": client.name, "error": LACKS_COPY})
+        return ANSWERS[kind](whole, client)
     finally:
         client.observer.turn_ended(client.name)
 

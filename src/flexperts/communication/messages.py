@@ -2,7 +2,8 @@
 
 A payload is built from a ``ParameterSplit``'s shared group and from tensors that a method declares as derived;
 personal and frozen parameters cannot enter it. A reply may hold its update packed (``compression.py``) in place of
-the fp32 vector and its manifest: the server knows the manifest from its request, and rebuilds the vector. The other
+the fp32 vector and its manifest: the server knows the manifest from its request, and rebuilds the vector. A request
+may hold the packed differences between versions of the shared weights (``versions.py``) in place of them. The other
 fields are those of ``schema.py``. Requests:
 ``query.join`` (who are you), ``query.initial`` (your initial shared weights), ``train``, ``evaluate``; with secure
 aggregation ``query.keys``, too.
@@ -10,21 +11,23 @@ aggregation ``query.keys``, too.
 
 from __future__ import annotations
 
+import json
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 from flexperts.communication.compression import Packed, unpack
-from flexperts.communication.schema import ROOM, AnyFields, checked
+from flexperts.communication.schema import ROOM, AnyFields, Fields, checked, refusal
 from flexperts.config.federation import CompressionConfig
 from flexperts.errors import PrivacyError, incompatible, shown
 from flexperts.parameters.split import ParameterSplit, kept_storages, storage_address
@@ -38,6 +41,12 @@ DERIVED = "derived."
 _INFO, _METRICS, _MANIFEST, _PACKING = "info", "metrics", "manifest", "packing"
 _OF_PAYLOADS = frozenset({_MANIFEST, _PACKING, "block", "exponent"})
 """Text fields that belong to a payload."""
+VERSIONS = "versions"
+"""The text field of a request with differences: JSON of ``_Versions``."""
+_DIFFERENCE = "difference."
+"""Start of the records' names of the differences' arrays; their number follows."""
+LACKS_COPY = "this silo does not have the version of the shared weights that the request changes"
+"""The error of a reply that asks for all weights."""
 _LONGEST_MANIFEST = 2**24
 """Most bytes of an unpacked manifest where the receiver knows none; enough for 100,000 tensors."""
 
@@ -134,11 +143,51 @@ def records(
             fields[_MANIFEST] = zlib.compress(payload.manifest.to_json().encode())
         else:
             arrays, fields = packed.arrays, fields | dict(packed.about)
-        content[SHARED] = ArrayRecord({n: Array(np.ascontiguousarray(a)) for n, a in arrays.items()})
+        content[SHARED] = _array_record(arrays)
     content[_INFO] = ConfigRecord(fields)
     if metrics is not None:
         content[_METRICS] = MetricRecord(dict(metrics))
     return content
+
+
+def _array_record(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
+    return ArrayRecord({n: Array(np.ascontiguousarray(a)) for n, a in arrays.items()})
+
+
+class _Versions(Fields):
+    """Digests of the versions in a request, oldest first, and what unpacking each difference also needs."""
+
+    digests: Annotated[list[Annotated[str, Field(pattern="^[0-9a-f]{64}$")]], Field(min_length=1, max_length=1000)]
+    about: list[dict[str, str | int]]
+
+
+def difference_records(info: Info, digests: Sequence[str], differences: Sequence[Packed]) -> RecordDict:
+    """Build a request with the differences between versions of the shared weights in place of these.
+
+    Args:
+        info: Its texts and numbers.
+        digests: Of the version that the receiver has, and of all later ones, oldest first.
+        differences: The packed difference to each later version.
+    """
+    told = {"digests": list(digests), "about": [dict(packed.about) for packed in differences]}
+    content = records({**info, VERSIONS: json.dumps(told)})
+    for number, packed in enumerate(differences):
+        content[f"{_DIFFERENCE}{number}"] = _array_record(packed.arrays)
+    return content
+
+
+def differences_of(content: RecordDict, sender: str) -> tuple[list[str], list[Packed]]:
+    """Return the digests and differences of a request that has them; ``unpack`` checks the arrays."""
+    try:
+        told = _Versions.model_validate_json(info_of(content)[VERSIONS], strict=True)
+    except ValidationError as error:
+        raise refusal(error, sender) from None
+    names = [f"{_DIFFERENCE}{number}" for number in range(len(told.about))]
+    if len(told.digests) != len(names) + 1 or set(content.array_records) != set(names):
+        found = f"{len(told.digests)} versions with the arrays {shown(sorted(content.array_records))}"
+        raise incompatible(f"{sender} sent {found}", "there must be one difference to each version but the first")
+    arrays = [{n: _values(array, sender) for n, array in content.array_records[name].items()} for name in names]
+    return told.digests, [Packed(*each) for each in zip(arrays, told.about, strict=True)]
 
 
 def info_of(content: RecordDict) -> Info:

@@ -72,15 +72,29 @@ class PrivacyConfig(Section):
     against a server that tells them different lists. It is one more exchange in every round."""
 
 
-class CompressionConfig(Section):
-    """How a client's update is packed for the wire; off by default."""
+Packing = Literal["none", "fp16", "int8", "int4", "top_k", "top_k_int4", "top_k_sign"]
 
-    kind: Literal["none", "fp16", "int8", "top_k"] = "none"
-    """fp16 = half precision; int8 = 8 bits and one scale per block; top_k = the largest values only, in half
-    precision. Only updates are packed; what clients receive stays fp32."""
+
+class CompressionConfig(Section):
+    """How weights are packed for the wire, in both directions; off by default, see docs/communication.md."""
+
+    kind: Packing = "none"
+    """How a client's update is packed. fp16 = half precision; int8, int4 = 8 or 4 bits and one scale per block;
+    top_k = the largest values only, in half precision; top_k_int4, top_k_sign = the largest values only, in 4 bits
+    or as signs with one scale per block, and their places entropy-coded."""
+    downlink: Packing = "none"
+    """How the server packs what changed in the shared weights since what a client has, in the same words. none =
+    every request has all weights in fp32. For methods that send all clients the same."""
     block: int = Field(256, ge=1)
-    """Values that share one scale (int8)."""
+    """Values that share one scale (int8, int4, top_k_int4, top_k_sign)."""
     fraction: float = Field(0.05, gt=0, le=1)
-    """Share of the values that is sent (top_k)."""
+    """Share of the values that is sent (top_k, top_k_int4, top_k_sign)."""
     error_feedback: bool = True
-    """Add what packing lost to the next round's update."""
+    """Add what packing lost to the next round's change, in both directions."""
+    feedback_decay: float = Field(1.0, gt=0, le=1)
+    """Share of what packing lost that is added; below 1, older changes count for less, as in a momentum."""
+
+    @property
+    def down(self) -> CompressionConfig:
+        """The same settings with the downlink's packing as ``kind``."""
+        return self.model_copy(update={"kind": self.downlink})

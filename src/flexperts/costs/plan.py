@@ -18,7 +18,14 @@ from flexperts.communication.traffic import mean_groups
 from flexperts.config.run import RunConfig
 from flexperts.costs.flops import added_flops, base_flops
 from flexperts.costs.models import Description, describe, experts_per_token, meta_base
-from flexperts.costs.rounds import RoundBytes, mean_keys, mean_packed, planned_rounds, planned_sites
+from flexperts.costs.rounds import (
+    RoundBytes,
+    mean_keys,
+    mean_packed,
+    mean_received,
+    planned_rounds,
+    planned_sites,
+)
 from flexperts.errors import ConfigError, FlexpertsError
 from flexperts.methods.kit.method import Method
 from flexperts.methods.registry import make_method, method_names
@@ -139,7 +146,7 @@ def plan_method(
     finally:
         model.close()
     up, down = mean_groups(r.uplink for r in rounds), mean_groups(r.downlink for r in rounds)
-    sent, received = mean_packed(rounds), sum(down.values()) + mean_keys(rounds)
+    sent, received = mean_packed(rounds), mean_received(rounds) + mean_keys(rounds)
     pairs = _PAIRS if config.training.objective == "dpo" else ""
     return MethodPlan(
         name=name or method.name,
@@ -158,6 +165,9 @@ def plan_method(
         at_server=sum(r.total for r in rounds) / len(rounds),
         note="; ".join(filter(None, (method.plan_note, _floor_note(config, method), pairs))),
         rounds=tuple(rounds),
+        run_up=sum(sum(each.messages.up.values()) for each in rounds),
+        run_down=sum(sum(each.messages.down.values()) for each in rounds),
+        run_seconds=sum(_seconds(each.messages.most, bandwidth) for each in rounds),
     )
 
 
@@ -282,6 +292,10 @@ class MethodPlan:
         at_server: Payload bytes of a round, all participants, both directions; a mean over rounds.
         note: How a run can differ from the plan, or an empty text.
         rounds: The payloads, round by round.
+        run_up, run_down: Encoded bytes of all messages of all rounds with their evaluations, as a run's ledger
+            counts them; joining is not in them, nor the headers of secure aggregation's exchanges.
+        run_seconds: Time of these messages, each client over its own link, in every round until the last one has
+            sent. 0 for ``DENSE``, as ``run_up`` and ``run_down``.
     """
 
     name: str
@@ -300,6 +314,9 @@ class MethodPlan:
     at_server: float
     note: str = ""
     rounds: tuple[RoundBytes, ...] = ()
+    run_up: int = 0
+    run_down: int = 0
+    run_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from flexperts.communication.compression import packed_bytes
 from flexperts.communication.messages import Update
 from flexperts.communication.secure.tally import message_bytes
 from flexperts.communication.traffic import group_bytes
+from flexperts.costs.messages import Encoded, Messages, PlannedDownlink
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.kit.turn import Prepared, Site
 from flexperts.parameters.vector import Manifest, Payload, sizes_only
@@ -56,9 +57,11 @@ class RoundBytes:
     Args:
         number: The round, from 1.
         uplink: Participating client -> bytes that it sends, by tensor group, before packing.
-        downlink: Participating client -> bytes that it receives, by tensor group.
+        downlink: Participating client -> bytes that it receives, by tensor group, before packing.
         packed: Participating client -> all bytes that it sends, packed or masked as the recipe says.
         keys: Participating client -> bytes that it receives for secure aggregation; empty without.
+        received: Participating client -> bytes of the weights that it receives, packed as the recipe says.
+        messages: The encoded messages of the round, with its evaluation.
     """
 
     number: int
@@ -66,12 +69,13 @@ class RoundBytes:
     downlink: dict[str, Groups]
     packed: dict[str, int]
     keys: dict[str, int] = field(default_factory=dict)
+    received: dict[str, int] = field(default_factory=dict)
+    messages: Messages = field(default_factory=Messages)
 
     @property
     def total(self) -> int:
         """Bytes of all clients in both directions."""
-        received = sum(sum(groups.values()) for groups in self.downlink.values())
-        return sum(self.packed.values()) + received + sum(self.keys.values())
+        return sum(self.packed.values()) + sum(self.received.values()) + sum(self.keys.values())
 
 
 def planned_sites(model: ClientModel, clients: Collection[str], top_k: int) -> dict[str, PlannedSite]:
@@ -87,14 +91,16 @@ def planned_sites(model: ClientModel, clients: Collection[str], top_k: int) -> d
 def planned_rounds(model: ClientModel, sites: dict[str, PlannedSite]) -> list[RoundBytes]:
     """Return the recipe's rounds and the method's extra ones; with partial participation, the first clients."""
     method, federation, compression = model.method, model.config.federation, model.config.compression
-    server = _server(model, sites)
+    server, initial = _server(model, sites)
     if is_secure(model.config):
         check_enough(model.config, len(sites))
     drawn = sorted(sites)[: federation.drawn(len(sites))]
+    downlink, encoded = PlannedDownlink(model.config, server, initial), Encoded(model)
     rounds = []
     for number in range(1, federation.rounds + method.extra_rounds(federation.rounds) + 1):
         participants = sorted(method.participants(server, drawn))
-        received = {name: group_bytes(method.broadcast(server, name).manifest) for name in participants}
+        broadcasts = {name: method.broadcast(server, name).manifest for name in participants}
+        groups = {name: group_bytes(manifest) for name, manifest in broadcasts.items()}
         declared = {name: method.uplink(server, name) for name in participants}
         sent = {name: group_bytes(manifest) for name, manifest in declared.items()}
         packed = {name: packed_bytes(manifest.size, compression) for name, manifest in declared.items()}
@@ -105,11 +111,20 @@ def planned_rounds(model: ClientModel, sites: dict[str, PlannedSite]) -> list[Ro
             added = message_bytes(participants, privacy.survivors)
             packed = {name: value * manifest.size + added[name][0] for name, manifest in declared.items()}
             keys = {name: size for name, (_, size) in added.items()}
-        rounds.append(RoundBytes(number, sent, received, packed, keys))
+        requests = {name: downlink.request(name, manifest) for name, manifest in broadcasts.items()}
+        received = {name: request.size for name, request in requests.items()}
+        messages = encoded.training(server, number, requests, declared, packed, keys)
+        rounds.append(RoundBytes(number, sent, groups, packed, keys, received, messages))
         if method.sends_back:
             updates = [Update(name, _shapes(manifest), 1, {}) for name, manifest in declared.items()]
             method.aggregate(server, updates)
+        downlink.trained(participants, new=method.sends_weights(server))
         server.round = number
+        if encoded.is_evaluated(number):
+            scored = sorted(sites)[: model.config.evaluation.clients]
+            finals = {name: downlink.request(name, method.final(server, name).manifest) for name in scored}
+            messages.add(encoded.evaluation(server, finals))
+            downlink.received(scored)
     return rounds
 
 
@@ -117,8 +132,8 @@ def _reports(model: ClientModel, sites: dict[str, PlannedSite]) -> dict[str, Any
     return {name: model.method.report(site) for name, site in sites.items()}
 
 
-def _server(model: ClientModel, sites: dict[str, PlannedSite]) -> Server:
-    """Return the server's state before round 1."""
+def _server(model: ClientModel, sites: dict[str, PlannedSite]) -> tuple[Server, Manifest]:
+    """Return the server's state before round 1, and the tensors that clients start from."""
     first = next(iter(sites.values()))
     with model.lend(model.method.initial_site(first), {}) as (split, _):
         shared = _shapes(Manifest.of(model.method.initial(split)))
@@ -131,7 +146,7 @@ def _server(model: ClientModel, sites: dict[str, PlannedSite]) -> Server:
         rounds=model.config.federation.rounds,
     )
     model.method.start(server)
-    return server
+    return server, shared.manifest
 
 
 def _shapes(manifest: Manifest) -> Payload:
@@ -141,6 +156,11 @@ def _shapes(manifest: Manifest) -> Payload:
 def mean_packed(rounds: Sequence[RoundBytes]) -> float:
     """Return mean bytes of a reply over all rounds and their participants; 0 without participants."""
     return _mean(size for each in rounds for size in each.packed.values())
+
+
+def mean_received(rounds: Sequence[RoundBytes]) -> float:
+    """Return mean bytes of the weights in a request to train."""
+    return _mean(size for each in rounds for size in each.received.values())
 
 
 def mean_keys(rounds: Sequence[RoundBytes]) -> float:

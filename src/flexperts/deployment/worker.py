@@ -14,6 +14,7 @@ from flwr.app import RecordDict
 from flexperts.client.answer import ANSWERS, answer, checked_request, request_of
 from flexperts.client.answer_limit import answer_limit, check_limit
 from flexperts.client.client import Client, Resident
+from flexperts.client.copy import with_weights
 from flexperts.client.masking import Standing
 from flexperts.client.workspace import Workspace
 from flexperts.communication.schema import EvaluateRequest, TrainRequest
@@ -89,9 +90,12 @@ class Worker:
         with observing(self.observer):
             resident = self._resident_of(run, recipe)
             client = resident.client(self.silo.name)
-            if kind not in ("train", "evaluate"):
-                reply, when, done = serialize({}, answer(kind, content, client)), f"run {run[:8]}", _DONE[kind]
+            whole = with_weights(kind, content, client)
+            if whole is None or kind not in ("train", "evaluate"):
+                reply, when = serialize({}, answer(kind, content, client)), f"run {run[:8]}"
+                done = "asked for all weights" if whole is None else _DONE[kind]
             else:
+                content = whole
                 asked = _asked(run, kind, content, client)
                 stored = self._ledger.reply_to(asked, client.config.privacy)
                 if kind == "train" and _masks_anew(content, client):

@@ -15,7 +15,7 @@ RESIDUAL = "compression.residual"
 
 
 class Packing(Protection):
-    """Half precision, 8 bits, or the largest values only. The server unpacks a message when it reads it."""
+    """Fewer bits for a value, or the largest values only. The server unpacks a message when it reads it."""
 
     key = "compression.kind"
 
@@ -25,7 +25,7 @@ class Packing(Protection):
         if not np.isfinite(change).all():
             return change, None  # the server refuses it, with the silo's name
         if settings.error_feedback and RESIDUAL in memory:
-            change = change + memory[RESIDUAL].cpu().numpy()
+            change = change + np.float32(settings.feedback_decay) * memory[RESIDUAL].cpu().numpy()
         packed = pack(change, settings)
         rebuilt = unpack(packed, change.size, settings, "packing")
         if settings.error_feedback:

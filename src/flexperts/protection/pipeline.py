@@ -52,6 +52,7 @@ def protections(config: RunConfig) -> list[Protection]:
 
 def check_protections(method: Method, config: RunConfig) -> None:
     """Refuse defences that a method, each other or this installation do not allow."""
+    _check_downlink(method, config)
     active = protections(config)
     for protection in active:
         if not method.additive:
@@ -72,6 +73,18 @@ def check_protections(method: Method, config: RunConfig) -> None:
         )
     if len(combining) > 1:
         raise ConfigError(" with ".join(combining), "only one defence can make a round's average", "turn one off")
+
+
+def _check_downlink(method: Method, config: RunConfig) -> None:
+    """Refuse differences between versions of the shared weights where clients do not all receive these."""
+    kind, own = config.compression.downlink, type(method)
+    if kind != "none" and (own.broadcast is not Method.broadcast or own.final is not Method.final):
+        raise ConfigError(
+            f"compression.downlink = {kind!r} with method {method.name!r}",
+            "it sends what changed in weights that all clients have, and this method sends each client its own, or "
+            "more than the shared weights",
+            "set compression.downlink = 'none', or use a method such as 'fedavg' or 'flex'",
+        )
 
 
 def check_apart(config: RunConfig) -> None:

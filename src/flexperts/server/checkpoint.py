@@ -6,17 +6,31 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from flexperts.checked_file import read_meta, read_sealed, write_sealed
+from flexperts.communication.compression import Packed
+from flexperts.communication.versions import Versions
 from flexperts.errors import ArtifactError
 from flexperts.files import damaged
 from flexperts.methods.kit.server_state import Server
 from flexperts.parameters.vector import Payload
 
 _FORMAT = "flexperts-server-2"
-_SHARED, _MEMORY = "shared/", "memory/"
+_SHARED, _MEMORY, _DIFFERENCES, _RESIDUAL = "shared/", "memory/", "differences/", "residual"
+
+
+class _Versions(BaseModel):
+    """The values of ``Versions`` that are not tensors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    digests: list[str]
+    first: int
+    held: dict[str, int]
+    about: list[dict[str, str | int]]
 
 
 class _Rest(BaseModel):
@@ -32,13 +46,21 @@ class _Rest(BaseModel):
     base: str = ""
     start: str = ""
     nodes: dict[str, int] = {}
+    versions: _Versions | None = None
 
 
 def save_server(path: Path, server: Server) -> None:
     """Write the server's whole state, atomically."""
     tensors = {f"{_SHARED}{n}": t for n, t in server.shared.tensors().items()}
     tensors |= {f"{_MEMORY}{n}": t for n, t in server.memory.items()}
-    rest = {name: getattr(server, name) for name in _Rest.model_fields}
+    rest = {name: getattr(server, name) for name in _Rest.model_fields if name != "versions"}
+    if (versions := server.versions) is not None:
+        about = [dict(packed.about) for packed in versions.differences]
+        plain = {"digests": versions.digests, "first": versions.first, "held": versions.held}
+        rest["versions"] = plain | {"about": about}
+        tensors[_RESIDUAL] = torch.from_numpy(versions.residual)
+        for number, packed in enumerate(versions.differences):
+            tensors |= {f"{_DIFFERENCES}{number}/{n}": torch.from_numpy(a) for n, a in packed.arrays.items()}
     write_sealed(path, _FORMAT, {n: t.detach().clone() for n, t in tensors.items()}, rest)
 
 
@@ -52,8 +74,11 @@ def load_server(path: Path, clients: Collection[str] | None = None) -> Server:
     tensors, value = read_sealed(path, _FORMAT)
     try:
         rest = dict(_Rest.model_validate(value))
+        rest["versions"] = _versions(rest["versions"], tensors)
     except ValidationError as error:
         raise damaged(path, f"its metadata is not a server's: {error.errors()[0]['loc']}") from error
+    except KeyError as error:
+        raise damaged(path, f"it has no tensor {error}") from error
     server = Server(Payload.of(_under(_SHARED, tensors)), memory=_under(_MEMORY, tensors), **rest)
     if clients is not None and sorted(clients) != sorted(server.clients):
         raise ArtifactError(
@@ -72,6 +97,16 @@ def saved_round(path: Path) -> int:
         return int(read_meta(path, _FORMAT)["round"])
     except (KeyError, TypeError, ValueError) as error:
         raise damaged(path, f"its metadata is not a server's: {error!r}") from error
+
+
+def _versions(rest: _Versions | None, tensors: Mapping[str, Tensor]) -> Versions | None:
+    if rest is None:
+        return None
+    differences = [
+        Packed({n: t.numpy() for n, t in _under(f"{_DIFFERENCES}{number}/", tensors).items()}, about)
+        for number, about in enumerate(rest.about)
+    ]
+    return Versions(rest.digests, rest.first, differences, rest.held, tensors[_RESIDUAL].numpy())
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

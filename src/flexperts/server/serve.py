@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 
 from flexperts.artifacts import RunDirectory
 from flexperts.communication.adapter_folder import adapter_config, write_adapter
+from flexperts.communication.versions import Versions
 from flexperts.config.run import RunConfig
 from flexperts.errors import FlexpertsError
 from flexperts.methods.kit.method import Method
@@ -114,6 +115,8 @@ def _begun(grid: Grid, config: RunConfig, method: Method, members: Membership, s
             server.start, agreement = "", server.agreement
             initial = agreed_start(grid, members, server, config.federation)
         server.shared, server.memory = initial.payload, {}
+        if config.compression.downlink != "none":
+            server.versions = Versions([initial.payload.digest()])
         method.start(server)
         for name in sorted(set(members.online) & server.clients.keys()):
             try:

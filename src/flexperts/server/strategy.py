@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -18,7 +18,7 @@ from flwr.serverapp.strategy import Strategy
 
 from flexperts.artifacts import RunDirectory
 from flexperts.communication.average import capped_rows
-from flexperts.communication.messages import Update, records
+from flexperts.communication.messages import LACKS_COPY, Update
 from flexperts.communication.traffic import encoded_bytes
 from flexperts.config.run import RunConfig
 from flexperts.errors import FederationError, one_line
@@ -29,6 +29,7 @@ from flexperts.protection.pipeline import EVERYONE, is_secure, privacy_spent, re
 from flexperts.seeding import derive_seed, generator
 from flexperts.server.admission import Admission, leaked
 from flexperts.server.checkpoint import save_server
+from flexperts.server.downlink import Downlink
 from flexperts.server.enrolment import enrol_fitting
 from flexperts.server.exchange import Asked, error_of, request, sendable
 from flexperts.server.masked_rounds import MaskedRounds
@@ -65,6 +66,7 @@ class FlexpertsStrategy(Strategy):
         self.members, self.run, self.observer = members, run, observer
         self.admission = Admission(method, config, server)
         self.masked = MaskedRounds(config, members)
+        self.downlink = Downlink(config.compression, server)
         self.rounds: list[RoundLog] = list(finished)
         self.rounds_total = config.federation.rounds + method.extra_rounds(config.federation.rounds)
         self._asked = Asked()
@@ -96,7 +98,7 @@ class FlexpertsStrategy(Strategy):
         if self._masks():
             self.masked.begin(grid, self._masked_rows(asked, log), log)
         self.observer.phase("training", len(asked), log.number, self.rounds_total)
-        return sendable(grid, self._train_requests(log))
+        return sendable(grid, self._train_requests(asked, log))
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -105,11 +107,13 @@ class FlexpertsStrategy(Strategy):
 
         The rule asks for one update after the other, and each reply is read and recorded when its turn comes.
         """
-        log = self.rounds[-1]
+        log, before = self.rounds[-1], self.server.shared
+        replies = self._with_copies(replies, lambda names: self._train_requests(names, log, whole=True))
         if self._masks():
             self._aggregate_masked(replies, log)
         else:
             self._aggregate(replies, log)
+        self.downlink.advance(before)
         self.server.round += 1
         log.privacy = privacy_spent(self.config, self._rounds_with_weights())
         log.seconds["training"] = time.monotonic() - self._started
@@ -122,13 +126,15 @@ class FlexpertsStrategy(Strategy):
         self._started, self._asked = time.monotonic(), Asked()
         if not self._evaluates():
             return sendable(grid, iter(()))
-        asked = set(self._scored_clients()) & set(self.members.online)
+        asked = sorted(set(self._scored_clients()) & set(self.members.online))
         self.observer.phase("evaluation", len(asked), self.server.round, self.rounds_total)
-        return sendable(grid, self._evaluate_requests())
+        self._grid = grid
+        return sendable(grid, self._evaluate_requests(asked))
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Collect the clients' scores, and write the round and the checkpoint."""
         log = self.rounds[-1]
+        replies = self._with_copies(replies, lambda names: self._evaluate_requests(names, whole=True))
         for client, reply in self._by_client(replies):
             self._score(client, reply, log)
         if self._evaluates():
@@ -210,24 +216,27 @@ class FlexpertsStrategy(Strategy):
         drawn = torch.randperm(len(clients), generator=stream)[:count].tolist()
         return sorted(self.method.participants(self.server, sorted(clients[i] for i in drawn)))
 
-    def _train_requests(self, log: RoundLog) -> Iterator[Message]:
-        for name in sorted(set(log.participants) & set(self.members.online)):
+    def _train_requests(self, names: Iterable[str], log: RoundLog, *, whole: bool = False) -> Iterator[Message]:
+        for name in names:
             payload = self.method.broadcast(self.server, name)
             info = self._info(log.number)
             if self._masks():
                 if name not in self.masked.tally.ready:
                     continue
                 info |= {"masking": self.masked.tally.masking(name).model_dump_json()}
-            content = records(info, payload=payload)
-            log.downlink[name] = encoded_bytes(content)
+            content = self.downlink.content(info, payload, name, whole=whole)
+            before = log.downlink.get(name, 0) if whole else 0
+            log.downlink[name] = before + encoded_bytes(content)
             log.declare("downlink", name, payload.manifest)
             yield self._asked.note(request(content, "train", self.members.node(name), str(log.number)))
 
-    def _evaluate_requests(self) -> Iterator[Message]:
-        for name in sorted(set(self._scored_clients()) & set(self.members.online)):
+    def _evaluate_requests(self, names: Iterable[str], *, whole: bool = False) -> Iterator[Message]:
+        sent = self.rounds[-1].evaluation["downlink"]
+        for name in names:
             info = self._info(self.server.round) | {"states": list(self.method.states), "answers": self._answers()}
-            content = records(info, payload=self.method.final(self.server, name))
-            self.rounds[-1].evaluation["downlink"][name] = encoded_bytes(content)
+            content = self.downlink.content(info, self.method.final(self.server, name), name, whole=whole)
+            before = sent.get(name, 0) if whole else 0
+            sent[name] = before + encoded_bytes(content)
             yield self._asked.note(request(content, "evaluate", self.members.node(name), str(self.server.round)))
 
     def _scored_clients(self) -> list[str]:
@@ -367,6 +376,42 @@ class FlexpertsStrategy(Strategy):
                 "the last evaluation needs at least one",
                 "resume the run when the clients are back: it repeats the last round",
             )
+
+    def _with_copies(
+        self, replies: Iterable[Message], again: Callable[[Iterable[str]], Iterator[Message]]
+    ) -> Iterable[Message]:
+        """Return the replies, after clients without the version that their request changes have got all weights.
+
+        Args:
+            replies: The replies to an exchange.
+            again: Makes requests to clients with all weights.
+        """
+        if self.server.versions is None:
+            return replies
+        if isinstance(replies, list | tuple):
+            return list(self._complete(iter(replies), again))
+        return self._complete(iter(replies), again)
+
+    def _complete(
+        self, replies: Iterator[Message], again: Callable[[Iterable[str]], Iterator[Message]]
+    ) -> Iterator[Message]:
+        """Yield replies in their order; after the first client that lacks its copy, the rest is held in memory."""
+        for reply in replies:
+            if error_of(reply) != LACKS_COPY:
+                if error_of(reply) is None:
+                    self.downlink.received(self._client(reply))
+                yield reply
+                continue
+            rest = {self._client(other): other for other in (reply, *replies)}
+            lacking = sorted(name for name, other in rest.items() if error_of(other) == LACKS_COPY)
+            self.observer.stage(f"all weights again: {', '.join(lacking)}")
+            deadline, messages = self.config.federation.deadline, sendable(self._grid, again(lacking))
+            answers = list(self._grid.send_and_receive(messages, timeout=deadline))
+            rest |= {self._client(other): other for other in answers}
+            for name in sorted(rest):
+                if error_of(rest[name]) is None:
+                    self.downlink.received(name)
+                yield rest[name]
 
     def _by_client(self, replies: Iterable[Message]) -> Iterable[tuple[str, Message]]:
         """Return replies with their clients, sorted by name; a lazy grid's replies are already in that order."""

@@ -20,6 +20,7 @@ from flexperts.errors import FederationError
 from flexperts.parameters.vector import Manifest, Payload, Vector
 
 FLOATS = st.floats(-(2.0**127), 2.0**127, width=32) | st.floats(-1, 1, width=32)
+EVERY = ["fp16", "int8", "int4", "top_k", "top_k_int4", "top_k_sign"]
 CHANGES = arrays(np.float32, st.integers(1, 40), elements=FLOATS)
 
 
@@ -51,7 +52,7 @@ def test_int8_is_off_by_half_a_step_of_its_block(change: Vector, block: int) -> 
         assert (np.abs(ours - theirs) <= step * (0.5 + 1e-4) + 2.0**-142).all()
 
 
-@given(CHANGES, st.sampled_from(["fp16", "int8", "top_k"]), st.integers(1, 50), st.floats(0.01, 1.0))
+@given(CHANGES, st.sampled_from(EVERY), st.integers(1, 50), st.floats(0.01, 1.0))
 def test_sizes_are_told_without_packing(change: Vector, kind: str, block: int, fraction: float) -> None:
     chosen = settings(kind, block=block, fraction=fraction)
     assert packed_bytes(change.size, chosen) == sum(a.nbytes for a in pack(change, chosen).arrays.values())
@@ -72,6 +73,72 @@ def test_top_k_keeps_the_largest_and_nothing_else(change: Vector, fraction: floa
     np.testing.assert_array_equal(got[kept], there_and_back(change[kept], "fp16"))
 
 
+@given(CHANGES, st.integers(1, 50))
+def test_int4_is_off_by_half_a_step_of_its_block(change: Vector, block: int) -> None:
+    """A step is a 7th of the block's largest value, itself rounded to fp16."""
+    got = there_and_back(change, "int4", block=block).astype(np.float64)
+    largest = np.abs(change.astype(np.float64)).max()
+    for start in range(0, change.size, block):
+        ours, theirs = (v[start : start + block].astype(np.float64) for v in (change, got))
+        step = np.abs(ours).max() / 7
+        assert (np.abs(ours - theirs) <= step * (0.5 + 7 * 2.0**-10) + largest * 2.0**-36 + 2.0**-100).all()
+
+
+@given(CHANGES, st.integers(1, 50))
+def test_signs_lose_what_the_mean_magnitude_does_not_hold(change: Vector, block: int) -> None:
+    """The squared error of a block is its sum of squares minus n mean^2, the least of all common magnitudes."""
+    got = there_and_back(change, "top_k_sign", block=block, fraction=1.0).astype(np.float64)
+    largest = np.abs(change.astype(np.float64)).max()
+    for start in range(0, change.size, block):
+        ours, theirs = (v[start : start + block].astype(np.float64) for v in (change, got))
+        mean = np.abs(ours).mean()
+        bound = largest * 2.0**-36 + 2.0**-100
+        np.testing.assert_allclose(np.abs(theirs), mean, rtol=2.0**-10, atol=bound)
+        assert (np.sign(ours[ours != 0]) * theirs[ours != 0] >= 0).all()
+
+
+@given(CHANGES, st.sampled_from(["top_k_int4", "top_k_sign"]), st.integers(1, 50), st.floats(0.01, 1.0))
+def test_the_largest_values_are_packed_as_if_they_were_alone(
+    change: Vector, kind: str, block: int, fraction: float
+) -> None:
+    got, top = (there_and_back(change, k, block=block, fraction=fraction) for k in (kind, "top_k"))
+    kept = pack(change, settings("top_k", fraction=fraction)).arrays["indices"]
+    alone = ("int4", 1.0) if kind == "top_k_int4" else ("top_k_sign", 1.0)
+    expected = there_and_back(change[kept], alone[0], block=block, fraction=alone[1])
+    np.testing.assert_array_equal(got[kept], expected)
+    assert not np.delete(got, kept).any()
+    assert got.shape == top.shape
+
+
+@pytest.mark.parametrize("share", [0.002, 0.05, 0.5, 0.98])
+def test_places_take_their_entropy_wherever_they_are(share: float) -> None:
+    """And without loss; the same number of bytes for values in a row as for values all over."""
+    size, stream = 50_000, np.random.default_rng(0)
+    count = round(share * size)
+    entropy = -size * (share * np.log2(share) + (1 - share) * np.log2(1 - share)) / 8
+    chosen = settings("top_k_sign", fraction=share)
+    for places in (np.arange(count), np.arange(size - count, size), np.sort(stream.permutation(size)[:count])):
+        change = np.full(size, 1e-9, np.float32)
+        change[places] = stream.normal(3, 0.1, count)
+        packed = pack(change, chosen)
+        np.testing.assert_array_equal(np.flatnonzero(unpack(packed, size, chosen, "bank")), places)
+        assert 0 <= packed.arrays["places"].nbytes - entropy <= 12
+
+
+def test_four_bits_by_hand() -> None:
+    change = np.array([7, -3.4, 0.2, 0, 1.4], np.float32)
+    packed = pack(change, settings("int4", block=4))
+    assert packed.arrays["pairs"].tolist() == [15 | (8 - 3) << 4, 8 | 8 << 4, 15 | 8 << 4]
+    assert packed.about == {"packing": "int4", "exponent": -12}
+    np.testing.assert_allclose(np.ldexp(packed.arrays["scales"].astype(float), -12), [1, 0.2], rtol=1e-3)
+    np.testing.assert_allclose(unpack(packed, 5, settings("int4", block=4), "bank"), [7, -3, 0, 0, 1.4], rtol=1e-3)
+    signs = pack(change, settings("top_k_sign", block=2, fraction=0.6))  # 7, -3.4 | 1.4
+    assert signs.arrays["signs"].tolist() == [0b10100000]
+    np.testing.assert_allclose(
+        unpack(signs, 5, settings("top_k_sign", block=2, fraction=0.6), "bank"), [5.2, -5.2, 0, 0, 1.4], rtol=1e-3
+    )
+
+
 def test_by_hand() -> None:
     change = np.array([1.27, -0.5, 0.003, 0.0, 10.0, -20.0], np.float32)
     packed = pack(change, settings("int8", block=3))
@@ -84,7 +151,7 @@ def test_by_hand() -> None:
     assert there_and_back(change, "fp16")[4:].tolist() == [10, -20]
 
 
-@pytest.mark.parametrize("kind", ["fp16", "int8", "top_k"])
+@pytest.mark.parametrize("kind", EVERY)
 def test_zeros_are_zeros(kind: str) -> None:
     assert there_and_back(np.zeros(7, np.float32), kind).tolist() == [0] * 7
 
@@ -99,7 +166,14 @@ def test_small_updates_keep_their_bits_in_half_precision() -> None:
 MANIFEST = Manifest(("a", "b"), ((300,), (20, 10)))
 SENT = Payload(MANIFEST, np.random.default_rng(0).normal(size=500).astype(np.float32))
 CHANGE = np.random.default_rng(1).normal(0, 1e-2, 500).astype(np.float32)
-KINDS = [("fp16", 2.0), ("int8", 1 + 4 / 256), ("top_k", 0.05 * 6)]
+KINDS = [
+    ("fp16", 2.0),
+    ("int8", 1 + 4 / 256),
+    ("top_k", 0.05 * 6),
+    ("int4", 0.5 + 2 * 2 / 500),
+    ("top_k_int4", (4 * 7 + 13 + 2) / 500),  # 500 H(0.05) = 143.2 bits are 5 words, and 2 are spare
+    ("top_k_sign", (4 * 7 + 4 + 2) / 500),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +203,7 @@ def test_the_server_rebuilds_the_clients_bits_from_a_smaller_message(kind: str, 
     whole = encoded_bytes(records({"client": "bank", "round": 1}, {"rows": 3}, SENT))
     # What goes is 2000 bytes of values and the manifest; what comes are the arrays, headers and a few words.
     assert "manifest" not in info_of(content)
-    assert encoded_bytes(content) - 500 * per_value <= whole - 2000 + 700
+    assert encoded_bytes(content) - 500 * per_value <= whole - 2000 + 700 + 300 * max(0, len(arrays) - 2)
 
 
 def test_packing_does_not_hide_personal_bytes() -> None:
@@ -205,6 +279,47 @@ def test_what_does_not_fit_is_refused(packed: Packed, said: str) -> None:
     with pytest.raises(FederationError) as caught:
         unpack(packed, 500, settings(kind), "bank")
     assert f"bank sent {said}" in str(caught.value)
+
+
+FOUR, TOP_FOUR, SIGNS = (pack(CHANGE, settings(kind)) for kind in ("int4", "top_k_int4", "top_k_sign"))
+ONES = np.full(7, 2**32 - 1, np.uint32)
+
+
+@pytest.mark.parametrize(
+    ("packed", "said"),
+    [
+        (about(FOUR, exponent=500), "exponent = 500"),
+        (about(FOUR, block=256), "the fields ['block']"),
+        (changed(FOUR, pairs=FOUR.arrays["pairs"][:-1]), "pairs uint8[249]"),
+        (changed(FOUR, pairs=np.zeros(250, np.uint8)), "4 bits that are no value"),
+        (changed(FOUR, scales=np.array([1, np.inf], np.float16)), "scales that are negative or not finite"),
+        (changed(FOUR, scales=np.array([1, -1], np.float16)), "scales that are negative or not finite"),
+        (changed(FOUR, scales=np.ones(2, np.float32)), "scales float32[2]"),
+        (changed(TOP_FOUR, places=TOP_FOUR.arrays["places"][:-1]), "places uint32[6]"),
+        (changed(TOP_FOUR, places=np.zeros(7, np.uint32)), "places of"),
+        (changed(TOP_FOUR, places=ONES), "places of"),
+        (changed(TOP_FOUR, pairs=TOP_FOUR.arrays["pairs"] | 0xF0), "4 bits that are no value"),
+        (replace(TOP_FOUR, arrays={"places": TOP_FOUR.arrays["places"]}), "arrays []"),
+        (replace(TOP_FOUR, arrays=FOUR.arrays), "arrays []"),
+        (changed(SIGNS, signs=np.full(4, 255, np.uint8)), "signs after the last value"),
+        (changed(SIGNS, signs=SIGNS.arrays["signs"][:-1]), "signs uint8[3]"),
+        (changed(SIGNS, graft=CHANGE), "arrays ['graft', 'scales', 'signs']"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_few_bits_is_refused(packed: Packed, said: str) -> None:
+    with pytest.raises(FederationError) as caught:
+        unpack(packed, 500, settings(str(packed.about["packing"])), "bank")
+    assert f"bank sent {said}" in str(caught.value)
+
+
+@given(arrays(np.uint32, 7), st.integers(0, 2**32))
+def test_whatever_places_come_are_decoded_or_refused(places: Any, seed: int) -> None:
+    """An entropy decoder turns any bytes into places; their number gives wrong ones away, or they are places."""
+    try:
+        got = unpack(changed(SIGNS, places=places), 500, settings("top_k_sign"), "bank")
+    except FederationError:
+        return
+    assert np.count_nonzero(got) == 25
 
 
 @pytest.mark.parametrize("packed", [HALF, WHOLE, TOP])

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Generator, Tensor
 
 from flexperts.communication.average import capped_rows
+from flexperts.communication.versions import Versions
 from flexperts.parameters.vector import Payload
 from flexperts.seeding import generator
 
@@ -32,6 +33,7 @@ class Server:
         max_share: Largest share of one client in a mean: ``federation.max_share``, or 1 if all clients are in this
             process. It is not in the checkpoint.
         rounds: Number of the recipe's rounds; a method's extra rounds come after them. It is not in the checkpoint.
+        versions: The versions of the shared weights that clients have; None if requests always hold all weights.
     """
 
     shared: Payload
@@ -46,6 +48,7 @@ class Server:
     nodes: dict[str, int] = field(default_factory=dict)
     max_share: float = 1.0
     rounds: int = 0
+    versions: Versions | None = None
 
     @property
     def counted(self) -> dict[str, int]:
