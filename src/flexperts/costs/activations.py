@@ -17,6 +17,7 @@ from flexperts.client.answer_limit import chosen_limit
 from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
 from flexperts.data.rows import ClientRows
+from flexperts.modeling.chunked_losses import LOGIT_BYTES, MOST_BYTES
 from flexperts.moe.attention import attention_modules
 from flexperts.moe.experts import find_experts
 from flexperts.moe.layout import LayerExperts
@@ -32,8 +33,8 @@ _PASSING_INTO, _PASSING_INSIDE = 10, 6
 """Per D and per I of each of the K experts while one layer computes."""
 _CHECKPOINT = 4
 """Per D and layer if only the layers' inputs are kept."""
-_TRAINED_LOGIT, _SCORED_LOGIT = 18, 12
-"""Per logit: in the model's dtype and in fp32, softmax, and in training also gradients."""
+_TRAINED_LOGIT = 18
+"""Per logit in training: in the model's dtype and in fp32, softmax, and gradients."""
 _SCORES = 12
 """Per value of the stored up projections and outputs: twice in the model's dtype, and in fp64 for pairs."""
 
@@ -105,12 +106,17 @@ class Activations:
         most = max((e.num_experts if pairs else 1) * self._expert(e, 1, 2) for e in find_experts(self.model))
         return _SCORES * min(tokens * most, STACK) + self._passing(self._micro_batch * self.lengths.row)
 
-    def logits(self, rows: int, *, trained: bool) -> int:
-        """Return the bytes of the logits of ``rows`` responses; in training, of one micro-batch."""
+    def logits(self, rows: int, *, trained: bool, on_cpu: bool = True) -> int:
+        """Return the bytes of the logits of ``rows`` responses; in training, of one micro-batch.
+
+        Only a CPU has all scored logits at once; a card has those of a few positions, and of one token of each row.
+        """
         vocabulary: int = self.model.config.get_text_config().vocab_size
-        factor = _TRAINED_LOGIT if trained else _SCORED_LOGIT
         columns = max(self.lengths.response, self.lengths.trained)
-        return factor * (self._trained if trained else rows) * (columns + 1) * vocabulary
+        if trained:
+            return _TRAINED_LOGIT * self._trained * (columns + 1) * vocabulary
+        whole = LOGIT_BYTES * rows * (columns + 1) * vocabulary
+        return whole if on_cpu else min(whole, MOST_BYTES + LOGIT_BYTES * rows * vocabulary)
 
     @property
     def _micro_batch(self) -> int:

@@ -201,7 +201,7 @@ def _phases(
             "logits": passing.logits(0, trained=True),
         },
     )
-    scored = passing.logits(config.evaluation.batch_size, trained=False)
+    scored = passing.logits(config.evaluation.batch_size, trained=False, on_cpu=on_cpu)
     yield Need("evaluation", held | added | {"activations": passing.evaluation(), "logits": scored})
 
 
