@@ -26,7 +26,9 @@ def rows() -> list[Example]:
 
 
 @torch.no_grad()
-def test_a_few_positions_at_a_time_have_the_losses_of_all_at_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_few_positions_at_a_time_have_the_losses_of_all_at_once(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, examples, seen = tiny_model(family), rows(), list[int]()
     batch = pad_batch(examples, PAD)
     expected, counts = token_losses(model, batch)

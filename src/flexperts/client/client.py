@@ -158,7 +158,8 @@ class Client:
         reports = [self.counter("evaluation", f"{s} {what}", total, i * len(rows)) for i, s in enumerate(states)]
         with in_states(self, request) as enter:
             return {
-                s: self._score(request, enter, s, rows, answers, told) for s, told in zip(states, reports, strict=True)
+                s: self._score(request, enter, s, rows, answers, told)
+                for s, told in zip(states, reports, strict=True)
             }
 
     def score(self, request: Request, state: State, rows: Sequence[Row]) -> Scores:

@@ -39,7 +39,9 @@ def in_states(client: Client, request: Request) -> Iterator[InState]:
             if state == "chosen":
                 state = client.choice(request)["chosen"]
             if state == "local":
-                load_personal(client.alone.store.path, base=client.model.base.fingerprint)  # no new one in its place
+                load_personal(
+                    client.alone.store.path, base=client.model.base.fingerprint
+                )  # no new one in its place
                 with client.alone.turn_in(client.alone_request(), "personalized") as found:
                     yield found
                 return

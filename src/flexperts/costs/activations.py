@@ -90,9 +90,13 @@ class Activations:
 
     def evaluation(self) -> int:
         """Return the bytes that generation needs: one computing layer, and all layers' keys and values."""
-        text, evaluation = self.model.config.get_text_config(), self.config.evaluation
+        evaluation = self.config.evaluation
         longest = chosen_limit(self.lengths.response, self.config.training.max_length)
-        tokens = evaluation.batch_size * (self.lengths.row + (evaluation.max_new_tokens or longest))
+        return self.reading(evaluation.batch_size * (self.lengths.row + (evaluation.max_new_tokens or longest)))
+
+    def reading(self, tokens: int) -> int:
+        """Return the bytes of a cache of so many tokens, and of a layer that reads them all."""
+        text = self.model.config.get_text_config()
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         head = getattr(text, "head_dim", None) or self._width // text.num_attention_heads
         return self._passing(tokens) + 2 * 2 * self._scale * tokens * self._layers * int(heads * head)

@@ -108,7 +108,7 @@ class Estimator:
         model = meta_base(self.description, config.model.dtype)
         facts = model_facts(self.description, model)
         device = computing_device(config.model.device)
-        stored = _on_device(config, self.description, model, device)
+        stored = on_device(config, self.description, model, device)
         longest = config.training.max_length
         passing = Activations(
             model.model, config, self.lengths or Lengths(longest, longest // 2), facts.experts_per_token
@@ -205,8 +205,8 @@ def _phases(
     yield Need("evaluation", held | added | {"activations": passing.evaluation(), "logits": scored})
 
 
-def _on_device(config: RunConfig, described: Description, base: LoadedBase, device: torch.device) -> int:
-    """Return the bytes of the base on the computing device."""
+def on_device(config: RunConfig, described: Description, base: LoadedBase, device: torch.device) -> int:
+    """Return the bytes of a planned base on the computing device."""
     whole: int = planned_bytes(base.model, config.model.quantization)
     if config.model.device_map is None:
         return whole

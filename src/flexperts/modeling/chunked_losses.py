@@ -1,8 +1,8 @@
 """Losses of many positions without all their logits in memory at once.
 
-A batch of 32 responses of 256 tokens has 1.2 billion logits in a vocabulary of 152,000: 15 GB with the copies that a
-loss makes of them. Here the model's body computes all positions, and its head a few of them at a time, with all that
-the model does to its logits. Shapes: B rows, C columns, D width, V vocabulary, P positions.
+A batch of 32 responses of 256 tokens has 1.2 billion logits in a vocabulary of 152,000: 15 GB with the copies that
+a loss makes of them. Here the model's body computes all positions, and its head a few of them at a time, with all
+that the model does to its logits. Shapes: B rows, D width, P positions.
 """
 
 from __future__ import annotations

@@ -43,7 +43,9 @@ def response_logits(model: nn.Module, batch: PaddedBatch) -> Tensor:
 def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Return the last layer's hidden states ``[B, S, D]``; the vocabulary projection is not computed."""
     device = next(model.parameters()).device
-    output = body_of(model)(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False)
+    output = body_of(model)(
+        input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False
+    )
     states: Tensor = output.last_hidden_state
     return states
 
