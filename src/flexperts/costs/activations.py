@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -20,7 +21,6 @@ from flexperts.data.rows import ClientRows
 from flexperts.modeling.chunked_losses import LOGIT_BYTES, MOST_BYTES
 from flexperts.moe.attention import attention_modules
 from flexperts.moe.experts import find_experts
-from flexperts.moe.layout import LayerExperts
 from flexperts.selection.selection import STACK, TOKENS
 
 _LAYER = 31
@@ -54,6 +54,37 @@ class Lengths:
     trained: int = 0
 
 
+class _Experts(NamedTuple):
+    """One layer's experts: their number, D and I."""
+
+    number: int
+    width: int
+    inner: int
+
+    def bytes(self, into: int, inside: int) -> int:
+        """Return what one expert takes per token."""
+        return into * self.width + inside * self.inner
+
+
+@lru_cache(maxsize=1)
+def _shapes(model: Any) -> tuple[list[_Experts], int]:
+    """Return the shapes of a model's experts, and the bytes that its other MLPs keep per token.
+
+    Shared experts and dense MLPs keep their inputs once, and their outputs twice.
+    """
+    experts = []
+    for layer in find_experts(model):
+        inner = layer.expert(0).down.numel() // layer.width
+        experts.append(_Experts(layer.num_experts, layer.width, inner))
+    around, head = tuple(f"{name}." for name in attention_modules(model)), model.get_output_embeddings()
+    dense = sum(
+        2 * (layer.in_features + 2 * layer.out_features)
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and layer is not head and not name.startswith(around)
+    )
+    return experts, dense
+
+
 @dataclass(frozen=True)
 class Activations:
     """A run's activations.
@@ -76,13 +107,13 @@ class Activations:
         Args:
             personal: fp32 bytes of personal experts; whole ones are also kept in the dtype of the products.
         """
-        tokens, graft, experts = self._trained * self.lengths.row, self.config.graft, find_experts(self.model)
-        per_token = self._layers * _LAYER * self._width + self._dense()
+        tokens, graft, (experts, dense) = self._trained * self.lengths.row, self.config.graft, _shapes(self.model)
+        per_token = self._layers * _LAYER * self._width + dense
         copies = personal // 2 if graft.rank == "full" else 0
         grafted = graft.experts * (2 if graft.output == "difference" else 1)
         for layer in experts:
-            per_token += self.top_k * self._expert(layer, _INTO, _INSIDE)
-            per_token += grafted * self._expert(layer, _GRAFT_INTO, _GRAFT_INSIDE) if personal else 0
+            per_token += self.top_k * layer.bytes(_INTO, _INSIDE)
+            per_token += grafted * layer.bytes(_GRAFT_INTO, _GRAFT_INSIDE) if personal else 0
         kept = self._scale * tokens * per_token + copies
         if self.config.training.gradient_checkpointing:
             kept = tokens * self._layers * _CHECKPOINT * self._width + kept // self._layers
@@ -107,7 +138,7 @@ class Activations:
         batches = math.ceil(graft.calibration_rows / self._micro_batch)
         tokens = min(self._micro_batch * self.lengths.row, math.ceil(graft.calibration_tokens / batches), TOKENS)
         pairs = graft.experts > 1
-        most = max((e.num_experts if pairs else 1) * self._expert(e, 1, 2) for e in find_experts(self.model))
+        most = max((e.number if pairs else 1) * e.bytes(1, 2) for e in _shapes(self.model)[0])
         return _SCORES * min(tokens * most, STACK) + self._passing(self._micro_batch * self.lengths.row)
 
     def logits(self, rows: int, *, trained: bool, on_cpu: bool = True) -> int:
@@ -145,22 +176,8 @@ class Activations:
 
     def _passing(self, tokens: int) -> int:
         """Return the bytes of the largest layer while it computes."""
-        most = max(self._expert(e, _PASSING_INTO, _PASSING_INSIDE) for e in find_experts(self.model))
+        most = max(e.bytes(_PASSING_INTO, _PASSING_INSIDE) for e in _shapes(self.model)[0])
         return self._scale * tokens * self.top_k * most
-
-    def _expert(self, experts: LayerExperts, into: int, inside: int) -> int:
-        down = experts.expert(0).down
-        return into * experts.width + inside * (down.numel() // experts.width)
-
-    def _dense(self) -> int:
-        """Return the bytes that shared experts and dense MLPs keep per token: their inputs, and outputs twice."""
-        around = tuple(f"{name}." for name in attention_modules(self.model))
-        head = self.model.get_output_embeddings()
-        return sum(
-            2 * (layer.in_features + 2 * layer.out_features)
-            for name, layer in self.model.named_modules()
-            if isinstance(layer, nn.Linear) and layer is not head and not name.startswith(around)
-        )
 
 
 def row_lengths(workspace: Workspace, clients: Mapping[str, ClientRows]) -> Lengths:

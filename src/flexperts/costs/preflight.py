@@ -114,7 +114,7 @@ class Estimator:
             model.model, config, self.lengths or Lengths(longest, longest // 2), facts.experts_per_token
         )
         planned = plan_method(model, facts, config, self.clients, bandwidth=1.0)
-        needs = tuple(_phases(stored, planned, passing, config, device))
+        needs = tuple(phases(stored, planned, passing, config, device))
         return Preflight(
             facts.weights, needs, PROCESS + 12 * planned.shared, str(device), free_bytes(device), len(self.clients)
         )
@@ -181,9 +181,10 @@ def gigabytes(value: int) -> str:
     return f"{value / 1e9:.1f} GB"
 
 
-def _phases(
+def phases(
     stored: int, planned: MethodPlan, passing: Activations, config: RunConfig, device: torch.device
 ) -> Iterator[Need]:
+    """Yield the memory of a run's phases on a device, with ``stored`` bytes of base."""
     memory, on_cpu = planned.memory, device.type == "cpu"
     held = {"base": stored} | ({"process": PROCESS} if on_cpu else {})
     # A client's stored state is memory-mapped from its file during its turn.
