@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 
 from flexperts.config.run import RunConfig
 from flexperts.costs.activations import Activations, Lengths
 from flexperts.costs.models import describe, meta_base
 from flexperts.costs.plan import MethodPlan, model_facts, plan_method
 from flexperts.costs.preflight import PROCESS, phases
-from flexperts.errors import FlexpertsError
-from flexperts.modeling.load import LoadedBase
+from flexperts.errors import ConfigError
 from flexperts.modeling.quantization import planned_bytes
 from flexperts.moe.quantized import Scheme
 from flexperts.recipe import parse_recipe
@@ -31,6 +31,23 @@ BATCHES = (32, 16, 8, 4, 2, 1)
 RANKS = ("full", "32")
 """Ranks of personal experts that are planned: whole ones, and low-rank ones."""
 Storage = Literal["bf16", "int8", "nf4"]
+
+
+def card_bytes(text: str) -> int:
+    """Return the bytes of a card's memory, such as ``24GB`` (10^9) or ``80GiB`` (2^30).
+
+    Raises:
+        ConfigError: It is no size, or not larger than the margin.
+    """
+    try:
+        size = int(convert_file_size_to_int(text.replace(" ", "")))
+    except ValueError:
+        size = 0
+    if size <= CONTEXT:
+        raise ConfigError(
+            f"--gpu {text}", "it must be a size above 1 GB", "write it in a form such as 24GB or 80GiB"
+        )
+    return size
 
 
 @dataclass(frozen=True)
@@ -62,6 +79,11 @@ class Fit:
     evaluation: int
     loading: int
     host: int
+
+    @property
+    def name(self) -> str:
+        """The storage of the experts, for tables."""
+        return self.storage
 
     def on(self, card: int) -> bool:
         """Return whether training, evaluation and loading fit a card of so many bytes."""
