@@ -17,6 +17,8 @@ MODELS = {
     "qwen3-30b-a3b": "Qwen3-30B-A3B",
     "mixtral-8x7b": "Mixtral-8x7B",
 }
+SETTINGS = {"deepseek-v2-lite": ['lora.projections=["q_proj", "kv_a_proj_with_mqa", "kv_b_proj"]']}
+"""What a model needs that has other attention projections."""
 CARDS = ("24GB", "48GB", "80GB", "141GB")
 NVFLARE = (
     "https://github.com/NVIDIA/NVFlare/blob/f3b7c1bffdfed90338d695a67b52a46d8bc4d28c"
@@ -36,7 +38,7 @@ def cell(fit: Fit, card: int) -> str:
 
 def model_lines(name: str, shown: str) -> Iterator[str]:
     """Yield a model's lines: one per storage, with whole and low-rank personal experts in each cell."""
-    planner = CardPlanner(name)
+    planner = CardPlanner(name, SETTINGS.get(name, ()))
     by_card = {card: list(planner.fits(card_bytes(card))) for card in CARDS}
     for number, storage in enumerate(("bf16", "int8", "nf4")):
         cells = []

@@ -263,7 +263,7 @@ class ServingEngine:
         )
 
     def _load(self, new: Sequence[RequestState]) -> None:
-        """Load the models of the queue's first row, with the base as it is without a lane; a failure ends the row."""
+        """Load the models of the queue's first row, on the base without a lane; a failure ends the row."""
         batch, rows = self._batch, [*(self._batch.rows if self._batch else ()), *new]
         if batch is None or not rows:
             self._leave()

@@ -149,6 +149,9 @@ class Lanes(Mapping[ModelName, Lane]):
         assert lane is not None
         return lane
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._lanes  # a Mapping's own would load the model
+
     def __iter__(self) -> Iterator[ModelName]:
         return iter(self._lanes)
 
