@@ -2,9 +2,9 @@
 
     python benchmarks/serving_clients.py --out runs/serving-clients
 
-Makes one short FLEx run with whole personal experts, and gives so many clients a state each: the trained states with
-some noise. Then one request after the other goes to a client drawn at random, and each is timed from its arrival to
-its first token. Few places are compared with a place for every client; a request for a client that is not in memory
+Makes one short FLEx run with whole personal experts, and gives so many clients a state each: the trained states
+with some noise. Then one request after the other goes to a client drawn at random, and each is timed from its arrival
+to its first token. Few places are compared with a place for every client; a request for a client that is not in memory
 waits for one load. Writes serving_clients.json.
 """
 
@@ -97,7 +97,7 @@ def measure(run: Path, clients: int, places: int, requests: int) -> dict[str, An
     trained = ManyClients(run, clients)
     size = trained.client(trained.clients[0]).store.path.stat().st_size
     engine = ServingEngine(trained, max_clients=places, company=0)
-    drawn = random.Random(0)  # noqa: S311 - not a secret
+    drawn = random.Random(0)
     order = [drawn.choice(trained.clients) for _ in range(requests)]
     for client in order[:places]:
         first_token(engine, client)  # fills the places
