@@ -35,7 +35,7 @@ RECIPE = """
 base = "{base}"
 [data.silos]
 train_rows = 4
-test_rows = 2
+test_rows = 4
 [training]
 local_steps = 1
 batch_size = 1
