@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -66,12 +66,17 @@ class _Experts(NamedTuple):
         return into * self.width + inside * self.inner
 
 
-@lru_cache(maxsize=1)
+_known: WeakKeyDictionary[Any, tuple[list[_Experts], int]] = WeakKeyDictionary()
+"""What ``_shapes`` has found: a planner asks for it many times."""
+
+
 def _shapes(model: Any) -> tuple[list[_Experts], int]:
     """Return the shapes of a model's experts, and the bytes that its other MLPs keep per token.
 
     Shared experts and dense MLPs keep their inputs once, and their outputs twice.
     """
+    if model in _known:
+        return _known[model]
     experts = []
     for layer in find_experts(model):
         inner = layer.expert(0).down.numel() // layer.width
@@ -82,6 +87,7 @@ def _shapes(model: Any) -> tuple[list[_Experts], int]:
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear) and layer is not head and not name.startswith(around)
     )
+    _known[model] = experts, dense
     return experts, dense
 
 
