@@ -2,10 +2,10 @@
 
     python benchmarks/serving_clients.py --out runs/serving-clients
 
-Makes one short FLEx run with whole personal experts, and gives so many clients a state each: the trained states
-with some noise. Then one request after the other goes to a client drawn at random, and each is timed from its arrival
-to its first token. Few places are compared with a place for every client; a request for a client that is not in memory
-waits for one load. Writes serving_clients.json.
+Makes one short FLEx run with whole personal experts, and gives so many clients a state each: the trained
+states with some noise. Then one request after the other goes to a client drawn at random, and each is timed
+from its arrival to its first token. Few places are compared with a place for every client; a request for a
+client that is not in memory waits for one load. Writes serving_clients.json.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def cell(fit: Fit, card: int) -> str:
 
 def model_lines(name: str, shown: str) -> Iterator[str]:
     """Yield a model's lines: one per storage, with whole and low-rank personal experts in each cell."""
-    planner = CardPlanner(name, SETTINGS.get(name, ()))
+    planner = CardPlanner(name, ["federation.rounds=1", *SETTINGS.get(name, ())])  # memory is the same in each
     by_card = {card: list(planner.fits(card_bytes(card))) for card in CARDS}
     for number, storage in enumerate(("bf16", "int8", "nf4")):
         cells = []
@@ -52,7 +52,9 @@ def model_lines(name: str, shown: str) -> Iterator[str]:
 def lora_gib(length: int) -> float:
     """Return GiB of LoRA of rank 8 in training on Qwen3-30B-A3B, one row of so many tokens, margins included."""
     planner = CardPlanner(
-        "qwen3-30b-a3b", ["method.name=fedavg", "lora.rank=8", f"training.max_length={length}"], ["full"]
+        "qwen3-30b-a3b",
+        ["method.name=fedavg", "lora.rank=8", "federation.rounds=1", f"training.max_length={length}"],
+        ["full"],
     )
     fit = next(planner.fits(0))  # nothing fits, so one row is planned, with checkpointing
     return fit.training / 2**30

@@ -32,7 +32,8 @@ def positions_at_once(model: Any) -> int | None:
     """
     if next(model.parameters()).device.type == "cpu":
         return None
-    return max(1, MOST_BYTES // (LOGIT_BYTES * model.config.get_text_config().vocab_size))
+    vocabulary: int = model.config.get_text_config().vocab_size
+    return max(1, MOST_BYTES // (LOGIT_BYTES * vocabulary))
 
 
 @contextmanager
@@ -58,7 +59,7 @@ def chunked_losses(model: Any, output: Any, states: Tensor, labels: Tensor, at_o
         at_once: Positions whose logits may be in memory at once.
     """
     losses = [torch.zeros(0, device=states.device)]
-    for few, next_tokens in zip(states.split(at_once), labels.split(at_once), strict=True):
+    for few, next_tokens in zip(torch.split(states, at_once), torch.split(labels, at_once), strict=True):
         output.last_hidden_state = few[None]
         with _body_returns(model, output):
             logits = model(input_ids=next_tokens[None], use_cache=False).logits[0].float()
