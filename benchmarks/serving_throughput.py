@@ -35,7 +35,7 @@ from flexperts.recipe import parse_recipe
 from flexperts.serving.contract import ModelName, Sampling
 from flexperts.serving.engine.batch import Batch, RequestState
 from flexperts.serving.engine.decoding import Decoding
-from flexperts.serving.engine.lanes import Lane, OwnLane, lanes_of
+from flexperts.serving.engine.lanes import Lane, Lanes, OwnLane
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "whole experts, bf16": (),
@@ -192,7 +192,7 @@ def first_logits(trained: TrainedRun, lane: Lane, rows: list[RequestState]) -> t
 def measure(folder: Path, settings: Sequence[str], given: argparse.Namespace) -> dict[str, Any]:
     """Return one variant's figures."""
     trained = trained_run(folder, settings, given.steps)
-    lanes = lanes_of(trained)
+    lanes = dict(Lanes(trained))  # all are loaded
     found = throughput(trained, lanes, given.repeats, given.new_tokens)
     found["sameness"] = sameness(trained, lanes, given.new_tokens)
     trained.close()

@@ -81,3 +81,17 @@ def test_the_option_before_it_still_works_and_says_so() -> None:
     result = run("qwen1.5-moe-a2.7b", "--methods", "fedavg", "--bandwidth", "10")
     assert result.exit_code == 0
     assert "--bandwidth is replaced by --link" in result.output
+
+
+def test_what_fits_a_card_is_shown_and_is_json() -> None:
+    result = run("smol-moe", "--gpu", "24GB")
+    assert result.exit_code == 0, result.output
+    lines = [line for line in result.output.splitlines() if "│" in line]
+    assert [line.split()[1:6:2] for line in lines] == [
+        [s, r, "yes"] for r in ("whole", "32") for s in ("bf16", "int8", "nf4")
+    ]
+    assert "no card was used" in result.output
+    made = json.loads(run("smol-moe", "--gpu", "3GB", "--json", "--set", "training.max_length=4096").output)
+    assert made["card"] == 3 * 10**9
+    assert {row["fits"] for row in made["rows"]} <= {True, False}
+    assert all(row["rows"] < 32 for row in made["rows"])

@@ -9,7 +9,7 @@ import pytest
 from flexperts.config.run import RunConfig
 from flexperts.errors import ModelError
 from flexperts.terminal import preflight
-from flexperts.terminal.preflight import check_memory
+from flexperts.terminal.preflight import check_memory, clients_in_memory
 
 
 @pytest.fixture
@@ -56,3 +56,27 @@ def test_a_run_that_cannot_be_estimated_is_not_stopped(
 ) -> None:
     check_memory(recipe("method.name=scaffold"))  # refused by the method itself, in its own words
     assert "memory: not estimated" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("large")
+def test_a_server_of_a_large_base_is_refused_before_it_starts(
+    recipe: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def places(count: int, asked: int | None = None, *overrides: str) -> int | None:
+        monkeypatch.setattr("flexperts.costs.serving.free_bytes", lambda device: count)
+        return clients_in_memory(recipe(*overrides), ["a", "b", "c"], asked, max_rows=2, max_tokens=64)
+
+    with pytest.raises(ModelError, match=r"serving this run needs .* on cpu, process most of it: 0.0 GB are free"):
+        places(10**6)
+    assert places(10**6, 2, "model.preflight=false") == 2
+    assert capsys.readouterr().err == ""
+    assert places(10**12) == 3
+    assert places(10**12, 2) == 2
+    assert "the models of 2 of 3 clients at a time" in capsys.readouterr().err
+
+
+def test_a_server_of_a_small_base_keeps_what_was_asked(
+    recipe: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flexperts.costs.serving.free_bytes", lambda device: 0)
+    assert clients_in_memory(recipe(), ["a"], None, max_rows=2, max_tokens=64) is None

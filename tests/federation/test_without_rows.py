@@ -22,7 +22,7 @@ from flexperts.finished.joining import join
 from flexperts.finished.trained import TrainedRun
 from flexperts.methods.registry import method_class, method_names
 from flexperts.recipe import parse_recipe
-from flexperts.serving.engine.lanes import lanes_of
+from flexperts.serving.engine.lanes import Lanes
 from flexperts.testing import METHOD_SETTINGS, save_tiny_base
 
 SHORT = ("evaluation.max_new_tokens=4", "evaluation.rows=2", "training.local_steps=1", "training.lr=0.05")
@@ -71,7 +71,7 @@ def test_no_method_needs_rows_to_be_used(
         for state in method_class(name).states:
             answer = run.generate(client, predicted[0]["instruction"], predicted[0]["context"], state)
             assert answer == predicted[0][state], state
-        lanes = lanes_of(run)
+        lanes = Lanes(run)
         for model, lane in lanes.items():
             if model.client == client:
                 with lane.opened():
@@ -129,7 +129,7 @@ def test_a_run_without_its_rows_answers_exports_and_serves(away: Path, tmp_path:
         predicted = run.run.of_client("predictions", client)[0]
         answer = run.generate(client, predicted["instruction"], predicted["context"])
         assert answer == predicted["personalized"]
-    assert {model.client for model in lanes_of(run)} == {*run.participants, "late"}
+    assert {model.client for model in Lanes(run)} == {*run.participants, "late"}
     with pytest.raises(DataError, match="--data"):
         run.evaluate()
     run.close()

@@ -14,7 +14,7 @@ from flexperts.methods.kit.method import State
 from flexperts.parts.personal_expert import FullExpert
 from flexperts.serving.contract import ModelName, find_model
 from flexperts.serving.engine.additions import Additions, additions, all_models
-from flexperts.serving.engine.lanes import MixedLane, OwnLane, lanes_of
+from flexperts.serving.engine.lanes import Lanes, MixedLane, OwnLane
 from flexperts.serving.engine.mixed_grafts import MixedGrafts
 
 from .disturbed_run import Recipe, disturbed_run
@@ -48,7 +48,7 @@ def test_what_is_common_has_one_key_and_what_is_personal_one_per_client(trained:
     own = [_added(trained, ModelName(client, "personalized")) for client in trained.clients]
     assert len({added.lora_key for added in own}) == 1
     assert len({added.graft_key for added in own}) == len(own)
-    lanes = lanes_of(trained)
+    lanes = Lanes(trained)
     assert isinstance(lanes[all_models(trained)[0]], MixedLane)
     assert len(set(map(id, lanes.values()))) == 1
 
@@ -81,7 +81,7 @@ def test_low_rank_experts_read_the_base_where_it_lies(recipe: Recipe, tmp_path: 
 
 def test_other_parts_have_a_lane_of_their_own(recipe: Recipe, tmp_path: Path) -> None:
     trained = disturbed_run(recipe, tmp_path / "run", "graft.place=in_place")
-    lanes = lanes_of(trained)
+    lanes = Lanes(trained)
     assert isinstance(lanes[ModelName("clinic", "personalized")], OwnLane)
     assert isinstance(lanes[ModelName("clinic", "global")], MixedLane)
 

@@ -23,6 +23,10 @@ def command(
         list[str],
         typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, such as lora.rank=16. Repeatable."),
     ] = [],  # noqa: B006 - typer copies it
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Show instead what fits a card of this memory, such as 24GB or 80GiB."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole plan as JSON.")] = False,
 ) -> None:
     """Plan bytes, memory, FLOPs and time of methods on a model, from its config alone."""
@@ -31,6 +35,9 @@ def command(
 
     from flexperts.costs.plan import plan
 
+    if gpu is not None:
+        _show_card(model, gpu, settings, as_json)
+        return
     names = [name.strip() for name in methods.split(",") if name.strip()]
     if bandwidth is not None:
         typer.echo("--bandwidth is replaced by --link, and will be removed in 0.3: --link 10Mbit/s", err=True)
@@ -78,6 +85,41 @@ def _show(made: Any) -> None:
             console.print(f"{name}: {note}", soft_wrap=True)
 
 
+def _show_card(model: str, gpu: str, settings: Sequence[str], as_json: bool) -> None:
+    import json
+    from dataclasses import asdict
+
+    from flexperts.costs.cards import CONTEXT, FRAGMENTATION, CardPlanner, card_bytes
+    from flexperts.reports.cells import size
+    from flexperts.terminal.console import console as terminal
+
+    card, planner = card_bytes(gpu), CardPlanner(model, settings)
+    fits = list(planner.fits(card))
+    if as_json:
+        found = [{**asdict(fit), "fits": fit.on(card)} for fit in fits]
+        facts = {"card": card, "margin": CONTEXT, "fragmentation": FRAGMENTATION, "max_length": planner.max_length}
+        typer.echo(json.dumps({"model": planner.facts.name, **facts, "rows": found}, indent=2))
+        return
+    columns = {
+        "rank": lambda fit: "whole" if fit.rank == "full" else fit.rank,
+        "fits": lambda fit: "yes" if fit.on(card) else "no",
+        "rows": lambda fit: f"{fit.rows}{' *' if fit.rows and fit.checkpointing else ''}",
+        "evaluated": lambda fit: str(fit.evaluation_rows),
+        "training": lambda fit: size(fit.training).text,
+        "evaluation": lambda fit: size(fit.evaluation).text,
+        "loading": lambda fit: size(fit.loading).text,
+        "host": lambda fit: size(fit.host).text,
+    }
+    console = terminal()
+    console.print(_table(f"{planner.facts.name} on a card of {size(card).text}", columns, fits, "experts"))
+    console.print(
+        f"rows: most in one pass, of {planner.max_length} tokens (training.max_length), half of them the response; "
+        f"* with training.gradient_checkpointing. Memory with so many rows, or with one, and with "
+        f"{size(CONTEXT).text} and {FRAGMENTATION:.0%} of all but the base as margin. Estimates: no card was used.",
+        soft_wrap=True,
+    )
+
+
 def _tables(made: Any) -> Iterator[Any]:
     """Yield traffic and needs as two tables: one table would not fit a terminal of 80 columns."""
     from flexperts.reports.cells import size
@@ -100,11 +142,13 @@ def _tables(made: Any) -> Iterator[Any]:
     yield _table("one client: what it needs", takes, made.methods)
 
 
-def _table(title: str, columns: Mapping[str, Callable[[Any], str]], rows: Sequence[Any]) -> Any:
+def _table(
+    title: str, columns: Mapping[str, Callable[[Any], str]], rows: Sequence[Any], named: str = "method"
+) -> Any:
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
-    table.add_column("method")
+    table.add_column(named)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:

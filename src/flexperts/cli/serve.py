@@ -13,6 +13,7 @@ from flexperts.errors import optional
 from flexperts.serving.http.settings import Address, Limits
 
 if TYPE_CHECKING:
+    from flexperts.config.run import RunConfig
     from flexperts.serving.contract import Engine
     from flexperts.serving.http.keys import KeyRing
 
@@ -43,6 +44,14 @@ _PromptBytes = Annotated[
     typer.Option(min=1, help="Longest prompt in bytes.", show_default="16 for each token that a prompt may have"),
 ]
 _Certificate = Annotated[Path | None, typer.Option(metavar="PEM", help="Serve HTTPS with this certificate.")]
+_MostClients = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Most clients whose models are in memory; those not asked for longest leave.",
+        show_default="as many as fit",
+    ),
+]
 _PrivateKey = Annotated[Path | None, typer.Option(metavar="PEM", help="The certificate's private key.")]
 
 
@@ -60,6 +69,10 @@ def command(
     tls_key: _PrivateKey = None,
     max_rows: Annotated[int, typer.Option(min=1, help="Most requests in one batch.")] = 16,
     batch_tokens: Annotated[int, typer.Option(min=2, help="Most tokens in one batch, prompts included.")] = 16_384,
+    max_clients: _MostClients = None,
+    preflight: Annotated[
+        bool, typer.Option(help="Refuse to start if the estimated memory of a large base is not free.")
+    ] = True,
     max_queue: Annotated[int, typer.Option(min=1, help="Most requests that wait for a batch.")] = Limits.queue,
     per_client: Annotated[
         int, typer.Option(min=1, help="Most requests of one client at a time.")
@@ -77,7 +90,7 @@ def command(
     """Serve all models of a run from one resident base: OpenAI's API under /v1, a chat page at /."""
     from flexperts.serving.http import keys as keys_of
 
-    clients, load = _at_silo(silo, run, base) if silo else _of_run(Path(run), base, trust)
+    clients, recipe, load = _at_silo(silo, run, base) if silo else _of_run(Path(run), base, trust)
     if make_keys:
         _print_keys(make_keys, keys_of.make_keys(make_keys, clients))
         return
@@ -87,26 +100,40 @@ def command(
     limits = Limits(
         max_queue, per_client, max_tokens, max_prompt, max_body, timeout, max_prompt_bytes, max_connections
     )
+    if preflight:
+        from flexperts.terminal.preflight import clients_in_memory
+
+        max_clients = clients_in_memory(recipe(), clients, max_clients, max_rows=max_rows, max_tokens=batch_tokens)
     _end_on_signals()
-    _serve(lambda: load(max_rows=max_rows, max_tokens=batch_tokens), ring, key, address, limits, grace)
+    sizes = {"max_rows": max_rows, "max_tokens": batch_tokens, "max_clients": max_clients}
+    _serve(lambda: load(**sizes), ring, key, address, limits, grace)
 
 
-def _of_run(path: Path, base: str | None, trust: bool) -> tuple[Collection[str], Callable[..., Engine]]:
-    """Return a run's clients, and a function that loads its models."""
+_Opened = tuple[Collection[str], Callable[[], "RunConfig"], Callable[..., "Engine"]]
+"""Names of clients, a function that reads their run's recipe, and one that loads their models."""
+
+
+def _of_run(path: Path, base: str | None, trust: bool) -> _Opened:
+    """Open a run."""
     from flexperts.artifacts import RunDirectory
 
     directory = RunDirectory.open(path)
 
-    def load(**sizes: int) -> Engine:
+    def recipe() -> RunConfig:
+        from flexperts.finished.trained import recipe_of
+
+        return recipe_of(directory, base, trusted=trust)
+
+    def load(**sizes: int | None) -> Engine:
         from flexperts.serving.engine.engine import open_engine
 
         return open_engine(path, base=base, trust_remote_code=trust, **sizes)
 
-    return {*directory.summary()["clients"], *directory.joined()}, load
+    return {*directory.summary()["clients"], *directory.joined()}, recipe, load
 
 
-def _at_silo(path: Path, run: str, base: str | None) -> tuple[Collection[str], Callable[..., Engine]]:
-    """Return a silo's name, and a function that loads its models of a run."""
+def _at_silo(path: Path, run: str, base: str | None) -> _Opened:
+    """Open a silo's models of a run."""
     from flexperts.errors import ConfigError
     from flexperts.recipe import load_silo
 
@@ -114,13 +141,22 @@ def _at_silo(path: Path, run: str, base: str | None) -> tuple[Collection[str], C
     if base is not None:
         raise ConfigError(f"--base {base}", "a silo's base is named in its file", f"change base in {path}")
 
-    def load(**sizes: int) -> Engine:
+    def recipe() -> RunConfig:
+        from flexperts.artifacts import RunDirectory
+        from flexperts.deployment.settings import for_silo
+        from flexperts.deployment.state import private_folder
+        from flexperts.recipe import recorded_recipe
+
+        folder = RunDirectory.open(private_folder(Path(silo.state), run)).path
+        return for_silo(recorded_recipe(folder), silo)
+
+    def load(**sizes: int | None) -> Engine:
         from flexperts.deployment.home import HomeRun
         from flexperts.serving.engine.engine import ServingEngine
 
         return ServingEngine(HomeRun(silo, run), **sizes)
 
-    return {silo.name}, load
+    return {silo.name}, recipe, load
 
 
 def _print_keys(path: Path, made: Mapping[str, str]) -> None:

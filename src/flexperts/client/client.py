@@ -14,12 +14,13 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from flexperts.client.answer_limit import answer_limit, longer_references, scored_rows
-from flexperts.client.floor import MIXTURES, candidates_of, choose, read_choice, record_of
+from flexperts.client.floor import candidates_of, choose, read_choice, record_of
 from flexperts.client.masking import Masked, Standing
 from flexperts.client.model import ClientModel
 from flexperts.client.request import Request, Trained
 from flexperts.client.routing_log import prompt_batches, routing_lines, write_routing
 from flexperts.client.settled import Settled
+from flexperts.client.states import InState, in_states
 from flexperts.client.workspace import CLIENTS_KEPT, TrainRows, Workspace
 from flexperts.communication.messages import Update, encode
 from flexperts.config.run import RunConfig
@@ -34,7 +35,7 @@ from flexperts.methods.kit.turn import Prepared, Turn
 from flexperts.methods.registry import make_method
 from flexperts.modeling.repeatable import repeatable
 from flexperts.observer import Observer, Phase, TurnState, current_observer
-from flexperts.parameters.store import PersonalMeta, PersonalStore, load_personal
+from flexperts.parameters.store import PersonalMeta, PersonalStore
 from flexperts.parameters.vector import Payload, vector_hash
 from flexperts.parts.grafts import GATES
 from flexperts.protection.pipeline import is_secure, protect, told
@@ -155,14 +156,24 @@ class Client:
         rows, what = self.scored_rows if rows is None else rows, "answers" if answers else "NLL"
         total = len(states) * len(rows)
         reports = [self.counter("evaluation", f"{s} {what}", total, i * len(rows)) for i, s in enumerate(states)]
-        return {s: self._score(request, s, rows, answers, told) for s, told in zip(states, reports, strict=True)}
+        with in_states(self, request) as enter:
+            return {
+                s: self._score(request, enter, s, rows, answers, told)
+                for s, told in zip(states, reports, strict=True)
+            }
 
     def score(self, request: Request, state: State, rows: Sequence[Row]) -> Scores:
         """Score one model state on given rows."""
         return self.evaluate(request, [state], rows)[state]
 
     def _score(
-        self, request: Request, state: str, rows: Sequence[Row], answers: bool, on_rows: Callable[[int], None]
+        self,
+        request: Request,
+        enter: InState,
+        state: str,
+        rows: Sequence[Row],
+        answers: bool,
+        on_rows: Callable[[int], None],
     ) -> Scores:
         """Score one model state on given rows; zero-shot scores are cached in the workspace."""
         on_rows(0)
@@ -174,14 +185,14 @@ class Client:
         encoded = self.config.training.max_length, self.config.data.loss_on, template
         key = rows_hash(ClientRows((), tuple(rows))), encoded, settings
         if state == "zero_shot" and key in known:
-            self._stored(request.round)  # a client that is scored has a stored state, even with cached scores
-            return known[key]
-        with self.in_state(request, state) as (model, on_batch):
-            scores = evaluate(model, self.encoder, rows, settings, on_rows, on_batch)
+            with enter(state):  # a client that is scored has a stored state, even with cached scores
+                return known[key]
+        with enter(state) as (turn, on_batch):
+            scores = evaluate(turn.model, self.encoder, rows, settings, on_rows, on_batch)
         if pairs:
             with_answers = *key[:2], replace(settings, answers=True)
             base = scores if state == "zero_shot" else known.get(with_answers)
-            base = base or self._score(request, "zero_shot", rows, False, lambda done: None)
+            base = base or self._score(request, enter, "zero_shot", rows, False, lambda done: None)
             scores = scores.rewarded(base, self.config.training.dpo_beta)
         if state == "zero_shot":
             known[key] = scores
@@ -202,18 +213,8 @@ class Client:
             state: zero_shot is the untouched base, global the shared weights alone, personalized everything, chosen
                 what the client keeps; or one of ``floor.CANDIDATES``.
         """
-        if state == "chosen":
-            state = self.choice(request)["chosen"]
-        if state == "local":
-            load_personal(self.alone.store.path, base=self.model.base.fingerprint)  # no new state in its place
-            with self.alone.turn_in(self._alone_request(), "personalized") as found:
-                yield found
-            return
-        with self.in_use(request) as turn:
-            mixture = self.method.mixed(turn, MIXTURES[state]) if state in MIXTURES else None
-            # Other states are the method's own; it refuses none.
-            with mixture or self.method.in_state(turn, state) as on_batch:  # type: ignore[arg-type]
-                yield turn, on_batch
+        with in_states(self, request) as enter, enter(state) as found:
+            yield found
 
     @contextmanager
     def in_use(self, request: Request) -> Iterator[Turn]:
@@ -312,7 +313,8 @@ class Client:
         folder = self.folder / "personal" / "local"
         return Client(self.name, self.workspace, self.model.alone(self.config), folder, self.observer)
 
-    def _alone_request(self, number: int | None = None) -> Request:
+    def alone_request(self, number: int | None = None) -> Request:
+        """Return the request of a round of ``alone``, the last one by default."""
         return Request(Payload.empty(), None, number or self.config.federation.rounds)
 
     def _train_alone(self, meta: PersonalMeta) -> None:
@@ -322,7 +324,7 @@ class Client:
             store.save({}, replace(meta, round=0, shared=""))
         first = self.alone._stored(_NEWEST)[1].round + 1
         for number in range(first, self.config.federation.rounds + 1):
-            self.alone.train(self._alone_request(number))
+            self.alone.train(self.alone_request(number))
 
     def answer_counts(self, scores: Mapping[_State, Scores]) -> dict[str, int]:
         """Return the answer limit in tokens, the number of longer references, and each state's cut answers."""

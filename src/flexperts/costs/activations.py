@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -17,9 +18,9 @@ from flexperts.client.answer_limit import chosen_limit
 from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
 from flexperts.data.rows import ClientRows
+from flexperts.modeling.chunked_losses import LOGIT_BYTES, MOST_BYTES
 from flexperts.moe.attention import attention_modules
 from flexperts.moe.experts import find_experts
-from flexperts.moe.layout import LayerExperts
 from flexperts.selection.selection import STACK, TOKENS
 
 _LAYER = 31
@@ -32,8 +33,8 @@ _PASSING_INTO, _PASSING_INSIDE = 10, 6
 """Per D and per I of each of the K experts while one layer computes."""
 _CHECKPOINT = 4
 """Per D and layer if only the layers' inputs are kept."""
-_TRAINED_LOGIT, _SCORED_LOGIT = 18, 12
-"""Per logit: in the model's dtype and in fp32, softmax, and in training also gradients."""
+_TRAINED_LOGIT = 18
+"""Per logit in training: in the model's dtype and in fp32, softmax, and gradients."""
 _SCORES = 12
 """Per value of the stored up projections and outputs: twice in the model's dtype, and in fp64 for pairs."""
 
@@ -51,6 +52,43 @@ class Lengths:
     row: int
     response: int
     trained: int = 0
+
+
+class _Experts(NamedTuple):
+    """One layer's experts: their number, D and I."""
+
+    number: int
+    width: int
+    inner: int
+
+    def bytes(self, into: int, inside: int) -> int:
+        """Return what one expert takes per token."""
+        return into * self.width + inside * self.inner
+
+
+_known: WeakKeyDictionary[Any, tuple[list[_Experts], int]] = WeakKeyDictionary()
+"""What ``_shapes`` has found: a planner asks for it many times."""
+
+
+def _shapes(model: Any) -> tuple[list[_Experts], int]:
+    """Return the shapes of a model's experts, and the bytes that its other MLPs keep per token.
+
+    Shared experts and dense MLPs keep their inputs once, and their outputs twice.
+    """
+    if model in _known:
+        return _known[model]
+    experts = []
+    for layer in find_experts(model):
+        inner = layer.expert(0).down.numel() // layer.width
+        experts.append(_Experts(layer.num_experts, layer.width, inner))
+    around, head = tuple(f"{name}." for name in attention_modules(model)), model.get_output_embeddings()
+    dense = sum(
+        2 * (layer.in_features + 2 * layer.out_features)
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and layer is not head and not name.startswith(around)
+    )
+    _known[model] = experts, dense
+    return experts, dense
 
 
 @dataclass(frozen=True)
@@ -75,13 +113,13 @@ class Activations:
         Args:
             personal: fp32 bytes of personal experts; whole ones are also kept in the dtype of the products.
         """
-        tokens, graft, experts = self._trained * self.lengths.row, self.config.graft, find_experts(self.model)
-        per_token = self._layers * _LAYER * self._width + self._dense()
+        tokens, graft, (experts, dense) = self._trained * self.lengths.row, self.config.graft, _shapes(self.model)
+        per_token = self._layers * _LAYER * self._width + dense
         copies = personal // 2 if graft.rank == "full" else 0
         grafted = graft.experts * (2 if graft.output == "difference" else 1)
         for layer in experts:
-            per_token += self.top_k * self._expert(layer, _INTO, _INSIDE)
-            per_token += grafted * self._expert(layer, _GRAFT_INTO, _GRAFT_INSIDE) if personal else 0
+            per_token += self.top_k * layer.bytes(_INTO, _INSIDE)
+            per_token += grafted * layer.bytes(_GRAFT_INTO, _GRAFT_INSIDE) if personal else 0
         kept = self._scale * tokens * per_token + copies
         if self.config.training.gradient_checkpointing:
             kept = tokens * self._layers * _CHECKPOINT * self._width + kept // self._layers
@@ -89,9 +127,13 @@ class Activations:
 
     def evaluation(self) -> int:
         """Return the bytes that generation needs: one computing layer, and all layers' keys and values."""
-        text, evaluation = self.model.config.get_text_config(), self.config.evaluation
+        evaluation = self.config.evaluation
         longest = chosen_limit(self.lengths.response, self.config.training.max_length)
-        tokens = evaluation.batch_size * (self.lengths.row + (evaluation.max_new_tokens or longest))
+        return self.reading(evaluation.batch_size * (self.lengths.row + (evaluation.max_new_tokens or longest)))
+
+    def reading(self, tokens: int) -> int:
+        """Return the bytes of a cache of so many tokens, and of a layer that reads them all."""
+        text = self.model.config.get_text_config()
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         head = getattr(text, "head_dim", None) or self._width // text.num_attention_heads
         return self._passing(tokens) + 2 * 2 * self._scale * tokens * self._layers * int(heads * head)
@@ -102,15 +144,20 @@ class Activations:
         batches = math.ceil(graft.calibration_rows / self._micro_batch)
         tokens = min(self._micro_batch * self.lengths.row, math.ceil(graft.calibration_tokens / batches), TOKENS)
         pairs = graft.experts > 1
-        most = max((e.num_experts if pairs else 1) * self._expert(e, 1, 2) for e in find_experts(self.model))
+        most = max((e.number if pairs else 1) * e.bytes(1, 2) for e in _shapes(self.model)[0])
         return _SCORES * min(tokens * most, STACK) + self._passing(self._micro_batch * self.lengths.row)
 
-    def logits(self, rows: int, *, trained: bool) -> int:
-        """Return the bytes of the logits of ``rows`` responses; in training, of one micro-batch."""
+    def logits(self, rows: int, *, trained: bool, on_cpu: bool = True) -> int:
+        """Return the bytes of the logits of ``rows`` responses; in training, of one micro-batch.
+
+        Only a CPU has all scored logits at once; a card has those of a few positions, and of one token of each row.
+        """
         vocabulary: int = self.model.config.get_text_config().vocab_size
-        factor = _TRAINED_LOGIT if trained else _SCORED_LOGIT
         columns = max(self.lengths.response, self.lengths.trained)
-        return factor * (self._trained if trained else rows) * (columns + 1) * vocabulary
+        if trained:
+            return _TRAINED_LOGIT * self._trained * (columns + 1) * vocabulary
+        whole = LOGIT_BYTES * rows * (columns + 1) * vocabulary
+        return whole if on_cpu else min(whole, MOST_BYTES + LOGIT_BYTES * rows * vocabulary)
 
     @property
     def _micro_batch(self) -> int:
@@ -135,22 +182,8 @@ class Activations:
 
     def _passing(self, tokens: int) -> int:
         """Return the bytes of the largest layer while it computes."""
-        most = max(self._expert(e, _PASSING_INTO, _PASSING_INSIDE) for e in find_experts(self.model))
+        most = max(e.bytes(_PASSING_INTO, _PASSING_INSIDE) for e in _shapes(self.model)[0])
         return self._scale * tokens * self.top_k * most
-
-    def _expert(self, experts: LayerExperts, into: int, inside: int) -> int:
-        down = experts.expert(0).down
-        return into * experts.width + inside * (down.numel() // experts.width)
-
-    def _dense(self) -> int:
-        """Return the bytes that shared experts and dense MLPs keep per token: their inputs, and outputs twice."""
-        around = tuple(f"{name}." for name in attention_modules(self.model))
-        head = self.model.get_output_embeddings()
-        return sum(
-            2 * (layer.in_features + 2 * layer.out_features)
-            for name, layer in self.model.named_modules()
-            if isinstance(layer, nn.Linear) and layer is not head and not name.startswith(around)
-        )
 
 
 def row_lengths(workspace: Workspace, clients: Mapping[str, ClientRows]) -> Lengths:

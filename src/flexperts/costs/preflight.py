@@ -109,13 +109,13 @@ class Estimator:
         model = meta_base(self.description, config.model.dtype)
         facts = model_facts(self.description, model)
         device = computing_device(config.model.device)
-        stored = _on_device(config, self.description, model, device)
+        stored = on_device(config, self.description, model, device)
         longest = config.training.max_length
         passing = Activations(
             model.model, config, self.lengths or Lengths(longest, longest // 2), facts.experts_per_token
         )
         planned = plan_method(model, facts, config, self.clients, bandwidth=1.0)
-        needs = tuple(_phases(stored, planned, passing, config, device))
+        needs = tuple(phases(stored, planned, passing, config, device))
         return Preflight(
             facts.weights, needs, PROCESS + 12 * planned.shared, str(device), free_bytes(device), len(self.clients)
         )
@@ -183,9 +183,10 @@ def gigabytes(value: int) -> str:
     return f"{value / 1e9:.1f} GB"
 
 
-def _phases(
+def phases(
     stored: int, planned: MethodPlan, passing: Activations, config: RunConfig, device: torch.device
 ) -> Iterator[Need]:
+    """Yield the memory of a run's phases on a device, with ``stored`` bytes of base."""
     memory, on_cpu = planned.memory, device.type == "cpu"
     held = {"base": stored} | ({"process": PROCESS} if on_cpu else {})
     # A client's stored state is memory-mapped from its file during its turn.
@@ -203,11 +204,11 @@ def _phases(
             "logits": passing.logits(0, trained=True),
         },
     )
-    scored = passing.logits(config.evaluation.batch_size, trained=False)
+    scored = passing.logits(config.evaluation.batch_size, trained=False, on_cpu=on_cpu)
     yield Need("evaluation", held | added | {"activations": passing.evaluation(), "logits": scored})
 
 
-def _on_device(config: RunConfig, described: Description, base: LoadedBase, device: torch.device) -> int:
+def on_device(config: RunConfig, described: Description, base: LoadedBase, device: torch.device) -> int:
     """Return the bytes of the base on the computing device in training.
 
     A card also holds the experts that it computes with: one layer's at a time with gradient checkpointing, else

@@ -21,7 +21,8 @@ from flexperts.data.rows import Row
 from flexperts.evaluation.generation import Answer, greedy_answers, longest_first, prompt_batch
 from flexperts.evaluation.words import UnicodeWords, folded
 from flexperts.modeling.caches import read_prompts, response_losses
-from flexperts.modeling.forward import Precision, autocast, token_losses
+from flexperts.modeling.chunked_losses import scored_losses
+from flexperts.modeling.forward import Precision, autocast
 
 SCORES = ("rouge_l", "nll")
 """Names of the scores in files."""
@@ -238,7 +239,7 @@ def _batch(
         if read.can_go_on and same and not any(e.earlier for e in examples):
             losses = [response_losses(model, read, pad_responses(side, pad)) for side in sides]
         else:
-            losses = [token_losses(model, pad_batch(side, pad)) for side in sides]
+            losses = [scored_losses(model, pad_batch(side, pad)) for side in sides]
         answers = [Answer("")] * len(examples)
         if settings.answers:
             limit = settings.max_new_tokens

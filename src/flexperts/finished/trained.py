@@ -31,7 +31,7 @@ from flexperts.methods.registry import make_method
 from flexperts.modeling.forward import Precision
 from flexperts.modeling.load import LoadedBase
 from flexperts.observer import Observer
-from flexperts.parameters.store import load_personal
+from flexperts.parameters.store import check_personal
 from flexperts.recipe import check_trust, located, recorded_recipe
 from flexperts.server.checkpoint import load_server
 
@@ -116,14 +116,14 @@ class TrainedRun:
 
         Raises:
             ConfigError: The run has no such client.
-            ArtifactError: Its personal state is missing, damaged or of another base.
+            ArtifactError: Its personal state is missing, not complete, or of another base.
         """
         name = normal(name)
         if name not in self.clients:
             raise ConfigError(f"client {name!r}", f"the run's clients are {', '.join(self.clients)}", "choose one")
         client = Client(name, self._workspace_of(name), self.model, self.run.path, observer)
-        # A client with a missing or damaged state must not start with a new one.
-        load_personal(client.store.path, base=self.workspace.base.fingerprint)
+        # A client without its state must not start with a new one; a damaged one is refused when it is loaded.
+        check_personal(client.store.path, base=self.workspace.base.fingerprint)
         return client
 
     def _workspace_of(self, name: str) -> Workspace:

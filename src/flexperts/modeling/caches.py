@@ -24,6 +24,7 @@ from transformers.cache_utils import (
 )
 
 from flexperts.data.batches import IGNORED, PaddedBatch
+from flexperts.modeling.chunked_losses import body_outputs, chunked_losses, positions_at_once
 from flexperts.modeling.forward import last_logits, next_logits
 
 _BY_COLUMNS = {DynamicLayer, DynamicSlidingWindowLayer}
@@ -124,13 +125,20 @@ def response_losses(model: Any, read: ReadPrompts, responses: PaddedBatch) -> tu
         responses: The responses, padded on the right; each has at least one token.
     """
     labels = responses.labels.to(read.mask.device)
-    logits = read.logits[:, None]
+    wanted, losses = labels != IGNORED, torch.zeros(labels.shape, device=labels.device)
+    logits, at_once = read.logits[:, None], positions_at_once(model)
     if (columns := responses.response_columns - 1) > 0:  # nothing is predicted from the last column
         ids, mask = (t[:, :columns].to(read.mask.device) for t in (responses.input_ids, responses.attention_mask))
-        whole = torch.cat([read.mask, mask], dim=1)
-        more, _ = last_logits(model, ids, whole, copy.deepcopy(read.cache), keep=columns)
-        logits = torch.cat([logits, more], dim=1)
-    wanted = labels != IGNORED
-    losses = torch.zeros(labels.shape, device=labels.device)
-    losses[wanted] = F.cross_entropy(logits[wanted], labels[wanted], reduction="none")
+        whole, cache = torch.cat([read.mask, mask], dim=1), copy.deepcopy(read.cache)
+        if at_once is None:
+            logits = torch.cat([logits, last_logits(model, ids, whole, cache, keep=columns)[0]], dim=1)
+        else:
+            with body_outputs(model) as outputs:
+                last_logits(model, ids, whole, cache, keep=1)
+            later, states = wanted[:, 1:], outputs[0].last_hidden_state
+            losses[:, 1:][later] = chunked_losses(model, outputs[0], states[later], labels[:, 1:][later], at_once)
+    known = wanted[:, : logits.shape[1]]
+    losses[:, : logits.shape[1]][known] = F.cross_entropy(
+        logits[known], labels[:, : logits.shape[1]][known], reduction="none"
+    )
     return losses.sum(1), wanted.sum(1)

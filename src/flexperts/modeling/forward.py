@@ -43,11 +43,18 @@ def response_logits(model: nn.Module, batch: PaddedBatch) -> Tensor:
 def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Return the last layer's hidden states ``[B, S, D]``; the vocabulary projection is not computed."""
     device = next(model.parameters()).device
-    # In multimodal families, the text model's ``base_model`` may be the text model itself.
-    inner = model.model if model.base_model is model else model.base_model
-    output = inner(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False)
+    output = body_of(model)(
+        input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False
+    )
     states: Tensor = output.last_hidden_state
     return states
+
+
+def body_of(model: Any) -> Any:
+    """Return all of a model but its vocabulary projection; a model with adapters has the base's body."""
+    base = _without_adapters(model)
+    # In multimodal families, the text model's ``base_model`` may be the text model itself.
+    return base.model if base.base_model is base else base.base_model
 
 
 def next_logits(
@@ -97,8 +104,12 @@ def token_losses(model: nn.Module, batch: PaddedBatch) -> tuple[Tensor, Tensor]:
 
 def takes(model: Any, argument: str) -> bool:
     """Return whether a model's forward, with or without adapters, has an argument of that name."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return argument in _arguments(type(base).forward)
+    return argument in _arguments(type(_without_adapters(model)).forward)
+
+
+def _without_adapters(model: Any) -> Any:
+    """Return the base, in which PEFT's adapters are."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @cache

@@ -57,14 +57,12 @@ def load_personal(path: Path | str, *, base: str | None = None) -> tuple[dict[st
     """
     path = Path(path)
     tensors, value = read_sealed(path, _FORMAT)
-    meta = _meta(path, value)
-    if base is not None and meta.base != base:
-        raise ArtifactError(
-            f"{path} belongs to base {meta.base[:12]}",
-            f"this run's base is {base[:12]}",
-            "use the base on which the state was trained, or start a new run",
-        )
-    return tensors, meta
+    return tensors, _meta_on(path, value, base)
+
+
+def check_personal(path: Path, *, base: str) -> None:
+    """Do what ``load_personal`` does without reading tensors: a changed byte in one shows when it is loaded."""
+    _meta_on(path, read_meta(path, _FORMAT), base)
 
 
 class PersonalStore:
@@ -113,6 +111,17 @@ class PersonalStore:
 
 
 _META = TypeAdapter(PersonalMeta)
+
+
+def _meta_on(path: Path, value: Any, base: str | None) -> PersonalMeta:
+    meta = _meta(path, value)
+    if base is not None and meta.base != base:
+        raise ArtifactError(
+            f"{path} belongs to base {meta.base[:12]}",
+            f"this run's base is {base[:12]}",
+            "use the base on which the state was trained, or start a new run",
+        )
+    return meta
 
 
 def _meta(path: Path, value: Any) -> PersonalMeta:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,38 @@ def check_memory(config: RunConfig, given: Given | None = None, *, console: Cons
     console.print(_table(made))
     check_fits(made, {} if made.peak.total <= made.free else estimator.savings(config))
     return with_workers_that_fit(config, made)
+
+
+def clients_in_memory(
+    config: RunConfig, clients: Collection[str], asked: int | None, *, max_rows: int, max_tokens: int
+) -> int | None:
+    """Return how many clients' models a server may keep in memory; refuse a large base that does not fit.
+
+    Args:
+        config: The run.
+        clients: Names of its clients.
+        asked: The user's number; None means as many as fit.
+        max_rows, max_tokens: As for ``open_engine``.
+    """
+    from flexperts.costs.serving import serving_memory
+    from flexperts.errors import FlexpertsError
+    from flexperts.smol_moe.build import resolve_base
+    from flexperts.terminal.console import console as terminal
+
+    model = config.model
+    if not model.preflight or model.trust_remote_code or _is_small(Path(resolve_base(model.base))):
+        return asked
+    try:
+        made = serving_memory(config, sorted(clients), max_rows=max_rows, max_tokens=max_tokens)
+    except FlexpertsError as error:  # loading will report the error
+        terminal(stderr=True).print(f"memory: not estimated ({error})", soft_wrap=True)
+        return asked
+    most = made.clients_in_memory(asked)
+    if most < made.clients:
+        terminal(stderr=True).print(
+            f"memory: the models of {most} of {made.clients} clients at a time", soft_wrap=True
+        )
+    return most
 
 
 def _is_small(folder: Path) -> bool:

@@ -23,6 +23,7 @@ PUBLISHED = {  # billions: all, active; MoE layers, N, K
     "olmoe-1b-7b": (6.9, 1.3, 16, 64, 8),
     "mixtral-8x7b": (46.7, 12.9, 32, 8, 2),
     "qwen3-30b-a3b": (30.5, 3.3, 48, 128, 8),
+    "deepseek-v2-lite": (15.7, 2.7, 26, 64, 6),
     "gpt-oss-20b": (20.9, 3.6, 24, 32, 4),
 }
 EMBEDDING = {"gpt-oss-20b": 201_088 * 2_880}

@@ -134,3 +134,13 @@ def test_workers_share_the_base_and_each_needs_the_rest(
         assert with_workers_that_fit(recipe(f"engine.workers={few}"), made).engine.workers == few
     with pytest.raises(ModelError, match=r"engine.workers = 4: each needs .* lower it to 3"):
         with_workers_that_fit(recipe("engine.workers=4"), made)
+
+
+def test_a_card_never_has_the_scored_logits_of_more_than_a_few_positions() -> None:
+    model = tiny_model("olmoe", dtype=torch.bfloat16)
+    passing = Activations(model, parse_recipe("data.silos = {}"), Lengths(10**6, 10**6), top_k=2)
+    vocabulary = model.config.vocab_size
+    assert passing.logits(32, trained=False) == 12 * 32 * (10**6 + 1) * vocabulary
+    assert passing.logits(32, trained=False, on_cpu=False) == 2**29 + 12 * 32 * vocabulary
+    short = replace(passing, lengths=Lengths(8, 4))
+    assert short.logits(32, trained=False, on_cpu=False) == short.logits(32, trained=False)

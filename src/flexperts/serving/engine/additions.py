@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from flexperts.client.floor import states_of
+from flexperts.client.states import in_states
 from flexperts.finished.trained import TrainedRun
+from flexperts.methods.kit.turn import Turn
 from flexperts.parts.grafts import Graft, Grafts
 from flexperts.parts.part import Part
 from flexperts.parts.personal_expert import FullExpert
@@ -50,16 +52,29 @@ def additions(trained: TrainedRun, name: ModelName) -> Additions | None:
         trained: The run.
         name: The model.
     """
-    if name.state == "zero_shot":  # the unchanged base, for any method
-        return Additions()
-    client, request = trained.client(name.client), trained.request(name.client)
-    with client.turn_in(request, name.state) as (turn, on_batch):
-        parts = [part for part in turn.parts.values() if part.enabled]
-        lora = turn.site.lora.in_use()
-        if on_batch or lora is None or not all(isinstance(part, Grafts) for part in parts):
-            return None
-        lora = {target: factors for target, factors in lora.items() if factors}
-        grafts = _by_layer(parts)
+    return all_additions(trained, [name])[name]
+
+
+def all_additions(trained: TrainedRun, names: Sequence[ModelName]) -> dict[ModelName, Additions | None]:
+    """Return what each of one client's models adds, from one load of its state where its states allow it."""
+    found: dict[ModelName, Additions | None] = {name: Additions() for name in names}
+    # The unchanged base, for any method, needs no state.
+    if personal := [name for name in names if name.state != "zero_shot"]:
+        client = trained.client(personal[0].client)
+        with in_states(client, trained.request(client.name)) as enter:
+            for name in personal:
+                with enter(name.state) as (turn, on_batch):
+                    found[name] = None if on_batch else _added(turn)
+    return found
+
+
+def _added(turn: Turn) -> Additions | None:
+    parts = [part for part in turn.parts.values() if part.enabled]
+    lora = turn.site.lora.in_use()
+    if lora is None or not all(isinstance(part, Grafts) for part in parts):
+        return None
+    lora = {target: factors for target, factors in lora.items() if factors}
+    grafts = _by_layer(parts)
     return Additions(lora, _key(_tensors(lora)), grafts, _key(_graft_tensors(grafts)))
 
 

@@ -22,7 +22,7 @@ from flexperts.observer import current_observer
 from flexperts.serving.contract import Counters, Message, ModelName, Piece, RequestHandle, Sampling
 from flexperts.serving.engine.batch import Batch, RequestState, probe
 from flexperts.serving.engine.decoding import Decoding, check_sampling
-from flexperts.serving.engine.lanes import Lane, lanes_of
+from flexperts.serving.engine.lanes import Lane, Lanes, OwnLane
 
 _NO_LIMIT = 1 << 20
 """Context of a model whose config has no limit, in tokens."""
@@ -33,6 +33,7 @@ def open_engine(
     *,
     max_rows: int = 16,
     max_tokens: int = 16_384,
+    max_clients: int | None = None,
     base: str | None = None,
     trust_remote_code: bool = False,
 ) -> ServingEngine:
@@ -42,12 +43,13 @@ def open_engine(
         run: The run directory.
         max_rows: Most rows of a batch.
         max_tokens: Most tokens in a batch's cache: prompts, answers and padding together.
+        max_clients: Most clients whose models are in memory; all by default.
         base: Where the run's base is, if not where its recipe says.
         trust_remote_code: Whether code of the base may run; a recipe that asks for it is refused otherwise.
     """
     trained = TrainedRun(run, base=base, trust_remote_code=trust_remote_code)
     current_observer().stage("preparing the models")
-    return ServingEngine(trained, max_rows=max_rows, max_tokens=max_tokens)
+    return ServingEngine(trained, max_rows=max_rows, max_tokens=max_tokens, max_clients=max_clients)
 
 
 class ServingEngine:
@@ -55,13 +57,21 @@ class ServingEngine:
 
     Args:
         trained: The run; only the engine may use it until ``close``.
-        max_rows, max_tokens: As for ``open_engine``.
+        max_rows, max_tokens, max_clients: As for ``open_engine``.
         company: Seconds for which a first request waits for others to share its batch.
     """
 
     def __init__(
-        self, trained: TrainedRun, *, max_rows: int = 16, max_tokens: int = 16_384, company: float = 0.003
+        self,
+        trained: TrainedRun,
+        *,
+        max_rows: int = 16,
+        max_tokens: int = 16_384,
+        max_clients: int | None = None,
+        company: float = 0.003,
     ) -> None:
+        if max_clients is not None and max_clients < 1:
+            raise ConfigError(f"max_clients = {max_clients}", "one client must fit", "set it to 1 or more")
         if max_rows < 1 or max_tokens < 2:
             raise ConfigError(
                 f"max_rows = {max_rows}, max_tokens = {max_tokens}",
@@ -69,7 +79,7 @@ class ServingEngine:
                 "set max_rows to 1 or more and max_tokens to 2 or more",
             )
         self._trained, self._max_rows, self._max_tokens, self._company = trained, max_rows, max_tokens, company
-        self._lanes = lanes_of(trained)
+        self._lanes = Lanes(trained, max_clients)
         self._base, self._encoder = trained.model.base.model, trained.workspace.encoder
         self._sharing = probe(self._base)
         self._encoders = {name: trained.encoder_of(name) for name in {model.client for model in self._lanes}}
@@ -207,6 +217,11 @@ class ServingEngine:
         new: list[RequestState] = []
         try:
             while self._queue and self._fits(self._queue[0], new):
+                if self._lanes.in_memory(self._queue[0].model) is None:
+                    self._load(new)
+                    if self.running:  # rows wait for one load between two tokens, not for more
+                        break
+                    continue
                 new.append(self._queue.popleft())
                 self._enter(self._lanes[new[-1].model])
             batch = self._batch
@@ -237,13 +252,29 @@ class ServingEngine:
             return True
         rows = [row, *batch.rows, *new]
         may_join = self._sharing == "any time" or (self._sharing == "from the start" and not batch.rows)
+        lane = self._lanes.in_memory(row.model)
         return (
             may_join
-            and self._lanes[row.model] is batch.lane
+            and (lane is batch.lane or (lane is None and not isinstance(batch.lane, OwnLane)))
             and not batch.lane.one_row
             and len(rows) <= self._max_rows
             and len(rows) * max(r.most_tokens for r in rows) <= self._max_tokens
+            and self._lanes.has_room([r.model for r in rows])
         )
+
+    def _load(self, new: Sequence[RequestState]) -> None:
+        """Load the models of the queue's first row, on the base without a lane; a failure ends the row."""
+        batch, rows = self._batch, [*(self._batch.rows if self._batch else ()), *new]
+        if batch is None or not rows:
+            self._leave()
+        self._open.close()
+        try:
+            self._lanes.load(self._queue[0].model, {row.model.client for row in rows})
+        except Exception as error:  # a damaged file, no memory: the other rows go on
+            self._queue.popleft().fail(error)
+        if batch and rows:
+            self._open.enter_context(batch.lane.opened())
+            batch.lane.select([row.model for row in batch.rows])
 
     def _leave(self) -> None:
         """Undo the lane's changes to the base; the batch is forgotten first, in case this fails."""

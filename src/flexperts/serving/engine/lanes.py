@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -12,7 +12,7 @@ from flexperts.data.batches import PaddedBatch
 from flexperts.finished.trained import TrainedRun
 from flexperts.methods.kit.method import OnBatch
 from flexperts.serving.contract import ModelName
-from flexperts.serving.engine.additions import Additions, additions, all_models
+from flexperts.serving.engine.additions import Additions, all_additions, all_models
 from flexperts.serving.engine.mixed_grafts import MixedGrafts
 from flexperts.serving.engine.mixed_lora import MixedLora
 
@@ -39,19 +39,33 @@ class MixedLane:
 
     Args:
         trained: The run.
-        models: What each model adds.
     """
 
     one_row = False
 
-    def __init__(self, trained: TrainedRun, models: Mapping[ModelName, Additions]) -> None:
+    def __init__(self, trained: TrainedRun) -> None:
         self._trained = trained
         # Keys only, so that values which many models share are stored once.
-        self._keys = {name: (added.lora_key, added.graft_key) for name, added in models.items()}
+        self._keys: dict[ModelName, tuple[str | None, str | None]] = {}
         dtype = torch.bfloat16 if trained.config.model.precision == "bf16" else torch.float32
-        adapters = {added.lora_key: added.lora for added in models.values() if added.lora_key}
-        grafts = {added.graft_key: added.grafts for added in models.values() if added.graft_key}
-        self._lora, self._grafts = MixedLora(trained.model.base.model, adapters, dtype), MixedGrafts(grafts)
+        self._lora, self._grafts = MixedLora(trained.model.base.model, dtype), MixedGrafts()
+
+    def put(self, name: ModelName, added: Additions) -> None:
+        """Add a model; the lane must not be open."""
+        if added.lora_key and added.lora_key not in self._used(0):
+            self._lora.put(added.lora_key, added.lora)
+        if added.graft_key and added.graft_key not in self._used(1):
+            self._grafts.put(added.graft_key, added.grafts)
+        self._keys[name] = added.lora_key, added.graft_key
+
+    def drop(self, client: str) -> None:
+        """Remove what a client's models add; the lane must not be open."""
+        self._keys = {name: keys for name, keys in self._keys.items() if name.client != client or not any(keys)}
+        self._lora.keep(self._used(0))
+        self._grafts.keep(self._used(1))
+
+    def _used(self, kind: int) -> set[str | None]:
+        return {keys[kind] for keys in self._keys.values()}
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -102,9 +116,76 @@ class OwnLane:
         """Do nothing: all rows belong to one model."""
 
 
-def lanes_of(trained: TrainedRun) -> dict[ModelName, Lane]:
-    """Return every model of a run with its lane; this reads all clients' personal states."""
-    names = all_models(trained)
-    found = {name: additions(trained, name) for name in names}
-    mixed: Lane = MixedLane(trained, {name: added for name, added in found.items() if added is not None})
-    return {name: mixed if found[name] is not None else OwnLane(trained, name) for name in names}
+class Lanes(Mapping[ModelName, Lane]):
+    """Every model of a run with its lane; a client's models are loaded when one of them is asked for.
+
+    Args:
+        trained: The run.
+        most_clients: Most clients whose models are in memory; those not used for longest leave. None means all.
+    """
+
+    def __init__(self, trained: TrainedRun, most_clients: int | None = None) -> None:
+        self._trained, self._most = trained, most_clients or len(trained.clients)
+        self._mixed = MixedLane(trained)
+        self._lanes: dict[ModelName, Lane | None] = dict.fromkeys(all_models(trained))
+        """None is a model that is not in memory."""
+        for name in self._lanes:
+            if name.state == "zero_shot":  # the base is in memory
+                self._put(name, Additions())
+        self._last_used: dict[str, None] = {}
+        """Clients in memory, those not used for longest first."""
+        for client in trained.clients:
+            trained.client(client)  # a client without its state is refused at once
+
+    def _put(self, name: ModelName, added: Additions | None) -> None:
+        if added is not None:
+            self._mixed.put(name, added)
+        self._lanes[name] = OwnLane(self._trained, name) if added is None else self._mixed
+
+    def __getitem__(self, name: ModelName) -> Lane:
+        if (lane := self.in_memory(name)) is None:
+            self.load(name, ())
+            lane = self.in_memory(name)
+        assert lane is not None
+        return lane
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._lanes  # a Mapping's own would load the model
+
+    def __iter__(self) -> Iterator[ModelName]:
+        return iter(self._lanes)
+
+    def __len__(self) -> int:
+        return len(self._lanes)
+
+    def in_memory(self, name: ModelName) -> Lane | None:
+        """Return a model's lane; None if the model is not in memory."""
+        lane = self._lanes[name]
+        if lane is not None and name.client in self._last_used:
+            self._last_used[name.client] = self._last_used.pop(name.client)
+        return lane
+
+    def has_room(self, models: Collection[ModelName]) -> bool:
+        """Return whether all these models can be in memory together."""
+        return len({name.client for name in models if name.state != "zero_shot"}) <= self._most
+
+    def load(self, name: ModelName, kept: Collection[str]) -> None:
+        """Load all models of a model's client; no lane may be open.
+
+        Args:
+            name: The model.
+            kept: Clients that must stay in memory; together with the model's there must be room for them.
+        """
+        leaving = [client for client in self._last_used if client not in kept]
+        for client in leaving[: max(0, len(self._last_used) + 1 - self._most)]:
+            del self._last_used[client]
+            self._mixed.drop(client)
+            for own in self._of(client):
+                if own.state != "zero_shot" and self._lanes[own] is self._mixed:
+                    self._lanes[own] = None
+        for own, added in all_additions(self._trained, self._of(name.client)).items():
+            self._put(own, added)
+        self._last_used[name.client] = None
+
+    def _of(self, client: str) -> list[ModelName]:
+        return [name for name in self._lanes if name.client == client]

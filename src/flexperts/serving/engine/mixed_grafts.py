@@ -10,7 +10,7 @@ Shapes: B rows, S columns, D width, P pairs of a row and one of its experts, r r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -25,15 +25,30 @@ from flexperts.serving.engine.mixed_lora import by_row
 
 
 class MixedGrafts:
-    """All grafts of a run, by layer.
+    """The grafts of models that are in memory, by layer.
 
     Args:
         clients: Key -> experts module -> the grafts on it.
     """
 
-    def __init__(self, clients: Mapping[str, Mapping[str, Sequence[Graft]]]) -> None:
-        names = dict.fromkeys(name for layers in clients.values() for name in layers)
-        self._layers = [_Layer({key: layers.get(name, ()) for key, layers in clients.items()}) for name in names]
+    def __init__(self, clients: Mapping[str, Mapping[str, Sequence[Graft]]] | None = None) -> None:
+        self._layers: list[_Layer] = []
+        for key, layers in (clients or {}).items():
+            self.put(key, layers)
+
+    def put(self, key: str, layers: Mapping[str, Sequence[Graft]]) -> None:
+        """Add a model's grafts: experts module -> the grafts on it, at least one."""
+        known = {layer.experts.name: layer for layer in self._layers}
+        for name, grafts in layers.items():
+            if name not in known:
+                self._layers.append(known.setdefault(name, _Layer(grafts[0].experts)))
+            known[name].personal[key] = [p for graft in grafts for p in _personal(graft)]
+
+    def keep(self, keys: Collection[str | None]) -> None:
+        """Remove all grafts but these; no row has any until the next ``select``."""
+        for layer in self._layers:
+            layer.personal = {key: own for key, own in layer.personal.items() if key in keys}
+            layer.select(())
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -118,17 +133,17 @@ class _Selected:
 
 
 class _Layer:
-    """One experts module with the personal experts of all clients."""
+    """One experts module with the personal experts on it, by key."""
 
-    def __init__(self, clients: Mapping[str, Sequence[Graft]]) -> None:
-        self.experts: LayerExperts = next(graft.experts for grafts in clients.values() for graft in grafts)
-        self._clients = {key: [p for graft in grafts for p in _personal(graft)] for key, grafts in clients.items()}
+    def __init__(self, experts: LayerExperts) -> None:
+        self.experts = experts
+        self.personal: dict[str, list[_Personal]] = {}
         self._batch = 0
         self._selected: _Selected | None = None
 
     def select(self, rows: Sequence[str | None]) -> None:
         """Order the pairs of rows and experts so that pairs which share weights are adjacent."""
-        pairs = [(row, p) for row, key in enumerate(rows) if key is not None for p in self._clients[key]]
+        pairs = [(row, p) for row, key in enumerate(rows) if key in self.personal for p in self.personal[key]]
         pairs.sort(key=lambda pair: pair[1].shared_by)
         self._batch, self._selected = len(rows), _gathered(pairs) if pairs else None
 

@@ -2,12 +2,12 @@
 
     y[b] = W x[b] + B[b] (A[b] x[b])
 
-Shapes: B rows, S columns, r the largest rank, M different adapters. W is the frozen layer, read once for all rows.
+Shapes: B rows, r the largest rank of a batch. W is the frozen layer, read once for all rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,74 +20,78 @@ from flexperts.serving.engine.additions import FactorPairs
 
 
 class MixedLora:
-    """All adapters of a run, stacked by layer.
+    """The adapters of models that are in memory, by layer.
 
     Args:
         model: The base.
-        adapters: Key -> attention layer -> low-rank terms.
         dtype: Type in which the terms are computed.
     """
 
-    def __init__(
-        self, model: nn.Module, adapters: Mapping[str, Mapping[str, FactorPairs]], dtype: torch.dtype
-    ) -> None:
-        self._numbers = {key: number for number, key in enumerate(adapters)}
-        targets = dict.fromkeys(target for layers in adapters.values() for target in layers)
-        self._layers = [
-            _Layer(model.get_submodule(target), [layers.get(target, []) for layers in adapters.values()], dtype)
-            for target in targets
-        ]
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        self._model, self._dtype = model, dtype
+        self._layers: dict[str, _Layer] = {}
+
+    def put(self, key: str, layers: Mapping[str, FactorPairs]) -> None:
+        """Add an adapter: attention layer -> its low-rank terms, at least one."""
+        for target, terms in layers.items():
+            if target not in self._layers:
+                self._layers[target] = _Layer(self._model.get_submodule(target))
+            A, B = torch.cat([A for A, _ in terms]), torch.cat([B for _, B in terms], dim=1)
+            self._layers[target].terms[key] = A.to(self._dtype), B.to(self._dtype)
+
+    def keep(self, keys: Collection[str | None]) -> None:
+        """Remove all adapters but these; no row has one until the next ``select``."""
+        for layer in self._layers.values():
+            layer.terms = {key: pair for key, pair in layer.terms.items() if key in keys}
+            layer.select(())
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Make the base add every row's terms inside the block."""
         with ExitStack() as stack:
-            for layer in self._layers:
+            for layer in self._layers.values():
                 stack.callback(layer.module.register_forward_hook(layer.add).remove)
             yield
 
     def select(self, rows: Sequence[str | None]) -> None:
         """Set the adapter of each row of the next batches, by key; None means no adapter."""
-        numbers = [self._numbers[key] if key is not None else len(self._numbers) for key in rows]
-        for layer in self._layers:
-            layer.select(numbers)
+        for layer in self._layers.values():
+            layer.select(rows)
 
 
 class _Layer:
-    """One attention layer's terms: A ``[M + 1, r, in]`` and B ``[M + 1, out, r]``; the last entries are zero."""
+    """One attention layer's terms: key -> A ``[r, in]`` and B ``[out, r]``."""
 
-    def __init__(self, module: nn.Module, terms: Sequence[FactorPairs], dtype: torch.dtype) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self.module = module
-        joined = [(torch.cat([A for A, _ in t]), torch.cat([B for _, B in t], dim=1)) for t in terms if t]
-        rank = max(A.shape[0] for A, _ in joined)
-        (_, width), (height, _) = joined[0][0].shape, joined[0][1].shape
-        self.A = joined[0][0].new_zeros(len(terms) + 1, rank, width, dtype=dtype)
-        self.B = joined[0][1].new_zeros(len(terms) + 1, height, rank, dtype=dtype)
-        filled = iter(joined)
-        for number, term in enumerate(terms):
-            if term:
-                A, B = next(filled)
-                self.A[number, : len(A)], self.B[number, :, : len(A)] = A, B
+        self.terms: dict[str, tuple[Tensor, Tensor]] = {}
         self._batch = 0
         self._rows: tuple[Tensor, Tensor] | None = None
 
-    def select(self, numbers: Sequence[int]) -> None:
+    def select(self, keys: Sequence[str | None]) -> None:
         """Gather the rows' terms: one pair if all rows have the same adapter, nothing if no row has an adapter."""
-        self._batch = len(numbers)
-        different, none = set(numbers), len(self.A) - 1
-        if different <= {none}:
+        self._batch = len(keys)
+        own = {key: self.terms[key] for key in keys if key in self.terms}
+        if not own:
             self._rows = None
-        elif len(different) == 1:
-            self._rows = self.A[numbers[0]], self.B[numbers[0]]
+        elif len(set(keys)) == 1:
+            [self._rows] = own.values()
         else:
-            index = torch.tensor(numbers, device=self.A.device)
-            self._rows = self.A[index].transpose(1, 2), self.B[index].transpose(1, 2)
+            (A, B), rank = next(iter(own.values())), max(len(A) for A, _ in own.values())
+            inner = A.new_zeros(len(keys), rank, A.shape[1])
+            outer = B.new_zeros(len(keys), B.shape[0], rank)
+            for row, key in enumerate(keys):
+                if key in own:
+                    A, B = own[key]
+                    inner[row, : len(A)], outer[row, :, : len(A)] = A, B
+            self._rows = inner.transpose(1, 2), outer.transpose(1, 2)
 
     def add(self, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Return the layer's output ``[..., out]`` with every row's terms."""
         if self._rows is None:
             return output
-        (A, B), hidden = self._rows, args[0].to(self.A.dtype)
+        A, B = self._rows
+        hidden = args[0].to(A.dtype)
         if A.dim() == 2:
             delta = F.linear(F.linear(hidden, A), B)
         else:

@@ -1,0 +1,95 @@
+"""Losses of many positions without all their logits in memory at once.
+
+A batch of 32 responses of 256 tokens has 1.2 billion logits in a vocabulary of 152,000: 15 GB with the copies that
+a loss makes of them. Here the model's body computes all positions, and its head a few of them at a time, with all
+that the model does to its logits. Shapes: B rows, D width, P positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexperts.data.batches import IGNORED, PaddedBatch
+from flexperts.modeling.forward import body_of, response_logits, token_losses
+
+LOGIT_BYTES = 12
+"""Bytes of a scored logit: in the model's dtype, in fp32, and its softmax."""
+MOST_BYTES = 2**29
+"""Bytes that the logits of one chunk take."""
+
+
+def positions_at_once(model: Any) -> int | None:
+    """Return the number of positions whose logits fit ``MOST_BYTES``; None means all.
+
+    On a CPU it is all: there a product of few rows can round otherwise than one of many, and scores would change.
+    """
+    if next(model.parameters()).device.type == "cpu":
+        return None
+    vocabulary: int = model.config.get_text_config().vocab_size
+    return max(1, MOST_BYTES // (LOGIT_BYTES * vocabulary))
+
+
+@contextmanager
+def body_outputs(model: Any) -> Iterator[list[Any]]:
+    """Record what the model's body returns inside the block, one entry per forward pass."""
+    outputs: list[Any] = []
+    hook = body_of(model).register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def chunked_losses(model: Any, output: Any, states: Tensor, labels: Tensor, at_once: int) -> Tensor:
+    """Return the NLL ``[P]`` of ``labels [P]`` in nats.
+
+    Args:
+        model: A causal language model.
+        output: What its body has returned; its hidden states are replaced.
+        states: The last layer's hidden states at these positions, ``[P, D]``.
+        labels: The tokens that follow them, ``[P]``.
+        at_once: Positions whose logits may be in memory at once.
+    """
+    losses = [torch.zeros(0, device=states.device)]
+    for few, next_tokens in zip(torch.split(states, at_once), torch.split(labels, at_once), strict=True):
+        output.last_hidden_state = few[None]
+        with _body_returns(model, output):
+            logits = model(input_ids=next_tokens[None], use_cache=False).logits[0].float()
+        losses.append(F.cross_entropy(logits, next_tokens, reduction="none"))
+    return torch.cat(losses)
+
+
+@torch.no_grad()
+def scored_losses(model: Any, batch: PaddedBatch) -> tuple[Tensor, Tensor]:
+    """Return the same as ``token_losses``, without gradients, with the logits of a few positions at a time."""
+    if (at_once := positions_at_once(model)) is None:
+        return token_losses(model, batch)
+    with body_outputs(model) as outputs:
+        response_logits(model, replace(batch, response_columns=1))
+    states = outputs[0].last_hidden_state[:, -batch.response_columns - 1 : -1]
+    labels = batch.labels[:, -batch.response_columns :].to(states.device)
+    wanted, losses = labels != IGNORED, torch.zeros(labels.shape, device=states.device)
+    losses[wanted] = chunked_losses(model, outputs[0], states[wanted], labels[wanted], at_once)
+    return losses.sum(1), wanted.sum(1)
+
+
+@contextmanager
+def _body_returns(model: Any, output: Any) -> Iterator[None]:
+    """Let the model's body return an output that it has computed before."""
+    body = body_of(model)
+    own = body.__dict__.get("forward")  # accelerate's, where it moves weights
+    body.forward = lambda *_args, **_kwargs: output
+    try:
+        yield
+    finally:
+        del body.forward
+        if own is not None:
+            body.forward = own
