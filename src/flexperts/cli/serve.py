@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -124,7 +124,7 @@ def _of_run(path: Path, base: str | None, trust: bool) -> _Opened:
 
         return recipe_of(directory, base, trusted=trust)
 
-    def load(**sizes: int | None) -> Engine:
+    def load(**sizes: Any) -> Engine:
         from flexperts.serving.engine.engine import open_engine
 
         return open_engine(path, base=base, trust_remote_code=trust, **sizes)
@@ -150,7 +150,7 @@ def _at_silo(path: Path, run: str, base: str | None) -> _Opened:
         folder = RunDirectory.open(private_folder(Path(silo.state), run)).path
         return for_silo(recorded_recipe(folder), silo)
 
-    def load(**sizes: int | None) -> Engine:
+    def load(**sizes: Any) -> Engine:
         from flexperts.deployment.home import HomeRun
         from flexperts.serving.engine.engine import ServingEngine
 
