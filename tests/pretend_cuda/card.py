@@ -12,6 +12,7 @@ tensors from nothing are registered for torch's CUDA backend, which a CPU build 
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -307,12 +308,21 @@ def _fill_backend() -> None:
     global _library
     if _library is not None:
         return
-    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") copies where this file sees it
     _library = torch.library.Library("aten", "IMPL", "CUDA")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for func in _made_from_nothing():
             _library.impl(func.name().removeprefix("aten::"), _factory(func), "CUDA")
+
+
+def _with_cards(run: Any) -> Any:
+    """Return a thread's function in which ``torch.tensor(..., device="cuda")`` copies where this file sees it."""
+
+    def started(thread: threading.Thread) -> None:
+        torch._C._set_only_lift_cpu_tensors(True)  # of a thread
+        run(thread)
+
+    return started
 
 
 def _pin(tensor: Tensor, device: Any = None) -> Tensor:
@@ -359,9 +369,12 @@ def pretended(total: int = 24 * GIB) -> Iterator[Counts]:
             patch.setattr(torch.cuda, name, value)
         patch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
         patch.setattr(Tensor, "pin_memory", _pin)
+        patch.setattr(threading.Thread, "run", _with_cards(threading.Thread.run))
+        torch._C._set_only_lift_cpu_tensors(True)
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         counts.reset()
         try:
             yield counts
         finally:
             torch.__future__.set_overwrite_module_params_on_conversion(False)
+            torch._C._set_only_lift_cpu_tensors(False)

@@ -187,3 +187,11 @@ def test_rows_that_are_drawn_together_have_their_own_chances() -> None:
         found = torch.bincount(chosen, minlength=5) / draws
         assert (found - expected).abs().max() < 4 * (0.25 / draws) ** 0.5
         assert not found[expected == 0].any()
+
+
+def test_chances_that_are_not_finite_give_no_token() -> None:
+    logits = torch.tensor([[0.0, 1.0], [0.0, torch.nan]])
+    answers = [Decoding(TOKENIZER, {END}, Sampling(1, 1.0, 0.9, seed=n)) for n in range(2)]
+    tokens = draw_together(answers, logits).tolist()
+    assert tokens[0] in (0, 1)
+    assert tokens[1] == -1

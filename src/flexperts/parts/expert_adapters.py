@@ -75,7 +75,7 @@ class AdaptedLayer(nn.ModuleDict):
         matches = index.T.flatten() == cast(Tensor, self._chosen)[:, None]
         counts = matches.sum(1).tolist()  # a card is waited for here only
         order = torch.where(matches.any(0), matches.int().argmax(0), len(counts)).argsort(stable=True)
-        for expert, places in zip(self.indices, order[: sum(counts)].split(counts), strict=True):
+        for expert, places in zip(self.indices, torch.split(order[: sum(counts)], counts), strict=True):
             if not len(places):
                 continue
             slot, token = places // len(index), places % len(index)

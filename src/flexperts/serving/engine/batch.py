@@ -53,6 +53,8 @@ class RequestState:
         try:
             if logits.device.type == "cpu" and not self.answer.is_greedy:
                 token = self.answer.draw(logits)
+            if token < 0:
+                raise ServingError("the next token", "its chances are not finite numbers", "use other weights")
             if piece := self.answer.take(token):
                 self._send(piece)
         except Exception as error:

@@ -118,6 +118,7 @@ def draw_together(answers: Sequence[Decoding], logits: Tensor) -> Tensor:
     """Return a token for each row of fp32 ``logits [B, V]``, ``[B]``, drawn on their device without a wait for it.
 
     Each answer's uniform number is looked up in its row's cumulative distribution, the likeliest tokens first.
+    Where that is not finite, the token is -1.
     """
     temperature, top_p, drawn = torch.tensor([a.chance() for a in answers], device=logits.device).T.unsqueeze(-1)
     ordered, tokens = (logits / temperature).softmax(-1).sort(descending=True)
@@ -125,7 +126,8 @@ def draw_together(answers: Sequence[Decoding], logits: Tensor) -> Tensor:
     together = ordered.cumsum(-1)
     place = torch.searchsorted(together, drawn * together[:, -1:], right=True)
     last = (ordered > 0).sum(-1, keepdim=True) - 1  # rounding may lead beyond it
-    return tokens.gather(-1, place.minimum(last)).squeeze(-1)
+    chosen: Tensor = tokens.gather(-1, place.minimum(last).clamp(min=0)).where(together[:, -1:].isfinite(), -1)
+    return chosen.squeeze(-1)
 
 
 def nucleus(chances: Tensor, top_p: float) -> Tensor:
