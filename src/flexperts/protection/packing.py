@@ -25,7 +25,7 @@ class Packing(Protection):
         if not np.isfinite(change).all():
             return change, None  # the server refuses it, with the silo's name
         if settings.error_feedback and RESIDUAL in memory:
-            change = change + np.float32(settings.feedback_decay) * memory[RESIDUAL].cpu().numpy()
+            change = change + (settings.feedback_decay * memory[RESIDUAL]).cpu().numpy()
         packed = pack(change, settings)
         rebuilt = unpack(packed, change.size, settings, "packing")
         if settings.error_feedback:
