@@ -57,7 +57,6 @@ class Counts:
         self.launches: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         self.uploads: Counter[str] = Counter()
-        self.products: Counter[str] = Counter()  # types of the operands of grouped products
         self.pinned = 0  # bytes
         self.peak = Block.live
 
@@ -220,8 +219,6 @@ def _count(func: Any, args: Any, kwargs: Any, target: torch.device) -> None:
             counts.uploads[_place()] += 1
     elif name in WAITING or (func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None):
         counts.waits[f"{name}: {_place()}"] += 1
-    elif name == "_grouped_mm":
-        counts.products[f"{args[0].dtype} x {args[1].dtype}".replace("torch.", "")] += 1
 
 
 def _place() -> str:

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from flexperts.config.model import ModelConfig
 from flexperts.errors import ModelError
 from flexperts.modeling.memory import free_bytes
-from flexperts.modeling.placement import computing_device, pin_offloaded, placement
+from flexperts.modeling.placement import computing_device, pin_offloaded, placement, start_on
 from flexperts.modeling.quantization import (
     ExpertsQuantization,
     check_quantized,
@@ -118,6 +118,7 @@ def load_base(config: ModelConfig, tokenizer: Any = None) -> LoadedBase:
     _let_go_of_files(model)
     _keep_rows_together(model)
     _weigh_in_one_type(model)
+    start_on(model, device)
     pin_offloaded(model)
     return LoadedBase(model, tokenizer, fingerprint(model), source)
 

@@ -93,6 +93,15 @@ def pin_offloaded(model: nn.Module) -> None:
         kept.update({name: values.pin_memory() for name, values in kept.items() if not values.is_meta})
 
 
+def start_on(model: Any, device: torch.device) -> None:
+    """Let a model whose layers are on several cards take its inputs on the computing device.
+
+    accelerate draws one of the cards from a set, which differs from process to process.
+    """
+    if len({str(place) for place in getattr(model, "hf_device_map", {}).values()} - {"cpu", "disk"}) > 1:
+        model._hf_hook.execution_device = str(device)
+
+
 def offloaded(model: nn.Module) -> list[Any]:
     """Return the modules whose weights accelerate brings to a card for each forward pass."""
     return [m for m in model.modules() if has_offloaded_params(m) and execution_device(m).type != "cpu"]
