@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import binomtest
+from scipy.stats import fisher_exact
 
 from flexperts.files import PUBLIC, write_text
 from flexperts.reports.cells import MISSING, Cell, Column, Table, bounded, number, words
@@ -47,10 +47,12 @@ def _of_control(settings: Mapping[str, Any]) -> str:
 
 
 def _finds_words(found: Mapping[str, Any]) -> bool:
-    """Return whether the attack is better than guessing: its interval is above that of the guesses."""
-    if not found["named"]:
-        return False
-    return bool(found["low"] > binomtest(found["guessed"], found["named"]).proportion_ci(method="wilson").high)
+    """Return whether more words are right than as many guesses: Fisher's exact test, one-sided, at 2.5 %.
+
+    Two such tests are made for each update, of all words and of the silo's own.
+    """
+    tries = [(found[right], found["named"] - found[right]) for right in ("right", "guessed")]
+    return bool(fisher_exact(tries, alternative="greater").pvalue < 0.025)
 
 
 def _said(name: str, its: Mapping[str, Any]) -> Iterator[str]:
