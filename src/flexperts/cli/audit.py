@@ -68,7 +68,10 @@ def command(
     )
 
     from flexperts.terminal.display import RunDisplay
+    from flexperts.terminal.preflight import check_memory
 
+    if config is not None:
+        config = check_memory(config)
     with stoppable(lambda: f"finished settings are in {out}; the same command with --out {out} adds the others"):
         with RunDisplay() as display:
             from flexperts.audit.audit import Plan, audit_recipe, audit_run
