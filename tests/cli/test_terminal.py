@@ -82,7 +82,7 @@ def call(*arguments: str | Path) -> tuple[int, str, str]:
 def test_there_is_one_console() -> None:
     """A console of rich's own would take names and paths for markup, and lose what stands in brackets."""
     made = [p for p in SOURCE.rglob("*.py") if "Console(" in p.read_text(encoding="utf-8")]
-    assert made == [SOURCE / "cli" / "console.py"]
+    assert made == [SOURCE / "terminal" / "console.py"]
     columns = [p for p in SOURCE.rglob("*.py") if "TextColumn(" in p.read_text(encoding="utf-8")]
     assert all(p.read_text().count("TextColumn(") == p.read_text().count("markup=False)") for p in columns)
 

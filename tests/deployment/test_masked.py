@@ -101,3 +101,37 @@ def test_a_silo_is_killed_while_it_trains_and_the_others_sum_is_made(
         summary = json.loads((cluster.runs / "masks" / "summary.json").read_text())
         assert summary["bytes"]["keys_total"] > 0
     assert not cluster.left
+
+
+def test_a_silo_is_killed_after_it_sent_keys_and_after_it_sent_its_update(
+    tmp_path: Path, tiny_base: Path, four: dict[str, Path], deployed: Callable[..., Path]
+) -> None:
+    """The first time its masks are taken out of the sum, the second time its update is part of it."""
+    recipe = masked(deployed, 5, deadline=60)
+    (tmp_path / "cluster").mkdir()
+    with Cluster(tmp_path / "cluster", four, tiny_base) as cluster:
+        cluster.start_everything()
+
+        def said(text: str) -> list[str]:
+            return [line for line in cluster.log("worker-law_firm").splitlines() if text in line]
+
+        run = cluster.submit(recipe, "phases")
+        wait_until(lambda: said("sent keys and shares"), "the keys of round 1")
+        cluster.kill("worker-law_firm")
+        assert not said(": trained")
+        wait_until(lambda: len(cluster.rounds("phases")) >= 1, "round 1 without it")
+        cluster.start_worker("law_firm")
+        wait_until(lambda: said(": trained"), "its first update")
+        cluster.kill("worker-law_firm")
+        [line] = said(": trained")
+        number = int(line.partition(", round ")[2].partition(":")[0])
+        assert len(cluster.rounds("phases")) == number - 1, "the sum was unmasked before the kill"
+        wait_until(lambda: len(cluster.rounds("phases")) >= number, "the sum with its update")
+        cluster.start_worker("law_firm")
+        assert run.wait(300) == 0
+        rounds = cluster.rounds("phases")
+        assert "law_firm" not in rounds[0]["clients"]
+        assert "law_firm" in rounds[number - 1]["clients"]
+        assert np.isfinite([log["secure"]["norm"] for log in rounds]).all()
+        assert not [log["secure"]["spoilt"] for log in rounds if "spoilt" in log["secure"]]
+    assert not cluster.left

@@ -9,8 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from flexperts.artifacts import RunDirectory
 from flexperts.client.client import Client
+from flexperts.client.states import in_states
 from flexperts.config.run import RunConfig
 from flexperts.errors import ArtifactError, ConfigError, FlexpertsError
+from flexperts.evaluation.scores import evaluate
 from flexperts.files import read_json
 from flexperts.methods.kit.turn import Turn
 from flexperts.observer import Observer
@@ -274,14 +277,20 @@ def test_the_untouched_base_is_scored_once_for_all_entries_and_seeds(
 ) -> None:
     """Three clients' own rows and the general tasks; routing looks at the base by itself, once a client."""
     states: list[str] = []
-    in_state = Client.in_state
+    entered: list[str] = []
 
-    def count(client: Client, request: Any, state: Any) -> Any:
-        states.append(state)
-        return in_state(client, request, state)
+    @contextmanager
+    def watched(*whose: Any) -> Iterator[Any]:
+        with in_states(*whose) as enter:
+            yield lambda state: entered.append(state) or enter(state)
+
+    def count(*what: Any) -> Any:
+        states.append(entered[-1])
+        return evaluate(*what)
 
     monkeypatch.setattr(runner, "_workspace", None)
-    monkeypatch.setattr(Client, "in_state", count)
+    monkeypatch.setattr("flexperts.client.client.in_states", watched)
+    monkeypatch.setattr("flexperts.client.client.evaluate", count)
     small = plan("federation.rounds=1", "training.local_steps=1", entries=["flex", "fedavg"])
     assert run_comparison(small, tmp_path / "out") == []
     assert states.count("zero_shot") == 3 + 1
