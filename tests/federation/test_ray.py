@@ -79,7 +79,8 @@ def test_two_actors_give_the_bits_of_one_process_also_after_an_interruption(reci
     assert (here["engine"]["workers"], there["engine"]) == (1, {"workers": 2, "threads": 1})
     assert there["peak_memory"]
     assert told.chosen_by == ends.chosen_by | after.chosen_by
-    assert told.tasks == ends.tasks | after.tasks
+    # Of a turn's states an actor sends a few per second, so a short one may not be told.
+    assert told.tasks >= ends.tasks | after.tasks > {f"{name}: personalized answers" for name in told.chosen_by}
     assert signal.getsignal(signal.SIGTERM) is handler
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
 

@@ -159,20 +159,25 @@ class _Events(list[Any]):
         self.append(event)
 
 
-def _client_app() -> Callable[..., tuple[str, Any, _Events]]:
+_told = _Events()
+_observer = Remote(_told)
+"""In an actor: one observer for all its calls, because a client keeps the one that it was made with."""
+
+
+def _client_app() -> Callable[..., tuple[str, Any, list[Any]]]:
     """Return what Flower's actor calls in the place of a client app."""
     return _run
 
 
-def _run(message: tuple[Callable[..., Any], tuple[Any, ...]], context: None) -> tuple[str, Any, _Events]:
+def _run(message: tuple[Callable[..., Any], tuple[Any, ...]], context: None) -> tuple[str, Any, list[Any]]:
     """Run a function in an actor; an error is a result, because Flower keeps an error's text only."""
     function, arguments = message
-    events = _Events()
+    _told.clear()
     try:
-        with observing(Remote(events)):
-            return "result", function(_ready().workspace, *arguments), events
+        with observing(_observer):
+            return "result", function(_ready().workspace, *arguments), list(_told)
     except Exception as error:
-        return "error", sendable(error), events
+        return "error", sendable(error), list(_told)
 
 
 _begun: tuple[Setting, Path, Path]
