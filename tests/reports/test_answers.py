@@ -116,11 +116,17 @@ def test_a_page_with_rows_says_so_first_and_names_the_silos_as_text(whole: Compa
     assert r"&lt;b&gt;a\* (1)" in text.splitlines()[2]
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/comparison.json")), ids=lambda path: path.parent.name)
+EARLIER = [path for path in sorted(RESULTS.glob("*/comparison.json")) if "rouge_tokenizer" not in path.read_text()]
+
+
+def test_there_are_comparisons_of_earlier_versions() -> None:
+    assert EARLIER
+
+
+@pytest.mark.parametrize("path", EARLIER, ids=lambda path: path.parent.name)
 def test_comparisons_of_earlier_versions_are_still_read(path: Path) -> None:
     """Without what is new in them, and with nothing said of it."""
     comparison = json.loads(path.read_text(encoding="utf-8"))
-    assert "rouge_tokenizer" not in comparison
     assert "answers" not in tables(comparison)
     page = html_report(comparison)
     assert page.startswith("<!doctype html>")
