@@ -105,7 +105,7 @@ class RunProgress(Observer):
     def _of_run(self, turns: list[TurnState]) -> list[Line]:
         now, phase = self._clock(), self._phase
         if phase is None:
-            elapsed = _duration(now - self._since)
+            elapsed = duration(now - self._since)
             return [Line(f"{self._title}{self._stage}", elapsed)] if self._stage else []
         # A client selects experts in its first training, or when it joins.
         name = "selection" if turns and all(t.phase == "selection" for t in turns) else phase.name
@@ -113,7 +113,7 @@ class RunProgress(Observer):
         share = phase.share(turns)
         left = self._left(phase, share, now)
         facts = [f"{len(phase.ended)} of {phase.clients} clients", *phase.facts(now)]
-        facts.append(_duration(now - phase.since) if left is None else f"ETA {_duration(left)}")
+        facts.append(duration(now - phase.since) if left is None else f"ETA {duration(left)}")
         return [Line(f"{self._title}{where}{name}", ", ".join(facts), share * phase.clients, phase.clients)]
 
     def _left(self, phase: _Phase, share: float, now: float) -> float | None:
@@ -186,5 +186,6 @@ def _of_turn(state: TurnState) -> Line:
     return Line(f"  {state.client}: {text}", facts, state.done, state.total)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return seconds as hours, minutes and seconds: 0:01:30."""
     return str(timedelta(seconds=round(seconds)))

@@ -1,1 +1,1 @@
-"""What updates reveal: attacks on the updates of simulated rounds, by whoever has all rows in one process."""
+"""What updates reveal: attacks on the updates of simulated rounds, by someone who has all rows in one process."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from flexperts.progress import duration
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -142,9 +143,9 @@ def _line(found: Mapping[str, Any], *, since: bool = True) -> str:
         f"{rounds['done']} of {rounds['planned']} rounds",
     ]
     if last:
-        facts.append(f"a round takes {_duration(mean(sum(one['seconds'].values()) for one in last))}")
+        facts.append(f"a round takes {duration(mean(sum(one['seconds'].values()) for one in last))}")
     if since and found["seconds_since"] is not None and found["state"] != "finished":
-        facts.append(f"the last one ended {_duration(found['seconds_since'])} ago")
+        facts.append(f"the last one ended {duration(found['seconds_since'])} ago")
     if late := [name for name, silo in found["silos"].items() if silo["late"]]:
         facts.append(f"missing in their last round: {', '.join(late)}")
     return "; ".join(facts)
@@ -168,14 +169,10 @@ def _shown(found: Mapping[str, Any]) -> RenderableType:
     for column in ("silos", "loss", "training", "evaluation", "sent", "received", "epsilon"):
         rounds.add_column(column, justify="right")
     for one in found["last_rounds"]:
-        spent = (_duration(one["seconds"][phase]) for phase in ("training", "evaluation"))
+        spent = (duration(one["seconds"][phase]) for phase in ("training", "evaluation"))
         sizes = (size(one["bytes"][way]).text for way in ("uplink", "downlink"))
         used = f"{one['used']} of {one['drawn']}"
         rounds.add_row(
             str(one["number"]), used, number(one["loss"], 3).text, *spent, *sizes, significant(one["epsilon"]).text
         )
     return Group(Text(_line(found)), *((silos, rounds) if found["last_rounds"] else ()))
-
-
-def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
