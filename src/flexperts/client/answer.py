@@ -36,11 +36,16 @@ def answer(kind: str, content: RecordDict, client: Client) -> RecordDict:
         content: The request's content.
         client: The client that is asked.
     """
+    whole = with_weights(kind, content, client)
+    if whole is None:
+        return records({"client": client.name, "error": LACKS_COPY})
+    return answer_whole(kind, whole, client)
+
+
+def answer_whole(kind: str, content: RecordDict, client: Client) -> RecordDict:
+    """Return the same for a request that ``with_weights`` has returned: it has all weights, and they are kept."""
     try:
-        whole = with_weights(kind, content, client)
-        if whole is None:
-            return records({"client": client.name, "error": LACKS_COPY})
-        return ANSWERS[kind](whole, client)
+        return ANSWERS[kind](content, client)
     finally:
         client.observer.turn_ended(client.name)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from flwr.app import RecordDict
 
-from flexperts.client.answer import ANSWERS, answer, checked_request, request_of
+from flexperts.client.answer import ANSWERS, answer, answer_whole, checked_request, request_of
 from flexperts.client.answer_limit import answer_limit, check_limit
 from flexperts.client.client import Client, Resident
 from flexperts.client.copy import with_weights
@@ -124,7 +124,7 @@ class Worker:
                 client.settle(request_of(content, EvaluateRequest)[0])
                 keep_received(client.folder, content)
                 raise
-        reply = serialize({}, answer(asked.kind, content, client))
+        reply = serialize({}, answer_whole(asked.kind, content, client))
         if asked.kind == "evaluate":
             keep_received(client.folder, content)
         self._ledger.record(asked, reply, privacy, scored)
