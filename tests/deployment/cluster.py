@@ -101,11 +101,11 @@ class Cluster:
         self._start(f"worker-{silo}", "flexperts", "silo", "serve", f"{silo}/silo.toml")
         wait_until(lambda: (self.folder / silo / "state" / "worker.sock").exists(), f"the worker of {silo}")
 
-    def start_node(self, silo: str) -> None:
+    def start_node(self, silo: str, config: str | None = None) -> None:
         """Start a silo's SuperNode, as a supervisor would: again and again until the SuperLink takes it."""
         address = ["--superlink", f"127.0.0.1:{self.through}", "--host", "127.0.0.1", "--port", str(free_port())]
         secure = ["--root-certificates", "ca.crt", "--auth-supernode-private-key", f"{silo}/key"]
-        config = f'silo="{self.folder / silo / "silo.toml"}"'
+        config = config or f'silo="{self.folder / silo / "silo.toml"}"'
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
             arguments = [*address, *(secure if self.tls else ["--insecure"]), "--node-config", config]

@@ -55,6 +55,14 @@ def command(
             show_default="the recipe's engine.kind",
         ),
     ] = None,
+    region: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Run a region: the silos of this SuperLink together are the client NAME of another run. See "
+            "docs/scale.md.",
+        ),
+    ] = None,
     workers: Workers = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the run in --out.")] = False,
     track: Annotated[
@@ -86,13 +94,18 @@ def command(
     options += [
         ("--workers", workers),
         ("--engine", engine),
+        ("--region", region),
         ("--device", device),
         ("--trust-remote-code", trust),
         ("--resume", True),
     ]
+    if region is not None and address is None:
+        raise ConfigError(
+            f"--region {region}", "a region has a SuperLink of its own", "add --engine superlink://NAME"
+        )
     again = command_line("run", str(recipe), options=options)
     if address is not None:
-        _deploy(config, address, str(out), resume, track, again)
+        _deploy(config, address, str(out), resume, track, again, region or "")
     else:
         check_trust(config, recipe, trusted=trust or sets_trust(settings or ()))
         check_extras(config)
@@ -148,12 +161,16 @@ def _progress(out: Path) -> tuple[int, ...]:
     )
 
 
-def _deploy(config: RunConfig, engine: str, name: str, resume: bool, track: list[str] | None, again: str) -> None:
+def _deploy(
+    config: RunConfig, engine: str, name: str, resume: bool, track: list[str] | None, again: str, region: str
+) -> None:
     """Submit the run to a SuperLink, follow its log, and show the result if it is on this machine."""
     from flexperts.artifacts import RunDirectory
+    from flexperts.config.names import client_name
     from flexperts.deployment.settings import at_silos, run_folder
     from flexperts.deployment.submit import connection_of, follow, submit
     from flexperts.errors import ConfigError, FederationError
+    from flexperts.server.region import check_region
     from flexperts.terminal.display import RunDisplay
 
     connection, folder = connection_of(engine), run_folder(name)
@@ -161,7 +178,10 @@ def _deploy(config: RunConfig, engine: str, name: str, resume: bool, track: list
         raise ConfigError(f"--track {track[0]}", "trackers only log runs in this process", "leave --track out")
     if config.method.reference:
         typer.echo(f"reference method {config.method.reference} is left out: a deployed run has one method")
-    run_id = submit(at_silos(config).to_toml(), name, connection, resume=resume)
+    if region:
+        client_name(region)
+        check_region(config)
+    run_id = submit(at_silos(config).to_toml(), name, connection, resume=resume, region=region)
     typer.echo(f"run {run_id} on {connection}; Ctrl-C does not stop it, `flwr stop {run_id} {connection}` does")
     with stoppable(
         lambda: (

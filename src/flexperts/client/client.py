@@ -427,7 +427,12 @@ class Client:
         owners = self.workspace.clients if self.method.pools_rows else [self.name]
         rows = (len(self.workspace.clients[owner].train) for owner in owners)
         steps = sum(steps_per_round(count, self.config.training) for count in rows)
-        return self._settings(steps, self.config.federation.rounds * steps, (round_number - 1) * steps)
+        settings = self._settings(steps, self.config.federation.rounds * steps, (round_number - 1) * steps)
+        seconds = self.config.training.local_seconds
+        if seconds is None or self.standing is not None:  # a silo's own machine has a clock
+            return replace(settings, seconds=seconds)
+        step = self.config.federation.step_seconds.get(self.name, 1.0)
+        return replace(settings, steps=min(steps, max(1, int(seconds / step))))
 
     def _settings(self, steps: int = 0, total_steps: int = 0, first_step: int = 0) -> LocalSettings:
         """Return the local settings for this number of steps; a model that is only used has none."""

@@ -93,6 +93,8 @@ class Joining(Fields):
     report: Json
     card: Annotated[str, Field(max_length=ROOM)] = ""
     """JSON of its keys for secure aggregation."""
+    silos: Annotated[int, Field(ge=1, le=MOST_ROWS)] = 1
+    """Silos behind it: more than one for a region, whose rows may be fewer in a round without some of them."""
 
 
 class InitialFields(Fields):

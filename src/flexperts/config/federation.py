@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from flexperts.config.section import Section
 
@@ -16,6 +16,17 @@ class FederationConfig(Section):
     """Number of rounds."""
     participation: float = Field(1.0, gt=0, le=1)
     """Share of the clients that is drawn to train in each round; all are evaluated."""
+    mode: Literal["synchronous", "buffered"] = "synchronous"
+    """synchronous = a round waits for all clients that were drawn; buffered = it ends with the first ``buffer``
+    updates, and those of the others count in the round in which they arrive; see docs/slow-silos.md."""
+    buffer: int | None = Field(None, ge=1)
+    """With mode "buffered", updates that end a round. Then ``participation`` is the share of the clients that train
+    at the same time."""
+    staleness: float = Field(0.5, ge=0)
+    """With mode "buffered", an update that is s rounds late counts (1 + s) to the power of minus this."""
+    step_seconds: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Simulated seconds of an optimizer step by client, 1 for others: who is late in a buffered run on one machine.
+    The simulated time is in rounds.jsonl. Silos on other machines have real time."""
     min_clients: int = Field(1, ge=1)
     """Clients that must have joined before round 1; a deployed run waits for them."""
     quorum: float = Field(0.5, gt=0, le=1)
@@ -42,8 +53,14 @@ class FederationConfig(Section):
     malicious_clients: int = Field(1, ge=0)
     """Number of wrong updates to tolerate (krum); there must be at least three more updates than that."""
 
+    @model_validator(mode="after")
+    def _buffer_fits(self) -> Self:
+        if (self.mode == "buffered") != (self.buffer is not None):
+            raise ValueError("mode = 'buffered' and buffer, such as 4, belong together: set both or neither")
+        return self
+
     def drawn(self, clients: int) -> int:
-        """Return how many of a run's clients are drawn to train in a round, at least one."""
+        """Return how many of a run's clients train at the same time, at least one."""
         return max(1, round(self.participation * clients))
 
 

@@ -38,6 +38,9 @@ class TrainingConfig(Section):
     """Optimizer steps per round; without it, local_epochs decides."""
     local_epochs: float = Field(1.0, gt=0)
     """Passes over the client's rows per round."""
+    local_seconds: float | None = Field(None, gt=0)
+    """Seconds that a client trains in a round: at least one step, at most the steps above. Updates then count per
+    step (docs/slow-silos.md). On one machine a step takes federation.step_seconds, on a silo what it takes."""
     batch_size: int = Field(4, ge=1)
     """Rows per optimizer step."""
     micro_batch_size: int | None = Field(None, ge=1)

@@ -99,9 +99,11 @@ def planned_rounds(model: ClientModel, sites: dict[str, PlannedSite]) -> list[Ro
     rounds = []
     for number in range(1, federation.rounds + method.extra_rounds(federation.rounds) + 1):
         participants = sorted(method.participants(server, drawn))
-        broadcasts = {name: method.broadcast(server, name).manifest for name in participants}
+        answering = participants[: federation.buffer]
+        asked = participants if number == 1 else answering
+        broadcasts = {name: method.broadcast(server, name).manifest for name in asked}
         groups = {name: group_bytes(manifest) for name, manifest in broadcasts.items()}
-        declared = {name: method.uplink(server, name) for name in participants}
+        declared = {name: method.uplink(server, name) for name in answering}
         sent = {name: group_bytes(manifest) for name, manifest in declared.items()}
         packed = {name: packed_bytes(manifest.size, compression) for name, manifest in declared.items()}
         keys = dict[str, int]()

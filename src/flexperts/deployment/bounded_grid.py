@@ -48,6 +48,7 @@ class BoundedGrid(Grid):
 
     def __init__(self, grid: Grid, most: int) -> None:
         self._grid = grid
+        self._questions: dict[str, Message] = {}
         _bound_pulls(grid, most)
 
     def set_run(self, run: Any) -> None:
@@ -70,39 +71,47 @@ class BoundedGrid(Grid):
         return self._grid.get_node_ids()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Pass it on."""
-        return self._grid.push_messages(messages)
+        """Send messages and return their ids; one that cannot be sent has none."""
+        sent = list(messages)
+        del messages
+        ids = list(self._grid.push_messages(sent))
+        for message_id, message in zip(ids, sent, strict=False):
+            message.content = RecordDict()  # the weights in it
+            if message_id:
+                self._questions[message_id] = message
+        return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Pass it on."""
-        return self._grid.pull_messages(message_ids)
+        """Return the replies that have come; one that cannot be read is an error of that silo."""
+        return [reply for message_id in message_ids for reply in self._replies_to(message_id)]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Send messages and return the replies that came within so many seconds."""
         end = None if timeout is None else time.monotonic() + timeout
-        sent = list(messages)
+        waiting = [message_id for message_id in self.push_messages(messages) if message_id]
         del messages
-        ids = self._grid.push_messages(sent)
-        for message in sent:
-            message.content = RecordDict()  # the weights in it
-        waiting = {message_id: message for message_id, message in zip(ids, sent, strict=False) if message_id}
         replies: list[Message] = []
         while waiting and (end is None or time.monotonic() < end):
-            for message_id, question in list(waiting.items()):
-                found = self._replies_to(message_id, question)
+            for message_id in list(waiting):
+                found = self._replies_to(message_id)
                 replies += found
                 if found:
-                    del waiting[message_id]
+                    waiting.remove(message_id)
             if waiting:
                 time.sleep(_POLL)
+        for message_id in waiting:
+            del self._questions[message_id]
         return replies
 
-    def _replies_to(self, message_id: str, question: Message) -> list[Message]:
+    def _replies_to(self, message_id: str) -> list[Message]:
         try:
-            return list(self._grid.pull_messages([message_id]))
+            found = list(self._grid.pull_messages([message_id]))
         except _FAULTS as error:
             reason = one_line(f"its reply cannot be read ({error!r})")
-            return [Message(Error(_UNREADABLE, reason), reply_to=question)]
+            found = [Message(Error(_UNREADABLE, reason), reply_to=self._questions[message_id])]
+        if found:
+            self._questions.pop(message_id, None)
+        return found
 
 
 def _bound_pulls(grid: Grid, most: int) -> None:

@@ -60,7 +60,11 @@ def is_served(state: Path) -> bool:
 
 
 def serve_requests(
-    listener: Listener, answer: Callable[[bytes | None], bytes], most: int, door: SiloSocket | None = None
+    listener: Listener,
+    answer: Callable[[bytes | None], bytes],
+    most: int,
+    door: SiloSocket | None = None,
+    until: Callable[[], bool] = lambda: False,
 ) -> None:
     """Answer requests one at a time, until a ``BaseException`` such as ``SystemExit`` is raised.
 
@@ -73,6 +77,7 @@ def serve_requests(
             too long.
         most: Bytes of the longest request that is read.
         door: The silo's settings for a socket that other users can open.
+        until: Whether the request that was just answered is the last one.
     """
     allowed = allowed_users(door)
     while True:
@@ -89,6 +94,9 @@ def serve_requests(
                     connection.send_bytes(reply)
             except (OSError, EOFError, MemoryError) as error:
                 log.warning("a connection was closed early (%s)", type(error).__name__)
+            else:
+                if until():
+                    return
 
 
 def _received(connection: Connection, most: int) -> bytes | None:

@@ -11,7 +11,9 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from flexperts.artifacts import RunDirectory
+from flexperts.config.names import client_name
 from flexperts.deployment.bounded_grid import BoundedGrid
+from flexperts.deployment.region_door import serve_region
 from flexperts.deployment.settings import run_folder
 from flexperts.errors import ArtifactError, FlexpertsError
 from flexperts.files import sole_writer
@@ -29,20 +31,22 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Serve the run in the configuration: ``recipe`` (its text), ``out`` (a name), ``resume``."""
+    """Serve the run in the configuration: ``recipe`` (its text), ``out`` and ``region`` (names), ``resume``."""
     _quiet_but_for_us()
     try:
         config = parse_recipe(str(context.run_config["recipe"]))
         out = run_folder(str(context.run_config["out"]))
-        resume = bool(context.run_config["resume"])
+        resume, region = bool(context.run_config["resume"]), str(context.run_config["region"])
         # An earlier process of the same run can take a minute to notice that it has lost its SuperLink.
         patience = _PATIENCE if resume else 0.0
         with sole_writer(out, patience=patience, waiting=log.info), observing(LogObserver()):
             if resume and (out / "config.toml").exists() and is_extended(RunDirectory(out), config):
                 extend(RunDirectory(out), config, current_observer())
             run = _open(out, config.to_toml(), resume=resume)
-            if not run.has_finished:
-                bounded = BoundedGrid(grid, config.federation.max_message_bytes)
+            bounded = BoundedGrid(grid, config.federation.max_message_bytes)
+            if region:  # a finished one still answers the request that its root may have lost
+                serve_region(bounded, config, run, client_name(region), current_observer())
+            elif not run.has_finished:
                 serve(bounded, config, run, current_observer())
         log.info("finished; everything is in %s", out)
     except FlexpertsError as error:

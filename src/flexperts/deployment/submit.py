@@ -51,7 +51,7 @@ def _connections(path: Path) -> list[str]:
     return sorted(name for name, value in found.items() if isinstance(value, dict))
 
 
-def submit(recipe: str, out: str, connection: str, *, resume: bool = False) -> int:
+def submit(recipe: str, out: str, connection: str, *, resume: bool = False, region: str = "") -> int:
     """Start a run on a SuperLink and return its id there.
 
     Args:
@@ -59,10 +59,13 @@ def submit(recipe: str, out: str, connection: str, *, resume: bool = False) -> i
         out: The run's name.
         connection: Name of the connection in Flower's config.toml.
         resume: Continue the run of that name.
+        region: The name under which the run is a client of another one; empty for a run of its own.
     """
     with tempfile.TemporaryDirectory() as folder:
         settings = Path(folder) / "run.toml"
-        settings.write_text(tomli_w.dumps({"recipe": recipe, "out": out, "resume": resume}), encoding="utf-8")
+        settings.write_text(
+            tomli_w.dumps({"recipe": recipe, "out": out, "resume": resume, "region": region}), encoding="utf-8"
+        )
         answer = _flwr("run", str(APP), connection, "--run-config", str(settings), "--format", "json")
     return int(_read(answer)["run-id"])
 

@@ -280,7 +280,11 @@ def _check_states(run: RunDirectory, server: Server, base: str) -> None:
 
     A client whose update was refused has a newer state than the server's records say; it keeps that state.
     """
-    trained = {name: log["number"] for log in run.finished_rounds(server.round) for name in log["clients"]}
+    trained = {
+        name: log["number"] - log.get("late", {}).get(name, 0)
+        for log in run.finished_rounds(server.round)
+        for name in log["clients"]
+    }
     for name, last in sorted(trained.items()):
         store = PersonalStore(run.path / "personal" / f"{name}.safetensors", base)
         state = store.load(server.round)

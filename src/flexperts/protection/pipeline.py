@@ -22,6 +22,7 @@ from flexperts.communication.messages import DERIVED, Update
 from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError
 from flexperts.methods.kit.method import Method
+from flexperts.methods.kit.personal_rounds import PersonalRounds
 from flexperts.parameters.vector import Payload, Vector
 from flexperts.protection.noise import CentralNoise, DistributedNoise, LocalNoise
 from flexperts.protection.packing import Packing
@@ -53,6 +54,7 @@ def protections(config: RunConfig) -> list[Protection]:
 def check_protections(method: Method, config: RunConfig) -> None:
     """Refuse defences that a method, each other or this installation do not allow."""
     _check_downlink(method, config)
+    _check_late(method, config)
     active = protections(config)
     for protection in active:
         if not method.additive:
@@ -87,6 +89,48 @@ def _check_downlink(method: Method, config: RunConfig) -> None:
         )
 
 
+def _check_late(method: Method, config: RunConfig) -> None:
+    """Refuse buffered rounds, and steps by time, where an update is not a change that can be moved and scaled."""
+    settings = []
+    if config.federation.mode == "buffered":
+        settings.append("federation.mode = 'buffered'")
+    if config.training.local_seconds is not None:
+        settings.append(f"training.local_seconds = {config.training.local_seconds:g}")
+    for setting in settings:
+        check_plain(method, config, setting)
+        others = {
+            f"privacy.noise = {config.privacy.noise!r}": config.privacy.noise != "none",
+            "privacy.aggregation = 'secure'": is_secure(config),
+            f"compression.downlink = {config.compression.downlink!r}": config.compression.downlink != "none",
+            "a protection that hides the number of steps": not told(config, ["steps"]),
+        }
+        if other := next((name for name, active in others.items() if active), None):
+            raise ConfigError(
+                f"{setting} with {other}",
+                "this needs rounds in which all clients train from the same weights, with the same budget",
+                "turn one off",
+            )
+
+
+def check_plain(method: Method, config: RunConfig, setting: str) -> None:
+    """Refuse a method other than a mean, in every round, of replies that are the shared weights after training.
+
+    Args:
+        method: The method.
+        config: The run.
+        setting: What needs such a method.
+    """
+    own = type(method)
+    draws = own.participants in (Method.participants, PersonalRounds.participants)
+    plain = method.additive and draws and own.broadcast is Method.broadcast
+    if not plain or method.extra_rounds(config.federation.rounds):
+        raise ConfigError(
+            f"{setting} with method {method.name!r}",
+            "it needs a mean of replies that are the shared weights after training, in every round",
+            "leave it out, or use a method such as 'fedavg' or 'flex'",
+        )
+
+
 def check_apart(config: RunConfig) -> None:
     """Refuse settings that cannot work where the silos are other machines."""
     ratio = config.federation.max_norm_ratio
@@ -100,8 +144,14 @@ def check_apart(config: RunConfig) -> None:
 
 
 def check_enough(config: RunConfig, clients: int) -> None:
-    """Refuse a defence that needs more clients than a round has."""
-    drawn = config.federation.drawn(clients)
+    """Refuse a buffer, or a defence, that needs more clients than a round has."""
+    drawn, buffer = config.federation.drawn(clients), config.federation.buffer
+    if buffer is not None and buffer > drawn:
+        raise ConfigError(
+            f"federation.buffer = {buffer} with {drawn} clients that train at the same time",
+            "a round cannot wait for more updates than there are",
+            f"set it to at most {drawn}, or raise federation.participation",
+        )
     for protection in protections(config):
         if drawn < protection.fewest:
             raise ConfigError(

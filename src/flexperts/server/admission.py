@@ -61,13 +61,23 @@ class Admission:
         self.method, self.config, self.server = method, config, server
         self._start: tuple[Vector | None, float] = None, 0.0
 
-    def update(self, client: str, content: RecordDict) -> Update:
-        """Return the update in a reply to a training request of the coming round."""
+    def update(
+        self, client: str, content: RecordDict, number: int | None = None, sent: Payload | None = None
+    ) -> Update:
+        """Return the update in a reply to a training request.
+
+        Args:
+            client: The client that was asked.
+            content: Its reply.
+            number: The round that it was asked for; by default the coming one.
+            sent: The shared weights that it was sent; by default the present ones.
+        """
+        sent = sent or self.server.shared
         try:
             manifest = self.method.uplink(self.server, client)
-            expected = Expected(manifest, self.server.shared, self.config.compression)
+            expected = Expected(manifest, sent, self.config.compression)
             check_size(content, expected.most, client)
-            self._check_trained(client, content)
+            self._check_trained(client, content, number)
             return self._update(client, content, expected)
         except FederationError:
             raise
@@ -121,6 +131,7 @@ class Admission:
 
     def _check_scored(self, client: str, known: Metrics, sent: Metrics) -> None:
         rows, most = known["rows"], self.config.evaluation.rows or MOST_ROWS
+        most *= self.server.silos.get(client, 1)
         if not (1 <= rows <= most and rows.is_integer()):
             raise incompatible(
                 f"{client}: {rows:.12g} rows", f"the number of scored rows must be a whole number from 1 to {most}"
@@ -131,10 +142,10 @@ class Admission:
                 f"{client} reports {found} counts about answers", f"it must be all of {', '.join(counts)}, or none"
             )
 
-    def _check_trained(self, client: str, content: RecordDict) -> None:
+    def _check_trained(self, client: str, content: RecordDict, number: int | None = None) -> None:
         check_records(content, client, "info", "metrics")
         heading = fields_of(content, TrainedHeading, client)
-        _check_heading(client, heading, self.server.round + 1)
+        _check_heading(client, heading, number or self.server.round + 1)
         self._check_base(client, heading.base)
 
     def _measures(self, client: str, content: RecordDict) -> dict[str, Any]:
@@ -154,7 +165,7 @@ class Admission:
     def _update(self, client: str, content: RecordDict, expected: Expected) -> Update:
         metrics = self._measures(client, content)
         update = Update(client, payload_of(content, client, expected), metrics["rows"], metrics)
-        self._check_values(update)
+        self._check_values(update, expected.sent.vector)
         self.method.check_update(self.server, update)
         return update
 
@@ -169,6 +180,8 @@ class Admission:
     def _check_rows(self, client: str, rows: float) -> None:
         rows_of = self.server.clients
         expected = sum(rows_of.values()) if self.method.pools_rows else rows_of[client]
+        if expected >= 1 <= rows <= expected and client in self.server.silos:
+            return  # of a region, some silos may not take part
         if rows != expected or expected < 1:
             raise FederationError(
                 f"{client} counts {rows:.12g} rows",
@@ -176,14 +189,14 @@ class Admission:
                 "restart that silo: it then joins with the rows that it has now",
             )
 
-    def _check_values(self, update: Update) -> None:
-        """Refuse values that are not finite or too far from the round's start (too large if not additive).
+    def _check_values(self, update: Update, sent: Vector) -> None:
+        """Refuse values that are not finite or too far from the sent ones (too large if not additive).
 
         A cheap bound comes first: the update's norm is at most the norm of the values plus the norm of the start.
         Nearly always this bound is small enough, and the exact float64 check is skipped.
         """
         allowed = self.config.federation.max_update_rms
-        start = self.server.shared.vector if self.method.additive and update.vector.size else None
+        start = sent if self.method.additive and update.vector.size else None
         farthest = quick_norm(update.vector) + (0.0 if start is None else self._norm(start))
         if farthest < 0.99 * allowed * math.sqrt(update.vector.size):
             return
@@ -196,16 +209,20 @@ class Admission:
                 "lower training.lr on that silo",
             )
 
-    def sizes(self, update: Update) -> dict[str, float]:
+    def sizes(self, update: Update, shared: Payload) -> dict[str, float]:
         """Return the root mean square of an update's change to what was sent: of parameters, of derived values.
 
         Parameters that were not sent are taken as they are; derived values that were not sent are left out. The
         result is empty if no limit needs it.
+
+        Args:
+            update: The update.
+            shared: The shared weights that its client was sent.
         """
         if self.config.federation.max_norm_ratio == "off":
             return {}
         if self.method.additive and update.vector.size:
-            return {"parameters": root_mean_square(update.vector, self.server.shared.vector)}
+            return {"parameters": root_mean_square(update.vector, shared.vector)}
         sent = self.method.broadcast(self.server, update.client).tensors()
         changes: dict[str, list[Vector]] = {"parameters": [], "derived values": []}
         for name, tensor in update.tensors().items():

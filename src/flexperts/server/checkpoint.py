@@ -15,11 +15,11 @@ from flexperts.communication.compression import Packed
 from flexperts.communication.versions import Versions
 from flexperts.errors import ArtifactError
 from flexperts.files import damaged
-from flexperts.methods.kit.server_state import Server
+from flexperts.methods.kit.server_state import Flight, Server
 from flexperts.parameters.vector import Payload
 
 _FORMAT = "flexperts-server-2"
-_SHARED, _MEMORY, _DIFFERENCES, _RESIDUAL = "shared/", "memory/", "differences/", "residual"
+_SHARED, _MEMORY, _DIFFERENCES, _RESIDUAL, _SENT = "shared/", "memory/", "differences/", "residual", "sent/"
 
 
 class _Versions(BaseModel):
@@ -47,13 +47,18 @@ class _Rest(BaseModel):
     start: str = ""
     nodes: dict[str, int] = {}
     versions: _Versions | None = None
+    flights: dict[str, dict[str, int | float]] = {}
+    clock: float = 0.0
+    silos: dict[str, int] = {}
 
 
 def save_server(path: Path, server: Server) -> None:
     """Write the server's whole state, atomically."""
     tensors = {f"{_SHARED}{n}": t for n, t in server.shared.tensors().items()}
     tensors |= {f"{_MEMORY}{n}": t for n, t in server.memory.items()}
+    tensors |= {f"{_SENT}{number}": torch.from_numpy(its.vector) for number, its in server.sent.items()}
     rest = {name: getattr(server, name) for name in _Rest.model_fields if name != "versions"}
+    rest["flights"] = {name: vars(flight) for name, flight in server.flights.items()}
     if (versions := server.versions) is not None:
         about = [dict(packed.about) for packed in versions.differences]
         plain = {"digests": versions.digests, "first": versions.first, "held": versions.held}
@@ -79,7 +84,10 @@ def load_server(path: Path, clients: Collection[str] | None = None) -> Server:
         raise damaged(path, f"its metadata is not a server's: {error.errors()[0]['loc']}") from error
     except KeyError as error:
         raise damaged(path, f"it has no tensor {error}") from error
-    server = Server(Payload.of(_under(_SHARED, tensors)), memory=_under(_MEMORY, tensors), **rest)
+    shared = Payload.of(_under(_SHARED, tensors))
+    rest["flights"] = {name: Flight(**its) for name, its in rest["flights"].items()}
+    server = Server(shared, memory=_under(_MEMORY, tensors), **rest)
+    server.sent = {int(n): Payload(shared.manifest, t.numpy()) for n, t in _under(_SENT, tensors).items()}
     if clients is not None and sorted(clients) != sorted(server.clients):
         raise ArtifactError(
             f"{path} has the clients {', '.join(sorted(server.clients))}",

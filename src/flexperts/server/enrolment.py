@@ -80,6 +80,7 @@ def found(method: Method, members: Membership, server: Server) -> None:
     """Make the online clients the clients of a new run, and make the method's agreement from their reports."""
     server.agreement, server.reports = _fitting(method, members)
     server.clients = {name: members.told[name].rows for name in server.reports}
+    server.silos = {name: many for name in server.reports if (many := members.told[name].silos) > 1}
     method.check_clients(server.clients)
 
 
@@ -168,6 +169,8 @@ def enrol(method: Method, server: Server, one: Introduction) -> None:
             "rename one of the two silos",
         )
     _check_type(method, one)
+    if one.silos > 1:
+        server.silos[one.client] = one.silos
     clients = {**server.clients, one.client: one.rows}
     reports = {**server.reports, one.client: one.report}
     before = server.clients, server.reports, dict(server.memory)

@@ -37,6 +37,7 @@ class Introduction:
         report: The value of the method's ``report``.
         size: Encoded bytes of the message.
         card: Its keys for secure aggregation, as JSON; empty without.
+        silos: Silos behind it: 1, or those of a region.
     """
 
     client: str
@@ -45,6 +46,7 @@ class Introduction:
     report: Any
     size: int
     card: str = ""
+    silos: int = 1
 
     @classmethod
     def read(cls, reply: Message) -> Introduction:
@@ -61,7 +63,7 @@ class Introduction:
             if rows < 1:
                 raise ValueError(f"{rows} train rows")
             size = encoded_bytes(reply.content)
-            return cls(name, told.base, rows, json.loads(told.report), size, told.card)
+            return cls(name, told.base, rows, json.loads(told.report), size, told.card, told.silos)
         except Exception as error:  # another machine's bytes
             said = str(error) if isinstance(error, FlexpertsError) else repr(error)
             raise incompatible(

@@ -40,6 +40,9 @@ class RoundLog:
         capped: Client -> rows that its update counted for, if those were fewer than it reported.
         secure: Of the exchanges that secure aggregation adds: their number, encoded bytes by direction and client,
             and seconds; the L2 norm of the mean update; ``spoilt``, why the sum was not used. Empty without.
+        late: Client -> rounds that ended between its request and its update, if any did.
+        clock: Simulated seconds from the start of the run to the end of this round's training; 0 where clients are
+            on other machines.
         planned: The run's planned number of rounds when this one began; the learning rate's cosine is over it.
             0 in rounds of earlier versions.
     """
@@ -64,6 +67,8 @@ class RoundLog:
     privacy: dict[str, Any] | None = None
     capped: dict[str, int] = field(default_factory=dict)
     secure: dict[str, Any] = field(default_factory=dict)
+    late: dict[str, int] = field(default_factory=dict)
+    clock: float = 0.0
     planned: int = 0
 
     def declare(self, direction: str, client: str, manifest: Manifest) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flwr.app import ArrayRecord
@@ -56,7 +56,7 @@ def serve(
     if not isinstance(grid, LazyGrid):
         check_apart(config)
     observer.stage(f"{config.method.name}: clients join")
-    server, initial = _joined(grid, config, run, method, members)
+    server, initial = joined(grid, config, run, method, members)
     observer.split(method.name, initial.split)
     setup = time.monotonic() - started
     finished = [RoundLog(**record) for record in run.keep_rounds(server.round)]
@@ -64,16 +64,38 @@ def serve(
     strategy = FlexpertsStrategy(method, config, members, server, run, observer, finished)
     left = strategy.rounds_total - server.round
     strategy.start(grid, ArrayRecord(), num_rounds=left, timeout=config.federation.deadline)
-    adapter = method.adapter(server)
-    write_adapter(run.shared, adapter_config(config, adapter), adapter)
     total = time.monotonic() - started + sum(sum(log.seconds.values()) for log in finished)
     seconds = {"setup": setup, **strategy.seconds(), "total": total}
+    finish(config, run, strategy, seconds, initial.size, amend)
+
+
+def finish(
+    config: RunConfig,
+    run: RunDirectory,
+    strategy: FlexpertsStrategy,
+    seconds: Mapping[str, float],
+    initial: int,
+    amend: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> None:
+    """Write the shared adapter and, last, the summary.
+
+    Args:
+        config: The run.
+        run: Its directory.
+        strategy: Its finished rounds.
+        seconds: Wall time by phase.
+        initial: Encoded bytes of the initial weights.
+        amend: See ``serve``.
+    """
+    server = strategy.server
+    adapter = strategy.method.adapter(server)
+    write_adapter(run.shared, adapter_config(config, adapter), adapter)
     summary = summarize(config, strategy.rounds, seconds, server.base, server.clients)
-    summary["bytes"]["join_total"] = sum(one.size for one in members.told.values()) + initial.size
+    summary["bytes"]["join_total"] = sum(one.size for one in strategy.members.told.values()) + initial
     run.write_summary(amend(summary))
 
 
-def _joined(
+def joined(
     grid: Grid, config: RunConfig, run: RunDirectory, method: Method, members: Membership
 ) -> tuple[Server, Initial]:
     """Wait for clients, and return the state that the rounds start from, with the agreed initial weights.

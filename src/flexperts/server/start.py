@@ -35,12 +35,14 @@ class Initial:
     Args:
         payload: The shared weights that all clients start from.
         split: The table of the client's parameters: shared, personal, frozen.
+        text: The same as it was sent, JSON.
         digest: Digest of both.
         size: Encoded bytes of the message.
     """
 
     payload: Payload
     split: Any
+    text: str
     digest: str
     size: int
 
@@ -180,7 +182,7 @@ def _read_initial(name: str, replies: list[Message], most: int) -> Initial:
         payload = payload_of(content, name)
         check_finite(Update(name, payload, 1, {}))
         payload = replace(payload, vector=payload.vector.copy())  # it outlives the message
-    return Initial(payload, split, payload.digest(fields.split), encoded_bytes(content))
+    return Initial(payload, split, fields.split, payload.digest(fields.split), encoded_bytes(content))
 
 
 @contextmanager

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -25,13 +26,15 @@ from flexperts.errors import FederationError, one_line
 from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.server_state import Server
 from flexperts.observer import Observer
+from flexperts.parameters.vector import Payload
 from flexperts.protection.pipeline import EVERYONE, is_secure, privacy_spent, reduced
 from flexperts.seeding import derive_seed, generator
 from flexperts.server.admission import Admission, leaked
+from flexperts.server.buffered_rounds import BufferedRounds
 from flexperts.server.checkpoint import save_server
 from flexperts.server.downlink import Downlink
 from flexperts.server.enrolment import enrol_fitting
-from flexperts.server.exchange import Asked, error_of, request, sendable
+from flexperts.server.exchange import Asked, LazyGrid, error_of, request, sendable
 from flexperts.server.masked_rounds import MaskedRounds
 from flexperts.server.membership import Membership
 from flexperts.server.round_log import RoundLog
@@ -66,6 +69,8 @@ class FlexpertsStrategy(Strategy):
         self.members, self.run, self.observer = members, run, observer
         self.admission = Admission(method, config, server)
         self.masked = MaskedRounds(config, members)
+        buffered = config.federation.mode == "buffered"
+        self.buffered = BufferedRounds(config.federation, server, members) if buffered else None
         self.downlink = Downlink(config.compression, server)
         self.rounds: list[RoundLog] = list(finished)
         self.rounds_total = config.federation.rounds + method.extra_rounds(config.federation.rounds)
@@ -92,6 +97,8 @@ class FlexpertsStrategy(Strategy):
         self._grid = grid
         if kept is not None:  # its clients have trained
             return sendable(grid, iter(()))
+        if self.buffered is not None:
+            return sendable(grid, iter(()))  # aggregate_train asks
         log.participants, self._asked = self._participants(log.number), Asked()
         log.missing = list(log.participants)
         asked = sorted(set(log.participants) & set(self.members.online))
@@ -108,11 +115,18 @@ class FlexpertsStrategy(Strategy):
         The rule asks for one update after the other, and each reply is read and recorded when its turn comes.
         """
         log, before = self.rounds[-1], self.server.shared
+        if self.buffered is not None:
+            replies = self._first_replies(self.buffered, log)
         replies = self._with_copies(replies, lambda names: self._train_requests(names, log, whole=True))
         if self._masks():
             self._aggregate_masked(replies, log)
         else:
             self._aggregate(replies, log)
+        if self.buffered is not None:
+            self.buffered.close()
+        elif isinstance(self._grid, LazyGrid):
+            self.server.clock += max((self._seconds(name, its) for name, its in log.clients.items()), default=0.0)
+        log.clock = self.server.clock
         self.downlink.advance(before)
         self.server.round += 1
         log.privacy = privacy_spent(self.config, self._rounds_with_weights())
@@ -124,7 +138,7 @@ class FlexpertsStrategy(Strategy):
     ) -> Iterable[Message]:
         """Return one request per client that is scored and online, in rounds that evaluate."""
         self._started, self._asked = time.monotonic(), Asked()
-        if not self._evaluates():
+        if not self.evaluates():
             return sendable(grid, iter(()))
         asked = sorted(set(self._scored_clients()) & set(self.members.online))
         self.observer.phase("evaluation", len(asked), self.server.round, self.rounds_total)
@@ -137,7 +151,7 @@ class FlexpertsStrategy(Strategy):
         replies = self._with_copies(replies, lambda names: self._evaluate_requests(names, whole=True))
         for client, reply in self._by_client(replies):
             self._score(client, reply, log)
-        if self._evaluates():
+        if self.evaluates():
             self._close_evaluation(log)
         log.seconds["evaluation"] = time.monotonic() - self._started
         self.run.append_round(vars(log))
@@ -145,6 +159,20 @@ class FlexpertsStrategy(Strategy):
         self._masked_sum.unlink(missing_ok=True)
         self.observer.round(vars(log))
         return None
+
+    def _first_replies(self, buffered: BufferedRounds, log: RoundLog) -> list[Message]:
+        """Ask clients that do not train yet, and return the replies that end the round."""
+        asked, self._asked = buffered.ask(log.number, self.members.online), buffered.asked
+        self.observer.phase("training", len(asked), log.number, self.rounds_total)
+        replies = buffered.receive(self._grid, self._train_requests(asked, log))
+        log.participants = sorted({*buffered.arrived, *buffered.overdue})
+        log.missing = list(log.participants)
+        log.late = {name: late for name in buffered.arrived if (late := log.number - buffered.sent(name)[0])}
+        return replies
+
+    def _seconds(self, client: str, measures: Mapping[str, float | int]) -> float:
+        """Return the simulated seconds of a client's training."""
+        return measures.get("steps", 0) * self.config.federation.step_seconds.get(client, 1.0)
 
     def _meet(self, grid: Grid, log: RoundLog) -> None:
         """Update the members, and record who joined and left since the last round."""
@@ -169,6 +197,8 @@ class FlexpertsStrategy(Strategy):
         return is_secure(self.config) and self.method.sends_weights(self.server)
 
     def _aggregate(self, replies: Iterable[Message], log: RoundLog) -> None:
+        if self.config.training.local_seconds is not None:  # the steps of all decide what each counts
+            replies = list(replies)
         updates = _unless_empty(self._updates(replies, log))
         if updates or not log.participants:  # otherwise no update came, and the quorum's error says why
             arrived: Iterable[Update] = updates or ()
@@ -218,8 +248,10 @@ class FlexpertsStrategy(Strategy):
 
     def _train_requests(self, names: Iterable[str], log: RoundLog, *, whole: bool = False) -> Iterator[Message]:
         for name in names:
-            payload = self.method.broadcast(self.server, name)
-            info = self._info(log.number)
+            number, payload = log.number, self.method.broadcast(self.server, name)
+            if self.buffered is not None:
+                number, payload = self.buffered.sent(name)
+            info = self._info(number)
             if self._masks():
                 if name not in self.masked.tally.ready:
                     continue
@@ -228,7 +260,7 @@ class FlexpertsStrategy(Strategy):
             before = log.downlink.get(name, 0) if whole else 0
             log.downlink[name] = before + encoded_bytes(content)
             log.declare("downlink", name, payload.manifest)
-            yield self._asked.note(request(content, "train", self.members.node(name), str(log.number)))
+            yield self._asked.note(request(content, "train", self.members.node(name), str(number)))
 
     def _evaluate_requests(self, names: Iterable[str], *, whole: bool = False) -> Iterator[Message]:
         sent = self.rounds[-1].evaluation["downlink"]
@@ -246,7 +278,7 @@ class FlexpertsStrategy(Strategy):
             return names
         return sorted(sorted(names, key=lambda name: derive_seed(0, "evaluated", name))[:count])
 
-    def _evaluates(self) -> bool:
+    def evaluates(self) -> bool:
         """Return whether the round that was just trained is evaluated."""
         every = self.config.evaluation.every
         return self.server.round == self.rounds_total or bool(every and self.server.round % every == 0)
@@ -267,8 +299,9 @@ class FlexpertsStrategy(Strategy):
         if isinstance(replies, list | tuple):
             usable = self._fitting(replies, log)
             rows = self._counted(usable, log)
+            factors = self._factors(usable, rows, log)
             for name, reply in usable.items():
-                yield replace(self.admission.update(name, reply.content), rows=rows[name])
+                yield replace(self._moved(self._read(name, reply.content), factors[name]), rows=rows[name])
             return
         for name, reply in self._by_client(replies):
             update = self._usable(name, reply, log)
@@ -282,19 +315,57 @@ class FlexpertsStrategy(Strategy):
         sizes: dict[str, dict[str, float]] = {}
         for name, reply in self._by_client(replies):
             if (update := self._usable(name, reply, log)) is not None:
-                usable[name], sizes[name] = reply, self.admission.sizes(update)
+                usable[name], sizes[name] = reply, {}
+                if not isinstance(self._grid, LazyGrid):
+                    factor = self._factor(name, log)
+                    found = self.admission.sizes(update, self._sent(name))
+                    sizes[name] = {kind: factor * size for kind, size in found.items()}
         for name, error in self.admission.too_large(sizes).items():
             log.withdraw(name)
             log.refuse(name, self._refused(name, error))
             del usable[name]
         return usable
 
+    def _factors(self, names: Iterable[str], rows: Mapping[str, int], log: RoundLog) -> dict[str, float]:
+        """Return the factor on the change in each update.
+
+        With ``training.local_seconds`` clients take different numbers of steps. Their changes count per step, times
+        the mean of the steps (FedNova: Wang et al., 2020, https://arxiv.org/abs/2007.07481).
+        """
+        mean = 1.0
+        if self.config.training.local_seconds is not None and rows:
+            mean = sum(rows[name] * log.clients[name]["steps"] for name in rows) / sum(rows.values())
+        return {name: mean * self._factor(name, log) for name in names}
+
+    def _factor(self, name: str, log: RoundLog) -> float:
+        """Return the factor on the change in a client's update, but for what all have in common."""
+        late = 1.0 if self.buffered is None else self.buffered.weight(name, log.number)
+        return late / (1 if self.config.training.local_seconds is None else max(1, log.clients[name]["steps"]))
+
+    def _sent(self, name: str) -> Payload:
+        return self.server.shared if self.buffered is None else self.buffered.sent(name)[1]
+
+    def _read(self, name: str, content: RecordDict) -> Update:
+        asked = () if self.buffered is None else self.buffered.sent(name)
+        return self.admission.update(name, content, *asked)
+
+    def _moved(self, update: Update, factor: float) -> Update:
+        """Return an update whose change, times a factor, starts from the present shared weights."""
+        sent, shared = self._sent(update.client), self.server.shared
+        if factor == 1 and sent is shared:
+            return update
+        change = np.float32(factor) * (update.vector - sent.vector)
+        return replace(update, payload=replace(update.payload, vector=shared.vector + change))
+
     def _counted(self, names: Iterable[str], log: RoundLog) -> dict[str, int]:
         """Return the rows that each update counts for; record and name the clients that count for fewer."""
         has, share = self.server.clients, self.server.max_share
         if self.method.pools_rows:
             return dict.fromkeys(names, sum(has.values()))
-        known = self.server.counted
+        known = dict(self.server.counted)
+        for region in self.server.silos.keys() & log.clients.keys():  # some of its silos may not have taken part
+            has = {**has, region: int(log.clients[region]["rows"])}
+            known[region] = min(known[region], has[region])
         rows = capped_rows({name: known[name] for name in names}, share)
         log.capped = {name: count for name, count in rows.items() if count < has[name]}
         for name, count in log.capped.items():
@@ -311,7 +382,7 @@ class FlexpertsStrategy(Strategy):
         try:
             self._check_turn(name, reply, log.participants, log.clients)
             log.personal_sent += leaked(reply.content)
-            read = self._take_masked if self._masks() else self.admission.update
+            read = self._take_masked if self._masks() else self._read
             update = read(name, reply.content)
         except FederationError as error:
             log.refuse(name, self._refused(name, error))

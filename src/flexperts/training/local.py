@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -43,6 +44,7 @@ class LocalSettings:
         first_step: Steps before this round, for the schedule.
         warmup_steps: Steps of linear warm-up at the start of the run.
         own_lr: Pattern of parameter names, as of fnmatch -> their peak learning rate, instead of the group's.
+        seconds: No step begins later than this after the first one; None = all steps are taken.
     """
 
     training: TrainingConfig
@@ -53,6 +55,7 @@ class LocalSettings:
     first_step: int = 0
     warmup_steps: int = 0
     own_lr: Mapping[str, float] = field(default_factory=dict)
+    seconds: float | None = None
 
     def part(self, share: float) -> LocalSettings:
         """Return the settings of a phase that takes a share of every round's steps, at least one."""
@@ -61,7 +64,8 @@ class LocalSettings:
             name: round(getattr(self, name) * steps / self.steps)
             for name in ("first_step", "total_steps", "warmup_steps")
         }
-        return replace(self, steps=steps, **scaled)
+        seconds = None if self.seconds is None else self.seconds * steps / self.steps
+        return replace(self, steps=steps, seconds=seconds, **scaled)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +155,7 @@ def train_local(
     if moments is not None:
         _take_moments(optimizer, split.personal, moments)
     losses, tokens, lr_sum = [], 0, 0.0
+    end = math.inf if settings.seconds is None else time.monotonic() + settings.seconds
     model.train()
     for rows in training_batches(examples, settings.training.batch_size, settings.steps, generator):
         with hooks.around_batch():
@@ -166,6 +171,8 @@ def train_local(
         losses.append(loss)
         tokens += (read := sum(len(form.input_ids) for row in rows for form in row.forms))
         on_step(loss, read)
+        if time.monotonic() >= end:
+            break
     _check_weights(split, settings)
     if moments is not None:
         _put_moments(optimizer, split.personal, moments)

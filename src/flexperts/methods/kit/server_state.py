@@ -14,6 +14,19 @@ from flexperts.parameters.vector import Payload
 from flexperts.seeding import generator
 
 
+@dataclass(frozen=True)
+class Flight:
+    """A client's training that has begun and whose update has not arrived; only buffered rounds keep it.
+
+    Args:
+        number: The round that it was asked for.
+        since: The simulated clock when it was asked, in seconds.
+    """
+
+    number: int
+    since: float
+
+
 @dataclass
 class Server:
     """The state that a method reads and writes on the server; the run's checkpoint holds all of it.
@@ -21,6 +34,7 @@ class Server:
     Args:
         shared: The global shared weights.
         clients: Client name -> train rows, for all clients of the run.
+        silos: Client name -> silos behind it, for clients that are regions.
         reports: Client name -> the value of the method's ``report``.
         agreement: The value of the method's ``agree``.
         round: Number of finished rounds.
@@ -34,6 +48,9 @@ class Server:
             process. It is not in the checkpoint.
         rounds: Number of the recipe's rounds; a method's extra rounds come after them. It is not in the checkpoint.
         versions: The versions of the shared weights that clients have; None if requests always hold all weights.
+        flights: Client -> its training that is under way between two rounds.
+        sent: Round -> the shared weights that clients of ``flights`` were sent for it.
+        clock: Simulated seconds since the start of the run; 0 where clients are on other machines.
     """
 
     shared: Payload
@@ -49,6 +66,10 @@ class Server:
     max_share: float = 1.0
     rounds: int = 0
     versions: Versions | None = None
+    flights: dict[str, Flight] = field(default_factory=dict)
+    sent: dict[int, Payload] = field(default_factory=dict)
+    clock: float = 0.0
+    silos: dict[str, int] = field(default_factory=dict)
 
     @property
     def counted(self) -> dict[str, int]:

@@ -1,0 +1,196 @@
+"""Two tiers: regions of scripted silos under a root, against one tier of the same silos."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import RecordDict
+
+from flexperts.artifacts import RunDirectory
+from flexperts.communication.messages import records
+from flexperts.config.run import RunConfig
+from flexperts.errors import ConfigError, FederationError
+from flexperts.observer import Observer
+from flexperts.server.checkpoint import load_server
+from flexperts.server.region import Region, check_region, check_same
+
+from .masking_silos import CLIP, MaskingSilo
+from .scripted_grid import FOUR, ScriptedGrid, Silo, Watch, changed, drop, expected, run_on
+
+Recipe = Callable[..., RunConfig]
+OPEN = ("federation.max_share=1", "federation.max_norm_ratio=off")
+
+
+class Tier:
+    """A region as a node of the root's grid."""
+
+    def __init__(self, name: str, config: RunConfig, folder: Path, *silos: Any) -> None:
+        self.name, self.grid = name, ScriptedGrid(*silos)
+        self.config, self.folder = config, folder / name
+        self.open()
+
+    def open(self) -> None:
+        """Start, or start again from what is on disk."""
+        run = RunDirectory.create_or_resume(self.folder, self.config.to_toml())
+        self.region = Region(self.name, self.grid, self.config, run, Observer())
+
+    def answer(self, kind: str, content: RecordDict) -> RecordDict:
+        return self.region.answer(kind, content)
+
+
+def five() -> list[Silo]:
+    return [Silo(name, 3 + i) for i, name in enumerate("abcde")]
+
+
+def two_tiers(config: RunConfig, folder: Path, silos: list[Silo]) -> tuple[Tier, Tier]:
+    return Tier("north", config, folder, *silos[:2]), Tier("south", config, folder, *silos[2:])
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedadam"])
+def test_two_tiers_are_one(recipe: Recipe, tmp_path: Path, method: str) -> None:
+    config = recipe(*FOUR, *OPEN, f"method.name={method}", "evaluation.every=2")
+    one, flat = run_on(ScriptedGrid(*five()), config, tmp_path / "one")
+    regions = two_tiers(config, tmp_path, five())
+    two, logs = run_on(ScriptedGrid(*regions), config, tmp_path / "root")  # type: ignore[arg-type]
+    np.testing.assert_allclose(two.shared.vector, one.shared.vector, rtol=2e-6, atol=2e-6)
+    assert two.clients == {"north": 3 + 4, "south": 5 + 6 + 7}
+    assert [sorted(log["clients"]) for log in logs] == [["north", "south"]] * 4
+    for tier in regions:
+        inside = tier.region.run.rounds()
+        assert [log["number"] for log in inside] == [1, 2, 3, 4]
+        assert [bool(log["scores"]) for log in inside] == [False, True, False, True]
+        assert tier.region.finished
+        assert sorted(tier.region.run.summary()["clients"]) == sorted(tier.region.server.clients)
+    means = [log["scores"]["south"]["nll.global"] for log in logs if log["scores"]]
+    assert means == [6.0, 6.0]  # each scripted silo scores its number of rows: 5, 6 and 7
+    assert [log["scores"]["south"]["rows"] for log in logs if log["scores"]] == [6, 6]
+    assert flat[-1]["scores"]["c"]["nll.global"] == 5.0
+
+
+def test_a_silo_that_is_missing_is_missing_in_the_mean(recipe: Recipe, tmp_path: Path) -> None:
+    config = recipe(*FOUR, *OPEN, "federation.rounds=1", "federation.quorum=0.3")
+    silos = five()
+    regions = two_tiers(config, tmp_path, silos)
+    regions[1].grid.faults["train", 1, "d"] = drop
+    server, logs = run_on(ScriptedGrid(*regions), config, tmp_path / "root")  # type: ignore[arg-type]
+    whole = expected([[silo for silo in silos if silo.name != "d"]])
+    np.testing.assert_allclose(server.shared.vector, whole, rtol=2e-6, atol=2e-6)
+    assert logs[0]["clients"]["south"]["rows"] == 5 + 7
+
+
+def test_a_region_that_fails_is_a_client_that_fails(recipe: Recipe, tmp_path: Path) -> None:
+    """Round 2 has no quorum in the south; in rounds 1 and 3 it takes part."""
+    config = recipe(*FOUR, *OPEN, "federation.rounds=3")
+    silos = five()
+    regions = two_tiers(config, tmp_path, silos)
+    for name in "cde":
+        regions[1].grid.faults["train", 2, name] = drop
+
+    class Careful(Tier):
+        def answer(self, kind: str, content: RecordDict) -> RecordDict:
+            try:
+                return super().answer(kind, content)
+            except FederationError as error:
+                return records({"client": self.name, "error": str(error)[:80]})
+
+    regions[1].__class__ = Careful
+    server, logs = run_on(ScriptedGrid(*regions), config, tmp_path / "root")  # type: ignore[arg-type]
+    whole = expected([silos, silos[:2], silos])
+    np.testing.assert_allclose(server.shared.vector, whole, rtol=2e-6, atol=2e-6)
+    assert list(logs[1]["refused"]) == ["south"]
+
+
+def test_a_region_that_was_stopped_goes_on(recipe: Recipe, tmp_path: Path) -> None:
+    config = recipe(*FOUR, *OPEN)
+    one, _ = run_on(ScriptedGrid(*five()), config, tmp_path / "one")
+    regions = two_tiers(config, tmp_path, five())
+    reopen = Watch(**{f"round_{number}": regions[1].open for number in (1, 2, 3)})
+    two, _ = run_on(ScriptedGrid(*regions), config, tmp_path / "root", reopen)  # type: ignore[arg-type]
+    np.testing.assert_allclose(two.shared.vector, one.shared.vector, rtol=2e-6, atol=2e-6)
+    assert [log["number"] for log in regions[1].region.run.rounds()] == [1, 2, 3, 4]
+
+
+def test_a_region_that_is_not_drawn_has_empty_rounds(recipe: Recipe, tmp_path: Path) -> None:
+    config = recipe(*FOUR, *OPEN, "federation.participation=0.5", "federation.rounds=4", "evaluation.every=1")
+    regions = two_tiers(config, tmp_path, five())
+    _, logs = run_on(ScriptedGrid(*regions), config, tmp_path / "root")  # type: ignore[arg-type]
+    for tier in regions:
+        inside = tier.region.run.rounds()
+        assert [log["number"] for log in inside] == [1, 2, 3, 4]
+        trained = [bool(log["clients"]) for log in inside]
+        assert trained == [tier.name in log["clients"] for log in logs]
+
+
+def test_secure_aggregation_inside_a_region(recipe: Recipe, tmp_path: Path) -> None:
+    """The root's recipe is plain; what a region's server adds up is masked."""
+    plain = recipe(*FOUR, *OPEN, "federation.rounds=2")
+    secure = recipe(*FOUR, *OPEN, "federation.rounds=2", "privacy.aggregation=secure", f"privacy.clip={CLIP}")
+    inner = [MaskingSilo(name, 3 + i) for i, name in enumerate("abc")]
+    outer = [Silo("d", 6), Silo("e", 7)]
+    regions = (Tier("north", secure, tmp_path, *inner), Tier("south", plain, tmp_path, *outer))
+    server, logs = run_on(ScriptedGrid(*regions), plain, tmp_path / "root")  # type: ignore[arg-type]
+    whole = expected([[*inner, *outer], [*inner, *outer]])
+    np.testing.assert_allclose(server.shared.vector, whole, atol=2e-3)
+    assert logs[1]["clients"]["north"]["rows"] == 3 + 4 + 5
+
+
+def test_an_update_with_more_rows_than_the_region_has_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    config = recipe(*FOUR, *OPEN, "federation.rounds=1")
+    grid = ScriptedGrid(*two_tiers(config, tmp_path, five()))  # type: ignore[arg-type]
+    grid.faults["train", 1, "south"] = changed(metrics={"rows": 19})
+    _, logs = run_on(grid, config, tmp_path / "root")
+    assert "on joining it reported 18" in logs[0]["refused"]["south"]
+
+
+def test_a_silo_cannot_leave_rows_out(recipe: Recipe, tmp_path: Path) -> None:
+    grid = ScriptedGrid(*five())
+    grid.faults["train", 1, "e"] = changed(metrics={"rows": 6})
+    _, logs = run_on(grid, recipe(*FOUR, *OPEN, "federation.rounds=1"), tmp_path / "root")
+    assert list(logs[0]["refused"]) == ["e"]
+
+
+def test_the_checkpoint_knows_regions(recipe: Recipe, tmp_path: Path) -> None:
+    config = recipe(*FOUR, *OPEN, "federation.rounds=1")
+    run_on(ScriptedGrid(*two_tiers(config, tmp_path, five())), config, tmp_path / "root")  # type: ignore[arg-type]
+    assert load_server(tmp_path / "root" / "checkpoint.safetensors").silos == {"north": 2, "south": 3}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ("method.name=scaffold", "training.optimizer=sgd"),
+        ("method.name=feddpa_f",),
+        ("method.name=fedamole",),
+        ("method.name=local",),
+        ("privacy.noise=central",),
+        ("compression.kind=int8",),
+        ("compression.downlink=int8",),
+        ("federation.mode=buffered", "federation.buffer=1"),
+    ],
+)
+def test_what_cannot_be_averaged_in_stages_is_refused(recipe: Recipe, other: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match="region"):
+        check_region(recipe("method.name=fedavg", *other))
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [("training.lr=1e-4", "training"), ("seed=9", "seed"), ("federation.rounds=9", "federation.rounds")],
+)
+def test_a_root_with_another_recipe_is_refused(recipe: Recipe, setting: str, named: str) -> None:
+    with pytest.raises(FederationError, match=named):
+        check_same(recipe("method.name=fedavg", setting), recipe("method.name=fedavg"))
+    check_same(
+        recipe("method.name=fedavg", "federation.quorum=0.9"),
+        recipe("method.name=fedavg", "privacy.aggregation=secure", "federation.participation=0.5"),
+    )
+
+
+def test_a_region_answers_no_other_requests(recipe: Recipe, tmp_path: Path) -> None:
+    tier = Tier("north", recipe(*FOUR, *OPEN), tmp_path, *five())
+    with pytest.raises(FederationError, match=r"query\.keys"):
+        tier.answer("query.keys", RecordDict())
