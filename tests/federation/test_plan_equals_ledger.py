@@ -32,6 +32,13 @@ VARIANTS = {name: (f"method.name={name}", *METHOD_SETTINGS.get(name, ())) for na
     "fedmoe_style, three experts": ("method.name=fedmoe_style", "method.options={keep=0.75}"),
     "fedex_lora, four rounds": ("method.name=fedex_lora", "federation.rounds=4", "lora.rank=4"),
     "fedavg, half of the clients": ("method.name=fedavg", "federation.participation=0.5"),
+    "fedavg, buffered, half of the clients": (
+        "method.name=fedavg",
+        "federation.mode=buffered",
+        "federation.buffer=2",
+        "federation.rounds=3",
+        "federation.step_seconds={clinic=2.5}",
+    ),
 }
 GROUPS = {"attention LoRA A", "attention LoRA B", "experts", "routers", "gates"}
 INEXACT = {"hetlora": "bound", "fedlease": "bound", "fedamole": "mean"}

@@ -149,7 +149,8 @@ class Encoded:
         measures = {name: _NUMBER if name in ("loss", "rows") else _COUNT for name in told(self.config, MEASURES)}
         for name, wanted in requests.items():
             made.down[name] = self._request(info, wanted) + keys.get(name, 0)
-            heading, payload = {"client": name, "round": number, "base": _HASH}, _hollow(replies[name])
+        for name, manifest in replies.items():  # in buffered rounds, of fewer clients
+            heading, payload = {"client": name, "round": number, "base": _HASH}, _hollow(manifest)
             sample = None if settings.kind == "none" else _sample(settings)
             made.up[name] = _around(records(heading, measures, payload, sample)) + packed[name]
         return made
