@@ -44,6 +44,20 @@ def test_the_communication_page_shows_the_committed_results() -> None:
     assert whole["down"] >= 4 * half["down"]
 
 
+def test_the_page_of_slow_silos_shows_the_committed_results() -> None:
+    benchmark = script("slow_silos")
+    found = json.loads((ROOT / "benchmarks" / "results" / "slow_silos.json").read_text())
+    assert (ROOT / "docs" / "slow-silos.md").read_text() == benchmark.page(found)
+    assert found["curves"].keys() == benchmark.ENTRIES.keys()
+
+
+def test_times_to_a_loss_are_read_on_lines_between_evaluations() -> None:
+    benchmark = script("slow_silos")
+    curve = [(10.0, 4.0), (20.0, 3.0), (30.0, 3.5), (40.0, 2.0)]
+    found = [benchmark.seconds_to(loss, curve) for loss in (5.0, 3.5, 3.0, 2.75, 1.0)]
+    assert found == [10.0, 15.0, 20.0, 35.0, None]
+
+
 def test_a_mixture_has_no_passage_twice_and_none_that_rates_were_chosen_on() -> None:
     """Rows are asked about what follows "Context:" or "Process:"; others are their own passage."""
     one_per_passage = script("prepare_p3").one_per_passage

@@ -50,7 +50,7 @@ class Cluster:
 
     def __init__(self, folder: Path, silos: dict[str, Path], base: Path, *, tls: bool = True) -> None:
         self.folder, self.tls, self.port = folder, tls, free_port()
-        self.through = self.port
+        self.through, self.host = self.port, "127.0.0.1"
         self.runs = folder / "runs"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.left: list[bytes] = []
@@ -69,7 +69,7 @@ class Cluster:
         self._connection()
         if tls:
             self._certificates()
-        self._silos = list(silos)
+        self.silos = list(silos)
         for name, rows in silos.items():
             self._silo(name, rows, base)
 
@@ -103,7 +103,7 @@ class Cluster:
 
     def start_node(self, silo: str, config: str | None = None) -> None:
         """Start a silo's SuperNode, as a supervisor would: again and again until the SuperLink takes it."""
-        address = ["--superlink", f"127.0.0.1:{self.through}", "--host", "127.0.0.1", "--port", str(free_port())]
+        address = ["--superlink", f"{self.host}:{self.through}", "--host", "127.0.0.1", "--port", str(free_port())]
         secure = ["--root-certificates", "ca.crt", "--auth-supernode-private-key", f"{silo}/key"]
         config = config or f'silo="{self.folder / silo / "silo.toml"}"'
         end = time.monotonic() + PATIENCE
@@ -124,7 +124,7 @@ class Cluster:
         self.start_superlink()
         if self.tls:
             self.register()
-        for silo in self._silos:
+        for silo in self.silos:
             self.start_silo(silo)
 
     def kill(self, name: str) -> None:

@@ -12,11 +12,13 @@ class RecordingProxy:
 
     Args:
         target: Port on loopback.
+        family: Of the address that it listens on.
     """
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int, family: socket.AddressFamily = socket.AF_INET) -> None:
         self.target, self.chunks = target, list[list[bytes]]()
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        own = "127.0.0.1" if family == socket.AF_INET else "::1"
+        self._listener = socket.create_server((own, 0), family=family)
         self.port = int(self._listener.getsockname()[1])
         self._open = [self._listener]
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
