@@ -209,7 +209,7 @@ class Admission:
                 "lower training.lr on that silo",
             )
 
-    def sizes(self, update: Update, shared: Payload) -> dict[str, float]:
+    def sizes(self, update: Update, shared: Payload | None = None) -> dict[str, float]:
         """Return the root mean square of an update's change to what was sent: of parameters, of derived values.
 
         Parameters that were not sent are taken as they are; derived values that were not sent are left out. The
@@ -217,12 +217,12 @@ class Admission:
 
         Args:
             update: The update.
-            shared: The shared weights that its client was sent.
+            shared: The shared weights that its client was sent; by default the present ones.
         """
         if self.config.federation.max_norm_ratio == "off":
             return {}
         if self.method.additive and update.vector.size:
-            return {"parameters": root_mean_square(update.vector, shared.vector)}
+            return {"parameters": root_mean_square(update.vector, (shared or self.server.shared).vector)}
         sent = self.method.broadcast(self.server, update.client).tensors()
         changes: dict[str, list[Vector]] = {"parameters": [], "derived values": []}
         for name, tensor in update.tensors().items():

@@ -11,7 +11,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -26,11 +25,11 @@ from flexperts.errors import FederationError, one_line
 from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.server_state import Server
 from flexperts.observer import Observer
-from flexperts.parameters.vector import Payload
 from flexperts.protection.pipeline import EVERYONE, is_secure, privacy_spent, reduced
 from flexperts.seeding import derive_seed, generator
 from flexperts.server.admission import Admission, leaked
 from flexperts.server.buffered_rounds import BufferedRounds
+from flexperts.server.changes import Changes
 from flexperts.server.checkpoint import save_server
 from flexperts.server.downlink import Downlink
 from flexperts.server.enrolment import enrol_fitting
@@ -71,6 +70,7 @@ class FlexpertsStrategy(Strategy):
         self.masked = MaskedRounds(config, members)
         buffered = config.federation.mode == "buffered"
         self.buffered = BufferedRounds(config.federation, server, members) if buffered else None
+        self.changes = Changes(config, server, self.buffered)
         self.downlink = Downlink(config.compression, server)
         self.rounds: list[RoundLog] = list(finished)
         self.rounds_total = config.federation.rounds + method.extra_rounds(config.federation.rounds)
@@ -248,9 +248,9 @@ class FlexpertsStrategy(Strategy):
 
     def _train_requests(self, names: Iterable[str], log: RoundLog, *, whole: bool = False) -> Iterator[Message]:
         for name in names:
-            number, payload = log.number, self.method.broadcast(self.server, name)
-            if self.buffered is not None:
-                number, payload = self.buffered.sent(name)
+            number, payload = self.changes.asked(name)
+            if self.buffered is None:
+                payload = self.method.broadcast(self.server, name)
             info = self._info(number)
             if self._masks():
                 if name not in self.masked.tally.ready:
@@ -299,9 +299,10 @@ class FlexpertsStrategy(Strategy):
         if isinstance(replies, list | tuple):
             usable = self._fitting(replies, log)
             rows = self._counted(usable, log)
-            factors = self._factors(usable, rows, log)
+            factors = self.changes.factors(rows, log)
             for name, reply in usable.items():
-                yield replace(self._moved(self._read(name, reply.content), factors[name]), rows=rows[name])
+                update = self._read(name, reply.content)
+                yield replace(self.changes.moved(update, factors[name]), rows=rows[name])
             return
         for name, reply in self._by_client(replies):
             update = self._usable(name, reply, log)
@@ -317,45 +318,16 @@ class FlexpertsStrategy(Strategy):
             if (update := self._usable(name, reply, log)) is not None:
                 usable[name], sizes[name] = reply, {}
                 if not isinstance(self._grid, LazyGrid):
-                    factor = self._factor(name, log)
-                    found = self.admission.sizes(update, self._sent(name))
-                    sizes[name] = {kind: factor * size for kind, size in found.items()}
+                    factor, (_, sent) = self.changes.factor(name, log), self.changes.asked(name)
+                    sizes[name] = {k: factor * size for k, size in self.admission.sizes(update, sent).items()}
         for name, error in self.admission.too_large(sizes).items():
             log.withdraw(name)
             log.refuse(name, self._refused(name, error))
             del usable[name]
         return usable
 
-    def _factors(self, names: Iterable[str], rows: Mapping[str, int], log: RoundLog) -> dict[str, float]:
-        """Return the factor on the change in each update.
-
-        With ``training.local_seconds`` clients take different numbers of steps. Their changes count per step, times
-        the mean of the steps (FedNova: Wang et al., 2020, https://arxiv.org/abs/2007.07481).
-        """
-        mean = 1.0
-        if self.config.training.local_seconds is not None and rows:
-            mean = sum(rows[name] * log.clients[name]["steps"] for name in rows) / sum(rows.values())
-        return {name: mean * self._factor(name, log) for name in names}
-
-    def _factor(self, name: str, log: RoundLog) -> float:
-        """Return the factor on the change in a client's update, but for what all have in common."""
-        late = 1.0 if self.buffered is None else self.buffered.weight(name, log.number)
-        return late / (1 if self.config.training.local_seconds is None else max(1, log.clients[name]["steps"]))
-
-    def _sent(self, name: str) -> Payload:
-        return self.server.shared if self.buffered is None else self.buffered.sent(name)[1]
-
     def _read(self, name: str, content: RecordDict) -> Update:
-        asked = () if self.buffered is None else self.buffered.sent(name)
-        return self.admission.update(name, content, *asked)
-
-    def _moved(self, update: Update, factor: float) -> Update:
-        """Return an update whose change, times a factor, starts from the present shared weights."""
-        sent, shared = self._sent(update.client), self.server.shared
-        if factor == 1 and sent is shared:
-            return update
-        change = np.float32(factor) * (update.vector - sent.vector)
-        return replace(update, payload=replace(update.payload, vector=shared.vector + change))
+        return self.admission.update(name, content, *self.changes.asked(name))
 
     def _counted(self, names: Iterable[str], log: RoundLog) -> dict[str, int]:
         """Return the rows that each update counts for; record and name the clients that count for fewer."""
