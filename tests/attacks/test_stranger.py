@@ -130,6 +130,26 @@ def test_only_the_named_user_gets_answers(tmp_path: Path, caplog: pytest.LogCapt
     assert refusals == [f"a process of user {user} is refused: it is not in socket.users" for user in (OTHER, 0)]
 
 
+@as_root
+def test_a_number_from_another_user_namespace_is_not_believed(tmp_path: Path) -> None:
+    """Containers with one map of users are known by their numbers; with a map of its own, any number can be had."""
+    door = open_to(tmp_path, str(MEMBER), group=str(MEMBER))
+    open_path(tmp_path)
+    ask = [shutil.which("python3", path="/usr/bin") or sys.executable, "-S", "-c", ASK, door.path, str(MEMBER), ""]
+
+    def asked(user: int, *mapped: str) -> subprocess.CompletedProcess[str]:
+        words = ["setpriv", f"--reuid={user}", f"--regid={MEMBER}", "--clear-groups", *mapped, *ask]
+        return subprocess.run(words, check=False, capture_output=True, text=True)
+
+    as_member = ["unshare", "--user", f"--map-user={MEMBER}", f"--map-group={MEMBER}"]
+    with served(tmp_path / "state", door, lambda _: b"answer"):
+        if (found := asked(MEMBER, *as_member)).returncode:
+            pytest.skip(f"no user namespaces here: {found.stderr}")
+        assert found.stdout.strip() == "answer"
+        assert asked(OTHER, *as_member).stdout.strip() in DROPPED
+        assert asked(MEMBER).stdout.strip() == "answer"
+
+
 def test_nothing_is_read_from_a_user_who_is_not_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     seen: list[bytes] = []
     door = open_to(tmp_path, str(OTHER))
