@@ -1,4 +1,4 @@
-"""What `deploy/` says of its containers, and bubblewrap's words for the same boundaries without a container engine."""
+"""What `deploy/` says of its containers, and the same boundaries as words of bubblewrap, without an engine."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def sandboxed(service: Mapping[str, Any], project: Path) -> list[str]:
     for system in ("/usr", "/etc/hosts", "/etc/nsswitch.conf", "/etc/ld.so.cache", *map(str, _roots())):
         words += ["--ro-bind-try", system, system]
     for link in ("bin", "sbin", "lib", "lib64"):
-        words += ["--symlink", os.readlink(f"/{link}"), f"/{link}"]
+        words += ["--symlink", str(Path(f"/{link}").readlink()), f"/{link}"]
     for path in service.get("tmpfs", []):
         words += ["--perms", "1777", "--tmpfs", path]
     for there, source in image.files.items():
@@ -133,11 +133,8 @@ def sandboxed(service: Mapping[str, Any], project: Path) -> list[str]:
     for name in service.get("secrets", []):
         words += ["--ro-bind", str(project / name), f"/run/secrets/{name}"]
     environment = image.environment | service.get("environment", {})
-    environment |= {
-        "PATH": f"{sys.prefix}/bin:/usr/sbin:/usr/bin",
-        "PYTHONPATH": str(_PACKAGE),
-        "OMP_NUM_THREADS": "1",
-    }
+    environment["PATH"] = f"{sys.prefix}/bin:/usr/sbin:/usr/bin"
+    environment |= {"PYTHONPATH": str(_PACKAGE), "OMP_NUM_THREADS": "1"}
     for key, text in environment.items():
         words += ["--setenv", key, text]
     words += ["--remount-ro", "/"] if service.get("read_only") else []

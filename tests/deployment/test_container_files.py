@@ -132,7 +132,7 @@ def _healthcheck() -> Any:
 @contextmanager
 def served(status: int, certificate: Path | None = None) -> Iterator[int]:
     class Answer(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             self.send_response(status)
             self.end_headers()
 
