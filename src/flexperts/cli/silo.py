@@ -56,7 +56,8 @@ def serve(silo: _Silo) -> None:
         logging.getLogger("flexperts").addHandler(handler)
         worker = Worker(settings, display)
         display.stage(f"{settings.name}: serving {settings.state}")
-        listening.serve_requests(door, worker.reply, settings.policy.max_message_bytes, settings.socket)
+        most, called = settings.policy.max_message_bytes, worker.requests.called
+        listening.serve_requests(door, worker.reply, most, settings.socket, called)
 
 
 @app.command("check")
