@@ -29,6 +29,7 @@ from flexperts.communication.messages import info_of, records
 from flexperts.communication.wire import serialize
 from flexperts.config.silo import SiloConfig, SiloSocket
 from flexperts.deployment import listening, relay
+from flexperts.deployment.request_log import RequestLog
 from flexperts.deployment.units import write_units
 from flexperts.engines.flower_private import stamp
 from flexperts.engines.grid import InProcessGrid
@@ -53,7 +54,11 @@ def own_group() -> str:
 
 @contextmanager
 def served(
-    state: Path, door: SiloSocket, answer: Callable[[bytes | None], bytes], most: int = 1 << 30
+    state: Path,
+    door: SiloSocket,
+    answer: Callable[[bytes | None], bytes],
+    most: int = 1 << 30,
+    called: Callable[[int, bool], None] = lambda user, may_ask: None,
 ) -> Iterator[None]:
     """Serve a shared socket from a thread until the block ends."""
     stop = threading.Event()
@@ -65,7 +70,7 @@ def served(
 
     def loop(listener: Listener) -> None:
         with suppress(OSError):  # the block has ended and closed it
-            listening.serve_requests(listener, until_told, most, door)
+            listening.serve_requests(listener, until_told, most, door, called)
 
     with listening.listening(state, door) as listener:
         threading.Thread(target=loop, args=(listener,), daemon=True).start()
@@ -158,6 +163,27 @@ def test_nothing_is_read_from_a_user_who_is_not_named(tmp_path: Path, caplog: py
             assert asked_by(os.getuid(), door) in DROPPED
     assert seen == []
     assert caplog.text.count(f"a process of user {os.getuid()} is refused") == 3
+
+
+@as_root
+def test_who_asks_is_on_record_and_who_may_not_too(tmp_path: Path) -> None:
+    door, requests = open_to(tmp_path, str(MEMBER), group=str(MEMBER)), RequestLog(tmp_path / "state")
+    open_path(tmp_path)
+    seen = []
+
+    def answer(request: bytes | None) -> bytes:
+        seen.append(requests.user)
+        return b"answer"
+
+    with served(tmp_path / "state", door, answer, called=requests.called):
+        assert asked_by(MEMBER, door, MEMBER) == "answer"
+        for _ in range(2):
+            assert asked_by(OTHER, door, MEMBER) in DROPPED
+    assert seen == [MEMBER]
+    refused = [json.loads(line) for line in requests.path.read_text().splitlines()]
+    told = {(one["user"], one["outcome"], one["rule"], one["kind"], one["received"]) for one in refused}
+    assert told == {(OTHER, "refused", "it is not in socket.users", None, None)}
+    assert len(refused) == 2
 
 
 def test_a_caller_that_drips_or_claims_too_much_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,8 @@ _LARGEST = 10 * 2**20
 _OLDER = 9
 """How many older files are kept, as requests.jsonl.1 (the newest) and so on."""
 
+Outcome = Literal["answered", "repeated", "refused", "failed"]
+
 log = logging.getLogger(__name__)
 
 
@@ -47,7 +49,7 @@ class Entry:
     run: str | None = None
     method: str | None = None
     round: int | None = None
-    outcome: Literal["answered", "repeated", "refused", "failed"] = "answered"
+    outcome: Outcome = "answered"
     rule: str | None = None
     received: int | None = None
     sent: int = 0

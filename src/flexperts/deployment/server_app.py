@@ -73,7 +73,7 @@ def _measured(run: RunDirectory) -> Iterator[Observer]:
         yield Observer()
         return
     with optional("metrics", METRICS):
-        from flexperts.deployment.metrics import RunMetrics
+        from flexperts.deployment.run_metrics import RunMetrics
     metrics = RunMetrics(Path(folder), run)
     try:
         yield metrics

@@ -38,7 +38,7 @@ from flexperts.protection.pipeline import check_protections
 from flexperts.recipe import parse_recipe
 
 if TYPE_CHECKING:
-    from flexperts.deployment.metrics import SiloMetrics
+    from flexperts.deployment.silo_metrics import SiloMetrics
 
 _DONE = {
     "query.join": "joined",
@@ -227,7 +227,7 @@ def _metrics(silo: SiloConfig, ledger: Ledger) -> SiloMetrics | None:
     if silo.metrics is None:
         return None
     with optional("metrics", "metrics in a silo's file"):
-        from flexperts.deployment.metrics import SiloMetrics
+        from flexperts.deployment.silo_metrics import SiloMetrics
     return SiloMetrics(Path(silo.metrics), silo.name, ledger)
 
 
