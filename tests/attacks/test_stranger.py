@@ -30,7 +30,7 @@ from flexperts.communication.wire import serialize
 from flexperts.config.silo import SiloConfig, SiloSocket
 from flexperts.deployment import listening, relay
 from flexperts.deployment.request_log import RequestLog
-from flexperts.deployment.units import write_units
+from flexperts.deployment.units import write_server_units, write_units
 from flexperts.engines.flower_private import stamp
 from flexperts.engines.grid import InProcessGrid
 from flexperts.errors import ArtifactError, ConfigError
@@ -473,7 +473,7 @@ def test_units_are_hardened(silo: SiloConfig, tmp_path: Path) -> None:
     texts = {path.name: path.read_text() for path in written}
     assert not [name for name, text in texts.items() if re.search(r"@[A-Z]+@", text)]
     services = {name: dict(UNIT.findall(text)) for name, text in texts.items() if name.endswith(".service")}
-    assert services.keys() == {"flexperts-worker.service", "flexperts-supernode.service"}
+    assert services.keys() == {f"flexperts-{name}.service" for name in ("worker", "supernode", "serve@")}
     expected = {"NoNewPrivileges": "yes", "ProtectSystem": "strict", "ProtectHome": "yes", "PrivateTmp": "yes"}
     for name, unit in services.items():
         assert expected | {"CapabilityBoundingSet": ""} == {
@@ -483,6 +483,8 @@ def test_units_are_hardened(silo: SiloConfig, tmp_path: Path) -> None:
     assert worker["User"] != node["User"] == silo.socket.users[0]  # type: ignore[union-attr]
     assert (worker["PrivateNetwork"], worker["RestrictAddressFamilies"]) == ("yes", "AF_UNIX")
     assert node["InaccessiblePaths"] == silo.state
+    assert worker["ReadWritePaths"] == f"{silo.state} {tmp_path}/ask"
+    assert "ReadWritePaths" not in services["flexperts-serve@.service"]
     filters = re.findall("^SystemCallFilter=(.*)", texts["flexperts-worker.service"], re.MULTILINE)
     assert filters[:2] == ["@system-service", "~@privileged"]  # what comes first makes it a list of what is allowed
     assert f'name="clinic" socket="{silo.socket.path}"' in texts["isolated-supernode"]  # type: ignore[union-attr]
@@ -491,10 +493,12 @@ def test_units_are_hardened(silo: SiloConfig, tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 def test_systemd_finds_the_units_safe(silo: SiloConfig, tmp_path: Path) -> None:
     written = write_units(tmp_path / "silo.toml", silo, "server.example:443", tmp_path / "units")
+    written += write_server_units(tmp_path / "server")
     units = [path for path in written if path.suffix == ".service"]
+    assert len(units) == 4
     for unit in units:
         # bubblewrap needs some of what systemd counts; the sandbox is stricter, and has its own test
-        most = "20" if "worker" in unit.name else "50"
+        most = "50" if "supernode" in unit.name else "20"
         words = ["systemd-analyze", "security", "--offline=true", f"--threshold={most}", unit]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{unit.name}: {done.stdout[-200:]}"
@@ -503,6 +507,25 @@ def test_systemd_finds_the_units_safe(silo: SiloConfig, tmp_path: Path) -> None:
         line for line in done.stderr.splitlines() if "flexperts-" in line and "is not executable" not in line
     ]
     assert complaints == []
+
+
+def test_metrics_of_a_silo_are_in_a_folder_that_its_unit_may_write(silo: SiloConfig, tmp_path: Path) -> None:
+    measured = silo.model_copy(update={"metrics": "/var/lib/metrics/clinic.prom"})
+    write_units(tmp_path / "silo.toml", measured, "server.example:443", tmp_path / "units")
+    text = (tmp_path / "units" / "flexperts-worker.service").read_text()
+    assert f"ReadWritePaths={silo.state} {tmp_path}/ask /var/lib/metrics\n" in text
+
+
+def test_the_command_for_the_server_writes_its_unit(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["server", "units", "--out", str(tmp_path / "units")])
+    assert done.exit_code == 0, done.output
+    texts = {path.name: path.read_text() for path in (tmp_path / "units").iterdir()}
+    assert texts.keys() == {"flexperts-superlink.service", "flexperts-server.sysusers"}
+    assert not [name for name, text in texts.items() if re.search(r"@[A-Z]+@", text)]
+    unit = dict(UNIT.findall(texts["flexperts-superlink.service"]))
+    assert (unit["NoNewPrivileges"], unit["ProtectSystem"], unit["UMask"]) == ("yes", "strict", "0077")
+    assert "--host" not in texts["flexperts-superlink.service"]  # it listens on loopback
+    assert f"u {unit['User']} -" in texts["flexperts-server.sysusers"]
 
 
 def test_the_command_writes_the_units_and_check_names_who_may_ask(tmp_path: Path) -> None:

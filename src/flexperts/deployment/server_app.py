@@ -67,7 +67,7 @@ def _quiet_but_for_us() -> None:
 
 @contextmanager
 def _measured(run: RunDirectory) -> Iterator[Observer]:
-    """Yield an observer that writes the run's metrics, now and at the end, if the SuperLink has a folder for them."""
+    """Yield an observer that writes the run's metrics, if the SuperLink has a folder for them."""
     folder = os.environ.get(METRICS)
     if not folder:
         yield Observer()
