@@ -115,9 +115,14 @@ def test_kubernetes_pods_reach_what_their_policy_names() -> None:
     assert [p["port"] for p in policies["flexperts-server"]["ingress"][0]["ports"]] == [8443]
 
 
-def test_what_is_copied_into_images_exists() -> None:
-    assert all(path.exists() for image in images().values() for path in image.files.values())
+def test_what_is_copied_into_images_exists_and_nothing_else_is_sent_to_the_builder() -> None:
+    files = {path for image in images().values() for path in image.files.values()}
     assert {"server", "worker", "supernode", "serve"} <= images().keys()
+    root = DEPLOY.parent
+    ignored = (root / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    assert ignored[1] == "*"
+    assert {root / line[1:] for line in ignored if line.startswith("!")} == files
+    assert all(path.exists() for path in files)
 
 
 def _healthcheck() -> Any:
