@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Callable
@@ -67,16 +66,19 @@ def test_a_reply_that_is_not_on_record_does_not_leave(
     silo: SiloConfig, handed: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker, request = Worker(silo), asked("query.join", RUN, handed().to_toml())
-    full = OSError(errno.ENOSPC, "No space left on device")
+    assert deserialize(worker.reply(request))[0] == {}
+    before, write = worker.requests.path.read_bytes(), os.write
 
-    def fail(descriptor: int) -> None:
-        if Path(f"/proc/self/fd/{descriptor}").resolve() == worker.requests.path:
-            raise full
+    def half(descriptor: int, text: bytes) -> int:
+        is_ours = Path(f"/proc/self/fd/{descriptor}").resolve() == worker.requests.path
+        return write(descriptor, text[: len(text) // 2] if is_ours else text)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", fail)
+        patch.setattr(os, "write", half)
         assert deserialize(worker.reply(request))[0] == {"error": "ArtifactError"}
+    assert worker.requests.path.read_bytes() == before
     assert deserialize(worker.reply(request))[0] == {}
+    assert [one["outcome"] for one in lines(worker.requests.path)] == ["answered", "answered"]
 
 
 def test_the_newest_lines_are_kept_in_a_bounded_number_of_files(

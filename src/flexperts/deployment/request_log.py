@@ -5,6 +5,7 @@ No text of a request, a row or an answer is in it. A reply leaves only after its
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from contextlib import suppress
@@ -68,7 +69,7 @@ class RequestLog:
         self.user: int | None = None
         """The user whose request is next."""
         make_private(state)
-        self._append("")
+        self._append(b"")
 
     def called(self, user: int, may_ask: bool) -> None:
         """Note who calls; one who may not ask is written down at once."""
@@ -84,16 +85,21 @@ class RequestLog:
             ArtifactError: It cannot be written; the error has been logged.
         """
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
-        self._append(json_text({"time": time, **asdict(entry)}) + "\n")
+        self._append((json_text({"time": time, **asdict(entry)}) + "\n").encode())
 
-    def _append(self, text: str) -> None:
+    def _append(self, line: bytes) -> None:
         try:
             if self.path.exists() and self.path.stat().st_size >= _LARGEST:
                 self._rotate()
-            with open(self.path, "a", encoding="utf-8", opener=unlinked) as lines:
-                lines.write(text)
-                lines.flush()
-                os.fsync(lines.fileno())
+            lines = unlinked(str(self.path), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            try:
+                end = os.fstat(lines).st_size
+                if os.write(lines, line) < len(line):  # the disk is full; later lines must not continue this one
+                    os.ftruncate(lines, end)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(lines)
+            finally:
+                os.close(lines)
         except OSError as error:
             failed = unwritable(self.path, error)
             log.error("%s", logged(failed))
