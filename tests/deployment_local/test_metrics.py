@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -171,7 +172,9 @@ def test_dashboard_and_alerts_name_metrics_that_exist(
     monkeypatch.setenv(METRICS, str(tmp_path / "metrics"))
     with _measured(run):
         pass
-    texts = [path.read_text() for path in (tmp_path / "metrics").iterdir()] + [Metrics().text().decode()]
+    serving, counters = Metrics(), SimpleNamespace(steps=0, rows=0, prefills=0)
+    serving.show(SimpleNamespace(counters=counters, queue_length=0, running=0))  # type: ignore[arg-type]
+    texts = [path.read_text() for path in (tmp_path / "metrics").iterdir()] + [serving.text().decode()]
     known = {word for text in texts for word in re.findall(r"^# TYPE (\w+) ", text, re.MULTILINE)}
     for name in ("grafana-dashboard.json", "prometheus-alerts.yaml"):
         named = set(re.findall(r"\bflexperts_\w+", (DEPLOY / name).read_text()))
