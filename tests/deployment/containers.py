@@ -114,8 +114,13 @@ def sandboxed(service: Mapping[str, Any], project: Path) -> list[str]:
     words = ["bwrap", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--die-with-parent", "--new-session"]
     words += ["--unshare-net"] if service.get("network_mode") == "none" else []
     words += ["--clearenv", "--proc", "/proc", "--dev", "/dev"]
-    for system in ("/usr", "/etc/hosts", "/etc/nsswitch.conf", "/etc/ld.so.cache", *map(str, _roots())):
-        words += ["--ro-bind-try", system, system]
+    system = ["/usr", "/etc/hosts", "/etc/nsswitch.conf", "/etc/ld.so.cache", *map(str, _roots())]
+    secrets = {f"/run/secrets/{name}": project / name for name in service.get("secrets", [])}
+    for there in [*system, *image.files, *mounts(service), *secrets]:  # bwrap's own folders are root's alone
+        for parent in reversed(Path(there).parents[:-1]):
+            words += ["--perms", "0755", "--dir", str(parent)]
+    for path in system:
+        words += ["--ro-bind-try", path, path]
     for link in ("bin", "sbin", "lib", "lib64"):
         words += ["--symlink", str(Path(f"/{link}").readlink()), f"/{link}"]
     for path in service.get("tmpfs", []):
@@ -130,8 +135,8 @@ def sandboxed(service: Mapping[str, Any], project: Path) -> list[str]:
             os.chown(place, owner, its)
             place.chmod(mode)
         words += ["--bind" if writable else "--ro-bind", str(place), there]
-    for name in service.get("secrets", []):
-        words += ["--ro-bind", str(project / name), f"/run/secrets/{name}"]
+    for there, source in secrets.items():
+        words += ["--ro-bind", str(source), there]
     environment = image.environment | service.get("environment", {})
     environment["PATH"] = f"{sys.prefix}/bin:/usr/sbin:/usr/bin"
     environment |= {"PYTHONPATH": str(_PACKAGE), "OMP_NUM_THREADS": "1"}

@@ -73,7 +73,7 @@ class Contained(Cluster):
         assert self.processes[name].poll() is None, self.log(name)
         number = self.processes[name].pid
         inner = Path(f"/proc/{number}/task/{number}/children").read_text().partition(" ")[0]
-        words = ["nsenter", f"--target={inner}", "--mount", "--net", *image_of(self.services[name]).health]
+        words = ["nsenter", f"--target={inner}", "--mount", "--net", "--pid", *image_of(self.services[name]).health]
         environment = {"PATH": f"{BIN}:/usr/bin"}
         return subprocess.run(words, env=environment, check=False, capture_output=True).returncode == 0
 
@@ -95,7 +95,8 @@ class Contained(Cluster):
 
     def _start(self, name: str, command: str, *arguments: str) -> subprocess.Popen[bytes]:
         enter, *words = self._here()
-        return super()._start(name, enter, *words, str(BIN / command), *arguments)
+        found = shutil.which(command, path=self.environment["PATH"])
+        return super()._start(name, enter, *words, str(found), *arguments)
 
     def _here(self) -> list[str]:
         return [str(shutil.which("nsenter")), f"--net=/proc/{self._network.pid}/ns/net"]
@@ -138,7 +139,7 @@ def test_the_compose_files_keep_an_app_from_everything_and_a_run_ends_as_ever(
         told = {
             "nodes": 1,
             "files": [*inside, *(str(p) for p in (folder / "silo").rglob("*") if p.is_file()), "/etc/shadow"],
-            "folders": [STATE, "/srv", "/srv/rows", "/etc/flexperts", "/run/secrets", "/var", "/root"],
+            "folders": [STATE, "/srv", "/srv/rows", "/etc/flexperts", "/run/secrets", "/var"],
             "needles": ["PRIVATE KEY", "xylophone"],
             "writes": ["/x", "/usr/x", "/var/tmp/x", "/run/flexperts/x", "/run/flexperts/ask/x", "/run/runtime/x"],
             "addresses": [("127.0.0.1", port) for port in (lure.getsockname()[1], 8000, 8443)],

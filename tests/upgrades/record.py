@@ -26,6 +26,7 @@ from flexperts.deployment.ledger import Ledger
 from flexperts.deployment.settings import at_silos
 from flexperts.deployment.worker import Worker
 from flexperts.engines.run import run_federation
+from flexperts.files import write_json
 from flexperts.parameters.store import load_personal
 from flexperts.recipe import load_silo, parse_recipe
 from flexperts.server.checkpoint import load_server
@@ -93,12 +94,16 @@ def found(version: Path) -> dict[str, Any]:
     return {
         "run": {key: told[key] for key in ("method", "state", "rounds", "bytes", "epsilon")},
         "id": run.run_id,
-        "scores": run.summary(checked=True)["scores"],
+        "nll": {client: its["nll"] for client, its in run.summary(checked=True)["clients"].items()},
         "server": {"round": server.round, "clients": server.clients, "shared": _digest(server.shared.vector)},
         "personal": {"round": meta.round, "tensors": {n: _digest(t.numpy()) for n, t in tensors.items()}},
-        "silo": [(kept.run, kept.method, kept.round, kept.epsilon) for kept in kept_runs(state, SILO, ledger)],
-        "released": {kind: len(hashes) for kind, hashes in ledger.runs[RUN].answered.items()},
+        "silo": [[its.run, its.method, its.round, _rounded(its.epsilon)] for its in kept_runs(state, SILO, ledger)],
+        "replies": {kind: reply for kind, (_, reply) in ledger.runs[RUN].answered.items()},
     }
+
+
+def _rounded(epsilon: float | None) -> float | None:
+    return None if epsilon is None else round(epsilon, 9)  # it is computed anew, by SciPy
 
 
 def _digest(values: Any) -> str:
@@ -136,7 +141,7 @@ def record(folder: Path) -> None:
     shutil.copytree(
         "state", version / "state", ignore=shutil.ignore_patterns("worker.*", "requests.jsonl", "predictions")
     )
-    (version / "found.json").write_text(json.dumps(found(version), indent=1) + "\n")
+    write_json(version / "found.json", found(version), indent=1)
 
 
 if __name__ == "__main__":
