@@ -110,7 +110,7 @@ def sandboxed(service: Mapping[str, Any], project: Path) -> list[str]:
         service: The service.
         project: Folder of the compose file, and of the volumes, as folders of their names.
     """
-    image, (user, group) = image_of(service), user_of(service)
+    image = image_of(service)
     words = ["bwrap", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--die-with-parent", "--new-session"]
     words += ["--unshare-net"] if service.get("network_mode") == "none" else []
     words += ["--clearenv", "--proc", "/proc", "--dev", "/dev"]
@@ -137,13 +137,16 @@ def sandboxed(service: Mapping[str, Any], project: Path) -> list[str]:
         words += ["--bind" if writable else "--ro-bind", str(place), there]
     for there, source in secrets.items():
         words += ["--ro-bind", str(source), there]
-    environment = image.environment | service.get("environment", {})
-    environment["PATH"] = f"{sys.prefix}/bin:/usr/sbin:/usr/bin"
-    environment |= {"PYTHONPATH": str(_PACKAGE), "OMP_NUM_THREADS": "1"}
-    for key, text in environment.items():
-        words += ["--setenv", key, text]
     words += ["--remount-ro", "/"] if service.get("read_only") else []
-    words += ["setpriv", f"--reuid={user}", f"--regid={group}", "--clear-groups", "--inh-caps=-all"]
+    return [*words, *as_its_user(service, command_of(service))]
+
+
+def as_its_user(service: Mapping[str, Any], command: list[str]) -> list[str]:
+    """Return the words that run a command with a service's user, privileges and environment."""
+    user, group = user_of(service)
+    words = ["setpriv", f"--reuid={user}", f"--regid={group}", "--clear-groups", "--inh-caps=-all"]
     words += ["--bounding-set=-all"] if service.get("cap_drop") == ["ALL"] else []
     words += ["--no-new-privs"] if "no-new-privileges:true" in service.get("security_opt", []) else []
-    return [*words, *command_of(service)]
+    here = {"PATH": f"{sys.prefix}/bin:/usr/sbin:/usr/bin", "PYTHONPATH": str(_PACKAGE), "OMP_NUM_THREADS": "1"}
+    environment = image_of(service).environment | service.get("environment", {}) | here
+    return [*words, "env", "-i", *(f"{key}={text}" for key, text in environment.items()), *command]

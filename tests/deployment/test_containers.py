@@ -17,12 +17,13 @@ import pytest
 from flexperts.serving.http.keys import make_keys
 
 from .cluster import BIN, Cluster, free_port, wait_until
-from .containers import DEPLOY, image_of, sandboxed, services, user_of
+from .containers import DEPLOY, as_its_user, image_of, sandboxed, services, user_of
 from .strangers import assert_runs_as_ever, attack
 
 pytestmark = [pytest.mark.deployment, pytest.mark.attacks, pytest.mark.timeout(900)]
 
 STATE = "/var/lib/flexperts/worker"
+REGISTER = ["flwr", "supernode", "register", "/dev/stdin", "mine"]
 
 
 class Contained(Cluster):
@@ -69,13 +70,23 @@ class Contained(Cluster):
                 wait_until(lambda name=name: self.is_healthy(name), name)
 
     def is_healthy(self, name: str) -> bool:
-        """Run the service's health check where the service runs."""
+        """Return what the service's health check says."""
         assert self.processes[name].poll() is None, self.log(name)
+        return self.inside(name, *image_of(self.services[name]).health).returncode == 0
+
+    def inside(self, name: str, *command: str, told: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+        """Run a command in a service's container, as `docker compose exec -T` does."""
         number = self.processes[name].pid
         inner = Path(f"/proc/{number}/task/{number}/children").read_text().partition(" ")[0]
-        words = ["nsenter", f"--target={inner}", "--mount", "--net", "--pid", *image_of(self.services[name]).health]
-        environment = {"PATH": f"{BIN}:/usr/bin"}
-        return subprocess.run(words, env=environment, check=False, capture_output=True).returncode == 0
+        words = ["nsenter", f"--target={inner}", "--mount", "--net", "--pid", "--ipc", "--uts"]
+        words += as_its_user(self.services[name], [*command])
+        return subprocess.run(words, input=told, check=False, capture_output=True)
+
+    def register(self) -> None:
+        assert f"superlink {' '.join(REGISTER)} <key.pub" in (DEPLOY.parent / "docs" / "deploy.md").read_text()
+        for key in sorted(self.folder.glob("*/key.pub")):
+            done = self.inside("superlink", *REGISTER, told=key.read_bytes())
+            assert done.returncode == 0, done.stdout + done.stderr
 
     def status_of(self, name: str, program: str) -> str:
         """Return what the kernel says of a service's process."""
