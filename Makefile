@@ -1,11 +1,11 @@
 # Everything starts here: `make run` and `make test` set up .venv on first use.
 PYTHON ?= python3
+DOCKER ?= docker
 BIN := .venv/bin
 STAMP := .venv/.installed
 # Containers often forbid bytecode; every process that the tests start would compile the package anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-DOCKER ?= docker
 .PHONY: help setup locked lock run test test-oldest slow families quantization ray faults fuzz deployment pretend-cuda images test-all coverage bench gpu docs check format dist clean
 
 help:  ## Show the targets
