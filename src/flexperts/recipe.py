@@ -128,6 +128,8 @@ def check_silo_extras(silo: SiloConfig) -> None:
         require("bitsandbytes", "quantization", "quantization")
     if silo.policy.noise != "none":
         require("dp_accounting", "privacy", "policy.noise")
+    if silo.metrics is not None:
+        require("prometheus_client", "metrics", "metrics in a silo's file")
 
 
 def parse_recipe(
@@ -276,6 +278,7 @@ def _absolute_silo(silo: SiloConfig, folder: Path) -> SiloConfig:
     own: dict[str, object] = {
         "state": _resolved(silo.state, folder),
         "base": base,
+        "metrics": _resolved(silo.metrics, folder),
         "data": silo.data.model_copy(update=files),
     }
     if silo.socket is not None:

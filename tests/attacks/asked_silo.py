@@ -82,10 +82,9 @@ class AskedSilo:
         return payload_of(self.answer("query.initial", records({"agreement": agreement}), recipe, run), "clinic")
 
     def files(self) -> dict[str, bytes]:
-        """Return all that the silo keeps."""
-        return {
-            str(p.relative_to(self.state)): p.read_bytes() for p in sorted(self.state.rglob("*")) if p.is_file()
-        }
+        """Return all that the silo keeps, but for its request log, in which every request is a line."""
+        kept = sorted(p for p in self.state.rglob("*") if p.is_file() and p.name != "requests.jsonl")
+        return {str(p.relative_to(self.state)): p.read_bytes() for p in kept}
 
 
 def to_train(payload: Payload, number: Any = 1) -> RecordDict:

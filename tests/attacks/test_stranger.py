@@ -29,7 +29,8 @@ from flexperts.communication.messages import info_of, records
 from flexperts.communication.wire import serialize
 from flexperts.config.silo import SiloConfig, SiloSocket
 from flexperts.deployment import listening, relay
-from flexperts.deployment.units import write_units
+from flexperts.deployment.request_log import RequestLog
+from flexperts.deployment.units import write_server_units, write_units
 from flexperts.engines.flower_private import stamp
 from flexperts.engines.grid import InProcessGrid
 from flexperts.errors import ArtifactError, ConfigError
@@ -53,7 +54,11 @@ def own_group() -> str:
 
 @contextmanager
 def served(
-    state: Path, door: SiloSocket, answer: Callable[[bytes | None], bytes], most: int = 1 << 30
+    state: Path,
+    door: SiloSocket,
+    answer: Callable[[bytes | None], bytes],
+    most: int = 1 << 30,
+    called: Callable[[int, bool], None] = lambda user, may_ask: None,
 ) -> Iterator[None]:
     """Serve a shared socket from a thread until the block ends."""
     stop = threading.Event()
@@ -65,7 +70,7 @@ def served(
 
     def loop(listener: Listener) -> None:
         with suppress(OSError):  # the block has ended and closed it
-            listening.serve_requests(listener, until_told, most, door)
+            listening.serve_requests(listener, until_told, most, door, called)
 
     with listening.listening(state, door) as listener:
         threading.Thread(target=loop, args=(listener,), daemon=True).start()
@@ -130,6 +135,26 @@ def test_only_the_named_user_gets_answers(tmp_path: Path, caplog: pytest.LogCapt
     assert refusals == [f"a process of user {user} is refused: it is not in socket.users" for user in (OTHER, 0)]
 
 
+@as_root
+def test_a_number_from_another_user_namespace_is_not_believed(tmp_path: Path) -> None:
+    """Containers with one map of users are known by their numbers; with a map of its own, any number can be had."""
+    door = open_to(tmp_path, str(MEMBER), group=str(MEMBER))
+    open_path(tmp_path)
+    ask = [shutil.which("python3", path="/usr/bin") or sys.executable, "-S", "-c", ASK, door.path, str(MEMBER), ""]
+
+    def asked(user: int, *mapped: str) -> subprocess.CompletedProcess[str]:
+        words = ["setpriv", f"--reuid={user}", f"--regid={MEMBER}", "--clear-groups", *mapped, *ask]
+        return subprocess.run(words, check=False, capture_output=True, text=True)
+
+    as_member = ["unshare", "--user", f"--map-user={MEMBER}", f"--map-group={MEMBER}"]
+    with served(tmp_path / "state", door, lambda _: b"answer"):
+        if (found := asked(MEMBER, *as_member)).returncode:
+            pytest.skip(f"no user namespaces here: {found.stderr}")
+        assert found.stdout.strip() == "answer"
+        assert asked(OTHER, *as_member).stdout.strip() in DROPPED
+        assert asked(MEMBER).stdout.strip() == "answer"
+
+
 def test_nothing_is_read_from_a_user_who_is_not_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     seen: list[bytes] = []
     door = open_to(tmp_path, str(OTHER))
@@ -138,6 +163,27 @@ def test_nothing_is_read_from_a_user_who_is_not_named(tmp_path: Path, caplog: py
             assert asked_by(os.getuid(), door) in DROPPED
     assert seen == []
     assert caplog.text.count(f"a process of user {os.getuid()} is refused") == 3
+
+
+@as_root
+def test_who_asks_is_on_record_and_who_may_not_too(tmp_path: Path) -> None:
+    door, requests = open_to(tmp_path, str(MEMBER), group=str(MEMBER)), RequestLog(tmp_path / "state")
+    open_path(tmp_path)
+    seen = []
+
+    def answer(request: bytes | None) -> bytes:
+        seen.append(requests.user)
+        return b"answer"
+
+    with served(tmp_path / "state", door, answer, called=requests.called):
+        assert asked_by(MEMBER, door, MEMBER) == "answer"
+        for _ in range(2):
+            assert asked_by(OTHER, door, MEMBER) in DROPPED
+    assert seen == [MEMBER]
+    refused = [json.loads(line) for line in requests.path.read_text().splitlines()]
+    told = {(one["user"], one["outcome"], one["rule"], one["kind"], one["received"]) for one in refused}
+    assert told == {(OTHER, "refused", "it is not in socket.users", None, None)}
+    assert len(refused) == 2
 
 
 def test_a_caller_that_drips_or_claims_too_much_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -427,7 +473,7 @@ def test_units_are_hardened(silo: SiloConfig, tmp_path: Path) -> None:
     texts = {path.name: path.read_text() for path in written}
     assert not [name for name, text in texts.items() if re.search(r"@[A-Z]+@", text)]
     services = {name: dict(UNIT.findall(text)) for name, text in texts.items() if name.endswith(".service")}
-    assert services.keys() == {"flexperts-worker.service", "flexperts-supernode.service"}
+    assert services.keys() == {f"flexperts-{name}.service" for name in ("worker", "supernode", "serve@")}
     expected = {"NoNewPrivileges": "yes", "ProtectSystem": "strict", "ProtectHome": "yes", "PrivateTmp": "yes"}
     for name, unit in services.items():
         assert expected | {"CapabilityBoundingSet": ""} == {
@@ -437,6 +483,8 @@ def test_units_are_hardened(silo: SiloConfig, tmp_path: Path) -> None:
     assert worker["User"] != node["User"] == silo.socket.users[0]  # type: ignore[union-attr]
     assert (worker["PrivateNetwork"], worker["RestrictAddressFamilies"]) == ("yes", "AF_UNIX")
     assert node["InaccessiblePaths"] == silo.state
+    assert worker["ReadWritePaths"] == f"{silo.state} {tmp_path}/ask"
+    assert "ReadWritePaths" not in services["flexperts-serve@.service"]
     filters = re.findall("^SystemCallFilter=(.*)", texts["flexperts-worker.service"], re.MULTILINE)
     assert filters[:2] == ["@system-service", "~@privileged"]  # what comes first makes it a list of what is allowed
     assert f'name="clinic" socket="{silo.socket.path}"' in texts["isolated-supernode"]  # type: ignore[union-attr]
@@ -445,10 +493,12 @@ def test_units_are_hardened(silo: SiloConfig, tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 def test_systemd_finds_the_units_safe(silo: SiloConfig, tmp_path: Path) -> None:
     written = write_units(tmp_path / "silo.toml", silo, "server.example:443", tmp_path / "units")
+    written += write_server_units(tmp_path / "server")
     units = [path for path in written if path.suffix == ".service"]
+    assert len(units) == 4
     for unit in units:
         # bubblewrap needs some of what systemd counts; the sandbox is stricter, and has its own test
-        most = "20" if "worker" in unit.name else "50"
+        most = "50" if "supernode" in unit.name else "20"
         words = ["systemd-analyze", "security", "--offline=true", f"--threshold={most}", unit]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{unit.name}: {done.stdout[-200:]}"
@@ -457,6 +507,25 @@ def test_systemd_finds_the_units_safe(silo: SiloConfig, tmp_path: Path) -> None:
         line for line in done.stderr.splitlines() if "flexperts-" in line and "is not executable" not in line
     ]
     assert complaints == []
+
+
+def test_metrics_of_a_silo_are_in_a_folder_that_its_unit_may_write(silo: SiloConfig, tmp_path: Path) -> None:
+    measured = silo.model_copy(update={"metrics": "/var/lib/metrics/clinic.prom"})
+    write_units(tmp_path / "silo.toml", measured, "server.example:443", tmp_path / "units")
+    text = (tmp_path / "units" / "flexperts-worker.service").read_text()
+    assert f"ReadWritePaths={silo.state} {tmp_path}/ask /var/lib/metrics\n" in text
+
+
+def test_the_command_for_the_server_writes_its_unit(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["server", "units", "--out", str(tmp_path / "units")])
+    assert done.exit_code == 0, done.output
+    texts = {path.name: path.read_text() for path in (tmp_path / "units").iterdir()}
+    assert texts.keys() == {"flexperts-superlink.service", "flexperts-server.sysusers"}
+    assert not [name for name, text in texts.items() if re.search(r"@[A-Z]+@", text)]
+    unit = dict(UNIT.findall(texts["flexperts-superlink.service"]))
+    assert (unit["NoNewPrivileges"], unit["ProtectSystem"], unit["UMask"]) == ("yes", "strict", "0077")
+    assert "--host" not in texts["flexperts-superlink.service"]  # it listens on loopback
+    assert f"u {unit['User']} -" in texts["flexperts-server.sysusers"]
 
 
 def test_the_command_writes_the_units_and_check_names_who_may_ask(tmp_path: Path) -> None:

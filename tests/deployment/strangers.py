@@ -47,13 +47,22 @@ class Strangers(Cluster):
             file.write(f'[socket]\npath = "ask/worker.sock"\ngroup = "{group}"\nusers = ["{user}"]\n')
 
 
-def attack(cluster: Cluster, told: dict[str, Any]) -> list[dict[str, str]]:
-    """Submit the attacking app and return what it got at each SuperNode, without the worker's answer."""
-    app, out = cluster.folder / "attacking", cluster.folder / "found.json"
+def attack(
+    cluster: Cluster, told: dict[str, Any], out: Path | None = None, there: str | None = None
+) -> list[dict[str, str]]:
+    """Submit the attacking app and return what it got at each SuperNode, without the worker's answer.
+
+    Args:
+        cluster: The cluster.
+        told: See ``probe``.
+        out: A file that the ServerApp can write.
+        there: The same file's path where the ServerApp runs.
+    """
+    app, out = cluster.folder / "attacking", out or cluster.folder / "found.json"
     shutil.copytree(APP, app)
     shutil.copy(PROBE, app / "attacking_app" / "probe.py")
     config = cluster.folder / "told.toml"
-    config.write_text(tomli_w.dumps({"told": json.dumps(told), "out": str(out)}))
+    config.write_text(tomli_w.dumps({"told": json.dumps(told), "out": there or str(out)}))
     cluster.flwr("run", str(app), "here", "--run-config", str(config))
     wait_until(out.exists, "the attacking app's end", PATIENCE)
     found = [json.loads(text) for text in json.loads(out.read_text())]

@@ -83,7 +83,7 @@ def test_a_worker_process_from_start_to_end(
 STUB = """
 import sys, types
 class Worker:
-    def __init__(self, *_): pass
+    def __init__(self, *_): self.requests = types.SimpleNamespace(called=lambda *_: None)
     def reply(self, request): return request
 sys.modules["flexperts.deployment.worker"] = types.SimpleNamespace(Worker=Worker)
 from flexperts.cli.main import main

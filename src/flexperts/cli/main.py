@@ -30,6 +30,7 @@ from flexperts.cli import (
     report,
     run,
     serve,
+    server,
     silo,
     status,
 )
@@ -73,6 +74,7 @@ app.command("forget")(forget.command)
 app.add_typer(base.app, name="base")
 app.add_typer(data.app, name="data")
 app.add_typer(silo.app, name="silo")
+app.add_typer(server.app, name="server")
 
 
 def main() -> None:

@@ -56,7 +56,8 @@ def serve(silo: _Silo) -> None:
         logging.getLogger("flexperts").addHandler(handler)
         worker = Worker(settings, display)
         display.stage(f"{settings.name}: serving {settings.state}")
-        listening.serve_requests(door, worker.reply, settings.policy.max_message_bytes, settings.socket)
+        most, called = settings.policy.max_message_bytes, worker.requests.called
+        listening.serve_requests(door, worker.reply, most, settings.socket, called)
 
 
 @app.command("check")
@@ -86,7 +87,7 @@ def check(
     raise_last(wrong)
 
 
-class _Notes(Observer):
+class Notes(Observer):
     """Observer that prints notices."""
 
     def notice(self, text: str) -> None:
@@ -145,12 +146,12 @@ def units(
     superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the SuperNode finds its SuperLink.")],
     out: Annotated[Path, typer.Option(help="A new folder.")],
 ) -> None:
-    """Write a sandbox for the SuperNode, and systemd units for it and the worker."""
+    """Write a sandbox for the SuperNode, and systemd units for it, the worker, and serving the silo's models."""
     from flexperts.deployment.units import write_units
     from flexperts.observer import observing
     from flexperts.recipe import load_silo
 
-    with observing(_Notes()):
+    with observing(Notes()):
         for path in write_units(silo, load_silo(silo), superlink, out):
             typer.echo(f"{path}")
 

@@ -115,6 +115,8 @@ class SiloConfig(Section):
     socket: SiloSocket | None = None
     """Socket for a SuperNode that runs as another user; see docs/deploy.md."""
     policy: SiloPolicy = SiloPolicy()
+    metrics: Annotated[str, Field(pattern=r"\.prom$")] | None = None
+    """File for Prometheus, written after each request; its name ends in .prom (see docs/operating.md)."""
     roster: dict[str, Identity] = Field(default_factory=dict)
     """Silo -> its identity, as its `flexperts silo check` prints it; secure aggregation is then with these alone.
     Without a roster, each silo is known in a run as it is first seen."""

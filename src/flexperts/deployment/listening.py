@@ -64,6 +64,7 @@ def serve_requests(
     answer: Callable[[bytes | None], bytes],
     most: int,
     door: SiloSocket | None = None,
+    called: Callable[[int, bool], None] = lambda user, may_ask: None,
     until: Callable[[], bool] = lambda: False,
 ) -> None:
     """Answer requests one at a time, until a ``BaseException`` such as ``SystemExit`` is raised.
@@ -77,12 +78,14 @@ def serve_requests(
             too long.
         most: Bytes of the longest request that is read.
         door: The silo's settings for a socket that other users can open.
+        called: Told each caller's user, and whether it gets an answer, before anything is read.
         until: Whether the request that was just answered is the last one.
     """
     allowed = allowed_users(door)
     while True:
         with listener.accept() as connection, socket.socket(fileno=os.dup(connection.fileno())) as same:
             user = user_of_peer(same)
+            called(user, user in allowed)
             if user not in allowed:
                 log.warning("a process of user %d is refused: it is not in socket.users", user)
                 continue

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,10 @@ from flexperts.artifacts import RunDirectory
 from flexperts.config.names import client_name
 from flexperts.deployment.bounded_grid import BoundedGrid
 from flexperts.deployment.region_door import serve_region
-from flexperts.deployment.settings import run_folder
-from flexperts.errors import ArtifactError, FlexpertsError
+from flexperts.deployment.settings import METRICS, run_folder
+from flexperts.errors import ArtifactError, FlexpertsError, optional
 from flexperts.files import sole_writer
-from flexperts.observer import Observer, current_observer, observing
+from flexperts.observer import Observer, Observers, current_observer, observing
 from flexperts.recipe import parse_recipe
 from flexperts.server.extending import extend, is_extended
 from flexperts.server.serve import serve
@@ -39,7 +41,11 @@ def main(grid: Grid, context: Context) -> None:
         resume, region = bool(context.run_config["resume"]), str(context.run_config["region"])
         # An earlier process of the same run can take a minute to notice that it has lost its SuperLink.
         patience = _PATIENCE if resume else 0.0
-        with sole_writer(out, patience=patience, waiting=log.info), observing(LogObserver()):
+        with (
+            _measured(RunDirectory(out)) as metrics,
+            sole_writer(out, patience=patience, waiting=log.info),
+            observing(Observers(LogObserver(), metrics)),
+        ):
             if resume and (out / "config.toml").exists() and is_extended(RunDirectory(out), config):
                 extend(RunDirectory(out), config, current_observer())
             run = _open(out, config.to_toml(), resume=resume)
@@ -61,6 +67,22 @@ def _quiet_but_for_us() -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
+
+
+@contextmanager
+def _measured(run: RunDirectory) -> Iterator[Observer]:
+    """Yield an observer that writes the run's metrics, if the SuperLink has a folder for them."""
+    folder = os.environ.get(METRICS)
+    if not folder:
+        yield Observer()
+        return
+    with optional("metrics", METRICS):
+        from flexperts.deployment.run_metrics import RunMetrics
+    metrics = RunMetrics(Path(folder), run)
+    try:
+        yield metrics
+    finally:
+        metrics.write()
 
 
 def _open(out: Path, recipe: str, *, resume: bool) -> RunDirectory:

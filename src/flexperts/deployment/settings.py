@@ -79,6 +79,8 @@ def _refuse_what_needs_all_rows(config: RunConfig) -> None:
 
 RUNS = "FLEXPERTS_RUNS"
 """Environment variable of the SuperLink: the folder for run directories; ``runs`` if it is not set."""
+METRICS = "FLEXPERTS_METRICS"
+"""Environment variable of the SuperLink: the folder for the metrics of runs; none are written if it is not set."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 

@@ -1,4 +1,4 @@
-"""Files that let a SuperNode run as a stranger: a script with bubblewrap, and systemd units."""
+"""Systemd units for server and silo, and a script with bubblewrap that lets a SuperNode run as a stranger."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ _NAME = re.compile(r"[a-z_][a-z0-9_-]*")
 _ADDRESS = re.compile(r"(?P<host>[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?):(?P<port>[0-9]{1,5})")
 _HIDDEN = ("/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/")
 _PACKAGE = Path(flexperts.__file__).parents[1]
+_BIN = Path(sys.prefix) / "bin"
 
 
 def write_units(file: Path, silo: SiloConfig, superlink: str, out: Path) -> list[Path]:
@@ -29,19 +30,31 @@ def write_units(file: Path, silo: SiloConfig, superlink: str, out: Path) -> list
         superlink: HOST:PORT of the SuperLink; its certificate must have the host's name.
         out: A new folder.
     """
-    values = _values(file, silo, superlink)
+    return _write("silo", _values(file, silo, superlink), out)
+
+
+def write_server_units(out: Path) -> list[Path]:
+    """Write the unit of the SuperLink, and what creates its user; return the files.
+
+    Args:
+        out: A new folder.
+    """
+    _check_paths([str(_BIN), *map(str, _roots())])
+    return _write("server", {"BIN": str(_BIN)}, out)
+
+
+def _write(kind: str, values: dict[str, str], out: Path) -> list[Path]:
     try:
         out.mkdir(parents=True)
     except OSError as error:
         raise ConfigError(f"--out {out}", f"it cannot be created ({error})", "choose a new folder") from error
     written = []
     values["HARDENED"] = (_TEMPLATES / "hardened.conf").read_text(encoding="utf-8").strip()
-    for template in sorted(_TEMPLATES.iterdir()):
-        if template.name != "hardened.conf":
-            path = out / template.name
-            write_text(path, _rendered(template, values))
-            path.chmod(0o755 if template.name == "isolated-supernode" else 0o644)
-            written.append(path)
+    for template in sorted((_TEMPLATES / kind).iterdir()):
+        path = out / template.name
+        write_text(path, _rendered(template, values))
+        path.chmod(0o755 if template.name == "isolated-supernode" else 0o644)
+        written.append(path)
     return written
 
 
@@ -62,18 +75,14 @@ def _values(file: Path, silo: SiloConfig, superlink: str) -> dict[str, str]:
         if not _NAME.fullmatch(name):
             raise ConfigError(f"{key} {name!r}", "units need a name of a-z, 0-9, '_' and '-'", "use such a name")
     roots = [str(p) for p in _roots()]
-    bin_folder = Path(sys.prefix) / "bin"
-    paths = {"SILO": file.absolute(), "STATE": Path(silo.state), "SOCKET": Path(door.path), "BIN": bin_folder}
-    for path in dict.fromkeys([*map(str, paths.values()), *roots]):
-        if path.startswith(_HIDDEN):
-            current_observer().notice(
-                f"{path} is hidden by the units' ProtectHome or PrivateTmp; use another folder"
-            )
-        if not _PATH.fullmatch(path):
-            rule = "a path in a unit has letters, digits, '.', '_', '+' and '-' only"
-            raise ConfigError(path, rule, "move the folder, or give it another name")
-    texts = {key: str(path) for key, path in paths.items()} | {"FOLDER": str(Path(door.path).parent)}
+    paths = {"SILO": file.absolute(), "STATE": Path(silo.state), "SOCKET": Path(door.path), "BIN": _BIN}
+    texts = {key: str(path) for key, path in paths.items()}
+    folder = str(Path(door.path).parent)
+    writable = [texts["STATE"], folder, *([str(Path(silo.metrics).parent)] if silo.metrics else [])]
+    _check_paths([*texts.values(), *writable, *roots])
     return texts | {
+        "FOLDER": folder,
+        "WRITABLE": " ".join(writable),
         "NAME": silo.name,
         "GROUP": door.group,
         "APP": door.users[0],
@@ -82,6 +91,18 @@ def _values(file: Path, silo: SiloConfig, superlink: str) -> dict[str, str]:
         "PACKAGE": str(_PACKAGE),
         "ROOTS": " ".join(roots),
     }
+
+
+def _check_paths(paths: list[str]) -> None:
+    """Refuse paths that a unit cannot have, and say which ones it would hide."""
+    for path in dict.fromkeys(paths):
+        if path.startswith(_HIDDEN):
+            current_observer().notice(
+                f"{path} is hidden by the units' ProtectHome or PrivateTmp; use another folder"
+            )
+        if not _PATH.fullmatch(path):
+            rule = "a path in a unit has letters, digits, '.', '_', '+' and '-' only"
+            raise ConfigError(path, rule, "move the folder, or give it another name")
 
 
 def _roots() -> list[Path]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flwr.app import RecordDict
 
@@ -26,14 +27,18 @@ from flexperts.deployment.home import keep_received
 from flexperts.deployment.kept import keep_choices, keep_recipe, keep_rows, with_kept_choices
 from flexperts.deployment.ledger import Asked, Ledger
 from flexperts.deployment.policy import check_loss, check_policy, check_recipe, refusal
+from flexperts.deployment.request_log import Entry, RequestLog
 from flexperts.deployment.settings import for_silo
 from flexperts.deployment.state import identity_file, private_folder
-from flexperts.errors import PolicyError, incompatible, logged
+from flexperts.errors import ArtifactError, PolicyError, incompatible, logged, optional
 from flexperts.methods.registry import make_method
 from flexperts.modeling.load import LoadedBase, load_base
 from flexperts.observer import Observer, observing
 from flexperts.protection.pipeline import check_protections
 from flexperts.recipe import parse_recipe
+
+if TYPE_CHECKING:
+    from flexperts.deployment.silo_metrics import SiloMetrics
 
 _DONE = {
     "query.join": "joined",
@@ -63,33 +68,52 @@ class Worker:
         self._base: LoadedBase | None = None
         check_policy(silo.policy)
         self._ledger = Ledger(Path(silo.state), silo.policy)
+        self.requests, self._entry = RequestLog(Path(silo.state)), Entry()
+        self._metrics = _metrics(silo, self._ledger)
         self._load(self._settings(silo))
 
     def reply(self, request: bytes | None) -> bytes:
         """Return the reply to a request, both packed by ``wire``; None is one that was too long to be read.
 
         An error reply names the error's class alone: its text may quote rows or paths, so it is only logged here.
-        What the silo's policy does not allow is refused with the rule.
+        What the silo's policy does not allow is refused with the rule. A reply leaves when it is on record.
         """
+        started, received = time.monotonic(), None if request is None else len(request)
+        self._entry = Entry(self.requests.user, received=received)
         try:
             if request is None:
                 raise refusal(self.silo.policy, "max_message_bytes", "a longer request")
-            return self._answer(*deserialize(request))
+            reply = self._answer(*deserialize(request))
         except PolicyError as error:
             log.error("%s", logged(error))
-            return serialize({"error": f"{type(error).__name__}: {error.rule}"})
+            self._entry.outcome, self._entry.rule = "refused", error.rule
+            reply = serialize({"error": f"{type(error).__name__}: {error.rule}"})
         except Exception as error:  # the worker must survive any error
             log.error("%s", logged(error))
+            self._entry.outcome, self._entry.rule = "failed", type(error).__name__
+            reply = serialize({"error": type(error).__name__})
+        self._entry.sent, self._entry.seconds = len(reply), round(time.monotonic() - started, 3)
+        return self._on_record(reply)
+
+    def _on_record(self, reply: bytes) -> bytes:
+        try:
+            self.requests.write(self._entry)
+        except ArtifactError as error:
             return serialize({"error": type(error).__name__})
+        if self._metrics is not None:
+            self._metrics.count(self._entry)
+        return reply
 
     def _answer(self, fields: Fields, content: RecordDict) -> bytes:
         kind, run, recipe = (_field(fields, name) for name in ("kind", "run", "recipe"))
         if kind not in ANSWERS:
             raise incompatible(f"request {kind[:80]!r}", f"a silo answers {', '.join(ANSWERS)}")
+        self._entry.kind = kind
         started = time.monotonic()
         with observing(self.observer):
             resident = self._resident_of(run, recipe)
             client = resident.client(self.silo.name)
+            self._entry.method = client.config.method.name
             whole = with_weights(kind, content, client)
             if whole is None or kind not in ("train", "evaluate"):
                 reply, when = serialize({}, answer(kind, content, client)), f"run {run[:8]}"
@@ -97,9 +121,12 @@ class Worker:
             else:
                 content = whole
                 asked = _asked(run, kind, content, client)
+                self._entry.round = asked.round
                 stored = self._ledger.reply_to(asked, client.config.privacy)
                 if kind == "train" and _masks_anew(content, client):
                     stored = None  # the same update, with the masks of another session
+                if stored:
+                    self._entry.outcome = "repeated"
                 reply = stored or self._released(asked, content, client)
                 when = f"run {run[:8]}, round {asked.round}"
                 done = f"{_DONE[kind]} before, and sent the same reply" if stored else _DONE[kind]
@@ -133,6 +160,7 @@ class Worker:
     def _resident_of(self, run: str, recipe: str) -> Resident:
         """Return the run's resident; another run's adapters are removed first, and the base stays loaded."""
         folder = private_folder(Path(self.silo.state), run)
+        self._entry.run = run
         if self._resident is None or self._run != (run, recipe):
             config = parse_recipe(recipe)
             self._release()
@@ -144,6 +172,7 @@ class Worker:
         """Set up a run, and refuse what would otherwise fail in the middle of it. Rows are read again."""
         mine = with_kept_choices(for_silo(config, self.silo), folder)
         method = make_method(mine.method)
+        self._entry.method = method.name
         check_recipe(self.silo.policy, config, method)
         method.check(mine)
         check_protections(method, mine)
@@ -192,6 +221,14 @@ class Worker:
         self.loads += 1
         told = f"{wanted.dtype}, {self._base.fingerprint[:12]}, {time.monotonic() - started:.0f} s"
         self.observer.stage(f"base loaded: {wanted.base} ({told})")
+
+
+def _metrics(silo: SiloConfig, ledger: Ledger) -> SiloMetrics | None:
+    if silo.metrics is None:
+        return None
+    with optional("metrics", "metrics in a silo's file"):
+        from flexperts.deployment.silo_metrics import SiloMetrics
+    return SiloMetrics(Path(silo.metrics), silo.name, ledger)
 
 
 def _field(fields: Fields, name: str) -> str:
