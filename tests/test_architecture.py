@@ -29,7 +29,7 @@ LAYERS = [
     {"engines", "deployment", "serving", "costs"},
     {"audit", "export", "studies"},
     {"reports"},
-    {"terminal"},
+    {"terminal", "status"},
     {"cli", "library"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
