@@ -232,7 +232,7 @@ def test_a_run_in_this_process_has_a_page_until_its_end(
     tmp_path: Path, recipe: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A page that asks all the time sees what is under way, round after round, and that the run has finished."""
-    config = recipe("method.name=fedavg", "evaluation.rows=1", "evaluation.answers=final", "training.local_steps=1")
+    config = recipe("method.name=fedavg", "evaluation.rows=1", "evaluation.answers=last", "training.local_steps=1")
     (tmp_path / "recipe.toml").write_text(config.to_toml())
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

@@ -39,15 +39,17 @@ class Asking:
         self.url, _, self.key = link.partition("/#key=")
 
     def get(self, seen: str = "", key: str | None = None) -> httpx.Response:
-        headers = {"Authorization": f"Bearer {self.key if key is None else key}"}
+        headers = {"Authorization": f"Bearer {self.key if key is None else key}".encode()}
         return httpx.get(f"{self.url}/status.json?seen={seen}", headers=headers)
 
 
 @contextmanager
-def asking(path: Path, under_way: Any = lambda: ()) -> Iterator[Asking]:
-    with page_of(path, Address(port=0), under_way) as link:
-        asking = Asking(link)
-        yield asking
+def asking(path: Path, under_way: Any = lambda: (), *, every: float = 0.1) -> Iterator[Asking]:
+    """Serve a page; at the end, the server waits twice ``every`` seconds for a page that has asked just before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flexperts.status.server._EVERY", every)
+        with page_of(path, Address(port=0), under_way) as link:
+            yield Asking(link)
 
 
 def test_only_who_has_the_key_is_answered(run: RunDirectory) -> None:
@@ -55,12 +57,11 @@ def test_only_who_has_the_key_is_answered(run: RunDirectory) -> None:
     with asking(run.path) as page:
         assert page.url.startswith("http://127.0.0.1:")
         assert page.get().json()["status"]["runs"][0]["rounds"] == {"done": 1, "planned": 3}
-        for key in ("", "wrong", "é", page.key[:-1]):
-            refused = page.get(key=key) if key != "é" else httpx.get(
-                f"{page.url}/status.json", headers=[(b"authorization", "Bearer é".encode("latin-1"))]
-            )  # fmt: skip
+        for key in ("wrong", "é", page.key[:-1], f"{page.key}x"):
+            refused = page.get(key=key)
             assert refused.status_code == 401
             assert "mine" not in refused.text
+        assert httpx.get(f"{page.url}/status.json").status_code == 401
         assert page.get().headers["cache-control"] == "no-store"
         with asking(run.path) as other:
             assert other.key != page.key
@@ -175,15 +176,18 @@ class Seen:
 @in_a_browser
 def test_the_page_grows_with_the_run_and_learns_its_end(browser: Any, run: RunDirectory) -> None:
     seen, lines = Seen(browser), [Line("round 1 of 3, training", "1 of 2 clients", 1, 2)]
-    with asking(run.path, lambda: lines) as asked, sole_writer(run.path):
+    seen.page.clock.install()
+    with asking(run.path, lambda: lines, every=2.0) as asked, sole_writer(run.path):
         seen.open(asked)
         seen.page.get_by_text("round 1 of 3, training").wait_for()
         assert seen.page.url == f"{asked.url}/", "the key is left in the address"
         assert seen.page.get_by_role("heading", name="Over rounds").is_hidden()
         run.append_round(log(1, {"a": 4.0, "b": 2.0}, scores={"a": {"nll.global": 5.0, "rows": 1}}))
+        seen.page.clock.fast_forward(2000)
         playwright.expect(seen.page.get_by_role("status")).to_have_text("running: 1 of 3 rounds of flex")
         privacy = {"epsilon": 2.5, "delta": 1e-5}
         run.append_round(log(2, {"a": 1.5}, participants=["a", "b"], missing=["b"], privacy=privacy))
+        seen.page.clock.fast_forward(2000)
         seen.page.get_by_text("Missing in their last round: b").wait_for()
         assert seen.page.title() == "2 of 3, mine"
         assert seen.rows("Silos of flex") == [
@@ -216,7 +220,7 @@ def test_a_hostile_name_is_text_and_all_fits_a_phone_in_light_and_dark(browser: 
         for scheme in ("light", "dark"):
             seen = Seen(browser, color_scheme=scheme, viewport={"width": PHONE[0], "height": PHONE[1]})
             seen.open(asked)
-            seen.page.get_by_text("60 of 3").wait_for()
+            seen.page.get_by_text("60 of 3", exact=True).wait_for()
             assert HOSTILE in [row[0] for row in seen.rows("Silos of flex")]
             assert seen.page.locator("main img, main script, main b").count() == 0
             assert seen.widths() == [PHONE[0], PHONE[0]]
@@ -239,7 +243,7 @@ def test_two_runs_are_in_the_same_charts_and_a_reader_keeps_what_is_open(browser
         figure = seen.page.locator("figure").first
         figure.wait_for()
         assert figure.locator(".key li").all_text_contents() == ["flex, loss 0.5", "fedavg, loss 0.5"]
-        seen.page.get_by_text("Rounds of fedavg").click()
+        seen.page.get_by_text("Rounds of fedavg", exact=True).click()
         other.append_round(log(3, {"a": 0.25}))
         playwright.expect(figure.locator(".key li").nth(1)).to_have_text("fedavg, loss 0.25")
         assert seen.page.locator("details[open] summary").all_text_contents() == [
@@ -260,7 +264,7 @@ def test_a_page_says_what_it_lacks(browser: Any, run: RunDirectory) -> None:
         seen.page.goto(f"{asked.url}/")
         seen.page.get_by_role("alert").filter(has_text="open the link that the command printed").wait_for()
         seen.open(asked)
-        seen.page.get_by_text("0 of 3").wait_for()
+        seen.page.get_by_text("0 of 3", exact=True).wait_for()
         began = time.monotonic()
         raise KeyboardInterrupt
     assert time.monotonic() - began < 2, "an interrupted command waits for its page"
