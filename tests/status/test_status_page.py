@@ -191,8 +191,8 @@ def test_the_page_grows_with_the_run_and_learns_its_end(browser: Any, run: RunDi
         seen.page.get_by_text("Missing in their last round: b").wait_for()
         assert seen.page.title() == "2 of 3, mine"
         assert seen.rows("Silos of flex") == [
-            ["b", "2", "1", "1", "0", "1", "2"],
-            ["a", "2", "2", "0", "0", "2", "1.5"],
+            ["b", "2", "1", "1", "0", "1", "2", ""],
+            ["a", "2", "2", "0", "0", "2", "1.5", ""],
         ]
         newest, first = seen.rows("Rounds of flex")
         assert (first[:3], newest[:3]) == (["1", "3", "5"], ["2", "1.5", "–"])

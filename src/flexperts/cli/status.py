@@ -71,6 +71,10 @@ def page_address(ui: bool, host: str | None, port: int | None) -> Address | None
     given = [f"--{name} {value}" for name, value in (("host", host), ("port", port)) if value is not None]
     if given and not ui:
         raise ConfigError(" ".join(given), "it says where the page is served, and there is none", "add --ui")
+    if port is not None and not 0 <= port <= 65535:
+        raise ConfigError(
+            f"--port {port}", "ports are numbers from 0 to 65535", "choose one of them; 0 picks a free one"
+        )
     return Address(host or Address.host, port or 0) if ui else None
 
 

@@ -25,26 +25,25 @@ const shown = (value, as) => (value == null ? "–" : as(value));
 
 // --- elements ---
 
-function make(tag, settings = {}, ...inside) {
-  const element = document.createElement(tag);
+const maker = (space) => (tag, settings = {}, ...inside) => {
+  const element = document.createElementNS(space, tag);
   for (const [name, value] of Object.entries(settings)) element.setAttribute(name, value);
   element.append(...inside);
   return element;
-}
+};
+const make = maker(document.documentElement.namespaceURI);
+const draw = maker("http://www.w3.org/2000/svg");
+const note = (text) => (text ? [make("p", { class: "note" }, text)] : []);
 
-function draw(tag, settings, ...inside) {
-  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(settings)) element.setAttribute(name, value);
-  element.append(...inside);
-  return element;
-}
-
-function table(head, rows, isLate = () => false) {
-  const line = (cells, i) => make("tr", isLate(i) ? { class: "late" } : {}, ...cells.map((cell, j) =>
-    j ? make("td", head[j] === "last refusal" ? { class: "words" } : {}, cell) : make("th", { scope: "row" }, cell)));
-  const top = make("thead", {}, make("tr", {}, ...head.map((name) => make("th", { scope: "col" }, name))));
+// `words` is the number of the column that has words, if there is one.
+function table(head, rows, { words, isLate = () => false } = {}) {
+  const look = (column) => (column === words ? { class: "words" } : {});
+  const top = make("tr", {}, ...head.map((name, i) => make("th", { scope: "col", ...look(i) }, name)));
+  const lines = rows.map(([first, ...cells], i) =>
+    make("tr", isLate(i) ? { class: "late" } : {}, make("th", { scope: "row" }, first),
+      ...cells.map((cell, j) => make("td", look(j + 1), cell))));
   const box = { class: "scroll", tabindex: "0", role: "region", "aria-label": "table" };
-  return make("div", box, make("table", {}, top, make("tbody", {}, ...rows.map(line))));
+  return make("div", box, make("table", {}, make("thead", {}, top), make("tbody", {}, ...lines)));
 }
 
 // Keeps open what the reader has opened.
@@ -59,15 +58,24 @@ function fold(id, title, open, ...inside) {
 function charts(runs) {
   const points = runs.flatMap((run) => run.points);
   const named = [...new Set(points.flatMap((point) => Object.keys(point.scores)))];
-  const ofScore = (score) => named.filter((name) => name.split(".")[0] === score).map((name) =>
-    [STATES[name.split(".")[1]] ?? name, (point) => point.scores[name]]);
+  const ofScore = (score) => named.filter((name) => name.split(".")[0] === score)
+    .map((name) => [STATES[name.split(".")[1]] ?? name, (point) => point.scores[name]]);
+  const scores = Object.entries(SCORES).map(([score, title]) =>
+    ({ title, lines: ofScore(score), about: "The mean over the silos that were scored." }));
+  const loss = {
+    title: "Training loss", lines: [["loss", (p) => p.loss]], band: (p) => p.losses,
+    about: "The band is from the lowest to the highest loss of a silo.",
+  };
+  const silos = ["used", "drawn", "missing", "refused"].map((name) => [name, (p) => p[name]]);
+  const bytes = [["from silos", (p) => p.bytes.uplink], ["to silos", (p) => p.bytes.downlink]];
+  const seconds = ["training", "evaluation"].map((name) => [name, (p) => p.seconds[name]]);
   return [
-    { title: "Training loss", as: plain, lines: [["loss", (p) => p.loss]], band: (p) => p.losses, about: "The band is from the lowest to the highest loss of a silo." },
-    ...Object.entries(SCORES).map(([score, title]) => ({ title, as: plain, lines: ofScore(score), about: "The mean over the silos that were scored." })),
-    { title: "Silos", as: counted, zero: true, lines: ["used", "drawn", "missing", "refused"].map((name) => [name, (p) => p[name]]) },
-    { title: "Bytes of a round", as: size, zero: true, lines: [["from silos", (p) => p.bytes.uplink], ["to silos", (p) => p.bytes.downlink]] },
-    { title: "Seconds of a round", as: plain, zero: true, lines: ["training", "evaluation"].map((name) => [name, (p) => p.seconds[name]]) },
-    { title: "Epsilon", as: plain, zero: true, lines: [["epsilon", (p) => p.epsilon]] },
+    loss,
+    ...scores,
+    { title: "Silos", as: counted, zero: true, lines: silos },
+    { title: "Bytes of a round", as: size, zero: true, lines: bytes },
+    { title: "Seconds of a round", zero: true, lines: seconds },
+    { title: "Epsilon", zero: true, lines: [["epsilon", (p) => p.epsilon]] },
   ].filter(({ lines }) => lines.some(([, value]) => points.some((point) => value(point) != null)));
 }
 
@@ -81,80 +89,80 @@ function ticks(low, high) {
   return found;
 }
 
-function chart({ title, as, lines, band, about, zero }, runs) {
+function chart({ title, lines, band = () => [], about, zero, as = plain }, runs) {
   const [left, right, top, bottom] = [58, 390, 12, 172];
-  const numbers = runs.flatMap((run) => run.points.flatMap((p) => [...lines.map(([, value]) => value(p)), ...(band?.(p) ?? [])]));
-  const finite = numbers.filter((value) => value != null);
-  const marks = ticks(zero ? 0 : Math.min(...finite), Math.max(...finite));
-  const last = Math.max(...runs.flatMap((run) => run.points.map((p) => p.number)));
+  const numbers = runs.flatMap((run) => run.points.flatMap((p) => [...lines.map(([, value]) => value(p)), ...(band(p) ?? [])]))
+    .filter((value) => value != null);
+  const marks = ticks(zero ? 0 : Math.min(...numbers), Math.max(...numbers));
+  const last = Math.max(...runs.map((run) => run.points.at(-1).number));
   const x = (number) => left + ((number - 1) / Math.max(1, last - 1)) * (right - left);
   const y = (value) => bottom - ((value - marks[0]) / (marks.at(-1) - marks[0])) * (bottom - top);
+  const place = (p, value) => `${x(p.number).toFixed(1)} ${y(value).toFixed(1)}`;
   const parts = marks.flatMap((mark) => [
     draw("line", { class: "grid", x1: left, x2: right, y1: y(mark), y2: y(mark) }),
     draw("text", { x: left - 6, y: y(mark) + 4, "text-anchor": "end" }, as(mark)),
   ]);
-  for (const number of new Set([1, Math.ceil(last / 2), last])) {
-    parts.push(draw("text", { x: x(number), y: bottom + 19, "text-anchor": number === 1 ? "start" : number === last ? "end" : "middle" }, counted(number)));
+  for (const [number, anchor] of new Map([[Math.ceil(last / 2), "middle"], [last, "end"], [1, "start"]])) {
+    parts.push(draw("text", { x: x(number), y: bottom + 19, "text-anchor": anchor }, counted(number)));
   }
-  const keys = [];
-  const told = [];
+  const keys = [], told = [];
   runs.forEach((run, second) => lines.forEach(([name, value], colour) => {
-    const points = run.points.filter((p) => value(p) !== undefined); // a round without scores is passed over; null is a gap
+    const points = run.points.filter((p) => value(p) !== undefined); // null is a gap; a round that was not scored is none
     const known = points.filter((p) => value(p) !== null);
     if (!known.length) return;
-    const place = (p, number) => `${x(p.number).toFixed(1)} ${y(number).toFixed(1)}`;
-    const path = points.map((p, i) => (value(p) === null ? "" : `${i && value(points[i - 1]) !== null ? "L" : "M"}${place(p, value(p))}`));
-    const banded = band ? run.points.filter((p) => band(p)) : [];
-    if (banded.length > 1) {
-      const around = [...banded.map((p) => place(p, band(p)[0])), ...banded.map((p) => place(p, band(p)[1])).reverse()];
-      parts.push(draw("polygon", { class: `band c${colour}`, fill: "currentColor", points: around.join(" ") }));
-    }
-    const look = `c${colour} ${second ? "second" : ""}`;
-    parts.push(draw("path", { class: `line ${look}`, stroke: "currentColor", d: path.join("") }));
-    if (known.length < 40) parts.push(...known.map((p) => draw("circle", { class: look, fill: "currentColor", cx: x(p.number), cy: y(value(p)), r: 3 })));
-    const newest = as(value(known.at(-1)));
+    const paint = { class: `c${colour} ${second ? "second" : ""}` };
+    const step = (p, i) => (value(p) === null ? "" : `${i && value(points[i - 1]) !== null ? "L" : "M"}${place(p, value(p))}`);
+    const line = (d) => draw("path", { class: `line ${paint.class}`, d });
+    const banded = run.points.filter((p) => band(p)?.length);
+    const around = [...banded.map((p) => place(p, band(p)[0])), ...banded.map((p) => place(p, band(p)[1])).reverse()];
+    parts.push(draw("polygon", { class: `band ${paint.class}`, points: around.join(" ") }), line(points.map(step).join("")));
+    if (known.length < 40) parts.push(...known.map((p) => draw("circle", { ...paint, cx: x(p.number), cy: y(value(p)), r: 3 })));
     const label = runs.length > 1 ? `${run.method}, ${name}` : name;
-    const swatch = draw("svg", { viewBox: "0 0 26 10", "aria-hidden": "true" }, draw("path", { class: `line ${look}`, stroke: "currentColor", d: "M0 5H26" }));
-    keys.push(make("li", {}, swatch, `${label} ${newest}`));
-    told.push(`${label}: ${as(value(known[0]))} in round ${known[0].number}, ${newest} in round ${known.at(-1).number}`);
+    const [first, newest] = [known[0], known.at(-1)];
+    keys.push(make("li", {}, draw("svg", { viewBox: "0 0 26 10", "aria-hidden": "true" }, line("M0 5H26")), `${label} ${as(value(newest))}`));
+    told.push(`${label}: ${as(value(first))} in round ${first.number}, ${as(value(newest))} in round ${newest.number}`);
   }));
-  const picture = draw("svg", { viewBox: "0 0 400 200", role: "img", "aria-label": `${title} over rounds. ${told.join("; ")}` }, ...parts);
-  return make("figure", {}, make("figcaption", {}, title), picture, make("ul", { class: "key" }, ...keys), make("p", { class: "note" }, about ?? ""));
+  const label = `${title} over rounds. ${told.join("; ")}`;
+  const picture = draw("svg", { viewBox: "0 0 400 200", role: "img", "aria-label": label }, ...parts);
+  return make("figure", {}, make("figcaption", {}, title), picture, make("ul", { class: "key" }, ...keys), ...note(about));
 }
 
 // --- a run ---
 
 function facts(run) {
   const { done, planned } = run.rounds;
-  const newest = run.points.at(-1);
-  const left = status.state === "running" && run === status.runs.at(-1) && run.round_seconds ? Math.max(0, planned - done) * run.round_seconds : 0;
+  const goesOn = status.state === "running" && run === status.runs.at(-1) && planned > done && run.round_seconds;
   const told = [
     ["rounds", `${counted(done)} of ${counted(planned)}`],
-    ["training loss", shown(newest?.loss, plain)],
+    ["training loss", shown(run.points.at(-1)?.loss, plain)],
     ["a round takes", shown(run.round_seconds, duration)],
-    ...(left ? [["left, about", duration(left)]] : []),
+    ...(goesOn ? [["left, about", duration((planned - done) * run.round_seconds)]] : []),
     ["from silos", size(run.bytes.uplink)],
     ["to silos", size(run.bytes.downlink)],
     ...(run.epsilon == null ? [] : [["epsilon", plain(run.epsilon)]]),
   ];
   const bar = make("progress", { max: Math.max(planned, done, 1), value: done, "aria-label": `rounds of ${run.method}` });
-  const list = make("dl", { class: "facts" }, ...told.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
-  const late = run.silos.filter((silo) => silo.late).map((silo) => silo.name);
-  const missing = late.length ? [make("p", { class: "late" }, make("strong", {}, `Missing in their last round: ${late.join(", ")}`))] : [];
-  return make("section", {}, make("h2", {}, run.method), bar, list, ...missing);
+  const list = told.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value)));
+  const late = run.silos.filter((silo) => silo.late).map((silo) => silo.name).join(", ");
+  const missing = late ? [make("p", { class: "late" }, make("strong", {}, `Missing in their last round: ${late}`))] : [];
+  return make("section", {}, make("h2", {}, run.method), bar, make("dl", { class: "facts" }, ...list), ...missing);
 }
 
 function tables(run, place) {
   const counts = ["drawn", "used", "missing", "refused"];
-  const head = ["silo", ...counts, "last used", "loss", ...(run.silos.some((silo) => silo.refusal) ? ["last refusal"] : [])];
-  const silos = run.silos.map((silo) => [silo.name, ...counts.map((name) => counted(silo[name])), shown(silo.last_used, counted), shown(silo.loss, plain), silo.refusal ?? ""].slice(0, head.length));
-  const columns = charts([run]).flatMap(({ title, as, lines }) => lines.map(([name, value]) => [`${title}: ${name}`, (p) => shown(value(p), as)]));
-  const rounds = [...run.points].reverse().map((p) => [counted(p.number), ...columns.map(([, text]) => text(p))]);
-  const more = run.more_silos ? `${counted(run.silos.length)} of ${counted(run.silos.length + run.more_silos)}: first those that were late, missing or refused. flexperts status RUN --json has all.` : "";
-  const every = run.every > 1 ? `One of every ${counted(run.every)} rounds.` : "";
+  const silos = run.silos.map((silo) =>
+    [silo.name, ...counts.map((name) => counted(silo[name])), shown(silo.last_used, counted), shown(silo.loss, plain), silo.refusal ?? ""]);
+  const columns = charts([run]).flatMap(({ title, lines, as = plain }) =>
+    lines.map(([name, value]) => [`${title}: ${name}`, (p) => shown(value(p), as)]));
+  const rounds = run.points.map((p) => [counted(p.number), ...columns.map(([, text]) => text(p))]).reverse();
+  const all = counted(run.silos.length + run.more_silos);
+  const some = run.more_silos ? `${run.silos.length} of ${all} silos, those that are late and those often missing or refused first.` : "";
+  const every = run.every > 1 ? `One of every ${counted(run.every)} rounds, here and in the charts.` : "";
+  const ofSilos = table(["silo", ...counts, "last used", "loss", "last refusal"], silos, { words: 7, isLate: (i) => run.silos[i].late });
+  const ofRounds = table(["round", ...columns.map(([name]) => name)], rounds);
   return [
-    fold(`silos-${place}`, `Silos of ${run.method}`, true, make("p", { class: "note" }, more), table(head, silos, (i) => run.silos[i].late)),
-    fold(`rounds-${place}`, `Rounds of ${run.method}`, false, make("p", { class: "note" }, every), table(["round", ...columns.map(([name]) => name)], rounds)),
+    fold(`silos-${place}`, `Silos of ${run.method}`, true, ...note(some), ofSilos),
+    fold(`rounds-${place}`, `Rounds of ${run.method}`, false, ...note(every), ofRounds),
   ];
 }
 
