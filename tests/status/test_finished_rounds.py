@@ -176,12 +176,12 @@ def test_a_page_gets_a_bounded_value(run: RunDirectory) -> None:
     run.append_round(log(2, {"silo-000": 1.0}, **late | {"missing": ["silo-140", "silo-149"]}))
     run.append_round(log(3, {"silo-140": 1.0}, **late))
     status = RunStatus(run)
-    [found] = status.look_for_page()["runs"]
+    [found] = status.look_for_page()["status"]["runs"]
     assert [silo["name"] for silo in found["silos"][:3]] == ["silo-149", "silo-140", "silo-000"]
     assert (len(found["silos"]), found["more_silos"]) == (100, 50)
     for number in range(4, 1202):
         run.append_round(log(number, {"a": float(number)}))
-    [found] = status.look_for_page()["runs"]
+    [found] = status.look_for_page()["status"]["runs"]
     assert [point["number"] for point in found["points"]] == [*range(1, 1202, 3)]
     assert (found["every"], found["rounds"]["done"], len(found["points"])) == (3, 1201, 401)
     assert len(json_text(found)) < 200_000
@@ -192,11 +192,11 @@ def test_a_page_also_gets_the_reference_methods_run(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "mine", RECIPE + '[method]\nname = "flex"\nreference = "fedavg"\n')
     run.append_round(log(1, {"a": 1.0}))
     status = RunStatus(run)
-    assert [one["method"] for one in status.look_for_page()["runs"]] == ["flex"]
+    assert [one["method"] for one in status.look_for_page()["status"]["runs"]] == ["flex"]
     other = RunDirectory.create(run.reference, RECIPE + '[method]\nname = "fedavg"\n')
-    assert [one["rounds"]["done"] for one in status.look_for_page()["runs"]] == [1, 0]
+    assert [one["rounds"]["done"] for one in status.look_for_page()["status"]["runs"]] == [1, 0]
     other.append_round(log(1, {"a": 1.0}))
-    found = status.look_for_page()
+    found = status.look_for_page()["status"]
     assert [(one["method"], one["rounds"]["done"]) for one in found["runs"]] == [("flex", 1), ("fedavg", 1)]
     assert found["last_round_at"] == other.rounds_file.stat().st_mtime
 
@@ -206,4 +206,4 @@ def test_names_that_cannot_be_printed_are_escaped(run: RunDirectory) -> None:
     strange = {"a\u202eb": 1.0, "\ud800": 1.0, "<b>": 1.0}
     run.append_round(log(1, strange))
     found = json.loads(json_text(RunStatus(run).look_for_page()))
-    assert [silo["name"] for silo in found["runs"][0]["silos"]] == ["<b>", "a\\u202eb", "\\ud800"]
+    assert [silo["name"] for silo in found["status"]["runs"][0]["silos"]] == ["<b>", "a\\u202eb", "\\ud800"]

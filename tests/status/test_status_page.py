@@ -85,7 +85,7 @@ def test_what_was_seen_is_not_sent_again(run: RunDirectory) -> None:
 
 def test_a_run_that_has_no_directory_yet_is_waited_for(tmp_path: Path) -> None:
     with asking(tmp_path / "later") as page:
-        assert page.get().json()["status"] is None
+        assert page.get().json() == {"under_way": []}
         RunDirectory.create(tmp_path / "later", RECIPE)
         assert page.get().json()["status"]["run"] == "later"
 
@@ -238,6 +238,7 @@ def test_two_runs_are_in_the_same_charts_and_a_reader_keeps_what_is_open(browser
         one.append_round(log(1, {"a": 1.0}))
         one.append_round(log(2, {"a": 0.5}))
     seen = Seen(browser)
+    seen.page.clock.install()
     with asking(run.path) as asked:
         seen.open(asked)
         figure = seen.page.locator("figure").first
@@ -245,12 +246,14 @@ def test_two_runs_are_in_the_same_charts_and_a_reader_keeps_what_is_open(browser
         assert figure.locator(".key li").all_text_contents() == ["flex, loss 0.5", "fedavg, loss 0.5"]
         seen.page.get_by_text("Rounds of fedavg", exact=True).click()
         other.append_round(log(3, {"a": 0.25}))
+        seen.page.clock.fast_forward(2000)
         playwright.expect(figure.locator(".key li").nth(1)).to_have_text("fedavg, loss 0.25")
         assert seen.page.locator("details[open] summary").all_text_contents() == [
             "Silos of flex",
             "Silos of fedavg",
             "Rounds of fedavg",
         ]
+        assert seen.page.evaluate("document.activeElement.textContent") == "Rounds of fedavg"
         seen.page.reload()  # the key lasts as long as the tab
         figure.wait_for()
     assert seen.complaints == [] or all("ERR_CONNECTION_REFUSED" in line for line in seen.complaints)
@@ -260,6 +263,7 @@ def test_two_runs_are_in_the_same_charts_and_a_reader_keeps_what_is_open(browser
 @in_a_browser
 def test_a_page_says_what_it_lacks(browser: Any, run: RunDirectory) -> None:
     seen = Seen(browser)
+    seen.page.clock.install()
     with suppress(KeyboardInterrupt), asking(run.path) as asked:
         seen.page.goto(f"{asked.url}/")
         seen.page.get_by_role("alert").filter(has_text="open the link that the command printed").wait_for()
@@ -268,5 +272,6 @@ def test_a_page_says_what_it_lacks(browser: Any, run: RunDirectory) -> None:
         began = time.monotonic()
         raise KeyboardInterrupt
     assert time.monotonic() - began < 2, "an interrupted command waits for its page"
+    seen.page.clock.fast_forward(2000)
     seen.page.get_by_role("alert").filter(has_text="does not answer").wait_for()
     seen.page.close()

@@ -30,7 +30,8 @@ class FinishedRounds:
         self.rounds: list[dict[str, Any]] = []
         self.silos: dict[str, dict[str, Any]] = {}
         self.changed_at: float | None = None
-        self._seen: tuple[int, ...] = ()
+        self.version: tuple[int, ...] = ()
+        """What differs after every change of the file."""
         self._at, self._last = 0, b""
         """Where the last line that was read begins, and the line."""
 
@@ -51,7 +52,7 @@ class FinishedRounds:
 
     def _read(self) -> None:
         found = self._path.stat()
-        if (seen := (found.st_ino, found.st_size, found.st_mtime_ns)) == self._seen:
+        if (version := (found.st_ino, found.st_size, found.st_mtime_ns)) == self.version:
             return
         with self._path.open("rb") as lines:
             lines.seek(self._at)
@@ -62,7 +63,7 @@ class FinishedRounds:
                 if line.endswith(b"\n"):
                     self._add(opened(self._path, parsed_json(self._path, line), needed=True))
                     self._at, self._last = self._at + len(self._last), line
-        self._seen, self.changed_at = seen, found.st_mtime if self.rounds else None
+        self.version, self.changed_at = version, found.st_mtime if self.rounds else None
 
     def _add(self, record: Mapping[str, Any]) -> None:
         if record["number"] != len(self.rounds) + 1:

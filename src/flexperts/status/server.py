@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -115,13 +114,13 @@ class _Looks:
             try:
                 if self._status is None and (self._path / "config.toml").is_file():
                     self._status = RunStatus(RunDirectory(self._path))
-                status = self._status and self._status.look_for_page()
+                if self._status is not None:
+                    found |= self._status.look_for_page(seen)
             except FlexpertsError as error:
-                return found | {"error": str(error)}
-            version = sha256(json_text(status).encode()).hexdigest()[:16]
+                found["error"] = str(error)
             self._last = time.monotonic()
             self._looked.set()
-            return found | ({"version": version, "status": status} if version != seen else {"version": version})
+            return found
 
     def await_last(self) -> None:
         """Wait until a page that is open has asked once more."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from statistics import mean
@@ -50,28 +51,31 @@ class RunStatus:
             "last_rounds": self._finished.rounds[-_LAST:],
         }
 
-    def look_for_page(self) -> dict[str, Any]:
-        """Return what a page shows now; its size is bounded, and it changes only when the run does.
+    def look_for_page(self, seen: str | None = None) -> dict[str, Any]:
+        """Return what a page shows now; its size is bounded.
+
+        Args:
+            seen: The version that the page has seen.
 
         Returns:
-            ``run``, ``state`` and ``writer``, ``last_round_at`` in seconds since 1970, and ``runs``: the method's,
-            and the reference method's once that has begun. Each has ``points``, its rounds or, of many, every k-th
-            (k is ``every``); ``silos``, of many those that were late, missing or refused most, and how many
-            ``more_silos`` there are.
+            ``version``; if that is not the one seen, also ``status``: ``run``, ``state`` and ``writer``,
+            ``last_round_at`` in seconds since 1970, and ``runs``: the method's, and the reference method's once
+            that has begun. Each has ``points``, its rounds or, of many, every k-th (k is ``every``); ``silos``, of
+            many those that were late, missing or refused most, and how many ``more_silos`` there are.
         """
-        self._finished.look()
-        runs = [self._for_page()]
         if self._reference is None and (self._run.reference / "config.toml").is_file():
             self._reference = RunStatus(RunDirectory(self._run.reference))
-        if self._reference is not None:
-            self._reference._finished.look()
-            runs.append(self._reference._for_page())
-        written = [self._finished.changed_at, self._reference and self._reference._finished.changed_at]
-        return {
-            **self._state(),
-            "last_round_at": max((at for at in written if at is not None), default=None),
-            "runs": runs,
-        }
+        both = [self] if self._reference is None else [self, self._reference]
+        for one in both:
+            one._finished.look()
+        state = self._state()
+        marks = repr((state, [one._finished.version for one in both]))
+        version = hashlib.sha256(marks.encode()).hexdigest()[:16]
+        if version == seen:
+            return {"version": version}
+        written = [at for one in both if (at := one._finished.changed_at) is not None]
+        status = {**state, "last_round_at": max(written, default=None), "runs": [one._for_page() for one in both]}
+        return {"version": version, "status": status}
 
     def _state(self) -> dict[str, Any]:
         held = writer(self._run.path)

@@ -179,7 +179,11 @@ function show() {
   at("runs").replaceChildren(...runs.map(facts));
   at("charts-part").hidden = !begun.length;
   at("charts").replaceChildren(...charts(begun).map((one) => chart(one, begun)));
+  const places = [...document.querySelectorAll(".scroll")].map((box) => [box.scrollLeft, box.scrollTop]);
+  const focused = document.activeElement.closest("details")?.id;
   at("tables").replaceChildren(...begun.flatMap(tables));
+  document.querySelectorAll(".scroll").forEach((box, i) => places[i] && box.scrollTo(...places[i]));
+  at(focused)?.querySelector("summary").focus({ preventScroll: true });
 }
 
 function showUnderWay(lines) {
@@ -210,7 +214,7 @@ async function look() {
   }
   warn(found.error ?? "");
   showUnderWay(found.under_way);
-  if (!status) at("state").textContent = "starting";
+  if (!status && !found.error) at("state").textContent = "starting";
   if (found.status) {
     ({ version: seen, status } = found);
     show();
