@@ -25,7 +25,7 @@ LAYERS = [
     {"methods"},
     {"protection"},
     {"client", "server"},
-    {"finished"},
+    {"finished", "status"},
     {"engines", "deployment", "serving", "costs"},
     {"audit", "export", "studies"},
     {"reports"},

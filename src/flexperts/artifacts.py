@@ -231,20 +231,21 @@ class RunDirectory:
         return self.path / "reference"
 
     @property
-    def _rounds(self) -> Path:
+    def rounds_file(self) -> Path:
+        """File of the finished rounds."""
         return self.path / "rounds.jsonl"
 
     def has_rounds(self) -> bool:
         """Return whether rounds have been recorded."""
-        return self._rounds.exists() and self._rounds.stat().st_size > 0
+        return self.rounds_file.exists() and self.rounds_file.stat().st_size > 0
 
     def written_rounds(self) -> int:
         """Return how many whole lines of rounds there are, damaged or not."""
-        return content_of(self._rounds).count(b"\n") if self._rounds.exists() else 0
+        return content_of(self.rounds_file).count(b"\n") if self.rounds_file.exists() else 0
 
     def last_round_at(self) -> float | None:
         """Return when the last round was written, in seconds since 1970; None before the first."""
-        return self._rounds.stat().st_mtime if self.has_rounds() else None
+        return self.rounds_file.stat().st_mtime if self.has_rounds() else None
 
     def append_round(self, record: Mapping[str, Any]) -> None:
         """Add a finished round.
@@ -253,12 +254,12 @@ class RunDirectory:
             ArtifactError: It cannot be written completely; ``keep_rounds`` removes an incomplete line.
         """
         try:
-            with open(self._rounds, "a", encoding="utf-8", opener=unlinked) as lines:
+            with open(self.rounds_file, "a", encoding="utf-8", opener=unlinked) as lines:
                 lines.write(json_text(sealed(record)) + "\n")
                 lines.flush()
                 os.fsync(lines.fileno())
         except OSError as error:
-            raise unwritable(self._rounds, error) from error
+            raise unwritable(self.rounds_file, error) from error
 
     def rounds(self) -> list[dict[str, Any]]:
         """Return all finished rounds.
@@ -266,8 +267,8 @@ class RunDirectory:
         Raises:
             ArtifactError: The file is damaged.
         """
-        lines = read_lines(self._rounds) if self._rounds.exists() else []
-        return [opened(self._rounds, line) for line in lines]
+        lines = read_lines(self.rounds_file) if self.rounds_file.exists() else []
+        return [opened(self.rounds_file, line) for line in lines]
 
     def finished_rounds(self, count: int) -> list[dict[str, Any]]:
         """Return the first ``count`` rounds; later or incomplete lines, after an older checkpoint, are ignored.
@@ -275,17 +276,17 @@ class RunDirectory:
         Raises:
             ArtifactError: There are fewer rounds, or they are damaged.
         """
-        content = content_of(self._rounds) if self._rounds.exists() else b""
+        content = content_of(self.rounds_file) if self.rounds_file.exists() else b""
         lines = content.split(b"\n")[:-1][:count]  # text after the last line end is incomplete
-        kept = [opened(self._rounds, parsed_json(self._rounds, line), needed=True) for line in lines]
+        kept = [opened(self.rounds_file, parsed_json(self.rounds_file, line), needed=True) for line in lines]
         if [record.get("number") for record in kept] != [*range(1, count + 1)]:
-            raise damaged(self._rounds, f"it holds {len(kept)} of the checkpoint's {count} rounds")
+            raise damaged(self.rounds_file, f"it holds {len(kept)} of the checkpoint's {count} rounds")
         return kept
 
     def keep_rounds(self, count: int) -> list[dict[str, Any]]:
         """Return the first rounds, and remove later lines from the file; see ``finished_rounds``."""
         kept = self.finished_rounds(count)
-        write_text(self._rounds, "".join(json_text(sealed(record)) + "\n" for record in kept))
+        write_text(self.rounds_file, "".join(json_text(sealed(record)) + "\n" for record in kept))
         return kept
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:

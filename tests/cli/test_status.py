@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from typer.testing import CliRunner
 
 from flexperts.artifacts import RunDirectory
 from flexperts.cli.main import app
+from flexperts.config.run import RunConfig
 from flexperts.errors import ArtifactError, ConfigError
 from flexperts.files import json_text, sealed, sole_writer, writer
 from flexperts.server.round_log import RoundLog
 
+NONE = dict.fromkeys(("drawn", "used", "missing", "refused"), 0) | {
+    "last_used": None,
+    "loss": None,
+    "late": False,
+    "refusal": None,
+}
 RECIPE = "[data.silos]\n[federation]\nrounds = 3\n"
 
 
@@ -60,9 +72,9 @@ def test_the_value_counts_rounds_silos_bytes_and_epsilon(run: RunDirectory) -> N
     assert found["epsilon"] == 2.5
     assert 0 <= found["seconds_since"] < 60
     assert found["silos"] == {
-        "a": {"drawn": 2, "used": 2, "missing": 0, "refused": 0, "last_used": 2, "loss": 0.5, "late": False},
-        "b": {"drawn": 2, "used": 1, "missing": 1, "refused": 0, "last_used": 1, "loss": 3.0, "late": True},
-        "c": {"drawn": 0, "used": 0, "missing": 0, "refused": 1, "last_used": None, "loss": None, "late": False},
+        "a": NONE | {"drawn": 2, "used": 2, "last_used": 2, "loss": 0.5},
+        "b": NONE | {"drawn": 2, "used": 1, "missing": 1, "last_used": 1, "loss": 3.0, "late": True},
+        "c": NONE | {"refused": 1, "refusal": "no such silo"},
     }
     assert [(one["number"], one["used"], one["drawn"], one["loss"]) for one in found["last_rounds"]] == [
         (1, 2, 2, 2.0),
@@ -152,6 +164,100 @@ def test_watching_prints_every_round_and_ends_with_the_process(
     ]
 
 
-def test_watch_and_json_exclude_each_other(run: RunDirectory) -> None:
-    with pytest.raises(ConfigError, match="--watch with --json"):
-        CliRunner().invoke(app, ["status", str(run.path), "--watch", "--json"], catch_exceptions=False)
+def refused(*arguments: str | Path) -> str:
+    with pytest.raises(ConfigError) as refusal:
+        CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False)
+    return str(refusal.value)
+
+
+def test_the_ways_to_show_a_status_exclude_each_other(run: RunDirectory) -> None:
+    assert refused("status", run.path, "--watch", "--json").startswith("--watch with --json: ")
+    assert refused("status", run.path, "--json", "--ui").startswith("--json with --ui: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--port", "8000"], "--port 8000: it says where the page is served"),
+        (["--host", "::1"], "--host ::1: it says where the page is served"),
+        (["--ui", "--port", "99999"], "--port 99999: ports are numbers from 0 to 65535"),
+        (["--ui", "--port", "{taken}"], "choose another host or port"),
+        (["--ui", "--host", "nowhere.invalid"], "--host nowhere.invalid --port 0: the server cannot listen"),
+    ],
+)
+def test_a_page_that_cannot_be_served_is_refused(run: RunDirectory, options: list[str], told: str) -> None:
+    recipe = run.path / "config.toml"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        given = [option.format(taken=taken.getsockname()[1]) for option in options]
+        assert told in refused("status", run.path, *given)
+        assert told in refused("run", recipe, "--out", run.path.parent / "new", *given)
+    assert not (run.path.parent / "new").exists()
+
+
+def test_a_page_without_its_extra_is_refused(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "flexperts.serving.run_page.server", raising=False)
+    assert "run pip install 'flexperts[serve]'" in refused("status", run.path, "--ui")
+
+
+def test_a_deployed_runs_page_is_on_its_server(run: RunDirectory) -> None:
+    said = refused("run", run.path / "config.toml", "--engine", "superlink://mine", "--out", "flu", "--ui")
+    assert said.endswith("leave it out, and enter `flexperts status flu --ui` there")
+
+
+def test_the_command_serves_the_page_until_it_is_interrupted(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Any] = []
+
+    def asked(_seconds: float) -> None:
+        found.append(
+            httpx.get(f"http://127.0.0.1:{port}/status.json", headers={"Authorization": "Bearer fx-known"})
+        )
+        raise KeyboardInterrupt
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setattr("flexperts.serving.run_page.server.new_key", lambda: "fx-known")
+    monkeypatch.setattr("flexperts.cli.status.time.sleep", asked)
+    result = CliRunner().invoke(app, ["status", str(run.path), "--ui", "--port", str(port)], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert f"page of the run, until Ctrl-C: http://127.0.0.1:{port}/#key=fx-known" in result.output
+    assert "other machines" not in result.output
+    assert found[0].json()["status"]["run"] == "mine"
+
+
+@pytest.mark.usefixtures("shared_base")
+def test_a_run_in_this_process_has_a_page_until_its_end(
+    tmp_path: Path, recipe: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page that asks all the time sees what is under way, round after round, and that the run has finished."""
+    config = recipe("method.name=fedavg", "evaluation.rows=1", "evaluation.answers=last", "training.local_steps=1")
+    (tmp_path / "recipe.toml").write_text(config.to_toml())
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setattr("flexperts.serving.run_page.server.new_key", lambda: "fx-known")
+    found: list[Any] = []
+
+    def ask() -> None:
+        with httpx.Client(headers={"Authorization": "Bearer fx-known"}) as client:
+            while not found or found[-1].get("status", {}).get("state") != "finished":
+                with contextlib.suppress(httpx.ConnectError):
+                    found.append(client.get(f"http://127.0.0.1:{port}/status.json").json())
+                time.sleep(0.02)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    words = ["run", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "mine"), "--ui", "--port", str(port)]
+    result = CliRunner().invoke(app, words, catch_exceptions=False)
+    asking.join(10)
+    assert not asking.is_alive(), "the page did not learn the end"
+    later = f"(later: flexperts status {tmp_path / 'mine'} --ui)"
+    assert f"page of the run, until it ends {later}: http://127.0.0.1:{port}/#key=fx-known" in result.output
+    states = [answer["status"]["state"] for answer in found if "status" in answer]
+    assert {"running", "finished"} <= {*states}
+    assert [point["number"] for point in found[-1]["status"]["runs"][0]["points"]] == [1, 2]
+    lines = [line["text"] for answer in found for line in answer["under_way"]]
+    assert any("round 2 of 2, training" in line for line in lines)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://127.0.0.1:{port}/")

@@ -30,7 +30,7 @@ from flexperts.files import write_json
 from flexperts.parameters.store import load_personal
 from flexperts.recipe import load_silo, parse_recipe
 from flexperts.server.checkpoint import load_server
-from flexperts.server.status import status
+from flexperts.status.status import RunStatus
 from flexperts.testing import save_tiny_base
 
 HERE = Path(__file__).parent
@@ -90,7 +90,7 @@ def found(version: Path) -> dict[str, Any]:
     run, state = RunDirectory.open(version / "run"), version / "state"
     server, ledger = load_server(run.checkpoint), Ledger(state, SiloPolicy())
     tensors, meta = load_personal(state / "runs" / RUN / "personal" / f"{SILO}.safetensors")
-    told = status(run)
+    told = RunStatus(run).look()
     return {
         "run": {key: told[key] for key in ("method", "state", "rounds", "bytes", "epsilon")},
         "id": run.run_id,

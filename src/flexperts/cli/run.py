@@ -13,9 +13,12 @@ import typer
 
 from flexperts.cli.generate import Device, Trust, sets_trust
 from flexperts.cli.interrupted import command_line, standing, stoppable
+from flexperts.cli.status import Host, Port, page, page_address
+from flexperts.progress import RunProgress
 
 if TYPE_CHECKING:
     from flexperts.config.run import RunConfig
+    from flexperts.observer import Observer
 
 
 LOCAL = ("in-process", "ray")
@@ -77,13 +80,18 @@ def command(
     ] = None,
     device: Device = None,
     trust: Trust = False,
+    ui: Annotated[bool, typer.Option("--ui", help="Serve a page that follows the run, until it ends.")] = False,
+    host: Host = None,
+    port: Port = None,
 ) -> None:
     """Run a recipe: train, average, evaluate, and write a run directory."""
+    from flexperts.artifacts import RunDirectory
     from flexperts.errors import ConfigError
     from flexperts.recipe import check_extras, check_trust, load_recipe
 
     if resume and out is None:
         raise ConfigError("--resume", "it needs the directory of the run to resume", "add --out DIRECTORY")
+    at = page_address(ui, host, port)
     given = [f"engine.workers={workers}"] if workers is not None else []
     given += [f"engine.kind={engine}"] if engine in LOCAL else []
     config = load_recipe(recipe, [*(settings or ()), *given])
@@ -97,6 +105,9 @@ def command(
         ("--region", region),
         ("--device", device),
         ("--trust-remote-code", trust),
+        ("--ui", ui),
+        ("--host", host),
+        ("--port", port),
         ("--resume", True),
     ]
     if region is not None and address is None:
@@ -104,22 +115,29 @@ def command(
             f"--region {region}", "a region has a SuperLink of its own", "add --engine superlink://NAME"
         )
     again = command_line("run", str(recipe), options=options)
+    if address is not None and at is not None:
+        rule = "the run's directory is on its server"
+        raise ConfigError("--ui", rule, f"leave it out, and enter `flexperts status {out} --ui` there")
     if address is not None:
         _deploy(config, address, str(out), resume, track, again, region or "")
     else:
         check_trust(config, recipe, trusted=trust or sets_trust(settings or ()))
         check_extras(config)
         with stoppable(lambda: standing(out, again)), _offering(out, again):
-            _run(config, out, resume, track or (), again)
+            if not resume:
+                RunDirectory.check_free(out, config.to_toml(), again)
+            if at is None:
+                _run(config, out, resume, track or ())
+            else:
+                progress, later = RunProgress(), command_line("status", str(out), options=[("--ui", True)])
+                with page(out, at, f"until it ends (later: {later})", progress.lines):
+                    _run(config, out, resume, track or (), progress)
 
 
-def _run(config: RunConfig, out: Path, resume: bool, track: Sequence[str], again: str) -> None:
+def _run(config: RunConfig, out: Path, resume: bool, track: Sequence[str], *observers: Observer) -> None:
     """Run in this process, and show it."""
-    from flexperts.artifacts import RunDirectory
     from flexperts.terminal.preflight import check_memory
 
-    if not resume:
-        RunDirectory.check_free(out, config.to_toml(), again)
     config = check_memory(config)
 
     from flexperts.observer import Observers
@@ -130,7 +148,7 @@ def _run(config: RunConfig, out: Path, resume: bool, track: Sequence[str], again
         from flexperts.engines.run import run_federation  # seconds
 
         with Tracking(track, config, out) as tracking:
-            summary = run_federation(config, out, Observers(display, tracking), resume=resume)
+            summary = run_federation(config, out, Observers(display, tracking, *observers), resume=resume)
     display.result(summary, out)
 
 

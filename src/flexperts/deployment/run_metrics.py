@@ -16,7 +16,7 @@ from flexperts.artifacts import RunDirectory
 from flexperts.errors import ArtifactError, logged
 from flexperts.files import unwritable
 from flexperts.observer import Observer
-from flexperts.server.status import status
+from flexperts.status.status import RunStatus
 
 _READABLE = 0o644
 """Mode of the files: node_exporter runs as another user."""
@@ -44,7 +44,7 @@ class RunMetrics(Observer):
         """Write the file, if there has been a round; a failure is logged and stops nothing."""
         try:
             if self._run.has_rounds():
-                write_metrics(self._path, _of_run(status(self._run), self._run.last_round_at() or 0.0))
+                write_metrics(self._path, _of_run(RunStatus(self._run).look(), self._run.last_round_at() or 0.0))
         except ArtifactError as error:
             log.warning("%s", logged(error))
 

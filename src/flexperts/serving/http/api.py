@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import traceback
-from importlib.resources import files
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -17,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from flexperts.errors import ConfigError, ServingError
 from flexperts.serving.http import chat
 from flexperts.serving.http.openai import model_entry
+from flexperts.serving.http.page_files import page_routes
 from flexperts.serving.http.refusals import RefusedError
 from flexperts.serving.http.service import Service
 
@@ -39,7 +39,7 @@ def make_app(service: Service) -> Starlette:
             Route("/v1/models/{model}", endpoints.model),
             Route("/health", endpoints.health),
             Route("/metrics", endpoints.metrics),
-            *page_routes(),
+            *page_routes("flexperts.serving"),
         ],
         exception_handlers={RefusedError: _refusal, HTTPException: _no_endpoint},
         middleware=[Middleware(_Waiting, service)],
@@ -106,32 +106,3 @@ async def _no_endpoint(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     what = ConfigError(f"{request.method} {request.url.path[:200]}", error.detail, "see docs/serving.md")
     return await _refusal(request, RefusedError(error.status_code, what, headers=error.headers))
-
-
-_FILES = {
-    "/": ("index.html", "text/html"),
-    "/page.css": ("page.css", "text/css"),
-    "/page.js": ("page.js", "text/javascript"),
-    "/icon.svg": ("icon.svg", "image/svg+xml"),
-}
-_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",
-}
-
-
-def page_routes() -> list[Route]:
-    """Return the routes of the chat page's files."""
-    return [_route(path, *file) for path, file in _FILES.items()]
-
-
-def _route(path: str, name: str, kind: str) -> Route:
-    content = files("flexperts.serving").joinpath("page", name).read_bytes()
-
-    async def send(request: Request) -> Response:
-        return Response(content, media_type=kind, headers=_HEADERS)
-
-    return Route(path, send)

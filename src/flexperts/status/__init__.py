@@ -1,0 +1,1 @@
+"""Where a run is, read from its directory."""
