@@ -19,6 +19,9 @@ from flexperts.errors import ArtifactError, ConfigError
 from flexperts.export.card import Facts, write_card
 from flexperts.export.content import Content, Exported
 from flexperts.export.folders import write_model, write_peft, write_personal, write_template
+from flexperts.export.gguf.architectures import architecture_of
+from flexperts.export.gguf.file import ReadBack
+from flexperts.export.gguf.folder import check_gguf, write_gguf
 from flexperts.export.template import stop_where_trained, trained_tokenizer
 from flexperts.export.verification import REFERENCE_TEXT, LogitDifference, verify
 from flexperts.files import holding, unwritable
@@ -26,8 +29,11 @@ from flexperts.finished.trained import TrainedRun, state_named
 from flexperts.methods.kit.method import State
 from flexperts.observer import current_observer
 
-FORMS = ("transformers", "merged", "adapter", "personal")
+FORMS = ("transformers", "merged", "adapter", "personal", "gguf")
 DTYPES = ("bfloat16", "float32")
+GGUF_DTYPES = ("float16", "q8_0", "bfloat16", "float32")
+_WHOLE = ("transformers", "merged", "gguf")
+"""Forms that hold the base, too."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +42,20 @@ class Export:
 
     Args:
         folder: The folder.
+        client: The client to which the model belongs; None if all clients have the same.
         state: The model's state.
         bytes: Size of all files.
-        difference: Difference between the folder's and the run's logits; None if it was not checked.
+        dtype: The least precise type in which weights are stored, or computed with.
+        difference: Difference between the folder's and the run's logits, or between its weights and the run's; None
+            if it was not checked.
     """
 
     folder: Path
+    client: str | None
     state: State
     bytes: int
-    difference: LogitDifference | None
+    dtype: str
+    difference: LogitDifference | ReadBack | None
 
 
 def export_run(
@@ -69,13 +80,13 @@ def export_run(
         client: The client; None if the state is the same for all clients.
         form: One of ``FORMS``; None takes the smallest that holds the model: adapter, personal or transformers.
         state: global, personalized or chosen; None takes the form's default, or chosen where the run has a floor.
-        dtype: Storage type of the weights; None takes the base's.
+        dtype: Storage type of the weights; None takes the base's, or float16 for gguf.
         base: Where the run's base is, if not where its recipe says.
         check: Whether to load the folder in a fresh process and compare its logits with the run's.
         trust_remote_code: Whether code of the base may run; a recipe that asks for it is refused otherwise.
     """
     _known("--form", form, (*FORMS, None))
-    _known("--dtype", dtype, (*DTYPES, None))
+    _known("--dtype", dtype, (*(GGUF_DTYPES if form == "gguf" else DTYPES), None))
     if out.exists():
         raise ArtifactError(f"{out}", "it already exists", "choose another --to, or delete it")
     if form == "adapter" and dtype is not None:
@@ -86,9 +97,10 @@ def export_run(
         tokens = _reference_tokens(run)
         form = form or _smallest(run, client, state, tokens)
         _check_plain(run, form)
-        stored = dtype or run.config.model.dtype
-        if form in ("transformers", "merged"):
-            _cast(run, getattr(torch, stored))
+        architecture = architecture_of(run.workspace.base.model) if form == "gguf" else None
+        stored = dtype or ("float16" if architecture else run.config.model.dtype)
+        if form in _WHOLE:  # smaller types of GGUF are made from float32, tensor by tensor
+            _cast(run, torch.bfloat16 if stored == "bfloat16" else torch.float32)
         observer.stage("reading the model")
         owner, chosen, content = _read(run, client, form, state, tokens)
         kept = run.client(owner).choice(run.request(owner))["chosen"] if chosen == "chosen" else chosen
@@ -101,6 +113,9 @@ def export_run(
         if form == "adapter":
             write_peft(folder, peft, content)
             write_template(folder, tokenizer)
+        elif architecture is not None:
+            content.merge(run.workspace.base.model)
+            write_gguf(folder / facts.file, out.name, architecture, tokenizer, encoder, stored)
         elif form == "personal":
             write_personal(folder, peft, content, facts.as_json(), getattr(torch, stored))
             write_template(folder, tokenizer)
@@ -108,12 +123,16 @@ def export_run(
             stop_where_trained(run.workspace.base.model, encoder)
             write_model(folder, run.workspace.base, content, tokenizer)
         observer.stage(f"loading {out} in a fresh process")
-        found = _checked(facts, folder, tokens) if check else None
+        found = None
+        if check and architecture is not None:
+            found = check_gguf(folder / facts.file, architecture, tokenizer, tokens, content.logits, stored)
+        elif check:
+            found = _checked(facts, folder, tokens)
         write_card(folder, facts, found)
         _set_modes(folder, private=chosen in ("personalized", "chosen") or not run.model.method.one_global)
         folder.replace(out)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    return Export(out, chosen, size, found)
+    return Export(out, facts.client, chosen, size, _coarsest(facts), found)
 
 
 def _known(option: str, value: str | None, known: Sequence[str | None]) -> None:
@@ -188,7 +207,7 @@ def _check_plain(run: TrainedRun, form: str) -> None:
     """Refuse to write weights of a base that is quantized or offloaded."""
     model = run.config.model
     for name, usual in (("quantization", "none"), ("device_map", None)):
-        if form in ("transformers", "merged") and (found := getattr(model, name)) != usual:
+        if form in _WHOLE and (found := getattr(model, name)) != usual:
             raise ConfigError(
                 f"model.{name} = {found!r}",
                 "whole models can only be exported from a base that is in memory and not quantized",
@@ -203,6 +222,8 @@ def _misfit(form: str, content: Content) -> tuple[str, str] | None:
         return "the model is the unchanged base", "use the base itself, or --form transformers"
     if form == "merged" and content.grafts:
         return "grafts cannot be merged: no standard architecture has them", "use --form transformers"
+    if form == "gguf" and content.grafts:
+        return "no architecture of llama.cpp has grafts", "use --form transformers, or --state global"
     if form == "adapter" and not content.is_lora_alone:
         return "the model has more than LoRA", "use --form transformers" + ("" if inside else ", or personal")
     if form == "personal" and inside:
@@ -242,8 +263,11 @@ def _checked(facts: Facts, folder: Path, tokens: Tensor) -> LogitDifference:
         str(Path(source).resolve()) if Path(source).is_dir() else source
     )  # the process has another current folder
     code = facts.loading(str(folder.resolve()), base)
-    whole = facts.form in ("transformers", "merged")
-    types = {facts.dtype} if whole else {facts.dtype, facts.run.config.model.dtype}
-    coarsest = torch.bfloat16 if "bfloat16" in types else torch.float32
     without = "" if facts.form == "personal" else "flexperts"
-    return verify(code, tokens, facts.content.logits, coarsest, without=without)
+    return verify(code, tokens, facts.content.logits, getattr(torch, _coarsest(facts)), without=without)
+
+
+def _coarsest(facts: Facts) -> str:
+    """Return the least precise type in which a folder's weights are stored, or computed with."""
+    base = facts.dtype if facts.is_whole else facts.run.config.model.dtype
+    return "bfloat16" if "bfloat16" in (facts.dtype, base) else facts.dtype
