@@ -40,6 +40,15 @@ Dtype = Annotated[
 ]
 
 
+Bake = Annotated[
+    bool,
+    typer.Option(
+        "--bake", help="Turn grafts into neurons of the shared experts: a stock architecture; needs the rows."
+    ),
+]
+MaxLoss = Annotated[
+    float, typer.Option(min=0, metavar="NATS", help="Of --bake: most NLL per token that it may lose.")
+]
 To = Annotated[
     Path | None,
     typer.Option("--to", help="Folder to create.", show_default="none: a folder is only sent"),
@@ -63,11 +72,13 @@ def command(
     device: Device = None,
     trust: Trust = False,
     verify: Annotated[bool, typer.Option(help="Load it in a fresh process and compare logits.")] = True,
+    bake: Bake = False,
+    max_loss: MaxLoss = 0.05,
     push: Push = None,
     public: Public = False,
     yes: Yes = False,
 ) -> None:
-    """Write a model of a finished run as a folder that other tools load, with a model card, or send it to the hub."""
+    """Write a model of a finished run as a folder for other tools, with a model card, or send it to the hub."""
     from flexperts.artifacts import RunDirectory
 
     RunDirectory.open(run).summary()  # refuse a wrong path before anything heavy loads
@@ -91,8 +102,12 @@ def command(
                 base=base,
                 check=verify,
                 trust_remote_code=trust,
+                baked=bake,
+                max_loss=max_loss,
             )
         typer.echo(f"{to or push}: {size(done.bytes).text}, state {done.state}")
+        if done.baking:
+            typer.echo(done.baking)
         if done.difference:
             why = f"; rounding to {done.dtype} explains this" if done.difference.is_coarse else ""
             typer.echo(f"{done.difference}{why}")

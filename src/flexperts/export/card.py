@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from flexperts.export.baking import BakingLoss
 from flexperts.export.content import Content
 from flexperts.export.gguf.file import ReadBack
 from flexperts.export.gguf.folder import MODELFILE
@@ -98,6 +99,7 @@ class Facts:
         dtype: Storage type of the weights.
         content: What the model has beyond the base.
         has_template: Whether the folder has the chat template used in training.
+        baking: What baking the grafts lost; None if they were not baked.
     """
 
     run: TrainedRun
@@ -109,6 +111,12 @@ class Facts:
     dtype: str
     content: Content
     has_template: bool
+    baking: BakingLoss | None = None
+
+    @property
+    def has_grafts(self) -> bool:
+        """Whether the folder holds grafts as such."""
+        return bool(self.content.grafts) and self.baking is None
 
     @property
     def is_whole(self) -> bool:
@@ -149,7 +157,7 @@ class Facts:
             file, context = json.dumps(f"{folder}/{self.file}"), self.run.config.training.max_length
             return _GGUF.format(file=file, context=context)
         if self.is_whole:
-            trust = ", trust_remote_code=True" if self.content.grafts else ""
+            trust = ", trust_remote_code=True" if self.has_grafts else ""
             return _MODEL.format(**names, trust=trust)
         code = _ADAPTER.format(**names, base=json.dumps(base), dtype=self.run.config.model.dtype)
         return code + (f"\n{_GRAFTS.format(**names)}" if self.content.grafts else "")
@@ -244,6 +252,8 @@ def _scores(facts: Facts) -> Iterator[str]:
         cells = [scores_text(scored[name], s) for s in states]
         yield f"| {name} | {scored[name]['scored_rows']} | {' | '.join(cells)} |"
     yield f"\nThis export is the state *{_state(facts)}*."
+    if facts.baking:
+        yield f"\nIts grafts are {facts.baking}: neurons of the base's shared experts do nearly the same."
 
 
 def _note(facts: Facts, folder: Path) -> str:
@@ -253,7 +263,7 @@ def _note(facts: Facts, folder: Path) -> str:
             return f"{run} For Ollama: `ollama create NAME -f {MODELFILE}`."
         return f"{run} It has no {MODELFILE} for Ollama, whose templates cannot write the prompts of training."
     if facts.is_whole:
-        if not facts.content.grafts:
+        if not facts.has_grafts:
             return "The architecture is the base's: software that serves the base also serves this folder."
         return (
             "Loading runs the code in `modeling_grafted.py` and `grafts.py` in this folder, about 200 lines: "

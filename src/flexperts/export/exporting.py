@@ -5,19 +5,22 @@ from __future__ import annotations
 import glob
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from flexperts.client.answer_limit import answer_limit
 from flexperts.config.names import normal
 from flexperts.errors import ArtifactError, ConfigError
+from flexperts.evaluation.scores import EvaluationSettings, evaluate
+from flexperts.export.baking import BakingLoss, attached, bake
 from flexperts.export.card import Facts, write_card
-from flexperts.export.content import Content, Exported
+from flexperts.export.content import Content, Exported, logits_of
 from flexperts.export.folders import write_model, write_peft, write_personal, write_template
 from flexperts.export.gguf.architectures import architecture_of
 from flexperts.export.gguf.file import ReadBack
@@ -32,6 +35,8 @@ from flexperts.observer import current_observer
 FORMS = ("transformers", "merged", "adapter", "personal", "gguf")
 DTYPES = ("bfloat16", "float32")
 GGUF_DTYPES = ("float16", "q8_0", "bfloat16", "float32")
+MAX_LOSS = 0.05
+"""Default of the most nats per token that baking may lose."""
 _WHOLE = ("transformers", "merged", "gguf")
 """Forms that hold the base, too."""
 
@@ -48,6 +53,7 @@ class Export:
         dtype: The least precise type in which weights are stored, or computed with.
         difference: Difference between the folder's and the run's logits, or between its weights and the run's; None
             if it was not checked.
+        baking: What baking lost; None if nothing was baked.
     """
 
     folder: Path
@@ -56,6 +62,7 @@ class Export:
     bytes: int
     dtype: str
     difference: LogitDifference | ReadBack | None
+    baking: BakingLoss | None = None
 
 
 def export_run(
@@ -69,6 +76,8 @@ def export_run(
     base: str | None = None,
     check: bool = True,
     trust_remote_code: bool = False,
+    baked: bool = False,
+    max_loss: float = MAX_LOSS,
 ) -> Export:
     """Write a client's model of a finished run; the folder appears complete and checked, or not at all.
 
@@ -84,6 +93,8 @@ def export_run(
         base: Where the run's base is, if not where its recipe says.
         check: Whether to load the folder in a fresh process and compare its logits with the run's.
         trust_remote_code: Whether code of the base may run; a recipe that asks for it is refused otherwise.
+        baked: Whether grafts become neurons of the base's shared experts; see ``baking``. It needs the rows.
+        max_loss: Most nats per token that this may lose on the client's scored rows.
     """
     _known("--form", form, (*FORMS, None))
     _known("--dtype", dtype, (*(GGUF_DTYPES if form == "gguf" else DTYPES), None))
@@ -91,6 +102,8 @@ def export_run(
         raise ArtifactError(f"{out}", "it already exists", "choose another --to, or delete it")
     if form == "adapter" and dtype is not None:
         raise ConfigError(f"--dtype {dtype}", "an adapter is always stored in float32", "leave --dtype out")
+    if baked and form not in ("transformers", "gguf"):
+        raise ConfigError(f"--bake of --form {form}", "it holds grafts, or nothing of them", "leave --bake out")
     observer = current_observer()
     with _appearing(out) as folder:
         run = TrainedRun(path, base=base, trust_remote_code=trust_remote_code)
@@ -99,29 +112,39 @@ def export_run(
         _check_plain(run, form)
         architecture = architecture_of(run.workspace.base.model) if form == "gguf" else None
         stored = dtype or ("float16" if architecture else run.config.model.dtype)
-        if form in _WHOLE:  # smaller types of GGUF are made from float32, tensor by tensor
-            _cast(run, torch.bfloat16 if stored == "bfloat16" else torch.float32)
+        # Smaller types of GGUF are made from float32, tensor by tensor; baking computes in it.
+        computed = "bfloat16" if stored == "bfloat16" and not baked else "float32"
+        if form in _WHOLE and computed != run.config.model.dtype:
+            _cast(run.model.lora.frozen().values(), getattr(torch, computed))
         observer.stage("reading the model")
-        owner, chosen, content = _read(run, client, form, state, tokens)
+        owner, chosen, content = _read(run, client, "transformers" if baked else form, state, tokens)
         kept = run.client(owner).choice(run.request(owner))["chosen"] if chosen == "chosen" else chosen
         peft = run.model.lora.peft_entries(run.config.model.base)
         run.close()
         encoder = run.encoder_of(owner)
         tokenizer = trained_tokenizer(encoder)
-        facts = Facts(run, out.name, form, owner, chosen, kept, stored, content, bool(tokenizer.chat_template))
+        loss, merging = None, content
+        if baked:
+            loss, content = _baked(run, owner, content, tokens, stored)
+            loss.check(max_loss)
+            merging = replace(content, lora={}, grafts={}, experts=[], routers=[])
+            architecture = architecture and architecture_of(run.workspace.base.model)
+        facts = Facts(
+            run, out.name, form, owner, chosen, kept, stored, content, bool(tokenizer.chat_template), loss
+        )
         observer.stage(f"writing {out}")
         if form == "adapter":
             write_peft(folder, peft, content)
             write_template(folder, tokenizer)
         elif architecture is not None:
-            content.merge(run.workspace.base.model)
+            merging.merge(run.workspace.base.model)
             write_gguf(folder / facts.file, out.name, architecture, tokenizer, encoder, stored)
         elif form == "personal":
             write_personal(folder, peft, content, facts.as_json(), getattr(torch, stored))
             write_template(folder, tokenizer)
         else:
             stop_where_trained(run.workspace.base.model, encoder)
-            write_model(folder, run.workspace.base, content, tokenizer)
+            write_model(folder, run.workspace.base, merging, tokenizer)
         observer.stage(f"loading {out} in a fresh process")
         found = None
         if check and architecture is not None:
@@ -132,7 +155,7 @@ def export_run(
         _set_modes(folder, private=chosen in ("personalized", "chosen") or not run.model.method.one_global)
         folder.replace(out)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    return Export(out, facts.client, chosen, size, _coarsest(facts), found)
+    return Export(out, facts.client, chosen, size, _coarsest(facts), found, loss)
 
 
 def _known(option: str, value: str | None, known: Sequence[str | None]) -> None:
@@ -142,10 +165,10 @@ def _known(option: str, value: str | None, known: Sequence[str | None]) -> None:
         )
 
 
-def _cast(run: TrainedRun, dtype: torch.dtype) -> None:
-    """Convert the base to the storage type, so that the run's logits are computed with the same weights."""
-    for parameter in run.model.lora.frozen().values():
-        if parameter.is_floating_point() and getattr(torch, run.config.model.dtype) != dtype:
+def _cast(parameters: Iterable[Tensor], dtype: torch.dtype) -> None:
+    """Convert weights of the base to another type, so that the run's logits are computed with the same weights."""
+    for parameter in parameters:
+        if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
 
 
@@ -179,6 +202,23 @@ def _read(
             return client, each, content
     assert problem is not None
     raise ConfigError(f"--form {form} of {run.model.method.name}, state {states[-1]}", *problem)
+
+
+def _baked(run: TrainedRun, owner: str, content: Content, tokens: Tensor, dtype: str) -> tuple[BakingLoss, Content]:
+    """Merge and bake a model in place; return the loss, and the content with the logits of what came out."""
+    base, parts = run.workspace.base, [*content.grafts.values()]
+    if not parts:
+        raise ConfigError("--bake", "the model has no grafts", "leave --bake out")
+    client = run.client(owner)
+    limit = answer_limit(client.workspace, run.config)
+    settings = EvaluationSettings(limit, run.config.evaluation.batch_size, "fp32")
+    content.merge(base.model)
+    with attached(parts):
+        before = evaluate(base.model, client.encoder, client.scored_rows, settings)
+    bake(base.model, parts, client.examples, base.tokenizer.pad_token_id, run.config.seed)
+    _cast(base.model.parameters(), torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    after = evaluate(base.model, client.encoder, client.scored_rows, settings)
+    return BakingLoss.between(before, after), replace(content, logits=logits_of(base.model, tokens))
 
 
 def _states(run: TrainedRun, form: str, name: str | None, client: str | None) -> Sequence[State]:
