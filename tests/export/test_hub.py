@@ -127,6 +127,25 @@ def test_a_public_repository_gets_nothing_unless_it_is_asked_for(run: Path, hub:
     assert not any("preupload" in request or "/lfs/" in request for request in hub.asked)
 
 
+@pytest.mark.usefixtures("exports_checked_here")
+@pytest.mark.parametrize(
+    ("form", "state", "options"),
+    [
+        ("merged", "global", []),
+        ("adapter", "global", []),
+        ("transformers", "personalized", ["--trust-remote-code"]),
+    ],
+)
+def test_generate_reads_a_folder(
+    form: str, state: str, options: list[str], run: Path, ask: Ask, tmp_path: Path, tiny_base: Path
+) -> None:
+    words = ("--client", "clinic", "--form", form, "--state", state)
+    ask("export", run, *words, "--to", tmp_path / "out")
+    options = [*options, "--base", str(tiny_base)] if form == "adapter" else options
+    there = ask("generate", tmp_path / "out", "Say hi.", "--max-tokens", "6", *options)
+    assert there == ask("generate", run, "Say hi.", "--client", "clinic", "--state", state, "--max-tokens", "6")
+
+
 def test_mistakes_are_refused_before_anything_is_loaded(run: Path, hub: FakeHub, ask: Ask, tmp_path: Path) -> None:
     assert "neither --to nor --push" in ask("export", run, "--form", "merged", code=2)
     assert "no repository can have this name" in ask("export", run, "--push", "a/b/c", "--yes", code=2)

@@ -4,8 +4,9 @@
     baked          s(x) D [act(gate(x)) * up(x)]          s: the shared expert's own gate, or 1
 
 The new neurons start as those of the personal experts, with the mean of their gates as a factor. Their output
-weights D are then fitted by least squares to what the grafts add on the client's train rows, and all their weights
-by some steps on the distance (KL) between the next tokens of both models. Where gates are constant, nothing is lost.
+weights D are then fitted by least squares to what the grafts add on the client's train rows. Last, all their
+weights are trained for some steps on the distance (KL) between the next tokens of both models. Where gates are
+constant, nothing is lost.
 
 Shapes: T tokens, D hidden width, I intermediate width of an expert, W new neurons of a layer.
 """

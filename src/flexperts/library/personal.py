@@ -147,8 +147,8 @@ class PersonalModel:
 
         Args:
             folder: The folder to create.
-            form: transformers, merged, adapter or personal, as `flexperts export` makes them; by default the
-                smallest that holds the model.
+            form: transformers, merged, adapter, personal or gguf, as `flexperts export` makes them; by default the
+                smallest that holds the model for ``from_pretrained``.
 
         Raises:
             FlexpertsError: The folder exists, or the form cannot hold the model.
