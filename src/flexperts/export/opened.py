@@ -92,7 +92,7 @@ class ExportedFolder:
 
     @cached_property
     def encoder(self) -> PromptEncoder:
-        """See ``Home``."""
+        """The encoder of prompts, with the chat template of training."""
         tokenizer, text = self._loaded.tokenizer, self._loaded.model.config.get_text_config()
         template, positions = tokenizer.chat_template, getattr(text, "max_position_embeddings", None)
         kind: Template = "chat" if template and not writes_alpaca(str(template)) else "alpaca"
@@ -100,7 +100,13 @@ class ExportedFolder:
         return PromptEncoder(tokenizer, kind, positions or _LONGEST, **known)
 
     def answers(self, prompts: Sequence[Sequence[int]], limit: int | None, batch: int | None) -> list[Answer]:
-        """See ``Home``."""
+        """Return the greedy answers to prompts, in their order.
+
+        Args:
+            prompts: Token ids of each prompt, up to where its answer starts.
+            limit: Longest answer in tokens; None is 256.
+            batch: Prompts that are answered together; None is 8.
+        """
         return answered(
             self._loaded.model,
             self.encoder,
@@ -115,11 +121,11 @@ class ExportedFolder:
 
     @contextmanager
     def in_use(self) -> Iterator[Any]:
-        """See ``Home``."""
+        """Yield the torch model."""
         yield self._loaded.model
 
     def write(self, folder: Path, form: str | None) -> None:
-        """See ``Home``."""
+        """Copy the folder; another form is refused."""
         if form is not None:
             rule = "an exported model keeps its form"
             raise ConfigError(f"form = {form!r}", rule, "leave it out, or export from the run")
