@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -136,8 +137,8 @@ class Layer:
 
     def __init__(self, experts: LayerExperts, grafts: Sequence[Graft], block: nn.Module, width: int) -> None:
         self.grafts = grafts
-        up, self.used = torch.zeros(2, width, experts.width), 0
-        self.down = torch.zeros(experts.width, width)
+        nothing = partial(torch.zeros, device=experts.device)
+        up, self.down, self.used = nothing(2, width, experts.width), nothing(experts.width, width), 0
         """The neurons' output weights, without the gates of grafts."""
         self.places: list[tuple[Graft, int, slice]] = []
         """A graft, the number of one of its gates, and the neurons behind that gate."""
@@ -147,20 +148,21 @@ class Layer:
             self.places.append((graft, number, place))
             self.used = place.stop
         self.neurons = Neurons(block, up.flatten(0, 1))
-        self.squares, self.products = torch.zeros(width, width), torch.zeros(width, experts.width)
-        self.opening, self.open, self.tokens = torch.zeros(width), 0.0, 0
+        self.squares, self.products = nothing(width, width), nothing(width, experts.width)
+        self.opening, self.open = nothing(width), nothing(())
 
     def watch(self, mask: Tensor) -> Iterator[RemovableHandle]:
         """Add up what ``solve`` needs, for one pass of the grafted model; ``mask [B * S]`` is true on tokens."""
 
         def seen(graft: Graft, args: tuple[Tensor, ...], output: Tensor) -> None:
-            hidden, added = args[0].flatten(0, -2)[mask], output.flatten(0, -2)[mask]
+            rows = mask.to(output.device)
+            hidden, added = args[0].flatten(0, -2)[rows], output.flatten(0, -2)[rows]
             factor = self.neurons.factor(hidden)
             values = factor * self.neurons.active(hidden)
             self.products += values.T @ added
             if graft is self.grafts[0]:
                 self.squares += values.T @ values
-                self.open, self.tokens = self.open + factor.sum().item(), self.tokens + len(hidden)
+                self.open += factor.sum()
             gates = graft.opening(hidden).sum(0)
             for owner, number, place in self.places:
                 self.opening[place] += gates[number] if owner is graft else 0
@@ -177,7 +179,7 @@ class Layer:
         start = (self.down * self.opening / self.open)[:, :used]  # the ratio of both gates' means
         squares, products = self.squares[:used, :used].double(), self.products[:used].double()
         weight = _RIDGE * squares.diagonal().mean()
-        left = squares + weight * torch.eye(used)
+        left = squares + weight * torch.eye(used, device=squares.device)
         self.neurons.down[:, :used] = torch.linalg.solve(left, products + weight * start.T.double()).T.float()
 
 
@@ -185,7 +187,7 @@ def bake(model: Any, grafts: Sequence[Grafts], examples: Sequence[Example], pad:
     """Replace a model's grafts by neurons of its shared experts; its config gets their new width.
 
     Args:
-        model: The base in float32 on the CPU, with everything but grafts merged.
+        model: The base in float32, with everything but grafts merged.
         grafts: The grafts, not attached.
         examples: The client's encoded train rows.
         pad: The token for padding.
@@ -286,4 +288,5 @@ def _distil(
 
 def _answers(model: Any, batch: PaddedBatch) -> Tensor:
     """Return the logits ``[T, V]`` that predict the trained tokens of a batch."""
-    return response_logits(model, batch)[batch.labels[:, -batch.response_columns :] != IGNORED]
+    logits = response_logits(model, batch)
+    return logits[(batch.labels[:, -batch.response_columns :] != IGNORED).to(logits.device)]
