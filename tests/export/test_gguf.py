@@ -54,8 +54,14 @@ def tokenizer(tiny_base: Path) -> Any:
 
 def smol(**others: Any) -> Any:
     """A tiny model of smol-moe's kind: weights that sum to 1, shared experts without a gate, a dense layer."""
-    its = {"norm_topk_prob": True, "mlp_only_layers": [0], "qkv_bias": False, "tie_word_embeddings": True}
-    model = tiny_model("qwen2_moe", vocab_size=SIZE, **its | others)
+    its = {
+        "vocab_size": SIZE,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [0],
+        "qkv_bias": False,
+        "tie_word_embeddings": True,
+    }
+    model = tiny_model("qwen2_moe", **its | others)
     for name, parameter in model.named_parameters():
         if "shared_expert_gate" in name:
             parameter.zero_()
@@ -470,8 +476,11 @@ def test_llama_cpp_is_asked_where_it_is_installed(
     """A stand-in for the package: what it says of the file decides."""
     package = tmp_path / "site" / "llama_cpp"
     package.mkdir(parents=True)
+    (package / "llama_cpp.py").write_text(
+        "from types import SimpleNamespace\nllama_model_default_params = SimpleNamespace\n"
+    )
     (package / "__init__.py").write_text(
-        "import numpy\nGGML_TYPE_F32 = 0\n"
+        "GGML_TYPE_F32 = 0\n"
         "class Llama:\n"
         "    def __init__(self, path, **settings): pass\n"
         "    def tokenize(self, text, **settings): return [1]\n"

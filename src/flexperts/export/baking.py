@@ -258,7 +258,7 @@ def _wider(model: Any, experts: LayerExperts, width: int) -> dict[str, int]:
     """Return the entries of the config that widen shared experts, or refuse the architecture."""
     shared, config = shared_of(model.get_submodule(experts.block)), model.config
     plain = isinstance(experts, FusedExperts) and experts.has_gate and not experts.is_transposed
-    plain = plain and not any(hasattr(experts.module, name) for name in ("_apply_gate", "gate_up_proj_bias"))
+    plain = plain and experts.expert(0).up_bias is None and _gates_alike(experts, shared)
     now, each = shared.gate_proj.out_features, getattr(config, "moe_intermediate_size", None)
     if plain and getattr(config, "shared_expert_intermediate_size", None) == now:
         return {"shared_expert_intermediate_size": now + width}
@@ -266,6 +266,13 @@ def _wider(model: Any, experts: LayerExperts, width: int) -> dict[str, int]:
         return {"n_shared_experts": config.n_shared_experts + width // each}
     rule = "its config has no width of the shared expert, or its experts are of another kind"
     raise ConfigError(f"--bake of the type {config.model_type}", rule, _REMEDY)
+
+
+def _gates_alike(experts: LayerExperts, shared: Any) -> bool:
+    """Return whether routed and shared experts combine gate and up in the same way."""
+    probe = torch.linspace(-3, 3, 16).view(2, 8)
+    gate, up = probe.chunk(2, -1)
+    return torch.allclose(experts.activate(probe), shared.act_fn(gate) * up)
 
 
 def _distil(

@@ -228,7 +228,7 @@ def _states(run: TrainedRun, form: str, name: str | None, client: str | None) ->
         raise ConfigError("state zero_shot", "it is the unchanged base", "use the base itself")
     if run.config.floor and client is not None:
         return [state_named(method, run.config, name)]
-    if name is not None or form == "merged":
+    if name is not None or form == "merged" or (form == "gguf" and client is None):
         return [state_named(method, run.config, name or "global")]
     beyond = [s for s in reversed(method.states) if s != "zero_shot"]
     return beyond if form == "adapter" else beyond[:1]

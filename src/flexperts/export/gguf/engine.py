@@ -15,9 +15,13 @@ _COMPUTE = """
 import json
 import sys
 
+import llama_cpp.llama_cpp as library
 import torch
 from llama_cpp import GGML_TYPE_F32, Llama
 
+settings = library.llama_model_default_params()
+settings.use_extra_bufts = False  # copies of weights for speed, with which AMX crashes on some virtual machines
+library.llama_model_default_params = lambda: settings
 model = Llama(
     {path!r}, n_ctx=tokens.shape[1], logits_all=True, n_gpu_layers=0, verbose=False,
     type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32,
