@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 # Containers often forbid bytecode; every process that the tests start would compile the package anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup locked lock run test test-oldest slow families quantization ray faults fuzz deployment pretend-cuda images test-all coverage bench gpu docs check format dist clean
+.PHONY: help setup locked lock run test test-oldest slow families quantization ray llama-cpp faults fuzz deployment pretend-cuda images test-all coverage bench gpu docs check format dist clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -76,10 +76,18 @@ build/ray: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --constraint constraints.txt --target build/ray ray
 	@touch $@
 
+# pip compiles llama.cpp for minutes. Absolute, because a check of an export runs in another folder.
+build/llama-cpp: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --constraint constraints.txt --target build/llama-cpp llama-cpp-python diskcache
+	@touch $@
+
+llama-cpp: build/llama-cpp  ## GGUF files in llama.cpp
+	PYTHONPATH=$(CURDIR)/build/llama-cpp $(BIN)/python -m pytest -m llama_cpp
+
 ray: build/ray  ## Clients in Ray's actors
 	PYTHONPATH=build/ray $(BIN)/python -m pytest -m ray
 
-test-all: test slow families quantization ray faults fuzz deployment pretend-cuda  ## All tiers, one at a time
+test-all: test slow families quantization ray llama-cpp faults fuzz deployment pretend-cuda  ## All tiers, one at a time
 
 bench: build/ray  ## Measure speed and scale, write docs/performance.md (the page says how long it takes)
 	$(BIN)/python benchmarks/performance/suite.py

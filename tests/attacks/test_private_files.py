@@ -183,7 +183,7 @@ def room(size: int) -> Iterator[None]:
 @pytest.mark.parametrize("form", FORMS)
 def test_an_export_on_a_full_disk_is_refused(finished: Path, tmp_path: Path, form: str) -> None:
     """Whatever file does not fit: nothing is left behind."""
-    given = {"client": None if form == "merged" else "shop", "form": form, "check": False}
+    given = {"client": None if form in ("merged", "gguf") else "shop", "form": form, "check": False}
     if form == "adapter":
         given["state"] = "global"
     whole = export_run(finished, tmp_path / "whole", **given).folder

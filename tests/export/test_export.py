@@ -230,7 +230,12 @@ def test_the_mailable_folder_says_in_json_what_it_belongs_to(run: Run, tmp_path:
     ("method", "options", "error", "said"),
     [
         ("flex", {"client": "nobody"}, ConfigError, "the run's clients are clinic"),
-        ("flex", {"form": "gguf", "client": "clinic"}, ConfigError, "transformers, merged, adapter, personal"),
+        (
+            "flex",
+            {"form": "onnx", "client": "clinic"},
+            ConfigError,
+            "transformers, merged, adapter, personal, gguf",
+        ),
         ("flex", {"state": "best", "client": "clinic"}, ConfigError, "flex has the states"),
         ("flex", {"state": "zero_shot", "client": "clinic"}, ConfigError, "use the base itself"),
         ("flex", {"dtype": "int3", "client": "clinic"}, ConfigError, "bfloat16, float32"),

@@ -32,6 +32,10 @@ Trust = Annotated[
     ),
 ]
 
+_HUB = "hub:"
+_EXPORTED = ("config.json", "adapter_config.json")
+"""Files that an exported folder has, and a run directory has not."""
+
 
 def _compute_on(device: str | None) -> None:
     """Let this process, and those it starts, compute on a device."""
@@ -90,9 +94,13 @@ def say(answer: Answer) -> None:
 
 
 def command(
-    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    run: Annotated[
+        str, typer.Argument(help="Run directory; or an exported folder, or hub:OWNER/NAME for one on the hub.")
+    ],
     instruction: Annotated[str, typer.Argument(help="What to ask.")],
-    client: Annotated[str, typer.Option(help="The client whose model answers.")],
+    client: Annotated[
+        str | None, typer.Option(help="The client whose model answers.", show_default="needed for a run")
+    ] = None,
     context: About = "",
     messages: Messages = None,
     text: Annotated[bool, typer.Option("--text", help="Continue the instruction as plain text.")] = False,
@@ -106,17 +114,35 @@ def command(
     before = turns_of(messages)
 
     from flexperts.artifacts import RunDirectory
+    from flexperts.errors import ConfigError
 
-    RunDirectory.open(run).summary()  # refuse a wrong path before anything heavy loads
+    path, asked = Path(run), {"before": before, "plain": text}
+    exported = run.startswith(_HUB) or any((path / name).is_file() for name in _EXPORTED)
+    if exported and not (client is None and state is None):
+        rule = "an exported folder holds one model, in one state"
+        raise ConfigError(f"--client {client}, --state {state}", rule, "leave them out")
+    if not exported:
+        RunDirectory.open(path).summary()  # refuse a wrong path before anything heavy loads
+        if client is None:
+            raise ConfigError("no --client", "a run has a model for each client", "name one with --client")
 
     from flexperts.terminal.live import showing_stages
 
     with showing_stages() as display:
-        from flexperts.finished.trained import TrainedRun
+        if exported:
+            from flexperts.export.hub import fetched
+            from flexperts.export.opened import ExportedFolder
+            from flexperts.finished.trained import prompt_of
 
-        trained = TrainedRun(run, base=base, trust_remote_code=trust)
-        display.stage("answering")
-        answer = trained.generate(
-            client, instruction, context, state, max_new_tokens=max_tokens, before=before, plain=text
-        )
+            folder = fetched(run.removeprefix(_HUB)) if run.startswith(_HUB) else path
+            model = ExportedFolder(folder, base, None, trust_remote_code=trust)
+            prompt = prompt_of(model.encoder, instruction, context, **asked)
+            display.stage("answering")
+            [answer] = model.answers([prompt], max_tokens, None)
+        else:
+            from flexperts.finished.trained import TrainedRun
+
+            trained = TrainedRun(path, base=base, trust_remote_code=trust)
+            display.stage("answering")
+            answer = trained.generate(client, instruction, context, state, max_new_tokens=max_tokens, **asked)
     say(answer)

@@ -11,7 +11,10 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from flexperts.export.baking import BakingLoss
 from flexperts.export.content import Content
+from flexperts.export.gguf.file import ReadBack
+from flexperts.export.gguf.folder import MODELFILE
 from flexperts.export.verification import LogitDifference
 from flexperts.files import placeless, write_text
 from flexperts.finished.trained import TrainedRun
@@ -39,6 +42,13 @@ from flexperts import find_experts, load_grafts
 
 for path in sorted(Path({folder}).glob("*graft.safetensors")):
     load_grafts(path, find_experts(base)).attach()
+"""
+_GGUF = """\
+from llama_cpp import Llama  # pip install llama-cpp-python
+
+model = Llama({file}, n_ctx={context})
+asked = [{{"role": "user", "content": "..."}}]
+print(model.create_chat_completion(asked, temperature=0)["choices"][0]["message"]["content"])
 """
 _CARD = """---
 {metadata}
@@ -72,6 +82,7 @@ scored on few rows of one kind. It may make the base's mistakes, and on other ta
 ## Licence
 {terms}
 """
+_LIBRARIES = {"adapter": "peft", "personal": "peft", "gguf": "gguf"}
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,7 @@ class Facts:
         dtype: Storage type of the weights.
         content: What the model has beyond the base.
         has_template: Whether the folder has the chat template used in training.
+        baking: What baking the grafts lost; None if they were not baked.
     """
 
     run: TrainedRun
@@ -99,6 +111,22 @@ class Facts:
     dtype: str
     content: Content
     has_template: bool
+    baking: BakingLoss | None = None
+
+    @property
+    def has_grafts(self) -> bool:
+        """Whether the folder holds grafts as such."""
+        return bool(self.content.grafts) and self.baking is None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the folder holds the base, too."""
+        return self.form not in ("adapter", "personal")
+
+    @property
+    def file(self) -> str:
+        """The name of the GGUF file, in that form."""
+        return f"{self.name}-{self.dtype}.gguf"
 
     @property
     def client(self) -> str | None:
@@ -125,14 +153,17 @@ class Facts:
     def loading(self, folder: str, base: str) -> str:
         """Return Python code that loads the exported model as ``model``."""
         names = {"folder": json.dumps(folder), "auto": auto_class(self.run.workspace.base.model.config).__name__}
-        if self.form in ("transformers", "merged"):
-            trust = ", trust_remote_code=True" if self.content.grafts else ""
+        if self.form == "gguf":
+            file, context = json.dumps(f"{folder}/{self.file}"), self.run.config.training.max_length
+            return _GGUF.format(file=file, context=context)
+        if self.is_whole:
+            trust = ", trust_remote_code=True" if self.has_grafts else ""
             return _MODEL.format(**names, trust=trust)
         code = _ADAPTER.format(**names, base=json.dumps(base), dtype=self.run.config.model.dtype)
         return code + (f"\n{_GRAFTS.format(**names)}" if self.content.grafts else "")
 
 
-def write_card(folder: Path, facts: Facts, difference: LogitDifference | None) -> None:
+def write_card(folder: Path, facts: Facts, difference: LogitDifference | ReadBack | None) -> None:
     """Write the card as README.md."""
     from flexperts import __version__
 
@@ -141,7 +172,7 @@ def write_card(folder: Path, facts: Facts, difference: LogitDifference | None) -
     metadata = ModelCardData(
         base_model=_base_name(run),
         license=_license(Path(run.workspace.base.source)) or "other",
-        library_name="transformers" if facts.form in ("transformers", "merged") else "peft",
+        library_name=_LIBRARIES.get(facts.form, "transformers"),
         pipeline_tag="text-generation",
         tags=["flexperts", "federated-learning", "mixture-of-experts"],
     )
@@ -157,12 +188,10 @@ def write_card(folder: Path, facts: Facts, difference: LogitDifference | None) -
         seed=run.config.seed,
         data=_data(facts),
         version=__version__,
-        checked=f"{difference}"[:1].upper() + f"{difference}"[1:] + "."
-        if difference
-        else "Its logits were not checked.",
+        checked=f"{difference}"[:1].upper() + f"{difference}"[1:] + "." if difference else "It was not checked.",
         scores="\n".join(_scores(facts)),
         loading=facts.loading(facts.name, _base_name(run)),
-        note=_note(facts),
+        note=_note(facts, folder),
         whom=whom,
         prompts=_prompts(facts),
         privacy=_privacy(facts),
@@ -187,6 +216,7 @@ def _what(facts: Facts) -> str:
     forms = {
         "transformers": f"The whole model, stored as {facts.dtype}; LoRA is merged into the base's weights",
         "merged": f"The whole model, stored as {facts.dtype}; LoRA is merged into the base's weights",
+        "gguf": f"The whole model as a GGUF file of {facts.dtype}; LoRA is merged into the base's weights",
         "adapter": "A PEFT adapter folder, without the base",
         "personal": f"What this model adds to the base: a PEFT adapter folder, and grafts as {facts.dtype}",
     }
@@ -222,11 +252,18 @@ def _scores(facts: Facts) -> Iterator[str]:
         cells = [scores_text(scored[name], s) for s in states]
         yield f"| {name} | {scored[name]['scored_rows']} | {' | '.join(cells)} |"
     yield f"\nThis export is the state *{_state(facts)}*."
+    if facts.baking:
+        yield f"\nIts grafts are {facts.baking}: neurons of the base's shared experts do nearly the same."
 
 
-def _note(facts: Facts) -> str:
-    if facts.form in ("transformers", "merged"):
-        if not facts.content.grafts:
+def _note(facts: Facts, folder: Path) -> str:
+    if facts.form == "gguf":
+        run = f"`llama-server -m {facts.file} --jinja` serves it with the chat template that is in the file."
+        if (folder / MODELFILE).exists():
+            return f"{run} For Ollama: `ollama create NAME -f {MODELFILE}`."
+        return f"{run} It has no {MODELFILE} for Ollama, whose templates cannot write the prompts of training."
+    if facts.is_whole:
+        if not facts.has_grafts:
             return "The architecture is the base's: software that serves the base also serves this folder."
         return (
             "Loading runs the code in `modeling_grafted.py` and `grafts.py` in this folder, about 200 lines: "
@@ -246,7 +283,7 @@ def _prompts(facts: Facts) -> str:
         return "They follow the alpaca template, which no chat template of this tokenizer can write; use flexperts."
     else:
         how = "a passage is in a system turn before the question"
-    if facts.form in ("transformers", "merged"):
+    if facts.is_whole:
         return f"The tokenizer's chat template writes them: {how}."
     return f"`chat_template.jinja` writes them: set it as the tokenizer's `chat_template`; {how}."
 

@@ -5,20 +5,26 @@ from __future__ import annotations
 import glob
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from flexperts.client.answer_limit import answer_limit
 from flexperts.config.names import normal
 from flexperts.errors import ArtifactError, ConfigError
+from flexperts.evaluation.scores import EvaluationSettings, evaluate
+from flexperts.export.baking import BakingLoss, attached, bake
 from flexperts.export.card import Facts, write_card
-from flexperts.export.content import Content, Exported
+from flexperts.export.content import Content, Exported, logits_of
 from flexperts.export.folders import write_model, write_peft, write_personal, write_template
+from flexperts.export.gguf.architectures import architecture_of
+from flexperts.export.gguf.file import ReadBack
+from flexperts.export.gguf.folder import check_gguf, write_gguf
 from flexperts.export.template import stop_where_trained, trained_tokenizer
 from flexperts.export.verification import REFERENCE_TEXT, LogitDifference, verify
 from flexperts.files import holding, unwritable
@@ -26,8 +32,13 @@ from flexperts.finished.trained import TrainedRun, state_named
 from flexperts.methods.kit.method import State
 from flexperts.observer import current_observer
 
-FORMS = ("transformers", "merged", "adapter", "personal")
+FORMS = ("transformers", "merged", "adapter", "personal", "gguf")
 DTYPES = ("bfloat16", "float32")
+GGUF_DTYPES = ("float16", "q8_0", "bfloat16", "float32")
+MAX_LOSS = 0.05
+"""Default of the most nats per token that baking may lose."""
+_WHOLE = ("transformers", "merged", "gguf")
+"""Forms that hold the base, too."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +47,22 @@ class Export:
 
     Args:
         folder: The folder.
+        client: The client to which the model belongs; None if all clients have the same.
         state: The model's state.
         bytes: Size of all files.
-        difference: Difference between the folder's and the run's logits; None if it was not checked.
+        dtype: The least precise type in which weights are stored, or computed with.
+        difference: Difference between the folder's and the run's logits, or between its weights and the run's; None
+            if it was not checked.
+        baking: What baking lost; None if nothing was baked.
     """
 
     folder: Path
+    client: str | None
     state: State
     bytes: int
-    difference: LogitDifference | None
+    dtype: str
+    difference: LogitDifference | ReadBack | None
+    baking: BakingLoss | None = None
 
 
 def export_run(
@@ -58,6 +76,8 @@ def export_run(
     base: str | None = None,
     check: bool = True,
     trust_remote_code: bool = False,
+    baked: bool = False,
+    max_loss: float = MAX_LOSS,
 ) -> Export:
     """Write a client's model of a finished run; the folder appears complete and checked, or not at all.
 
@@ -69,51 +89,73 @@ def export_run(
         client: The client; None if the state is the same for all clients.
         form: One of ``FORMS``; None takes the smallest that holds the model: adapter, personal or transformers.
         state: global, personalized or chosen; None takes the form's default, or chosen where the run has a floor.
-        dtype: Storage type of the weights; None takes the base's.
+        dtype: Storage type of the weights; None takes the base's, or float16 for gguf.
         base: Where the run's base is, if not where its recipe says.
         check: Whether to load the folder in a fresh process and compare its logits with the run's.
         trust_remote_code: Whether code of the base may run; a recipe that asks for it is refused otherwise.
+        baked: Whether grafts become neurons of the base's shared experts; see ``baking``. It needs the rows.
+        max_loss: Most nats per token that this may lose on the client's scored rows.
     """
     _known("--form", form, (*FORMS, None))
-    _known("--dtype", dtype, (*DTYPES, None))
+    _known("--dtype", dtype, (*(GGUF_DTYPES if form == "gguf" else DTYPES), None))
     if out.exists():
         raise ArtifactError(f"{out}", "it already exists", "choose another --to, or delete it")
     if form == "adapter" and dtype is not None:
         raise ConfigError(f"--dtype {dtype}", "an adapter is always stored in float32", "leave --dtype out")
+    if baked and form not in ("transformers", "gguf"):
+        raise ConfigError(f"--bake of --form {form}", "it holds grafts, or nothing of them", "leave --bake out")
     observer = current_observer()
     with _appearing(out) as folder:
         run = TrainedRun(path, base=base, trust_remote_code=trust_remote_code)
         tokens = _reference_tokens(run)
         form = form or _smallest(run, client, state, tokens)
         _check_plain(run, form)
-        stored = dtype or run.config.model.dtype
-        if form in ("transformers", "merged"):
-            _cast(run, getattr(torch, stored))
+        architecture = architecture_of(run.workspace.base.model) if form == "gguf" else None
+        stored = dtype or ("float16" if architecture else run.config.model.dtype)
+        # Smaller types of GGUF are made from float32, tensor by tensor; baking computes in it.
+        computed = "bfloat16" if stored == "bfloat16" and not baked else "float32"
+        if form in _WHOLE and computed != run.config.model.dtype:
+            _cast(run.model.lora.frozen().values(), getattr(torch, computed))
         observer.stage("reading the model")
-        owner, chosen, content = _read(run, client, form, state, tokens)
+        owner, chosen, content = _read(run, client, "transformers" if baked else form, state, tokens)
         kept = run.client(owner).choice(run.request(owner))["chosen"] if chosen == "chosen" else chosen
         peft = run.model.lora.peft_entries(run.config.model.base)
         run.close()
         encoder = run.encoder_of(owner)
         tokenizer = trained_tokenizer(encoder)
-        facts = Facts(run, out.name, form, owner, chosen, kept, stored, content, bool(tokenizer.chat_template))
+        loss, merging = None, content
+        if baked:
+            loss, content = _baked(run, owner, content, tokens, stored)
+            loss.check(max_loss)
+            merging = replace(content, lora={}, grafts={}, experts=[], routers=[])
+            architecture = architecture and architecture_of(run.workspace.base.model)
+        facts = Facts(
+            run, out.name, form, owner, chosen, kept, stored, content, bool(tokenizer.chat_template), loss
+        )
         observer.stage(f"writing {out}")
         if form == "adapter":
             write_peft(folder, peft, content)
             write_template(folder, tokenizer)
+        elif architecture is not None:
+            merging.merge(run.workspace.base.model)
+            write_gguf(folder / facts.file, out.name, architecture, tokenizer, encoder, stored)
         elif form == "personal":
             write_personal(folder, peft, content, facts.as_json(), getattr(torch, stored))
             write_template(folder, tokenizer)
         else:
             stop_where_trained(run.workspace.base.model, encoder)
-            write_model(folder, run.workspace.base, content, tokenizer)
+            write_model(folder, run.workspace.base, merging, tokenizer)
         observer.stage(f"loading {out} in a fresh process")
-        found = _checked(facts, folder, tokens) if check else None
+        found = None
+        if check and architecture is not None:
+            found = check_gguf(folder / facts.file, architecture, tokenizer, tokens, content.logits, stored)
+        elif check:
+            found = _checked(facts, folder, tokens)
         write_card(folder, facts, found)
         _set_modes(folder, private=chosen in ("personalized", "chosen") or not run.model.method.one_global)
         folder.replace(out)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    return Export(out, chosen, size, found)
+    return Export(out, facts.client, chosen, size, _coarsest(facts), found, loss)
 
 
 def _known(option: str, value: str | None, known: Sequence[str | None]) -> None:
@@ -123,10 +165,10 @@ def _known(option: str, value: str | None, known: Sequence[str | None]) -> None:
         )
 
 
-def _cast(run: TrainedRun, dtype: torch.dtype) -> None:
-    """Convert the base to the storage type, so that the run's logits are computed with the same weights."""
-    for parameter in run.model.lora.frozen().values():
-        if parameter.is_floating_point() and getattr(torch, run.config.model.dtype) != dtype:
+def _cast(parameters: Iterable[Tensor], dtype: torch.dtype) -> None:
+    """Convert weights of the base to another type, so that the run's logits are computed with the same weights."""
+    for parameter in parameters:
+        if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
 
 
@@ -162,6 +204,23 @@ def _read(
     raise ConfigError(f"--form {form} of {run.model.method.name}, state {states[-1]}", *problem)
 
 
+def _baked(run: TrainedRun, owner: str, content: Content, tokens: Tensor, dtype: str) -> tuple[BakingLoss, Content]:
+    """Merge and bake a model in place; return the loss, and the content with the logits of what came out."""
+    base, parts = run.workspace.base, [*content.grafts.values()]
+    if not parts:
+        raise ConfigError("--bake", "the model has no grafts", "leave --bake out")
+    client = run.client(owner)
+    limit = answer_limit(client.workspace, run.config)
+    settings = EvaluationSettings(limit, run.config.evaluation.batch_size, "fp32")
+    content.merge(base.model)
+    with attached(parts):
+        before = evaluate(base.model, client.encoder, client.scored_rows, settings)
+    bake(base.model, parts, client.examples, base.tokenizer.pad_token_id, run.config.seed)
+    _cast(base.model.parameters(), torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    after = evaluate(base.model, client.encoder, client.scored_rows, settings)
+    return BakingLoss.between(before, after), replace(content, logits=logits_of(base.model, tokens))
+
+
 def _states(run: TrainedRun, form: str, name: str | None, client: str | None) -> Sequence[State]:
     """Return the states that may be exported, the preferred one first."""
     method = run.model.method
@@ -169,7 +228,7 @@ def _states(run: TrainedRun, form: str, name: str | None, client: str | None) ->
         raise ConfigError("state zero_shot", "it is the unchanged base", "use the base itself")
     if run.config.floor and client is not None:
         return [state_named(method, run.config, name)]
-    if name is not None or form == "merged":
+    if name is not None or form == "merged" or (form == "gguf" and client is None):
         return [state_named(method, run.config, name or "global")]
     beyond = [s for s in reversed(method.states) if s != "zero_shot"]
     return beyond if form == "adapter" else beyond[:1]
@@ -188,7 +247,7 @@ def _check_plain(run: TrainedRun, form: str) -> None:
     """Refuse to write weights of a base that is quantized or offloaded."""
     model = run.config.model
     for name, usual in (("quantization", "none"), ("device_map", None)):
-        if form in ("transformers", "merged") and (found := getattr(model, name)) != usual:
+        if form in _WHOLE and (found := getattr(model, name)) != usual:
             raise ConfigError(
                 f"model.{name} = {found!r}",
                 "whole models can only be exported from a base that is in memory and not quantized",
@@ -203,6 +262,8 @@ def _misfit(form: str, content: Content) -> tuple[str, str] | None:
         return "the model is the unchanged base", "use the base itself, or --form transformers"
     if form == "merged" and content.grafts:
         return "grafts cannot be merged: no standard architecture has them", "use --form transformers"
+    if form == "gguf" and content.grafts:
+        return "no architecture of llama.cpp has grafts", "use --form transformers, or --state global"
     if form == "adapter" and not content.is_lora_alone:
         return "the model has more than LoRA", "use --form transformers" + ("" if inside else ", or personal")
     if form == "personal" and inside:
@@ -242,8 +303,11 @@ def _checked(facts: Facts, folder: Path, tokens: Tensor) -> LogitDifference:
         str(Path(source).resolve()) if Path(source).is_dir() else source
     )  # the process has another current folder
     code = facts.loading(str(folder.resolve()), base)
-    whole = facts.form in ("transformers", "merged")
-    types = {facts.dtype} if whole else {facts.dtype, facts.run.config.model.dtype}
-    coarsest = torch.bfloat16 if "bfloat16" in types else torch.float32
     without = "" if facts.form == "personal" else "flexperts"
-    return verify(code, tokens, facts.content.logits, coarsest, without=without)
+    return verify(code, tokens, facts.content.logits, getattr(torch, _coarsest(facts)), without=without)
+
+
+def _coarsest(facts: Facts) -> str:
+    """Return the least precise type in which a folder's weights are stored, or computed with."""
+    base = facts.dtype if facts.is_whole else facts.run.config.model.dtype
+    return "bfloat16" if "bfloat16" in (facts.dtype, base) else facts.dtype

@@ -21,15 +21,21 @@ REFERENCE_TEXT = (
 )
 """The text on which logits are compared; it is not from any silo."""
 
-_COMPARE = """
+_COMPUTE = """
 import sys
 import torch
-from safetensors.torch import load_file, save_file
 
 assert {without!r} not in sys.modules
 model.eval()
 with torch.no_grad():
-    logits = model(input_ids=load_file({tokens!r})["tokens"], use_cache=False).logits.float()
+    logits = model(input_ids=tokens, use_cache=False).logits.float()
+"""
+_BEFORE = """\
+from safetensors.torch import load_file, save_file
+
+tokens = load_file({tokens!r})["tokens"]
+"""
+_AFTER = """
 save_file({{"logits": logits}}, {logits!r})
 """
 _LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
@@ -45,29 +51,31 @@ class LogitDifference:
         relative: Root mean square of the differences over the logits' standard deviation.
         same: Share of the tokens whose likeliest successor is the same.
         tokens: Number of compared tokens.
+        how: What computed the export's logits.
     """
 
     largest: float
     relative: float
     same: float
     tokens: int
+    how: str = "loaded in a fresh process"
 
     @classmethod
-    def between(cls, logits: Tensor, reference: Tensor) -> LogitDifference:
+    def between(cls, logits: Tensor, reference: Tensor, how: str = how) -> LogitDifference:
         """Compare logits ``[B, S, V]``."""
         off = logits - reference
         agree = logits.argmax(-1) == reference.argmax(-1)
         relative = off.square().mean().sqrt() / reference.std()
-        return cls(off.abs().max().item(), relative.item(), agree.float().mean().item(), agree.numel())
+        return cls(off.abs().max().item(), relative.item(), agree.float().mean().item(), agree.numel(), how)
 
     @property
     def is_coarse(self) -> bool:
-        """Whether it is more than rounding to float32 explains, so that rounding to bfloat16 must."""
+        """Whether it is more than rounding to float32 explains, so that rounding to a smaller type must."""
         return self.relative > _LIMITS[torch.float32]
 
     def __str__(self) -> str:
         return (
-            f"loaded in a fresh process: largest logit difference {self.largest:.2g} ({100 * self.relative:.2g} % "
+            f"{self.how}: largest logit difference {self.largest:.2g} ({100 * self.relative:.2g} % "
             f"of the logits' spread), same next token at {round(self.same * self.tokens)} of {self.tokens} places"
         )
 
@@ -84,13 +92,22 @@ def verify(
         dtype: The least precise type in which the model is stored or computed.
         without: A package that the code must not import.
     """
+    logits = logits_in_fresh_process(loading + _COMPUTE.format(without=without), tokens)
+    return within(_LIMITS[dtype], LogitDifference.between(logits, reference))
+
+
+def logits_in_fresh_process(code: str, tokens: Tensor) -> Tensor:
+    """Return the logits ``[B, S, V]`` that Python code, which finds ``tokens``, leaves as ``logits``."""
     with tempfile.TemporaryDirectory() as folder:
         ids, out = Path(folder) / "tokens.safetensors", Path(folder) / "logits.safetensors"
         save_file({"tokens": tokens}, ids)
-        code = loading + _COMPARE.format(without=without, tokens=str(ids), logits=str(out))
-        _run(code, Path(folder))
-        found = LogitDifference.between(load_file(out)["logits"], reference)
-    if not found.relative <= _LIMITS[dtype]:
+        _run(_BEFORE.format(tokens=str(ids)) + code + _AFTER.format(logits=str(out)), Path(folder))
+        return load_file(out)["logits"]
+
+
+def within(limit: float, found: LogitDifference) -> LogitDifference:
+    """Return a difference, or refuse the export if it is more than a limit of ``relative``."""
+    if not found.relative <= limit:
         raise ArtifactError(
             "the export",
             f"its logits differ from the run's by more than rounding ({found})",

@@ -252,16 +252,21 @@ def answer_one(
     plain: bool = False,
 ) -> Answer:
     """Return the greedy answer of a client's model in a state to one instruction; see ``TrainedRun.generate``."""
-    encoder = client.encoder
-    if plain:
-        prompt = encoder.tokens.plain(instruction)
-    elif before:
-        content = f"{instruction}\n\n{context}" if context else instruction
-        prompt = encoder.conversation([*before, {"role": "user", "content": content}])
-    else:
-        prompt = encoder.prompt(instruction, context)
+    prompt = prompt_of(client.encoder, instruction, context, before=before, plain=plain)
     [answer] = answer_all(client, request, state, [prompt], max_new_tokens)
     return answer
+
+
+def prompt_of(
+    encoder: PromptEncoder, instruction: str, context: str, *, before: Sequence[Mapping[str, str]], plain: bool
+) -> Sequence[int]:
+    """Return the tokens of one instruction up to where its answer starts; see ``TrainedRun.generate``."""
+    if plain:
+        return encoder.tokens.plain(instruction)
+    if before:
+        content = f"{instruction}\n\n{context}" if context else instruction
+        return encoder.conversation([*before, {"role": "user", "content": content}])
+    return encoder.prompt(instruction, context)
 
 
 def answer_all(

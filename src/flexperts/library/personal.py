@@ -10,14 +10,15 @@ from typing import Any, Self
 
 from flexperts.config.names import normal
 from flexperts.data.prompts import PromptEncoder
-from flexperts.errors import ArtifactError, ConfigError, DataError, PrivacyError, one_line
+from flexperts.errors import ConfigError, DataError
 from flexperts.evaluation.generation import Answer
-from flexperts.library.homes import FolderHome, Home
+from flexperts.export.hub import fetched, folder_name, leaving, push
+from flexperts.export.opened import ExportedFolder
+from flexperts.library.homes import Home
 from flexperts.terminal.console import console
 
 Prompt = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 """An instruction, a row with ``instruction`` and maybe ``context``, or the turns of a conversation."""
-_FILES = ("*.json", "*.safetensors", "*.jinja", "*.py", "*.txt", "*.model", "README.md")
 
 
 class PersonalModel:
@@ -67,7 +68,7 @@ class PersonalModel:
         """
         folder, its = Path(source), None if base is None else str(base)
         if not folder.is_dir():
-            folder = _downloaded(str(source), revision, token)
+            folder = fetched(str(source), revision=revision, token=token)
         if (folder / "config.toml").is_file():
             if client is None:
                 raise ConfigError(
@@ -80,7 +81,7 @@ class PersonalModel:
             _ = model._home.encoder  # the base and the client's state load now, so that errors come here
             model._at_close = run.close
             return model
-        home = FolderHome(folder, its, dtype, trust_remote_code=trust_remote_code)
+        home = ExportedFolder(folder, its, dtype, trust_remote_code=trust_remote_code)
         owner = home.about.get("client")
         if (client is not None and owner and normal(client) != owner) or state not in (None, home.state):
             holds = f"{folder} holds one model, {owner or 'of one client'}, {home.state}"
@@ -146,8 +147,8 @@ class PersonalModel:
 
         Args:
             folder: The folder to create.
-            form: transformers, merged, adapter or personal, as `flexperts export` makes them; by default the
-                smallest that holds the model.
+            form: transformers, merged, adapter, personal or gguf, as `flexperts export` makes them; by default the
+                smallest that holds the model for ``from_pretrained``.
 
         Raises:
             FlexpertsError: The folder exists, or the form cannot hold the model.
@@ -173,38 +174,12 @@ class PersonalModel:
             PrivacyError: ``private`` is true, and the repository exists and is public.
             ArtifactError: The hub refuses, or cannot be reached.
         """
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
         with tempfile.TemporaryDirectory(prefix="flexperts-") as place:
-            folder = Path(place) / repo_id.rpartition("/")[2]
+            folder = Path(place) / folder_name(repo_id)
             self._home.write(folder, form)
-            files = sorted(path for path in folder.rglob("*") if path.is_file())
-            size, names = sum(path.stat().st_size for path in files), ", ".join(path.name for path in files)
-            kind = "private" if private else "PUBLIC"
-            terminal = console()
-            terminal.print(
-                f"sending {self.client}'s model to {repo_id} ({kind}): {size / 1e6:.1f} MB in {names}",
-                soft_wrap=True,
-            )
-            terminal.print(
-                "  the weights were trained on its rows and may repeat them; the card names it, with scores and "
-                "counts of rows; no row is sent",
-                soft_wrap=True,
-            )
-            try:
-                whole = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-                if private and not api.model_info(whole).private:
-                    rule = "it exists and is public, and private=True was asked for"
-                    raise PrivacyError(f"hub repository {whole}", rule, "make it private, or choose another name")
-                return str(api.upload_folder(repo_id=whole, folder_path=folder))
-            except PrivacyError:
-                raise
-            except Exception as error:  # the library raises many kinds, for the network, for rights, for names
-                rule = f"the model cannot be uploaded ({one_line(str(error))})"
-                raise ArtifactError(
-                    f"hub repository {repo_id}", rule, "check the name, the token, the network"
-                ) from error
+            for line in leaving(folder, repo_id, self.client, private=private):
+                console().print(line, soft_wrap=True)
+            return push(folder, repo_id, private=private, token=token)
 
     def close(self) -> None:
         """Free the run or the base, if ``from_pretrained`` opened it."""
@@ -238,17 +213,3 @@ def _encoded(encoder: PromptEncoder, prompt: Prompt, where: str) -> list[int]:
 
 def _is_message(turn: Mapping[str, Any]) -> bool:
     return all(isinstance(turn.get(key), str) for key in ("role", "content"))
-
-
-def _downloaded(repository: str, revision: str | None, token: str | None) -> Path:
-    """Return the folder of a hub repository on this machine; only files that a model may need are fetched."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repository, revision=revision, token=token, allow_patterns=[*_FILES]))
-    except Exception as error:  # the library raises many kinds, for the network, for rights, for names
-        raise ArtifactError(
-            f"model {repository!r}",
-            f"there is no such folder, and the hub does not give it ({one_line(str(error))})",
-            "check the path or the id, the token, and the network",
-        ) from error
