@@ -301,8 +301,8 @@ class FlexpertsStrategy(Strategy):
             rows = self._counted(usable, log)
             factors = self.changes.factors(rows, log)
             for name, reply in usable.items():
-                update = self._read(name, reply.content)
-                yield replace(self.changes.moved(update, factors[name]), rows=rows[name])
+                moved = self.changes.moved(self._read(name, reply.content), factors[name])
+                yield replace(moved, rows=rows[name])
             return
         for name, reply in self._by_client(replies):
             update = self._usable(name, reply, log)
