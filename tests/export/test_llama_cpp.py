@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,6 @@ from transformers import AutoTokenizer
 from flexperts.config.run import RunConfig
 from flexperts.data.prompts import PromptEncoder
 from flexperts.engines.run import run_federation
-from flexperts.errors import ArtifactError
 from flexperts.export.content import logits_of
 from flexperts.export.exporting import export_run
 from flexperts.export.gguf.architectures import architecture_of
@@ -74,15 +75,6 @@ def test_llama_cpp_cuts_text_as_the_tokenizer(splitter: str, tiny_base: Path, tm
     checked(model, tokenizer, tmp_path / "model.gguf", "float32")
 
 
-def test_another_way_to_cut_text_is_noticed(
-    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
-    monkeypatch.setattr("flexperts.export.gguf.vocabulary._splitter", lambda backend: "default")
-    with pytest.raises(ArtifactError, match=r"llama\.cpp cuts text into other tokens than the tokenizer"):
-        checked(tiny_model("qwen2_moe", vocab_size=SIZE), tokenizer, tmp_path / "model.gguf", "float32")
-
-
 @pytest.mark.parametrize(
     ("settings", "client"),
     [
@@ -120,20 +112,30 @@ max_new_tokens = 24
 """
 
 
-def test_smol_moe_answers_in_llama_cpp_as_in_the_run(tmp_path: Path) -> None:
-    """The global model's stored answers, from the chat template in the file."""
-    from llama_cpp import Llama
+ASK = """
+import json
+import sys
 
+from llama_cpp import Llama
+
+model = Llama(sys.argv[1], n_ctx=1024, verbose=False)
+for line in open(sys.argv[2]):
+    row = json.loads(line)
+    asked = f"{row['instruction']}\\n\\n{row['context']}" if row["context"] else row["instruction"]
+    answer = model.create_chat_completion([{"role": "user", "content": asked}], max_tokens=24, temperature=0)
+    print(json.dumps([answer["choices"][0]["message"]["content"].strip(), row["global"].strip()]))
+"""
+
+
+def test_smol_moe_answers_in_llama_cpp_as_in_the_run(tmp_path: Path) -> None:
+    """The global model's stored answers, from the chat template in the file; their ends may differ by rounding."""
     run_federation(parse_recipe(RECIPE), tmp_path / "run")
     done = export_run(tmp_path / "run", tmp_path / "out", form="gguf")
     assert isinstance(done.difference, LogitDifference)
     assert done.difference.relative < 0.01
     [file] = done.folder.glob("*.gguf")
-    model = Llama(str(file), n_ctx=1024, verbose=False)
-    kept = [json.loads(line) for line in (tmp_path / "run" / "predictions" / "clinic.jsonl").open()]
-    for row in kept:
-        asked = f"{row['instruction']}\n\n{row['context']}" if row.get("context") else row["instruction"]
-        turns = [{"role": "user", "content": asked}]
-        answer = model.create_chat_completion(turns, max_tokens=24, temperature=0)
-        said = answer["choices"][0]["message"]["content"].strip()
-        assert said[:20] == row["predictions"]["global"].strip()[:20]
+    words = [sys.executable, "-c", ASK, file, tmp_path / "run" / "predictions" / "clinic.jsonl"]
+    said = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(said) == 2
+    for there, here in map(json.loads, said):
+        assert there[:20] == here[:20]

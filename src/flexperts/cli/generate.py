@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -116,7 +116,7 @@ def command(
     from flexperts.artifacts import RunDirectory
     from flexperts.errors import ConfigError
 
-    path, asked = Path(run), {"before": before, "plain": text}
+    path, asked = Path(run), dict[str, Any](before=before, plain=text)
     exported = run.startswith(_HUB) or any((path / name).is_file() for name in _EXPORTED)
     if exported and not (client is None and state is None):
         rule = "an exported folder holds one model, in one state"
@@ -144,5 +144,5 @@ def command(
 
             trained = TrainedRun(path, base=base, trust_remote_code=trust)
             display.stage("answering")
-            answer = trained.generate(client, instruction, context, state, max_new_tokens=max_tokens, **asked)
+            answer = trained.generate(str(client), instruction, context, state, max_new_tokens=max_tokens, **asked)
     say(answer)

@@ -3,10 +3,9 @@
     graft          sum_p c_p sigmoid(G_p(x)) E_p(x)
     baked          s(x) D [act(gate(x)) * up(x)]          s: the shared expert's own gate, or 1
 
-The new neurons start as those of the personal experts, with the mean of their gates as a factor. Their output
-weights D are then fitted by least squares to what the grafts add on the client's train rows. Last, all their
-weights are trained for some steps on the distance (KL) between the next tokens of both models. Where gates are
-constant, nothing is lost.
+The new neurons are those of the personal experts. Their output weights D are fitted by least squares to what the
+grafts add on the client's train rows, starting from the personal experts' own with the mean of their gates as a
+factor. Where gates are constant, nothing is lost.
 
 Shapes: T tokens, D hidden width, I intermediate width of an expert, W new neurons of a layer.
 """
@@ -26,12 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from flexperts.data.batches import IGNORED, PaddedBatch, pad_batch, training_batches
+from flexperts.data.batches import pad_batch
 from flexperts.data.prompts import Example
 from flexperts.errors import ArtifactError, ConfigError
 from flexperts.evaluation.scores import Scores
 from flexperts.export.content import whole_expert
-from flexperts.modeling.forward import hidden_states, response_logits
+from flexperts.modeling.forward import hidden_states
 from flexperts.moe.experts import find_experts
 from flexperts.moe.fused import FusedExperts
 from flexperts.moe.layout import LayerExperts
@@ -39,7 +38,6 @@ from flexperts.parts.grafts import Graft, Grafts
 
 _ROWS, _BATCH = 64, 4
 """Most train rows that are read, and those of a batch."""
-_STEPS, _RATE = 120, 1e-3
 _RIDGE = 1e-3
 """Weight of the start in the least squares, relative to the neurons' mean square."""
 _REMEDY = "use --form transformers without --bake"
@@ -105,15 +103,6 @@ class Neurons(nn.Module):
         """Return the values ``[T, 1]`` of the shared expert's gate."""
         gate = self.outside[1]
         return torch.ones_like(hidden[:, :1]) if gate is None else torch.sigmoid(gate(hidden))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return what they add to the shared expert's output, before its gate."""
-        return F.linear(self.active(hidden), self.down)
-
-    def attach(self) -> RemovableHandle:
-        """Let the shared expert compute with them."""
-        handle: RemovableHandle = self.outside[0].register_forward_hook(lambda _, args, out: out + self(args[0]))
-        return handle
 
     @torch.no_grad()
     def write(self) -> None:
@@ -207,8 +196,6 @@ def bake(model: Any, grafts: Sequence[Grafts], examples: Sequence[Example], pad:
                 hidden_states(model, batch.input_ids, batch.attention_mask)
     for layer in layers:
         layer.solve()
-    _distil(model, grafts, [layer.neurons for layer in layers], training_batches(rows, _BATCH, _STEPS, stream), pad)
-    for layer in layers:
         layer.neurons.write()
     for name, value in wider.items():
         setattr(model.config, name, value)
@@ -273,27 +260,3 @@ def _gates_alike(experts: LayerExperts, shared: Any) -> bool:
     probe = torch.linspace(-3, 3, 16).view(2, 8)
     gate, up = probe.chunk(2, -1)
     return torch.allclose(experts.activate(probe), shared.act_fn(gate) * up)
-
-
-def _distil(
-    model: Any, grafts: Sequence[Grafts], neurons: Sequence[Neurons], batches: Iterator[list[Example]], pad: int
-) -> None:
-    """Train neurons so that a model's next tokens in the answers are those of the grafted model."""
-    optimizer = torch.optim.AdamW([p for its in neurons for p in its.parameters()], lr=_RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
-    for examples in batches:
-        batch = pad_batch(examples, pad)
-        with attached(grafts), torch.no_grad():
-            wanted = _answers(model, batch).log_softmax(-1)
-        with _held(its.attach() for its in neurons):
-            found = _answers(model, batch).log_softmax(-1)
-            F.kl_div(found, wanted, log_target=True, reduction="batchmean").backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-
-
-def _answers(model: Any, batch: PaddedBatch) -> Tensor:
-    """Return the logits ``[T, V]`` that predict the trained tokens of a batch."""
-    logits = response_logits(model, batch)
-    return logits[(batch.labels[:, -batch.response_columns :] != IGNORED).to(logits.device)]

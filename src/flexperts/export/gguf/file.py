@@ -114,14 +114,14 @@ def _decoded(stored: Any) -> NDArray[np.float32]:
     return values
 
 
-def _kind(name: str, tensor: Tensor, dtype: str) -> _Kind:
+def _kind(name: str, tensor: Tensor, dtype: str) -> Any:
     """Return the type of one tensor: as llama.cpp's converter has it."""
     if tensor.ndim == 1 or "ffn_gate_inp" in name:
         return _Kind.F32
     return _Kind.F16 if dtype == "q8_0" and tensor.shape[-1] % _BLOCK else _KINDS[dtype]
 
 
-def _is_rounded(values: NDArray[np.float32], stored: NDArray[np.float32], kind: _Kind) -> bool:
+def _is_rounded(values: NDArray[np.float32], stored: NDArray[np.float32], kind: Any) -> bool:
     """Return whether stored values are a type's rounding of values."""
     if stored.shape != values.shape:
         return False
