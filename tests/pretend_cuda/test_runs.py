@@ -11,18 +11,22 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training import CHECKPOINTING, SMALL
+from test_budgets import METHODS
+from test_training import CHECKPOINTING, SMALL, loaded
 
 from flexperts.config.run import RunConfig
+from flexperts.costs.speed import Workload, set_up, train
 from flexperts.engines.run import run_federation
 from flexperts.environment import DEVICE
 from flexperts.export.exporting import export_run
 from flexperts.finished.trained import TrainedRun
+from flexperts.moe.quantized import QuantizedTensor
 from flexperts.observer import Observer
 from flexperts.serving.contract import ModelName, Piece, Sampling
 from flexperts.serving.engine.engine import ServingEngine
 
 Recipe = Callable[..., RunConfig]
+QUANTIZED = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra")
 
 
 class StoppedError(Exception):
@@ -101,7 +105,33 @@ def test_a_run_with_experts_in_the_cpus_memory_has_the_same_bits(recipe: Recipe,
         assert all(torch.equal(tensors[name], found[file][name]) for name in tensors), file
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra")
+@QUANTIZED
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
 def test_a_quantized_base_trains(recipe: Recipe, tmp_path: Path, scheme: str) -> None:
     run_federation(recipe(*SMALL, f"model.quantization={scheme}"), tmp_path / "run")
+
+
+def losses_on(place: str, folder: Path, method: tuple[str, ...], scheme: str) -> list[float]:
+    """Return a quantized base's losses in three steps; codes, scales and what is trained must be in one place."""
+    losses: list[float] = []
+    settings = ("model.precision=fp32", f"model.quantization={scheme}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(DEVICE, place)
+        base, _ = loaded(folder, *settings)
+    coded = [p for p in base.model.parameters() if isinstance(p, QuantizedTensor)]
+    assert {str(t.device) for weight in coded for t in (weight, weight.codes, weight.scales)} == {place}
+    with set_up(base, method, settings) as (model, split, config):
+        assert split is not None
+        steps = Workload(rows=2, prompt=16, response=8, steps=3)
+        train(model, split, config, steps, lambda loss, _: losses.append(loss))
+        assert {str(parameter.device) for parameter in split.trained.values()} == {place}
+    return losses
+
+
+@QUANTIZED
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_quantized_base_is_on_one_card_and_learns_as_on_a_cpu(byte_base: Path, scheme: str, method: str) -> None:
+    expected = losses_on("cpu", byte_base, METHODS[method], scheme)
+    assert losses_on("cuda:1", byte_base, METHODS[method], scheme) == pytest.approx(expected, rel=1e-3)
+    assert expected[2] < expected[0]
