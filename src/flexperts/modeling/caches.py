@@ -24,7 +24,7 @@ from transformers.cache_utils import (
 )
 
 from flexperts.data.batches import IGNORED, PaddedBatch
-from flexperts.modeling.chunked_losses import Trained, body_outputs, chunked_losses, positions_at_once
+from flexperts.modeling.chunked_losses import TrainedTokens, body_outputs, chunked_losses, positions_at_once
 from flexperts.modeling.forward import last_logits, next_logits
 
 _BY_COLUMNS = {DynamicLayer, DynamicSlidingWindowLayer}
@@ -136,9 +136,9 @@ def response_losses(model: Any, read: ReadPrompts, responses: PaddedBatch) -> tu
         else:
             with body_outputs(model) as outputs:
                 last_logits(model, ids, whole, cache, keep=1)
-            later, states = Trained.of(labels[:, 1:], device), outputs[0].last_hidden_state
+            later, states = TrainedTokens.of(labels[:, 1:], device), outputs[0].last_hidden_state
             found = chunked_losses(model, outputs[0], later.among(states), later.tokens, at_once)
             losses.append(later.spread(found))
-    known = Trained.of(labels[:, : logits.shape[1]], device)
+    known = TrainedTokens.of(labels[:, : logits.shape[1]], device)
     found = F.cross_entropy(known.among(logits), known.tokens, reduction="none")
     return torch.cat([known.spread(found), *losses], dim=1).sum(1), (labels != IGNORED).sum(1)

@@ -26,7 +26,7 @@ MOST_BYTES = 2**29
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedTokens:
     """The trained tokens of a batch, found on the CPU: a card would be waited for to learn how many they are.
 
     Args:
@@ -107,7 +107,7 @@ def scored_losses(model: Any, batch: PaddedBatch) -> tuple[Tensor, Tensor]:
     with body_outputs(model) as outputs:
         response_logits(model, replace(batch, response_columns=1))
     states = outputs[0].last_hidden_state[:, -batch.response_columns - 1 : -1]
-    trained = Trained.of(batch.labels[:, -batch.response_columns :], states.device)
+    trained = TrainedTokens.of(batch.labels[:, -batch.response_columns :], states.device)
     losses = chunked_losses(model, outputs[0], trained.among(states), trained.tokens, at_once)
     return trained.spread(losses).sum(1), trained.counts
 
