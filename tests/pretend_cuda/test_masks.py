@@ -17,8 +17,15 @@ from flexperts.modeling.forward import next_logits, response_logits
 from flexperts.modeling.load import LoadedBase
 from flexperts.testing import FAMILIES, save_tiny_base
 
-ASKING: set[str] = set()
+ASKING = {
+    "bailing_hybrid", "granitemoehybrid", "inkling2_text", "inkling_text", "jamba", "kimi_linear", "lfm2_moe",
+    "minimax", "nemotron_h", "qwen3_5_moe_text", "qwen3_next", "qwen4_exp_text", "zaya",
+}  # fmt: skip
 """Families whose recurrent layers ask transformers' other function for masks, which takes no such hint."""
+
+
+NO_KERNEL = {"kolibri1"}
+"""Families that in fp32 ask a card for an operation that a CPU does not have."""
 
 
 @torch.no_grad()
@@ -33,7 +40,7 @@ def computed(base: LoadedBase, lengths: tuple[int, int]) -> list[Tensor]:
     return [logits.cpu() for logits in found]
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - NO_KERNEL))
 def test_a_family_computes_as_on_a_cpu(tmp_path: Path, counts: Counts, family: str) -> None:
     folder = save_tiny_base(tmp_path / "base", family, max_position_embeddings=256)
     here, there = (loaded(folder, f"model.device={device}")[0] for device in ("cpu", "cuda"))

@@ -10,18 +10,26 @@ from typing import Any
 
 import pytest
 import torch
+from card import counts
+from flwr.app import RecordDict
 from safetensors.torch import load_file
 from test_budgets import METHODS
 from test_training import CHECKPOINTING, SMALL, loaded
 
+from flexperts.artifacts import RunDirectory
+from flexperts.client.answer import read_ahead
+from flexperts.client.client import Client
 from flexperts.config.run import RunConfig
 from flexperts.costs.speed import Workload, set_up, train
+from flexperts.engines import in_process
 from flexperts.engines.run import run_federation
 from flexperts.environment import DEVICE
+from flexperts.errors import ArtifactError
 from flexperts.export.exporting import export_run
 from flexperts.finished.trained import TrainedRun
 from flexperts.moe.quantized import QuantizedTensor
 from flexperts.observer import Observer
+from flexperts.parameters.store import PersonalStore, load_personal
 from flexperts.serving.contract import ModelName, Piece, Sampling
 from flexperts.serving.engine.engine import ServingEngine
 
@@ -73,6 +81,45 @@ def test_a_run_resumes_on_another_card_with_the_same_bits(
     assert expected.keys() == found.keys()
     for file, tensors in expected.items():
         assert all(torch.equal(tensors[name], found[file][name]) for name in tensors), file
+
+
+def test_a_card_reads_the_next_clients_state_ahead_with_the_same_bits(
+    recipe: Recipe, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[tuple[str, str]] = []
+
+    def noted(kind: str, content: RecordDict, client: Client) -> None:
+        begun.append((client.name, kind))
+        read_ahead(kind, content, client)
+
+    monkeypatch.setattr(in_process, "read_ahead", noted)
+    counts.reset()
+    run_federation(recipe(*SMALL, "federation.rounds=2"), tmp_path / "ahead")
+    others = sorted(RunDirectory(finished).summary()["clients"])[1:]  # nothing comes before the first one
+    turns = [each for each in begun if not each[1].startswith("query")]
+    assert turns == [(name, kind) for kind in ("train", "train", "evaluate") for name in others]
+    assert counts.pinned > 0
+    monkeypatch.setattr(in_process, "read_ahead", lambda *_: None)
+    counts.reset()
+    run_federation(recipe(*SMALL, "federation.rounds=2"), tmp_path / "not")
+    assert counts.pinned == 0
+    ahead, without = states(tmp_path / "ahead"), states(tmp_path / "not")
+    assert ahead.keys() == without.keys()
+    for file, tensors in ahead.items():
+        assert all(torch.equal(tensors[name], without[file][name]) for name in tensors), file
+
+
+def test_a_state_that_is_read_ahead_is_the_one_that_is_asked_for(finished: Path) -> None:
+    path = finished / "personal" / "clinic.safetensors"
+    store = PersonalStore(path, load_personal(path)[1].base)
+    for up_to, asked in ((2, 2), (2, 1), (1, 2)):
+        store.read_ahead(up_to)
+        found = store.load(asked)
+        assert found is not None
+        assert found[1].round == asked
+    store.read_ahead(0)
+    with pytest.raises(ArtifactError, match="is of round 2"):
+        store.load(0)
 
 
 def test_what_a_card_trained_is_exported(finished: Path, tmp_path: Path) -> None:

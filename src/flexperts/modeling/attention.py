@@ -68,7 +68,7 @@ def _mask(
     *, attention_mask: Tensor | None = None, allow_is_causal_skip: bool = True, **others: Any
 ) -> Tensor | None:
     """Return what transformers' function for masks does, which is public and replaced by this one."""
-    padded = _PADDED.get()
+    padded = None if torch.compiler.is_compiling() else _PADDED.get()  # a compiled pass asks nothing
     if padded is not None and attention_mask is not None and attention_mask.device.type != "cpu":
         attention_mask = attention_mask if padded else None
         allow_is_causal_skip = allow_is_causal_skip and not padded
