@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import chain, pairwise
 
 from flwr.app import Message, RecordDict
 
@@ -96,10 +95,13 @@ class InProcessGrid(LocalGrid):
         if self._ahead is None:
             yield from map(self._deliver, messages)
             return
-        for message, following in pairwise(chain(messages, [None])):
-            if following is not None:
+        coming = iter(messages)
+        message = next(coming, None)
+        while message is not None:
+            if (following := next(coming, None)) is not None:
                 self._ahead[following.metadata.dst_node_id](following.metadata.message_type, following.content)
             yield self._deliver(message)
+            message = following
 
     def _deliver(self, message: Message) -> Message:
         answer = self._nodes[message.metadata.dst_node_id]

@@ -43,10 +43,8 @@ class InProcess(Engine):
         try:
             with freed_memory_kept():
                 clients = dict(enumerate(self.workspace.clients, 1))
-                nodes, ahead = (
-                    {number: partial(what, resident, name) for number, name in clients.items()}
-                    for what in (_answer, _read_ahead)
-                )
+                nodes = {number: partial(_answer, resident, name) for number, name in clients.items()}
+                ahead = {number: partial(_read_ahead, resident, name) for number, name in clients.items()}
                 # A CPU is busy with the turn itself.
                 yield InProcessGrid(nodes, ahead if resident.model.device.type == "cuda" else None)
         finally:
