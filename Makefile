@@ -67,9 +67,10 @@ pretend-cuda: setup  ## Runs on CUDA cards that a stand-in pretends; needs torch
 	$(BIN)/python -m pytest -m pretend_cuda
 
 # Its library stays out of .venv: where it is installed, PEFT imports it in every process.
-quantization: setup  ## Bases in 8 and 4 bits
+quantization: setup  ## Bases in 8 and 4 bits, also on cards that a stand-in pretends
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --constraint constraints.txt --target build/quantization bitsandbytes
 	PYTHONPATH=build/quantization $(BIN)/python -m pytest -m quantization
+	PYTHONPATH=build/quantization $(BIN)/python -m pytest -m pretend_cuda -k quantized
 
 # Ray stays out of .venv: only these tests and one rival in the benchmarks need it.
 build/ray: $(STAMP)

@@ -1,4 +1,6 @@
-"""Write docs/gpu.md from the card tier's files: what was measured on a card, and plainly what was not.
+"""Write docs/gpu.md from the card tier's files, and from the budgets that a stand-in for a card counts.
+
+What was not measured on a card says so.
 
 python benchmarks/performance/gpu_page.py            # gpu.py does it itself
 """
@@ -6,7 +8,8 @@ python benchmarks/performance/gpu_page.py            # gpu.py does it itself
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import tomllib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import figures
@@ -15,12 +18,29 @@ from page import section
 
 RESULTS = figures.RESULTS / "gpu"
 PAGE = figures.ROOT / "docs" / "gpu.md"
+BUDGETS = figures.ROOT / "tests" / "pretend_cuda" / "budgets.toml"
+UNITS = {
+    "step": "a training step of one micro-batch",
+    "layer": "each further layer in it",
+    "token": "a token of every row",
+    "batch": "a scored batch of two rows",
+}
 
 
 def page(sections: Iterable[Section], results: Path = RESULTS) -> str:
     """Return the page; a section without a file says so."""
     template = Path(__file__).with_name("gpu.template.md").read_text(encoding="utf-8")
-    return template.format(sections="\n\n".join(_section(one, results) for one in sections))
+    shown = "\n\n".join(_section(one, results) for one in sections)
+    return template.format(sections=shown, counted="\n".join(_counted()))
+
+
+def _counted() -> Iterator[str]:
+    yield "| what | kernels | waits | copies to the card | bytes fetched |"
+    yield "|---|---:|---:|---:|---:|"
+    for name, units in tomllib.loads(BUDGETS.read_text(encoding="utf-8")).items():
+        for unit, most in units.items():
+            cells = " | ".join(str(most[kind]) for kind in ("launches", "waits", "uploads", "fetched"))
+            yield f"| {name}: {UNITS[unit]} | {cells} |"
 
 
 def _section(one: Section, results: Path) -> str:

@@ -57,6 +57,7 @@ class Counts:
         self.launches: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         self.uploads: Counter[str] = Counter()
+        self.fetched: Counter[str] = Counter()  # bytes
         self.pinned = 0  # bytes
         self.peak = Block.live
 
@@ -207,8 +208,10 @@ def _count(func: Any, args: Any, kwargs: Any, target: torch.device) -> None:
         non_blocking = kwargs.get("non_blocking", False) or (
             func is aten.copy_.default and len(args) > 2 and args[2]
         )
-        if source.device.type == "cuda" and target.type == "cpu" and not non_blocking:
-            counts.waits[f"{name} to the CPU: {_place()}"] += 1
+        if source.device.type == "cuda" and target.type == "cpu":
+            counts.fetched[_place()] += source.nbytes
+            if not non_blocking:
+                counts.waits[f"{name} to the CPU: {_place()}"] += 1
         if source.device.type == "cpu" and target.type == "cuda" and not non_blocking:
             counts.uploads[_place()] += 1
     elif func in INDEXING:

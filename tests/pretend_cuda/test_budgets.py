@@ -1,6 +1,6 @@
-"""What a layer, a step and a token cost in kernels, waits of the host and copies, against ``budgets.toml``.
+"""What a layer, a step, a token or a scored batch costs in kernels, waits and copies, against ``budgets.toml``.
 
-Each figure is the difference of two runs that differ in one layer, step or token, so that nothing else is in it.
+Each figure is the difference of two runs that differ in one of these, so that nothing else is in it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from test_training import loaded
 
 from flexperts.costs.speed import Workload, set_up, train
 from flexperts.data.prompts import PromptEncoder
+from flexperts.data.rows import Row
 from flexperts.evaluation.generation import generate
+from flexperts.evaluation.scores import EvaluationSettings, evaluate
 from flexperts.modeling.load import LoadedBase
 from flexperts.serving.contract import ModelName, Sampling
 from flexperts.serving.engine.batch import Batch, RequestState
@@ -43,7 +45,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[int, LoadedBase]:
 def counted(counts: Counts, call: Callable[[], object]) -> Kinds:
     counts.reset()
     call()
-    return {kind: getattr(counts, kind).copy() for kind in ("launches", "waits", "uploads")}
+    return {kind: getattr(counts, kind).copy() for kind in ("launches", "waits", "uploads", "fetched")}
 
 
 def more(longer: Kinds, shorter: Kinds) -> Kinds:
@@ -88,6 +90,31 @@ def test_a_token_of_the_evaluation(bases: dict[int, LoadedBase], counts: Counts)
         return counted(counts, answer)
 
     check("evaluation", "token", more(tokens(4), tokens(3)))
+
+
+def test_a_batch_whose_loss_is_scored(bases: dict[int, LoadedBase], counts: Counts) -> None:
+    base = bases[2]
+    encoder = PromptEncoder(base.tokenizer, "alpaca", 256)
+    settings = EvaluationSettings(max_new_tokens=1, batch_size=2, precision="bf16", answers=False)
+
+    def batches(number: int) -> Kinds:
+        rows = [Row("Who?", answer) for answer in ("I", "Me") * number]
+        return counted(counts, lambda: evaluate(base.model, encoder, rows, settings))
+
+    check("evaluation", "batch", more(batches(3), batches(2)))
+
+
+def test_a_batch_of_mmlu(bases: dict[int, LoadedBase], counts: Counts) -> None:
+    harness = pytest.importorskip("flexperts.evaluation.harness")
+    base = bases[2]
+    live = harness.LiveModel(base.model, base.tokenizer, harness.Forward(batch_size=2, precision="bf16"))
+
+    def batches(number: int) -> Kinds:
+        prompts = [[5, 6, *range(7, 7 + n % 2), 8 + n] for n in range(2 * number)]
+        asked = [(("", ""), prompt, [letter]) for prompt in prompts for letter in (65, 66, 67, 68)]
+        return counted(counts, lambda: live._loglikelihood_tokens(asked))
+
+    check("mmlu", "batch", more(batches(3), batches(2)))
 
 
 class OneModel:

@@ -10,19 +10,31 @@ from typing import Any
 
 import pytest
 import torch
+from card import counts
+from flwr.app import RecordDict
 from safetensors.torch import load_file
-from test_training import CHECKPOINTING, SMALL
+from test_budgets import METHODS
+from test_training import CHECKPOINTING, SMALL, loaded
 
+from flexperts.artifacts import RunDirectory
+from flexperts.client.answer import read_ahead
+from flexperts.client.client import Client
 from flexperts.config.run import RunConfig
+from flexperts.costs.speed import Workload, set_up, train
+from flexperts.engines import in_process
 from flexperts.engines.run import run_federation
 from flexperts.environment import DEVICE
+from flexperts.errors import ArtifactError
 from flexperts.export.exporting import export_run
 from flexperts.finished.trained import TrainedRun
+from flexperts.moe.quantized import QuantizedTensor
 from flexperts.observer import Observer
+from flexperts.parameters.store import PersonalStore, load_personal
 from flexperts.serving.contract import ModelName, Piece, Sampling
 from flexperts.serving.engine.engine import ServingEngine
 
 Recipe = Callable[..., RunConfig]
+QUANTIZED = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra")
 
 
 class StoppedError(Exception):
@@ -71,6 +83,45 @@ def test_a_run_resumes_on_another_card_with_the_same_bits(
         assert all(torch.equal(tensors[name], found[file][name]) for name in tensors), file
 
 
+def test_a_card_reads_the_next_clients_state_ahead_with_the_same_bits(
+    recipe: Recipe, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[tuple[str, str]] = []
+
+    def noted(kind: str, content: RecordDict, client: Client) -> None:
+        begun.append((client.name, kind))
+        read_ahead(kind, content, client)
+
+    monkeypatch.setattr(in_process, "read_ahead", noted)
+    counts.reset()
+    run_federation(recipe(*SMALL, "federation.rounds=2"), tmp_path / "ahead")
+    others = sorted(RunDirectory(finished).summary()["clients"])[1:]  # nothing comes before the first one
+    turns = [each for each in begun if not each[1].startswith("query")]
+    assert turns == [(name, kind) for kind in ("train", "train", "evaluate") for name in others]
+    assert counts.pinned > 0
+    monkeypatch.setattr(in_process, "read_ahead", lambda *_: None)
+    counts.reset()
+    run_federation(recipe(*SMALL, "federation.rounds=2"), tmp_path / "not")
+    assert counts.pinned == 0
+    ahead, without = states(tmp_path / "ahead"), states(tmp_path / "not")
+    assert ahead.keys() == without.keys()
+    for file, tensors in ahead.items():
+        assert all(torch.equal(tensors[name], without[file][name]) for name in tensors), file
+
+
+def test_a_state_that_is_read_ahead_is_the_one_that_is_asked_for(finished: Path) -> None:
+    path = finished / "personal" / "clinic.safetensors"
+    store = PersonalStore(path, load_personal(path)[1].base)
+    for up_to, asked in ((2, 2), (2, 1), (1, 2)):
+        store.read_ahead(up_to)
+        found = store.load(asked)
+        assert found is not None
+        assert found[1].round == asked
+    store.read_ahead(0)
+    with pytest.raises(ArtifactError, match="is of round 2"):
+        store.load(0)
+
+
 def test_what_a_card_trained_is_exported(finished: Path, tmp_path: Path) -> None:
     export = export_run(finished, tmp_path / "adapter", form="adapter", check=False)
     assert (export.folder / "adapter_model.safetensors").is_file()
@@ -101,7 +152,33 @@ def test_a_run_with_experts_in_the_cpus_memory_has_the_same_bits(recipe: Recipe,
         assert all(torch.equal(tensors[name], found[file][name]) for name in tensors), file
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra")
+@QUANTIZED
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
 def test_a_quantized_base_trains(recipe: Recipe, tmp_path: Path, scheme: str) -> None:
     run_federation(recipe(*SMALL, f"model.quantization={scheme}"), tmp_path / "run")
+
+
+def losses_on(place: str, folder: Path, method: tuple[str, ...], scheme: str) -> list[float]:
+    """Return a quantized base's losses in three steps; codes, scales and what is trained must be in one place."""
+    losses: list[float] = []
+    settings = ("model.precision=fp32", f"model.quantization={scheme}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(DEVICE, place)
+        base, _ = loaded(folder, *settings)
+    coded = [p for p in base.model.parameters() if isinstance(p, QuantizedTensor)]
+    assert {str(t.device) for weight in coded for t in (weight, weight.codes, weight.scales)} == {place}
+    with set_up(base, method, settings) as (model, split, config):
+        assert split is not None
+        steps = Workload(rows=2, prompt=16, response=8, steps=3)
+        train(model, split, config, steps, lambda loss, _: losses.append(loss))
+        assert {str(parameter.device) for parameter in split.trained.values()} == {place}
+    return losses
+
+
+@QUANTIZED
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_quantized_base_is_on_one_card_and_learns_as_on_a_cpu(byte_base: Path, scheme: str, method: str) -> None:
+    expected = losses_on("cpu", byte_base, METHODS[method], scheme)
+    assert losses_on("cuda:1", byte_base, METHODS[method], scheme) == pytest.approx(expected, rel=1e-3)
+    assert expected[2] < expected[0]

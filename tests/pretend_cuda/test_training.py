@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from card import Block, Counts
 
 from flexperts.config.run import RunConfig
+from flexperts.costs.models import describe, meta_base
+from flexperts.costs.preflight import on_device
 from flexperts.costs.speed import Workload, set_up, train
 from flexperts.engines.run import run_federation
 from flexperts.errors import ConfigError, ModelError
@@ -35,6 +37,14 @@ SMALL = (
     "graft={calibration_tokens=64, calibration_rows=2}",
     "model.precision=bf16",
 )
+
+
+@pytest.fixture(scope="session")
+def without_shared_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same sizes in a family whose layers end with their experts."""
+    folder = tmp_path_factory.mktemp("olmoe")
+    sizes = {"hidden_size": 32, "intermediate_size": 256, "num_hidden_layers": 4, "num_experts": 8}
+    return save_tiny_base(folder / "wide", "olmoe", **sizes)
 
 
 @pytest.fixture(scope="session")
@@ -113,13 +123,21 @@ def peak_of(folder: Path, counts: Counts, *settings: str) -> tuple[int, int]:
     return counts.peak - before, start - before
 
 
-def test_offloading_with_checkpointing_saves_more_than_a_layer(wide: Path, counts: Counts) -> None:
-    whole, at_start = peak_of(wide, counts, CHECKPOINTING)
+@pytest.mark.parametrize("folder", ["wide", "without_shared_experts"])
+def test_offloading_with_checkpointing_saves_all_layers_but_one_as_the_estimate_says(
+    folder: str, request: pytest.FixtureRequest, counts: Counts
+) -> None:
+    base: Path = request.getfixturevalue(folder)
     kept = 'model.device_map={"model.layers" = "cpu"}'
-    less, without = peak_of(wide, counts, CHECKPOINTING, kept)
+    whole, at_start = peak_of(base, counts, CHECKPOINTING)
+    less, without = peak_of(base, counts, CHECKPOINTING, kept)
     layer = (at_start - without) // 4  # what every layer's experts take
     assert abs(layer - 8 * (3 * 256 * 32) * 4) < 1024
-    assert layer < whole - less <= 3 * layer + 4096
+    assert whole - less >= 3 * layer - 4096
+    _, config = loaded(base, CHECKPOINTING, kept)
+    described = describe(str(base))
+    counted = on_device(config, described, meta_base(described, "float32"), torch.device("cuda", 0))
+    assert abs(counted - (without + layer)) < 4096
 
 
 def test_offloading_without_checkpointing_is_refused_because_autograd_keeps_every_layer(

@@ -12,7 +12,7 @@ from flwr.app import RecordDict
 from flexperts.client.client import Client
 from flexperts.client.copy import with_weights
 from flexperts.client.request import Request
-from flexperts.communication.messages import LACKS_COPY, check_records, fields_of, payload_of, records
+from flexperts.communication.messages import LACKS_COPY, check_records, fields_of, info_of, payload_of, records
 from flexperts.communication.schema import (
     AnyFields,
     EvaluateRequest,
@@ -48,6 +48,13 @@ def answer_whole(kind: str, content: RecordDict, client: Client) -> RecordDict:
         return ANSWERS[kind](content, client)
     finally:
         client.observer.turn_ended(client.name)
+
+
+def read_ahead(kind: str, content: RecordDict, client: Client) -> None:
+    """Begin to read what the answer to a request starts with, while another one is computed."""
+    if kind in ("train", "evaluate"):
+        number = int(info_of(content)["round"])
+        client.store.read_ahead(number - 1 if kind == "train" else number)
 
 
 def _join(content: RecordDict, client: Client) -> RecordDict:

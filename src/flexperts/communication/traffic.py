@@ -44,13 +44,17 @@ def encoded_bytes(content: RecordDict) -> int:
     """
     arrays = [array for record in content.array_records.values() for array in record.values()]
     if _may_repeat(arrays):
-        return sum(len(part) for part in encoded_objects(content))
+        return sum(map(len, encoded_objects(content)))
+    return sum(map(len, encoded_objects(_without_values(content)))) + sum(map(_bytes_of_chunks, arrays))
+
+
+def _without_values(content: RecordDict) -> RecordDict:
+    """Return the same content with arrays that have no bytes."""
     bare = {
         name: ArrayRecord({n: Array(a.dtype, a.shape, a.stype, b"") for n, a in record.items()})
         for name, record in content.array_records.items()
     }
-    without = RecordDict({**content, **bare})
-    return sum(len(part) for part in encoded_objects(without)) + sum(map(_bytes_of_chunks, arrays))
+    return RecordDict({**content, **bare})
 
 
 def _may_repeat(arrays: Sequence[Array]) -> bool:
@@ -78,24 +82,41 @@ def personal_bytes(content: RecordDict, personal: Mapping[str, Tensor], *before:
     """Return how many bytes of personal tensors occur in a message's encoding; anything but 0 is a fault.
 
     Every personal tensor's first kilobyte, from its first byte that is not zero, is searched for in the encoded
-    objects. Fewer than 16 remaining bytes are not searched for: a single gate bias often equals one of a million
-    shared weights by chance.
+    objects, with arrays whole instead of in Flower's chunks. Fewer than 16 remaining bytes are not searched for: a
+    single gate bias often equals one of a million shared weights by chance.
 
     Args:
         content: The message.
         personal: What must not be in it.
         before: Vectors before noise or packing, which hide personal bytes; they are searched too.
     """
-    # Whole arrays are searched too, because a window could be divided between two chunks.
     whole = [array.data for record in content.array_records.values() for array in record.values()]
-    encoded = b"".join([*encoded_objects(content), *whole, *(vector.tobytes() for vector in before)])
+    others = encoded_objects(_without_values(content))
+    encoded = b"".join([*others, *whole, *(vector.tobytes() for vector in before)])
     found = 0
     for parameter in personal.values():
-        raw = parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
-        window = raw.lstrip(b"\0")[:_WINDOW]
+        window = _window(parameter)
         if len(window) >= _SHORTEST and window in encoded:
-            found += len(raw)
+            found += parameter.nbytes
     return found
+
+
+def _window(tensor: Tensor) -> bytes:
+    """Return a tensor's first kilobyte from its first byte that is not zero, without reading more than needed."""
+    flat, start, length = tensor.detach().reshape(-1), 0, 2 * _WINDOW
+    while start < len(flat):
+        read = _bytes(flat[start : start + length])
+        if window := read.lstrip(b"\0"):
+            if len(window) < _WINDOW:  # the rest of it is in the values after these
+                first = start + (len(read) - len(window)) // flat.itemsize
+                window = _bytes(flat[first : first + 2 * _WINDOW]).lstrip(b"\0")
+            return window[:_WINDOW]
+        start, length = start + length, 2 * length
+    return b""
+
+
+def _bytes(values: Tensor) -> bytes:
+    return values.cpu().view(torch.uint8).numpy().tobytes()
 
 
 def mean_groups(rounds: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str, float]:

@@ -187,7 +187,8 @@ def _measure_once(
     trained_peak = peak_bytes(prompts.device)
     model.eval()
     with torch.no_grad(), autocast(prompts.device, precision):
-        prefill = _timed(prompts.device, lambda: last_logits(model, prompts, torch.ones_like(prompts), keep=1))
+        mask = torch.ones_like(prompts)
+        prefill = _timed(prompts.device, lambda: last_logits(model, prompts, mask, padded=False, keep=1))
         both = _timed(prompts.device, lambda: _decode(model, prompts, work.new_tokens))
     if keep:
         times.step.extend([] if step is None else [step])
@@ -219,10 +220,10 @@ def train(
 def _decode(model: Any, prompts: torch.Tensor, count: int) -> None:
     """Decode ``count`` tokens after the first one, which the prompt's forward pass gives."""
     mask = torch.ones_like(prompts)
-    logits, cache = last_logits(model, prompts, mask, keep=1)
+    logits, cache = last_logits(model, prompts, mask, padded=False, keep=1)
     for _ in range(count):
         mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-        logits, cache = last_logits(model, logits[:, -1:].argmax(-1), mask, cache, keep=1)
+        logits, cache = last_logits(model, logits[:, -1:].argmax(-1), mask, cache, padded=False, keep=1)
 
 
 def _prompts(base: LoadedBase, work: Workload) -> torch.Tensor:

@@ -35,6 +35,11 @@ class PaddedBatch:
     labels: Tensor
     response_columns: int
 
+    @property
+    def padded(self) -> bool:
+        """Whether a row has padding."""
+        return not bool(self.attention_mask.all())
+
 
 def pad_batch(examples: Sequence[Example], pad_token_id: int) -> PaddedBatch:
     """Join encoded rows into one batch."""

@@ -13,6 +13,8 @@ from flexperts.server.exchange import LazyGrid
 _RUN_ID = 1
 Answer = Callable[[str, RecordDict], RecordDict]
 """Function from a request's kind and content to the reply's content."""
+Ahead = Callable[[str, RecordDict], None]
+"""Function that begins what an answer can begin with while another one is computed."""
 
 
 class LocalGrid(LazyGrid):
@@ -80,16 +82,26 @@ class InProcessGrid(LocalGrid):
 
     Args:
         nodes: Node id -> its answer function.
+        ahead: Node id -> the function that is called while the node before it computes; each message is then made
+            one turn earlier.
     """
 
-    def __init__(self, nodes: Mapping[int, Answer]) -> None:
+    def __init__(self, nodes: Mapping[int, Answer], ahead: Mapping[int, Ahead] | None = None) -> None:
         super().__init__(nodes)
-        self._nodes = nodes
+        self._nodes, self._ahead = nodes, ahead
 
     def replies(self, messages: Iterable[Message]) -> Iterator[Message]:
         """Yield the replies to messages in their order, one by one."""
-        for message in messages:
+        if self._ahead is None:
+            yield from map(self._deliver, messages)
+            return
+        coming = iter(messages)
+        message = next(coming, None)
+        while message is not None:
+            if (following := next(coming, None)) is not None:
+                self._ahead[following.metadata.dst_node_id](following.metadata.message_type, following.content)
             yield self._deliver(message)
+            message = following
 
     def _deliver(self, message: Message) -> Message:
         answer = self._nodes[message.metadata.dst_node_id]

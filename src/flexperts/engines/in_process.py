@@ -11,7 +11,7 @@ import torch
 from flwr.app import RecordDict
 
 from flexperts.artifacts import RunDirectory
-from flexperts.client.answer import answer
+from flexperts.client.answer import answer, read_ahead
 from flexperts.client.client import Resident
 from flexperts.config.run import RunConfig
 from flexperts.engines.engine import Engine, prepare
@@ -42,8 +42,11 @@ class InProcess(Engine):
         reset_peak(resident.model.device)
         try:
             with freed_memory_kept():
-                clients = enumerate(self.workspace.clients, 1)
-                yield InProcessGrid({number: partial(_answer, resident, name) for number, name in clients})
+                clients = dict(enumerate(self.workspace.clients, 1))
+                nodes = {number: partial(_answer, resident, name) for number, name in clients.items()}
+                ahead = {number: partial(_read_ahead, resident, name) for number, name in clients.items()}
+                # A CPU is busy with the turn itself.
+                yield InProcessGrid(nodes, ahead if resident.model.device.type == "cuda" else None)
         finally:
             resident.model.close()
 
@@ -51,6 +54,10 @@ class InProcess(Engine):
     def peak(self) -> int | None:
         """See ``Engine``."""
         return peak_bytes(self.workspace.base.model.device)
+
+
+def _read_ahead(resident: Resident, name: str, kind: str, content: RecordDict) -> None:
+    read_ahead(kind, content, resident.client(name))
 
 
 def _answer(resident: Resident, name: str, kind: str, content: RecordDict) -> RecordDict:

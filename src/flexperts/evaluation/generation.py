@@ -122,7 +122,7 @@ def _decode(model: Any, read: ReadPrompts, ends: frozenset[int], limit: int, row
             rows, mask = open_, mask[kept]
         last = torch.tensor([answers[row][-1:] for row in rows], device=mask.device).clamp(min=0)
         mask = torch.cat([mask, torch.ones_like(last)], dim=1)
-        logits, cache = next_logits(model, last, mask, cache)
+        logits, cache = next_logits(model, last, mask, cache, read.padded)
         likeliest = dict(zip(rows, _likeliest(logits), strict=True))
         for row in open_:
             answers[row].append(likeliest[row])

@@ -158,10 +158,9 @@ class LiveModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         found: dict[int, tuple[float, bool]] = {}
         for start in range(0, len(groups), self.how.batch_size):
             chosen = groups[start : start + self.how.batch_size]
-            for (example, members), scores in zip(chosen, self._scores([e for e, _ in chosen]), strict=True):
-                length = example.response_length
-                for index in members:
-                    found[index] = _score(scores[-length:], requests[index][2])
+            asked = [(row, index) for row, (_, members) in enumerate(chosen) for index in members]
+            scores = _picked(self._scores([e for e, _ in chosen]), [(row, requests[i][2]) for row, i in asked])
+            found |= {index: each for (_, index), each in zip(asked, scores, strict=True)}
             self.how.on_rows(len(chosen))
         return [found[index] for index in range(len(requests))]
 
@@ -183,7 +182,7 @@ class LiveModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             self.how.on_batch(pad_batch([Example(e.prompt, e.prompt_length) for e in examples], pad))
         with autocast(next(self.model.parameters()).device, self.how.precision):
             logits = response_logits(self.model, pad_batch(examples, pad))
-        return logits.log_softmax(-1).cpu()
+        return logits.log_softmax(-1)
 
 
 @contextmanager
@@ -203,12 +202,27 @@ def quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _score(scores: Tensor, tokens: Sequence[int]) -> tuple[float, bool]:
-    """Return the tokens' summed log-probability under ``scores [R, V]``, and whether each is the most likely."""
-    index = torch.tensor(tokens)
-    total = float(scores.gather(1, index[:, None]).sum())
-    if math.isnan(total):
-        raise ModelError(
-            "a likelihood", "it is not a number", "see not_finite in the run's summary.json for the affected states"
-        )
-    return total, bool((scores.argmax(1) == index).all())
+def _picked(scores: Tensor, asked: Sequence[tuple[int, Sequence[int]]]) -> Iterator[tuple[float, bool]]:
+    """Yield each continuation's summed log-probability, and whether each of its tokens is the most likely one.
+
+    Only the tokens' own values leave the device, not those of the whole vocabulary.
+
+    Args:
+        scores: Log-probabilities of the rows' last R tokens, ``[B, R, V]``.
+        asked: The row and the tokens of each continuation; it ends in the row's last column.
+    """
+    columns = scores.shape[1]
+    places = [(row, columns - len(told) + n, token) for row, told in asked for n, token in enumerate(told)]
+    row, column, token = torch.tensor(places, device=scores.device).T
+    likeliest = scores.argmax(-1)[row, column] == token
+    values, hits = torch.stack([scores[row, column, token], likeliest.float()]).cpu()
+    lengths = [len(told) for _, told in asked]
+    for value, hit in zip(values.split(lengths), hits.split(lengths), strict=True):
+        total = float(value.sum())
+        if math.isnan(total):
+            raise ModelError(
+                "a likelihood",
+                "it is not a number",
+                "see not_finite in the run's summary.json for the affected states",
+            )
+        yield total, bool(hit.all())

@@ -245,7 +245,7 @@ def _batch(
             limit = settings.max_new_tokens
             answers = greedy_answers(model, encoder, read, limit, rows_leave=on_batch is None)
     sums, counts = zip(*losses, strict=True)
-    first, *others = (its.double().tolist() for its in sums)
+    first, *others = torch.stack(sums).double().tolist()  # a card is waited for once
     return _Found(first, counts[0].tolist(), answers, others[0] if others else [])
 
 

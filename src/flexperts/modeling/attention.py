@@ -1,15 +1,20 @@
-"""Attention while a model trains."""
+"""Attention: how a CPU and a card compute it while a model trains, and its masks on a card."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+_PADDED: ContextVar[bool | None] = ContextVar("padded", default=None)
+"""What ``padding_known`` has told, if anything."""
 
 
 @contextmanager
@@ -41,6 +46,39 @@ def attention_without_cudnn() -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@contextmanager
+def padding_known(padded: bool) -> Iterator[None]:
+    """Let transformers make attention masks inside the block without asking a card whether a row has padding.
+
+    It asks in every forward pass, to leave out a mask that hides nothing, and the host waits for the answer.
+
+    Args:
+        padded: Whether a row has padding. True is always right; False also leaves the choice of kernel to torch.
+    """
+    token = _PADDED.set(padded)
+    try:
+        yield
+    finally:
+        _PADDED.reset(token)
+
+
+def _mask(
+    *, attention_mask: Tensor | None = None, allow_is_causal_skip: bool = True, **others: Any
+) -> Tensor | None:
+    """Return what transformers' function for masks does, which is public and replaced by this one."""
+    padded = None if torch.compiler.is_compiling() else _PADDED.get()  # a compiled pass asks nothing
+    if padded is not None and attention_mask is not None and attention_mask.device.type != "cpu":
+        attention_mask = attention_mask if padded else None
+        allow_is_causal_skip = allow_is_causal_skip and not padded
+    mask: Tensor | None = sdpa_mask(
+        attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip, **others
+    )
+    return mask
+
+
+ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = _mask
 
 
 def _attention(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -24,7 +24,7 @@ from transformers.cache_utils import (
 )
 
 from flexperts.data.batches import IGNORED, PaddedBatch
-from flexperts.modeling.chunked_losses import body_outputs, chunked_losses, positions_at_once
+from flexperts.modeling.chunked_losses import TrainedTokens, body_outputs, chunked_losses, positions_at_once
 from flexperts.modeling.forward import last_logits, next_logits
 
 _BY_COLUMNS = {DynamicLayer, DynamicSlidingWindowLayer}
@@ -96,11 +96,13 @@ class ReadPrompts:
         logits: Logits of each prompt's next token, ``[B, V]`` fp32.
         mask: 1 on tokens and 0 on padding, ``[B, C]``.
         cache: Keys and values of the C columns.
+        padded: Whether a prompt has padding.
     """
 
     logits: Tensor
     mask: Tensor
     cache: Any
+    padded: bool
 
     @property
     def can_go_on(self) -> bool:
@@ -112,8 +114,8 @@ def read_prompts(model: Any, prompts: PaddedBatch) -> ReadPrompts:
     """Read a batch of prompts."""
     device = next(model.parameters()).device
     mask = prompts.attention_mask.to(device)
-    logits, cache = next_logits(model, prompts.input_ids.to(device), mask)
-    return ReadPrompts(logits, mask, cache)
+    logits, cache = next_logits(model, prompts.input_ids.to(device), mask, padded=prompts.padded)
+    return ReadPrompts(logits, mask, cache, prompts.padded)
 
 
 def response_losses(model: Any, read: ReadPrompts, responses: PaddedBatch) -> tuple[Tensor, Tensor]:
@@ -124,21 +126,19 @@ def response_losses(model: Any, read: ReadPrompts, responses: PaddedBatch) -> tu
         read: The prompts; ``can_go_on`` must be true.
         responses: The responses, padded on the right; each has at least one token.
     """
-    labels = responses.labels.to(read.mask.device)
-    wanted, losses = labels != IGNORED, torch.zeros(labels.shape, device=labels.device)
-    logits, at_once = read.logits[:, None], positions_at_once(model)
+    labels, device = responses.labels, read.mask.device
+    logits, losses, at_once = read.logits[:, None], [], positions_at_once(model)
     if (columns := responses.response_columns - 1) > 0:  # nothing is predicted from the last column
-        ids, mask = (t[:, :columns].to(read.mask.device) for t in (responses.input_ids, responses.attention_mask))
+        ids, mask = (t[:, :columns].to(device) for t in (responses.input_ids, responses.attention_mask))
         whole, cache = torch.cat([read.mask, mask], dim=1), copy.deepcopy(read.cache)
         if at_once is None:
             logits = torch.cat([logits, last_logits(model, ids, whole, cache, keep=columns)[0]], dim=1)
         else:
             with body_outputs(model) as outputs:
                 last_logits(model, ids, whole, cache, keep=1)
-            later, states = wanted[:, 1:], outputs[0].last_hidden_state
-            losses[:, 1:][later] = chunked_losses(model, outputs[0], states[later], labels[:, 1:][later], at_once)
-    known = wanted[:, : logits.shape[1]]
-    losses[:, : logits.shape[1]][known] = F.cross_entropy(
-        logits[known], labels[:, : logits.shape[1]][known], reduction="none"
-    )
-    return losses.sum(1), wanted.sum(1)
+            later, states = TrainedTokens.of(labels[:, 1:], device), outputs[0].last_hidden_state
+            found = chunked_losses(model, outputs[0], later.among(states), later.tokens, at_once)
+            losses.append(later.spread(found))
+    known = TrainedTokens.of(labels[:, : logits.shape[1]], device)
+    found = F.cross_entropy(known.among(logits), known.tokens, reduction="none")
+    return torch.cat([known.spread(found), *losses], dim=1).sum(1), (labels != IGNORED).sum(1)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,38 @@ LOGIT_BYTES = 12
 """Bytes of a scored logit: in the model's dtype, in fp32, and its softmax."""
 MOST_BYTES = 2**29
 """Bytes that the logits of one chunk take."""
+
+
+@dataclass(frozen=True)
+class TrainedTokens:
+    """The trained tokens of a batch, found on the CPU: a card would be waited for to learn how many they are.
+
+    Args:
+        shape: The labels' shape, (B, R).
+        places: Their places in the flattened labels, ``[P]``, on the device.
+        tokens: The tokens, ``[P]``, on the device.
+        counts: Their number in each row, ``[B]``, on the CPU.
+    """
+
+    shape: torch.Size
+    places: Tensor
+    tokens: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(cls, labels: Tensor, device: torch.device) -> Self:
+        """Return those of ``labels [B, R]`` on the CPU, for values on a device."""
+        wanted = labels != IGNORED
+        places = wanted.flatten().nonzero().squeeze(1)
+        return cls(labels.shape, places.to(device), labels.flatten()[places].to(device), wanted.sum(1))
+
+    def among(self, values: Tensor) -> Tensor:
+        """Return the values at these tokens, ``[P, D]`` of ``[B, R, D]``."""
+        return values.flatten(0, 1)[self.places]
+
+    def spread(self, losses: Tensor) -> Tensor:
+        """Return ``losses [P]`` as ``[B, R]``, with 0 elsewhere."""
+        return losses.new_zeros(self.shape.numel()).index_copy(0, self.places, losses).view(self.shape)
 
 
 def positions_at_once(model: Any) -> int | None:
@@ -75,10 +107,9 @@ def scored_losses(model: Any, batch: PaddedBatch) -> tuple[Tensor, Tensor]:
     with body_outputs(model) as outputs:
         response_logits(model, replace(batch, response_columns=1))
     states = outputs[0].last_hidden_state[:, -batch.response_columns - 1 : -1]
-    labels = batch.labels[:, -batch.response_columns :].to(states.device)
-    wanted, losses = labels != IGNORED, torch.zeros(labels.shape, device=states.device)
-    losses[wanted] = chunked_losses(model, outputs[0], states[wanted], labels[wanted], at_once)
-    return losses.sum(1), wanted.sum(1)
+    trained = TrainedTokens.of(batch.labels[:, -batch.response_columns :], states.device)
+    losses = chunked_losses(model, outputs[0], trained.among(states), trained.tokens, at_once)
+    return trained.spread(losses).sum(1), trained.counts
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexperts.data.batches import IGNORED, PaddedBatch
+from flexperts.modeling.attention import padding_known
 
 Precision = Literal["bf16", "fp32"]
 
@@ -36,16 +37,18 @@ def response_logits(model: nn.Module, batch: PaddedBatch) -> Tensor:
     if takes(model, "logits_to_keep"):
         # Indices, not a number: on a slice's strides torch copies the vocabulary matrix once per row.
         inputs["logits_to_keep"] = torch.arange(columns - responses - 1, columns - 1, device=device)
-    logits: Tensor = model(**inputs, use_cache=False).logits
+    with padding_known(batch.padded):
+        logits: Tensor = model(**inputs, use_cache=False).logits
     return (logits if logits.shape[1] == responses else logits[:, -responses - 1 : -1]).float()
 
 
 def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Return the last layer's hidden states ``[B, S, D]``; the vocabulary projection is not computed."""
     device = next(model.parameters()).device
-    output = body_of(model)(
-        input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False
-    )
+    with padding_known(not bool(attention_mask.all())):
+        output = body_of(model)(
+            input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False
+        )
     states: Tensor = output.last_hidden_state
     return states
 
@@ -58,19 +61,25 @@ def body_of(model: Any) -> Any:
 
 
 def next_logits(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, cache: Any = None
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, cache: Any = None, padded: bool = True
 ) -> tuple[Tensor, Any]:
     """Return fp32 logits ``[B, V]`` of the token after the last column, and the cache with the new columns.
 
     Args:
-        model, input_ids, attention_mask, cache: As for ``last_logits``.
+        model, input_ids, attention_mask, cache, padded: As for ``last_logits``.
     """
-    logits, cache = last_logits(model, input_ids, attention_mask, cache, keep=1)
+    logits, cache = last_logits(model, input_ids, attention_mask, cache, padded, keep=1)
     return logits[:, -1], cache
 
 
 def last_logits(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, cache: Any = None, *, keep: int
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    cache: Any = None,
+    padded: bool = True,
+    *,
+    keep: int,
 ) -> tuple[Tensor, Any]:
     """Return fp32 logits ``[B, keep, V]`` after each of the last columns, and the cache with all columns.
 
@@ -79,6 +88,7 @@ def last_logits(
         input_ids: Columns that the cache does not have yet, ``[B, S]``.
         attention_mask: 1 on tokens and 0 on padding, for cache and input, ``[B, C + S]``.
         cache: Keys and values of the C columns before.
+        padded: Whether a row has padding, which a card is not asked; True where it is not known.
         keep: Number of last columns for which logits are returned.
     """
     columns = input_ids.shape[1]
@@ -89,16 +99,19 @@ def last_logits(
         inputs["logits_to_keep"] = torch.arange(columns - keep, columns, device=input_ids.device)
     # transformers 5.24 renamed the argument; 5.23, and code that ships with a base, have the old name.
     name = "cache" if takes(model, "cache") else "past_key_values"
-    output = model(**inputs, **{name: cache}, use_cache=True)
+    with padding_known(padded):
+        output = model(**inputs, **{name: cache}, use_cache=True)
     return output.logits[:, -keep:].float(), getattr(output, name)
 
 
 def token_losses(model: nn.Module, batch: PaddedBatch) -> tuple[Tensor, Tensor]:
-    """Return per-row sums of response NLL ``[B]`` (nats) and counts of response tokens ``[B]``."""
+    """Return per-row sums of response NLL ``[B]`` (nats), and counts of response tokens ``[B]`` on the CPU."""
     logits = response_logits(model, batch)
-    labels = batch.labels[:, -batch.response_columns :].to(logits.device)
+    labels = batch.labels[:, -batch.response_columns :]
     # Flattened, not transposed, so that each token's logits stay contiguous in memory.
-    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    losses = F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten().to(logits.device), ignore_index=IGNORED, reduction="none"
+    )
     return losses.view_as(labels).sum(1), (labels != IGNORED).sum(1)
 
 

@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from flexperts.config.model import LoraConfig
 from flexperts.files import placeless, unwritable
 from flexperts.modeling.joined_lora import JoinedLora
+from flexperts.modeling.placement import offloaded, offloaded_left_there
 from flexperts.moe.attention import attention_linears
 from flexperts.seeding import seeded
 
@@ -59,7 +60,8 @@ class LoraAdapters:
         self.model.eval()
         self._joined = [JoinedLora(base.get_submodule(parent), layers) for parent, layers in self._by_input()]
         if checkpointing:
-            self.model.activation_checkpointing_enable({"use_reentrant": False})
+            # Where recomputing stopped early, inside an offloaded layer's experts, these would stay on the card.
+            self.model.activation_checkpointing_enable({"use_reentrant": False, "early_stop": not offloaded(base)})
         self._weights: dict[str, Weight] = {}
         """The weights in use, by adapter; those that are 1 are left out."""
         self._initial = {n: p.detach().clone() for n, p in self.parameters().items()}
@@ -72,7 +74,8 @@ class LoraAdapters:
             self.base.disable_input_require_grads()  # PEFT and transformers enable it implicitly
         for joined in reversed(self._joined):
             joined.remove()
-        self.model.unload()
+        with offloaded_left_there(self.base):
+            self.model.unload()
 
     def parameters(self) -> dict[str, Parameter]:
         """Return both adapters' parameters by name."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,22 @@ def start_on(model: Any, device: torch.device) -> None:
 def offloaded(model: nn.Module) -> list[Any]:
     """Return the modules whose weights accelerate brings to a card for each forward pass."""
     return [m for m in model.modules() if has_offloaded_params(m) and execution_device(m).type != "cpu"]
+
+
+@contextmanager
+def offloaded_left_there(model: nn.Module) -> Iterator[None]:
+    """Keep other libraries from bringing offloaded weights to the card inside the block, in which nothing computes.
+
+    PEFT brings all of them at once when it removes its layers, also where none of those is offloaded.
+    """
+    hooks = [module._hf_hook for module in offloaded(model)]
+    for hook in hooks:
+        hook.offload = False
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.offload = True
 
 
 def _on_cards(wanted: dict[str, str], model: nn.Module, device: torch.device) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from flexperts.errors import ArtifactError
 from flexperts.files import damaged, make_folder
 
 _FORMAT = "flexperts-personal-2"
+_AHEAD = ThreadPoolExecutor(1, "states")
+"""Reads states before they are asked for; its thread starts with the first of them."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,9 @@ def check_personal(path: Path, *, base: str) -> None:
     _meta_on(path, read_meta(path, _FORMAT), base)
 
 
+State = tuple[dict[str, Tensor], PersonalMeta]
+
+
 class PersonalStore:
     """A client's newest personal state, and the one before it.
 
@@ -79,9 +85,24 @@ class PersonalStore:
     def __init__(self, path: Path, base: str) -> None:
         self.path, self.base = path, base
         self.older = path.parent / "before" / path.name
+        self._ahead: dict[int, Future[State | None]] = {}
 
-    def load(self, up_to: int) -> tuple[dict[str, Tensor], PersonalMeta] | None:
+    def read_ahead(self, up_to: int) -> None:
+        """Begin with ``load`` in a thread, into pages from which a card fetches directly."""
+        self._ahead = {up_to: _AHEAD.submit(self._pinned, up_to)}
+
+    def load(self, up_to: int) -> State | None:
         """Return the newest state of a round not later than ``up_to``, or None if the client has no state yet."""
+        begun, self._ahead = self._ahead.get(up_to), {}
+        return self._read(up_to) if begun is None else begun.result()
+
+    def _pinned(self, up_to: int) -> State | None:
+        if (state := self._read(up_to)) is None:
+            return None
+        tensors, meta = state
+        return {name: tensor.pin_memory() for name, tensor in tensors.items()}, meta
+
+    def _read(self, up_to: int) -> State | None:
         newest: int | None = None
         for path in (self.path, self.older):
             if path.exists():

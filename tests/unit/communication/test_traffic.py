@@ -129,6 +129,31 @@ def test_a_tensor_hidden_in_text_bytes_is_found() -> None:
     assert personal_bytes(content, PERSONAL) == 4800
 
 
+@pytest.mark.parametrize("zeros", [0, 1, 1023, 1024, 2047, 2048, 2049, 6143, 6144, 9000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_kilobyte_after_zeros_is_what_is_found(zeros: int, dtype: torch.dtype) -> None:
+    """By brute force over the whole tensor's bytes; of a kilobyte less one byte nothing is found."""
+    tensor = torch.cat([torch.zeros(zeros), normal(700, seed=6)]).to(dtype)
+    kilobyte = tensor.view(torch.uint8).numpy().tobytes().lstrip(b"\0")[:1024]
+    assert len(kilobyte) == 1024
+    for sent, found in ((kilobyte, tensor.nbytes), (kilobyte[:-1], 0), (kilobyte[1:], 0)):
+        content = RecordDict({"info": ConfigRecord({"note": b"x" * 3 + sent})})
+        assert personal_bytes(content, {"t": Parameter(tensor)}) == found
+
+
+@pytest.mark.parametrize("before", [CHUNK - 500, CHUNK - 32, CHUNK])
+def test_a_tensor_over_the_end_of_a_chunk_is_found(before: int) -> None:
+    vector = np.concatenate([normal(before).numpy(), PERSONAL["graft.up"].detach().numpy().ravel()])
+    assert personal_bytes(records({}, None, payload(vector)), PERSONAL) == 4800
+
+
+def test_a_tensor_over_two_arrays_is_found() -> None:
+    """Arrays that are not NumPy's have no heading between them."""
+    whole = raw("graft.up").tobytes()
+    halves = {n: Array("uint8", (len(half),), "raw", half) for n, half in (("a", whole[:300]), ("b", whole[300:]))}
+    assert personal_bytes(RecordDict({"x": ArrayRecord(halves)}), PERSONAL) == 4800
+
+
 def test_a_transposed_personal_tensor_is_searched_in_its_own_order() -> None:
     turned = {"t": Parameter(normal(30, 40, seed=5).T)}
     assert not turned["t"].is_contiguous()

@@ -95,6 +95,7 @@ class Batch:
         self._device = next(model.parameters()).device
         self._cache: Any = None
         self._mask = torch.empty(0, 0, dtype=torch.long)
+        self._padded = False
 
     @torch.no_grad()
     def add(self, rows: Sequence[RequestState]) -> None:
@@ -102,14 +103,15 @@ class Batch:
         prompts = prompt_batch([row.prompt for row in rows], self._encoder)
         self.lane.read(prompts)
         self.lane.select([row.model for row in rows])
-        mask = prompts.attention_mask.to(self._device)
-        logits, cache = self._forward(prompts.input_ids.to(self._device), mask, None)
+        mask, padded = prompts.attention_mask.to(self._device), prompts.padded
+        logits, cache = self._forward(prompts.input_ids.to(self._device), mask, None, padded)
         if self.rows:
             append_rows(self._cache, cache)
             columns = max(mask.shape[1], self._mask.shape[1])
             self._mask = torch.cat([_widened(self._mask, columns), _widened(mask, columns)])
+            self._padded = True  # as a rule, and always right
         else:
-            self._cache, self._mask = cache, mask
+            self._cache, self._mask, self._padded = cache, mask, padded
         self.rows += rows
         _advance(rows, logits)
         self._settle()
@@ -119,7 +121,7 @@ class Batch:
         """Take one more token for every row."""
         last = torch.tensor([[row.answer.tokens[-1]] for row in self.rows], device=self._device)
         self._mask = torch.cat([self._mask, torch.ones_like(last)], dim=1)
-        logits, self._cache = self._forward(last, self._mask, self._cache)
+        logits, self._cache = self._forward(last, self._mask, self._cache, self._padded)
         _advance(self.rows, logits)
         self._settle(changed=False)
 
@@ -151,9 +153,9 @@ class Batch:
         self._mask = mask[:, cut:]
         select_rows(self._cache, index, cut)
 
-    def _forward(self, input_ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    def _forward(self, input_ids: Tensor, mask: Tensor, cache: Any, padded: bool) -> tuple[Tensor, Any]:
         with autocast(self._device, self._precision):
-            return next_logits(self._model, input_ids, mask, cache)
+            return next_logits(self._model, input_ids, mask, cache, padded)
 
 
 def _advance(rows: Sequence[RequestState], logits: Tensor) -> None:
