@@ -140,8 +140,9 @@ def test_a_silo_too(
 
 def test_every_extra_of_a_setting_is_tried() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    of_commands = {"report", "serve", "tensorboard"}
-    assert project["optional-dependencies"].keys() == NEEDED.keys() | of_commands | {"docs", "dev"}
+    of_commands = {"llama-cpp", "report", "serve", "tensorboard"}
+    of_silos = {"metrics"}
+    assert project["optional-dependencies"].keys() == NEEDED.keys() | of_commands | of_silos | {"docs", "dev"}
 
 
 def test_the_extras_that_messages_and_pages_name_exist() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from statistics import mean
 from typing import Any
 
@@ -106,6 +106,6 @@ class RunStatus:
         }
 
 
-def _trouble(name: str, silo: Mapping[str, Any]) -> Sequence[Any]:
+def _trouble(name: str, silo: Mapping[str, Any]) -> tuple[bool, int, str]:
     """Return a key that sorts silos which are late first, then those most often missing or refused."""
     return not silo["late"], -silo["missing"] - silo["refused"], name
