@@ -13,7 +13,7 @@ from tests.federation.test_regions import OPEN, Tier
 from flexperts.communication.messages import payload_of, records
 from flexperts.communication.wire import deserialize, serialize
 from flexperts.config.run import RunConfig
-from flexperts.deployment.region_door import _reply
+from flexperts.deployment.region_door import RegionDoor
 
 Recipe = Callable[..., RunConfig]
 
@@ -35,10 +35,10 @@ def asked(config: RunConfig, number: int, kind: str = "train") -> bytes:
 
 
 def test_a_request_that_is_repeated_gets_the_same_bytes(config: RunConfig, tier: Tier, tmp_path: Path) -> None:
-    first = _reply(tier.region, tmp_path / "region", asked(config, 1))
+    first = RegionDoor(tier.region, tmp_path / "region").reply(asked(config, 1))
     trained = len(tier.grid.asked)
     tier.open()  # it was stopped, and has started again
-    assert _reply(tier.region, tmp_path / "region", asked(config, 1)) == first
+    assert RegionDoor(tier.region, tmp_path / "region").reply(asked(config, 1)) == first
     again = [kind for kind, _ in tier.grid.asked[trained:]]
     assert "train" not in again
     fields, content = deserialize(first)
@@ -47,7 +47,8 @@ def test_a_request_that_is_repeated_gets_the_same_bytes(config: RunConfig, tier:
 
 
 def test_errors_are_named_and_not_told(config: RunConfig, recipe: Recipe, tier: Tier, tmp_path: Path) -> None:
-    door = tmp_path / "region"
+    folder = tmp_path / "region"
+    door = RegionDoor(tier.region, folder)
     other = recipe(*FOUR, *OPEN, "training.lr=1e-9")
     requests = {
         "FederationError": (asked(config, 0, "query.keys"), asked(other, 1)),
@@ -56,7 +57,30 @@ def test_errors_are_named_and_not_told(config: RunConfig, recipe: Recipe, tier: 
     }
     for name, many in requests.items():
         for request in many:
-            fields, content = deserialize(_reply(tier.region, door, request))
+            fields, content = deserialize(door.reply(request))
             assert fields == {"error": name}
             assert not content
-    assert not list(door.iterdir())
+    assert not list(folder.iterdir())
+
+
+def test_a_finished_region_stays_until_its_root_has_the_last_evaluation(recipe: Recipe, tmp_path: Path) -> None:
+    """The root lost the last reply: it joins again, takes the start, and asks once more."""
+    config = recipe(*FOUR, *OPEN, "federation.rounds=1")
+    (folder := tmp_path / "region").mkdir()
+    tier = Tier("north", config, tmp_path, Silo("a", 3), Silo("b", 5))
+    told = {"run": "r", "round": 1, "agreement": "null", "states": ["zero_shot", "global"], "answers": True}
+    evaluate = serialize({"kind": "evaluate", "run": "r", "recipe": config.to_toml()}, records(told, payload=START))
+    join = serialize({"kind": "query.join", "run": "r", "recipe": config.to_toml()}, records({"run": "r"}))
+    door = RegionDoor(tier.region, folder)
+    closed = []
+    for request in (join, asked(config, 1), evaluate):
+        last = door.reply(request)
+        closed.append(door.closed)
+    assert closed == [False, False, True]
+    tier.open()
+    again = RegionDoor(tier.region, folder)
+    assert tier.region.finished
+    assert "error" not in deserialize(again.reply(join))[0]
+    assert not again.closed
+    assert again.reply(evaluate) == last
+    assert again.closed

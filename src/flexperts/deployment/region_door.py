@@ -6,6 +6,7 @@ import hashlib
 import logging
 from pathlib import Path
 
+from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
 from flexperts.artifacts import RunDirectory
@@ -32,37 +33,50 @@ def serve_region(grid: Grid, config: RunConfig, run: RunDirectory, name: str, ob
         name: The region's name at the root.
         observer: Receives progress.
     """
-    region, folder = Region(name, grid, config, run, observer), run.path / "region"
-    with listening(folder) as listener:
-        observer.stage(f"the root's SuperNode asks at {socket_of(folder)}")
-        serve_requests(
-            listener,
-            lambda request: _reply(region, folder, request),
-            config.federation.max_message_bytes,
-            until=lambda: region.finished,
-        )
+    door = RegionDoor(Region(name, grid, config, run, observer), run.path / "region")
+    with listening(door.folder) as listener:
+        observer.stage(f"the root's SuperNode asks at {socket_of(door.folder)}")
+        most = config.federation.max_message_bytes
+        serve_requests(listener, door.reply, most, until=lambda: door.closed)
 
 
-def _reply(region: Region, folder: Path, request: bytes | None) -> bytes:
-    """Return the reply to a request; the last ones are kept, so that a request that is repeated gets the same.
+class RegionDoor:
+    """Replies of a region, packed by ``wire``; the last ones are kept, so that a repeated request gets the same.
 
-    An error reply names the error's class alone, because its text may name silos; the region's log has it.
+    Args:
+        region: The region.
+        folder: Where replies are kept.
     """
-    try:
-        if request is None:
-            raise ValueError("the request is longer than federation.max_message_bytes")
-        fields, content = deserialize(request)
-        kind = fields["kind"]
-        check_same(parse_recipe(fields["recipe"]), region.config)
-        digest, kept = hashlib.sha256(request).digest(), folder / f"{kind}.reply"
-        if kind in ("train", "evaluate"):
-            before = kept.read_bytes() if kept.exists() else b""
-            if before[: len(digest)] == digest:
-                return before[len(digest) :]
-        reply = serialize({}, region.answer(kind, content))
-        if kind in ("train", "evaluate"):
-            write_bytes(kept, digest + reply)
+
+    def __init__(self, region: Region, folder: Path) -> None:
+        self.region, self.folder = region, folder
+        self.closed = False
+        """Whether the root has the last evaluation; a finished region that is started again gives it once more."""
+
+    def reply(self, request: bytes | None) -> bytes:
+        """Return the reply to a request; None is one that was too long to be read.
+
+        An error reply names the error's class alone, because its text may name silos; the region's log has it.
+        """
+        try:
+            if request is None:
+                raise ValueError("the request is longer than federation.max_message_bytes")
+            fields, content = deserialize(request)
+            check_same(parse_recipe(fields["recipe"]), self.region.config)
+            if fields["kind"] not in ("train", "evaluate"):
+                return serialize({}, self.region.answer(fields["kind"], content))
+            reply = self._once(fields["kind"], hashlib.sha256(request).digest(), content)
+            self.closed = fields["kind"] == "evaluate" and self.region.finished
+            return reply
+        except Exception as error:  # the region must survive any error
+            log.error("%s", logged(error))
+            return serialize({"error": type(error).__name__})
+
+    def _once(self, kind: str, digest: bytes, content: RecordDict) -> bytes:
+        kept = self.folder / f"{kind}.reply"
+        before = kept.read_bytes() if kept.exists() else b""
+        if before.startswith(digest):
+            return before[len(digest) :]
+        reply = serialize({}, self.region.answer(kind, content))
+        write_bytes(kept, digest + reply)
         return reply
-    except Exception as error:  # the region must survive any error
-        log.error("%s", logged(error))
-        return serialize({"error": type(error).__name__})

@@ -54,9 +54,11 @@ def check_region(config: RunConfig) -> None:
         f"compression.kind = {config.compression.kind!r}": config.compression.kind != "none",
         f"compression.downlink = {config.compression.downlink!r}": config.compression.downlink != "none",
         "federation.mode = 'buffered'": config.federation.mode == "buffered",
+        f"evaluation.clients = {config.evaluation.clients}": config.evaluation.clients is not None,
     }
     if other := next((name for name, active in others.items() if active), None):
-        raise ConfigError(f"a region with {other}", "the root's rounds are the region's, in fp32", "leave it out")
+        rule = "the root's rounds are the region's, in fp32, and it ends with the root's last evaluation"
+        raise ConfigError(f"a region with {other}", rule, "leave it out")
 
 
 class Region:
@@ -167,8 +169,8 @@ class Region:
 
     def _catch_up(self, until: int) -> None:
         """Write the rounds up to a number: one that was not evaluated, empty ones where the root did not ask."""
-        rounds, written = self.strategy.rounds, len(self.run.rounds())
-        for number in range(written + 1, until + 1):
+        rounds = self.strategy.rounds
+        for number in range(self.run.written_rounds() + 1, until + 1):
             if number > len(rounds):
                 rounds.append(RoundLog(number, planned=self.config.federation.rounds))
             self.run.append_round(vars(rounds[number - 1]))
