@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 from collections.abc import Mapping
 from datetime import date
@@ -21,10 +20,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from entries import folder_of, run_entry
+
 from flexperts.client.workspace import Workspace
 from flexperts.costs.models import describe, meta_base
 from flexperts.costs.plan import model_facts, plan_method
-from flexperts.engines.run import run_federation
 from flexperts.environment import environment
 from flexperts.files import write_json
 from flexperts.recipe import load_recipe
@@ -85,23 +85,11 @@ def planned(model: str) -> dict[str, dict[str, Any]]:
     return made
 
 
-def run_entry(name: str, folder: Path, settings: tuple[str, ...], workspace: Workspace | None) -> Workspace:
-    """Run one entry, keep its small files, and return the workspace for the next one."""
-    config = load_recipe(RECIPE, settings)
-    config = config.model_copy(update={"method": config.method.model_copy(update={"reference": None})})
-    workspace = workspace or Workspace(config)
-    run_federation(config, folder, resume=True, workspace=workspace)
-    for heavy in ("personal", "shared", "copies", "checkpoint.safetensors", "predictions"):
-        path = folder / heavy
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    return workspace
-
-
 def measured(out: Path, names: list[str]) -> list[dict[str, Any]]:
     """Return one record per finished entry and seed: scores and bytes of all messages."""
     found = []
     for name in names:
-        for folder in sorted((out / _folder(name)).glob("seed-*")):
+        for folder in sorted(folder_of(out, name, 0).parent.glob("seed-*")):
             if (folder / "summary.json").exists():
                 summary = json.loads((folder / "summary.json").read_text())
                 kept = {key: summary[key] for key in ("method", "seed", "rounds", "mean", "bytes")}
@@ -157,10 +145,6 @@ def _measured(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _folder(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name)
-
-
 def main() -> None:
     """Run what is not finished, write the JSON and the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -181,7 +165,7 @@ def main() -> None:
             workspace: Workspace | None = None
             for name in given.only or every:
                 settings = (*given.settings, f"federation.rounds={given.rounds}", f"seed={seed}", *every[name])
-                workspace = run_entry(name, given.out / _folder(name) / f"seed-{seed}", settings, workspace)
+                workspace = run_entry(RECIPE, folder_of(given.out, name, seed), settings, workspace)
                 print(f"{name}, seed {seed}", flush=True)
         words = [f"--rounds {given.rounds}", f"--seeds {given.seeds}"]
         words += [f"--set {' '.join(given.settings)}"] if given.settings else []

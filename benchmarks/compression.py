@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from entries import folder_of, run_entry
+
 from flexperts.client.workspace import Workspace
-from flexperts.engines.run import run_federation
 from flexperts.environment import environment
 from flexperts.files import write_json
-from flexperts.recipe import load_recipe
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.toml"
 
@@ -37,25 +36,11 @@ ENTRIES: dict[str, tuple[str, ...]] = {
 }
 
 
-def run_entry(
-    name: str, folder: Path, recipe: Path, settings: tuple[str, ...], workspace: Workspace | None
-) -> Workspace:
-    """Run one entry without a reference, keep its small files, and return the workspace for the next one."""
-    config = load_recipe(recipe, (*settings, *ENTRIES[name]))
-    config = config.model_copy(update={"method": config.method.model_copy(update={"reference": None})})
-    workspace = workspace or Workspace(config)
-    run_federation(config, folder, resume=True, workspace=workspace)
-    for heavy in ("personal", "shared", "checkpoint.safetensors", "predictions"):
-        path = folder / heavy
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    return workspace
-
-
 def results(out: Path) -> list[dict[str, Any]]:
     """Return one record per finished entry and seed, in the order of ``ENTRIES``."""
     found = []
     for name in ENTRIES:
-        for folder in sorted((out / _folder(name)).glob("seed-*")):
+        for folder in sorted(folder_of(out, name, 0).parent.glob("seed-*")):
             if (folder / "summary.json").exists():
                 summary = json.loads((folder / "summary.json").read_text())
                 kept = {key: summary[key] for key in ("method", "seed", "rounds", "mean", "bytes")}
@@ -86,10 +71,6 @@ def _mean(records: list[dict[str, Any]], kind: str, state: str) -> str:
     return "–" if None in values else f"{mean(values):.2f}"
 
 
-def _folder(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name)
-
-
 def main() -> None:
     """Run what is not finished, write compression.json and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -105,9 +86,8 @@ def main() -> None:
     for seed in range(0 if arguments.table else arguments.seeds):
         workspace: Workspace | None = None
         for name in arguments.only:
-            settings = (*arguments.settings, *rounds, f"seed={seed}")
-            folder = arguments.out / _folder(name) / f"seed-{seed}"
-            workspace = run_entry(name, folder, arguments.recipe, settings, workspace)
+            settings = (*arguments.settings, *rounds, f"seed={seed}", *ENTRIES[name])
+            workspace = run_entry(arguments.recipe, folder_of(arguments.out, name, seed), settings, workspace)
             print(f"{name}, seed {seed}", flush=True)
     records = results(arguments.out)
     write_json(arguments.out / "compression.json", {"environment": environment(), "entries": records})

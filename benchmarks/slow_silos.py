@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -20,15 +19,15 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from entries import folder_of, run_entry
 from scipy.stats import t as student
 
 from flexperts.client.workspace import Workspace
-from flexperts.engines.run import run_federation
 from flexperts.environment import environment
 from flexperts.files import write_json
-from flexperts.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "recipes" / "quickstart.toml"
 RESULTS = ROOT / "benchmarks" / "results" / "slow_silos.json"
 PAGE, TEMPLATE = ROOT / "docs" / "slow-silos.md", Path(__file__).with_name("slow_silos.template.md")
 STEPS, ROUNDS, SLOW = 4, 8, 4
@@ -55,18 +54,6 @@ ENTRIES = {
         f"evaluation.every={SLOW}",
     ),
 }
-
-
-def run_entry(folder: Path, settings: Sequence[str], workspace: Workspace | None) -> Workspace:
-    """Run one entry, keep its small files, and return the workspace for the next one."""
-    config = load_recipe(ROOT / "recipes" / "quickstart.toml", (*SETTINGS, *settings))
-    config = config.model_copy(update={"method": config.method.model_copy(update={"reference": None})})
-    workspace = workspace or Workspace(config)
-    run_federation(config, folder, resume=True, workspace=workspace)
-    for heavy in ("personal", "shared", "checkpoint.safetensors", "predictions"):
-        path = folder / heavy
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    return workspace
 
 
 def losses(folder: Path) -> list[tuple[float, float]]:
@@ -135,16 +122,11 @@ def main() -> None:
         for seed in range(given.seeds):
             workspace: Workspace | None = None
             for name, settings in ENTRIES.items():
-                folder = given.out / "".join(c if c.isalnum() else "-" for c in name) / f"seed-{seed}"
-                workspace = run_entry(folder, (f"seed={seed}", *settings), workspace)
+                folder = folder_of(given.out, name, seed)
+                workspace = run_entry(RECIPE, folder, (*SETTINGS, f"seed={seed}", *settings), workspace)
                 print(f"{name}, seed {seed}: NLL {losses(folder)[-1][1]:.3f}", flush=True)
-        curves = {
-            name: [
-                losses(given.out / "".join(c if c.isalnum() else "-" for c in name) / f"seed-{seed}")
-                for seed in range(given.seeds)
-            ]
-            for name in ENTRIES
-        }
+        seeds = range(given.seeds)
+        curves = {name: [losses(folder_of(given.out, name, seed)) for seed in seeds] for name in ENTRIES}
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         facts = {"commit": commit.stdout.strip(), "date": date.today().isoformat(), "environment": environment()}
         write_json(RESULTS, facts | {"curves": curves})

@@ -34,7 +34,8 @@ def test_the_comparison_shows_the_committed_results() -> None:
     assert benchmark.table(entries) in (ROOT / "docs" / "comparison.md").read_text()
 
 
-def test_the_communication_page_shows_the_committed_results() -> None:
+def test_the_communication_page_shows_the_committed_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     benchmark = script("communication")
     found = json.loads((ROOT / "benchmarks" / "results" / "communication.json").read_text())
     assert (ROOT / "docs" / "communication.md").read_text() == benchmark.page(found)
@@ -44,14 +45,16 @@ def test_the_communication_page_shows_the_committed_results() -> None:
     assert whole["down"] >= 4 * half["down"]
 
 
-def test_the_page_of_slow_silos_shows_the_committed_results() -> None:
+def test_the_page_of_slow_silos_shows_the_committed_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     benchmark = script("slow_silos")
     found = json.loads((ROOT / "benchmarks" / "results" / "slow_silos.json").read_text())
     assert (ROOT / "docs" / "slow-silos.md").read_text() == benchmark.page(found)
     assert found["curves"].keys() == benchmark.ENTRIES.keys()
 
 
-def test_times_to_a_loss_are_read_on_lines_between_evaluations() -> None:
+def test_times_to_a_loss_are_read_on_lines_between_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     benchmark = script("slow_silos")
     curve = [(10.0, 4.0), (20.0, 3.0), (30.0, 3.5), (40.0, 2.0)]
     found = [benchmark.seconds_to(loss, curve) for loss in (5.0, 3.5, 3.0, 2.75, 1.0)]
