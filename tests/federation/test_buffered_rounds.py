@@ -77,12 +77,9 @@ def time(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def mean(shared: Vector, changes: Mapping[Silo, Vector]) -> Vector:
-    rows = sum(silo.rows for silo in changes)
-    return shared + sum(silo.rows * change for silo, change in changes.items()) / rows
-
-
-Silo.__hash__ = object.__hash__  # type: ignore[method-assign, assignment]
+def mean(shared: Vector, *changes: tuple[Silo, Vector]) -> Vector:
+    rows = sum(silo.rows for silo, _ in changes)
+    return shared + sum(silo.rows * change for silo, change in changes) / rows
 
 
 # By hand.
@@ -98,9 +95,9 @@ def test_a_late_change_is_added_to_the_present_weights_and_counts_for_less(
     assert [log["participants"] for log in logs] == [["a", "b"], ["a", "b"], ["a", "b", "c"]]
     assert [log["late"] for log in logs] == [{}, {}, {"c": 2}]
     assert [log["missing"] for log in logs] == [[], [], []]
-    one = mean(START.vector, {a: a.change(1), b: b.change(1)})
-    two = mean(one, {a: a.change(2), b: b.change(2)})
-    three = mean(two, {a: a.change(3), b: b.change(3), c: c.change(1) * 3**-0.5})
+    one = mean(START.vector, (a, a.change(1)), (b, b.change(1)))
+    two = mean(one, (a, a.change(2)), (b, b.change(2)))
+    three = mean(two, (a, a.change(3)), (b, b.change(3)), (c, c.change(1) * 3**-0.5))
     np.testing.assert_allclose(server.shared.vector, three, rtol=1e-5, atol=1e-6)
     assert np.array_equal(c.received[1], START.vector)
 
@@ -111,8 +108,8 @@ def test_staleness_is_the_exponent(recipe: Recipe, tmp_path: Path, time: list[fl
     config = recipe(*BUFFERED, "federation.buffer=1", "federation.rounds=2", f"federation.staleness={exponent}")
     server, logs = run_on(SlowGrid(a, b, looks={"b": 1}), config, tmp_path / "run")
     assert logs[1]["late"] == {"b": 1}
-    one = mean(START.vector, {a: a.change(1)})
-    two = mean(one, {a: a.change(2), b: b.change(1) * 2**-exponent})
+    one = mean(START.vector, (a, a.change(1)))
+    two = mean(one, (a, a.change(2)), (b, b.change(1) * 2**-exponent))
     np.testing.assert_allclose(server.shared.vector, two, rtol=1e-5, atol=1e-6)
 
 

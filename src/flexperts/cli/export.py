@@ -84,11 +84,12 @@ def command(
     RunDirectory.open(run).summary()  # refuse a wrong path before anything heavy loads
     _check_target(to, push, yes=yes)
 
+    from flexperts.export.hub import folder_name
     from flexperts.reports.cells import size
     from flexperts.terminal.live import showing_stages
 
     with TemporaryDirectory(prefix="flexperts-") as place:
-        folder = to or Path(place) / str(push).rpartition("/")[2]
+        folder = to or Path(place) / folder_name(str(push))
         with showing_stages():
             from flexperts.export.exporting import export_run
 

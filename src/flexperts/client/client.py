@@ -431,8 +431,8 @@ class Client:
         seconds = self.config.training.local_seconds
         if seconds is None or self.standing is not None:  # a silo's own machine has a clock
             return replace(settings, seconds=seconds)
-        step = self.config.federation.step_seconds.get(self.name, 1.0)
-        return replace(settings, steps=min(steps, max(1, int(seconds / step))))
+        simulated = int(seconds / self.config.federation.seconds_of_step(self.name))
+        return replace(settings, steps=min(steps, max(1, simulated)))
 
     def _settings(self, steps: int = 0, total_steps: int = 0, first_step: int = 0) -> LocalSettings:
         """Return the local settings for this number of steps; a model that is only used has none."""

@@ -59,6 +59,10 @@ class FederationConfig(Section):
             raise ValueError("mode = 'buffered' and buffer, such as 4, belong together: set both or neither")
         return self
 
+    def seconds_of_step(self, client: str) -> float:
+        """Return the simulated seconds of a client's optimizer step."""
+        return self.step_seconds.get(client, 1.0)
+
     def drawn(self, clients: int) -> int:
         """Return how many of a run's clients train at the same time, at least one."""
         return max(1, round(self.participation * clients))

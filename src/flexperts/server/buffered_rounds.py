@@ -101,7 +101,7 @@ class BufferedRounds:
 
     def _end(self, name: str, reply: Message) -> float:
         steps = int(metrics_of(reply.content)["steps"])
-        return self.server.flights[name].since + steps * self.settings.step_seconds.get(name, 1.0)
+        return self.server.flights[name].since + steps * self.settings.seconds_of_step(name)
 
     def _real(self, grid: Grid, requests: Iterator[Message]) -> dict[str, Message]:
         messages = list(requests)

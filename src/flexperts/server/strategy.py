@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -125,7 +125,9 @@ class FlexpertsStrategy(Strategy):
         if self.buffered is not None:
             self.buffered.close()
         elif isinstance(self._grid, LazyGrid):
-            self.server.clock += max((self._seconds(name, its) for name, its in log.clients.items()), default=0.0)
+            step = self.config.federation.seconds_of_step
+            turns = (its.get("steps", 0) * step(name) for name, its in log.clients.items())
+            self.server.clock += max(turns, default=0.0)
         log.clock = self.server.clock
         self.downlink.advance(before)
         self.server.round += 1
@@ -169,10 +171,6 @@ class FlexpertsStrategy(Strategy):
         log.missing = list(log.participants)
         log.late = {name: late for name in buffered.arrived if (late := log.number - buffered.sent(name)[0])}
         return replies
-
-    def _seconds(self, client: str, measures: Mapping[str, float | int]) -> float:
-        """Return the simulated seconds of a client's training."""
-        return measures.get("steps", 0) * self.config.federation.step_seconds.get(client, 1.0)
 
     def _meet(self, grid: Grid, log: RoundLog) -> None:
         """Update the members, and record who joined and left since the last round."""
