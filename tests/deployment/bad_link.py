@@ -54,25 +54,18 @@ class BadLink(RecordingProxy):
         time.sleep(seconds)
         self._gone.clear()
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                inner, _ = self._listener.accept()
-            except OSError:
-                return
-            if self._gone.is_set():
-                self.refused += 1
-                _reset(inner)
-                continue
-            outer = socket.create_connection(("127.0.0.1", self.target))
-            for end in (inner, outer):
-                end.settimeout(self.idle)
-            self._open += [inner, outer]
-            left = self._stream.randint(1, 60_000) if self._stream.random() < self.cuts else None
-            for source, sink in ((inner, outer), (outer, inner)):
-                pump = threading.Thread(target=self._carry, args=(source, sink, left), daemon=True)
-                self._threads.append(pump)
-                pump.start()
+    def _takes(self, inner: socket.socket) -> bool:
+        if not self._gone.is_set():
+            return True
+        self.refused += 1
+        _reset(inner)
+        return False
+
+    def _join(self, inner: socket.socket, outer: socket.socket) -> None:
+        left = self._stream.randint(1, 60_000) if self._stream.random() < self.cuts else None
+        for source, sink in ((inner, outer), (outer, inner)):
+            source.settimeout(self.idle)
+            self._run(self._carry, source, sink, left)
 
     def _carry(self, source: socket.socket, sink: socket.socket, left: int | None) -> None:
         with contextlib.suppress(OSError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+from collections.abc import Callable
 
 
 class RecordingProxy:
@@ -44,12 +45,24 @@ class RecordingProxy:
                 inner, _ = self._listener.accept()
             except OSError:
                 return
-            outer = socket.create_connection(("127.0.0.1", self.target))
-            self._open += [inner, outer]
-            for source, sink in ((inner, outer), (outer, inner)):
-                pump = threading.Thread(target=self._pump, args=(source, sink), daemon=True)
-                self._threads.append(pump)
-                pump.start()
+            if self._takes(inner):
+                outer = socket.create_connection(("127.0.0.1", self.target))
+                self._open += [inner, outer]
+                self._join(inner, outer)
+
+    def _takes(self, inner: socket.socket) -> bool:
+        """Return whether a connection is passed on."""
+        return True
+
+    def _join(self, inner: socket.socket, outer: socket.socket) -> None:
+        """Carry what comes at each end to the other."""
+        for source, sink in ((inner, outer), (outer, inner)):
+            self._run(self._pump, source, sink)
+
+    def _run(self, carry: Callable[..., None], *ends: object) -> None:
+        pump = threading.Thread(target=carry, args=ends, daemon=True)
+        self._threads.append(pump)
+        pump.start()
 
     def _pump(self, source: socket.socket, sink: socket.socket) -> None:
         chunks: list[bytes] = []
