@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from harness import PLAIN, TEXT, fuzz, mutated
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from safetensors.torch import save
 
 from flexperts.artifacts import RunDirectory
@@ -187,7 +189,10 @@ def test_data_files(drawn: Any, folder: Path) -> None:
 def test_names_and_paths_of_data(drawn: Any, folder: Path) -> None:
     name, train, test = drawn
     (folder / "rows.jsonl").write_bytes(JSONL)
-    for source in (train, "rows.jsonl", f"{train}/rows.jsonl"):
+    if not train:
+        with pytest.raises(ValidationError, match="it is required"):
+            DataConfig(clients={name: ClientFiles(train=train)})
+    for source in filter(None, (train, "rows.jsonl", f"{train}/rows.jsonl")):
         with patch("datasets.load_dataset", side_effect=OSError("no network")) as hub:
             try:
                 load_clients(DataConfig(clients={name: ClientFiles(train=source, test=test or "rows.jsonl")}), 0)

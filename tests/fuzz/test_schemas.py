@@ -21,6 +21,7 @@ from flexperts.client.answer import answer
 from flexperts.communication import schema
 from flexperts.communication.messages import fields_of, info_of, metrics_of, records
 from flexperts.communication.schema import Fields, checked
+from flexperts.config.federation import CompressionConfig
 from flexperts.engines.flower_private import assume_identity
 from flexperts.errors import FederationError
 from flexperts.methods.fedavg import FedAvg
@@ -173,7 +174,7 @@ class Silent:
     """A client that answers nothing: what reaches it was let through."""
 
     name = "bank"
-    config = SimpleNamespace(federation=SimpleNamespace(rounds=3))
+    config = SimpleNamespace(federation=SimpleNamespace(rounds=3), compression=CompressionConfig())
     method = SimpleNamespace(extra_rounds=lambda rounds: 1)
     last_round = 4
     observer = Observer()
