@@ -84,7 +84,15 @@ def write_weights(writer: gguf.GGUFWriter, architecture: Architecture, dtype: st
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name, tensor in architecture.tensors():
-        writer.write_tensor_data(quantize(_array(tensor), _kind(name, tensor, dtype)))
+        writer.write_tensor_data(encoded(_array(tensor), _kind(name, tensor, dtype)))
+
+
+def encoded(values: NDArray[np.float32], kind: Any) -> NDArray[Any]:
+    """Return the bytes of values in a type."""
+    # Of a block whose values are all near 0, 1 over the scale overflows; what is stored is a scale of 0.
+    with np.errstate(over="ignore", invalid="ignore"):
+        coded: NDArray[Any] = quantize(values, kind)
+    return coded
 
 
 def read_back(path: Path, architecture: Architecture, dtype: str) -> ReadBack:
