@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -36,6 +37,10 @@ collect_ignore = [] if "backend" in sys.modules else ["pretend_cuda"]
 
 # Tiny matrices gain nothing from threads, and tests that run side by side would wait for each other's.
 torch.set_num_threads(1)
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # In a shell's background job; the commands that tests stop would ignore it too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:
