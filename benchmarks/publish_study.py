@@ -18,6 +18,7 @@ import argparse
 import gzip
 import json
 import re
+import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ from flexperts.studies.finished import Finished, read_claim
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 PAGE = RESULTS / "README.md"
 SAMPLES = 3
-"""Rows of each silo that a study shows: all studies here are of synthetic or public rows."""
+"""Rows of each silo that a study of the shipped silos shows; others' data is not passed on."""
 _TABLE = re.compile(
     r"(?P<head><!-- (?P<kind>table|rounds|silos) (?P<study>[^ :]+): (?P<wanted>[^>]+) -->\n).*?"
     r"(?P<end><!-- end -->)",
@@ -166,7 +167,9 @@ def _short(value: float | None) -> float | None:
 def publish(out: Path) -> None:
     """Write a comparison's numbers and rows into the folder of its name."""
     folder = RESULTS / out.resolve().name
-    write_json(folder / "comparison.json", collect_comparison(out, samples=SAMPLES), indent=None)
+    shipped = tomllib.loads(read_claim(out)["recipe"])["data"].get("silos")
+    comparison = collect_comparison(out, samples=SAMPLES if shipped else 0)
+    write_json(folder / "comparison.json", comparison, indent=None)
     packed = gzip.compress(json.dumps(row_scores(out), separators=(",", ":")).encode(), mtime=0)
     (folder / "rows.json.gz").write_bytes(packed)
 
