@@ -1,4 +1,4 @@
-"""Put a finished comparison under docs/results: its numbers, its tables, every row's scores; and fill the page.
+"""Put a finished comparison under docs/results: its numbers, its tables, every row's scores; and fill the pages.
 
     python benchmarks/publish_study.py runs/study-silos      # a new study, or a new state of one
     python benchmarks/publish_study.py                       # only what is made from the committed numbers
@@ -6,7 +6,7 @@
 A study's folder holds comparison.json and report.md, as ``flexperts compare`` writes them, and rows.json.gz:
 entry -> seed -> client -> state -> score -> one number per scored row, in the order of the client's rows, no texts.
 
-The page docs/results/README.md holds tables made from these numbers, each between two comments, such as
+Pages under docs hold tables made from these numbers, each between two comments, such as
 ``<!-- table study-p3: rouge_l nll -->`` and ``<!-- end -->``: a study's folder, and columns out of ``COLUMNS``;
 ``<!-- rounds study-p3: nll -->``: a score after every round; or ``<!-- silos study-p3: nll -->``: a score in every
 silo, mean over seeds.
@@ -43,8 +43,8 @@ from flexperts.reports.silo_tables import harmed, silo_table
 from flexperts.studies.collect import collect_comparison
 from flexperts.studies.finished import Finished, read_claim
 
-RESULTS = Path(__file__).parents[1] / "docs" / "results"
-PAGE = RESULTS / "README.md"
+DOCS = Path(__file__).parents[1] / "docs"
+RESULTS = DOCS / "results"
 SAMPLES = 3
 """Rows of each silo that a study of the shipped silos shows; others' data is not passed on."""
 _TABLE = re.compile(
@@ -86,12 +86,16 @@ COLUMNS: dict[str, tuple[str, Callable[[Comparison, Entry], str]]] = {
     "rouge_l_difference": ("to the reference", _difference("rouge_l")),
     "nll": ("NLL", _text(lambda e: number(mean(own(e, "own", "nll")), 3))),
     "nll_difference": ("to the reference", _difference("nll")),
+    "settings": ("settings", lambda _, e: ", ".join(f"`{setting}`" for setting in e["settings"])),
     "global": ("global model: ROUGE-L, NLL", _both("global", "own")),
+    "personalized": ("personalized: ROUGE-L, NLL", _both("personalized", "own")),
+    "nll_global": ("NLL of the global model", _text(lambda e: number(mean(stat(e, "global", "own", "nll")), 3))),
     "others": ("others' rows: ROUGE-L, NLL", _both(None, "others")),
     "general_change": (
         "general NLL, minus the base's",
         _text(lambda e: interval(_general(e), 2)),
     ),
+    "received": ("received", _text(lambda e: size(e["bytes"]["downlink_per_client_per_round"]))),
     "sent": ("sent per client and round", _text(lambda e: size(e["bytes"]["uplink_per_client_per_round"]))),
     "personal": ("personal parameters", _text(lambda e: number(e["parameters"]["personal"], 0))),
     "nll_iqm": ("interquartile mean of NLL", _text(lambda e: bounded(over_silos(e, "nll").get("iqm"), 3))),
@@ -130,6 +134,12 @@ def silos(comparison: Comparison, metric: str) -> str:
 def _markdown(headings: list[str], lines: list[list[str]]) -> str:
     head = [["entry", *headings], ["---", *["---:"] * len(headings)]]
     return "".join(f"| {' | '.join(line)} |\n" for line in [*head, *lines])
+
+
+def pages() -> dict[Path, str]:
+    """Return the pages that hold tables of studies, with their texts."""
+    texts = {path: path.read_text(encoding="utf-8") for path in sorted(DOCS.rglob("*.md"))}
+    return {path: text for path, text in texts.items() if _TABLE.search(text)}
 
 
 def filled(page: str) -> str:
@@ -183,7 +193,8 @@ def main() -> None:
         publish(wanted.out)
     for path in sorted(RESULTS.glob("*/comparison.json")):
         write_text(path.with_name("report.md"), markdown_report(json.loads(path.read_text(encoding="utf-8"))))
-    write_text(PAGE, filled(PAGE.read_text(encoding="utf-8")))
+    for path, text in pages().items():
+        write_text(path, filled(text))
 
 
 if __name__ == "__main__":
