@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import math
 import re
 import tomllib
 from collections.abc import Callable, Mapping
@@ -108,9 +109,12 @@ COLUMNS: dict[str, tuple[str, Callable[[Comparison, Entry], str]]] = {
 
 
 def table(comparison: Comparison, columns: str) -> str:
-    """Return a Markdown table of entries, best ROUGE-L first."""
-    chosen = [COLUMNS[name] for name in columns.split()]
-    lines = [[entry["name"], *(text(comparison, entry) for _, text in chosen)] for entry in ordered(comparison)]
+    """Return a Markdown table of entries: best ROUGE-L first, or lowest NLL first where ROUGE-L is not shown."""
+    names, entries = columns.split(), ordered(comparison)
+    chosen = [COLUMNS[name] for name in names]
+    if "rouge_l" not in names:
+        entries.sort(key=lambda entry: mean(own(entry, "own", "nll")) or math.inf)
+    lines = [[entry["name"], *(text(comparison, entry) for _, text in chosen)] for entry in entries]
     return _markdown([heading for heading, _ in chosen], lines)
 
 
@@ -163,7 +167,7 @@ def row_scores(out: Path) -> dict[str, Any]:
     }
 
 
-def _by_state(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+def _by_state(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[float | None]]]:
     return {
         state: {score: [_short(row["scores"][state][score]) for row in rows] for score in scores}
         for state, scores in rows[0]["scores"].items()
