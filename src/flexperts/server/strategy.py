@@ -73,13 +73,17 @@ class FlexpertsStrategy(Strategy):
         self.changes = Changes(config, server, self.buffered)
         self.downlink = Downlink(config.compression, server)
         self.rounds: list[RoundLog] = list(finished)
-        self.rounds_total = config.federation.rounds + method.extra_rounds(config.federation.rounds)
+        self.rounds_total = method.total_rounds(config.federation.rounds)
         self._asked = Asked()
         self._started = 0.0
 
     def seconds(self) -> dict[str, float]:
         """Return wall time by phase, over all rounds."""
         return {phase: sum(log.seconds[phase] for log in self.rounds) for phase in ("training", "evaluation")}
+
+    def begun(self, number: int) -> RoundLog:
+        """Return the log of a round that begins."""
+        return RoundLog(number, planned=self.config.federation.rounds, total=self.rounds_total)
 
     def summary(self) -> None:
         """Print nothing: the observer shows the run."""
@@ -89,7 +93,7 @@ class FlexpertsStrategy(Strategy):
     ) -> Iterable[Message]:
         """Return one request per participant that is online, sorted by client; no two share their records."""
         self._started = time.monotonic()
-        log = RoundLog(self.server.round + 1, planned=self.config.federation.rounds)
+        log = self.begun(self.server.round + 1)
         kept = self.masked.resumed(self._masked_sum, log.number) if self._masks() else None
         self.rounds.append(log := kept or log)
         self.observer.stage(f"round {log.number} of {self.rounds_total}")
