@@ -16,6 +16,7 @@ import torch
 from flwr.app import Message
 from safetensors.torch import load_file
 
+from flexperts.artifacts import RunDirectory
 from flexperts.cli.methods import methods_page
 from flexperts.client.workspace import Workspace
 from flexperts.communication.traffic import encoded_objects
@@ -27,6 +28,7 @@ from flexperts.files import LOCK
 from flexperts.finished.trained import TrainedRun
 from flexperts.methods.registry import make_method, method_class, method_names
 from flexperts.observer import Observer
+from flexperts.status.status import RunStatus
 from flexperts.testing import METHOD_SETTINGS
 
 Recipe = Callable[..., RunConfig]
@@ -87,11 +89,20 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for k in kept for p in sorted(folder.rglob(k))}
 
 
+def looked(folder: Path) -> int:
+    """The number of rounds that ``flexperts status`` and the page of the run show."""
+    return int(RunStatus(RunDirectory.open(folder)).look()["rounds"]["planned"])
+
+
 class Copier(Observer):
-    """Copies the run as it is on disk after round 1, which is what a kill leaves."""
+    """Copies the run as it is on disk after round 1, which is what a kill leaves; keeps what is told of rounds."""
 
     def __init__(self, folder: Path, copy: Path) -> None:
-        self.folder, self.copy = folder, copy
+        self.folder, self.copy, self.told = folder, copy, set[int]()
+
+    def phase(self, name: str, clients: int, number: int = 0, rounds: int = 0) -> None:
+        if number:
+            self.told |= {rounds, looked(self.folder)}
 
     def round(self, record: Any) -> None:
         if record["number"] == 1:
@@ -117,12 +128,12 @@ def test_a_method_keeps_its_word(
     before = {n: t.clone() for n, t in workspace.base.model.state_dict().items()}
     hooks = count_hooks(workspace.base.model)
     replies = record_replies(monkeypatch)
-    summary = run_federation(
-        config, tmp_path / "whole", Copier(tmp_path / "whole", tmp_path / "broken"), workspace=workspace
-    )
+    copier = Copier(tmp_path / "whole", tmp_path / "broken")
+    summary = run_federation(config, tmp_path / "whole", copier, workspace=workspace)
 
     rounds = [json.loads(line) for line in (tmp_path / "whole" / "rounds.jsonl").read_text().splitlines()]
     assert len(rounds) >= 2
+    assert copier.told | {looked(tmp_path / "whole"), looked(tmp_path / "broken")} == {summary["rounds"]}
     for direction in ("uplink", "downlink"):
         for log in rounds:
             assert log[direction].keys() == log["declared"][direction].keys()

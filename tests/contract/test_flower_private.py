@@ -7,9 +7,12 @@ from importlib.metadata import version
 
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE, ErrorCode
 
+from flexperts.deployment.superlink_check import AHEAD, BEHIND
 from flexperts.engines.flower_private import Run, assume_identity, empty_run, stamp
 from flexperts.engines.grid import InProcessGrid
+from flexperts.server.exchange import NODE_UNAVAILABLE
 
 
 def message(node: int = 7) -> Message:
@@ -18,6 +21,11 @@ def message(node: int = 7) -> Message:
 
 def test_the_version_is_one_that_was_tested() -> None:
     assert version("flwr").startswith(("1.41.", "1.42."))
+
+
+def test_numbers_that_are_written_down_here_are_flowers() -> None:
+    assert NODE_UNAVAILABLE == ErrorCode.NODE_UNAVAILABLE
+    assert (AHEAD, BEHIND) == (SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE)
 
 
 def test_messages_can_be_built_and_stamped() -> None:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
+import openai
 import pytest
 import yaml
 from huggingface_hub.utils import close_session
+from tests.serving.test_serve_command import started
 
 from flexperts import PersonalModel
+from flexperts.cli import serve
 from flexperts.cli.main import main
 from flexperts.config.run import RunConfig
 from flexperts.engines.run import run_federation
+from flexperts.serving.contract import Piece, Sampling
 
 from .fake_hub import TOKEN, FakeHub, Repository, running
 from .test_export import SHORT
@@ -142,6 +150,63 @@ def test_generate_reads_a_folder(
     ask("export", run, *words, "--to", tmp_path / "out")
     there = ask("generate", tmp_path / "out", "Say hi.", "--max-tokens", "6", *options)
     assert there == ask("generate", run, "Say hi.", "--client", "clinic", "--state", state, "--max-tokens", "6")
+
+
+@pytest.mark.usefixtures("exports_checked_here")
+def test_the_server_answers_from_the_hub_as_the_run_does(
+    run: Path, hub: FakeHub, ask: Ask, tiny_base: Path
+) -> None:
+    """Rows of different lengths together; the questions of `generate` one by one."""
+    words = ("export", run, "--client", "clinic", "--form", "personal")
+    ask(*words, "--push", "ward/clinic", "--yes")
+    questions = ["Say hi.", "Name three items, and say which one is the largest.", "Why?"]
+    wanted = [ask("generate", run, q, "--client", "clinic", "--max-tokens", "6").rstrip("\n") for q in questions]
+    clients, recipe, load = serve._of_exported("hub:ward/clinic", str(tiny_base), False)
+    assert (clients, recipe) == ({"clinic"}, None)
+    with closing(load(max_rows=4, max_tokens=4096, max_clients=None)) as engine:
+        [model] = engine.models
+        assert str(model) == "clinic"
+        ended, answers = threading.Semaphore(0), [""] * len(questions)
+
+        def hear(number: int, piece: Piece) -> None:
+            answers[number] += piece.text
+            if piece.finish:
+                ended.release()
+
+        for number, question in enumerate(questions):
+            prompt = engine.prompt_tokens([{"role": "user", "content": question}], model)
+            engine.submit(model, prompt, Sampling(6), partial(hear, number))
+        for _ in questions:
+            assert ended.acquire(timeout=60)
+        assert engine.counters.failed == 0
+    assert [cut(answer) for answer in answers] == [cut(answer) for answer in wanted]
+    assert len(set(answers)) > 1
+
+
+def cut(answer: str) -> str:
+    """The answer alone, without the line on stderr that it was cut."""
+    return answer.partition("[cut at")[0].strip()
+
+
+@pytest.mark.usefixtures("exports_checked_here")
+def test_the_command_serves_a_folder(run: Path, ask: Ask, tmp_path: Path) -> None:
+    ask("export", run, "--form", "merged", "--to", tmp_path / "all")
+    question: Any = [{"role": "user", "content": "Say hi."}]
+    with started(tmp_path, tmp_path / "all") as server:
+        (key,) = re.findall(r"key until then: (\S+)", server.said())
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key=key) as client:
+            assert [model.id for model in client.models.list()] == ["all"]
+            answer = client.chat.completions.create(model="all", messages=question, max_tokens=6)
+    there = ask("generate", tmp_path / "all", "Say hi.", "--max-tokens", "6")
+    assert (answer.choices[0].message.content or "").strip() == cut(there)
+
+
+def test_a_newcomer_cannot_join_from_a_model(ask: Ask, tmp_path: Path) -> None:
+    for place in ("hub:ward/clinic", tmp_path):
+        (tmp_path / "adapter_config.json").write_text("{}")
+        said = ask("join", place, "--data", "rows.jsonl", code=2)
+        assert f"error: {place}: an exported model has no recipe" in said
+        assert "ask the run's operator for config.toml" in said
 
 
 def test_mistakes_are_refused_before_anything_is_loaded(run: Path, hub: FakeHub, ask: Ask, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from flexperts.observer import Observer
 from flexperts.parameters.vector import Payload, Vector
 from flexperts.seeding import generator
 from flexperts.server.checkpoint import load_server
+from flexperts.server.exchange import NODE_UNAVAILABLE
 from flexperts.server.serve import serve
 
 LORA = "base_model.model.layers.0.q_proj"
@@ -159,7 +160,16 @@ def drop(request: Message, reply: Message) -> list[Message]:
 
 def dead(request: Message, reply: Message) -> list[Message]:
     """What the SuperLink answers for a node that has died: an error from node 1."""
-    error = Message(Error(3, "Node Unavailable"), reply_to=request)
+    return _of_superlink(request, 3)
+
+
+def unreachable(request: Message, reply: Message) -> list[Message]:
+    """The same once it has sent no heartbeat for a minute."""
+    return _of_superlink(request, NODE_UNAVAILABLE)
+
+
+def _of_superlink(request: Message, code: int) -> list[Message]:
+    error = Message(Error(code, "Node Unavailable"), reply_to=request)
     error.metadata.__dict__["_src_node_id"] = 1
     return [error]
 
@@ -200,6 +210,10 @@ class Watch(Observer):
         self.after = after
         self.refusals: list[tuple[str, str]] = []
         self.stages: list[str] = []
+        self.notices: list[str] = []
+
+    def notice(self, text: str) -> None:
+        self.notices.append(text)
 
     def refused(self, client: str, reason: str) -> None:
         self.refusals.append((client, reason))

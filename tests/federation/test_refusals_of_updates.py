@@ -28,7 +28,20 @@ from flexperts.server.checkpoint import load_server
 from flexperts.server.round_log import RoundLog
 from flexperts.terminal.display import RunDisplay
 
-from .scripted_grid import START, Fault, ScriptedGrid, Silo, Watch, answered, changed, dead, drop, expected, run_on
+from .scripted_grid import (
+    START,
+    Fault,
+    ScriptedGrid,
+    Silo,
+    Watch,
+    answered,
+    changed,
+    dead,
+    drop,
+    expected,
+    run_on,
+    unreachable,
+)
 
 Recipe = Callable[..., RunConfig]
 THREE = ("method.name=fedavg", "federation.rounds=3", "federation.deadline=50", "federation.max_share=1")
@@ -132,6 +145,21 @@ def test_a_bad_update_is_refused_by_name_and_the_round_is_that_of_the_others(
     everyone = (a, b, c)
     assert server.shared.vector.tobytes() == expected([everyone, (a, c), everyone]).tobytes()
     assert sorted(RunDirectory(tmp_path / "run").summary()["clients"]) == ["a", "b", "c"]
+
+
+def test_a_silo_that_cannot_be_reached_is_missing_and_its_round_is_that_of_the_others(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    """The SuperLink says so after a minute, long before most deadlines; the silo itself has said nothing wrong."""
+    a, b, c = silos()
+    grid, watch = ScriptedGrid(a, b, c), Watch()
+    grid.faults["train", 2, "b"] = unreachable
+    server, rounds = run_on(grid, recipe(*THREE), tmp_path / "run", watch)
+    assert [r["missing"] for r in rounds] == [[], ["b"], []]
+    assert [r["refused"] for r in rounds] == [{}, {}, {}]
+    assert "round 2: b cannot be reached" in watch.notices
+    everyone = (a, b, c)
+    assert server.shared.vector.tobytes() == expected([everyone, (a, c), everyone]).tobytes()
 
 
 def test_personal_bytes_are_counted_though_the_update_is_refused(recipe: Recipe, tmp_path: Path) -> None:
@@ -308,6 +336,7 @@ def test_a_method_that_asks_nobody_has_no_quorum(recipe: Recipe, tmp_path: Path)
     [
         (drop, "did not answer in time"),
         (dead, "Node Unavailable"),
+        (unreachable, "b cannot be reached"),
         (FAULTS["error"][0], "no space"),
         (changed(info={"round": 2}), "b answers to round 2: this is round 3"),
         (changed(info={"client": "c"}), "answers as c"),

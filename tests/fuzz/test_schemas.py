@@ -175,7 +175,7 @@ class Silent:
 
     name = "bank"
     config = SimpleNamespace(federation=SimpleNamespace(rounds=3), compression=CompressionConfig())
-    method = SimpleNamespace(extra_rounds=lambda rounds: 1)
+    method = SimpleNamespace(total_rounds=lambda rounds: rounds + 1)
     last_round = 4
     observer = Observer()
 

@@ -14,6 +14,11 @@ import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
 
 from flexperts import __version__
 from flexperts.artifacts import RunDirectory
@@ -35,6 +40,7 @@ from flexperts.testing import save_tiny_base
 
 HERE = Path(__file__).parent
 RUN, SILO = "0123456789abcdef" * 2, "clinic"
+AGREEMENT = json.dumps({SILO: None})
 _RECIPE = """
 [model]
 base = "tiny"
@@ -110,27 +116,57 @@ def _digest(values: Any) -> str:
     return hashlib.sha256(values.tobytes()).hexdigest()
 
 
-def record(folder: Path) -> None:
-    """Write a version's files and what is read of them."""
+def prepare(folder: Path) -> None:
+    """Make the base, the rows and the silo's file in a folder, and change to it."""
     os.chdir(folder)
     save_tiny_base(Path("tiny"), max_position_embeddings=1024)
     write_silos(Path("rows"), 0, 8, 4)
-    config = parse_recipe(_RECIPE)
-    run_federation(config, "run")
     Path("silo.toml").write_text(_SILO)
-    worker, recipe = Worker(load_silo("silo.toml")), at_silos(config).to_toml()
 
-    def ask(kind: str, content: Any) -> Any:
-        fields, reply = deserialize(worker.reply(serialize({"kind": kind, "run": RUN, "recipe": recipe}, content)))
-        assert fields == {}, fields
-        return reply
 
-    agreement = json.dumps({SILO: None})
-    ask("query.join", records({}))
-    payload = payload_of(ask("query.initial", records({"agreement": agreement})), SILO)
-    request = {"round": 1, "agreement": agreement}
-    ask("train", records(request, payload=payload))
-    ask("evaluate", records(request | {"states": ["global", "personalized"], "answers": False}, payload=payload))
+def ask(worker: Worker, kind: str, content: Any) -> Any:
+    """Return a worker's reply; both rounds of the recipe are asked."""
+    recipe = at_silos(parse_recipe(_RECIPE)).to_toml()
+    fields, reply = deserialize(worker.reply(serialize({"kind": kind, "run": RUN, "recipe": recipe}, content)))
+    assert fields == {}, fields
+    return reply
+
+
+def continued() -> dict[str, torch.Tensor]:
+    """Go on with the run in ``run`` and the silo in ``state``, a round each, and return the weights after it.
+
+    Noise is of a fixed seed, since that of the operating system is another one each time.
+    """
+
+    def gaussian(size: int, std: float) -> Any:
+        return np.random.default_rng(size).normal(0.0, std, size).astype(np.float32)
+
+    with patch("flexperts.protection.noise.gaussian", gaussian):
+        run_federation(parse_recipe(_RECIPE, ["federation.rounds=3"]), "run", resume=True)
+        worker = Worker(load_silo("silo.toml"))
+        payload = payload_of(ask(worker, "query.initial", records({"agreement": AGREEMENT})), SILO)
+        reply = ask(worker, "train", records({"round": 2, "agreement": AGREEMENT}, payload=payload))
+    found = {"run.shared": load_server(Path("run/checkpoint.safetensors")).shared.vector}
+    found["silo.sent"] = payload_of(reply, SILO).vector
+    tensors = {name: torch.from_numpy(vector.copy()) for name, vector in found.items()}
+    for place in (Path("run"), Path("state/runs") / RUN):
+        personal, meta = load_personal(place / "personal" / f"{SILO}.safetensors")
+        assert meta.round == (3 if place == Path("run") else 2)
+        tensors |= {f"{place.parts[0]}.{name}": tensor for name, tensor in personal.items()}
+    return tensors
+
+
+def record(folder: Path) -> None:
+    """Write a version's files, what is read of them, and how they go on."""
+    prepare(folder)
+    run_federation(parse_recipe(_RECIPE), "run")
+    worker = Worker(load_silo("silo.toml"))
+    ask(worker, "query.join", records({}))
+    payload = payload_of(ask(worker, "query.initial", records({"agreement": AGREEMENT})), SILO)
+    request = {"round": 1, "agreement": AGREEMENT}
+    ask(worker, "train", records(request, payload=payload))
+    scored = request | {"states": ["global", "personalized"], "answers": False}
+    ask(worker, "evaluate", records(scored, payload=payload))
 
     version = HERE / __version__
     version.mkdir()
@@ -142,6 +178,7 @@ def record(folder: Path) -> None:
         "state", version / "state", ignore=shutil.ignore_patterns("worker.*", "requests.jsonl", "predictions")
     )
     write_json(version / "found.json", found(version), indent=1)
+    save_file(continued(), version / "continued.safetensors")
 
 
 if __name__ == "__main__":

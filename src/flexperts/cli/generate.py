@@ -13,6 +13,7 @@ from flexperts.environment import DEVICE
 
 if TYPE_CHECKING:
     from flexperts.evaluation.generation import Answer
+    from flexperts.export.opened import ExportedFolder
 
 About = Annotated[str, typer.Option("--context", help="Passage that the instruction is about.")]
 StateOption = Annotated[
@@ -35,6 +36,24 @@ Trust = Annotated[
 _HUB = "hub:"
 _EXPORTED = ("config.json", "adapter_config.json")
 """Files that an exported folder has, and a run directory has not."""
+
+
+def is_exported(place: str) -> bool:
+    """Return whether an argument names an exported folder, on this machine or on the hub, and not a run."""
+    return place.startswith(_HUB) or any((Path(place) / name).is_file() for name in _EXPORTED)
+
+
+def open_exported(place: str, base: str | None, *, trust: bool) -> ExportedFolder:
+    """Return an exported folder; one on the hub is fetched."""
+    from flexperts.export.hub import fetched, folder_name
+    from flexperts.export.opened import ExportedFolder
+
+    if not place.startswith(_HUB):
+        return ExportedFolder(Path(place), base, None, trust_remote_code=trust)
+    repository = place.removeprefix(_HUB)
+    folder = ExportedFolder(fetched(repository), base, None, trust_remote_code=trust)
+    folder.name = str(folder.about.get("client", folder_name(repository)))
+    return folder
 
 
 def _compute_on(device: str | None) -> None:
@@ -117,7 +136,7 @@ def command(
     from flexperts.errors import ConfigError
 
     path, asked = Path(run), dict[str, Any](before=before, plain=text)
-    exported = run.startswith(_HUB) or any((path / name).is_file() for name in _EXPORTED)
+    exported = is_exported(run)
     if exported and not (client is None and state is None):
         rule = "an exported folder holds one model, in one state"
         raise ConfigError(f"--client {client}, --state {state}", rule, "leave them out")
@@ -130,12 +149,9 @@ def command(
 
     with showing_stages() as display:
         if exported:
-            from flexperts.export.hub import fetched
-            from flexperts.export.opened import ExportedFolder
             from flexperts.finished.trained import prompt_of
 
-            folder = fetched(run.removeprefix(_HUB)) if run.startswith(_HUB) else path
-            model = ExportedFolder(folder, base, None, trust_remote_code=trust)
+            model = open_exported(run, base, trust=trust)
             prompt = prompt_of(model.encoder, instruction, context, **asked)
             display.stage("answering")
             [answer] = model.answers([prompt], max_tokens, None)

@@ -68,13 +68,13 @@ def standing(out: Path, again: str) -> str:
 
 
 def _rounds(run: Any) -> str:
-    import tomllib
-
+    from flexperts.methods.registry import total_rounds
+    from flexperts.recipe import recorded_recipe
     from flexperts.server.checkpoint import saved_round
 
-    settings = tomllib.loads(run.config_toml)
-    rounds, method = settings["federation"]["rounds"], settings["method"]["name"]
-    return f"{saved_round(run.checkpoint)} of {rounds} rounds of {method}"
+    recipe = recorded_recipe(run.path)
+    rounds = total_rounds(recipe.method, recipe.federation.rounds)
+    return f"{saved_round(run.checkpoint)} of {rounds} rounds of {recipe.method.name}"
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -8,12 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from flexperts.cli.data import ColumnsOption, columns_given
-from flexperts.cli.generate import Base, Device, Trust
+from flexperts.cli.generate import Base, Device, Trust, is_exported
 from flexperts.cli.interrupted import stoppable
 
 
 def command(
-    run: Annotated[Path, typer.Argument(help="Run directory of a finished run.")],
+    run: Annotated[str, typer.Argument(help="Run directory of a finished run.")],
     data: Annotated[
         str, typer.Option(help="The new silo's rows: .jsonl, .json, .csv, .tsv, .parquet or hub:ORG/NAME.")
     ],
@@ -49,8 +49,15 @@ def command(
 ) -> None:
     """Add a new silo to a finished run: its personal part is trained, the shared weights do not change."""
     from flexperts.artifacts import RunDirectory
+    from flexperts.errors import ArtifactError
 
-    summary = RunDirectory.open(run).summary()  # refuse a wrong path before anything heavy loads
+    if is_exported(run):
+        raise ArtifactError(
+            run,
+            "an exported model has no recipe and no state of the server, from which a newcomer starts",
+            "ask the run's operator for config.toml, run_id, summary.json, shared/ and checkpoint.safetensors",
+        )
+    summary = RunDirectory.open(Path(run)).summary()  # refuse a wrong path before anything heavy loads
 
     from flexperts.terminal.display import RunDisplay, cut_line
 

@@ -1,4 +1,4 @@
-"""`flexperts serve`: a finished run's models over HTTP, with a chat page."""
+"""`flexperts serve`: a finished run's models, or an exported one, over HTTP, with a chat page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexperts.cli.generate import Base, Device, Trust
+from flexperts.cli.generate import Base, Device, Trust, is_exported, open_exported
 from flexperts.errors import optional
 from flexperts.serving.http.settings import Address, Limits
 
@@ -56,7 +56,13 @@ _PrivateKey = Annotated[Path | None, typer.Option(metavar="PEM", help="The certi
 
 
 def command(
-    run: Annotated[str, typer.Argument(help="Run directory; with --silo, the id of a run that the silo keeps.")],
+    run: Annotated[
+        str,
+        typer.Argument(
+            help="Run directory; with --silo, the id of a run that the silo keeps; or an exported folder, or "
+            "hub:OWNER/NAME for one on the hub."
+        ),
+    ],
     silo: _Silo = None,
     base: Base = None,
     device: Device = None,
@@ -87,10 +93,13 @@ def command(
     timeout: Annotated[float, typer.Option(min=1, help="Most seconds for one answer.")] = Limits.seconds,
     grace: Annotated[int, typer.Option(min=0, help="Seconds to finish open requests when stopped.")] = 30,
 ) -> None:
-    """Serve all models of a run from one resident base: OpenAI's API under /v1, a chat page at /."""
+    """Serve all models of a run from one resident base, or an exported model: OpenAI's API, and a chat page."""
     from flexperts.serving.http import keys as keys_of
 
-    clients, recipe, load = _at_silo(silo, run, base) if silo else _of_run(Path(run), base, trust)
+    if silo:
+        clients, recipe, load = _at_silo(silo, run, base)
+    else:
+        clients, recipe, load = (_of_exported if is_exported(run) else _of_run)(run, base, trust)
     if make_keys:
         _print_keys(make_keys, keys_of.make_keys(make_keys, clients))
         return
@@ -100,7 +109,7 @@ def command(
     limits = Limits(
         max_queue, per_client, max_tokens, max_prompt, max_body, timeout, max_prompt_bytes, max_connections
     )
-    if preflight:
+    if preflight and recipe is not None:
         from flexperts.terminal.preflight import clients_in_memory
 
         max_clients = clients_in_memory(recipe(), clients, max_clients, max_rows=max_rows, max_tokens=batch_tokens)
@@ -109,14 +118,28 @@ def command(
     _serve(lambda: load(**sizes), ring, key, address, limits, grace)
 
 
-_Opened = tuple[Collection[str], Callable[[], "RunConfig"], Callable[..., "Engine"]]
-"""Names of clients, a function that reads their run's recipe, and one that loads their models."""
+_Opened = tuple[Collection[str], Callable[[], "RunConfig"] | None, Callable[..., "Engine"]]
+"""Names of clients, a function that reads their run's recipe if they have one, and one that loads their models."""
 
 
-def _of_run(path: Path, base: str | None, trust: bool) -> _Opened:
+def _of_exported(place: str, base: str | None, trust: bool) -> _Opened:
+    """Open an exported folder."""
+    folder = open_exported(place, base, trust=trust)
+
+    def load(*, max_clients: int | None, **sizes: Any) -> Engine:
+        from flexperts.export.served import ExportedModel
+        from flexperts.serving.engine.engine import ServingEngine
+
+        return ServingEngine(ExportedModel(folder), **sizes)
+
+    return {folder.name}, None, load
+
+
+def _of_run(run: str, base: str | None, trust: bool) -> _Opened:
     """Open a run."""
     from flexperts.artifacts import RunDirectory
 
+    path = Path(run)
     directory = RunDirectory.open(path)
 
     def recipe() -> RunConfig:

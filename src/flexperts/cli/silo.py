@@ -67,6 +67,10 @@ def check(
         Path | None,
         typer.Option(help="Recipe of the planned run.", show_default="default settings"),
     ] = None,
+    superlink: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Also connect to this SuperLink, and compare clocks.")
+    ] = None,
+    root_certificates: Annotated[Path, typer.Option(help="With --superlink: the CA's file.")] = Path("ca.crt"),
 ) -> None:
     """Read and encode the silo's rows as a run does, without the base's weights, and report all errors."""
     from flexperts.cli.checking import caught, checked, print_report, raise_last
@@ -84,6 +88,8 @@ def check(
     wrong += caught(_show_policy, settings, planned if recipe else None)
     wrong += caught(_show_state, settings)
     wrong += caught(_show_identity, settings)
+    if superlink is not None:
+        wrong += caught(_show_superlink, superlink, root_certificates)
     raise_last(wrong)
 
 
@@ -138,6 +144,12 @@ def _show_identity(settings: SiloConfig) -> None:
         return
     identity = identity_key(identity_of(identity_file(state))).hex()
     typer.echo(f"identity for secure aggregation: {identity}, for comparing by phone: {fingerprint(identity)}")
+
+
+def _show_superlink(superlink: str, certificates: Path) -> None:
+    from flexperts.deployment.superlink_check import check_superlink
+
+    typer.echo(check_superlink(superlink, certificates))
 
 
 @app.command("units")

@@ -244,8 +244,7 @@ class Client:
     @property
     def last_round(self) -> int:
         """The run's last round, with the method's extra ones."""
-        rounds = self.config.federation.rounds
-        return rounds + self.method.extra_rounds(rounds)
+        return self.method.total_rounds(self.config.federation.rounds)
 
     def _ends(self, request: Request) -> bool:
         """Return whether the client chooses what it keeps now."""

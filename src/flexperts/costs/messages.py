@@ -123,8 +123,7 @@ class Encoded:
         return self._is_last(number) or bool(every and number % every == 0)
 
     def _is_last(self, number: int) -> bool:
-        rounds = self.config.federation.rounds
-        return number == rounds + self.method.extra_rounds(rounds)
+        return number == self.method.total_rounds(self.config.federation.rounds)
 
     def training(
         self,

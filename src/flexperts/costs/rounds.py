@@ -97,7 +97,7 @@ def planned_rounds(model: ClientModel, sites: dict[str, PlannedSite]) -> list[Ro
     drawn = sorted(sites)[: federation.drawn(len(sites))]
     downlink, encoded = PlannedDownlink(model.config, server, initial), Encoded(model)
     rounds = []
-    for number in range(1, federation.rounds + method.extra_rounds(federation.rounds) + 1):
+    for number in range(1, method.total_rounds(federation.rounds) + 1):
         participants = sorted(method.participants(server, drawn))
         answering = participants[: federation.buffer]
         asked = participants if number == 1 else answering

@@ -54,7 +54,7 @@ def check_recipe(policy: SiloPolicy, config: RunConfig, method: Method) -> None:
         method: The recipe's method.
     """
     federation, privacy, evaluation = config.federation, config.privacy, config.evaluation
-    rounds = federation.rounds + method.extra_rounds(federation.rounds)
+    rounds = method.total_rounds(federation.rounds)
     evaluations = -(-rounds // evaluation.every) if evaluation.every else 1
     least, most = policy.min_noise_multiplier or 0, policy.max_evaluations or evaluations
     few = policy.scores and evaluation.rows is not None and evaluation.rows < policy.min_score_rows

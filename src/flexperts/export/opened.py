@@ -13,6 +13,7 @@ from peft import PeftModel
 
 from flexperts.config.data import Template
 from flexperts.config.model import ModelConfig
+from flexperts.config.names import normal
 from flexperts.data.prompts import PromptEncoder
 from flexperts.errors import ArtifactError, ConfigError
 from flexperts.evaluation.generation import Answer
@@ -46,6 +47,8 @@ class ExportedFolder:
         self.about: dict[str, Any] = mapping(about, read_json(about)) if about.is_file() else {}
         """Whose model it is, in which state, and on which base; empty where the form does not say."""
         self.state = str(self.about.get("state", "exported"))
+        self.name = normal(str(self.about.get("client", folder.resolve().name)))
+        """The client whose model it is, or the folder's name."""
         if not self._whole and not (folder / "adapter_model.safetensors").is_file():
             raise ArtifactError(
                 f"{folder}",
@@ -87,7 +90,7 @@ class ExportedFolder:
         return loaded
 
     def _settings(self, base: str) -> ModelConfig:
-        known = {"base": base, "dtype": self._dtype, "precision": _PRECISIONS[self._dtype]}
+        known = {"base": base, "dtype": self._dtype, "precision": self.precision}
         return ModelConfig.model_validate(known | {"trust_remote_code": self._trusted})
 
     @cached_property
@@ -113,9 +116,9 @@ class ExportedFolder:
             prompts,
             _LONGEST if limit is None else limit,
             _BATCH if batch is None else batch,
-            precision=_PRECISIONS[self._dtype],
+            precision=self.precision,
             on_batch=None,
-            owner=str(self.about.get("client", self.place.name)),
+            owner=self.name,
             state=self.state,
         )
 
@@ -123,6 +126,11 @@ class ExportedFolder:
     def in_use(self) -> Iterator[Any]:
         """Yield the torch model."""
         yield self._loaded.model
+
+    @property
+    def precision(self) -> Precision:
+        """The precision in which the model computes."""
+        return _PRECISIONS[self._dtype]
 
     def write(self, folder: Path, form: str | None) -> None:
         """Copy the folder; another form is refused."""

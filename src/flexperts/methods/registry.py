@@ -155,6 +155,19 @@ def make_method(config: MethodConfig) -> Method:
         raise ConfigError("method.options", _offences(error, method), "change them in the recipe") from error
 
 
+def total_rounds(config: MethodConfig, rounds: int) -> int:
+    """Return how many rounds a run has in all; of a method that this process does not know, the recipe's alone.
+
+    Args:
+        config: The recipe's method.
+        rounds: The recipe's rounds.
+    """
+    try:
+        return make_method(config).total_rounds(rounds)
+    except ConfigError:
+        return rounds
+
+
 def _offences(error: ValidationError, method: type[Method]) -> str:
     known = sorted(method.Options.model_fields)
     parts = []

@@ -8,7 +8,10 @@ from flwr.app import Message, Metadata, RecordDict
 from flwr.serverapp import Grid
 
 from flexperts.communication.messages import info_of
-from flexperts.errors import one_line
+from flexperts.errors import FederationError, one_line
+
+NODE_UNAVAILABLE = 5
+"""Flower's code of the error."""
 
 
 class LazyGrid(Grid):
@@ -62,3 +65,17 @@ def error_of(reply: Message) -> str | None:
     except (KeyError, TypeError, ValueError):
         return None  # the caller reads the reply next and reports what is wrong with it
     return None if told is None else one_line(told if isinstance(told, str) else "") or "error"
+
+
+def is_unreachable(reply: Message) -> bool:
+    """Return whether this is the SuperLink's reply for a node that it has not heard of for about a minute."""
+    return reply.has_error() and reply.error.code == NODE_UNAVAILABLE
+
+
+def check_no_error(name: str, reply: Message) -> None:
+    """Raise a FederationError for an error reply, whether it is the client's or Flower's."""
+    if is_unreachable(reply):
+        rule = "the SuperLink has not heard of its SuperNode for about a minute"
+        raise FederationError(f"{name} cannot be reached", rule, "look at its network and its SuperNode's log")
+    if (error := error_of(reply)) is not None:
+        raise FederationError(f"{name} answers with an error", error, "see that silo's log")

@@ -24,7 +24,7 @@ from flexperts.errors import FederationError, incompatible, one_line
 from flexperts.files import damaged
 from flexperts.parameters.vector import Payload, Vector
 from flexperts.protection.secure import rules_of
-from flexperts.server.exchange import Asked, error_of, request, sendable
+from flexperts.server.exchange import Asked, check_no_error, request, sendable
 from flexperts.server.membership import Membership
 from flexperts.server.round_log import RoundLog
 
@@ -231,8 +231,7 @@ class MaskedRounds:
 
 def _fields(name: str, reply: Message) -> KeysFields:
     """Return an answer to a request for keys and shares."""
-    if (error := error_of(reply)) is not None:
-        raise FederationError(f"{name} answers with an error", error, "see that silo's log")
+    check_no_error(name, reply)
     try:
         check_size(reply.content, 2 * LONGEST_TEXT, name)
         check_records(reply.content, name, "info", "metrics")

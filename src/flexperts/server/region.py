@@ -154,7 +154,7 @@ class Region:
         asked, strategy = fields_of(content, EvaluateRequest, _ROOT), self.strategy
         if self.server.round < asked.round:  # the region was not drawn, or did not train
             self._catch_up(asked.round - 1)
-            strategy.rounds.append(RoundLog(asked.round, planned=self.config.federation.rounds))
+            strategy.rounds.append(strategy.begun(asked.round))
             self.server.round = asked.round
         self.server.shared = self._weights(content)
         replies = self.grid.send_and_receive(
@@ -172,7 +172,7 @@ class Region:
         rounds = self.strategy.rounds
         for number in range(self.run.written_rounds() + 1, until + 1):
             if number > len(rounds):
-                rounds.append(RoundLog(number, planned=self.config.federation.rounds))
+                rounds.append(self.strategy.begun(number))
             self.run.append_round(vars(rounds[number - 1]))
         self.server.round = max(until, self.server.round)
         save_server(self.run.checkpoint, self.server)

@@ -45,6 +45,7 @@ class RoundLog:
             on other machines.
         planned: The run's planned number of rounds when this one began; the learning rate's cosine is over it.
             0 in rounds of earlier versions.
+        total: The same with the method's extra rounds. 0 in rounds of earlier versions.
     """
 
     number: int
@@ -70,6 +71,7 @@ class RoundLog:
     late: dict[str, int] = field(default_factory=dict)
     clock: float = 0.0
     planned: int = 0
+    total: int = 0
 
     def declare(self, direction: str, client: str, manifest: Manifest) -> None:
         """Record the sizes of a client's payload, as the method declares them."""

@@ -24,7 +24,7 @@ from flexperts.config.federation import FederationConfig
 from flexperts.errors import FederationError, FlexpertsError, incompatible, one_line
 from flexperts.methods.kit.server_state import Server
 from flexperts.parameters.vector import Payload
-from flexperts.server.exchange import Asked, LazyGrid, error_of, request, sendable
+from flexperts.server.exchange import Asked, LazyGrid, check_no_error, error_of, request, sendable
 from flexperts.server.membership import Membership
 
 
@@ -188,8 +188,7 @@ def _read_initial(name: str, replies: list[Message], most: int) -> Initial:
 @contextmanager
 def _reading(name: str, reply: Message) -> Iterator[None]:
     """Refuse an error reply, and turn whatever is wrong with a reply into an error that names the client."""
-    if (told := error_of(reply)) is not None:
-        raise FederationError(f"{name} answers with an error", told, "see that silo's log")
+    check_no_error(name, reply)
     try:
         yield
     except FlexpertsError as fault:

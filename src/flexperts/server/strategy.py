@@ -33,7 +33,7 @@ from flexperts.server.changes import Changes
 from flexperts.server.checkpoint import save_server
 from flexperts.server.downlink import Downlink
 from flexperts.server.enrolment import enrol_fitting
-from flexperts.server.exchange import Asked, LazyGrid, error_of, request, sendable
+from flexperts.server.exchange import Asked, LazyGrid, check_no_error, error_of, is_unreachable, request, sendable
 from flexperts.server.masked_rounds import MaskedRounds
 from flexperts.server.membership import Membership
 from flexperts.server.round_log import RoundLog
@@ -73,13 +73,17 @@ class FlexpertsStrategy(Strategy):
         self.changes = Changes(config, server, self.buffered)
         self.downlink = Downlink(config.compression, server)
         self.rounds: list[RoundLog] = list(finished)
-        self.rounds_total = config.federation.rounds + method.extra_rounds(config.federation.rounds)
+        self.rounds_total = method.total_rounds(config.federation.rounds)
         self._asked = Asked()
         self._started = 0.0
 
     def seconds(self) -> dict[str, float]:
         """Return wall time by phase, over all rounds."""
         return {phase: sum(log.seconds[phase] for log in self.rounds) for phase in ("training", "evaluation")}
+
+    def begun(self, number: int) -> RoundLog:
+        """Return the log of a round that begins."""
+        return RoundLog(number, planned=self.config.federation.rounds, total=self.rounds_total)
 
     def summary(self) -> None:
         """Print nothing: the observer shows the run."""
@@ -89,7 +93,7 @@ class FlexpertsStrategy(Strategy):
     ) -> Iterable[Message]:
         """Return one request per participant that is online, sorted by client; no two share their records."""
         self._started = time.monotonic()
-        log = RoundLog(self.server.round + 1, planned=self.config.federation.rounds)
+        log = self.begun(self.server.round + 1)
         kept = self.masked.resumed(self._masked_sum, log.number) if self._masks() else None
         self.rounds.append(log := kept or log)
         self.observer.stage(f"round {log.number} of {self.rounds_total}")
@@ -346,7 +350,13 @@ class FlexpertsStrategy(Strategy):
         return rows
 
     def _usable(self, name: str, reply: Message, log: RoundLog) -> Update | None:
-        """Return a reply's update and record its measures; if it is refused, record why and return None."""
+        """Return a reply's update and record its measures; if it is refused, record why and return None.
+
+        A client that cannot be reached has sent nothing, and stays missing.
+        """
+        if is_unreachable(reply) and name in log.missing:
+            self.observer.notice(f"round {log.number}: {name} cannot be reached")
+            return None
         if name in log.missing:
             log.missing.remove(name)
         try:
@@ -375,8 +385,7 @@ class FlexpertsStrategy(Strategy):
 
     def _check_turn(self, name: str, reply: Message, wanted: Iterable[str], already: Iterable[str]) -> None:
         """Refuse an error reply, and a client that was not asked or has answered already."""
-        if (error := error_of(reply)) is not None:
-            raise FederationError(f"{name} answers with an error", error, "see that silo's log")
+        check_no_error(name, reply)
         if name not in wanted:
             raise FederationError(f"a reply of {name}", "this client was not asked", "see that silo's log")
         if name in already:

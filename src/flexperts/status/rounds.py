@@ -89,7 +89,7 @@ def _round(record: Mapping[str, Any]) -> dict[str, Any]:
     finite = bool(losses) and None not in losses
     return {
         "number": record["number"],
-        "planned": record["planned"],
+        "planned": record.get("total") or record["planned"],  # earlier versions wrote no total
         "used": len(record["clients"]),
         "drawn": len(record["participants"]),
         "missing": len(record["missing"]),

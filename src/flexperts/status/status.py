@@ -11,6 +11,7 @@ from typing import Any
 from flexperts.artifacts import RunDirectory
 from flexperts.errors import printable
 from flexperts.files import writer
+from flexperts.methods.registry import total_rounds
 from flexperts.recipe import recorded_recipe
 from flexperts.status.rounds import FinishedRounds
 
@@ -37,9 +38,9 @@ class RunStatus:
 
         Returns:
             ``state`` ("running", "stopped", "finished") and ``writer``, the process that writes it, if there is
-            one; ``rounds`` done and planned; ``round_seconds``, the mean of the last rounds; ``seconds_since`` the
-            last round; ``bytes`` up and down of all rounds; ``epsilon`` after the last one, None without noise;
-            ``silos`` and ``last_rounds`` as in the tables.
+            one; ``rounds`` done and planned, with the method's extra ones; ``round_seconds``, the mean of the last
+            ones; ``seconds_since`` the last round; ``bytes`` up and down of all rounds; ``epsilon`` after the last
+            one, None without noise; ``silos`` and ``last_rounds`` as in the tables.
         """
         self._finished.look()
         written = self._finished.changed_at
@@ -84,9 +85,10 @@ class RunStatus:
 
     def _totals(self) -> dict[str, Any]:
         rounds = self._finished.rounds
-        planned = rounds[-1]["planned"] if rounds else self._recipe.federation.rounds
+        recipe = self._recipe
+        planned = rounds[-1]["planned"] if rounds else total_rounds(recipe.method, recipe.federation.rounds)
         return {
-            "method": self._recipe.method.name,
+            "method": recipe.method.name,
             "rounds": {"done": len(rounds), "planned": planned},
             "round_seconds": mean(sum(one["seconds"].values()) for one in rounds[-_LAST:]) if rounds else None,
             "bytes": {way: sum(one["bytes"][way] for one in rounds) for way in ("uplink", "downlink")},

@@ -93,6 +93,10 @@ class Method:
         """Return how many extra rounds of the method follow the recipe's rounds."""
         return 0
 
+    def total_rounds(self, rounds: int) -> int:
+        """Return how many rounds a run has: the recipe's and the method's extra ones."""
+        return rounds + self.extra_rounds(rounds)
+
     # A client's model.
 
     def prepare(self, site: Site) -> Prepared:

@@ -22,7 +22,7 @@ from flexperts.observer import current_observer
 from flexperts.serving.contract import Counters, Message, ModelName, Piece, RequestHandle, Sampling
 from flexperts.serving.engine.batch import Batch, RequestState, probe
 from flexperts.serving.engine.decoding import Decoding, check_sampling
-from flexperts.serving.engine.lanes import Lane, Lanes, OwnLane
+from flexperts.serving.engine.lanes import Lane, Lanes, Models, OwnLane
 
 _NO_LIMIT = 1 << 20
 """Context of a model whose config has no limit, in tokens."""
@@ -56,14 +56,15 @@ class ServingEngine:
     """See ``contract.Engine``.
 
     Args:
-        trained: The run; only the engine may use it until ``close``.
-        max_rows, max_tokens, max_clients: As for ``open_engine``.
+        served: A run, or other models; only the engine may use it until ``close``.
+        max_rows, max_tokens: As for ``open_engine``.
+        max_clients: The same; for a run alone.
         company: Seconds for which a first request waits for others to share its batch.
     """
 
     def __init__(
         self,
-        trained: TrainedRun,
+        served: TrainedRun | Models,
         *,
         max_rows: int = 16,
         max_tokens: int = 16_384,
@@ -78,11 +79,11 @@ class ServingEngine:
                 "a batch must have room for one row of two tokens",
                 "set max_rows to 1 or more and max_tokens to 2 or more",
             )
-        self._trained, self._max_rows, self._max_tokens, self._company = trained, max_rows, max_tokens, company
-        self._lanes = Lanes(trained, max_clients)
-        self._base, self._encoder = trained.model.base.model, trained.workspace.encoder
+        self._max_rows, self._max_tokens, self._company = max_rows, max_tokens, company
+        self._lanes = served if isinstance(served, Models) else Lanes(served, max_clients)
+        self._base, self._encoder = self._lanes.base, self._lanes.encoder
         self._sharing = probe(self._base)
-        self._encoders = {name: trained.encoder_of(name) for name in {model.client for model in self._lanes}}
+        self._encoders = {name: self._lanes.encoder_of(name) for name in {model.client for model in self._lanes}}
         # Tokenizers are not thread-safe: the engine decodes with one, and callers encode with another.
         self._asking, self._encoding = copy.deepcopy(self._encoder.tokenizer), threading.Lock()
         self._queue: deque[RequestState] = deque()
@@ -167,7 +168,7 @@ class ServingEngine:
             self._closed = True
             self._changed.notify()
         self._thread.join()
-        self._trained.close()
+        self._lanes.close()
 
     def _check_room(self, prompt: Sequence[int]) -> None:
         if not 0 < len(prompt) < self.context_length:
@@ -287,4 +288,4 @@ class ServingEngine:
             return
         self._leave()
         self._open.enter_context(lane.opened())
-        self._batch = Batch(self._base, lane, self._encoder, self._trained.config.model.precision)
+        self._batch = Batch(self._base, lane, self._encoder, self._lanes.precision)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from flexperts.data.batches import PaddedBatch
+from flexperts.data.prompts import PromptEncoder
 from flexperts.finished.trained import TrainedRun
 from flexperts.methods.kit.method import OnBatch
+from flexperts.modeling.forward import Precision
 from flexperts.serving.contract import ModelName
 from flexperts.serving.engine.additions import Additions, all_additions, all_models
 from flexperts.serving.engine.mixed_grafts import MixedGrafts
@@ -116,7 +119,45 @@ class OwnLane:
         """Do nothing: all rows belong to one model."""
 
 
-class Lanes(Mapping[ModelName, Lane]):
+class Models(Mapping[ModelName, Lane]):
+    """All models that an engine serves from one base, each with its lane.
+
+    Args:
+        base: The torch model.
+        encoder: The encoder of prompts, and the tokenizer of answers.
+        precision: In which the base computes.
+    """
+
+    def __init__(self, base: Any, encoder: PromptEncoder, precision: Precision) -> None:
+        self.base, self.encoder, self.precision = base, encoder, precision
+
+    @abstractmethod
+    def encoder_of(self, client: str) -> PromptEncoder:
+        """Return the encoder of a client's prompts."""
+
+    @abstractmethod
+    def in_memory(self, name: ModelName) -> Lane | None:
+        """Return a model's lane; None if the model is not in memory."""
+
+    @abstractmethod
+    def has_room(self, models: Collection[ModelName]) -> bool:
+        """Return whether all these models can be in memory together."""
+
+    @abstractmethod
+    def load(self, name: ModelName, kept: Collection[str]) -> None:
+        """Load all models of a model's client; no lane may be open.
+
+        Args:
+            name: The model.
+            kept: Clients that must stay in memory; together with the model's there must be room for them.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the base."""
+
+
+class Lanes(Models):
     """Every model of a run with its lane; a client's models are loaded when one of them is asked for.
 
     Args:
@@ -125,6 +166,7 @@ class Lanes(Mapping[ModelName, Lane]):
     """
 
     def __init__(self, trained: TrainedRun, most_clients: int | None = None) -> None:
+        super().__init__(trained.model.base.model, trained.workspace.encoder, trained.config.model.precision)
         self._trained, self._most = trained, most_clients or len(trained.clients)
         self._mixed = MixedLane(trained)
         self._lanes: dict[ModelName, Lane | None] = dict.fromkeys(all_models(trained))
@@ -158,6 +200,14 @@ class Lanes(Mapping[ModelName, Lane]):
     def __len__(self) -> int:
         return len(self._lanes)
 
+    def encoder_of(self, client: str) -> PromptEncoder:
+        """Return the encoder of a client's prompts; its rows and state are not read."""
+        return self._trained.encoder_of(client)
+
+    def close(self) -> None:
+        """Remove the run's adapters from the base."""
+        self._trained.close()
+
     def in_memory(self, name: ModelName) -> Lane | None:
         """Return a model's lane; None if the model is not in memory."""
         lane = self._lanes[name]
@@ -170,12 +220,7 @@ class Lanes(Mapping[ModelName, Lane]):
         return len({name.client for name in models if name.state != "zero_shot"}) <= self._most
 
     def load(self, name: ModelName, kept: Collection[str]) -> None:
-        """Load all models of a model's client; no lane may be open.
-
-        Args:
-            name: The model.
-            kept: Clients that must stay in memory; together with the model's there must be room for them.
-        """
+        """Load all models of a model's client; others leave if there is no room."""
         leaving = [client for client in self._last_used if client not in kept]
         for client in leaving[: max(0, len(self._last_used) + 1 - self._most)]:
             del self._last_used[client]
