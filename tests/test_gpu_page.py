@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -28,6 +29,14 @@ def test_the_page_shows_the_committed_results(tier: ModuleType) -> None:
 def test_a_section_without_a_file_says_that_it_was_not_measured(tier: ModuleType, tmp_path: Path) -> None:
     shown = tier.gpu_page.page(tier.SECTIONS.values(), tmp_path)
     assert shown.count("**Not measured yet.**") == len(tier.SECTIONS) > 10
+
+
+def test_figures_of_before_stand_beside_those_of_now(tier: ModuleType) -> None:
+    shown = tier.gpu_page.PAGE.read_text(encoding="utf-8")
+    assert "| flex: a training step of one micro-batch | 768 / 761 | 2 / 1 | 3 / 3 | 0 / 0 |" in shown
+    now, before = (tomllib.loads(path.read_text()) for path in (tier.gpu_page.BUDGETS, tier.gpu_page.BEFORE))
+    for name, units in before.items():
+        assert units.keys() <= now[name].keys()
 
 
 @pytest.mark.parametrize("name", ["attention", "turn", "evaluation", "sampling", "families"])

@@ -1,4 +1,4 @@
-"""Write docs/gpu.md from the card tier's files, and from the budgets that a stand-in for a card counts.
+"""Write docs/gpu.md from the card tier's files, and from what a stand-in for a card counts, before and now.
 
 What was not measured on a card says so.
 
@@ -19,8 +19,11 @@ from page import section
 RESULTS = figures.RESULTS / "gpu"
 PAGE = figures.ROOT / "docs" / "gpu.md"
 BUDGETS = figures.ROOT / "tests" / "pretend_cuda" / "budgets.toml"
+BEFORE = BUDGETS.with_name("before.toml")
+KINDS = {"launches": "kernels", "waits": "waits", "uploads": "copies to the card", "fetched": "bytes fetched"}
 UNITS = {
     "step": "a training step of one micro-batch",
+    "micro_batch": "each further micro-batch in it",
     "layer": "each further layer in it",
     "token": "a token of every row",
     "batch": "a scored batch of two rows",
@@ -35,11 +38,13 @@ def page(sections: Iterable[Section], results: Path = RESULTS) -> str:
 
 
 def _counted() -> Iterator[str]:
-    yield "| what | kernels | waits | copies to the card | bytes fetched |"
-    yield "|---|---:|---:|---:|---:|"
-    for name, units in tomllib.loads(BUDGETS.read_text(encoding="utf-8")).items():
+    yield f"| what | {' | '.join(KINDS.values())} |"
+    yield f"|---|{'---:|' * len(KINDS)}"
+    now, before = (tomllib.loads(path.read_text(encoding="utf-8")) for path in (BUDGETS, BEFORE))
+    for name, units in now.items():
         for unit, most in units.items():
-            cells = " | ".join(str(most[kind]) for kind in ("launches", "waits", "uploads", "fetched"))
+            were = before.get(name, {}).get(unit, {})
+            cells = " | ".join(f"{were.get(kind, '–')} / {most[kind]}" for kind in KINDS)
             yield f"| {name}: {UNITS[unit]} | {cells} |"
 
 

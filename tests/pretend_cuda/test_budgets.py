@@ -8,18 +8,24 @@ from __future__ import annotations
 import tomllib
 from collections import Counter
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from card import Counts
 from test_training import loaded
 
+from flexperts.config.model import GraftConfig
 from flexperts.costs.speed import Workload, set_up, train
-from flexperts.data.prompts import PromptEncoder
+from flexperts.data.prompts import Example, PromptEncoder
 from flexperts.data.rows import Row
 from flexperts.evaluation.generation import generate
 from flexperts.evaluation.scores import EvaluationSettings, evaluate
 from flexperts.modeling.load import LoadedBase
+from flexperts.moe.experts import find_experts
+from flexperts.selection.selection import CalibrationSettings, score_experts
 from flexperts.serving.contract import ModelName, Sampling
 from flexperts.serving.engine.batch import Batch, RequestState
 from flexperts.serving.engine.decoding import Decoding
@@ -76,20 +82,53 @@ def test_a_training_step(bases: dict[int, LoadedBase], counts: Counts, name: str
     check(name, "layer", more(step[3], step[2]))
 
 
-def test_a_token_of_the_evaluation(bases: dict[int, LoadedBase], counts: Counts) -> None:
-    base = bases[2]
+def test_a_further_micro_batch_of_a_step(bases: dict[int, LoadedBase], counts: Counts) -> None:
+    def step(rows: int) -> Kinds:
+        settings = (f"training.batch_size={rows}", "training.micro_batch_size=2")
+        with set_up(bases[2], METHODS["fedavg"], settings) as (model, split, config):
+            work = Workload(rows=rows, prompt=16, response=8, steps=1)
+            return counted(counts, lambda: train(model, split, config, work))
+
+    check("fedavg", "micro_batch", more(step(6), step(4)))
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra")
+def test_a_training_step_on_a_quantized_base(tmp_path: Path, counts: Counts) -> None:
+    def steps(layers: int, number: int) -> Kinds:
+        base, _ = loaded(save_tiny_base(tmp_path / str(layers), num_hidden_layers=layers), "model.quantization=nf4")
+        with set_up(base, METHODS["flex"]) as (model, split, config):
+            work = Workload(rows=2, prompt=16, response=8, steps=number)
+            return counted(counts, lambda: train(model, split, config, work))
+
+    step = {layers: more(steps(layers, 2), steps(layers, 1)) for layers in (2, 3)}
+    check("flex on nf4", "step", step[2])
+    check("flex on nf4", "layer", more(step[3], step[2]))
+
+
+def answered(counts: Counts, base: LoadedBase, model: Any) -> Kinds:
+    """Return what a token of every row of a batch costs."""
     encoder = PromptEncoder(base.tokenizer, "alpaca", 64)
 
     def tokens(number: int) -> Kinds:
         def answer() -> None:
-            (made, _) = generate(
-                base.model, encoder, [[5, 6, 7], [8, 9]], max_new_tokens=number, batch_size=2, precision="bf16"
-            )
+            prompts = [[5, 6, 7], [8, 9]]
+            made, _ = generate(model, encoder, prompts, max_new_tokens=number, batch_size=2, precision="bf16")
             assert made.tokens == number
 
         return counted(counts, answer)
 
-    check("evaluation", "token", more(tokens(4), tokens(3)))
+    return more(tokens(4), tokens(3))
+
+
+def test_a_token_of_the_evaluation(bases: dict[int, LoadedBase], counts: Counts) -> None:
+    check("evaluation", "token", answered(counts, bases[2], bases[2].model))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_token_of_a_personal_model(bases: dict[int, LoadedBase], counts: Counts, name: str) -> None:
+    with set_up(bases[2], METHODS[name]) as (model, _, _):
+        model.eval()
+        check(name, "token", answered(counts, bases[2], model))
 
 
 def test_a_batch_whose_loss_is_scored(bases: dict[int, LoadedBase], counts: Counts) -> None:
@@ -115,6 +154,21 @@ def test_a_batch_of_mmlu(bases: dict[int, LoadedBase], counts: Counts) -> None:
         return counted(counts, lambda: live._loglikelihood_tokens(asked))
 
     check("mmlu", "batch", more(batches(3), batches(2)))
+
+
+def test_a_batch_whose_experts_are_scored(tmp_path: Path, counts: Counts) -> None:
+    settings = CalibrationSettings(GraftConfig(calibration_tokens=10**6), 2, 0, "bf16")
+
+    def batches(layers: int, number: int) -> Kinds:
+        sizes = {"num_experts": 60, "moe_intermediate_size": 256, "num_hidden_layers": layers}
+        model = loaded(save_tiny_base(tmp_path / str(layers), **sizes))[0].model
+        experts = find_experts(model)
+        rows = [Example(tuple(range(3, 43)), 30)] * (2 * number)
+        return counted(counts, lambda: score_experts(model, experts, rows, settings, torch.Generator()))
+
+    batch = {layers: more(batches(layers, 3), batches(layers, 2)) for layers in (2, 3)}
+    check("selection from 60 experts", "batch", batch[2])
+    check("selection from 60 experts", "layer", more(batch[3], batch[2]))
 
 
 class OneModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -191,6 +192,20 @@ def test_a_turn_asks_for_deterministic_algorithms_and_gives_settings_back() -> N
     torch.backends.cudnn.benchmark = False
     with repeatable(cpu):
         assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("own", [None, ":16:8"])
+def test_cublas_gets_fixed_workspaces_unless_the_user_has_chosen_some(
+    wide: Path, monkeypatch: pytest.MonkeyPatch, own: str | None
+) -> None:
+    name = "CUBLAS_WORKSPACE_CONFIG"
+    monkeypatch.setenv(name, own or "")
+    if own is None:
+        monkeypatch.delenv(name)
+    loaded(wide, "model.device=cpu")
+    assert os.environ.get(name) == own
+    loaded(wide)
+    assert os.environ[name] == (own or ":4096:8")
 
 
 def test_random_streams_of_cards_are_restored() -> None:

@@ -21,6 +21,7 @@ from flexperts.data.rows import ClientRows
 from flexperts.modeling.chunked_losses import LOGIT_BYTES, MOST_BYTES
 from flexperts.moe.attention import attention_modules
 from flexperts.moe.experts import find_experts
+from flexperts.moe.fused import AT_ONCE
 from flexperts.selection.selection import STACK, TOKENS
 
 _LAYER = 31
@@ -138,13 +139,18 @@ class Activations:
         head = getattr(text, "head_dim", None) or self._width // text.num_attention_heads
         return self._passing(tokens) + 2 * 2 * self._scale * tokens * self._layers * int(heads * head)
 
-    def selection(self) -> int:
-        """Return the bytes that scoring all experts of one layer needs, with the forward pass."""
+    def selection(self, *, on_cpu: bool = True) -> int:
+        """Return the bytes that scoring all experts of one layer needs, with the forward pass.
+
+        Without pairs a CPU scores one expert after the other, and a card several at once.
+        """
         graft = self.config.graft
         batches = math.ceil(graft.calibration_rows / self._micro_batch)
         tokens = min(self._micro_batch * self.lengths.row, math.ceil(graft.calibration_tokens / batches), TOKENS)
-        pairs = graft.experts > 1
-        most = max((e.number if pairs else 1) * e.bytes(1, 2) for e in _shapes(self.model)[0])
+        most = 0
+        for experts in _shapes(self.model)[0]:
+            several = 1 if on_cpu else min(experts.number, max(1, AT_ONCE // (tokens * 2 * experts.inner)))
+            most = max(most, (experts.number if graft.experts > 1 else several) * experts.bytes(1, 2))
         return _SCORES * min(tokens * most, STACK) + self._passing(self._micro_batch * self.lengths.row)
 
     def logits(self, rows: int, *, trained: bool, on_cpu: bool = True) -> int:

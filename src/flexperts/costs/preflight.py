@@ -192,7 +192,7 @@ def phases(
     # A client's stored state is memory-mapped from its file during its turn.
     added = {"adapters, personal experts": memory.added, "stored state": planned.personal_state if on_cpu else 0}
     if planned.personal:
-        yield Need("selection", held | {"activations": passing.selection()})
+        yield Need("selection", held | {"activations": passing.selection(on_cpu=on_cpu)})
     yield Need(
         "training",
         held

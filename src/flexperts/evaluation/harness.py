@@ -29,7 +29,8 @@ from flexperts.data.batches import PaddedBatch, pad_batch
 from flexperts.data.prompts import Example
 from flexperts.data.tokens import TokenEncoder
 from flexperts.errors import ModelError
-from flexperts.modeling.forward import Precision, autocast, response_logits
+from flexperts.modeling.chunked_losses import scored_logits
+from flexperts.modeling.forward import Precision, autocast
 
 Encoded = tuple[tuple[str, str], list[int], list[int]]
 """A request of lm-eval: (context, continuation), the context's tokens, the continuation's tokens."""
@@ -159,7 +160,8 @@ class LiveModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         for start in range(0, len(groups), self.how.batch_size):
             chosen = groups[start : start + self.how.batch_size]
             asked = [(row, index) for row, (_, members) in enumerate(chosen) for index in members]
-            scores = _picked(self._scores([e for e, _ in chosen]), [(row, requests[i][2]) for row, i in asked])
+            told = [(row, requests[i][2]) for row, i in asked]
+            scores = _summed(self._scores([e for e, _ in chosen], told), [len(tokens) for _, tokens in told])
             found |= {index: each for (_, index), each in zip(asked, scores, strict=True)}
             self.how.on_rows(len(chosen))
         return [found[index] for index in range(len(requests))]
@@ -175,14 +177,36 @@ class LiveModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             groups[Example(tokens, len(tokens) - len(continuation))].append(index)
         return groups
 
-    def _scores(self, examples: Sequence[Example]) -> Tensor:
-        """Return log-probabilities ``[B, R, V]`` of the last R tokens; R is the longest continuation's length."""
+    def _scores(self, examples: Sequence[Example], asked: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
+        """Return tokens' log-probabilities, and whether each is the most likely one: ``[2, Q]``, on the CPU.
+
+        Only these values leave the device, not those of the whole vocabulary.
+
+        Args:
+            examples: The rows.
+            asked: The row and the tokens of each continuation, Q in all; it ends in the row's last column.
+        """
         pad = self.tokenizer.pad_token_id or 0
         if self.how.on_batch:
             self.how.on_batch(pad_batch([Example(e.prompt, e.prompt_length) for e in examples], pad))
-        with autocast(next(self.model.parameters()).device, self.how.precision):
-            logits = response_logits(self.model, pad_batch(examples, pad))
-        return logits.log_softmax(-1)
+        batch, device = pad_batch(examples, pad), next(self.model.parameters()).device
+        ends = [(row + 1) * batch.response_columns - len(told) for row, told in asked]
+        wanted = [
+            (end + n, token) for end, (_, told) in zip(ends, asked, strict=True) for n, token in enumerate(told)
+        ]
+        at, tokens = torch.tensor(wanted).T
+        order = at.argsort()
+        places, position, numbers = at[order].unique_consecutive(return_inverse=True, return_counts=True)
+        moved = torch.cat([places, position, tokens[order]]).to(device)
+        places, position, tokens = torch.split(moved, [len(places), len(order), len(order)])
+        found, done, scored = [], 0, 0
+        with autocast(device, self.how.precision):
+            for logits in scored_logits(self.model, batch, places):
+                few = slice(scored, scored := scored + int(numbers[done : done + len(logits)].sum()))
+                row, token, scores = position[few] - done, tokens[few], logits.log_softmax(-1)
+                found.append(torch.stack([scores[row, token], scores.argmax(-1)[row] == token]))
+                done += len(logits)
+        return torch.cat(found, dim=1).cpu()[:, order.argsort()]
 
 
 @contextmanager
@@ -202,22 +226,14 @@ def quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _picked(scores: Tensor, asked: Sequence[tuple[int, Sequence[int]]]) -> Iterator[tuple[float, bool]]:
-    """Yield each continuation's summed log-probability, and whether each of its tokens is the most likely one.
-
-    Only the tokens' own values leave the device, not those of the whole vocabulary.
+def _summed(scores: Tensor, lengths: Sequence[int]) -> Iterator[tuple[float, bool]]:
+    """Yield each continuation's log-probability, and whether each of its tokens is the most likely one.
 
     Args:
-        scores: Log-probabilities of the rows' last R tokens, ``[B, R, V]``.
-        asked: The row and the tokens of each continuation; it ends in the row's last column.
+        scores: Every token's log-probability, and whether it is the most likely one, ``[2, Q]``.
+        lengths: The continuations' tokens, Q in all.
     """
-    columns = scores.shape[1]
-    places = [(row, columns - len(told) + n, token) for row, told in asked for n, token in enumerate(told)]
-    row, column, token = torch.tensor(places, device=scores.device).T
-    likeliest = scores.argmax(-1)[row, column] == token
-    values, hits = torch.stack([scores[row, column, token], likeliest.float()]).cpu()
-    lengths = [len(told) for _, told in asked]
-    for value, hit in zip(values.split(lengths), hits.split(lengths), strict=True):
+    for value, hit in zip(*(each.split(lengths) for each in scores), strict=True):
         total = float(value.sum())
         if math.isnan(total):
             raise ModelError(

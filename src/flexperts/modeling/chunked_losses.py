@@ -1,4 +1,4 @@
-"""Losses of many positions without all their logits in memory at once.
+"""Losses and scores of many positions without all their logits in memory at once.
 
 A batch of 32 responses of 256 tokens has 1.2 billion logits in a vocabulary of 152,000: 15 GB with the copies that
 a loss makes of them. Here the model's body computes all positions, and its head a few of them at a time, with all
@@ -92,10 +92,7 @@ def chunked_losses(model: Any, output: Any, states: Tensor, labels: Tensor, at_o
     """
     losses = [torch.zeros(0, device=states.device)]
     for few, next_tokens in zip(torch.split(states, at_once), torch.split(labels, at_once), strict=True):
-        output.last_hidden_state = few[None]
-        with _body_returns(model, output):
-            logits = model(input_ids=next_tokens[None], use_cache=False).logits[0].float()
-        losses.append(F.cross_entropy(logits, next_tokens, reduction="none"))
+        losses.append(F.cross_entropy(_head(model, output, few, next_tokens), next_tokens, reduction="none"))
     return torch.cat(losses)
 
 
@@ -104,12 +101,52 @@ def scored_losses(model: Any, batch: PaddedBatch) -> tuple[Tensor, Tensor]:
     """Return the same as ``token_losses``, without gradients, with the logits of a few positions at a time."""
     if (at_once := positions_at_once(model)) is None:
         return token_losses(model, batch)
+    output, states = _read(model, batch)
+    trained = TrainedTokens.of(batch.labels[:, -batch.response_columns :], states.device)
+    losses = chunked_losses(model, output, trained.among(states), trained.tokens, at_once)
+    return trained.spread(losses).sum(1), trained.counts
+
+
+@torch.no_grad()
+def scored_logits(model: Any, batch: PaddedBatch, places: Tensor) -> Iterator[Tensor]:
+    """Yield the fp32 logits ``[p, V]`` at some of a batch's response columns, a few positions at a time.
+
+    Args:
+        model: A causal language model.
+        batch: The rows; R columns are their responses.
+        places: The positions, in rising order: their places among B * R, ``[P]``, on the model's device.
+    """
+    at_once, every = positions_at_once(model), len(batch.input_ids) * batch.response_columns
+    if at_once is None or every <= at_once:
+        yield from _few_of(response_logits(model, batch).flatten(0, 1), places)
+        return
+    output, states = _read(model, batch)
+    ids = torch.zeros_like(places)  # the body, which would read them, is left out
+    for few, no_ids in zip(
+        torch.split(states.flatten(0, 1)[places], at_once), torch.split(ids, at_once), strict=True
+    ):
+        yield _head(model, output, few, no_ids)
+
+
+def _few_of(logits: Tensor, places: Tensor) -> Iterator[Tensor]:
+    """Yield some of ``logits [N, V]``, so many at a time that what is made of them fits ``MOST_BYTES``."""
+    for few in torch.split(places, max(1, MOST_BYTES // (LOGIT_BYTES * logits.shape[1]))):
+        yield logits[few]
+
+
+def _read(model: Any, batch: PaddedBatch) -> tuple[Any, Tensor]:
+    """Return what the model's body returns, and its states ``[B, R, D]`` from which responses are predicted."""
     with body_outputs(model) as outputs:
         response_logits(model, replace(batch, response_columns=1))
-    states = outputs[0].last_hidden_state[:, -batch.response_columns - 1 : -1]
-    trained = TrainedTokens.of(batch.labels[:, -batch.response_columns :], states.device)
-    losses = chunked_losses(model, outputs[0], trained.among(states), trained.tokens, at_once)
-    return trained.spread(losses).sum(1), trained.counts
+    return outputs[0], outputs[0].last_hidden_state[:, -batch.response_columns - 1 : -1]
+
+
+def _head(model: Any, output: Any, states: Tensor, ids: Tensor) -> Tensor:
+    """Return the fp32 logits ``[p, V]`` of states ``[p, D]``, with all that the model does to its logits."""
+    output.last_hidden_state = states[None]
+    with _body_returns(model, output):
+        logits: Tensor = model(input_ids=ids[None], use_cache=False).logits
+    return logits[0].float()
 
 
 @contextmanager

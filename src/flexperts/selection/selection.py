@@ -94,12 +94,15 @@ class LayerScores:
             target: F, ``[T, D]``.
             outputs: The outputs of all experts in order, in chunks of n experts: ``[n, T, D]``.
         """
-        products = _all_products(target, outputs) if self.pairs else _single_products(target, outputs)
-        gram, cross, energy = (p.double().cpu() for p in products)
+        self.add(_products(target, outputs, pairs=self.pairs), len(target))
+
+    def add(self, products: Sequence[Tensor], tokens: int) -> None:
+        """Add sums of inner products over so many tokens: gram ``[N, N]``, cross ``[N]`` and energy."""
+        gram, cross, energy = (p.cpu() for p in products)
         self.gram += gram
         self.cross += cross
         self.energy += energy.item()
-        self.tokens += len(target)
+        self.tokens += tokens
 
     def add_routing(self, index: Tensor, weight: Tensor) -> None:
         """Add the router's choices for tokens: ``index`` and ``weight``, both ``[T, K]``."""
@@ -107,6 +110,12 @@ class LayerScores:
         chosen, given, N = index.flatten().cpu(), weight.flatten().double().cpu(), len(self.cross)
         self.counts += torch.bincount(chosen, minlength=N)[:N]
         self.weights += torch.bincount(chosen, given, minlength=N)[:N]
+
+
+def _products(target: Tensor, outputs: Iterable[Tensor], *, pairs: bool) -> list[Tensor]:
+    """Return gram, cross and energy in fp64."""
+    found = _all_products(target, outputs) if pairs else _single_products(target, outputs)
+    return [product.double() for product in found]
 
 
 def _single_products(target: Tensor, outputs: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,34 +137,70 @@ def _all_products(target: Tensor, outputs: Iterable[Tensor]) -> tuple[Tensor, Te
 
 
 @dataclass
+class _Noted:
+    """What one layer's calls have added up to, on the device of its experts: a card is not waited for at each call.
+
+    Args:
+        layer: Receives it in the end.
+        products: Gram, cross and energy; none before the first call.
+        routing: The router's choices ``[T, K]`` and their weights, of every call.
+        tokens: Calibration tokens.
+    """
+
+    layer: LayerScores
+    products: list[Tensor] = field(default_factory=list)
+    routing: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    tokens: int = 0
+
+    def add(self, products: list[Tensor], tokens: int) -> None:
+        if self.products:
+            products = [a + b for a, b in zip(self.products, products, strict=True)]
+        self.products = products
+        self.tokens += tokens
+
+    def read(self) -> LayerScores:
+        """Return the layer's sums on the CPU."""
+        if self.routing:
+            self.layer.add(self.products, self.tokens)
+            sizes = [len(index) for index, _ in self.routing]
+            whole = (torch.split(torch.cat(choices).cpu(), sizes) for choices in zip(*self.routing, strict=True))
+            for index, weight in zip(*whole, strict=True):
+                self.layer.add_routing(index, weight)
+        return self.layer
+
+
+@dataclass
 class Probe:
     """Collector of the sums at chosen positions of each batch, while the experts are watched.
 
     Args:
         pairs: See ``LayerScores``.
-        scores: The sums by experts module, in the order of the calls of ``note``.
         positions: The flat positions to score in the next batch.
     """
 
     pairs: bool
-    scores: dict[str, LayerScores] = field(default_factory=dict)
     positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    _noted: list[_Noted] = field(default_factory=list)
 
     def note(self, experts: LayerExperts) -> Note:
         """Return a function that scores a call of ``experts``."""
-        layer = LayerScores.empty(experts.name, experts.num_experts, pairs=self.pairs)
-        self.scores[experts.name] = layer
+        noted = _Noted(LayerScores.empty(experts.name, experts.num_experts, pairs=self.pairs))
+        self._noted.append(noted)
         values = experts.num_experts * (experts.width + experts.expert(0).up.numel() // experts.width)
         chunk = min(TOKENS, max(1, STACK // values)) if self.pairs else TOKENS
 
         def score(*call: Tensor) -> None:
-            positions = self.positions.to(call[0].device)
-            hidden, index, weight, target = (t.index_select(0, positions) for t in call)
-            layer.add_routing(index, weight)
+            self.positions = self.positions.to(call[0].device)
+            hidden, index, weight, target = (t.index_select(0, self.positions) for t in call)
+            noted.routing.append((index, weight))
             for tokens, part in zip(torch.split(hidden, chunk), torch.split(target, chunk), strict=True):
-                layer.add_products(part, experts.run_all(tokens))
+                noted.add(_products(part, experts.run_all(tokens), pairs=self.pairs), len(tokens))
 
         return score
+
+    def scores(self) -> list[LayerScores]:
+        """Return the sums of all layers, in the order of the calls of ``note``."""
+        return [noted.read() for noted in self._noted]
 
 
 @torch.no_grad()
@@ -194,7 +239,7 @@ def reconstruction_scores(
     finally:
         for handle in handles:
             handle.remove()
-    return list(probe.scores.values())
+    return probe.scores()
 
 
 def _sample(mask: Tensor, rate: float, generator: Generator) -> Tensor:

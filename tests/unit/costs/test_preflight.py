@@ -14,6 +14,7 @@ from flexperts.costs import preflight
 from flexperts.costs.activations import Activations, Lengths, row_lengths
 from flexperts.costs.preflight import PROCESS, Estimator, check_fits, with_workers_that_fit
 from flexperts.errors import ModelError
+from flexperts.moe.experts import find_experts
 from flexperts.moe.quantized import quantized_bytes
 from flexperts.recipe import parse_recipe
 from flexperts.testing import tiny_model
@@ -144,3 +145,14 @@ def test_a_card_never_has_the_scored_logits_of_more_than_a_few_positions() -> No
     assert passing.logits(32, trained=False, on_cpu=False) == 2**29 + 12 * 32 * vocabulary
     short = replace(passing, lengths=Lengths(8, 4))
     assert short.logits(32, trained=False, on_cpu=False) == short.logits(32, trained=False)
+
+
+def test_a_card_scores_several_experts_at_once() -> None:
+    model = tiny_model("olmoe", dtype=torch.bfloat16)
+    passing = Activations(model, parse_recipe("data.silos = {}"), Lengths(64, 32), top_k=2)
+    experts = find_experts(model)[0]
+    inner = experts.expert(0).down.numel() // experts.width
+    more = passing.selection(on_cpu=False) - passing.selection()
+    assert more == 12 * 4 * 64 * (experts.num_experts - 1) * (experts.width + 2 * inner)
+    pairs = replace(passing, config=parse_recipe("data.silos = {}", ["graft.experts=2"]))
+    assert pairs.selection(on_cpu=False) == pairs.selection()

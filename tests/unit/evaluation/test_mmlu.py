@@ -23,6 +23,7 @@ from tokenizers import processors
 from flexperts.errors import ConfigError, DataError, ModelError
 from flexperts.evaluation import harness
 from flexperts.evaluation.mmlu import check_source, draw, mmlu
+from flexperts.modeling import chunked_losses
 from flexperts.testing import byte_tokenizer, tiny_model
 
 SIZES = {"anatomy": 4, "us_history": 6}
@@ -124,6 +125,24 @@ def test_a_greedy_continuation_is_told(model, tokenizer):
     live = harness.LiveModel(model, tokenizer, harness.Forward(4, "fp32"))
     found = live._loglikelihood_tokens([(("", ""), ids[0].tolist(), [token]) for token in (best, (best + 1) % 256)])
     assert [greedy for _, greedy in found] == [True, False]
+
+
+def test_scores_in_pieces_are_those_of_all_at_once(model, tokenizer, monkeypatch):
+    """On a CPU to the bit; on a card, where the head computes a few positions at a time, within rounding."""
+    live = harness.LiveModel(model, tokenizer, harness.Forward(3, "fp32"))
+    ends = [[7], [7, 8], [7, 9], [9, 8, 7, 6, 5], [9, 8, 7, 6, 4]]
+    asked = [(("", ""), [*range(3, 10 + n)], end) for n in range(5) for end in ends]
+    expected = live._loglikelihood_tokens(asked)
+    monkeypatch.setattr(chunked_losses, "MOST_BYTES", 3 * chunked_losses.LOGIT_BYTES * model.config.vocab_size)
+    assert live._loglikelihood_tokens(asked) == expected
+    seen = []
+    head = model.get_output_embeddings().register_forward_hook(lambda _, given, __: seen.append(given[0].shape[1]))
+    monkeypatch.setattr(chunked_losses, "positions_at_once", lambda model: 4)
+    found = live._loglikelihood_tokens(asked)
+    head.remove()
+    assert max(seen) == 4
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
 
 
 def test_the_prompt_is_mmlus_letter_by_letter(model, tokenizer, folder):
