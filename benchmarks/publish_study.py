@@ -87,7 +87,10 @@ COLUMNS: dict[str, tuple[str, Callable[[Comparison, Entry], str]]] = {
     "rouge_l_difference": ("to the reference", _difference("rouge_l")),
     "nll": ("NLL", _text(lambda e: number(mean(own(e, "own", "nll")), 3))),
     "nll_difference": ("to the reference", _difference("nll")),
-    "settings": ("settings", lambda _, e: ", ".join(f"`{setting}`" for setting in e["settings"])),
+    "settings": (
+        "settings",
+        lambda _, e: ", ".join(f"`{setting}`" for setting in e["settings"] if setting != "method.options={}"),
+    ),
     "global": ("global model: ROUGE-L, NLL", _both("global", "own")),
     "personalized": ("personalized: ROUGE-L, NLL", _both("personalized", "own")),
     "nll_global": ("NLL of the global model", _text(lambda e: number(mean(stat(e, "global", "own", "nll")), 3))),
