@@ -155,7 +155,7 @@ def committed() -> list[tuple[str, str]]:
 
 def test_committed_english_predictions_score_the_same_to_the_digit() -> None:
     pairs = committed()
-    assert len(pairs) > 1000
+    assert len(pairs) > 900
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     before = [100.0 * scorer.score(reference, answer)["rougeL"].fmeasure for answer, reference in pairs]
     assert sum(points > 0 for points in before) > 500
