@@ -39,7 +39,8 @@ def pack(out: Path, file: Path) -> int:
     for run in runs:
         kept = [run / name for name in FILES] + [p for name in FOLDERS for p in (run / name).glob("*.json*")]
         contents |= {str(p.relative_to(out)): _relocated(p, HERE, PLACE) for p in kept if p.exists()}
-        for path in (run / "predictions").glob("*.jsonl"):
+        joined = {path.stem for path in (run / "joined").glob("*.json")}  # of these, no row is read again
+        for path in [path for path in (run / "predictions").glob("*.jsonl") if path.stem not in joined]:
             lines = [{"row": _digest(row), "scores": row["scores"]} for row in read_lines(path)]
             contents[str(path.relative_to(out))] = _json_lines(lines)
     buffer = io.BytesIO()

@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 from flexperts.errors import ArtifactError, DataError
-from flexperts.files import read_lines
+from flexperts.files import read_lines, sealed, write_json, write_text
 from flexperts.studies.collect import collect_comparison
 from flexperts.studies.entries import ComparisonPlan
 from flexperts.studies.finished import CLAIM
@@ -47,6 +47,10 @@ def test_kept_runs_are_the_runs_without_their_texts(
     missing = [job for job in jobs(plan(), out) if job.seed == 1]
     for job in missing:
         shutil.rmtree(job.folder)
+    run = next(out.rglob("predictions")).parent  # a newcomer has joined it, whose rows the recipe's data leaves out
+    row = {"instruction": "of the newcomer", "context": "", "response": "new", "scores": {}}
+    write_text(run / "predictions" / "newcomer.jsonl", json.dumps(row) + "\n")
+    write_json(run / "joined" / "newcomer.json", sealed({"client": "newcomer"}))
     assert script.pack(out, file) == len(jobs(plan(), out)) - len(missing) > 0
 
     texts = {row["instruction"] for path in out.rglob("predictions/*.jsonl") for row in read_lines(path)}
@@ -58,6 +62,7 @@ def test_kept_runs_are_the_runs_without_their_texts(
 
     script.unpack(file, back)
     assert [job.done for job in jobs(plan(), back)] == [job.done for job in jobs(plan(), out)]
+    assert (back / run.relative_to(out) / "joined" / "newcomer.json").exists()
     assert json.loads((back / CLAIM).read_text()) == json.loads((out / CLAIM).read_text())
     assert collect_comparison(back) == collect_comparison(out)
     with pytest.raises(ArtifactError, match="it exists already"):
