@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import pytest
 
 from flexperts.reports.audit import audit_table, sentences
 from flexperts.reports.markdown import markdown_grid, markdown_report
 
+from .scripts import script
+
 ROOT = Path(__file__).parents[1]
-
-
-def script(name: str) -> Any:
-    """Return a benchmark as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_communication_page_shows_the_committed_results(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    benchmark = script("communication")
+    benchmark = script("benchmarks/communication.py")
     found = json.loads((ROOT / "benchmarks" / "results" / "communication.json").read_text())
     assert (ROOT / "docs" / "communication.md").read_text() == benchmark.page(found)
     assert found["planned"].keys() == benchmark.entries(benchmark.ROUNDS).keys()
@@ -40,7 +30,7 @@ def test_the_communication_page_shows_the_committed_results(monkeypatch: pytest.
 
 def test_the_page_of_slow_silos_shows_the_committed_results(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    benchmark = script("slow_silos")
+    benchmark = script("benchmarks/slow_silos.py")
     found = json.loads((ROOT / "benchmarks" / "results" / "slow_silos.json").read_text())
     assert (ROOT / "docs" / "slow-silos.md").read_text() == benchmark.page(found)
     assert found["curves"].keys() == benchmark.ENTRIES.keys()
@@ -48,7 +38,7 @@ def test_the_page_of_slow_silos_shows_the_committed_results(monkeypatch: pytest.
 
 def test_times_to_a_loss_are_read_on_lines_between_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    benchmark = script("slow_silos")
+    benchmark = script("benchmarks/slow_silos.py")
     curve = [(10.0, 4.0), (20.0, 3.0), (30.0, 3.5), (40.0, 2.0)]
     found = [benchmark.seconds_to(loss, curve) for loss in (5.0, 3.5, 3.0, 2.75, 1.0)]
     assert found == [10.0, 15.0, 20.0, 35.0, None]
@@ -56,7 +46,7 @@ def test_times_to_a_loss_are_read_on_lines_between_evaluations(monkeypatch: pyte
 
 def test_a_mixture_has_no_passage_twice_and_none_that_rates_were_chosen_on() -> None:
     """Rows are asked about what follows "Context:" or "Process:"; others are their own passage."""
-    one_per_passage = script("prepare_p3").one_per_passage
+    one_per_passage = script("benchmarks/prepare_p3.py").one_per_passage
     ask = "Answer the question.\nQuestion: {}?\nContext: {}"
     prompts = [
         ask.format("Who", "Ada wrote."),
@@ -72,7 +62,7 @@ def test_a_mixture_has_no_passage_twice_and_none_that_rates_were_chosen_on() -> 
 
 
 def test_the_page_on_packing_shows_the_committed_results() -> None:
-    benchmark = script("compression")
+    benchmark = script("benchmarks/compression.py")
     entries = json.loads((ROOT / "benchmarks" / "results" / "compression.json").read_text())["entries"]
     assert len(entries) >= 4
     assert benchmark.table(entries) in (ROOT / "docs" / "privacy.md").read_text()
@@ -85,7 +75,7 @@ def test_the_page_on_the_audit_shows_the_committed_results() -> None:
 
 
 def test_the_page_on_secure_aggregation_shows_the_committed_results() -> None:
-    benchmark = script("secure_aggregation")
+    benchmark = script("benchmarks/secure_aggregation.py")
     entries = json.loads((ROOT / "benchmarks" / "results" / "secure_aggregation.json").read_text())["entries"]
     assert len(entries) == len(benchmark.CASES)
     assert benchmark.table(entries) in (ROOT / "docs" / "secure-aggregation.md").read_text()
@@ -93,7 +83,7 @@ def test_the_page_on_secure_aggregation_shows_the_committed_results() -> None:
 
 def test_the_pages_on_speed_and_scale_show_the_committed_results(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks" / "performance")
-    speed, scale, suite = (script(f"performance/{name}") for name in ("page", "scale_page", "suite"))
+    speed, scale, suite = (script(f"benchmarks/performance/{name}.py") for name in ("page", "scale_page", "suite"))
     missing = [name for name in suite.SCRIPTS if not (ROOT / "benchmarks" / "results" / f"{name}.json").exists()]
     assert missing == []
     assert speed.PAGE.read_text(encoding="utf-8") == speed.page()
@@ -122,7 +112,7 @@ def test_a_studys_tables_are_those_of_its_numbers(path: Path) -> None:
 
 
 def test_pages_show_the_studies_numbers() -> None:
-    publishing = script("publish_study")
+    publishing = script("benchmarks/publish_study.py")
     pages = publishing.pages()
     assert pages[ROOT / "docs" / "results" / "README.md"].count("<!-- table ") >= 4
     assert pages[ROOT / "docs" / "comparison.md"].count("| sent per client and round |") == 1

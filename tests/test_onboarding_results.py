@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+from .scripts import script
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "results" / "onboarding"
 
 
-def script() -> Any:
-    spec = importlib.util.spec_from_file_location("onboarding", ROOT / "benchmarks" / "onboarding.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_page_shows_the_committed_results() -> None:
-    benchmark, page = script(), (FOLDER / "README.md").read_text(encoding="utf-8")
+    benchmark, page = script("benchmarks/onboarding.py"), (FOLDER / "README.md").read_text(encoding="utf-8")
     entries = json.loads((FOLDER / "onboarding.json").read_text(encoding="utf-8"))["entries"]
     assert entries
     for made in (benchmark.level_table, benchmark.table, benchmark.untrained_table):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,20 +11,13 @@ from flexperts.config.run import RunConfig
 from flexperts.config.section import Section
 from flexperts.config.silo import SiloConfig
 
+from .scripts import script
+
 ROOT = Path(__file__).parents[1]
 AGAIN = "run `python dev/settings_page.py`"
 
 
-def script() -> Any:
-    spec = importlib.util.spec_from_file_location("settings_page", ROOT / "dev" / "settings_page.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-MADE = script()
+MADE = script("dev/settings_page.py")
 PAGE = MADE.PAGE.read_text(encoding="utf-8")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import socket
 import ssl
 import subprocess
@@ -18,6 +17,7 @@ import yaml
 
 from flexperts.recipe import load_silo
 
+from ..scripts import script  # noqa: TID252
 from .cluster import shell
 from .containers import DEPLOY, command_of, image_of, images, mounts, services, user_of
 
@@ -125,15 +125,6 @@ def test_what_is_copied_into_images_exists_and_nothing_else_is_sent_to_the_build
     assert all(path.exists() for path in files)
 
 
-def _healthcheck() -> Any:
-    spec = importlib.util.spec_from_file_location("healthcheck", DEPLOY / "healthcheck.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @contextmanager
 def served(status: int, certificate: Path | None = None) -> Iterator[int]:
     class Answer(BaseHTTPRequestHandler):
@@ -156,7 +147,7 @@ def served(status: int, certificate: Path | None = None) -> Iterator[int]:
 
 def test_a_server_is_healthy_if_it_answers_with_200(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    answers = _healthcheck().answers
+    answers = script("deploy/healthcheck.py").answers
     for status in (200, 503):
         with served(status) as port:
             assert answers(f"http://127.0.0.1:{port}/health") is (status == 200)
@@ -168,7 +159,7 @@ def test_a_server_is_healthy_if_it_answers_with_200(tmp_path: Path, monkeypatch:
 
 
 def test_a_worker_is_healthy_while_it_listens(tmp_path: Path) -> None:
-    is_listening, path = _healthcheck().is_listening, str(tmp_path / "s")
+    is_listening, path = script("deploy/healthcheck.py").is_listening, str(tmp_path / "s")
     assert not is_listening(path)
     with socket.socket(socket.AF_UNIX) as door:
         door.bind(path)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -13,6 +11,8 @@ import pytest
 from flexperts.reports.html import html_report
 from flexperts.reports.markdown import markdown_report
 from flexperts.reports.tables import tables
+
+from ..scripts import script  # noqa: TID252
 
 Comparison = dict[str, Any]
 NINETEEN = [f"silo-{i:02}" for i in range(19)]
@@ -115,12 +115,7 @@ def test_older_comparisons_have_no_such_tables(whole: Comparison) -> None:
 
 
 def test_a_study_page_has_a_table_by_silo(nineteen: Comparison) -> None:
-    path = Path(__file__).parents[2] / "benchmarks" / "publish_study.py"
-    spec = importlib.util.spec_from_file_location("publish_study", path)
-    assert spec
-    assert spec.loader
-    publishing = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(publishing)
+    publishing = script("benchmarks/publish_study.py")
     lines = publishing.silos(nineteen, "nll").splitlines()
     assert len(lines) == 2 + 19 + 1
     assert set(lines[0].strip("| ").split(" | ")) == {"silo", "flex", "fedavg", "local"}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -19,29 +18,25 @@ from flexperts.studies.entries import ComparisonPlan
 from flexperts.studies.finished import CLAIM
 from flexperts.studies.runner import jobs
 
+from ..scripts import script  # noqa: TID252
+
 Planned = Callable[..., ComparisonPlan]
 
 
 @pytest.fixture
-def script() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "keep_study.py"
-    spec = importlib.util.spec_from_file_location("keep_study", path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def keeping() -> Any:
+    return script("benchmarks/keep_study.py")
 
 
 def test_kept_runs_are_the_runs_without_their_texts(
-    script: ModuleType,
+    keeping: Any,
     plan: Planned,
     work: Path,
     compared: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(script, "HERE", str(work))
+    monkeypatch.setattr(keeping, "HERE", str(work))
     out, file, back = tmp_path / "before" / "study", tmp_path / "runs.tar.xz", tmp_path / "after" / "study"
     shutil.copytree(compared, out)
     missing = [job for job in jobs(plan(), out) if job.seed == 1]
@@ -51,7 +46,7 @@ def test_kept_runs_are_the_runs_without_their_texts(
     row = {"instruction": "of the newcomer", "context": "", "response": "new", "scores": {}}
     write_text(run / "predictions" / "newcomer.jsonl", json.dumps(row) + "\n")
     write_json(run / "joined" / "newcomer.json", sealed({"client": "newcomer"}))
-    assert script.pack(out, file) == len(jobs(plan(), out)) - len(missing) > 0
+    assert keeping.pack(out, file) == len(jobs(plan(), out)) - len(missing) > 0
 
     texts = {row["instruction"] for path in out.rglob("predictions/*.jsonl") for row in read_lines(path)}
     with tarfile.open(file) as archive:
@@ -60,20 +55,20 @@ def test_kept_runs_are_the_runs_without_their_texts(
     assert not [text for text in texts if json.dumps(text)[1:-1].encode() in kept]
     assert str(work).encode() not in kept
 
-    script.unpack(file, back)
+    keeping.unpack(file, back)
     assert [job.done for job in jobs(plan(), back)] == [job.done for job in jobs(plan(), out)]
     assert (back / run.relative_to(out) / "joined" / "newcomer.json").exists()
     assert json.loads((back / CLAIM).read_text()) == json.loads((out / CLAIM).read_text())
     assert collect_comparison(back) == collect_comparison(out)
     with pytest.raises(ArtifactError, match="it exists already"):
-        script.unpack(file, back)
+        keeping.unpack(file, back)
 
 
 def test_a_scored_row_that_the_data_no_longer_has_is_refused(
-    script: ModuleType, compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    keeping: Any, compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "runs.tar.xz"
-    script.pack(compared, file)
-    monkeypatch.setattr(script, "load_clients", lambda *_: {})
+    keeping.pack(compared, file)
+    monkeypatch.setattr(keeping, "load_clients", lambda *_: {})
     with pytest.raises(DataError, match="does not have it"):
-        script.unpack(file, tmp_path / "back")
+        keeping.unpack(file, tmp_path / "back")
