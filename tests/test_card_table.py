@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from .scripts import script
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow

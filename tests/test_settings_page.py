@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +12,6 @@ from flexperts.config.silo import SiloConfig
 
 from .scripts import script
 
-ROOT = Path(__file__).parents[1]
 AGAIN = "run `python dev/settings_page.py`"
 
 
