@@ -56,7 +56,7 @@ def check_superlink(superlink: str, certificates: Path) -> str:
 def _check_clock(superlink: str, earliest: float, latest: float) -> None:
     if earliest <= AHEAD and latest >= -BEHIND:
         return
-    off = f"{earliest:.0f} s ahead of" if earliest > 0 else f"{-latest:.0f} s behind"
+    off = f"{int(earliest)} s ahead of" if earliest > 0 else f"{int(-latest)} s behind"  # at least
     raise ConfigError(
         f"this machine's clock is {off} that of {superlink}",
         f"Flower accepts a SuperNode whose clock is at most {AHEAD} s ahead or {BEHIND} s behind",
