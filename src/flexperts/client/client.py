@@ -380,7 +380,7 @@ class Client:
         device = self.model.device
         memory = {n.removeprefix(_MEMORY): t.to(device) for n, t in tensors.items() if n.startswith(_MEMORY)}
         personal = {n: t for n, t in tensors.items() if not n.startswith((_MEMORY, _MOMENTS))}
-        keeps = trains and self.config.training.personal_moments == "kept"
+        keeps = trains and self.config.training.moments(self.method.moments) == "kept"
         moments = {n.removeprefix(_MOMENTS): t for n, t in tensors.items() if n.startswith(_MOMENTS)}
         received = {n: t.to(device) for n, t in request.payload.tensors().items()}
         stream = generator(self.config.seed, self.name, request.round, "batches")

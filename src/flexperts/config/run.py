@@ -49,9 +49,10 @@ class TrainingConfig(Section):
     """Longest example in tokens."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Optimizer of the local step; sgd has no momentum."""
-    personal_moments: Literal["fresh", "kept"] = "fresh"
+    personal_moments: Literal["auto", "fresh", "kept"] = "auto"
     """AdamW's moments of the personal parameters: fresh = a new optimizer in every round, as for the shared ones;
-    kept = they stay with the personal state from round to round (needs optimizer "adamw")."""
+    kept = they stay with the personal state from round to round (needs optimizer "adamw"); auto = kept for the
+    method flex, if the optimizer has moments, else fresh."""
     lr: float = Field(2e-3, gt=0)
     """Peak learning rate of the shared parameters."""
     personal_lr: float | None = Field(None, gt=0)
@@ -70,6 +71,12 @@ class TrainingConfig(Section):
         if self.personal_moments == "kept" and self.optimizer != "adamw":
             raise ValueError(f"personal_moments = 'kept' needs optimizer = 'adamw', not {self.optimizer!r}")
         return self
+
+    def moments(self, preferred: Literal["fresh", "kept"]) -> Literal["fresh", "kept"]:
+        """Return what becomes of the personal moments: the setting, or what a method prefers where there are any."""
+        if self.personal_moments != "auto":
+            return self.personal_moments
+        return preferred if self.optimizer == "adamw" else "fresh"
 
     @property
     def rows_per_pass(self) -> int:

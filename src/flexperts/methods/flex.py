@@ -76,9 +76,9 @@ class Grafted(Method):
             # Before there is an agreement, any expert gives the names and shapes.
             common = site.agreement or {layer: range(graft.experts) for layer in prepared.choice}
             choice = {layer: tuple(ranked[: graft.experts]) for layer, ranked in common.items()}
-            parts[_COMMON] = _grafts(site, choice, {}, site.common_generator(_COMMON))
+            parts[_COMMON] = self._grafts(site, choice, {}, site.common_generator(_COMMON))
         if graft.sharing != "shared":
-            parts["graft"] = own = _grafts(site, prepared.choice, prepared.scales, site.generator("graft"))
+            parts["graft"] = own = self._grafts(site, prepared.choice, prepared.scales, site.generator("graft"))
             for layer in own if _COMMON in parts else ():
                 layer.disturb(site.generator("disturbance"))
         return parts
@@ -86,6 +86,24 @@ class Grafted(Method):
     def shared(self, names: Collection[str]) -> set[str]:
         """Return the names of LoRA and the common grafts."""
         return {name for name in names if name.startswith((SHARED_PREFIX, f"{_COMMON}."))}
+
+    def _grafts(
+        self, site: Site, choice: Mapping[str, Sequence[int]], scales: Scales, stream: torch.Generator
+    ) -> Grafts:
+        graft = site.config.graft
+        from_router = [e for e in site.experts if e.name in choice] if graft.gate_start == "router" else []
+        return Grafts(
+            site.experts,
+            choice,
+            rank=graft.rank,
+            alpha=graft.alpha,
+            gate_bias=graft.gate_bias,
+            scales=scales or None,
+            silent=graft.start == "silent",
+            gate_weights={e.name: expert_rows(site.lora.base, e, choice[e.name]) for e in from_router},
+            difference=graft.opens_to(self.opens_to) == "difference",
+            generator=stream,
+        )
 
 
 class Flex(PersonalRounds, Grafted):
@@ -138,6 +156,8 @@ class Flex(PersonalRounds, Grafted):
         """Whether the mean is of LoRA's factors, or of their products, truncated to the rank."""
 
     options: Options
+    opens_to = "difference"
+    moments = "kept"
     alone = "local"
 
     def __init__(self, options: Method.Options | None = None) -> None:
@@ -217,23 +237,6 @@ def _weakened(graft: Grafts, weight: float) -> Iterator[None]:
     for layer in graft:
         layer.scales = tuple(weight * scale for scale in layer.scales)
     yield None
-
-
-def _grafts(site: Site, choice: Mapping[str, Sequence[int]], scales: Scales, stream: torch.Generator) -> Grafts:
-    graft = site.config.graft
-    from_router = [e for e in site.experts if e.name in choice] if graft.gate_start == "router" else []
-    return Grafts(
-        site.experts,
-        choice,
-        rank=graft.rank,
-        alpha=graft.alpha,
-        gate_bias=graft.gate_bias,
-        scales=scales or None,
-        silent=graft.start == "silent",
-        gate_weights={e.name: expert_rows(site.lora.base, e, choice[e.name]) for e in from_router},
-        difference=graft.output == "difference",
-        generator=stream,
-    )
 
 
 def _scales(
