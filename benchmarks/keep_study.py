@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from flexperts.data.clients import load_clients
-from flexperts.data.rows import Row
 from flexperts.errors import ArtifactError, DataError
 from flexperts.files import opened, read_json, read_lines, sealed, write_bytes
 from flexperts.recipe import recorded_recipe
@@ -69,7 +68,7 @@ def unpack(file: Path, out: Path) -> int:
         of_data = f"{recipe.seed} {recipe.data.model_dump_json()}"
         if of_data not in known:
             clients = load_clients(recipe.data, recipe.seed).values()
-            texts = [_texts(row) for client in clients for row in (*client.test, *client.validation)]
+            texts = [row.texts for client in clients for row in (*client.test, *client.validation)]
             known[of_data] = {_digest(each): each for each in texts}
         for path in (run / "predictions").glob("*.jsonl"):
             lines = read_lines(path)
@@ -94,12 +93,6 @@ def _relocated(path: Path, old: str, new: str) -> bytes:
     opened(path, read_json(path))
     del record["sha256"]
     return json.dumps(sealed(record), indent=2).encode()
-
-
-def _texts(row: Row) -> dict[str, Any]:
-    """Return a row's texts as a run writes them."""
-    before = {"before": [message.mapping for message in row.before]} if row.before else {}
-    return {"instruction": row.instruction, "context": row.context, "response": row.response} | before
 
 
 def _digest(row: Mapping[str, Any]) -> str:

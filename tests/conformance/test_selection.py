@@ -162,7 +162,7 @@ def test_autocast_does_not_round_the_sums(pairs: bool) -> None:
     outputs, target = torch.randn(5, 200, 32, generator=torch.Generator().manual_seed(0)).bfloat16().split((4, 1))
     layer = LayerScores.empty("layer", 4, pairs=pairs)
     with torch.autocast("cpu", torch.bfloat16):
-        layer.add_products(target[0], [outputs[:1], outputs[1:]])
+        layer.add(selection.products(target[0], [outputs[:1], outputs[1:]], pairs=pairs), 200)
     exact = (target.double() - outputs.double()).square().sum((1, 2))
     torch.testing.assert_close(layer.errors, exact, rtol=2e-6, atol=0)
 

@@ -336,9 +336,7 @@ class Client:
         """Write each scored row with its generated answers and scores, in the client's own folder."""
         lines = [
             json_text(
-                {"instruction": row.instruction, "context": row.context, "response": row.response}
-                | ({"before": [message.mapping for message in row.before]} if row.before else {})
-                | ({"rejected": row.rejected} if row.rejected else {})
+                row.texts
                 | {state: score.predictions[index] for state, score in scores.items()}
                 | {"scores": {state: score.row(index) for state, score in scores.items()}}
             )

@@ -62,6 +62,17 @@ class Row:
         return [*single, *([_as_json(others)] if others else [])]
 
     @property
+    def texts(self) -> dict[str, Any]:
+        """The row's texts by field, as a run writes them beside its answers."""
+        before = {"before": [message.mapping for message in self.before]} if self.before else {}
+        rejected = {"rejected": self.rejected} if self.rejected else {}
+        return (
+            {"instruction": self.instruction, "context": self.context, "response": self.response}
+            | before
+            | rejected
+        )
+
+    @property
     def extras(self) -> dict[str, Any]:
         """What ``kept`` says."""
         return dict(json.loads(self.kept)) if self.kept else {}

@@ -84,21 +84,9 @@ class LayerScores:
             rule = f"{self.name} has {len(self.cross)} experts"
             raise GraftError(f"graft.experts = {k}", rule, f"use a number from 1 to {len(self.cross)}")
 
-    def add_products(self, target: Tensor, outputs: Iterable[Tensor]) -> None:
-        """Add tokens' inner products.
-
-        A single expert's error is far from zero, so fp32 is enough within a call. The linear system of pairs can be
-        nearly singular, and is computed in fp64.
-
-        Args:
-            target: F, ``[T, D]``.
-            outputs: The outputs of all experts in order, in chunks of n experts: ``[n, T, D]``.
-        """
-        self.add(_products(target, outputs, pairs=self.pairs), len(target))
-
-    def add(self, products: Sequence[Tensor], tokens: int) -> None:
-        """Add sums of inner products over so many tokens: gram ``[N, N]``, cross ``[N]`` and energy."""
-        gram, cross, energy = (p.cpu() for p in products)
+    def add(self, sums: Sequence[Tensor], tokens: int) -> None:
+        """Add ``products`` of so many tokens."""
+        gram, cross, energy = (each.cpu() for each in sums)
         self.gram += gram
         self.cross += cross
         self.energy += energy.item()
@@ -112,8 +100,17 @@ class LayerScores:
         self.weights += torch.bincount(chosen, given, minlength=N)[:N]
 
 
-def _products(target: Tensor, outputs: Iterable[Tensor], *, pairs: bool) -> list[Tensor]:
-    """Return gram, cross and energy in fp64."""
+def products(target: Tensor, outputs: Iterable[Tensor], *, pairs: bool) -> list[Tensor]:
+    """Return tokens' inner products, in fp64: gram ``[N, N]``, of which ``pairs`` needs all, cross ``[N]``, energy.
+
+    A single expert's error is far from zero, so fp32 is enough within a call. The linear system of pairs can be
+    nearly singular, and is computed in fp64.
+
+    Args:
+        target: F, ``[T, D]``.
+        outputs: The outputs of all experts in order, in chunks of n experts: ``[n, T, D]``.
+        pairs: Whether products of two different experts are needed.
+    """
     found = _all_products(target, outputs) if pairs else _single_products(target, outputs)
     return [product.double() for product in found]
 
@@ -194,7 +191,7 @@ class Probe:
             hidden, index, weight, target = (t.index_select(0, self.positions) for t in call)
             noted.routing.append((index, weight))
             for tokens, part in zip(torch.split(hidden, chunk), torch.split(target, chunk), strict=True):
-                noted.add(_products(part, experts.run_all(tokens), pairs=self.pairs), len(tokens))
+                noted.add(products(part, experts.run_all(tokens), pairs=self.pairs), len(tokens))
 
         return score
 

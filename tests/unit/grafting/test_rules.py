@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from flexperts.config.model import GraftConfig
 from flexperts.errors import ConfigError, GraftError
 from flexperts.selection.rules import RULES, coefficients, pick_layers, select, subset_error
-from flexperts.selection.selection import LayerScores
+from flexperts.selection.selection import LayerScores, products
 
 Problem = tuple[LayerScores, np.ndarray, np.ndarray]
 SEEDS = st.integers(0, 2**31)
@@ -32,7 +32,8 @@ def problem(seed: int = 0, N: int = 6, T: int = 9, D: int = 3) -> Problem:
 
 def sums(experts: np.ndarray, target: np.ndarray) -> LayerScores:
     layer = LayerScores.empty("layer", len(experts))
-    layer.add_products(torch.tensor(target)[:, None], [torch.tensor(experts)[:, :, None]])
+    outputs = torch.tensor(experts)[:, :, None]
+    layer.add(products(torch.tensor(target)[:, None], [outputs], pairs=layer.pairs), outputs.shape[1])
     return layer
 
 
