@@ -150,6 +150,16 @@ class RunConfig(Section):
         del written["model"]["device"]
         return tomli_w.dumps(written)
 
+    def as_begun(self, begun: RunConfig) -> RunConfig:
+        """Return the same run with what it leaves open as it was when the run began."""
+        graft, training = self.graft, self.training
+        if graft.output == "auto":
+            graft = graft.model_copy(update={"output": begun.graft.output})
+        if training.personal_moments == "auto":
+            training = training.model_copy(update={"personal_moments": begun.training.personal_moments})
+        same = self.model_copy(update={"graft": graft, "training": training})
+        return same.with_choices(template_date=begun.model.template_date)
+
     def with_choices(self, template_date: str | None = None, max_new_tokens: int | None = None) -> RunConfig:
         """Return the same run with what was chosen in the place of what it leaves open."""
         model, evaluation = self.model, self.evaluation
