@@ -251,7 +251,7 @@ def phases(take_turn: Any, moves: Any, name: str, number: int, *settings: str) -
 
 
 def test_which_adapter_moves_when(take_turn: Any, moves: Any) -> None:
-    """Two steps a round and two rounds: F's local phase takes four, or two if a client takes part in half of them."""
+    """Two steps a round and two rounds: F's local phase takes four, or two at participation 0.5."""
     assert phases(take_turn, moves, "feddpa_t", 1) == [{"shared"}] * 2
     assert phases(take_turn, moves, "feddpa_t", 2) == [{"personal"}] * 2 + [{"shared"}] * 2
     assert phases(take_turn, moves, "feddpa_f", 2) == [{"shared"}] * 2
@@ -303,7 +303,7 @@ def test_a_run_of_f_is_fedavg_and_one_silent_round(recipe: Any, tmp_path: Path) 
     rounds = [json.loads(line) for line in (tmp_path / "f" / "rounds.jsonl").read_text().splitlines()]
     assert [len(r["clients"]) for r in rounds] == [2, 2, 4]
     assert set(rounds[2]["declared"]["uplink"].values()) == {0}
-    assert [r["clients"]["shop"]["steps"] for r in rounds[2:]] == [2]  # as in the one round of two that is its share
+    assert [r["clients"]["shop"]["steps"] for r in rounds[2:]] == [2]  # one round of two is its share
     assert summary["mean"]["nll"]["personalized"] != summary["mean"]["nll"]["global"]
 
 

@@ -149,9 +149,10 @@ class FedDPAF(PersonalRounds, FedDPA):
     last. Aggregated: mean of A and of B by rows. Stays: l. Inference: personalized = the weighted sum above, one
     alpha per row, for generation and for scores; global = g alone.
     Open choices: those of feddpa_t (weights reversed and bypassed in the released code, x_s, no clamp). The source
-    names no number of steps for l: ours is those of the rounds in which a client takes part, R x participation, with
-    a separate learning-rate schedule, so that both variants cost about the same. In the extra round all clients
-    train, even if only a share is sampled per round: each needs its l. The server gets R from the clients' reports, which must agree.
+    names no number of steps for l: ours is those of R x participation rounds, which is how often a client takes
+    part, with a separate learning-rate schedule, so that both variants cost about the same. In the extra round all
+    clients train, even if only a share is sampled per round: each needs its l. The server gets R from the clients'
+    reports, which must agree.
     """
 
     additive = False
