@@ -238,11 +238,11 @@ def test_l_trains_in_a_mixture_with_a_fixed_g(take_turn: Any, merged: Callable[.
     assert losses[2] == pytest.approx(third, abs=1e-4)  # g has not moved while l trained, and l does not count
 
 
-def phases(take_turn: Any, moves: Any, name: str, number: int) -> list[set[str]]:
+def phases(take_turn: Any, moves: Any, name: str, number: int, *settings: str) -> list[set[str]]:
     seen: list[set[str]] = []
     holder: list[Turn] = []
     step = moves(seen, lambda: holder[0])
-    with take_turn(f"method.name={name}", round=number, on_step=step) as (method, turn):
+    with take_turn(f"method.name={name}", *settings, round=number, on_step=step) as (method, turn):
         holder.append(turn)
         step(0.0, 0)
         seen.clear()
@@ -251,11 +251,12 @@ def phases(take_turn: Any, moves: Any, name: str, number: int) -> list[set[str]]
 
 
 def test_which_adapter_moves_when(take_turn: Any, moves: Any) -> None:
-    """Two steps a round and two rounds: F's local phase takes four."""
+    """Two steps a round and two rounds: F's local phase takes four, or two at participation 0.5."""
     assert phases(take_turn, moves, "feddpa_t", 1) == [{"shared"}] * 2
     assert phases(take_turn, moves, "feddpa_t", 2) == [{"personal"}] * 2 + [{"shared"}] * 2
     assert phases(take_turn, moves, "feddpa_f", 2) == [{"shared"}] * 2
     assert phases(take_turn, moves, "feddpa_f", 3) == [{"personal"}] * 4
+    assert phases(take_turn, moves, "feddpa_f", 3, "federation.participation=0.5") == [{"personal"}] * 2
 
 
 def test_an_untrained_l_starts_at_a_draw_of_the_clients_own(take_turn: Any) -> None:
@@ -302,7 +303,7 @@ def test_a_run_of_f_is_fedavg_and_one_silent_round(recipe: Any, tmp_path: Path) 
     rounds = [json.loads(line) for line in (tmp_path / "f" / "rounds.jsonl").read_text().splitlines()]
     assert [len(r["clients"]) for r in rounds] == [2, 2, 4]
     assert set(rounds[2]["declared"]["uplink"].values()) == {0}
-    assert [r["clients"]["shop"]["steps"] for r in rounds[2:]] == [4]
+    assert [r["clients"]["shop"]["steps"] for r in rounds[2:]] == [2]  # one round of two is its share
     assert summary["mean"]["nll"]["personalized"] != summary["mean"]["nll"]["global"]
 
 

@@ -149,16 +149,17 @@ class FedDPAF(PersonalRounds, FedDPA):
     last. Aggregated: mean of A and of B by rows. Stays: l. Inference: personalized = the weighted sum above, one
     alpha per row, for generation and for scores; global = g alone.
     Open choices: those of feddpa_t (weights reversed and bypassed in the released code, x_s, no clamp). The source
-    names no number of steps for l: ours is all rounds' steps together, with a separate learning-rate schedule, so
-    that both variants cost about the same. In the extra round all clients train, even if only a share is sampled
-    per round: each needs its l. The server gets R from the clients' reports, which must agree.
+    names no number of steps for l: ours is those of R x participation rounds, which is how often a client takes
+    part, with a separate learning-rate schedule, so that both variants cost about the same. In the extra round all
+    clients train, even if only a share is sampled per round: each needs its l. The server gets R from the clients'
+    reports, which must agree.
     """
 
     additive = False
 
     name = "feddpa_f"
     summary = "FedAvg, then a local LoRA trained with the finished global one, weighted by each input's similarity"
-    budget_note = "twice FedAvg's steps: the local LoRA takes all rounds' steps again in one more round"
+    budget_note = "twice FedAvg's steps: the local LoRA takes as many as a client's rounds, in one more round"
     report_type: ClassVar[Any] = Count
 
     def extra_rounds(self, rounds: int) -> int:
@@ -182,10 +183,10 @@ class FedDPAF(PersonalRounds, FedDPA):
 
     def train(self, turn: Turn) -> TrainResult:
         """Train g in the recipe's rounds, l in the extra one."""
-        rounds = turn.site.config.federation.rounds
-        if turn.round <= rounds:
+        federation = turn.site.config.federation
+        if turn.round <= federation.rounds:
             return turn.fit(personal=False)
-        steps = rounds * turn.settings.steps
+        steps = max(1, round(federation.rounds * federation.participation)) * turn.settings.steps
         return self.personalize(turn, replace(turn.settings, steps=steps, first_step=0, total_steps=steps))
 
     def is_extra(self, server: Server) -> bool:
