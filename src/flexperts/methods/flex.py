@@ -111,7 +111,11 @@ class Flex(PersonalRounds, Grafted):
 
     Source: arXiv 2506.00965 (selective aggregation, expert grafting, adaptive gate).
     y = sum_{j in TopK} g_j(x) E_j(x) + sum_p c_p sigmoid(G_p(x)) E_p(x), with c_p = 1 (``graft.scale``); E_p starts
-    as the pretrained expert that best reproduces the layer's output on the client's rows (``graft.selection``).
+    as the pretrained expert E_s that best reproduces the layer's output on the client's rows (``graft.selection``).
+    By default two things are not the paper's, because validation rows were better with them: E_p(x) - E_s(x) in the
+    place of E_p(x) (``graft.output``), so that the untrained graft changes nothing; and AdamW's moments of the
+    personal part stay from round to round (``training.personal_moments``). ``graft.output = "expert"`` with
+    ``personal_moments = "fresh"`` is the paper's.
     Trained: attention LoRA, the k personal experts of every MoE layer and their sigmoid gate, together.
     Sent: attention LoRA. Aggregated: its mean by rows. Stays: experts and gate. Frozen: all pretrained weights.
     Inference: last global LoRA with the client's own experts and gate.
@@ -119,9 +123,8 @@ class Flex(PersonalRounds, Grafted):
     ``graft.gate_start = "router"`` the weight is the router's row of the chosen expert, which is probably the
     release's start), and whether all weights of the personal expert train or a low-rank update (``graft.rank``).
     Variants beyond the paper: ``graft.experts`` (k), ``graft.selection``, ``graft.layers``, ``graft.scale``,
-    ``graft.start``, ``graft.gate_lr``; ``graft.output = "difference"`` replaces E_p by E_p - E_s, E_s being the
-    frozen expert that E_p started from; ``graft.place = "in_place"`` adapts the chosen expert itself, without a
-    gate; ``graft.sharing = "shared"`` averages the grafted expert and its gate over clients; ``"both"`` adds a
+    ``graft.start``, ``graft.gate_lr``; ``graft.place = "in_place"`` adapts the chosen expert itself, without a gate;
+    ``graft.sharing = "shared"`` averages the grafted expert and its gate over clients; ``"both"`` adds a
     personal expert to the shared one. All clients start the shared expert from the pretrained expert with the
     lowest mean reconstruction loss, so each client reports its losses. With ``"both"``, the personal expert's start
     gets 0.1 % noise: two experts with equal starts would stay equal for ever.
