@@ -73,7 +73,7 @@ class TrainingConfig(Section):
         return self
 
     def moments(self, preferred: Literal["fresh", "kept"]) -> Literal["fresh", "kept"]:
-        """Return what becomes of the personal moments: the setting, or what a method prefers where there are any."""
+        """Return what becomes of personal moments: the setting, or what a method prefers where there are any."""
         if self.personal_moments != "auto":
             return self.personal_moments
         return preferred if self.optimizer == "adamw" else "fresh"

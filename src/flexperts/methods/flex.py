@@ -123,8 +123,8 @@ class Flex(PersonalRounds, Grafted):
     ``graft.gate_start = "router"`` the weight is the router's row of the chosen expert, which is probably the
     release's start), and whether all weights of the personal expert train or a low-rank update (``graft.rank``).
     Variants beyond the paper: ``graft.experts`` (k), ``graft.selection``, ``graft.layers``, ``graft.scale``,
-    ``graft.start``, ``graft.gate_lr``; ``graft.place = "in_place"`` adapts the chosen expert itself, without a gate;
-    ``graft.sharing = "shared"`` averages the grafted expert and its gate over clients; ``"both"`` adds a
+    ``graft.start``, ``graft.gate_lr``; ``graft.place = "in_place"`` adapts the chosen expert itself, without
+    a gate; ``graft.sharing = "shared"`` averages the grafted expert and its gate over clients; ``"both"`` adds a
     personal expert to the shared one. All clients start the shared expert from the pretrained expert with the
     lowest mean reconstruction loss, so each client reports its losses. With ``"both"``, the personal expert's start
     gets 0.1 % noise: two experts with equal starts would stay equal for ever.
