@@ -35,6 +35,7 @@ Recipe = Callable[..., RunConfig]
 ROOT = Path(__file__).parents[2]
 
 FLEX: dict[str, tuple[str, ...]] = {
+    "flex, as published": ("graft.output=expert", "training.personal_moments=fresh"),
     "flex, two experts": ("graft.experts=2",),
     "flex, four experts of low rank": ("graft.experts=4", "graft.rank=2"),
     "flex, greedy mixture": ("graft.experts=2", "graft.selection=greedy", "graft.scale=least_squares"),

@@ -113,7 +113,7 @@ def test_a_loss_beyond_the_limit_is_refused() -> None:
 @pytest.fixture(scope="module")
 def run(recipe: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "run"
-    run_federation(recipe(*SHORT, "method.name=flex"), out)
+    run_federation(recipe(*SHORT, "method.name=flex", "graft.output=expert"), out)
     return out
 
 

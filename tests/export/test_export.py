@@ -78,10 +78,10 @@ def exact(done: Export) -> None:
 @pytest.mark.parametrize(
     ("settings", "client"),
     [
-        (("flex",), "clinic"),
-        (("flex", *K2), "shop"),
-        (("flex", "graft.sharing=both"), "clinic"),
-        (("flex", "graft.gate_start=router"), "clinic"),
+        (("flex", "graft.output=expert"), "clinic"),
+        (("flex", "graft.output=expert", *K2), "shop"),
+        (("flex", "graft.output=expert", "graft.sharing=both"), "clinic"),
+        (("flex", "graft.output=expert", "graft.gate_start=router"), "clinic"),
         (("flex", "graft.output=difference", "graft.experts=2"), "shop"),
         (("local",), "clinic"),
     ],

@@ -26,7 +26,7 @@ base = "{base}"
 dtype = "float32"
 precision = "fp32"
 [method]
-name = "{method}"
+name = "fedavg"
 [data.silos]
 train_rows = 8
 test_rows = 4
@@ -41,14 +41,22 @@ max_new_tokens = 2
 """
 
 
+PUBLISHED = "flex as published"
+RUNS: dict[str, tuple[str, ...]] = {
+    **{name: (f"method.name={name}", *METHOD_SETTINGS.get(name, ())) for name in method_names()},
+    PUBLISHED: ("method.name=flex", "graft.output=expert", "training.personal_moments=fresh"),
+}
+"""Name of a run -> its settings: every method, and FLEx without the defaults of ours."""
+
+
 def shared_workspace(folder: Path) -> Workspace:
     """Save the base of all runs in a new folder, and return it with their rows."""
-    return Workspace(_recipe(save_tiny_base(folder, max_position_embeddings=1024), "fedavg"))
+    return Workspace(_recipe(save_tiny_base(folder, max_position_embeddings=1024)))
 
 
-def trajectory(method: str, workspace: Workspace, out: Path) -> dict[str, Any]:
+def trajectory(name: str, workspace: Workspace, out: Path) -> dict[str, Any]:
     """Return losses and NLL of every round and client of a tiny run."""
-    run_federation(_recipe(workspace.config.model.base, method), out, workspace=workspace)
+    run_federation(_recipe(workspace.config.model.base, *RUNS[name]), out, workspace=workspace)
     rounds = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
     return {
         "loss": [{n: c["loss"] for n, c in r["clients"].items()} for r in rounds],
@@ -58,15 +66,15 @@ def trajectory(method: str, workspace: Workspace, out: Path) -> dict[str, Any]:
     }
 
 
-def _recipe(base: Path | str, method: str) -> RunConfig:
-    return parse_recipe(_RECIPE.format(base=base, method=method), METHOD_SETTINGS.get(method, ()))
+def _recipe(base: Path | str, *settings: str) -> RunConfig:
+    return parse_recipe(_RECIPE.format(base=base), settings)
 
 
 def record() -> None:
     """Write the references anew."""
     with tempfile.TemporaryDirectory() as folder:
         workspace = shared_workspace(Path(folder) / "base")
-        made = {method: trajectory(method, workspace, Path(folder) / method) for method in method_names()}
+        made = {name: trajectory(name, workspace, Path(folder) / name) for name in RUNS}
     REFERENCES.write_text(json.dumps(made, indent=1) + "\n")
 
 

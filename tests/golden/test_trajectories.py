@@ -32,7 +32,7 @@ def numbers(tree: Any, path: str = "") -> Iterator[tuple[str, float]]:
 
 
 def test_every_method_has_a_reference() -> None:
-    assert sorted(REFERENCES) == method_names()
+    assert sorted(REFERENCES) == sorted([*method_names(), record.PUBLISHED])
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +40,10 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return record.shared_workspace(tmp_path_factory.mktemp("golden") / "base")
 
 
-@pytest.mark.parametrize("method", method_names())
-def test_trajectory(method: str, workspace: Workspace, tmp_path: Path) -> None:
-    made = record.trajectory(method, workspace, tmp_path / "run")
-    found, expected = dict(numbers(made)), dict(numbers(REFERENCES[method]))
+@pytest.mark.parametrize("name", record.RUNS)
+def test_trajectory(name: str, workspace: Workspace, tmp_path: Path) -> None:
+    """Processors differ by up to 6e-7, two settings of FLEx's graft by 3e-5."""
+    made = record.trajectory(name, workspace, tmp_path / "run")
+    found, expected = dict(numbers(made)), dict(numbers(REFERENCES[name]))
     assert len(expected) >= 12  # what a method without training has
-    assert found == pytest.approx(expected, rel=2e-4)
+    assert found == pytest.approx(expected, rel=5e-6)

@@ -34,9 +34,10 @@ from flexperts.testing import byte_tokenizer, save_tiny_base
 BUDGETS = tomllib.loads(Path(__file__).with_name("budgets.toml").read_text(encoding="utf-8"))
 METHODS = {
     "fedavg": ("method.name=fedavg",),
-    "flex": ("method.name=flex", "graft.calibration_tokens=64"),
+    "flex": ("method.name=flex", "graft.output=expert", "graft.calibration_tokens=64"),
+    "flex difference": ("method.name=flex", "graft.output=difference", "graft.calibration_tokens=64"),
     "flex in place": ("method.name=flex", "graft.place=in_place", "graft.calibration_tokens=64"),
-    "flex low rank": ("method.name=flex", "graft.rank=4", "graft.calibration_tokens=64"),
+    "flex low rank": ("method.name=flex", "graft.output=expert", "graft.rank=4", "graft.calibration_tokens=64"),
 }
 Kinds = dict[str, Counter[str]]
 

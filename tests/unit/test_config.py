@@ -13,6 +13,7 @@ from flexperts.config.changes import recipe_changes
 from flexperts.config.data import DataConfig
 from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError
+from flexperts.methods.registry import make_method
 from flexperts.recipe import load_recipe, parse_recipe
 
 SILOS = "[data.silos]\n"
@@ -382,3 +383,32 @@ def test_a_shipped_recipe_is_found_by_its_name(tmp_path: Path, monkeypatch: pyte
 def test_numbers_of_free_settings_are_finite(setting: str) -> None:
     with pytest.raises(ConfigError, match="is not a finite number"):
         parse_recipe("data.silos = {}", [setting])
+
+
+@pytest.mark.parametrize(
+    ("settings", "opens_to", "moments"),
+    [
+        ((), "difference", "kept"),
+        (("graft.start=silent",), "expert", "kept"),
+        (("graft.scale=least_squares",), "expert", "kept"),
+        (("graft.place=in_place",), "expert", "kept"),
+        (("training.optimizer=sgd",), "difference", "fresh"),
+        (("graft.output=expert", "training.personal_moments=fresh"), "expert", "fresh"),
+        (("method.name=local",), "expert", "fresh"),
+        (("method.name=local", "graft.output=difference", "training.personal_moments=kept"), "difference", "kept"),
+    ],
+)
+def test_flex_prefers_a_difference_and_kept_moments_where_they_are_possible(
+    settings: tuple[str, ...], opens_to: str, moments: str
+) -> None:
+    config = parse_recipe("data.silos = {}", settings)
+    method = make_method(config.method)
+    assert config.graft.opens_to(method.opens_to) == opens_to
+    assert config.training.moments(method.moments) == moments
+
+
+def test_a_resumed_run_keeps_the_defaults_with_which_it_began() -> None:
+    begun = parse_recipe("data.silos = {}", ["graft.output=expert", "training.personal_moments=fresh"])
+    assert parse_recipe("data.silos = {}").as_begun(begun).to_toml() == begun.to_toml()
+    own = parse_recipe("data.silos = {}", ["graft.output=difference"])
+    assert own.as_begun(begun).graft.output == "difference"

@@ -33,7 +33,7 @@ from flexperts.deployment.worker import Worker
 from flexperts.engines.run import run_federation
 from flexperts.files import write_json
 from flexperts.parameters.store import load_personal
-from flexperts.recipe import load_silo, parse_recipe
+from flexperts.recipe import load_silo, parse_recipe, recorded_recipe
 from flexperts.server.checkpoint import load_server
 from flexperts.status.status import RunStatus
 from flexperts.testing import save_tiny_base
@@ -126,8 +126,11 @@ def prepare(folder: Path) -> None:
 
 def ask(worker: Worker, kind: str, content: Any) -> Any:
     """Return a worker's reply; both rounds of the recipe are asked."""
-    recipe = at_silos(parse_recipe(_RECIPE)).to_toml()
-    fields, reply = deserialize(worker.reply(serialize({"kind": kind, "run": RUN, "recipe": recipe}, content)))
+    recipe, kept = at_silos(parse_recipe(_RECIPE)), Path("state/runs") / RUN
+    if (kept / "config.toml").exists():  # the server of a run sends the text with which the run began
+        recipe = recipe.as_begun(recorded_recipe(kept))
+    about = {"kind": kind, "run": RUN, "recipe": recipe.to_toml()}
+    fields, reply = deserialize(worker.reply(serialize(about, content)))
     assert fields == {}, fields
     return reply
 

@@ -35,7 +35,7 @@ from flexperts.methods.kit.turn import Prepared, Turn
 from flexperts.methods.registry import make_method
 from flexperts.modeling.repeatable import repeatable
 from flexperts.observer import Observer, Phase, TurnState, current_observer
-from flexperts.parameters.store import PersonalMeta, PersonalStore
+from flexperts.parameters.store import MOMENTS, PersonalMeta, PersonalStore
 from flexperts.parameters.vector import Payload, vector_hash
 from flexperts.parts.grafts import GATES
 from flexperts.protection.pipeline import is_secure, protect, told
@@ -43,7 +43,7 @@ from flexperts.seeding import generator, seeded
 from flexperts.training.local import LocalSettings, steps_per_round
 from flexperts.training.preferences import DirectPreference
 
-_MEMORY, _MOMENTS = "memory.", "moments."
+_MEMORY = "memory."
 _State = TypeVar("_State", bound=str)
 _NEWEST = sys.maxsize
 """Every stored state, also a resumed run's newest, holds what was decided before any training."""
@@ -139,7 +139,7 @@ class Client:
         trained = {name: sum(p.numel() for p in group.values()) for name, group in groups.items()}
         measures = {"loss": result.loss, "steps": result.steps, "tokens": result.tokens, **trained}
         metrics = {name: measures[name] for name in told(self.config, measures)}
-        private = {**turn.split.personal, **_under(_MOMENTS, turn.moments or {})}
+        private = {**turn.split.personal, **_under(MOMENTS, turn.moments or {})}
         return Trained(Update(self.name, sent.payload, len(self.examples), metrics), turn.split, private, sent)
 
     def evaluate(
@@ -377,9 +377,9 @@ class Client:
         tensors, meta = self._stored(up_to)
         device = self.model.device
         memory = {n.removeprefix(_MEMORY): t.to(device) for n, t in tensors.items() if n.startswith(_MEMORY)}
-        personal = {n: t for n, t in tensors.items() if not n.startswith((_MEMORY, _MOMENTS))}
-        keeps = trains and self.config.training.personal_moments == "kept"
-        moments = {n.removeprefix(_MOMENTS): t for n, t in tensors.items() if n.startswith(_MOMENTS)}
+        personal = {n: t for n, t in tensors.items() if not n.startswith((_MEMORY, MOMENTS))}
+        keeps = trains and self.config.training.moments(self.method.moments) == "kept"
+        moments = {n.removeprefix(MOMENTS): t for n, t in tensors.items() if n.startswith(MOMENTS)}
         received = {n: t.to(device) for n, t in request.payload.tensors().items()}
         stream = generator(self.config.seed, self.name, request.round, "batches")
         site = self.model.site(self.name, self.examples, _prepared(meta), request.agreement)
@@ -392,7 +392,7 @@ class Client:
             yield turn, meta
 
     def _keep(self, turn: Turn, meta: PersonalMeta, shared: str) -> None:
-        state = _under(_MEMORY, turn.memory) | _under(_MOMENTS, turn.moments or {})
+        state = _under(_MEMORY, turn.memory) | _under(MOMENTS, turn.moments or {})
         new = PersonalMeta(self.name, meta.base, turn.round, shared, meta.choice, meta.selection, meta.scales)
         self.store.save({**turn.split.personal, **state}, new)
 

@@ -102,10 +102,10 @@ class GraftConfig(Section):
     start: Literal["copy", "silent"] = "copy"
     """copy = the pretrained expert as it is; silent = with its down projection at zero, so that the untrained graft
     changes nothing (needs rank "full" and place "beside")."""
-    output: Literal["expert", "difference"] = "expert"
+    output: Literal["auto", "expert", "difference"] = "auto"
     """What a gate opens to: expert = the personal expert's output; difference = that output minus the output of the
     frozen expert it started from, so that the untrained graft changes nothing (needs start "copy", place "beside"
-    and a number as scale)."""
+    and a number as scale); auto = difference for the method flex where these allow it, else expert."""
     gate_bias: float = 0.0
     """The gate's bias at the start; 0 = half open, if its weight starts at zero."""
     gate_start: Literal["constant", "router"] = "constant"
@@ -167,10 +167,11 @@ class GraftConfig(Section):
     def _nothing_beside_when_in_place(self) -> Self:
         if self.place != "in_place":
             return self
+        if self.output == "difference":
+            raise ValueError("output = 'difference' must be 'expert' with place = 'in_place'")
         if self.gate_lr is not None:
             raise ValueError(f"gate_lr = {self.gate_lr} is for a gate; place = 'in_place' has none")
         for name, only in (
-            ("output", "expert"),
             ("gate_start", "constant"),
             ("scale", 1.0),
             ("sharing", "personal"),
@@ -179,6 +180,13 @@ class GraftConfig(Section):
             if (value := getattr(self, name)) != only:
                 raise ValueError(f"{name} = {value!r} must be {only!r} with place = 'in_place'")
         return self
+
+    def opens_to(self, preferred: Literal["expert", "difference"]) -> Literal["expert", "difference"]:
+        """Return what a gate opens to: the setting, or what a method prefers where the other settings allow it."""
+        if self.output != "auto":
+            return self.output
+        can = self.start == "copy" and self.place == "beside" and self.scale != "least_squares"
+        return preferred if can else "expert"
 
     @model_validator(mode="after")
     def _personal_settings_need_a_personal_graft(self) -> Self:

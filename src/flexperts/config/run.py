@@ -49,9 +49,10 @@ class TrainingConfig(Section):
     """Longest example in tokens."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Optimizer of the local step; sgd has no momentum."""
-    personal_moments: Literal["fresh", "kept"] = "fresh"
+    personal_moments: Literal["auto", "fresh", "kept"] = "auto"
     """AdamW's moments of the personal parameters: fresh = a new optimizer in every round, as for the shared ones;
-    kept = they stay with the personal state from round to round (needs optimizer "adamw")."""
+    kept = they stay with the personal state from round to round (needs optimizer "adamw"); auto = kept for the
+    method flex, if the optimizer has moments, else fresh."""
     lr: float = Field(2e-3, gt=0)
     """Peak learning rate of the shared parameters."""
     personal_lr: float | None = Field(None, gt=0)
@@ -70,6 +71,12 @@ class TrainingConfig(Section):
         if self.personal_moments == "kept" and self.optimizer != "adamw":
             raise ValueError(f"personal_moments = 'kept' needs optimizer = 'adamw', not {self.optimizer!r}")
         return self
+
+    def moments(self, preferred: Literal["fresh", "kept"]) -> Literal["fresh", "kept"]:
+        """Return what becomes of personal moments: the setting, or what a method prefers where there are any."""
+        if self.personal_moments != "auto":
+            return self.personal_moments
+        return preferred if self.optimizer == "adamw" else "fresh"
 
     @property
     def rows_per_pass(self) -> int:
@@ -142,6 +149,16 @@ class RunConfig(Section):
         written = self.model_dump(exclude_none=True, mode="json", exclude={"compare", "engine"})
         del written["model"]["device"]
         return tomli_w.dumps(written)
+
+    def as_begun(self, begun: RunConfig) -> RunConfig:
+        """Return the same run with what it leaves open as it was when the run began."""
+        graft, training = self.graft, self.training
+        if graft.output == "auto":
+            graft = graft.model_copy(update={"output": begun.graft.output})
+        if training.personal_moments == "auto":
+            training = training.model_copy(update={"personal_moments": begun.training.personal_moments})
+        same = self.model_copy(update={"graft": graft, "training": training})
+        return same.with_choices(template_date=begun.model.template_date)
 
     def with_choices(self, template_date: str | None = None, max_new_tokens: int | None = None) -> RunConfig:
         """Return the same run with what was chosen in the place of what it leaves open."""

@@ -18,6 +18,7 @@ from flexperts.client.answer_limit import chosen_limit
 from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
 from flexperts.data.rows import ClientRows
+from flexperts.methods.registry import make_method
 from flexperts.modeling.chunked_losses import LOGIT_BYTES, MOST_BYTES
 from flexperts.moe.attention import attention_modules
 from flexperts.moe.experts import find_experts
@@ -117,7 +118,8 @@ class Activations:
         tokens, graft, (experts, dense) = self._trained * self.lengths.row, self.config.graft, _shapes(self.model)
         per_token = self._layers * _LAYER * self._width + dense
         copies = personal // 2 if graft.rank == "full" else 0
-        grafted = graft.experts * (2 if graft.output == "difference" else 1)
+        opens_to = graft.opens_to(make_method(self.config.method).opens_to)
+        grafted = graft.experts * (2 if opens_to == "difference" else 1)
         for layer in experts:
             per_token += self.top_k * layer.bytes(_INTO, _INSIDE)
             per_token += grafted * layer.bytes(_GRAFT_INTO, _GRAFT_INSIDE) if personal else 0

@@ -139,7 +139,7 @@ def plan_method(
         rounds = planned_rounds(model, sites)
         with model.lend(next(iter(sites.values())), {}) as (split, parts):
             shared, personal = (_values(group.values()) for group in (split.shared, split.personal))
-            kept = config.training.personal_moments == "kept"
+            kept = config.training.moments(method.moments) == "kept"
             moments = 2 * personal + len(split.personal) if kept else 0  # and a number of steps per tensor
             own = [*model.lora.parameters().values(), *(p for part in parts.values() for p in part.parameters())]
             flops = facts.flops_per_token + added_flops(model, parts, facts.experts_per_token)

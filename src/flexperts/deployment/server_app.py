@@ -20,7 +20,7 @@ from flexperts.deployment.settings import METRICS, run_folder
 from flexperts.errors import ArtifactError, FlexpertsError, optional
 from flexperts.files import sole_writer
 from flexperts.observer import Observer, Observers, current_observer, observing
-from flexperts.recipe import parse_recipe
+from flexperts.recipe import parse_recipe, recorded_recipe
 from flexperts.server.extending import extend, is_extended
 from flexperts.server.serve import serve
 
@@ -46,8 +46,10 @@ def main(grid: Grid, context: Context) -> None:
             sole_writer(out, patience=patience, waiting=log.info),
             observing(Observers(LogObserver(), metrics)),
         ):
-            if resume and (out / "config.toml").exists() and is_extended(RunDirectory(out), config):
-                extend(RunDirectory(out), config, current_observer())
+            if resume and (out / "config.toml").exists():
+                config = config.as_begun(recorded_recipe(out))
+                if is_extended(RunDirectory(out), config):
+                    extend(RunDirectory(out), config, current_observer())
             run = _open(out, config.to_toml(), resume=resume)
             bounded = BoundedGrid(grid, config.federation.max_message_bytes)
             if region:  # a finished one still answers the request that its root may have lost

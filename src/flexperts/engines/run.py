@@ -76,7 +76,8 @@ def run_federation(
             process writes the directory; these are checked before anything is written.
     """
     out = Path(out)
-    config = _dated(config, out)
+    if (out / "config.toml").exists():
+        config = config.as_begun(recorded_recipe(out))
     if (summary := _standing(config, out, resume=resume)) is not None:
         _tidy(out)
         return summary
@@ -84,13 +85,6 @@ def run_federation(
         summary = _standing(config, out, resume=resume)  # another process may just have ended
         workspace = (workspace or Workspace(config, given=kept_given(out))).for_run(config)
         return _run(config, out, workspace, keep_rows=keep_rows) if summary is None else summary
-
-
-def _dated(config: RunConfig, out: Path) -> RunConfig:
-    """Return the recipe with the date that chat templates got when the run in ``out`` began."""
-    if not (out / "config.toml").exists():
-        return config
-    return config.with_choices(template_date=recorded_recipe(out).model.template_date)
 
 
 def _run(config: RunConfig, out: Path, workspace: Workspace, *, keep_rows: bool) -> dict[str, Any]:

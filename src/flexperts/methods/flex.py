@@ -76,9 +76,9 @@ class Grafted(Method):
             # Before there is an agreement, any expert gives the names and shapes.
             common = site.agreement or {layer: range(graft.experts) for layer in prepared.choice}
             choice = {layer: tuple(ranked[: graft.experts]) for layer, ranked in common.items()}
-            parts[_COMMON] = _grafts(site, choice, {}, site.common_generator(_COMMON))
+            parts[_COMMON] = self._grafts(site, choice, {}, site.common_generator(_COMMON))
         if graft.sharing != "shared":
-            parts["graft"] = own = _grafts(site, prepared.choice, prepared.scales, site.generator("graft"))
+            parts["graft"] = own = self._grafts(site, prepared.choice, prepared.scales, site.generator("graft"))
             for layer in own if _COMMON in parts else ():
                 layer.disturb(site.generator("disturbance"))
         return parts
@@ -87,13 +87,35 @@ class Grafted(Method):
         """Return the names of LoRA and the common grafts."""
         return {name for name in names if name.startswith((SHARED_PREFIX, f"{_COMMON}."))}
 
+    def _grafts(
+        self, site: Site, choice: Mapping[str, Sequence[int]], scales: Scales, stream: torch.Generator
+    ) -> Grafts:
+        graft = site.config.graft
+        from_router = [e for e in site.experts if e.name in choice] if graft.gate_start == "router" else []
+        return Grafts(
+            site.experts,
+            choice,
+            rank=graft.rank,
+            alpha=graft.alpha,
+            gate_bias=graft.gate_bias,
+            scales=scales or None,
+            silent=graft.start == "silent",
+            gate_weights={e.name: expert_rows(site.lora.base, e, choice[e.name]) for e in from_router},
+            difference=graft.opens_to(self.opens_to) == "difference",
+            generator=stream,
+        )
+
 
 class Flex(PersonalRounds, Grafted):
     """Personal experts and shared attention LoRA.
 
     Source: arXiv 2506.00965 (selective aggregation, expert grafting, adaptive gate).
     y = sum_{j in TopK} g_j(x) E_j(x) + sum_p c_p sigmoid(G_p(x)) E_p(x), with c_p = 1 (``graft.scale``); E_p starts
-    as the pretrained expert that best reproduces the layer's output on the client's rows (``graft.selection``).
+    as the pretrained expert E_s that best reproduces the layer's output on the client's rows (``graft.selection``).
+    By default two things are not the paper's, because validation rows were better with them: E_p(x) - E_s(x) in the
+    place of E_p(x) (``graft.output``), so that the untrained graft changes nothing; and AdamW's moments of the
+    personal part stay from round to round (``training.personal_moments``). ``graft.output = "expert"`` with
+    ``personal_moments = "fresh"`` is the paper's.
     Trained: attention LoRA, the k personal experts of every MoE layer and their sigmoid gate, together.
     Sent: attention LoRA. Aggregated: its mean by rows. Stays: experts and gate. Frozen: all pretrained weights.
     Inference: last global LoRA with the client's own experts and gate.
@@ -101,9 +123,8 @@ class Flex(PersonalRounds, Grafted):
     ``graft.gate_start = "router"`` the weight is the router's row of the chosen expert, which is probably the
     release's start), and whether all weights of the personal expert train or a low-rank update (``graft.rank``).
     Variants beyond the paper: ``graft.experts`` (k), ``graft.selection``, ``graft.layers``, ``graft.scale``,
-    ``graft.start``, ``graft.gate_lr``; ``graft.output = "difference"`` replaces E_p by E_p - E_s, E_s being the
-    frozen expert that E_p started from; ``graft.place = "in_place"`` adapts the chosen expert itself, without a
-    gate; ``graft.sharing = "shared"`` averages the grafted expert and its gate over clients; ``"both"`` adds a
+    ``graft.start``, ``graft.gate_lr``; ``graft.place = "in_place"`` adapts the chosen expert itself, without
+    a gate; ``graft.sharing = "shared"`` averages the grafted expert and its gate over clients; ``"both"`` adds a
     personal expert to the shared one. All clients start the shared expert from the pretrained expert with the
     lowest mean reconstruction loss, so each client reports its losses. With ``"both"``, the personal expert's start
     gets 0.1 % noise: two experts with equal starts would stay equal for ever.
@@ -138,6 +159,8 @@ class Flex(PersonalRounds, Grafted):
         """Whether the mean is of LoRA's factors, or of their products, truncated to the rank."""
 
     options: Options
+    opens_to = "difference"
+    moments = "kept"
     alone = "local"
 
     def __init__(self, options: Method.Options | None = None) -> None:
@@ -217,23 +240,6 @@ def _weakened(graft: Grafts, weight: float) -> Iterator[None]:
     for layer in graft:
         layer.scales = tuple(weight * scale for scale in layer.scales)
     yield None
-
-
-def _grafts(site: Site, choice: Mapping[str, Sequence[int]], scales: Scales, stream: torch.Generator) -> Grafts:
-    graft = site.config.graft
-    from_router = [e for e in site.experts if e.name in choice] if graft.gate_start == "router" else []
-    return Grafts(
-        site.experts,
-        choice,
-        rank=graft.rank,
-        alpha=graft.alpha,
-        gate_bias=graft.gate_bias,
-        scales=scales or None,
-        silent=graft.start == "silent",
-        gate_weights={e.name: expert_rows(site.lora.base, e, choice[e.name]) for e in from_router},
-        difference=graft.output == "difference",
-        generator=stream,
-    )
 
 
 def _scales(

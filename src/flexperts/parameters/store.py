@@ -15,6 +15,8 @@ from flexperts.checked_file import read_meta, read_sealed, write_sealed
 from flexperts.errors import ArtifactError
 from flexperts.files import damaged, make_folder
 
+MOMENTS = "moments."
+"""Begins the name of each of AdamW's kept moments."""
 _FORMAT = "flexperts-personal-2"
 _AHEAD = ThreadPoolExecutor(1, "states")
 """Reads states before they are asked for; its thread starts with the first of them."""
@@ -48,19 +50,23 @@ def save_personal(path: Path, tensors: Mapping[str, Tensor], meta: PersonalMeta)
     write_sealed(path, _FORMAT, tensors, asdict(meta))
 
 
-def load_personal(path: Path | str, *, base: str | None = None) -> tuple[dict[str, Tensor], PersonalMeta]:
+def load_personal(
+    path: Path | str, *, base: str | None = None, moments: bool = False
+) -> tuple[dict[str, Tensor], PersonalMeta]:
     """Read a personal state.
 
     Args:
         path: The client's file.
         base: Fingerprint of the base to which the state must belong; None accepts any.
+        moments: Whether to return AdamW's kept moments too, which only training needs.
 
     Raises:
         ArtifactError: The file is missing, damaged, not a personal state, or belongs to another base.
     """
     path = Path(path)
     tensors, value = read_sealed(path, _FORMAT)
-    return tensors, _meta_on(path, value, base)
+    wanted = {name: t for name, t in tensors.items() if moments or not name.startswith(MOMENTS)}
+    return wanted, _meta_on(path, value, base)
 
 
 def check_personal(path: Path, *, base: str) -> None:
@@ -106,7 +112,7 @@ class PersonalStore:
         newest: int | None = None
         for path in (self.path, self.older):
             if path.exists():
-                state = load_personal(path, base=self.base)
+                state = load_personal(path, base=self.base, moments=True)
                 if state[1].round <= up_to:
                     return state
                 newest = newest or state[1].round

@@ -82,7 +82,7 @@ def test_what_a_method_adds_is_what_torch_counts(family: str, settings: tuple[st
 def test_a_graft_of_whole_experts_by_hand() -> None:
     """k experts of 3 D I values and k gate rows of D, in both layers; LoRA of rank 8 on q, k, v."""
     model = tiny_model("qwen2_moe")
-    config = parse_recipe("data.silos = {}", ["graft.experts=2"])
+    config = parse_recipe("data.silos = {}", ["graft.experts=2", "graft.output=expert"])
     lent = ClientModel(
         LoadedBase(model, SimpleNamespace(pad_token_id=0), "", ""), config, make_method(config.method)
     )

@@ -31,7 +31,7 @@ def row(made: Plan, name: str) -> MethodPlan:
 
 
 def test_the_usual_comparison_by_hand(tiny: str) -> None:
-    made = plan(tiny, clients=3, bandwidth=8.0)
+    made = plan(tiny, settings=["training.personal_moments=fresh"], clients=3, bandwidth=8.0)
     values = sum(p.numel() for p in tiny_model("olmoe").parameters())
     assert [m.name for m in made.methods] == [*(name for name, _, _ in DEFAULT_ROWS), DENSE]
     assert made.model.parameters == values

@@ -24,7 +24,8 @@ PARAMETERS, EXPERTS, GRAFTS = 6_919_161_856, 16 * 64 * 3 * 2048 * 1024, 16 * (3 
 
 
 def recipe(*settings: str) -> RunConfig:
-    return parse_recipe("data.silos = {}", [f"model.base={OLMOE!r}", "model.device=cpu", *settings])
+    fixed = f"model.base={OLMOE!r}", "model.device=cpu", "graft.output=expert", "training.personal_moments=fresh"
+    return parse_recipe("data.silos = {}", [*fixed, *settings])
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ SHARED = 16 * 3 * 8 * (2048 + 2048)
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> ServingMemory:
     monkeypatch.setattr(serving, "resolve_base", lambda name: name)
-    config = parse_recipe("data.silos = {}", [f"model.base={BASE!r}", "model.device=cpu"])
+    settings = f"model.base={BASE!r}", "model.device=cpu", "training.personal_moments=fresh"
+    config = parse_recipe("data.silos = {}", settings)
     return serving_memory(config, ["a", "b", "c"], max_rows=16, max_tokens=16_384)
 
 

@@ -69,6 +69,10 @@ class Method:
     only sizes."""
     settles: ClassVar[bool] = False
     """Whether a state needs the values that ``settle`` computes from the client's train rows."""
+    opens_to: ClassVar[Literal["expert", "difference"]] = "expert"
+    """What the gates of its grafts open to where the recipe has ``graft.output = "auto"``."""
+    moments: ClassVar[Literal["fresh", "kept"]] = "fresh"
+    """What becomes of AdamW's personal moments where the recipe has ``training.personal_moments = "auto"``."""
     alone: ClassVar[str] = "local_lora"
     """The method with which a client trains the same parts on its own rows alone, for the run's ``[floor]``."""
     report_type: ClassVar[Any] = None
