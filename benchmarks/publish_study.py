@@ -74,6 +74,22 @@ def _both(state: str | None, place: str) -> Callable[[Comparison, Entry], str]:
     return text
 
 
+def _megabytes(way: str) -> Callable[[Comparison, Entry], str]:
+    """Return what shows a client's megabytes in a whole run, one way, and their share of the reference's."""
+
+    def text(comparison: Comparison, entry: Entry) -> str:
+        (reference,) = [one for one in comparison["entries"] if one["name"] == comparison["reference"]]
+        own, whole = (moved(one, len(comparison["clients"]))[way] for one in (entry, reference))
+        return f"{own / 1e6:.2f}, 1/{whole / own:.1f}"
+
+    return text
+
+
+def _link(rate: float) -> Callable[[Comparison, Entry], str]:
+    """Return what shows the seconds of a client's bytes, both ways, on a link of so many bits a second."""
+    return lambda c, entry: f"{8 * sum(moved(entry, len(c['clients'])).values()) / rate:.2f} s"
+
+
 def _text(cell: Callable[[Entry], Cell]) -> Callable[[Comparison, Entry], str]:
     return lambda _, entry: cell(entry).text
 
@@ -101,6 +117,10 @@ COLUMNS: dict[str, tuple[str, Callable[[Comparison, Entry], str]]] = {
     ),
     "received": ("received", _text(lambda e: size(e["bytes"]["downlink_per_client_per_round"]))),
     "sent": ("sent per client and round", _text(lambda e: size(e["bytes"]["uplink_per_client_per_round"]))),
+    "up": ("MB up, of the reference's", _megabytes("up")),
+    "down": ("MB down, of the reference's", _megabytes("down")),
+    "link_10": ("10 Mbit/s", _link(10e6)),
+    "link_1000": ("1 Gbit/s", _link(1e9)),
     "personal": ("personal parameters", _text(lambda e: number(e["parameters"]["personal"], 0))),
     "nll_iqm": ("interquartile mean of NLL", _text(lambda e: bounded(over_silos(e, "nll").get("iqm"), 3))),
     "nll_improvement": ("P(better)", _text(lambda e: bounded(over_silos(e, "nll").get("improvement"), 2))),
@@ -109,6 +129,15 @@ COLUMNS: dict[str, tuple[str, Callable[[Comparison, Entry], str]]] = {
     "seeds": ("seeds", lambda _, e: str(len(e["seeds"]))),
 }
 """A column's name on the page -> its heading, and the text of an entry; significant differences are bold."""
+
+
+def moved(entry: Entry, clients: int) -> dict[str, float]:
+    """Return the bytes of a client in all messages of a run, up and down, mean over clients and seeds."""
+    sent = entry["bytes"]
+    return {
+        "up": sent["uplink_total"] / clients,
+        "down": (sent["downlink_total"] + sent["evaluation_total"]) / clients,
+    }
 
 
 def table(comparison: Comparison, columns: str) -> str:
