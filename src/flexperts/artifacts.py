@@ -34,7 +34,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -286,8 +286,12 @@ class RunDirectory:
     def keep_rounds(self, count: int) -> list[dict[str, Any]]:
         """Return the first rounds, and remove later lines from the file; see ``finished_rounds``."""
         kept = self.finished_rounds(count)
-        write_text(self.rounds_file, "".join(json_text(sealed(record)) + "\n" for record in kept))
+        self.write_rounds(kept)
         return kept
+
+    def write_rounds(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Replace the file of the finished rounds, atomically."""
+        write_text(self.rounds_file, "".join(json_text(sealed(record)) + "\n" for record in records))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the summary, which marks the run as finished."""

@@ -8,18 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import RecordDict
 
 from flexperts.artifacts import RunDirectory
-from flexperts.communication.messages import records
+from flexperts.communication.messages import metrics_of, records
 from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError, FederationError
 from flexperts.observer import Observer
+from flexperts.parameters.vector import Payload
 from flexperts.server.checkpoint import load_server
 from flexperts.server.region import Region, check_region, check_same
 
 from .masking_silos import CLIP, MaskingSilo
-from .scripted_grid import FOUR, ScriptedGrid, Silo, Watch, changed, drop, expected, run_on
+from .scripted_grid import FOUR, START, ScriptedGrid, Silo, Watch, changed, drop, expected, run_on
 
 Recipe = Callable[..., RunConfig]
 OPEN = ("federation.max_share=1", "federation.max_norm_ratio=off")
@@ -48,6 +50,23 @@ def five() -> list[Silo]:
 
 def two_tiers(config: RunConfig, folder: Path, silos: list[Silo]) -> tuple[Tier, Tier]:
     return Tier("north", config, folder, *silos[:2]), Tier("south", config, folder, *silos[2:])
+
+
+def train(number: int, payload: Payload = START) -> RecordDict:
+    """The root's request."""
+    return records({"run": "r", "round": number, "agreement": "null"}, payload=payload)
+
+
+def evaluate(number: int, payload: Payload = START) -> RecordDict:
+    """The root's request."""
+    states = {"states": ["zero_shot", "global"], "answers": True}
+    return records({"run": "r", "round": number, "agreement": "null", **states}, payload=payload)
+
+
+def numbers(tier: Tier) -> list[int]:
+    """The rounds on disk, which a region that starts again must be able to read."""
+    tier.open()
+    return [log["number"] for log in tier.region.run.rounds()]
 
 
 @pytest.mark.parametrize("method", ["fedavg", "fedadam"])
@@ -195,3 +214,69 @@ def test_a_region_answers_no_other_requests(recipe: Recipe, tmp_path: Path) -> N
     tier = Tier("north", recipe(*FOUR, *OPEN), tmp_path, *five())
     with pytest.raises(FederationError, match=r"query\.keys"):
         tier.answer("query.keys", RecordDict())
+
+
+def test_a_round_that_failed_and_is_asked_again_is_one_round(recipe: Recipe, tmp_path: Path) -> None:
+    tier = Tier("north", recipe(*FOUR, *OPEN, "federation.rounds=6"), tmp_path, *five()[:2])
+    tier.answer("train", train(1))
+    for name in "ab":
+        tier.grid.faults["train", 2, name] = drop
+    with pytest.raises(FederationError, match="quorum"):
+        tier.answer("train", train(2))
+    tier.grid.faults.clear()
+    tier.answer("train", train(2))
+    tier.answer("train", train(5))
+    inside = tier.region.run.rounds()
+    assert [bool(log["clients"]) for log in inside[:4]] == [True, True, False, False]
+    assert numbers(tier)[:4] == [1, 2, 3, 4]
+
+
+def test_a_round_that_failed_and_is_evaluated_is_one_round(recipe: Recipe, tmp_path: Path) -> None:
+    """Also where a later one has failed too."""
+    config = recipe(*FOUR, *OPEN, "federation.rounds=6", "evaluation.every=1")
+    tier = Tier("north", config, tmp_path, *five()[:2])
+    for number in (1, 2):
+        for name in "ab":
+            tier.grid.faults["train", number, name] = drop
+        with pytest.raises(FederationError, match="quorum"):
+            tier.answer("train", train(number))
+        tier.answer("evaluate", evaluate(1))
+    assert [log["number"] for log in tier.region.run.rounds()] == [1]
+    tier.answer("train", train(3))
+    tier.answer("train", train(5))
+    assert numbers(tier)[:4] == [1, 2, 3, 4]
+
+
+def test_a_round_that_is_evaluated_again_has_the_later_scores(recipe: Recipe, tmp_path: Path) -> None:
+    """The root was resumed, or the region was killed before its reply was on disk."""
+    tier = Tier("north", recipe(*FOUR, *OPEN, "evaluation.every=1"), tmp_path, *five()[:2])
+    tier.answer("train", train(1))
+    for score in (1.0, 2.0):
+        for name in "ab":
+            tier.grid.faults["evaluate", 1, name] = changed(metrics={"nll.global": score})
+        reply = tier.answer("evaluate", evaluate(1))
+        assert metrics_of(reply)["nll.global"] == score
+        assert numbers(tier) == [1]
+        log = tier.region.run.rounds()[0]
+        assert [its["nll.global"] for its in log["scores"].values()] == [score, score]
+        assert sorted(log["clients"]) == ["a", "b"]
+        assert not log["unscored"]
+    tier.answer("train", train(2))
+    tier.answer("evaluate", evaluate(2))
+    assert numbers(tier) == [1, 2]
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_a_request_that_cannot_be_right_changes_nothing(recipe: Recipe, tmp_path: Path, kind: str) -> None:
+    """Neither a round that the run does not have, nor other tensors."""
+    tier = Tier("north", recipe(*FOUR, *OPEN), tmp_path, *five()[:2])
+    ask = {"train": train, "evaluate": evaluate}[kind]
+    with pytest.raises(FederationError, match="rounds 1 to 4"):
+        tier.answer(kind, ask(2000))
+    with pytest.raises(FederationError, match="expected"):
+        tier.answer(kind, ask(3, Payload.of({"w": torch.zeros(3)})))
+    assert tier.region.run.rounds() == []
+    tier.answer("train", train(1))
+    tier.answer("train", train(2))
+    with pytest.raises(FederationError, match="round 2 is over"):
+        tier.answer(kind, ask(1))

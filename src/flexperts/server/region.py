@@ -7,6 +7,7 @@ region is a client; to its silos it is the server.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
@@ -30,6 +31,8 @@ from flexperts.server.strategy import FlexpertsStrategy
 _ROOT = "the root"
 _SAME = ("seed", "model", "lora", "graft", "method", "training", "compression", "evaluation")
 """Sections of a recipe that a region shares with its root."""
+_OF_EVALUATION = ("scores", "answers", "unscored", "evaluation")
+"""What an evaluation adds to a round's record."""
 _SUMS = ("longer_references", "cut")
 
 
@@ -128,14 +131,11 @@ class Region:
     def _train(self, content: RecordDict) -> RecordDict:
         """Run one round on the root's weights, and send the mean of the silos' weights with their rows."""
         asked, strategy = fields_of(content, TrainRequest, _ROOT), self.strategy
-        if asked.round <= self.server.round:
-            raise FederationError(
-                f"round {asked.round}",
-                f"the region's round {self.server.round} is over",
-                "resume the root from its own run directory",
-            )
+        self._check_round(asked.round, self.server.round + 1)
+        weights = self._weights(content)
         self._catch_up(asked.round - 1)
-        self.server.shared = self._weights(content)
+        del strategy.rounds[asked.round - 1 :]  # it has failed before
+        self.server.shared = weights
         replies = self.grid.send_and_receive(
             strategy.configure_train(asked.round, ArrayRecord(), ConfigRecord(), self.grid),
             timeout=self.config.federation.deadline,
@@ -152,20 +152,37 @@ class Region:
     def _evaluate(self, content: RecordDict) -> RecordDict:
         """Have the silos score the root's weights, and send the means of their scores by rows."""
         asked, strategy = fields_of(content, EvaluateRequest, _ROOT), self.strategy
+        self._check_round(asked.round, self.server.round)
+        weights, rounds, fresh = self._weights(content), strategy.rounds, strategy.begun(asked.round)
         if self.server.round < asked.round:  # the region was not drawn, or did not train
             self._catch_up(asked.round - 1)
-            strategy.rounds.append(strategy.begun(asked.round))
+            if len(rounds) < asked.round:
+                rounds.append(fresh)
             self.server.round = asked.round
-        self.server.shared = self._weights(content)
+        del rounds[asked.round :]  # a later one that has failed
+        rounds[-1] = replace(rounds[-1], **{name: getattr(fresh, name) for name in _OF_EVALUATION})
+        self.server.shared = weights
         replies = self.grid.send_and_receive(
             strategy.configure_evaluate(asked.round, ArrayRecord(), ConfigRecord(), self.grid),
             timeout=self.config.federation.deadline,
         )
         strategy.aggregate_evaluate(asked.round, replies)
+        if self.run.written_rounds() > asked.round:  # it was evaluated before, perhaps with other weights
+            self.run.write_rounds(map(vars, rounds))
         if asked.round == strategy.rounds_total:
             finish(self.config, self.run, strategy, strategy.seconds(), self.initial.size)
-        log = strategy.rounds[-1]
+        log = rounds[-1]
         return records({"client": self.name, "round": asked.round}, _scores(log.scores, log.answers))
+
+    def _check_round(self, number: int, first: int) -> None:
+        """Refuse a round that the run does not have, or that is over; one far ahead would end the region's run."""
+        last = self.strategy.rounds_total
+        if not max(1, first) <= number <= last:
+            raise FederationError(
+                f"round {number}",
+                f"the run has rounds 1 to {last}, and the region's round {self.server.round} is over",
+                "resume the root from its own run directory",
+            )
 
     def _catch_up(self, until: int) -> None:
         """Write the rounds up to a number: one that was not evaluated, empty ones where the root did not ask."""
