@@ -186,10 +186,12 @@ def test_the_checkpoint_knows_regions(recipe: Recipe, tmp_path: Path) -> None:
         ("method.name=fedamole",),
         ("method.name=local",),
         ("privacy.noise=central",),
+        ("privacy.noise=distributed", "privacy.aggregation=secure"),
         ("compression.kind=int8",),
         ("compression.downlink=int8",),
         ("federation.mode=buffered", "federation.buffer=1"),
         ("evaluation.clients=1",),
+        ("training.local_seconds=9",),
     ],
 )
 def test_what_cannot_be_averaged_in_stages_is_refused(recipe: Recipe, other: tuple[str, ...]) -> None:

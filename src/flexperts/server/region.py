@@ -58,9 +58,13 @@ def check_region(config: RunConfig) -> None:
         f"compression.downlink = {config.compression.downlink!r}": config.compression.downlink != "none",
         "federation.mode = 'buffered'": config.federation.mode == "buffered",
         f"evaluation.clients = {config.evaluation.clients}": config.evaluation.clients is not None,
+        # Changes count per step, times the mean number of steps of all silos, which no region knows.
+        f"training.local_seconds = {config.training.local_seconds}": config.training.local_seconds is not None,
     }
     if other := next((name for name, active in others.items() if active), None):
-        rule = "the root's rounds are the region's, in fp32, and it ends with the root's last evaluation"
+        rule = (
+            "the root's rounds are the region's, in fp32 and by rows, and it ends with the root's last evaluation"
+        )
         raise ConfigError(f"a region with {other}", rule, "leave it out")
 
 
