@@ -157,6 +157,21 @@ def test_secure_aggregation_inside_a_region(recipe: Recipe, tmp_path: Path) -> N
     assert logs[1]["clients"]["north"]["rows"] == 3 + 4 + 5
 
 
+@pytest.mark.parametrize("privacy", [(), ("privacy.aggregation=secure", f"privacy.clip={CLIP}")])
+def test_the_rows_of_a_capped_silo_go_to_no_other(recipe: Recipe, tmp_path: Path, privacy: tuple[str, ...]) -> None:
+    """a has 100 of the north's 105 rows, and counts for half of its mean: as many as the other five have."""
+    plain = recipe(*FOUR, "federation.max_norm_ratio=off", "federation.rounds=2")
+    inside = recipe(
+        *FOUR, "federation.max_norm_ratio=off", "federation.rounds=2", "federation.quorum=0.5", *privacy
+    )
+    kind = MaskingSilo if privacy else Silo
+    north = Tier("north", inside, tmp_path, kind("a", 100), *(kind(name, 1) for name in "bcdef"))
+    south = Tier("south", plain, tmp_path, Silo("g", 60), Silo("h", 60))
+    _, logs = run_on(ScriptedGrid(north, south), plain, tmp_path / "root")  # type: ignore[arg-type]
+    assert north.region.run.rounds()[0]["capped"] == {"a": 5}
+    assert [log["clients"]["north"]["rows"] for log in logs] == [10, 10]
+
+
 def test_an_update_with_more_rows_than_the_region_has_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     config = recipe(*FOUR, *OPEN, "federation.rounds=1")
     grid = ScriptedGrid(*two_tiers(config, tmp_path, five()))  # type: ignore[arg-type]

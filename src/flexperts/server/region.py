@@ -203,8 +203,11 @@ class Region:
         return payload.check(self.server.shared.manifest, _ROOT)
 
     def _measures(self, log: RoundLog) -> dict[str, float | int]:
-        """Return a round's measures as those of one client: sums, the mean loss by rows, the most steps."""
-        clients = list(log.clients.values())
+        """Return a round's measures as those of one client: sums, the mean loss by rows, the most steps.
+
+        The rows are those that the silos counted for, so that the others of its region do not get a capped one's.
+        """
+        clients = [its | {"rows": log.capped.get(name, its["rows"])} for name, its in log.clients.items()]
         rows = sum(int(its["rows"]) for its in clients)
         found: dict[str, float | int] = {}
         for name in clients[0]:
