@@ -24,6 +24,7 @@ Its files::
   routing/NAME.jsonl          how each client's rows are routed, by round and state (likewise)
   rows/NAME/train.jsonl       rows that a Python program gave, only where it asked to keep them
   joined/NAME.json            a client that joined after training: its rows (counts and hashes), steps, scores
+  region/                a region's socket, its last replies to its root, and the rows and silos that it told it of
   tensorboard/           event files, if --track asks for them
   reference/             the reference method's run, with the same files
   .lock                  the process that writes the directory now

@@ -13,15 +13,29 @@ from flwr.app import RecordDict
 
 from flexperts.artifacts import RunDirectory
 from flexperts.communication.messages import metrics_of, records
+from flexperts.communication.schema import MOST_ROWS
 from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError, FederationError
 from flexperts.observer import Observer
 from flexperts.parameters.vector import Payload
 from flexperts.server.checkpoint import load_server
+from flexperts.server.forget_client import forget_client
 from flexperts.server.region import Region, check_region, check_same
 
 from .masking_silos import CLIP, MaskingSilo
-from .scripted_grid import FOUR, START, ScriptedGrid, Silo, Watch, changed, drop, expected, run_on
+from .scripted_grid import (
+    FOUR,
+    START,
+    ScriptedGrid,
+    Silo,
+    StopError,
+    Watch,
+    changed,
+    drop,
+    expected,
+    run_on,
+    stopped,
+)
 
 Recipe = Callable[..., RunConfig]
 OPEN = ("federation.max_share=1", "federation.max_norm_ratio=off")
@@ -170,6 +184,55 @@ def test_the_rows_of_a_capped_silo_go_to_no_other(recipe: Recipe, tmp_path: Path
     _, logs = run_on(ScriptedGrid(north, south), plain, tmp_path / "root")  # type: ignore[arg-type]
     assert north.region.run.rounds()[0]["capped"] == {"a": 5}
     assert [log["clients"]["north"]["rows"] for log in logs] == [10, 10]
+
+
+def test_one_silo_does_not_lock_its_region_out(recipe: Recipe, tmp_path: Path) -> None:
+    """It claims as many rows as a silo may, and the region has some more."""
+    config = recipe(*FOUR, *OPEN, "federation.rounds=1")
+    regions = two_tiers(config, tmp_path, [Silo("a", 3), Silo("b", MOST_ROWS), *five()[2:]])
+    server, logs = run_on(ScriptedGrid(*regions), config, tmp_path / "root")  # type: ignore[arg-type]
+    assert server.clients == {"north": MOST_ROWS, "south": 18}
+    assert not logs[0]["refused"]
+
+
+def test_a_silo_that_joins_later_costs_its_region_nothing(recipe: Recipe, tmp_path: Path) -> None:
+    """Nor when the region starts again; a root that is resumed asks it again, and knows of the silo."""
+    settings = ("evaluation.rows=2", "evaluation.every=1", "federation.rounds=4", "federation.max_norm_ratio=off")
+    config = recipe(*FOUR, *OPEN, *settings)
+    regions = two_tiers(config, tmp_path, five())
+    north = regions[0]
+
+    def stop() -> None:
+        raise StopError
+
+    watch = Watch(round_1=lambda: north.grid.enter(Silo("f", 9)), round_2=north.open, round_3=stop)
+    with pytest.raises(StopError):
+        run_on(ScriptedGrid(*regions), config, tmp_path / "root", watch)  # type: ignore[arg-type]
+    server, logs = run_on(ScriptedGrid(*regions), config, tmp_path / "root")  # type: ignore[arg-type]
+    assert [log["unscored"] | log["refused"] for log in logs] == [{}] * 4
+    assert [log["clients"]["north"]["rows"] for log in logs] == [7, 7, 7, 16]
+    assert [log["scores"]["north"]["rows"] for log in logs] == [4, 4, 4, 6]
+    assert server.silos["north"] == 3
+
+
+def test_regions_of_regions(recipe: Recipe, tmp_path: Path) -> None:
+    config = recipe(*FOUR, *OPEN, "evaluation.rows=2", "federation.rounds=2")
+    one, _ = run_on(ScriptedGrid(*five()), config, tmp_path / "one")
+    silos = five()
+    low = Tier("n1", config, tmp_path, *silos[:2]), Tier("n2", config, tmp_path, silos[2])
+    regions = Tier("north", config, tmp_path, *low), Tier("south", config, tmp_path, *silos[3:])
+    two, logs = run_on(ScriptedGrid(*regions), config, tmp_path / "root")  # type: ignore[arg-type]
+    np.testing.assert_allclose(two.shared.vector, one.shared.vector, rtol=2e-6, atol=2e-6)
+    assert two.silos == {"north": 3, "south": 2}
+    assert not logs[-1]["unscored"]
+    assert logs[-1]["scores"]["north"]["rows"] == 6
+
+
+def test_a_region_that_is_forgotten_may_come_back_as_a_silo(recipe: Recipe, tmp_path: Path) -> None:
+    config = recipe(*FOUR, *OPEN)
+    stopped(config, tmp_path / "root", *two_tiers(config, tmp_path, five()))  # type: ignore[arg-type]
+    forget_client(run := RunDirectory.open(tmp_path / "root"), "south")
+    assert load_server(run.checkpoint).silos == {"north": 2}
 
 
 def test_an_update_with_more_rows_than_the_region_has_is_refused(recipe: Recipe, tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ from flwr.serverapp import Grid
 
 from flexperts.artifacts import RunDirectory
 from flexperts.communication.messages import check_records, fields_of, payload_of, records
-from flexperts.communication.schema import EvaluateRequest, InitialQuery, Query, TrainRequest
+from flexperts.communication.schema import MOST_ROWS, EvaluateRequest, InitialQuery, Query, TrainRequest
 from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError, FederationError
+from flexperts.files import opened, read_json, sealed, write_json
 from flexperts.methods.kit.method import Method
 from flexperts.methods.registry import make_method
 from flexperts.observer import Observer, Once
@@ -89,8 +90,7 @@ class Region:
         finished = [RoundLog(**record) for record in run.keep_rounds(self.server.round)]
         save_server(run.checkpoint, self.server)
         self.strategy = FlexpertsStrategy(method, config, members, self.server, run, observer, finished)
-        self.rows = sum(self.server.clients.values())
-        """Train rows behind the region, as the root knows them."""
+        self._told = run.path / "region" / "told.json"
 
     @property
     def finished(self) -> bool:
@@ -124,8 +124,17 @@ class Region:
 
     def _join(self, content: RecordDict) -> RecordDict:
         fields_of(content, Query, _ROOT)
-        told = {"client": self.name, "base": self.server.base, "train_rows": self.rows, "report": "null"}
-        return records(told | {"silos": len(self.server.clients)}, {})
+        write_json(self._told, sealed(behind := self._behind()))
+        return records({"client": self.name, "base": self.server.base, "report": "null", **behind}, {})
+
+    def _behind(self) -> dict[str, int]:
+        """Return the train rows that the silos count for, and the number of silos; no more than a root accepts."""
+        silos = sum(self.server.silos.get(name, 1) for name in self.server.clients)
+        return {"train_rows": min(sum(self.server.counted.values()), MOST_ROWS), "silos": min(silos, MOST_ROWS)}
+
+    def _known(self) -> dict[str, int]:
+        """Return the same as the root knows it: as it was when the root asked, perhaps before this process."""
+        return opened(self._told, read_json(self._told), needed=True) if self._told.exists() else self._behind()
 
     def _initial(self, content: RecordDict) -> RecordDict:
         asked = fields_of(content, InitialQuery, _ROOT)
@@ -175,8 +184,8 @@ class Region:
             self.run.write_rounds(map(vars, rounds))
         if asked.round == strategy.rounds_total:
             finish(self.config, self.run, strategy, strategy.seconds(), self.initial.size)
-        log = rounds[-1]
-        return records({"client": self.name, "round": asked.round}, _scores(log.scores, log.answers))
+        log, most = rounds[-1], (self.config.evaluation.rows or MOST_ROWS) * self._known()["silos"]
+        return records({"client": self.name, "round": asked.round}, _scores(log.scores, log.answers, most))
 
     def _check_round(self, number: int, first: int) -> None:
         """Refuse a round that the run does not have, or that is over; one far ahead would end the region's run."""
@@ -219,7 +228,7 @@ class Region:
             else:
                 found[name] = sum(values)
         # Silos that have joined since have more rows than the root knows of.
-        return found | {"rows": min(rows, self.rows), "personal_sent": log.personal_sent}
+        return found | {"rows": min(rows, self._known()["train_rows"]), "personal_sent": log.personal_sent}
 
 
 def check_same(root: RunConfig, own: RunConfig) -> None:
@@ -247,14 +256,22 @@ def _averaging(method: Method) -> Method:
 
 
 def _scores(
-    scores: Mapping[str, Mapping[str, float | int | None]], answers: Mapping[str, Mapping[str, float | int | None]]
+    scores: Mapping[str, Mapping[str, float | int | None]],
+    answers: Mapping[str, Mapping[str, float | int | None]],
+    most: int,
 ) -> dict[str, float | int]:
-    """Return silos' scores as those of one client: means by rows, NaN if one is not finite; counts added up."""
+    """Return silos' scores as those of one client: means by rows, NaN if one is not finite; counts added up.
+
+    Args:
+        scores: Silo -> its scores.
+        answers: Silo -> its counts about answers.
+        most: Rows that the root accepts.
+    """
     if not scores:
         raise FederationError("an evaluation", "no silo of the region has scores", "see the region's log")
     rows = {name: int(its["rows"] or 0) for name, its in scores.items()}
     total = sum(rows.values())
-    found: dict[str, float | int] = {"rows": total}
+    found: dict[str, float | int] = {"rows": min(total, most)}
     for kind in next(iter(scores.values())):
         if kind != "rows" and all(kind in its for its in scores.values()):
             values = {name: its[kind] for name, its in scores.items()}
