@@ -63,6 +63,17 @@ def test_errors_are_named_and_not_told(config: RunConfig, recipe: Recipe, tier: 
     assert not list(folder.iterdir())
 
 
+def test_a_root_that_cannot_read_the_measures_is_refused_on_joining(
+    config: RunConfig, recipe: Recipe, tmp_path: Path
+) -> None:
+    """Before silos train, because with noise every round costs them some of their privacy."""
+    (folder := tmp_path / "region").mkdir()
+    noised = recipe(*FOUR, *OPEN, "privacy.noise=local")
+    tier = Tier("north", noised, tmp_path, Silo("a", 3), Silo("b", 5))
+    join = serialize({"kind": "query.join", "run": "r", "recipe": config.to_toml()}, records({"run": "r"}))
+    assert deserialize(RegionDoor(tier.region, folder).reply(join))[0] == {"error": "FederationError"}
+
+
 def test_a_finished_region_stays_until_its_root_has_the_last_evaluation(recipe: Recipe, tmp_path: Path) -> None:
     """The root lost the last reply: it joins again, takes the start, and asks once more."""
     config = recipe(*FOUR, *OPEN, "federation.rounds=1")

@@ -279,7 +279,12 @@ def test_what_cannot_be_averaged_in_stages_is_refused(recipe: Recipe, other: tup
 
 @pytest.mark.parametrize(
     ("setting", "named"),
-    [("training.lr=1e-4", "training"), ("seed=9", "seed"), ("federation.rounds=9", "federation.rounds")],
+    [
+        ("training.lr=1e-4", "training"),
+        ("seed=9", "seed"),
+        ("federation.rounds=9", "federation.rounds"),
+        ("privacy.noise=local", "privacy.noise"),
+    ],
 )
 def test_a_root_with_another_recipe_is_refused(recipe: Recipe, setting: str, named: str) -> None:
     with pytest.raises(FederationError, match=named):

@@ -15,14 +15,14 @@ from flwr.serverapp import Grid
 
 from flexperts.artifacts import RunDirectory
 from flexperts.communication.messages import check_records, fields_of, payload_of, records
-from flexperts.communication.schema import MOST_ROWS, EvaluateRequest, InitialQuery, Query, TrainRequest
+from flexperts.communication.schema import MEASURES, MOST_ROWS, EvaluateRequest, InitialQuery, Query, TrainRequest
 from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError, FederationError
 from flexperts.files import opened, read_json, sealed, write_json
 from flexperts.methods.kit.method import Method
 from flexperts.methods.registry import make_method
 from flexperts.observer import Observer, Once
-from flexperts.protection.pipeline import check_apart, check_plain, check_protections
+from flexperts.protection.pipeline import check_apart, check_plain, check_protections, told
 from flexperts.server.checkpoint import save_server
 from flexperts.server.membership import Membership
 from flexperts.server.round_log import RoundLog
@@ -138,8 +138,8 @@ class Region:
 
     def _initial(self, content: RecordDict) -> RecordDict:
         asked = fields_of(content, InitialQuery, _ROOT)
-        told = {"client": self.name, "split": self.initial.text, "digest": self.initial.digest}
-        return records(told, {}, self.initial.payload if asked.weights else None)
+        texts = {"client": self.name, "split": self.initial.text, "digest": self.initial.digest}
+        return records(texts, {}, self.initial.payload if asked.weights else None)
 
     def _train(self, content: RecordDict) -> RecordDict:
         """Run one round on the root's weights, and send the mean of the silos' weights with their rows."""
@@ -241,6 +241,8 @@ def check_same(root: RunConfig, own: RunConfig) -> None:
     theirs, ours = root.model_dump(mode="json"), own.model_dump(mode="json")
     differ = [name for name in _SAME if theirs[name] != ours[name]]
     differ += ["federation.rounds"] if root.federation.rounds != own.federation.rounds else []
+    if told(root, MEASURES) != told(own, MEASURES):
+        differ.append("the measures that privacy.noise and [protections] hide")
     if differ:
         raise FederationError(
             f"the root's recipe differs from the region's in {', '.join(differ)}",
