@@ -55,7 +55,9 @@ class Tier:
         self.region = Region(self.name, self.grid, self.config, run, Observer())
 
     def answer(self, kind: str, content: RecordDict) -> RecordDict:
-        return self.region.answer(kind, content)
+        reply = self.region.answer(kind, content)
+        self.region.settle()
+        return reply
 
 
 def five() -> list[Silo]:
@@ -145,6 +147,17 @@ def test_a_region_that_was_stopped_goes_on(recipe: Recipe, tmp_path: Path) -> No
     two, _ = run_on(ScriptedGrid(*regions), config, tmp_path / "root", reopen)  # type: ignore[arg-type]
     np.testing.assert_allclose(two.shared.vector, one.shared.vector, rtol=2e-6, atol=2e-6)
     assert [log["number"] for log in regions[1].region.run.rounds()] == [1, 2, 3, 4]
+    assert [sorted(log["clients"]) for log in regions[1].region.run.rounds()] == [["c", "d", "e"]] * 4
+
+
+def test_a_region_that_was_stopped_before_an_evaluation_keeps_the_training(recipe: Recipe, tmp_path: Path) -> None:
+    tier = Tier("north", recipe(*FOUR, *OPEN, "evaluation.every=1"), tmp_path, *five()[:2])
+    tier.answer("train", train(1))
+    tier.open()
+    tier.answer("evaluate", evaluate(1))
+    log, *rest = tier.region.run.rounds()
+    assert sorted(log["clients"]) == sorted(log["scores"]) == ["a", "b"]
+    assert not rest
 
 
 def test_a_region_that_is_not_drawn_has_empty_rounds(recipe: Recipe, tmp_path: Path) -> None:

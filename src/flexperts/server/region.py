@@ -98,7 +98,7 @@ class Region:
         return self.run.has_finished
 
     def answer(self, kind: str, content: RecordDict) -> RecordDict:
-        """Return the reply to a request of the root.
+        """Return the reply to a request of the root; after one to train, ``settle`` ends the round.
 
         Args:
             kind: Flower's message type.
@@ -121,6 +121,16 @@ class Region:
             )
         check_records(content, _ROOT, "info")
         return answers[kind](content)
+
+    def settle(self) -> None:
+        """Write down the round that was trained; called when its reply is kept, because it cannot be made again."""
+        number = self.server.round
+        if self.run.written_rounds() >= number:
+            return
+        if self.strategy.evaluates():
+            self._catch_up(number)  # its scores follow
+        else:
+            self.strategy.aggregate_evaluate(number, [])
 
     def _join(self, content: RecordDict) -> RecordDict:
         fields_of(content, Query, _ROOT)
@@ -157,8 +167,6 @@ class Region:
         log = strategy.rounds[-1]
         if spoilt := log.secure.get("spoilt"):
             raise FederationError(f"{self.name}, round {asked.round}", spoilt, "see the region's log")
-        if not strategy.evaluates():  # otherwise the round ends with its evaluation
-            strategy.aggregate_evaluate(asked.round, [])
         heading = {"client": self.name, "round": asked.round, "base": self.server.base}
         return records(heading, self._measures(log), self.server.shared)
 
@@ -180,7 +188,7 @@ class Region:
             timeout=self.config.federation.deadline,
         )
         strategy.aggregate_evaluate(asked.round, replies)
-        if self.run.written_rounds() > asked.round:  # it was evaluated before, perhaps with other weights
+        if self.run.written_rounds() > asked.round:  # its line has no scores yet, or those of other weights
             self.run.write_rounds(map(vars, rounds))
         if asked.round == strategy.rounds_total:
             finish(self.config, self.run, strategy, strategy.seconds(), self.initial.size)
