@@ -376,5 +376,5 @@ def test_a_request_that_cannot_be_right_changes_nothing(recipe: Recipe, tmp_path
     assert tier.region.run.rounds() == []
     tier.answer("train", train(1))
     tier.answer("train", train(2))
-    with pytest.raises(FederationError, match="round 2 is over"):
+    with pytest.raises(FederationError, match="2 of them are over"):
         tier.answer(kind, ask(1))

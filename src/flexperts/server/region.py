@@ -201,7 +201,7 @@ class Region:
         if not max(1, first) <= number <= last:
             raise FederationError(
                 f"round {number}",
-                f"the run has rounds 1 to {last}, and the region's round {self.server.round} is over",
+                f"the run has rounds 1 to {last}, and {self.server.round} of them are over in the region",
                 "resume the root from its own run directory",
             )
 
