@@ -24,6 +24,7 @@ Its files::
   routing/NAME.jsonl          how each client's rows are routed, by round and state (likewise)
   rows/NAME/train.jsonl       rows that a Python program gave, only where it asked to keep them
   joined/NAME.json            a client that joined after training: its rows (counts and hashes), steps, scores
+  region/                a region's socket, its last replies to its root, and the rows and silos that it told it of
   tensorboard/           event files, if --track asks for them
   reference/             the reference method's run, with the same files
   .lock                  the process that writes the directory now
@@ -34,7 +35,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -286,8 +287,12 @@ class RunDirectory:
     def keep_rounds(self, count: int) -> list[dict[str, Any]]:
         """Return the first rounds, and remove later lines from the file; see ``finished_rounds``."""
         kept = self.finished_rounds(count)
-        write_text(self.rounds_file, "".join(json_text(sealed(record)) + "\n" for record in kept))
+        self.write_rounds(kept)
         return kept
+
+    def write_rounds(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Replace the file of the finished rounds, atomically."""
+        write_text(self.rounds_file, "".join(json_text(sealed(record)) + "\n" for record in records))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the summary, which marks the run as finished."""

@@ -25,6 +25,7 @@ Deployed = Callable[..., Path]
 LINKS: dict[str, dict[str, Any]] = {
     "500 ms there and back, 10 Mbit/s, closed when idle": {"delay": 0.25, "rate": 1.25e6, "idle": 5.0},
     "every connection cut in a message": {"cuts": 1.0},
+    "1 % of the TCP segments are lost": {"loss": 0.01},
     "IPv6": {"family": socket.AF_INET6},
 }
 ROUNDS = 2
@@ -72,6 +73,7 @@ def test_a_run_over_a_bad_link_is_the_same_run(
         found = load_server(cluster.runs / "bad" / "checkpoint.safetensors").shared.vector.tobytes()
         assert found == whole(recipe, rows, tmp_path / "alone", alone)
         assert link.cut >= (5 if "cuts" in LINKS[name] else 0)
+        assert link.dropped >= (5 if "loss" in LINKS[name] else 0)
     assert not cluster.left
 
 

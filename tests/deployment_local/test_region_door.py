@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 from flwr.app import RecordDict
-from tests.federation.scripted_grid import FOUR, START, Silo
+from tests.federation.scripted_grid import FOUR, START, Silo, StopError
 from tests.federation.test_regions import OPEN, Tier
 
 from flexperts.communication.messages import payload_of, records
 from flexperts.communication.wire import deserialize, serialize
 from flexperts.config.run import RunConfig
+from flexperts.deployment import region_door
 from flexperts.deployment.region_door import RegionDoor
 
 Recipe = Callable[..., RunConfig]
@@ -46,6 +47,24 @@ def test_a_request_that_is_repeated_gets_the_same_bytes(config: RunConfig, tier:
     assert payload_of(content, "north").size == START.size
 
 
+def test_a_region_that_is_killed_before_its_reply_is_kept_trains_again(
+    config: RunConfig, tier: Tier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checkpoint must not have a round whose mean it cannot send."""
+
+    def kill(*_: object) -> None:
+        raise StopError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(region_door, "write_bytes", kill)
+        RegionDoor(tier.region, tmp_path / "region").reply(asked(config, 1))
+    tier.open()
+    fields, content = deserialize(RegionDoor(tier.region, tmp_path / "region").reply(asked(config, 1)))
+    assert fields == {}
+    assert payload_of(content, "north").size == START.size
+    assert [sorted(log["clients"]) for log in tier.region.run.rounds()] == [["a", "b"]]
+
+
 def test_errors_are_named_and_not_told(config: RunConfig, recipe: Recipe, tier: Tier, tmp_path: Path) -> None:
     folder = tmp_path / "region"
     door = RegionDoor(tier.region, folder)
@@ -61,6 +80,17 @@ def test_errors_are_named_and_not_told(config: RunConfig, recipe: Recipe, tier: 
             assert fields == {"error": name}
             assert not content
     assert not list(folder.iterdir())
+
+
+def test_a_root_that_cannot_read_the_measures_is_refused_on_joining(
+    config: RunConfig, recipe: Recipe, tmp_path: Path
+) -> None:
+    """Before silos train, because with noise every round costs them some of their privacy."""
+    (folder := tmp_path / "region").mkdir()
+    noised = recipe(*FOUR, *OPEN, "privacy.noise=local")
+    tier = Tier("north", noised, tmp_path, Silo("a", 3), Silo("b", 5))
+    join = serialize({"kind": "query.join", "run": "r", "recipe": config.to_toml()}, records({"run": "r"}))
+    assert deserialize(RegionDoor(tier.region, folder).reply(join))[0] == {"error": "FederationError"}
 
 
 def test_a_finished_region_stays_until_its_root_has_the_last_evaluation(recipe: Recipe, tmp_path: Path) -> None:

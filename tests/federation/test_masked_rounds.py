@@ -256,3 +256,12 @@ def test_silos_that_agree_on_the_survivors_take_one_exchange_more(recipe: Recipe
 def test_silos_that_agree_give_nothing_to_a_server_that_does_not_ask(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(FederationError, match="0 signatures of the survivors: 3 must have signed one list"):
         run_on(ScriptedGrid(*four(agrees=True)), recipe(*MASKED), tmp_path / "run")
+
+
+def test_a_round_names_its_own_capped_silos(recipe: Recipe, tmp_path: Path) -> None:
+    """The rows of the next round are counted in it, to ask for that round's keys."""
+    config = recipe(*MASKED, "federation.rounds=6", "federation.participation=0.5")
+    silos = [MaskingSilo("a", 100), *(MaskingSilo(name, 1) for name in "bcdef")]
+    _, logs = run_on(ScriptedGrid(*silos), config, tmp_path / "run")
+    assert [list(log["capped"]) for log in logs] == [["a"] if "a" in log["participants"] else [] for log in logs]
+    assert 0 < sum(bool(log["capped"]) for log in logs) < 6

@@ -74,9 +74,9 @@ class RegionDoor:
 
     def _once(self, kind: str, digest: bytes, content: RecordDict) -> bytes:
         kept = self.folder / f"{kind}.reply"
-        before = kept.read_bytes() if kept.exists() else b""
-        if before.startswith(digest):
-            return before[len(digest) :]
-        reply = serialize({}, self.region.answer(kind, content))
-        write_bytes(kept, digest + reply)
-        return reply
+        reply = kept.read_bytes() if kept.exists() else b""
+        if not reply.startswith(digest):
+            reply = digest + serialize({}, self.region.answer(kind, content))
+            write_bytes(kept, reply)
+        self.region.settle()
+        return reply[len(digest) :]

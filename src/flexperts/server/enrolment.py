@@ -160,7 +160,8 @@ def enrol(method: Method, server: Server, one: Introduction) -> None:
     """Add a client to a run that has begun; a client that returns may have other rows or another report."""
     if server.base and one.base != server.base:
         raise other_base(one, server.base)
-    if server.clients.get(one.client) == one.rows and server.reports.get(one.client, ...) == one.report:
+    known = server.clients.get(one.client), server.reports.get(one.client, ...), server.silos.get(one.client, 1)
+    if known == (one.rows, one.report, one.silos):
         return
     if one.client not in server.clients and (other := alike(one.client, readings_of(server.clients))) is not None:
         raise FederationError(
@@ -169,8 +170,6 @@ def enrol(method: Method, server: Server, one: Introduction) -> None:
             "rename one of the two silos",
         )
     _check_type(method, one)
-    if one.silos > 1:
-        server.silos[one.client] = one.silos
     clients = {**server.clients, one.client: one.rows}
     reports = {**server.reports, one.client: one.report}
     before = server.clients, server.reports, dict(server.memory)
@@ -180,6 +179,9 @@ def enrol(method: Method, server: Server, one: Introduction) -> None:
     except FlexpertsError:
         server.clients, server.reports, server.memory = before
         raise
+    server.silos.pop(one.client, None)
+    if one.silos > 1:
+        server.silos[one.client] = one.silos
 
 
 def change_clients(

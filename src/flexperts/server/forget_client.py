@@ -47,6 +47,7 @@ def _forget(run: RunDirectory, client: str, *, key_only: bool) -> None:
     clients = {name: rows for name, rows in server.clients.items() if name != client}
     reports = {name: report for name, report in server.reports.items() if name != client}
     server.flights.pop(client, None)
+    server.silos.pop(client, None)
     if server.versions is not None:
         server.versions.held.pop(client, None)
     change_clients(method, server, clients, reports, "wait until it is back, or start a new run without it")

@@ -215,10 +215,11 @@ class FlexpertsStrategy(Strategy):
             self._usable(name, reply, log)
         self._check_quorum(log)
         self.masked.keep(self._masked_sum, log)
-        rows = dict[str, int]()
+        rows, capped = dict[str, int](), log.capped
         if log.number < self.config.federation.rounds:
             online = set(self._participants(log.number + 1)) & set(self.members.online)
             rows = self._masked_rows(online, log)
+            log.capped = capped  # of this round, not of the next
         change, shared = self.masked.mean(self._grid, rows, log), self.server.shared
         if change is not None:
             mean = replace(shared, vector=shared.vector + change)
