@@ -54,6 +54,10 @@ class CoMiGS(Method):
     sends = "attention LoRA and shared low-rank expert of every MoE layer"
     keeps = "personal low-rank expert and router of every MoE layer"
     needs_experts = True
+    budget_note = (
+        "FedAvg's steps, and router_steps (10) of the router on top after every router_every of them (30); the "
+        "experts never see the share of the train rows that the router trains on (validation, 0.1)"
+    )
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "global", "personalized")
 
     class Options(Method.Options):

@@ -60,10 +60,15 @@ def _border_words(comparison: Comparison) -> str:
 
 
 def with_budgets(table: Table, comparison: Comparison) -> Table:
-    """Return a table with the budgets and variants of its entries' methods in its note, if it has any."""
-    if table.header[0].name != "entry":
-        return table
-    shown = {row[0].text.removesuffix(REFERENCE_MARK) for row in table.rows}
+    """Return a table with the budgets and variants of its entries' methods in its note, if it has any.
+
+    Entries are a column, with or without one of other names before it, or the heads of columns.
+    """
+    if table.header[0].name == "silo":
+        shown = {column.name for column in table.header}
+    else:
+        places = [place for place, column in enumerate(table.header) if column.name == "entry"]
+        shown = {row[place].text.removesuffix(REFERENCE_MARK) for row in table.rows for place in places}
     methods: dict[str, list[str]] = {}
     for entry in comparison["entries"]:
         note, method = entry.get("budget_note"), entry.get("method") or entry["name"]
