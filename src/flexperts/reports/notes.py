@@ -135,12 +135,14 @@ def floor_note(comparison: Comparison, entries: Sequence[Entry]) -> str:
     counted = ((e["name"], ((STATES.get(c, c), n) for c, n in e["floor"]["kept"].items())) for e in entries)
     kept = [f"{name}: {', '.join(f'{model} {n}' for model, n in its)}" for name, its in counted]
     level = f"{100 * comparison['confidence']:g} %"
+    seeds = ", widened by Student's t for the training seeds" if len(comparison["seeds"]) > 1 else ""
     loss = "DPO loss" if any("loss" in entry["floor"] for entry in entries) else "NLL"
     text = (
         f"Each client keeps one model by its validation rows. Kept, over all seeds: {'; '.join(kept)}. Harmed: the "
-        f"{loss} on its test rows is higher than this choice's. The best is known only from the test rows, so the "
-        f"mean against it, the regret, is never below 0. In brackets the {level} interval of a bootstrap over "
-        "rows; it does not apply to other clients."
+        f"{loss} on its test rows is higher than this choice's. The best is picked on the same test rows, so the "
+        "mean against it, the regret, is never below 0, and its interval, in which the pick stays the same, is cut "
+        f"there. In brackets the {level} interval of a bootstrap over rows{seeds}; it does not apply to other "
+        "clients."
     )
     return _joined(text, counts(comparison))
 

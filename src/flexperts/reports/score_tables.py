@@ -205,7 +205,7 @@ def floor_table(comparison: Comparison) -> Table:
 
 
 def _floor_cells(test: Mapping[str, Any]) -> tuple[Cell, ...]:
-    shares = {key: 100 * value for key, value in test["harmed"].items()}
+    shares = {key: value and 100 * value for key, value in test["harmed"].items()}
     return interval(shares, 0), *(interval(test[kind], DIGITS["nll"]) for kind in ("mean", "worst"))
 
 

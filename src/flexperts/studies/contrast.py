@@ -34,14 +34,15 @@ def contrasts(
     for kind in _WEIGHTS:
         tests = [_test(entry, reference, kind, confidence, resamples) for entry in others]
         made = [(entry, test) for entry, test in zip(others, tests, strict=True) if test is not None]
-        for (entry, test), p in zip(made, adjust([test["p"] for _, test in made]), strict=True):
-            found[entry.name][kind] = test | {"p_adjusted": p}
+        adjusted = iter(adjust([test["p"] for _, test in made if test["p"] is not None]))
+        for entry, test in made:
+            found[entry.name][kind] = test | {"p_adjusted": None if test["p"] is None else next(adjusted)}
     return found
 
 
 def _test(
     entry: Finished, reference: Finished, kind: str, confidence: float, resamples: int
-) -> dict[str, float] | None:
+) -> dict[str, Any] | None:
     seeds = [seed for seed in entry.runs if seed in reference.runs]
     states = entry.states[-1], reference.states[-1]
     pairs = [(entry.predictions[seed], reference.predictions[seed]) for seed in seeds]
@@ -133,7 +134,7 @@ def _is_whole(seeds: Any, states: tuple[str, ...], kind: str) -> bool:
 
 def _ability_test(
     name: str, seeds: Any, state: str, kind: str, confidence: float, resamples: int
-) -> dict[str, float]:
+) -> dict[str, Any]:
     result = paired_bootstrap(
         [_ability_pairs(seed[state], seed[_BASE], kind) for seed in seeds],
         same_rows=True,

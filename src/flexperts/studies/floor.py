@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -33,7 +34,8 @@ def floors(entry: Finished, confidence: float, resamples: int) -> dict[str, Any]
     Returns:
         ``kept``: candidate -> how many clients keep it, over all seeds. ``against``: simple choice, or best -> the
         differences in NLL of what clients keep: ``mean`` over clients, share of clients ``harmed``, mean of the
-        ``worst`` tenth (rounded up), each with an interval. Against the best, the mean is the regret. ``loss`` is
+        ``worst`` tenth (rounded up), each with an interval. Against the best, the mean is the regret; the best is
+        not picked again in each resample, so the interval is cut at 0, below which no regret is. ``loss`` is
         dpo where the differences are in DPO's loss instead.
     """
     seeds = [_records(entry, run) for run in entry.runs.values()]
@@ -46,7 +48,7 @@ def floors(entry: Finished, confidence: float, resamples: int) -> dict[str, Any]
         paired = [_paired(records, simple) for records in seeds]
         found = [each for each in paired if each is not None]
         if len(found) == len(paired):
-            against[simple] = _tests(found, partial(_stream, entry.name, simple), settings)
+            against[simple] = _tests(found, partial(_stream, entry.name, simple), settings, simple == BEST)
     kept = Counter(record["chosen"] for records in seeds for record in records.values())
     dpo = {"loss": "dpo"} if any("dpo" in its["test"] for records in seeds for its in records.values()) else {}
     return {"kept": dict(sorted(kept.items())), "against": against, **dpo}
@@ -83,13 +85,24 @@ def _stream(entry: str, simple: str, kind: str) -> np.random.Generator:
 
 
 def _tests(
-    seeds: Sequence[Paired], stream: Callable[[str], np.random.Generator], settings: Mapping[str, Any]
+    seeds: Sequence[Paired],
+    stream: Callable[[str], np.random.Generator],
+    settings: Mapping[str, Any],
+    is_best: bool,
 ) -> dict[str, Any]:
     kinds = {"mean": None, "harmed": harmed, "worst": worst_tenth}
     found = {
         kind: paired_bootstrap(seeds, generator=stream(kind), over=over, **settings) for kind, over in kinds.items()
     }
-    shares = found["harmed"]
-    low, high = (min(1.0, max(0.0, end)) for end in (shares.low, shares.high))
-    found["harmed"] = Difference(shares.difference, low, high, shares.p)
+    found["harmed"] = _within(found["harmed"], 0.0, 1.0)
+    if is_best:
+        found |= {kind: _within(found[kind], 0.0) for kind in ("mean", "worst")}
     return {kind: {key: value for key, value in vars(its).items() if key != "p"} for kind, its in found.items()}
+
+
+def _within(found: Difference, lowest: float, highest: float = math.inf) -> Difference:
+    """Return a difference with its interval cut to the values that there can be."""
+    if found.low is None or found.high is None:
+        return found
+    low, high = (min(highest, max(lowest, end)) for end in (found.low, found.high))
+    return Difference(found.difference, low, high, found.p)
