@@ -417,6 +417,8 @@ def _examples(shown: Sequence[Finished], seed: int, client: str, count: int) -> 
         return []  # the answers of a deployed run stay at the silos
     found = []
     for lines in zip(*(rows[:count] for rows in kept), strict=True):  # one row, with every entry's answers
+        if not all(state in line for entry, line in zip(shown, lines, strict=True) for state in entry.states):
+            continue  # kept without its answers
         texts: dict[str, Any] = {key: _cut(lines[0][key]) for key in ("instruction", "context", "response")}
         texts["answers"] = {
             "zero-shot" if state == "zero_shot" else f"{entry.name} {state}": _cut(line[state])
