@@ -396,6 +396,7 @@ def test_a_newcomer_chooses_too(
     assert (tmp_path / "personal/local/personal/east.safetensors").exists()
     assert not (tmp_path / "joined/east.part").exists()
     record = RunDirectory(tmp_path).of_client("floor", "east")
+    assert record["test"]["nll"][record["chosen"]] > 0
     run = TrainedRun(tmp_path, workspace)
     try:
         answer = run.generate("east", "test 0?", "north test 0")

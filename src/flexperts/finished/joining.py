@@ -210,6 +210,8 @@ class Newcomer(Client):
             self.settle(request)
         scores = self.evaluate(request, states)
         self.write_predictions(scores)
+        if result:
+            self.test_candidates(request, scores)
         found = _scored(scores)
         for state, reason in found["not_finite"].items():
             self.observer.notice(f"{self.name}, {state}: no score; {reason}")

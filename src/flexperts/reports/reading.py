@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from statistics import fmean, stdev
 from typing import Any
@@ -119,9 +118,8 @@ def ordered(comparison: Comparison) -> list[Entry]:
 
 def sorted_by_nll(comparison: Comparison) -> bool:
     """Return whether ROUGE-L cannot order the entries: answers have one token, or a choice has no answers."""
-    recipe = tomllib.loads(comparison.get("recipe") or "")
-    is_one_token = recipe.get("evaluation", {}).get("max_new_tokens") == 1
-    return is_one_token or any(entry["own_state"] == "chosen" for entry in comparison["entries"])
+    is_one_token = re.search(r"^max_new_tokens = 1$", comparison.get("recipe") or "", re.MULTILINE)
+    return bool(is_one_token) or any(entry["own_state"] == "chosen" for entry in comparison["entries"])
 
 
 def trained_state(entry: Entry) -> str:

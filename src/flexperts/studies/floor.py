@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from flexperts.files import opened
 from flexperts.seeding import derive_seed
-from flexperts.studies.contrast import row_texts
+from flexperts.studies.contrast import Predictions, row_texts, texts_of
 from flexperts.studies.finished import Finished
 from flexperts.studies.statistics import Difference, Floats, Paired, paired_bootstrap, worst_tenth
 
@@ -38,14 +37,14 @@ def floors(entry: Finished, confidence: float, resamples: int) -> dict[str, Any]
         not picked again in each resample, so the interval is cut at 0, below which no regret is. ``loss`` is
         dpo where the differences are in DPO's loss instead.
     """
-    seeds = [_records(entry, run) for run in entry.runs.values()]
-    if not seeds or not all(seeds):
+    seeds = list(entry.choices.values())
+    if not seeds:
         return None
     same_rows = len({row_texts(rows) for rows in entry.predictions.values()}) == 1
     settings = {"same_rows": same_rows, "resamples": resamples, "confidence": confidence}
     against: dict[str, dict[str, Any]] = {}
     for simple in (*SIMPLE, BEST):
-        paired = [_paired(records, simple) for records in seeds]
+        paired = [_paired(entry.choices[seed], simple, entry.predictions[seed]) for seed in entry.runs]
         found = [each for each in paired if each is not None]
         if len(found) == len(paired):
             against[simple] = _tests(found, partial(_stream, entry.name, simple), settings, simple == BEST)
@@ -54,15 +53,7 @@ def floors(entry: Finished, confidence: float, resamples: int) -> dict[str, Any]
     return {"kept": dict(sorted(kept.items())), "against": against, **dpo}
 
 
-def _records(entry: Finished, run: Any) -> dict[str, Any]:
-    """Return every client's record of its choice; empty unless all are there, with scores on test rows."""
-    found = {client: run.of_client("floor", client) for client in entry.clients}
-    if not all(its and its["test"] for its in found.values()):
-        return {}
-    return {client: opened(run.path / "floor", its, needed=True) for client, its in found.items()}
-
-
-def _paired(records: _Records, simple: str) -> Paired | None:
+def _paired(records: _Records, simple: str, predictions: Predictions) -> Paired | None:
     """Return each client's row-by-row difference of what it keeps to a choice; None where a score is missing."""
     differences, weights = {}, {}
     for client, record in records.items():
@@ -73,7 +64,7 @@ def _paired(records: _Records, simple: str) -> Paired | None:
             return None
         differences[client] = _column(test, record["chosen"]) - _column(test, name)
         weights[client] = np.array(test["tokens"], dtype=float)
-    return Paired(differences, weights)
+    return Paired(differences, weights, texts_of(predictions))
 
 
 def _column(test: Mapping[str, Any], name: str) -> Floats:
