@@ -37,6 +37,7 @@ from flexperts.reports.reading import (
     over_silos,
     own,
     stat,
+    trained_state,
     verdict,
 )
 from flexperts.reports.score_tables import DIGITS
@@ -95,7 +96,7 @@ def _text(cell: Callable[[Entry], Cell]) -> Callable[[Comparison, Entry], str]:
 
 
 def _general(entry: Entry) -> Mapping[str, Any] | None:
-    return ability(entry, entry["own_state"], "nll")
+    return ability(entry, trained_state(entry), "nll")
 
 
 COLUMNS: dict[str, tuple[str, Callable[[Comparison, Entry], str]]] = {
@@ -152,11 +153,11 @@ def table(comparison: Comparison, columns: str) -> str:
 
 def rounds(comparison: Comparison, metric: str) -> str:
     """Return a Markdown table of a score by round, mean over seeds: own states, then the others' global ones."""
-    curves = [(e["name"], e["curves"][e["own_state"]][metric]) for e in ordered(comparison)]
+    curves = [(e["name"], e["curves"][trained_state(e)][metric]) for e in ordered(comparison)]
     curves += [
         (f"{e['name']}: global state", e["curves"]["global"][metric])
         for e in ordered(comparison)
-        if e["own_state"] != "global" and "global" in e["curves"]
+        if trained_state(e) != "global" and "global" in e["curves"]
     ]
     lines = [[name, *(number(value, 2).text for value in curve["mean"])] for name, curve in curves]
     return _markdown([str(i) for i in curves[0][1]["rounds"]], lines)

@@ -16,6 +16,8 @@ import torch
 
 from flexperts.artifacts import RunDirectory
 from flexperts.client.client import Client, Resident
+from flexperts.client.floor import check_floor
+from flexperts.client.masking import Standing
 from flexperts.client.request import Request
 from flexperts.client.routing_log import prompt_batches
 from flexperts.client.workspace import Workspace
@@ -394,6 +396,7 @@ def test_a_newcomer_chooses_too(
     assert (tmp_path / "personal/local/personal/east.safetensors").exists()
     assert not (tmp_path / "joined/east.part").exists()
     record = RunDirectory(tmp_path).of_client("floor", "east")
+    assert record["test"]["nll"][record["chosen"]] > 0
     run = TrainedRun(tmp_path, workspace)
     try:
         answer = run.generate("east", "test 0?", "north test 0")
@@ -417,3 +420,42 @@ def test_a_client_that_was_not_scored_chooses_when_it_is_used(
         assert (tmp_path / "floor" / f"{other}.json").exists()
     finally:
         run.close()
+
+
+def test_local_has_a_rate_of_its_own_and_the_silos_clock(
+    make: Callable[..., RunConfig], workspace: Workspace, tmp_path: Path
+) -> None:
+    """In a deployment local_seconds is time, so that the steps of a round are all there."""
+    usual = 'floor={candidates = ["local"]}', "training.personal_lr=0.3", "training.local_seconds=30"
+    for settings, rate in (
+        (usual, 0.3),
+        (("training.lr=0.02", 'floor={candidates = ["local"], local_lr = 0.7}', *usual[1:]), 0.7),
+    ):
+        config = make(*settings, "federation.step_seconds={north = 20.0}")
+        for standing, steps in ((None, 1), (Standing(), 4)):
+            resident = Resident(workspace, config, tmp_path, standing)
+            client = resident.client("north").alone
+            assert client.config.training.personal_lr == rate
+            assert (client._local_settings(1).steps, client.standing) == (steps, standing)
+            resident.model.close()
+
+
+@pytest.mark.parametrize(
+    ("method", "candidates", "refused"),
+    [
+        ("fedavg", '["personalized", "mixture"]', r"add global or local, or leave \[floor\] out"),
+        ("fedlease", '["global", "mixture"]', "with method.name = fedlease"),
+        ("flex", "[]", "at least 1 item"),
+        ("fedavg", '["global"]', None),
+        ("zero_shot", '["global"]', None),
+    ],
+)
+def test_a_floor_without_a_trained_candidate_is_refused(
+    make: Callable[..., RunConfig], workspace: Workspace, method: str, candidates: str, refused: str | None
+) -> None:
+    settings = f"method.name={method}", f"floor={{candidates = {candidates}}}"
+    if refused is None:
+        check_floor(make(*settings), workspace.clients)
+        return
+    with pytest.raises(ConfigError, match=refused):
+        check_floor(make(*settings), workspace.clients)

@@ -21,6 +21,7 @@ from flexperts.seeding import generator
 from flexperts.server.checkpoint import load_server
 
 from .by_hand import PLAIN, RATE, ROUNDS, SCALE, STEPS, Plain, compare, cosine, leaf, lora_layers, sgd
+from .conftest import SETTINGS
 
 OPTIONS = "method.options={router_every=3, router_steps=2, validation=0.25, balance=0.5, target=0.3}"
 EVERY, ITERATIONS, BALANCE, TARGET = 3, 2, 0.5, 0.3
@@ -212,3 +213,15 @@ def test_the_balance_loss_is_least_at_its_target(target: float) -> None:
     assert min(losses, key=lambda share: losses[share]) == target
     assert losses[target] == pytest.approx(1)
     assert losses[1.0] == pytest.approx(1 / target)
+
+
+def test_all_phases_of_a_turn_share_its_seconds(take_turn: Any) -> None:
+    """No time is left after the first step: it alone is taken, and counted."""
+    settings = replace(SETTINGS, steps=6, seconds=1e-9)
+    options = "method.options={router_every=2, router_steps=2}"
+    with take_turn("method.name=comigs", options, settings=settings) as (method, turn):
+        assert method.train(turn).steps == 1
+        assert turn.memory["steps"] == 1
+        turn.settings = replace(settings, seconds=None)
+        assert method.train(turn).steps == 6
+        assert turn.memory["steps"] == 7

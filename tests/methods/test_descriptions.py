@@ -36,6 +36,7 @@ def test_a_method_is_described_in_the_one_form(name: str) -> None:
 
 
 BUDGETS = {
+    "comigs": "router_steps (10)",
     "ditto": "twice FedAvg's steps",
     "fdlora": "20",
     "fedadagrad": "averages uniformly",
@@ -43,6 +44,7 @@ BUDGETS = {
     "fedavgm": "0.5 instead of 0.9",
     "feddpa_f": "twice FedAvg's steps",
     "feddpa_t": "twice FedAvg's steps from round 2",
+    "fedlease": "all clients train in the warm-up",
     "fedyogi": "squares m instead of the change",
     "pfedmoe_style": "an adaptation",
 }

@@ -158,3 +158,15 @@ def test_a_run_keeps_own_copies_and_fuses_them(recipe: Any, tmp_path: Path) -> N
     assert first.keys() == load_file(tmp_path / "run" / "shared" / "adapter_model.safetensors").keys()
     assert any(not torch.equal(t, second[n]) for n, t in first.items())
     assert summary["mean"]["nll"]["personalized"] != summary["mean"]["nll"]["global"]
+
+
+def test_a_client_that_was_away_in_round_1_fuses_theta_s_with_itself(
+    take_turn: Any, merged: Callable[..., Any]
+) -> None:
+    ids = torch.arange(24).reshape(2, 12)
+    with take_turn("method.name=fdlora", round=2) as (method, turn):
+        common = {n: p.detach().clone() for n, p in turn.split.shared.items()}
+        w1, w2 = method.settle(turn)["fusion"].tolist()
+        scaled = merged((1.0, {n: (w1 + w2) * t for n, t in common.items()}))
+        with method.in_state(turn, "personalized"), torch.no_grad():
+            assert torch.allclose(turn.model(input_ids=ids).logits, scaled(input_ids=ids).logits, atol=1e-3)

@@ -12,6 +12,7 @@ import pytest
 
 from flexperts.reports.html import html_report
 from flexperts.reports.markdown import markdown_report
+from flexperts.reports.summary import summary
 from flexperts.reports.tables import tables
 
 Grid = list[list[str]]
@@ -333,3 +334,38 @@ def test_an_adjusted_p_on_the_border_is_told_with_its_error(whole: Comparison) -
 def test_zero_shot_as_an_entry_of_its_own_takes_the_bases_row(whole: Comparison) -> None:
     whole["entries"][1]["own_state"] = "zero_shot"
     assert "base, untrained" not in by_name(of_html(whole)["main"])
+
+
+def test_budgets_are_below_tables_in_which_entries_are_columns_or_second(made: Callable[..., Comparison]) -> None:
+    found = made(["flex", "fedavg"], [f"silo-{i}" for i in range(8)], 2)
+    found["entries"][1] |= {"budget_note": "other steps"}
+    found["newcomers"] = ["new"]
+    for entry in found["entries"]:
+        entry["newcomers"] = {"global": entry["scores"]["global"]["own"]}
+    every = tables(found)
+    assert every["clients-nll"].header[0].name == "silo"
+    for key in ("clients-nll", "newcomers"):
+        assert every[key].note.endswith("Budgets and variants. fedavg: other steps.")
+
+
+def test_where_answers_have_one_token_nll_decides_the_order(whole: Comparison) -> None:
+    whole["recipe"] += "\n[evaluation]\nmax_new_tokens = 1\n"
+    nll = {e["name"]: e["scores"][e["own_state"]]["own"]["nll"]["mean"] for e in whole["entries"]}
+    best = max(whole["entries"], key=lambda e: nll[e["name"]])  # last by NLL
+    best["scores"][best["own_state"]]["own"]["rouge_l"]["mean"] = 99.0
+    table = tables(whole)["main"]
+    ranked = [row[0].text.removesuffix(" (reference)") for row in table.rows]
+    assert [name for name in ranked if name in nll] == sorted(nll, key=lambda name: nll[name])
+    assert "sorted by NLL, best first" in table.note
+    assert "has the best NLL" in summary(whole)[0]
+
+
+def test_a_border_is_told_of_preferences_too(whole: Comparison) -> None:
+    for entry in whole["entries"]:
+        own = entry["scores"][entry["own_state"]]["own"]
+        own |= dict.fromkeys(("reward_margin", "reward_accuracy"), own["nll"])
+    entry = whole["entries"][1]
+    entry["against"]["reward_margin"] = entry["against"]["nll"] | {"p": 0.0255, "p_adjusted": 0.051}
+    made = tables(whole)
+    assert f"{entry['name']}, reward margin: 0.0510 ± 0.0090. More" in made["rewards"].note
+    assert "reward margin: 0.0510" not in made["main"].note

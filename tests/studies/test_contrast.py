@@ -16,6 +16,7 @@ from flexperts.errors import ArtifactError
 from flexperts.recipe import load_recipe
 from flexperts.reports.html import html_report
 from flexperts.reports.markdown import markdown_report
+from flexperts.reports.tables import tables
 from flexperts.seeding import derive_seed
 from flexperts.studies.collect import collect_comparison, collect_run
 from flexperts.studies.statistics import Paired, paired_bootstrap
@@ -268,3 +269,19 @@ def test_where_the_reference_has_no_number_nothing_is_compared_and_pages_are_mad
     json.dumps(comparison, allow_nan=False)
     assert html_report(comparison)
     assert markdown_report(comparison)
+
+
+def test_a_silo_with_one_test_row_leaves_a_difference_without_interval(compared: Path, tmp_path: Path) -> None:
+    """Nothing tells how much another row would differ."""
+    out = shutil.copytree(compared, tmp_path / "copy")
+    for path in out.glob("runs/*/seed-*/predictions/bank.jsonl"):
+        path.write_text(path.read_text().splitlines()[0] + "\n")
+    found = collect_comparison(out)
+    test = by_name(found)["local"]["against"]["nll"]
+    assert np.isfinite(test["difference"])
+    assert {key: value for key, value in test.items() if key != "difference"} == dict.fromkeys(
+        ("low", "high", "p", "p_adjusted")
+    )
+    row = next(row for row in tables(found)["main"].rows if row[0].text == "local")
+    assert "–" in [cell.text for cell in row]
+    assert "includes 0" not in html_report(found)

@@ -27,7 +27,9 @@ def command(
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(help="Optimizer steps.", show_default="as many as a participant's in the recipe's rounds"),
+        typer.Option(
+            help="Optimizer steps.", show_default="as many as a participant's in all of the recipe's rounds"
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,

@@ -310,7 +310,9 @@ class Client:
     def alone(self) -> Client:
         """The same client, trained on its own rows alone: its state is personal, and has a folder of its own."""
         folder = self.folder / "personal" / "local"
-        return Client(self.name, self.workspace, self.model.alone(self.config), folder, self.observer)
+        return Client(
+            self.name, self.workspace, self.model.alone(self.config), folder, self.observer, self.standing
+        )
 
     def alone_request(self, number: int | None = None) -> Request:
         """Return the request of a round of ``alone``, the last one by default."""

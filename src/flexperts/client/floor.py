@@ -18,10 +18,11 @@ import numpy as np
 
 from flexperts.config.run import RunConfig
 from flexperts.data.clients import Clients
-from flexperts.errors import DataError
+from flexperts.errors import ConfigError, DataError
 from flexperts.evaluation.scores import Scores, finite_or_none
 from flexperts.files import opened, read_json
 from flexperts.methods.kit.method import Method, State
+from flexperts.methods.registry import make_method
 
 MIXTURES = {f"mixture {weight}": weight for weight in (0.25, 0.5, 0.75)}
 """Candidate -> weight of the personal part between the global model (0) and the personalized one (1)."""
@@ -99,7 +100,9 @@ def read_choice(path: Path, of: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def check_floor(config: RunConfig, clients: Clients) -> None:
-    """Refuse clients with too few validation rows to choose by."""
+    """Refuse a floor with no trained model to choose, and clients with too few validation rows to choose by."""
+    if config.floor:
+        _check_candidates(make_method(config.method), config)
     few = {name: len(its.validation) for name, its in clients.items() if len(its.validation) < _FEWEST}
     if config.floor and few:
         name, count = next(iter(few.items()))
@@ -109,3 +112,17 @@ def check_floor(config: RunConfig, clients: Clients) -> None:
             f"[floor] needs at least {_FEWEST} of each client",
             "raise data.validation_rows, add rows, leave this client out, or leave [floor] out",
         )
+
+
+def _check_candidates(method: Method, config: RunConfig) -> None:
+    assert config.floor is not None
+    mixes = type(method).mixed is not Method.mixed
+    if method.states == ("zero_shot",) or candidates_of(method, config, mixes=mixes) != ["zero_shot"]:
+        return
+    named = ", ".join(f'"{name}"' for name in config.floor.candidates)
+    has = [state for state in method.states if state != "zero_shot"]
+    raise ConfigError(
+        f"floor.candidates = [{named}] with method.name = {method.name}",
+        "the method has none of them, so each client would keep the untouched base",
+        f"add {' or '.join((*has, 'local'))}, or leave [floor] out",
+    )

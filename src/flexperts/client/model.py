@@ -65,7 +65,9 @@ class ClientModel:
         config, other = config.with_method(self.method.alone), copy.copy(self)
         off = {"privacy": PrivacyConfig(), "compression": CompressionConfig(), "protections": {}}
         graft = config.graft.model_copy(update={"sharing": "personal"})
-        other.config = config.model_copy(update={**off, "graft": graft})
+        rate = config.floor.local_lr if config.floor else None
+        training = config.training.model_copy(update={"personal_lr": rate or config.training.personal_lr})
+        other.config = config.model_copy(update={**off, "graft": graft, "training": training})
         other.method, other.lent = make_method(other.config.method), None
         return other
 

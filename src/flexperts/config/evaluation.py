@@ -36,13 +36,13 @@ class EvaluationConfig(Section):
 class FloorConfig(Section):
     """At the end each client keeps the simplest model that is about as good as its best one on validation rows."""
 
-    candidates: tuple[Literal["global", "local", "personalized", "mixture"], ...] = (
-        "global",
-        "personalized",
-        "mixture",
+    candidates: tuple[Literal["global", "local", "personalized", "mixture"], ...] = Field(
+        ("global", "personalized", "mixture"), min_length=1
     )
     """Models that are compared with the untouched base, if the method has them. local = trained on the client's
     rows alone, for as many rounds as the run: a second training."""
+    local_lr: float | None = Field(None, gt=0)
+    """Peak learning rate of the local candidate; without it training.personal_lr, or training.lr."""
 
 
 class KnowledgeConfig(Section):

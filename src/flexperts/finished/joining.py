@@ -66,7 +66,8 @@ def join(
             in memory as for ``federate``; the run directory has no copy of these.
         test: Its test rows; without them, the run's share of its passages is held out.
         name: Its name; by default the file's name, or the folder's if the file is called ``train``.
-        steps: Optimizer steps; by default as many as a participant with these rows had in the recipe's rounds.
+        steps: Optimizer steps; by default as many as a participant with these rows has that trains in every round
+            of the recipe, also where a share of clients trained in each.
         columns: Field -> column of its files, in place of the run's data.columns.
         settings: ``KEY=VALUE`` of [training] for this client, and how its rows are read: data.columns,
             data.on_bad_row, data.test_fraction, model.template.
@@ -190,7 +191,7 @@ class Newcomer(Client):
 
     Args:
         config: The run with the new client's training settings and seed.
-        steps: Optimizer steps; None = as many as a participant with its rows had in the recipe's rounds.
+        steps: Optimizer steps; None = as many as a participant with its rows has that trains in every round.
         arguments: As ``Client``.
     """
 
@@ -209,6 +210,8 @@ class Newcomer(Client):
             self.settle(request)
         scores = self.evaluate(request, states)
         self.write_predictions(scores)
+        if result:
+            self.test_candidates(request, scores)
         found = _scored(scores)
         for state, reason in found["not_finite"].items():
             self.observer.notice(f"{self.name}, {state}: no score; {reason}")

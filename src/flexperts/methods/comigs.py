@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -53,6 +54,10 @@ class CoMiGS(Method):
     sends = "attention LoRA and shared low-rank expert of every MoE layer"
     keeps = "personal low-rank expert and router of every MoE layer"
     needs_experts = True
+    budget_note = (
+        "FedAvg's steps, and router_steps (10) of the router on top after every router_every of them (30); the "
+        "experts never see the share of the train rows that the router trains on (validation, 0.1)"
+    )
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "global", "personalized")
 
     class Options(Method.Options):
@@ -94,11 +99,17 @@ class CoMiGS(Method):
 
     def _alternate(self, turn: Turn, *, shared: bool) -> TrainResult:
         rows, validation = self.sides(turn.site)
-        settings, every, results = turn.settings, self.options.router_every, []
+        settings, every = turn.settings, self.options.router_every
+        results: list[TrainResult] = []
         first = count = int(turn.memory.get(_STEPS, 0))
-        last = first + settings.steps
+        last, end = first + settings.steps, time.monotonic() + (settings.seconds or 0.0)
+
+        def left(its: LocalSettings) -> LocalSettings:
+            """All phases of a turn share its seconds."""
+            return its if its.seconds is None else replace(its, seconds=max(0.0, end - time.monotonic()))
+
         with self._balanced(turn) as objective:
-            while count < last:
+            while count < last and (not results or left(settings).seconds != 0.0):
                 steps = min(every - count % every, last - count)
                 part = replace(settings, steps=steps, first_step=settings.first_step + count - first)
                 results.append(
@@ -106,13 +117,13 @@ class CoMiGS(Method):
                         shared=shared,
                         trains=lambda name: not _is_router(name),
                         examples=rows,
-                        settings=part,
+                        settings=left(part),
                         objective=objective,
                     )
                 )
-                count += steps
+                count += results[-1].steps
                 if count % every == 0:
-                    part = self._router_settings(settings, count // every - 1)
+                    part = left(self._router_settings(settings, count // every - 1))
                     turn.fit(
                         shared=False, trains=_is_router, examples=validation, settings=part, objective=objective
                     )

@@ -13,7 +13,7 @@ from flexperts.methods.kit.local_steps import proximal, untrained
 from flexperts.methods.kit.method import Method, OnBatch, State
 from flexperts.methods.kit.turn import Turn
 from flexperts.modeling.lora import PERSONAL_PREFIX
-from flexperts.training.local import StepHooks, TrainResult, joined
+from flexperts.training.local import LocalSettings, StepHooks, TrainResult, joined
 
 
 class Ditto(Method):
@@ -56,13 +56,14 @@ class Ditto(Method):
 
     def train(self, turn: Turn) -> TrainResult:
         """Train w as FedAvg does, then v near the w that was received."""
-        return joined(turn.fit(personal=False), self.personalize(turn))
+        half = turn.settings.timed(0.5)
+        return joined(turn.fit(personal=False, settings=half), self.personalize(turn, half))
 
-    def personalize(self, turn: Turn) -> TrainResult:
+    def personalize(self, turn: Turn, settings: LocalSettings | None = None) -> TrainResult:
         """Train v alone near the w that was received."""
         pull = proximal(turn.split.personal, _mirrored(turn.received), self.options.lam)
         with turn.site.lora.use(personal=1.0):
-            return turn.fit(shared=False, hooks=StepHooks(penalty=pull))
+            return turn.fit(shared=False, settings=settings, hooks=StepHooks(penalty=pull))
 
     @contextmanager
     def in_state(self, turn: Turn, state: State) -> Iterator[OnBatch | None]:

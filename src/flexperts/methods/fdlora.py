@@ -39,7 +39,8 @@ class FDLoRA(Method):
     Open choices: the paper leaves open outer rate, momentum and search budget; eta = 1, mu = 0.5 and H = 5 are the
     re-implementation's. v follows torch.optim.SGD (v = d in its first step, so that step is 1 + mu times d). H
     counts rounds from the first of stage 2. All clients take part in round 1, since each needs a theta_p; a client
-    that is not sampled in an H-th round keeps its old theta_p. The search is scipy's Nelder-Mead (the
+    that is not sampled in an H-th round keeps its old theta_p, and one that was away in round 1 or came later has
+    theta_p = theta_s until its first H-th round. The search is scipy's Nelder-Mead (the
     re-implementation: Nevergrad, budget 5). It starts from the triangle w = (0, 0), (1, 0), (0, 1), since from 0
     alone its steps would vanish: the result is never worse than base, theta_s or theta_p on the rows. These are
     train rows, not a held-out split. The mean is by rows; the re-implementation averages uniformly.
@@ -107,7 +108,7 @@ class FDLoRA(Method):
     def _loras(self, turn: Turn) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return theta_s and theta_p."""
         common = {n: p.detach().clone() for n, p in turn.split.shared.items()}
-        return common, {n: turn.memory[f"{_THETA_P}{n}"] for n in common}
+        return common, {n: turn.memory.get(f"{_THETA_P}{n}", common[n]) for n in common}
 
     @contextmanager
     def in_state(self, turn: Turn, state: State) -> Iterator[OnBatch | None]:

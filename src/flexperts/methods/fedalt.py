@@ -40,9 +40,10 @@ class FedALT(Method):
     took part is left out of the mean, because its B is zero. As long as no other client has sent a pair, A_0 and
     B_0 are the common start, with B_0 at zero. A_1 and R start alike on all clients; in the released code each
     draws its own A_1, but means of factors are closer to means of products if the factors start alike. R trains at
-    training.personal_lr, which is training.lr unless it is set. A client that joins a finished run trains its pair
-    and R on the mean of all clients, and sends nothing. The mean of few pairs hides little: with two clients, each
-    receives the other's pair as it is. The server keeps a pair per client.
+    training.personal_lr, which is training.lr unless it is set; training.personal_moments = "kept" keeps moments of
+    R alone, since the own pair is sent. A client that joins a finished run trains its pair and R on the mean of all
+    clients, and sends nothing. The mean of few pairs hides little: with two clients, each receives the other's pair
+    as it is. The server keeps a pair per client.
     """
 
     name = "fedalt"

@@ -222,5 +222,6 @@ class FedDPAT(FedDPA):
         """Train l with the received g, then g alone; in round 1 g is untrained, so l does not train."""
         if turn.round == 1:
             return turn.fit(personal=False)
-        first = self.personalize(turn)
-        return joined(first, turn.fit(personal=False))
+        half = turn.settings.timed(0.5)
+        first = self.personalize(turn, half)
+        return joined(first, turn.fit(personal=False, settings=half))

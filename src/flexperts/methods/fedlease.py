@@ -67,6 +67,10 @@ class FedLEASE(Method):
     one_global = False
     additive = False
     sends_back = True
+    budget_note = (
+        "FedAvg's steps, but all clients train in the warm-up (warmup_rounds, 5), even if only a share is sampled "
+        "per round"
+    )
     plan_note = "as if there were max_experts clusters, which a run can have fewer of"
 
     class Options(Method.Options):

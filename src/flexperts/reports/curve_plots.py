@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from flexperts.reports.cells import finite
 from flexperts.reports.figures import GRID, MUTED, canvas, drawing, looks, shortened, svg
 from flexperts.reports.plots import NARROW, WIDTH, Plot
-from flexperts.reports.reading import METRICS, Comparison, Entry, ordered
+from flexperts.reports.reading import METRICS, Comparison, Entry, ordered, trained_state
 from flexperts.reports.tables import MEASURES
 
 TOGETHER = 6
@@ -23,11 +23,11 @@ CURVES = METRICS | {TRAINING: "Training loss"}
 
 
 def curve_plots(comparison: Comparison, metric: str) -> list[Plot]:
-    """Return curves of the own state, or of the training loss, with mean and range over seeds.
+    """Return curves of the trained state, or of the training loss, with mean and range over seeds.
 
     Up to ``TOGETHER`` entries share one plot; more entries have one small plot each.
     """
-    entries = [e for e in ordered(comparison) if _rounds(_curve(e, e["own_state"], metric)) > 1]
+    entries = [e for e in ordered(comparison) if _rounds(_curve(e, trained_state(e), metric)) > 1]
     if not entries:
         return []
     if len(entries) <= TOGETHER:
@@ -57,7 +57,7 @@ def _small_plot(comparison: Comparison, entries: list[Entry], entry: Entry, metr
     with drawing():
         figure, axes = canvas(NARROW, 140)
         for other in entries:
-            curve = _curve(other, other["own_state"], metric)
+            curve = _curve(other, trained_state(other), metric)
             axes.plot(curve["rounds"], _values(curve["mean"]), color=GRID, linewidth=1)
         _line(axes, comparison, entry, metric)
         _over_rounds(axes)
@@ -67,14 +67,14 @@ def _small_plot(comparison: Comparison, entries: list[Entry], entry: Entry, metr
 
 
 def _line(axes: Axes, comparison: Comparison, entry: Entry, metric: str) -> None:
-    """Draw the own state with its band, and the global state dashed if it is a different state."""
+    """Draw the trained state with its band, and the global state dashed if it is a different state."""
     look = looks(comparison)[entry["name"]]
-    curve = _curve(entry, entry["own_state"], metric)
+    curve = _curve(entry, trained_state(entry), metric)
     if len(entry["seeds"]) > 1:
         low, high = _values(curve["low"]), _values(curve["high"])
         axes.fill_between(curve["rounds"], low, high, color=look.colour, alpha=0.22, linewidth=0)
     shared = _curve(entry, "global", metric)
-    if metric != TRAINING and entry["own_state"] != "global" and _rounds(shared) > 1:
+    if metric != TRAINING and trained_state(entry) != "global" and _rounds(shared) > 1:
         axes.plot(
             shared["rounds"], _values(shared["mean"]), color=look.colour, linewidth=1.2, linestyle=(0, (4, 2))
         )

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from flexperts.reports.cells import Table
-from flexperts.reports.reading import METRICS, REWARDS, STATES, Comparison, Entry, against, border_error
+from flexperts.reports.reading import (
+    METRICS,
+    REWARDS,
+    STATES,
+    Comparison,
+    Entry,
+    against,
+    border_error,
+    sorted_by_nll,
+    trained_state,
+)
 
 REFERENCE_MARK = " (reference)"
 """Follows the reference's name in the table of scores."""
@@ -24,8 +34,8 @@ def counts(comparison: Comparison) -> str:
     return f"{text} Seeds are missing of: {', '.join(fewer)}." if fewer else text
 
 
-def interval_note(comparison: Comparison) -> str:
-    """Return the explanation of intervals and p-values; empty if nothing is compared."""
+def interval_note(comparison: Comparison, metrics: Mapping[str, str] = METRICS) -> str:
+    """Return the explanation of intervals and p-values of some scores; empty if nothing is compared."""
     compared = sum(bool(entry.get("against")) for entry in comparison["entries"])
     if not compared:
         return ""
@@ -38,16 +48,16 @@ def interval_note(comparison: Comparison) -> str:
         f"Δ: own state minus the reference's own state ({comparison['reference']}), row by row. In brackets the "
         f"{level} interval of a paired bootstrap over rows ({resamples} resamples), {seeds}; it does not "
         "apply to other clients. p-values are from the same draws, adjusted by Benjamini and Hochberg for "
-        f"{_count(compared, 'comparison')}; the intervals are not adjusted.{_border_words(comparison)}"
+        f"{_count(compared, 'comparison')}; the intervals are not adjusted.{_border_words(comparison, metrics)}"
     )
 
 
-def _border_words(comparison: Comparison) -> str:
+def _border_words(comparison: Comparison, metrics: Mapping[str, str]) -> str:
     """Return the adjusted p-values for which other draws of the bootstrap could give the other verdict."""
     near = [
-        f"{entry['name']}, {METRICS[metric]}: {against(entry, metric)['p_adjusted']:.4f} ± {error:.4f}"  # type: ignore[index]
+        f"{entry['name']}, {metrics[metric]}: {against(entry, metric)['p_adjusted']:.4f} ± {error:.4f}"  # type: ignore[index]
         for entry in comparison["entries"]
-        for metric in METRICS
+        for metric in metrics
         if (error := border_error(comparison, entry, metric)) is not None
     ]
     if not near:
@@ -60,10 +70,15 @@ def _border_words(comparison: Comparison) -> str:
 
 
 def with_budgets(table: Table, comparison: Comparison) -> Table:
-    """Return a table with the budgets and variants of its entries' methods in its note, if it has any."""
-    if table.header[0].name != "entry":
-        return table
-    shown = {row[0].text.removesuffix(REFERENCE_MARK) for row in table.rows}
+    """Return a table with the budgets and variants of its entries' methods in its note, if it has any.
+
+    Entries are a column, with or without one of other names before it, or the heads of columns.
+    """
+    if table.header[0].name == "silo":
+        shown = {column.name for column in table.header}
+    else:
+        places = [place for place, column in enumerate(table.header) if column.name == "entry"]
+        shown = {row[place].text.removesuffix(REFERENCE_MARK) for row in table.rows for place in places}
     methods: dict[str, list[str]] = {}
     for entry in comparison["entries"]:
         note, method = entry.get("budget_note"), entry.get("method") or entry["name"]
@@ -112,7 +127,7 @@ def reward_note(comparison: Comparison) -> str:
         "reward of the chosen answer minus that of the rejected one, a mean over rows. Accuracy: the share of rows "
         "with a margin above 0; an equal pair counts half, so the untouched base has a margin of 0 and 50 %."
     )
-    return _joined(text, _best_words(comparison), interval_note(comparison), counts(comparison))
+    return _joined(text, _best_words(comparison), interval_note(comparison, REWARDS), counts(comparison))
 
 
 def ability_note(comparison: Comparison) -> str:
@@ -130,12 +145,14 @@ def floor_note(comparison: Comparison, entries: Sequence[Entry]) -> str:
     counted = ((e["name"], ((STATES.get(c, c), n) for c, n in e["floor"]["kept"].items())) for e in entries)
     kept = [f"{name}: {', '.join(f'{model} {n}' for model, n in its)}" for name, its in counted]
     level = f"{100 * comparison['confidence']:g} %"
+    seeds = ", widened by Student's t for the training seeds" if len(comparison["seeds"]) > 1 else ""
     loss = "DPO loss" if any("loss" in entry["floor"] for entry in entries) else "NLL"
     text = (
         f"Each client keeps one model by its validation rows. Kept, over all seeds: {'; '.join(kept)}. Harmed: the "
-        f"{loss} on its test rows is higher than this choice's. The best is known only from the test rows, so the "
-        f"mean against it, the regret, is never below 0. In brackets the {level} interval of a bootstrap over "
-        "rows; it does not apply to other clients."
+        f"{loss} on its test rows is higher than this choice's. The best is picked on the same test rows, so the "
+        "mean against it, the regret, is never below 0, and its interval, in which the pick stays the same, is cut "
+        f"there. In brackets the {level} interval of a bootstrap over rows{seeds}; it does not apply to other "
+        "clients."
     )
     return _joined(text, counts(comparison))
 
@@ -154,8 +171,15 @@ def _score_words(comparison: Comparison) -> str:
     return (
         "ROUGE-L in points from 0 to 100, higher is better; NLL in nats per response token, lower is better: plain "
         f"mean over clients{spread}. Own: each client's own {comparison['split']} rows; others': of the other "
-        "clients. Entries are sorted, best first."
+        f"clients. Entries are sorted{' by NLL' if sorted_by_nll(comparison) else ''}, best first."
+        f"{_CHOSEN if any(entry['own_state'] == 'chosen' for entry in comparison['entries']) else ''}"
     )
+
+
+_CHOSEN = (
+    " Own state chosen: the model that each client keeps by its floor, of which no answers are generated, so that "
+    "there is no ROUGE-L."
+)
 
 
 def tokenizer_words(comparison: Comparison) -> str:
@@ -174,12 +198,12 @@ def tokenizer_words(comparison: Comparison) -> str:
 
 
 def _cut_words(comparison: Comparison) -> str:
-    """Return how many answers of own states reached the token limit, and whether references are longer."""
+    """Return how many answers of trained states reached the token limit, and whether references are longer."""
     cut, longer = [], 0
     for entry in comparison["entries"]:
         clients = ((entry.get("answers") or {}).get("clients") or {}).values()
         count, rows = (
-            sum(its["cut"][entry["own_state"]] for its in clients),
+            sum(its["cut"][trained_state(entry)] for its in clients),
             sum(its["rows"] for its in clients),
         )
         cut += [f"{entry['name']} {count} of {rows}"] if count else []

@@ -13,7 +13,7 @@ from flexperts.reports.cells import finite, interval
 Entry = Mapping[str, Any]
 Comparison = Mapping[str, Any]
 
-STATES = {"zero_shot": "zero-shot", "global": "global", "personalized": "personalized"}
+STATES = {"zero_shot": "zero-shot", "global": "global", "personalized": "personalized", "chosen": "chosen"}
 """A state's name in ``comparison.json`` -> its name in reports."""
 METRICS = {"rouge_l": "ROUGE-L", "nll": "NLL"}
 """A score's name in ``comparison.json`` -> its name in reports."""
@@ -108,8 +108,23 @@ def change(entry: Entry, state: str, place: str, metric: str) -> dict[str, Any] 
 
 
 def ordered(comparison: Comparison) -> list[Entry]:
-    """Return entries best first: by ROUGE-L of the own state on own rows, then by NLL; unscored ones last."""
-    return sorted(comparison["entries"], key=_rank)
+    """Return entries best first: by ROUGE-L of the own state on own rows, then by NLL; unscored ones last.
+
+    Where ``sorted_by_nll``, by NLL alone.
+    """
+    by_nll = sorted_by_nll(comparison)
+    return sorted(comparison["entries"], key=lambda entry: _rank(entry)[2 if by_nll else 0 :])
+
+
+def sorted_by_nll(comparison: Comparison) -> bool:
+    """Return whether ROUGE-L cannot order the entries: answers have one token, or a choice has no answers."""
+    is_one_token = re.search(r"^max_new_tokens = 1$", comparison.get("recipe") or "", re.MULTILINE)
+    return bool(is_one_token) or any(entry["own_state"] == "chosen" for entry in comparison["entries"])
+
+
+def trained_state(entry: Entry) -> str:
+    """Return the last state of an entry's method, which has answers, routing and curves; a choice has none."""
+    return str(entry.get("trained_state") or entry["own_state"])
 
 
 def own_state_words(comparison: Comparison) -> str:
@@ -131,8 +146,8 @@ def rows_shown(comparison: Comparison) -> str:
 
 
 def routing_of(entry: Entry) -> Mapping[str, Any]:
-    """Return client -> layer -> routing of an entry's own state; empty if it was not recorded."""
-    return (entry.get("routing") or {}).get(entry["own_state"]) or {}
+    """Return client -> layer -> routing of an entry's trained state; empty if it was not recorded."""
+    return (entry.get("routing") or {}).get(trained_state(entry)) or {}
 
 
 def routing_measure(layer: Mapping[str, Any], key: str) -> float | None:

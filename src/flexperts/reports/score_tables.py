@@ -34,6 +34,7 @@ from flexperts.reports.reading import (
     own,
     own_state_words,
     stat,
+    trained_state,
 )
 
 DIGITS = {"rouge_l": 1, "nll": 3, "reward_accuracy": 1, "reward_margin": 3}
@@ -161,6 +162,11 @@ def own_state(entry: Entry) -> Cell:
     return words(STATES.get(entry["own_state"], entry["own_state"]))
 
 
+def trained(entry: Entry) -> Cell:
+    """Return the name of the last state of an entry's method."""
+    return words(STATES[trained_state(entry)])
+
+
 def _tested(entry: Entry, metric: str) -> tuple[Cell, Cell, Cell]:
     test, digits = against(entry, metric), DIGITS[metric]
     return (
@@ -205,20 +211,23 @@ def floor_table(comparison: Comparison) -> Table:
 
 
 def _floor_cells(test: Mapping[str, Any]) -> tuple[Cell, ...]:
-    shares = {key: 100 * value for key, value in test["harmed"].items()}
+    shares = {key: value and 100 * value for key, value in test["harmed"].items()}
     return interval(shares, 0), *(interval(test[kind], DIGITS["nll"]) for kind in ("mean", "worst"))
+
+
+_ANSWERING = [state for state in STATES if state != "chosen"]
 
 
 def answer_table(comparison: Comparison) -> Table:
     """Return how many answers reached the limit, by state, and by client in the own state; no rows without any."""
     clients = comparison["clients"]
     counted = [entry for entry in ordered(comparison) if entry.get("answers")]
-    is_shown = any(_total(e, "longer_references") or _total(e, "cut", e["own_state"]) for e in counted)
+    is_shown = any(_total(e, "longer_references") or _total(e, "cut", trained_state(e)) for e in counted)
     header = (
         *WHO,
         Column("limit, tokens"),
         Column("longer references"),
-        *(Column(name, "cut, all clients") for name in STATES.values()),
+        *(Column(STATES[state], "cut, all clients") for state in _ANSWERING),
         *(Column(client, f"cut, {own_state_words(comparison)}") for client in clients),
     )
     note = (
@@ -232,15 +241,15 @@ def answer_table(comparison: Comparison) -> Table:
 def _row(entry: Entry, clients: Any) -> tuple[Cell, ...]:
     answers = entry["answers"]
     by_client, rows = answers["clients"], _total(entry, "rows")
-    cut = (_share(_total(entry, "cut", state) if state in entry["scores"] else None, rows) for state in STATES)
+    cut = (_share(_total(entry, "cut", s) if s in entry["scores"] else None, rows) for s in _ANSWERING)
     own = (by_client.get(client) for client in clients)
     return (
         words(entry["name"]),
-        own_state(entry),
+        trained(entry),
         Cell(", ".join(map(str, answers["max_new_tokens"]))),
         _share(_total(entry, "longer_references"), rows),
         *cut,
-        *(_share(its["cut"][entry["own_state"]], its["rows"]) if its else _share(None, 0) for its in own),
+        *(_share(its["cut"][trained_state(entry)], its["rows"]) if its else _share(None, 0) for its in own),
     )
 
 

@@ -13,6 +13,7 @@ from flexperts.reports.reading import (
     mean,
     ordered,
     own,
+    sorted_by_nll,
     stat,
     verdict,
 )
@@ -22,7 +23,8 @@ from flexperts.reports.score_tables import DIGITS
 def summary(comparison: Comparison) -> list[str]:
     """Return sentences: the best entry, its interval against the reference, and the verdicts of the others."""
     entries = comparison["entries"]
-    by_rouge = next((e for e in ordered(comparison) if mean(own(e, "own", "rouge_l")) is not None), None)
+    with_rouge = [] if sorted_by_nll(comparison) else ordered(comparison)
+    by_rouge = next((e for e in with_rouge if mean(own(e, "own", "rouge_l")) is not None), None)
     with_nll = [e for e in entries if mean(own(e, "own", "nll")) is not None]
     by_nll = min(with_nll, key=lambda e: mean(own(e, "own", "nll")) or 0.0, default=None)
     if not by_rouge and not by_nll:

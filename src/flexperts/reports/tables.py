@@ -16,8 +16,8 @@ from flexperts.reports.score_tables import (
     answer_table,
     floor_table,
     main_table,
-    own_state,
     reward_table,
+    trained,
 )
 from flexperts.reports.silo_tables import client_table, newcomer_table, robust_table, spread_table
 
@@ -154,10 +154,10 @@ MEASURES = {
 
 
 def routing_table(comparison: Comparison) -> Table:
-    """Return the routing of every entry's own state as means over clients and layers."""
+    """Return the routing of every entry's trained state as means over clients and layers."""
     header = (*WHO, *map(Column, MEASURES.values()))
     rows = tuple(
-        (words(entry["name"]), own_state(entry), *(_mean(clients, key) for key in MEASURES))
+        (words(entry["name"]), trained(entry), *(_mean(clients, key) for key in MEASURES))
         for entry in ordered(comparison)
         if (clients := routing_of(entry))
     )

@@ -1,7 +1,8 @@
 """From run directories to one comparison: the value that tables, pages and tests read.
 
-It is plain JSON. Every score is labelled by model state (zero_shot, global, personalized) and by the rows on which
-it was measured: ``own`` rows, ``others`` (the other clients' rows), ``general`` tasks, ``mmlu``.
+It is plain JSON. Every score is labelled by model state (zero_shot, global, personalized, and with a floor chosen:
+what each client keeps) and by the rows on which it was measured: ``own`` rows, ``others`` (the other clients'
+rows), ``general`` tasks, ``mmlu``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from flexperts.files import placeless, read_json
 from flexperts.methods.registry import method_class
 from flexperts.recipe import recorded_recipe
 from flexperts.studies.contrast import abilities, contrasts
-from flexperts.studies.finished import CLAIM, RUNS, Finished, read_claim
+from flexperts.studies.finished import CLAIM, KEPT, RUNS, Finished, choices_of, read_claim, with_kept
 from flexperts.studies.floor import floors
 from flexperts.studies.over_silos import over_silos
 
@@ -154,8 +155,9 @@ def _entry(entry: Finished) -> dict[str, Any]:
         "budget_note": _budget_note(entry.method),
         "settings": [_setting(setting) for setting in entry.settings],
         "seeds": list(entry.runs),
-        "own_state": entry.states[-1],
-        "scores": {state: _scores(entry, state) for state in entry.states},
+        "own_state": entry.scored_states[-1],
+        "trained_state": entry.states[-1],
+        "scores": {state: _scores(entry, state) for state in entry.scored_states},
         "bytes": _mean_of([s["bytes"] for s in summaries]),
         "parameters": {group: summaries[0]["parameters"][group] for group in ("shared", "personal")},
         "seconds": _mean_of([s["seconds"] for s in summaries]),
@@ -211,24 +213,27 @@ def _answers_of(seeds: list[dict[str, Any]], states: tuple[str, ...]) -> dict[st
 
 def _scores(entry: Finished, state: str) -> dict[str, Any]:
     return {
-        "own": _kinds([_own(summary, entry.clients, state) for summary in entry.summaries]),
+        "own": _kinds([_own(clients, entry.clients, state) for clients in entry.scored.values()]),
         "others": _kinds(_others(entry, state)),
         "general": _kinds(_beyond(entry, "general", state)),
         "mmlu": _kinds(_beyond(entry, "mmlu", state), ("accuracy",)),
     }
 
 
-def _own(summary: Mapping[str, Any], clients: Sequence[str], state: str) -> dict[str, Any]:
-    found = {client: summary["clients"][client] for client in clients}
+def _own(scored: Mapping[str, Any], clients: Sequence[str], state: str) -> dict[str, Any]:
+    found = {client: scored[client] for client in clients}
     return {client: {kind: its[kind][state] for kind in kinds_in(its)} for client, its in found.items()}
 
 
 def _newcomers(entry: Finished, names: Sequence[str]) -> dict[str, Any]:
     """Return state -> scores of those that joined; empty if some could not join some seed's run."""
-    seeds = [{"clients": run.joined()} for run in entry.runs.values()]
-    if not names or not all(name in seed["clients"] for seed in seeds for name in names):
+    seeds = [run.joined() for run in entry.runs.values()]
+    if not names or not all(name in seed for seed in seeds for name in names):
         return {}
-    states = [state for state in entry.states if state in seeds[0]["clients"][names[0]]["nll"]]
+    kept = [choices_of(run, names) for run in entry.runs.values()] if entry.kept else []
+    if kept and all(kept):
+        seeds = [with_kept(seed, records) for seed, records in zip(seeds, kept, strict=True)]
+    states = [state for state in (*entry.states, KEPT) if state in seeds[0][names[0]]["nll"]]
     return {state: _kinds([_own(seed, names, state) for seed in seeds]) for state in states}
 
 
@@ -244,7 +249,7 @@ def _others(entry: Finished, state: str) -> list[dict[str, Any]]:
     scores on the same rows.
     """
     noted = _beyond(entry, "others", state)
-    if state == "personalized" or all(noted):
+    if state in ("personalized", KEPT) or all(noted):
         return noted
     if not entry.others_rows or len(entry.clients) < 2:
         return [{} for _ in entry.runs]
@@ -417,6 +422,8 @@ def _examples(shown: Sequence[Finished], seed: int, client: str, count: int) -> 
         return []  # the answers of a deployed run stay at the silos
     found = []
     for lines in zip(*(rows[:count] for rows in kept), strict=True):  # one row, with every entry's answers
+        if not all(state in line for entry, line in zip(shown, lines, strict=True) for state in entry.states):
+            continue  # kept without its answers
         texts: dict[str, Any] = {key: _cut(lines[0][key]) for key in ("instruction", "context", "response")}
         texts["answers"] = {
             "zero-shot" if state == "zero_shot" else f"{entry.name} {state}": _cut(line[state])

@@ -23,7 +23,7 @@ _WEIGHTS = {"rouge_l": None, "nll": "tokens", "reward_margin": None, "reward_acc
 def contrasts(
     finished: Sequence[Finished], reference: Finished, confidence: float, resamples: int
 ) -> dict[str, dict[str, Any]]:
-    """Return, by entry and score, the entry's last state minus the reference's, on the clients' own rows.
+    """Return, by entry and score, the entry's last scored state minus the reference's, on the clients' own rows.
 
     Pairs are formed over the seeds that both have finished. An entry without a common seed is left out, and so is a
     score that is not finite on some row. The p-values of one score are adjusted over all its tests
@@ -34,16 +34,17 @@ def contrasts(
     for kind in _WEIGHTS:
         tests = [_test(entry, reference, kind, confidence, resamples) for entry in others]
         made = [(entry, test) for entry, test in zip(others, tests, strict=True) if test is not None]
-        for (entry, test), p in zip(made, adjust([test["p"] for _, test in made]), strict=True):
-            found[entry.name][kind] = test | {"p_adjusted": p}
+        adjusted = iter(adjust([test["p"] for _, test in made if test["p"] is not None]))
+        for entry, test in made:
+            found[entry.name][kind] = test | {"p_adjusted": None if test["p"] is None else next(adjusted)}
     return found
 
 
 def _test(
     entry: Finished, reference: Finished, kind: str, confidence: float, resamples: int
-) -> dict[str, float] | None:
+) -> dict[str, Any] | None:
     seeds = [seed for seed in entry.runs if seed in reference.runs]
-    states = entry.states[-1], reference.states[-1]
+    states = entry.scored_states[-1], reference.scored_states[-1]
     pairs = [(entry.predictions[seed], reference.predictions[seed]) for seed in seeds]
     for seed, (ours, theirs) in zip(seeds, pairs, strict=True):
         _check_same(entry.runs[seed], reference.runs[seed], ours, theirs)
@@ -71,14 +72,13 @@ def _check_same(run: RunDirectory, reference: RunDirectory, ours: Predictions, t
 
 
 def _paired(ours: Predictions, theirs: Predictions, states: tuple[str, str], kind: str) -> Paired | None:
-    differences, weights, texts = {}, {}, {}
+    differences, weights = {}, {}
     for client, rows in ours.items():
-        texts[client] = [_text(row) for row in rows]
         differences[client] = _column(rows, states[0], kind) - _column(theirs[client], states[1], kind)
         weight = _WEIGHTS[kind]
         weights[client] = np.ones(len(rows)) if weight is None else _column(rows, states[0], weight)
     is_whole = all(np.isfinite(values).all() for values in differences.values())
-    return Paired(differences, weights, texts) if is_whole else None
+    return Paired(differences, weights, texts_of(ours)) if is_whole else None
 
 
 def _column(rows: Rows, state: str, kind: str) -> Any:
@@ -89,6 +89,11 @@ def _column(rows: Rows, state: str, kind: str) -> Any:
 def row_texts(predictions: Predictions) -> tuple[tuple[str, ...], ...]:
     """Return the texts of the rows on which a run was scored."""
     return tuple(_text(line) for rows in predictions.values() for line in rows)
+
+
+def texts_of(predictions: Predictions) -> dict[str, list[tuple[str, ...]]]:
+    """Return each client's texts, by which its rows are the same rows in other seeds."""
+    return {client: [_text(row) for row in rows] for client, rows in predictions.items()}
 
 
 def _text(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -133,7 +138,7 @@ def _is_whole(seeds: Any, states: tuple[str, ...], kind: str) -> bool:
 
 def _ability_test(
     name: str, seeds: Any, state: str, kind: str, confidence: float, resamples: int
-) -> dict[str, float]:
+) -> dict[str, Any]:
     result = paired_bootstrap(
         [_ability_pairs(seed[state], seed[_BASE], kind) for seed in seeds],
         same_rows=True,

@@ -15,13 +15,16 @@ from typing import Any
 from flexperts.artifacts import RunDirectory
 from flexperts.config.run import as_written_now
 from flexperts.errors import ArtifactError
-from flexperts.files import read_json
+from flexperts.evaluation.scores import kinds_in
+from flexperts.files import opened, read_json
 from flexperts.methods.registry import method_class
 from flexperts.recipe import recorded_recipe
 
 ASCII_WORDS = "rouge-score"
 """Tokenizer of older runs: rouge-score's default, with English letters and digits only."""
 CLAIM, RUNS, SEED, DONE = "compare.json", "runs", "seed-", "done"
+KEPT = "chosen"
+"""The state of the models that the clients of runs with a floor keep."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,33 @@ class Finished:
 
     @cached_property
     def predictions(self) -> dict[int, dict[str, list[dict[str, Any]]]]:
-        """Seed -> client -> the client's scored rows, with answers and scores."""
-        return {s: {c: run.of_client("predictions", c) for c in self.clients} for s, run in self.runs.items()}
+        """Seed -> client -> the client's scored rows, with answers and scores, also of what it keeps."""
+        found = {s: {c: run.of_client("predictions", c) for c in self.clients} for s, run in self.runs.items()}
+        for seed, records in self.kept.items():
+            for client, record in records.items():
+                test = record["test"]
+                nlls = test["rows"][record["chosen"]]
+                for row, nll, tokens in zip(found[seed][client], nlls, test["tokens"], strict=True):
+                    row["scores"][KEPT] = {"nll": nll, "tokens": tokens}
+        return found
+
+    @cached_property
+    def choices(self) -> dict[int, dict[str, dict[str, Any]]]:
+        """Seed -> client -> the record of its choice; empty unless all are there, with scores on test rows."""
+        found = {seed: choices_of(run, self.clients) for seed, run in self.runs.items()}
+        return found if all(found.values()) else {}
+
+    @property
+    def kept(self) -> dict[int, dict[str, dict[str, Any]]]:
+        """The choices, if they say the NLL of what clients keep by row: on preference rows they do not."""
+        records = [record for seed in self.choices.values() for record in seed.values()]
+        return {} if any("dpo" in record["test"] for record in records) else self.choices
+
+    @cached_property
+    def scored(self) -> dict[int, dict[str, dict[str, Any]]]:
+        """Seed -> client -> its entry in the summary, with the scores of what it keeps."""
+        by_seed = zip(self.runs, self.summaries, strict=True)
+        return {seed: with_kept(summary["clients"], self.kept.get(seed, {})) for seed, summary in by_seed}
 
     @cached_property
     def others_rows(self) -> int:
@@ -76,6 +104,11 @@ class Finished:
         return tuple(method_class(self.method).states)
 
     @property
+    def scored_states(self) -> tuple[str, ...]:
+        """The states that are compared: the method's, and with a floor in all runs also what the clients keep."""
+        return (*self.states, KEPT) if self.kept else self.states
+
+    @property
     def rouge_tokenizer(self) -> str:
         """The tokenizer of ROUGE-L in all runs; if they differ, several names separated by commas."""
         return ", ".join(sorted({s.get("rouge_tokenizer", ASCII_WORDS) for s in self.summaries}))
@@ -84,6 +117,31 @@ class Finished:
     def clients(self) -> list[str]:
         """The clients' names."""
         return sorted(self.summaries[0]["clients"])
+
+
+def choices_of(run: RunDirectory, clients: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the clients' records of what they keep; empty unless all are there, with scores on test rows."""
+    found = {client: run.of_client("floor", client) for client in clients}
+    if not all(its and its["test"] for its in found.values()):
+        return {}
+    return {client: opened(run.path / "floor", its, needed=True) for client, its in found.items()}
+
+
+def with_kept(
+    clients: Mapping[str, Mapping[str, Any]], records: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Return clients' entries with the scores of what they keep: the NLL alone, no answer is generated with it.
+
+    Args:
+        clients: Client -> its scores, by kind and state.
+        records: Client -> the record of its choice; clients without one are left as they are.
+    """
+    found = {name: dict(its) for name, its in clients.items()}
+    for name, record in records.items():
+        nll = record["test"]["nll"][record["chosen"]]
+        its = clients[name]
+        found[name] |= {kind: its[kind] | {KEPT: nll if kind == "nll" else None} for kind in kinds_in(its)}
+    return found
 
 
 def read_claim(out: Path) -> dict[str, Any]:

@@ -75,9 +75,8 @@ def _measures(
 def _scores(entry: Finished, kind: str, seeds: Sequence[int] | None = None) -> Floats:
     """Return the scores of an entry's own state, ``[S, C]``; not-a-number where there is none."""
     wanted = list(entry.runs) if seeds is None else seeds
-    by_seed = dict(zip(entry.runs, entry.summaries, strict=True))
-    own = entry.states[-1]
-    clients = [[by_seed[s]["clients"][c] for c in entry.clients] for s in wanted]
+    own = entry.scored_states[-1]
+    clients = [[entry.scored[s][c] for c in entry.clients] for s in wanted]
     return np.array([[its.get(kind, {}).get(own) for its in seed] for seed in clients], dtype=float)
 
 

@@ -53,15 +53,16 @@ class Difference:
     Args:
         difference: Macro mean: over seeds, of the mean (or another statistic) over clients, of the weighted mean
             over rows.
-        low: Lower end of the confidence interval.
+        low: Lower end of the confidence interval; None, as ``high`` and ``p``, where a client has a single row,
+            whose variance nothing tells.
         high: Upper end.
         p: Two-sided p-value of no difference; below 1 - confidence where the interval excludes 0.
     """
 
     difference: float
-    low: float
-    high: float
-    p: float
+    low: float | None
+    high: float | None
+    p: float | None
 
 
 def paired_bootstrap(
@@ -96,7 +97,7 @@ def paired_bootstrap(
     apply to other clients. In simulations with normal effects and three or five seeds, intervals of 95 % cover in
     92 % to 98 % of cases, with two seeds in up to 99 %. With two or three seeds they are wide because so few seeds
     give little information (t is 12.7 and 4.3); with fewer than about 20 rows, percentile intervals are somewhat
-    too narrow.
+    too narrow. Where a client has a single row, there is neither an interval nor a p-value.
 
     Args:
         seeds: One element per training seed; all have the same clients.
@@ -110,6 +111,8 @@ def paired_bootstrap(
     """
     _check_seeds(seeds, same_rows=same_rows)
     clients, means = sorted(seeds[0].differences), _seed_means(seeds, over or _mean)
+    if any(len(rows) < 2 for seed in seeds for rows in seed.differences.values()):
+        return Difference(float(means.mean()), None, None, None)
     values, factor = np.full(resamples, means.mean()), _row_factor(seeds, same_rows)
     if factor > 0:
         by_client = (_resampled(seeds, c, same_rows, resamples, generator) for c in clients)

@@ -57,6 +57,10 @@ class LocalSettings:
     own_lr: Mapping[str, float] = field(default_factory=dict)
     seconds: float | None = None
 
+    def timed(self, share: float) -> LocalSettings:
+        """Return the settings of a phase that takes all steps in a share of the seconds."""
+        return replace(self, seconds=None if self.seconds is None else share * self.seconds)
+
     def part(self, share: float) -> LocalSettings:
         """Return the settings of a phase that takes a share of every round's steps, at least one."""
         steps = max(1, round(share * self.steps))

@@ -227,3 +227,10 @@ def test_seeds_must_be_there_and_have_the_same_clients():
         bootstrap([])
     with pytest.raises(DataError, match="every seed needs the same clients"):
         bootstrap([paired({"a": [1.0]}), paired({"b": [1.0]})])
+
+
+@pytest.mark.parametrize("rows", [{"a": [0.3]}, {"a": [0.3], "b": [0.1, -0.2, 0.4]}])
+def test_one_row_of_a_client_tells_no_interval(rows):
+    found = bootstrap([paired(rows)])
+    assert found.difference == pytest.approx(np.mean([np.mean(its) for its in rows.values()]))
+    assert (found.low, found.high, found.p) == (None, None, None)
