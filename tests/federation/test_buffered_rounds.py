@@ -120,7 +120,11 @@ def test_changes_count_per_step(recipe: Recipe, tmp_path: Path) -> None:
     for name, steps in (("a", 2), ("b", 8)):
         grid.faults["train", 1, name] = changed(metrics={"steps": steps})
     config = recipe(
-        "method.name=fedavg", "training.local_seconds=9", "federation.rounds=1", "federation.max_share=1"
+        "method.name=fedavg",
+        "training.local_seconds=9",
+        "training.local_steps=8",
+        "federation.rounds=1",
+        "federation.max_share=1",
     )
     server, _ = run_on(grid, config, tmp_path / "run")
     effective = (3 * 2 + 5 * 8) / 8
@@ -137,6 +141,23 @@ def test_a_silo_that_reports_one_step_is_not_multiplied_without_limit(recipe: Re
     _, logs = run_on(grid, config, tmp_path / "run")
     assert list(logs[0]["refused"]) == ["a"]
     assert "max_norm_ratio" in logs[0]["refused"]["a"]
+
+
+@pytest.mark.parametrize("steps", [100, 2**53])
+def test_a_silo_that_reports_many_steps_does_not_multiply_the_changes(
+    recipe: Recipe, tmp_path: Path, steps: int
+) -> None:
+    """At most twice the recipe's steps count in the mean; its own change is divided by what it reports."""
+    silos = [Silo(name, 4) for name in "abcd"]
+    grid = ScriptedGrid(*silos)
+    grid.faults["train", 1, "a"] = changed(metrics={"steps": steps})
+    config = recipe(
+        "method.name=fedavg", "training.local_seconds=9", "training.local_steps=1", "federation.rounds=1"
+    )
+    server, _ = run_on(grid, config, tmp_path / "run")
+    effective = (2 + 1 + 1 + 1) / 4
+    expected = START.vector + effective * (silos[0].change(1) / steps + sum(s.change(1) for s in silos[1:])) / 4
+    np.testing.assert_allclose(server.shared.vector, expected, rtol=1e-5, atol=1e-6)
 
 
 # Silos elsewhere.
@@ -392,3 +413,10 @@ def test_a_buffer_needs_a_mode_and_enough_clients(recipe: Recipe, shared_base: N
     with pytest.raises(ConfigError, match=r"federation\.buffer = 5"):
         run_federation(recipe(*BUFFERED, "federation.buffer=5", *SHORT), tmp_path / "run")
     assert not (tmp_path / "run" / "config.toml").exists()
+
+
+def test_seconds_of_a_client_that_does_not_exist_are_refused(
+    recipe: Recipe, shared_base: None, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"step_seconds: 'clinik'.*did you mean 'clinic'"):
+        run_federation(recipe("federation.step_seconds={clinik = 4.0}", *SHORT), tmp_path / "run")
