@@ -195,6 +195,49 @@ def _error(request: Message) -> list[Message]:
     return [answered(request, records({"client": "a", "error": "OutOfMemory"}))]
 
 
+def test_silos_slower_than_the_deadline_do_not_end_a_run(recipe: Recipe, tmp_path: Path, time: list[float]) -> None:
+    silos = [Silo(name, 3) for name in "abcdefg"]
+    grid = SlowGrid(*silos, looks={**dict.fromkeys("abc", 4), **dict.fromkeys("defg", 10**6)})
+    options = ("federation.buffer=3", "federation.rounds=6", "federation.deadline=50")
+    _, logs = run_on(grid, recipe(*BUFFERED, *options), tmp_path / "run")
+    assert [sorted(log["clients"]) for log in logs] == [["a", "b", "c"]] * 6
+    assert any(log["missing"] == ["d", "e", "f", "g"] for log in logs)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("is_error", [True, False])
+def test_replies_that_cannot_be_used_do_not_fill_the_buffer(
+    recipe: Recipe, tmp_path: Path, time: list[float], count: int, is_error: bool
+) -> None:
+    grid = SlowGrid(*[Silo(name, 3) for name in "abcdefg"], looks={"c": 1, "d": 1, "e": 9, "f": 9, "g": 9})
+    for name in "ab":
+        grid.faults["train", 1, name] = (
+            (lambda request, reply: _error(request)) if is_error else changed(metrics={"rows": 99})
+        )
+    config = recipe(*BUFFERED, f"federation.buffer={count}", "federation.rounds=1")
+    _, logs = run_on(grid, config, tmp_path / "run")
+    assert sorted(logs[0]["clients"]) == ["c", "d"]
+    assert sorted(logs[0]["refused"]) == ["a", "b"]
+
+
+def test_a_refused_update_does_not_fill_the_buffer_in_simulated_time(recipe: Recipe, tmp_path: Path) -> None:
+    a, b, c = Silo("a", 3), Silo("b", 3), Silo("c", 3)
+    a.change = lambda number: np.full(START.size, 99, np.float32)  # type: ignore[method-assign]
+    options = ("federation.buffer=2", "federation.rounds=1", "federation.step_seconds={b = 2.0, c = 3.0}")
+    _, logs = simulated(recipe(*BUFFERED, *options), tmp_path / "run", [a, b, c])
+    assert sorted(logs[0]["clients"]) == ["b", "c"]
+    assert logs[0]["clock"] == 3.0
+
+
+def test_the_quorum_decides_when_all_have_answered(recipe: Recipe, tmp_path: Path, time: list[float]) -> None:
+    grid = SlowGrid(*trio())
+    for name in "ab":
+        grid.faults["train", 1, name] = changed(metrics={"rows": 99})
+    config = recipe(*BUFFERED, "federation.buffer=2", "federation.rounds=1")
+    with pytest.raises(FederationError, match="1 of 3 clients sent a usable update"):
+        run_on(grid, config, tmp_path / "run")
+
+
 def test_a_run_without_usable_updates_stops(recipe: Recipe, tmp_path: Path, time: list[float]) -> None:
     grid = SlowGrid(*trio(), looks=dict.fromkeys("abc", 1000))
     config = recipe(*BUFFERED, "federation.buffer=1", "federation.rounds=1", "federation.deadline=50")

@@ -170,7 +170,7 @@ class FlexpertsStrategy(Strategy):
         """Ask clients that do not train yet, and return the replies that end the round."""
         asked, self._asked = buffered.ask(log.number, self.members.online), buffered.asked
         self.observer.phase("training", len(asked), log.number, self.rounds_total)
-        replies = buffered.receive(self._grid, self._train_requests(asked, log))
+        replies = buffered.receive(self._grid, self._train_requests(asked, log), self._accepts)
         log.participants = sorted({*buffered.arrived, *buffered.overdue})
         log.missing = list(log.participants)
         log.late = {name: late for name in buffered.arrived if (late := log.number - buffered.sent(name)[0])}
@@ -331,6 +331,15 @@ class FlexpertsStrategy(Strategy):
     def _read(self, name: str, content: RecordDict) -> Update:
         return self.admission.update(name, content, *self.changes.asked(name))
 
+    def _accepts(self, name: str, reply: Message) -> bool:
+        """Return whether an update can be used; nothing is recorded."""
+        try:
+            check_no_error(name, reply)
+            self._read(name, reply.content)
+        except FederationError:
+            return False
+        return True
+
     def _counted(self, names: Iterable[str], log: RoundLog) -> dict[str, int]:
         """Return the rows that each update counts for; record and name the clients that count for fewer."""
         has, share = self.server.clients, self.server.max_share
@@ -399,6 +408,8 @@ class FlexpertsStrategy(Strategy):
         return reason
 
     def _check_quorum(self, log: RoundLog) -> None:
+        if self.buffered is not None and self.buffered.full and log.clients:
+            return
         share, count = self.config.federation.quorum, len(log.participants)
         least = max(1, math.ceil(share * count - 1e-9)) if count else 0
         if len(log.clients) >= least:
