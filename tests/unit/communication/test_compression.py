@@ -13,6 +13,7 @@ from hypothesis.extra.numpy import arrays
 
 from flexperts.communication.compression import Packed, pack, packed_bytes, unpack
 from flexperts.communication.messages import Expected, info_of, payload_of, records
+from flexperts.communication.schema import check_size
 from flexperts.communication.traffic import encoded_bytes, personal_bytes
 from flexperts.config.federation import CompressionConfig
 from flexperts.engines.flower_private import assume_identity
@@ -204,6 +205,16 @@ def test_the_server_rebuilds_the_clients_bits_from_a_smaller_message(kind: str, 
     # What goes is 2000 bytes of values and the manifest; what comes are the arrays, headers and a few words.
     assert "manifest" not in info_of(content)
     assert encoded_bytes(content) - 500 * per_value <= whole - 2000 + 700 + 300 * max(0, len(arrays) - 2)
+
+
+@pytest.mark.parametrize("given_", [{"kind": "top_k", "fraction": 1.0}, {"kind": "int8", "block": 1}])
+def test_a_packed_reply_has_at_most_the_expected_bytes(given_: dict[str, Any]) -> None:
+    """Also where packing takes more than fp32."""
+    size, chosen = 100_000, CompressionConfig(**given_)
+    sent = Payload(Manifest(("w",), ((size,),)), np.zeros(size, np.float32))
+    packed = pack(np.arange(1, size + 1, dtype=np.float32), chosen)
+    content = records({"client": "a"}, {"rows": 3}, sent, packed)
+    check_size(content, Expected(sent.manifest, sent, chosen).most, "a")
 
 
 def test_packing_does_not_hide_personal_bytes() -> None:
