@@ -157,6 +157,16 @@ def test_zeros_are_zeros(kind: str) -> None:
     assert there_and_back(np.zeros(7, np.float32), kind).tolist() == [0] * 7
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4", "top_k_int4", "top_k_sign"])
+def test_memory_grows_with_the_values_and_not_with_the_block(kind: str) -> None:
+    """A block of 2^40 values packs ten values to the bytes of a block of ten."""
+    change = np.arange(1, 11, dtype=np.float32)
+    large, small = (settings(kind, block=block, fraction=0.5) for block in (2**40, 10))
+    packed, other = pack(change, large), pack(change, small)
+    assert {n: a.tobytes() for n, a in packed.arrays.items()} == {n: a.tobytes() for n, a in other.arrays.items()}
+    assert unpack(packed, 10, large, "bank").tobytes() == unpack(other, 10, small, "bank").tobytes()
+
+
 def test_small_updates_keep_their_bits_in_half_precision() -> None:
     """Plain float16 would leave 3 bits of 1e-7 and lose 1e-9; after scaling all have 11."""
     change = np.array([3.1e-7, -1.7e-9, 8e-8], np.float32)
