@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,22 @@ def generator(seed: int, *purpose: str | int) -> Generator:
     import torch
 
     return torch.Generator().manual_seed(derive_seed(seed, *purpose))
+
+
+def drawn(clients: Iterable[str], count: int, seed: int, number: int) -> list[str]:
+    """Return the clients that are drawn to train in a round, sorted.
+
+    Args:
+        clients: All clients; a client's place in their order decides.
+        count: How many are drawn.
+        seed: The run's seed.
+        number: The round.
+    """
+    import torch
+
+    ordered = sorted(clients)
+    places = torch.randperm(len(ordered), generator=generator(seed, "participants", number))[:count]
+    return sorted(ordered[place] for place in places.tolist())
 
 
 @contextmanager

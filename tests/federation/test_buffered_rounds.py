@@ -120,7 +120,11 @@ def test_changes_count_per_step(recipe: Recipe, tmp_path: Path) -> None:
     for name, steps in (("a", 2), ("b", 8)):
         grid.faults["train", 1, name] = changed(metrics={"steps": steps})
     config = recipe(
-        "method.name=fedavg", "training.local_seconds=9", "federation.rounds=1", "federation.max_share=1"
+        "method.name=fedavg",
+        "training.local_seconds=9",
+        "training.local_steps=8",
+        "federation.rounds=1",
+        "federation.max_share=1",
     )
     server, _ = run_on(grid, config, tmp_path / "run")
     effective = (3 * 2 + 5 * 8) / 8
@@ -137,6 +141,23 @@ def test_a_silo_that_reports_one_step_is_not_multiplied_without_limit(recipe: Re
     _, logs = run_on(grid, config, tmp_path / "run")
     assert list(logs[0]["refused"]) == ["a"]
     assert "max_norm_ratio" in logs[0]["refused"]["a"]
+
+
+@pytest.mark.parametrize("steps", [100, 2**53])
+def test_a_silo_that_reports_many_steps_does_not_multiply_the_changes(
+    recipe: Recipe, tmp_path: Path, steps: int
+) -> None:
+    """At most twice the recipe's steps count in the mean; its own change is divided by what it reports."""
+    silos = [Silo(name, 4) for name in "abcd"]
+    grid = ScriptedGrid(*silos)
+    grid.faults["train", 1, "a"] = changed(metrics={"steps": steps})
+    config = recipe(
+        "method.name=fedavg", "training.local_seconds=9", "training.local_steps=1", "federation.rounds=1"
+    )
+    server, _ = run_on(grid, config, tmp_path / "run")
+    effective = (2 + 1 + 1 + 1) / 4
+    expected = START.vector + effective * (silos[0].change(1) / steps + sum(s.change(1) for s in silos[1:])) / 4
+    np.testing.assert_allclose(server.shared.vector, expected, rtol=1e-5, atol=1e-6)
 
 
 # Silos elsewhere.
@@ -172,6 +193,49 @@ def _error(request: Message) -> list[Message]:
     from tests.federation.scripted_grid import answered
 
     return [answered(request, records({"client": "a", "error": "OutOfMemory"}))]
+
+
+def test_silos_slower_than_the_deadline_do_not_end_a_run(recipe: Recipe, tmp_path: Path, time: list[float]) -> None:
+    silos = [Silo(name, 3) for name in "abcdefg"]
+    grid = SlowGrid(*silos, looks={**dict.fromkeys("abc", 4), **dict.fromkeys("defg", 10**6)})
+    options = ("federation.buffer=3", "federation.rounds=6", "federation.deadline=50")
+    _, logs = run_on(grid, recipe(*BUFFERED, *options), tmp_path / "run")
+    assert [sorted(log["clients"]) for log in logs] == [["a", "b", "c"]] * 6
+    assert any(log["missing"] == ["d", "e", "f", "g"] for log in logs)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("is_error", [True, False])
+def test_replies_that_cannot_be_used_do_not_fill_the_buffer(
+    recipe: Recipe, tmp_path: Path, time: list[float], count: int, is_error: bool
+) -> None:
+    grid = SlowGrid(*[Silo(name, 3) for name in "abcdefg"], looks={"c": 1, "d": 1, "e": 9, "f": 9, "g": 9})
+    for name in "ab":
+        grid.faults["train", 1, name] = (
+            (lambda request, reply: _error(request)) if is_error else changed(metrics={"rows": 99})
+        )
+    config = recipe(*BUFFERED, f"federation.buffer={count}", "federation.rounds=1")
+    _, logs = run_on(grid, config, tmp_path / "run")
+    assert sorted(logs[0]["clients"]) == ["c", "d"]
+    assert sorted(logs[0]["refused"]) == ["a", "b"]
+
+
+def test_a_refused_update_does_not_fill_the_buffer_in_simulated_time(recipe: Recipe, tmp_path: Path) -> None:
+    a, b, c = Silo("a", 3), Silo("b", 3), Silo("c", 3)
+    a.change = lambda number: np.full(START.size, 99, np.float32)  # type: ignore[method-assign]
+    options = ("federation.buffer=2", "federation.rounds=1", "federation.step_seconds={b = 2.0, c = 3.0}")
+    _, logs = simulated(recipe(*BUFFERED, *options), tmp_path / "run", [a, b, c])
+    assert sorted(logs[0]["clients"]) == ["b", "c"]
+    assert logs[0]["clock"] == 3.0
+
+
+def test_the_quorum_decides_when_all_have_answered(recipe: Recipe, tmp_path: Path, time: list[float]) -> None:
+    grid = SlowGrid(*trio())
+    for name in "ab":
+        grid.faults["train", 1, name] = changed(metrics={"rows": 99})
+    config = recipe(*BUFFERED, "federation.buffer=2", "federation.rounds=1")
+    with pytest.raises(FederationError, match="1 of 3 clients sent a usable update"):
+        run_on(grid, config, tmp_path / "run")
 
 
 def test_a_run_without_usable_updates_stops(recipe: Recipe, tmp_path: Path, time: list[float]) -> None:
@@ -392,3 +456,10 @@ def test_a_buffer_needs_a_mode_and_enough_clients(recipe: Recipe, shared_base: N
     with pytest.raises(ConfigError, match=r"federation\.buffer = 5"):
         run_federation(recipe(*BUFFERED, "federation.buffer=5", *SHORT), tmp_path / "run")
     assert not (tmp_path / "run" / "config.toml").exists()
+
+
+def test_seconds_of_a_client_that_does_not_exist_are_refused(
+    recipe: Recipe, shared_base: None, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"step_seconds: 'clinik'.*did you mean 'clinic'"):
+        run_federation(recipe("federation.step_seconds={clinik = 4.0}", *SHORT), tmp_path / "run")

@@ -125,6 +125,8 @@ def test_what_goes_together_is_not_refused(recipe: Recipe) -> None:
         (("trimmed_mean",), 4, True),
         (("krum", "federation.malicious_clients=2"), 4, False),
         (("krum", "federation.malicious_clients=2"), 5, True),
+        (("median", "federation.mode=buffered", "federation.buffer=2"), 4, False),
+        (("median", "federation.mode=buffered", "federation.buffer=3"), 4, True),
     ],
 )
 def test_clients_must_be_enough_for_the_rule(

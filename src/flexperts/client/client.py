@@ -40,7 +40,7 @@ from flexperts.parameters.vector import Payload, vector_hash
 from flexperts.parts.grafts import GATES
 from flexperts.protection.pipeline import is_secure, protect, told
 from flexperts.seeding import generator, seeded
-from flexperts.training.local import LocalSettings, steps_per_round
+from flexperts.training.local import LocalSettings
 from flexperts.training.preferences import DirectPreference
 
 _MEMORY = "memory."
@@ -425,7 +425,7 @@ class Client:
     def _local_settings(self, round_number: int) -> LocalSettings:
         owners = self.workspace.clients if self.method.pools_rows else [self.name]
         rows = (len(self.workspace.clients[owner].train) for owner in owners)
-        steps = sum(steps_per_round(count, self.config.training) for count in rows)
+        steps = sum(map(self.config.training.steps_per_round, rows))
         settings = self._settings(steps, self.config.federation.rounds * steps, (round_number - 1) * steps)
         seconds = self.config.training.local_seconds
         if seconds is None or self.standing is not None:  # a silo's own machine has a clock

@@ -135,15 +135,21 @@ def _unpack_int8(packed: Packed, size: int, settings: CompressionConfig, sender:
     if not (np.isfinite(scales) & (scales >= 0)).all():
         raise _unfit(sender, "scales that are negative or not finite", "scales must be finite and not negative")
     with np.errstate(over="ignore"):  # later, every update that is not finite is refused
-        whole: Vector = values.astype(np.float32) * np.repeat(scales, block)[:size]
+        whole: Vector = values.astype(np.float32) * _repeated(scales, size, block)
     return whole
 
 
 def _blocks(values: Vector, block: int) -> NDArray[np.float32]:
-    """Return a copy with a block in each row; the last one ends with zeros."""
-    padded = np.zeros((-(-values.size // block), block), np.float32)
+    """Return a copy with a block in each row, no longer than all values; the last one ends with zeros."""
+    width = min(block, values.size)
+    padded = np.zeros((-(-values.size // width), width), np.float32)
     padded.reshape(-1)[: values.size] = values
     return padded
+
+
+def _repeated(scales: Vector, size: int, block: int) -> Vector:
+    """Return every value's scale."""
+    return np.repeat(scales, min(block, size))[:size]
 
 
 def _pack_int4(values: Vector, settings: CompressionConfig) -> Packed:
@@ -170,7 +176,7 @@ def _unpack_int4(packed: Packed, size: int, settings: CompressionConfig, sender:
 def _pack_signs(values: Vector, settings: CompressionConfig) -> Packed:
     """Keep the signs, and each block's mean magnitude, which has the least squared error."""
     padded, exponent = _blocks(values, settings.block), _exponent(values)
-    counts = np.full(len(padded), settings.block)
+    counts = np.full(*padded.shape)
     counts[-1] -= padded.size - values.size
     means = (np.abs(padded).sum(1, dtype=np.float64) / counts).astype(np.float32)
     halves = _to_half(means, exponent)
@@ -193,7 +199,7 @@ def _scaled(
     if not (np.isfinite(halves) & (halves >= 0)).all():
         raise _unfit(sender, "scales that are negative or not finite", "scales must be finite and not negative")
     exponent = _whole(packed, "exponent", *_EXPONENTS, sender)
-    return arrays, np.repeat(_scales(halves, exponent), settings.block)[:size]
+    return arrays, _repeated(_scales(halves, exponent), size, settings.block)
 
 
 def _scales(halves: NDArray[np.float16], exponent: int) -> Vector:

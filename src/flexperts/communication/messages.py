@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 from torch import Tensor
 
-from flexperts.communication.compression import Packed, unpack
+from flexperts.communication.compression import Packed, packed_bytes, unpack
 from flexperts.communication.schema import ROOM, AnyFields, Fields, checked, refusal
 from flexperts.config.federation import CompressionConfig
 from flexperts.errors import PrivacyError, incompatible, shown
@@ -75,8 +75,9 @@ class Expected:
 
     @property
     def most(self) -> int:
-        """Most bytes that a reply has: values in fp32, which are never fewer than packed ones, manifest, fields."""
-        return 4 * self.manifest.size + len(self.text) + ROOM
+        """Most bytes that a reply has: values, packed or in fp32, whichever are more; manifest; fields."""
+        size = self.manifest.size  # fp32 is less than all values by top_k, or in blocks of one
+        return max(4 * size, packed_bytes(size, self.packing)) + len(self.text) + ROOM
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from flexperts.config.section import Section
+from flexperts.seeding import derive_seed
 
 
 class EvaluationConfig(Section):
@@ -31,6 +33,10 @@ class EvaluationConfig(Section):
     """Longest generated answer; without it, the smallest power of two that holds the longest train response."""
     batch_size: int = Field(32, ge=1)
     """Rows per forward pass and generated batch."""
+
+    def scored(self, clients: Iterable[str]) -> list[str]:
+        """Return the clients to score, sorted; names alone decide, so rounds, methods and seeds agree."""
+        return sorted(sorted(clients, key=lambda name: derive_seed(0, "evaluated", name))[: self.clients])
 
 
 class FloorConfig(Section):

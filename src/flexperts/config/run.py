@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from typing import Annotated, Literal, Self
 
@@ -82,6 +83,10 @@ class TrainingConfig(Section):
     def rows_per_pass(self) -> int:
         """Rows per forward pass."""
         return self.micro_batch_size or self.batch_size
+
+    def steps_per_round(self, rows: int) -> int:
+        """Return a client's optimizer steps per round: ``local_steps`` if given, else the steps of its epochs."""
+        return self.local_steps or max(1, math.ceil(self.local_epochs * math.ceil(rows / self.batch_size)))
 
 
 class EngineConfig(Section):

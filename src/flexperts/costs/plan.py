@@ -5,6 +5,7 @@ The methods' code runs on the meta device, so that a plan agrees with a run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -69,9 +70,9 @@ def plan(
         clients: Number of clients that take part.
         bandwidth: Mbit/s of each client's link, in each direction.
     """
-    if clients < 1 or bandwidth <= 0:
+    if clients < 1 or not 0 < bandwidth < math.inf:  # nan is neither
         wrong = f"clients = {clients}" if clients < 1 else f"bandwidth = {bandwidth}"
-        raise ConfigError(wrong, "it must be above 0", "give a value above 0")
+        raise ConfigError(wrong, "it must be finite and above 0", "give such a value")
     given, names = list(settings), [f"client-{number}" for number in range(1, clients + 1)]
     description = describe(model)
     base = meta_base(description, _config(given).model.dtype)

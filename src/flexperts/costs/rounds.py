@@ -23,6 +23,7 @@ from flexperts.methods.kit.turn import Prepared, Site
 from flexperts.parameters.vector import Manifest, Payload, sizes_only
 from flexperts.protection.pipeline import check_enough, is_secure
 from flexperts.protection.secure import rules_of
+from flexperts.seeding import drawn
 from flexperts.selection.selection import LayerScores
 
 Groups = dict[str, int]
@@ -89,16 +90,16 @@ def planned_sites(model: ClientModel, clients: Collection[str], top_k: int) -> d
 
 
 def planned_rounds(model: ClientModel, sites: dict[str, PlannedSite]) -> list[RoundBytes]:
-    """Return the recipe's rounds and the method's extra ones; with partial participation, the first clients."""
+    """Return the recipe's rounds and the method's extra ones, with the clients that a run draws."""
     method, federation, compression = model.method, model.config.federation, model.config.compression
     server, initial = _server(model, sites)
     if is_secure(model.config):
         check_enough(model.config, len(sites))
-    drawn = sorted(sites)[: federation.drawn(len(sites))]
     downlink, encoded = PlannedDownlink(model.config, server, initial), Encoded(model)
     rounds = []
     for number in range(1, method.total_rounds(federation.rounds) + 1):
-        participants = sorted(method.participants(server, drawn))
+        sampled = drawn(sites, federation.drawn(len(sites)), server.seed, number)
+        participants = sorted(method.participants(server, sampled))
         answering = participants[: federation.buffer]
         asked = participants if number == 1 else answering
         broadcasts = {name: method.broadcast(server, name).manifest for name in asked}
@@ -123,7 +124,7 @@ def planned_rounds(model: ClientModel, sites: dict[str, PlannedSite]) -> list[Ro
         downlink.trained(participants, new=method.sends_weights(server))
         server.round = number
         if encoded.is_evaluated(number):
-            scored = sorted(sites)[: model.config.evaluation.clients]
+            scored = model.config.evaluation.scored(sites)
             finals = {name: downlink.request(name, method.final(server, name).manifest) for name in scored}
             messages.add(encoded.evaluation(server, finals))
             downlink.received(scored)

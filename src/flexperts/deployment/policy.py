@@ -7,7 +7,6 @@ from flexperts.config.silo import SiloPolicy
 from flexperts.errors import PolicyError, shown
 from flexperts.methods.kit.method import Method
 from flexperts.methods.registry import method_class
-from flexperts.training.local import steps_per_round
 
 
 def rules(policy: SiloPolicy) -> dict[str, str]:
@@ -87,7 +86,7 @@ def check_loss(policy: SiloPolicy, config: RunConfig, rows: int) -> None:
         config: The run.
         rows: Number of the silo's train rows.
     """
-    size, steps = config.training.batch_size, steps_per_round(rows, config.training)
+    size, steps = config.training.batch_size, config.training.steps_per_round(rows)
     # The last batch of a pass may be smaller than the others, and a round of few steps may consist of it.
     behind = rows if steps * size >= rows else (steps - 1) * size + (rows % size or size)
     if config.privacy.noise != "local" and behind < policy.min_score_rows:

@@ -29,7 +29,7 @@ from flexperts.engines.in_process import InProcess
 from flexperts.engines.pool import pool_for
 from flexperts.engines.ray import actors_for
 from flexperts.engines.workers import Workers
-from flexperts.errors import ArtifactError
+from flexperts.errors import ArtifactError, ConfigError, did_you_mean, shown
 from flexperts.files import LOCK, sole_writer, write_json
 from flexperts.finished.beyond import check_beyond, is_wanted, look_beyond
 from flexperts.finished.trained import TrainedRun
@@ -182,6 +182,10 @@ def check_clients(config: RunConfig, clients: Clients) -> None:
     for its in _configs(config):
         make_method(its.method).check_clients(clients)
     check_enough(config, len(clients))
+    for name in config.federation.step_seconds:
+        if name not in clients:
+            remedy = did_you_mean(name, clients, f"name one of {', '.join(sorted(clients)[:_NAMED])}")
+            raise ConfigError(f"federation.step_seconds: {shown(name)}", "the data has no such client", remedy)
 
 
 def _rows_line(clients: Clients) -> str:

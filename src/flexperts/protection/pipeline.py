@@ -152,12 +152,14 @@ def check_enough(config: RunConfig, clients: int) -> None:
             "a round cannot wait for more updates than there are",
             f"set it to at most {drawn}, or raise federation.participation",
         )
+    fewest = drawn if buffer is None else buffer
     for protection in protections(config):
-        if drawn < protection.fewest:
+        if fewest < protection.fewest:
             raise ConfigError(
-                f"{protection.setting} with {drawn} clients in a round",
+                f"{protection.setting} with {fewest} clients in a round",
                 f"with its settings it needs at least {protection.fewest}, or it gives no protection",
-                f"{protection.off}, change its settings, or raise federation.participation",
+                f"{protection.off}, change its settings, or raise federation."
+                f"{'participation' if buffer is None else 'buffer'}",
             )
 
 

@@ -8,7 +8,7 @@ for less the more rounds have ended in between.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from flwr.app import Message
@@ -19,9 +19,11 @@ from flexperts.config.federation import FederationConfig
 from flexperts.methods.kit.server_state import Flight, Server
 from flexperts.parameters.vector import Payload
 from flexperts.seeding import generator
-from flexperts.server.exchange import Asked, LazyGrid, error_of
+from flexperts.server.exchange import Asked, LazyGrid
 from flexperts.server.membership import Membership
 
+Accepts = Callable[[str, Message], bool]
+"""Tells of a client's reply whether its update can be used."""
 _POLL = 3.0
 """Seconds between two looks for replies, as in Flower's grid."""
 
@@ -42,6 +44,8 @@ class BufferedRounds:
         """The clients whose replies ended this round."""
         self.overdue: list[str] = []
         """The clients that did not answer within the deadline."""
+        self.full = False
+        """Whether the round ended with ``buffer`` usable updates: it needs no quorum then."""
         self._waiting: dict[str, Message] = {}
         self._pending: dict[str, tuple[str, float]] = {}
 
@@ -70,13 +74,15 @@ class BufferedRounds:
         number = self.server.flights[client].number
         return number, self.server.sent[number]
 
-    def receive(self, grid: Grid, requests: Iterator[Message]) -> list[Message]:
+    def receive(self, grid: Grid, requests: Iterator[Message], accepts: Accepts) -> list[Message]:
         """Send requests, and return the replies that end the round.
 
-        On one machine simulated time decides which these are. Elsewhere errors do not count as replies, and a round
-        also ends when all who train are later than the deadline; those are not waited for any more.
+        On one machine simulated time decides which these are. Replies that cannot be used do not end a round, so a
+        few silos cannot fill it with them. Elsewhere, a round also ends when all who train have answered or are
+        later than the deadline; those are not waited for any more.
         """
-        found = self._simulated(grid, requests) if isinstance(grid, LazyGrid) else self._real(grid, requests)
+        take = self._simulated if isinstance(grid, LazyGrid) else self._real
+        found = take(grid, requests, accepts)
         self.arrived = sorted(found)
         return list(found.values())
 
@@ -91,11 +97,17 @@ class BufferedRounds:
         used = {flight.number for flight in self.server.flights.values()}
         self.server.sent = {number: weights for number, weights in self.server.sent.items() if number in used}
 
-    def _simulated(self, grid: Grid, requests: Iterator[Message]) -> dict[str, Message]:
+    def _simulated(self, grid: Grid, requests: Iterator[Message], accepts: Accepts) -> dict[str, Message]:
         for reply in grid.send_and_receive(requests):
             self._waiting[self._members.nodes[self.asked.node(reply)]] = reply
         ends = {name: self._end(name, reply) for name, reply in self._waiting.items()}
-        first = sorted(ends, key=lambda name: (ends[name], name))[: self.settings.buffer]
+        first, usable = list[str](), 0
+        for name in sorted(ends, key=lambda name: (ends[name], name)):
+            first.append(name)
+            usable += accepts(name, self._waiting[name])
+            if usable == self.settings.buffer:
+                break
+        self.full = usable == self.settings.buffer
         self.server.clock = max([self.server.clock, *(ends[name] for name in first)])
         return {name: self._waiting.pop(name) for name in first}
 
@@ -103,21 +115,22 @@ class BufferedRounds:
         steps = int(metrics_of(reply.content)["steps"])
         return self.server.flights[name].since + steps * self.settings.seconds_of_step(name)
 
-    def _real(self, grid: Grid, requests: Iterator[Message]) -> dict[str, Message]:
+    def _real(self, grid: Grid, requests: Iterator[Message], accepts: Accepts) -> dict[str, Message]:
         messages = list(requests)
         names = [self._members.nodes[message.metadata.dst_node_id] for message in messages]
         until = time.monotonic() + self.settings.deadline
         ids = grid.push_messages(messages)
         self._pending |= {name: (its, until) for name, its in zip(names, ids, strict=True) if its}
-        found: dict[str, Message] = {}
+        found, usable = dict[str, Message](), 0
         while True:
             for name, (message_id, _) in list(self._pending.items()):
                 for reply in grid.pull_messages([message_id]):
                     found[name] = reply
+                    usable += accepts(name, reply)
                     del self._pending[name]
-            usable = sum(error_of(reply) is None for reply in found.values())
             late = [name for name, (_, end) in self._pending.items() if end < time.monotonic()]
-            if usable >= (self.settings.buffer or 1) or len(late) == len(self._pending):
+            self.full = usable >= (self.settings.buffer or 1)
+            if self.full or len(late) == len(self._pending):
                 self.overdue = late
                 return found
             time.sleep(_POLL)

@@ -14,6 +14,9 @@ from flexperts.parameters.vector import Payload
 from flexperts.server.buffered_rounds import BufferedRounds
 from flexperts.server.round_log import RoundLog
 
+_MOST_PASSES = 2
+"""How many times a round's steps a method takes at most: once for the shared and once for the personal weights."""
+
 
 class Changes:
     """The changes in the updates of a run's rounds.
@@ -25,6 +28,7 @@ class Changes:
     """
 
     def __init__(self, config: RunConfig, server: Server, buffered: BufferedRounds | None) -> None:
+        self._training = config.training
         self._per_step = config.training.local_seconds is not None
         self._server, self._buffered = server, buffered
 
@@ -43,7 +47,8 @@ class Changes:
         """Return the factor on every change.
 
         Where clients take different numbers of steps, changes count per step, times the mean number (FedNova: Wang
-        et al., 2020, https://arxiv.org/abs/2007.07481).
+        et al., 2020, https://arxiv.org/abs/2007.07481). A client reports its steps itself, so in that mean it has
+        at most those that its rows allow.
 
         Args:
             rows: Client -> the rows that its update counts for.
@@ -51,8 +56,13 @@ class Changes:
         """
         mean = 1.0
         if self._per_step and rows:
-            mean = sum(count * log.clients[name]["steps"] for name, count in rows.items()) / sum(rows.values())
+            total = sum(count * min(log.clients[name]["steps"], self._most(count)) for name, count in rows.items())
+            mean = total / sum(rows.values())
         return {name: mean * self.factor(name, log) for name in rows}
+
+    def _most(self, rows: int) -> int:
+        """Return the most steps that a client with so many rows can have taken."""
+        return _MOST_PASSES * self._training.steps_per_round(rows)
 
     def moved(self, update: Update, factor: float) -> Update:
         """Return an update whose change, times a factor, starts from the present shared weights."""

@@ -11,7 +11,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -26,7 +25,7 @@ from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.server_state import Server
 from flexperts.observer import Observer
 from flexperts.protection.pipeline import EVERYONE, is_secure, privacy_spent, reduced
-from flexperts.seeding import derive_seed, generator
+from flexperts.seeding import drawn
 from flexperts.server.admission import Admission, leaked
 from flexperts.server.buffered_rounds import BufferedRounds
 from flexperts.server.changes import Changes
@@ -146,7 +145,7 @@ class FlexpertsStrategy(Strategy):
         self._started, self._asked = time.monotonic(), Asked()
         if not self.evaluates():
             return sendable(grid, iter(()))
-        asked = sorted(set(self._scored_clients()) & set(self.members.online))
+        asked = sorted(set(self.config.evaluation.scored(self.server.clients)) & set(self.members.online))
         self.observer.phase("evaluation", len(asked), self.server.round, self.rounds_total)
         self._grid = grid
         return sendable(grid, self._evaluate_requests(asked))
@@ -170,7 +169,7 @@ class FlexpertsStrategy(Strategy):
         """Ask clients that do not train yet, and return the replies that end the round."""
         asked, self._asked = buffered.ask(log.number, self.members.online), buffered.asked
         self.observer.phase("training", len(asked), log.number, self.rounds_total)
-        replies = buffered.receive(self._grid, self._train_requests(asked, log))
+        replies = buffered.receive(self._grid, self._train_requests(asked, log), self._accepts)
         log.participants = sorted({*buffered.arrived, *buffered.overdue})
         log.missing = list(log.participants)
         log.late = {name: late for name in buffered.arrived if (late := log.number - buffered.sent(name)[0])}
@@ -243,11 +242,10 @@ class FlexpertsStrategy(Strategy):
 
     def _participants(self, number: int) -> list[str]:
         """Return the clients that train in a round, sorted; they are drawn online or not."""
-        clients = sorted(self.server.clients)
+        clients = self.server.clients
         count = self.config.federation.drawn(len(clients))
-        stream = generator(self.config.seed, "participants", number)
-        drawn = torch.randperm(len(clients), generator=stream)[:count].tolist()
-        return sorted(self.method.participants(self.server, sorted(clients[i] for i in drawn)))
+        sampled = drawn(clients, count, self.config.seed, number)
+        return sorted(self.method.participants(self.server, sampled))
 
     def _train_requests(self, names: Iterable[str], log: RoundLog, *, whole: bool = False) -> Iterator[Message]:
         for name in names:
@@ -273,13 +271,6 @@ class FlexpertsStrategy(Strategy):
             before = sent.get(name, 0) if whole else 0
             sent[name] = before + encoded_bytes(content)
             yield self._asked.note(request(content, "evaluate", self.members.node(name), str(self.server.round)))
-
-    def _scored_clients(self) -> list[str]:
-        """Return the clients to score, sorted; names alone decide, so rounds, methods and seeds agree."""
-        count, names = self.config.evaluation.clients, sorted(self.server.clients)
-        if count is None or count >= len(names):
-            return names
-        return sorted(sorted(names, key=lambda name: derive_seed(0, "evaluated", name))[:count])
 
     def evaluates(self) -> bool:
         """Return whether the round that was just trained is evaluated."""
@@ -331,6 +322,15 @@ class FlexpertsStrategy(Strategy):
 
     def _read(self, name: str, content: RecordDict) -> Update:
         return self.admission.update(name, content, *self.changes.asked(name))
+
+    def _accepts(self, name: str, reply: Message) -> bool:
+        """Return whether an update can be used; nothing is recorded."""
+        try:
+            check_no_error(name, reply)
+            self._read(name, reply.content)
+        except FederationError:
+            return False
+        return True
 
     def _counted(self, names: Iterable[str], log: RoundLog) -> dict[str, int]:
         """Return the rows that each update counts for; record and name the clients that count for fewer."""
@@ -400,6 +400,8 @@ class FlexpertsStrategy(Strategy):
         return reason
 
     def _check_quorum(self, log: RoundLog) -> None:
+        if self.buffered is not None and self.buffered.full and log.clients:
+            return
         share, count = self.config.federation.quorum, len(log.participants)
         least = max(1, math.ceil(share * count - 1e-9)) if count else 0
         if len(log.clients) >= least:
@@ -415,7 +417,7 @@ class FlexpertsStrategy(Strategy):
 
     def _close_evaluation(self, log: RoundLog) -> None:
         """Record the clients without scores; after the last round at least one client must have them."""
-        for name in self._scored_clients():
+        for name in self.config.evaluation.scored(self.server.clients):
             if name not in log.scores and name not in log.unscored:
                 asked = name in log.evaluation["downlink"]
                 log.unscored[name] = "it did not answer in time" if asked else "it was not online"

@@ -262,8 +262,3 @@ def _check_weights(split: ParameterSplit, settings: LocalSettings) -> None:
 def _diverged(value: str, settings: LocalSettings) -> FederationError:
     remedy = f"lower training.lr (now {settings.training.lr:g}), training.personal_lr or graft.gate_lr"
     return FederationError(value, "it must be finite", remedy)
-
-
-def steps_per_round(rows: int, training: TrainingConfig) -> int:
-    """Return a client's optimizer steps per round: ``local_steps`` if given, else the steps of its epochs."""
-    return training.local_steps or max(1, math.ceil(training.local_epochs * math.ceil(rows / training.batch_size)))

@@ -13,6 +13,7 @@ from hypothesis.extra.numpy import arrays
 
 from flexperts.communication.compression import Packed, pack, packed_bytes, unpack
 from flexperts.communication.messages import Expected, info_of, payload_of, records
+from flexperts.communication.schema import check_size
 from flexperts.communication.traffic import encoded_bytes, personal_bytes
 from flexperts.config.federation import CompressionConfig
 from flexperts.engines.flower_private import assume_identity
@@ -156,6 +157,16 @@ def test_zeros_are_zeros(kind: str) -> None:
     assert there_and_back(np.zeros(7, np.float32), kind).tolist() == [0] * 7
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4", "top_k_int4", "top_k_sign"])
+def test_memory_grows_with_the_values_and_not_with_the_block(kind: str) -> None:
+    """A block of 2^40 values packs ten values to the bytes of a block of ten."""
+    change = np.arange(1, 11, dtype=np.float32)
+    large, small = (settings(kind, block=block, fraction=0.5) for block in (2**40, 10))
+    packed, other = pack(change, large), pack(change, small)
+    assert {n: a.tobytes() for n, a in packed.arrays.items()} == {n: a.tobytes() for n, a in other.arrays.items()}
+    assert unpack(packed, 10, large, "bank").tobytes() == unpack(other, 10, small, "bank").tobytes()
+
+
 def test_small_updates_keep_their_bits_in_half_precision() -> None:
     """Plain float16 would leave 3 bits of 1e-7 and lose 1e-9; after scaling all have 11."""
     change = np.array([3.1e-7, -1.7e-9, 8e-8], np.float32)
@@ -204,6 +215,16 @@ def test_the_server_rebuilds_the_clients_bits_from_a_smaller_message(kind: str, 
     # What goes is 2000 bytes of values and the manifest; what comes are the arrays, headers and a few words.
     assert "manifest" not in info_of(content)
     assert encoded_bytes(content) - 500 * per_value <= whole - 2000 + 700 + 300 * max(0, len(arrays) - 2)
+
+
+@pytest.mark.parametrize("given_", [{"kind": "top_k", "fraction": 1.0}, {"kind": "int8", "block": 1}])
+def test_a_packed_reply_has_at_most_the_expected_bytes(given_: dict[str, Any]) -> None:
+    """Also where packing takes more than fp32."""
+    size, chosen = 100_000, CompressionConfig(**given_)
+    sent = Payload(Manifest(("w",), ((size,),)), np.zeros(size, np.float32))
+    packed = pack(np.arange(1, size + 1, dtype=np.float32), chosen)
+    content = records({"client": "a"}, {"rows": 3}, sent, packed)
+    check_size(content, Expected(sent.manifest, sent, chosen).most, "a")
 
 
 def test_packing_does_not_hide_personal_bytes() -> None:

@@ -118,8 +118,9 @@ def test_nothing_of_the_size_of_a_model_is_allocated(monkeypatch: pytest.MonkeyP
 def test_broken_rules_are_refused(tiny: str) -> None:
     with pytest.raises(ConfigError, match="did you mean 'fedprox'"):
         plan(tiny, ["fedpro"])
-    with pytest.raises(ConfigError, match="bandwidth"):
-        plan(tiny, bandwidth=0)
+    for bandwidth in (0, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="bandwidth"):
+            plan(tiny, bandwidth=bandwidth)
     with pytest.raises(ConfigError, match=r"lora\.projections"):
         plan(tiny, ["fedavg"], ['lora.projections=["w"]'])
     with pytest.raises(GraftError, match="use a number from 1 to 4"):

@@ -22,7 +22,7 @@ from flexperts.errors import FederationError
 from flexperts.modeling.forward import response_logits, token_losses
 from flexperts.parameters.split import ParameterSplit, split_parameters
 from flexperts.testing import tiny_model
-from flexperts.training.local import LocalSettings, StepHooks, steps_per_round, train_local
+from flexperts.training.local import LocalSettings, StepHooks, train_local
 
 TRAINING = TrainingConfig(batch_size=4, lr=0.01, personal_lr=0.002, max_grad_norm=1e9)
 SETTINGS = LocalSettings(training=TRAINING, precision="fp32", pad_token_id=258, steps=1, total_steps=10)
@@ -314,7 +314,7 @@ def test_steps_per_round(
     rows: int, batch_size: int, local_steps: int | None, local_epochs: float, steps: int
 ) -> None:
     training = TrainingConfig(batch_size=batch_size, local_steps=local_steps, local_epochs=local_epochs)
-    assert steps_per_round(rows, training) == steps
+    assert training.steps_per_round(rows) == steps
 
 
 # What methods add to a step
