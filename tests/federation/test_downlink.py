@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from flexperts.client.copy import with_weights
 from flexperts.communication.compression import pack, unpack
-from flexperts.communication.messages import difference_records, differences_of, info_of, payload_of
+from flexperts.communication.messages import difference_records, differences_of, info_of, payload_of, records
+from flexperts.communication.schema import MOST_VERSIONS
+from flexperts.communication.traffic import encoded_bytes
 from flexperts.communication.versions import Versions, size_of
 from flexperts.config.federation import CompressionConfig
 from flexperts.config.run import RunConfig
@@ -56,7 +58,7 @@ def settings(kind: str, **given_: Any) -> CompressionConfig:
 # The versions alone.
 
 
-@given(st.sampled_from(KINDS), st.integers(0, 2**32), st.integers(1, 300), st.integers(1, 6))
+@given(st.sampled_from(KINDS), st.integers(0, 2**32), st.integers(1, 9000), st.integers(1, 6))
 def test_a_chain_leads_to_the_servers_bits_from_every_kept_version(
     kind: str, seed: int, size: int, count: int
 ) -> None:
@@ -100,12 +102,12 @@ def test_what_the_downlink_loses_comes_with_the_next_version() -> None:
 
 
 def test_old_versions_go_when_all_weights_are_less() -> None:
-    """int8 of 1,000 values in blocks of 1,000 has 1,004 bytes: three of them are below 4,000, four are not."""
-    versions, now = Versions(["0"]), payload(np.zeros(1000))
+    """int8 of 9,000 values in blocks of 9,000 has 9,004 bytes, and its wrapping: three are below 36,000."""
+    versions, now = Versions(["0"]), payload(np.zeros(9000))
     for number in range(1, 6):
-        now = versions.add(now, payload(np.full(1000, number)), settings("int8", block=1000))
+        now = versions.add(now, payload(np.full(9000, number)), settings("int8", block=9000))
     assert (versions.first, versions.newest, len(versions.digests)) == (2, 5, 4)
-    assert sum(map(size_of, versions.differences)) == 3 * 1004
+    assert 3 * 10_000 < sum(map(size_of, versions.differences)) < 36_000
     assert versions.since("bank") is None  # it may have version 0
     versions.held["bank"] = 5
     assert versions.since("bank") == (versions.digests[-1:], [])
@@ -114,13 +116,43 @@ def test_old_versions_go_when_all_weights_are_less() -> None:
     assert (versions.first, versions.newest, versions.differences) == (6, 6, [])
 
 
+def test_a_chain_is_less_than_all_weights_in_the_message() -> None:
+    """Also where what wraps a difference is more than its values."""
+    assume_identity(1)
+    chosen, stream = settings("top_k_sign", fraction=0.002), np.random.default_rng(0)
+    now = payload(stream.normal(size=20_000))
+    versions = Versions([now.digest()])
+    for _ in range(60):
+        now = versions.add(now, payload(now.vector + stream.normal(size=20_000).astype(np.float32)), chosen)
+    versions.held["bank"] = versions.first
+    found = versions.since("bank")
+    assert found is not None
+    assert len(found[1]) > 10
+    assert encoded_bytes(difference_records({}, *found)) < encoded_bytes(records({}, payload=now))
+
+
+def test_a_chain_has_no_more_versions_than_a_silo_reads() -> None:
+    assume_identity(1)
+    now, chosen = payload(np.arange(1_000_000)), settings("top_k_sign", fraction=1e-5)
+    one = pack(now.vector, chosen)
+    digests = [f"{number:064x}" for number in range(MOST_VERSIONS)]
+    versions = Versions([*digests[1:], now.digest()], differences=[one] * (MOST_VERSIONS - 1))
+    versions.add(now, payload(now.vector + 1), chosen)
+    assert versions.first == 1
+    versions.held["bank"] = 1
+    found = versions.since("bank")
+    assert found is not None
+    assert len(differences_of(difference_records({}, *found), "server")[0]) == MOST_VERSIONS
+
+
 def test_the_chain_is_in_the_checkpoint(tmp_path: Path) -> None:
     from flexperts.methods.kit.server_state import Server
 
     for kind in KINDS:
-        start = payload(np.arange(300))
+        start = payload(np.arange(3000))
         versions = Versions([start.digest()], held={"bank": 1})
-        shared = versions.add(start, payload(np.random.default_rng(0).normal(size=300)), settings(kind))
+        shared = versions.add(start, payload(np.random.default_rng(0).normal(size=3000)), settings(kind))
+        assert len(versions.differences) == 1
         server = Server(shared, {"bank": 3}, versions=versions)
         save_server(tmp_path / "a", server)
         again = load_server(tmp_path / "a")

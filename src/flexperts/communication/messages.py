@@ -27,7 +27,7 @@ from pydantic import Field, ValidationError
 from torch import Tensor
 
 from flexperts.communication.compression import Packed, packed_bytes, unpack
-from flexperts.communication.schema import ROOM, AnyFields, Fields, checked, refusal
+from flexperts.communication.schema import MOST_VERSIONS, ROOM, AnyFields, Fields, checked, refusal
 from flexperts.config.federation import CompressionConfig
 from flexperts.errors import PrivacyError, incompatible, shown
 from flexperts.parameters.split import ParameterSplit, kept_storages, storage_address
@@ -155,10 +155,15 @@ def _array_record(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
     return ArrayRecord({n: Array(np.ascontiguousarray(a)) for n, a in arrays.items()})
 
 
+_Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
 class _Versions(Fields):
     """Digests of the versions in a request, oldest first, and what unpacking each difference also needs."""
 
-    digests: Annotated[list[Annotated[str, Field(pattern="^[0-9a-f]{64}$")]], Field(min_length=1, max_length=1000)]
+    digests: Annotated[
+        list[Annotated[str, Field(pattern="^[0-9a-f]{64}$")]], Field(min_length=1, max_length=MOST_VERSIONS)
+    ]
     about: list[dict[str, str | int]]
 
 

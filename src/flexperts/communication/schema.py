@@ -28,6 +28,8 @@ ROOM = 1 << 16
 MOST_ROUNDS = 10**6
 MOST = 2**53
 MOST_ROWS = 2**31
+MOST_VERSIONS = 1000
+"""Most versions of the shared weights in a request; a server keeps no more."""
 _LARGEST = float(np.finfo(np.float32).max)
 
 

@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from flexperts.communication.compression import Packed, pack, unpack
+from flexperts.communication.messages import difference_records
+from flexperts.communication.schema import MOST_VERSIONS
+from flexperts.communication.traffic import encoded_bytes
 from flexperts.config.federation import CompressionConfig
 from flexperts.parameters.vector import Payload, Vector
 
@@ -68,11 +71,27 @@ class Versions:
         new = Payload(before.manifest, before.vector + rebuilt)
         self.differences.append(packed)
         self.digests.append(new.digest())
-        while self.differences and sum(map(size_of, self.differences)) >= new.vector.nbytes:  # all weights are less
-            self.first, self.digests, self.differences = self.first + 1, self.digests[1:], self.differences[1:]
+        dropped = len(self.differences) - most_differences(new.vector.nbytes, size_of(packed))
+        if dropped > 0:
+            self.first, self.digests = self.first + dropped, self.digests[dropped:]
+            self.differences = self.differences[dropped:]
         return new
 
 
+def most_differences(whole: int, one: int) -> int:
+    """Return the longest chain of differences that is less than all weights, and that a request may hold.
+
+    Args:
+        whole: Bytes of all weights.
+        one: Bytes of a difference as ``size_of`` counts them; all of a chain have as many.
+    """
+    return min(max(0, whole - 1) // one, MOST_VERSIONS - 1)
+
+
 def size_of(packed: Packed) -> int:
-    """Return the bytes of a packed difference's arrays."""
-    return sum(array.nbytes for array in packed.arrays.values())
+    """Return the bytes that a packed difference adds to a request: its arrays, what wraps them, its digest."""
+    return _encoded(packed) - _encoded()
+
+
+def _encoded(*differences: Packed) -> int:
+    return encoded_bytes(difference_records({}, ["0" * 64] * (len(differences) + 1), differences))

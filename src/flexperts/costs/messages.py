@@ -18,6 +18,7 @@ from flexperts.communication.compression import Packed, pack, packed_bytes
 from flexperts.communication.messages import difference_records, records
 from flexperts.communication.schema import MEASURES, answer_counts
 from flexperts.communication.traffic import encoded_bytes, payload_bytes
+from flexperts.communication.versions import most_differences, size_of
 from flexperts.config.federation import CompressionConfig
 from flexperts.config.run import RunConfig
 from flexperts.evaluation.scores import REWARDS
@@ -81,7 +82,10 @@ class PlannedDownlink:
         self._settings, self._newest = config.compression.down, 0
         size = server.shared.size
         self._difference = packed_bytes(size, self._settings)
-        self._kept = max(0, payload_bytes(server.shared.manifest) - 1) // max(1, self._difference)
+        sample, self._kept = None if self._settings.kind == "none" else _sample(self._settings), 0
+        if sample is not None:
+            wrapping = size_of(sample) - sum(array.nbytes for array in sample.arrays.values())
+            self._kept = most_differences(payload_bytes(server.shared.manifest), self._difference + wrapping)
         self._held: dict[str, int] = {}
         self._first = 0 if server.shared.manifest == initial else -1
 
