@@ -46,3 +46,9 @@ def test_local_has_no_shared_part_to_set(recipe: Callable[..., RunConfig]) -> No
     config = recipe("method.name=local", "graft.sharing=both")
     with pytest.raises(ConfigError, match="sends nothing"):
         make_method(config.method).check(config)
+
+
+def test_a_share_of_no_phase_is_refused(recipe: Callable[..., RunConfig]) -> None:
+    config = recipe("method.options={personal_share=0.9}")
+    with pytest.raises(ConfigError, match=r"personal_share = 0\.9: both parts train together"):
+        make_method(config.method).check(config)

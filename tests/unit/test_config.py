@@ -336,6 +336,7 @@ def test_shipped_recipes_parse(path: Path | None) -> None:
         (["graft.output=difference", "graft.start=silent"], "it needs start = 'copy'"),
         (["graft.output=difference", "graft.scale=least_squares"], "all differences are 0"),
         (["graft.output=difference", "graft.place=in_place"], "output = 'difference' must be 'expert'"),
+        (["graft.gate_bias=-4", "graft.place=in_place"], "gate_bias = -4.0 must be 0.0 with place = 'in_place'"),
         (["graft.gate_lr=0"], "graft.gate_lr = 0"),
         (["graft.gate_lr=0.1", "graft.place=in_place"], "place = 'in_place' has none"),
         (["graft.place=in_place", "graft.scale=2"], "scale = 2.0 must be 1.0 with place = 'in_place'"),

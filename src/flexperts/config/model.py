@@ -128,7 +128,7 @@ class GraftConfig(Section):
     output from the chosen experts."""
     place: Literal["beside", "in_place"] = "beside"
     """beside = one expert more, with a gate; in_place = the chosen expert itself is adapted, no gate (needs the
-    default output, gate_start, gate_lr, scale, sharing and dropout)."""
+    default output, gate_bias, gate_start, gate_lr, scale, sharing and dropout)."""
     sharing: Literal["personal", "shared", "both"] = "personal"
     """personal = the client owns the grafted expert; shared = it is averaged over the clients (needs the default
     scale and dropout); both = one of each."""
@@ -172,6 +172,7 @@ class GraftConfig(Section):
         if self.gate_lr is not None:
             raise ValueError(f"gate_lr = {self.gate_lr} is for a gate; place = 'in_place' has none")
         for name, only in (
+            ("gate_bias", 0.0),
             ("gate_start", "constant"),
             ("scale", 1.0),
             ("sharing", "personal"),

@@ -168,7 +168,13 @@ class Flex(PersonalRounds, Grafted):
         self.additive = self.options.aggregation == "factors"
 
     def check(self, config: RunConfig) -> None:
-        """Refuse a personal phase or personal rounds if nothing is personal."""
+        """Refuse a share of no phase, and a personal phase or personal rounds if nothing is personal."""
+        if self.options.phases == "joint" and "personal_share" in self.options.model_fields_set:
+            raise ConfigError(
+                f"method.options.personal_share = {self.options.personal_share}",
+                "both parts train together with phases = 'joint'",
+                "leave it out, or set method.options.phases = 'alternating'",
+            )
         if config.graft.sharing != "shared":
             return
         if self.options.phases == "alternating":
