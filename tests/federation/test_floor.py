@@ -23,7 +23,7 @@ from flexperts.client.routing_log import prompt_batches
 from flexperts.client.workspace import Workspace
 from flexperts.communication.messages import encode
 from flexperts.config.run import RunConfig
-from flexperts.engines.run import run_federation
+from flexperts.engines.run import check_settings, run_federation
 from flexperts.errors import ArtifactError, ConfigError, DataError, PrivacyError
 from flexperts.export.exporting import export_run
 from flexperts.finished.joining import join
@@ -446,6 +446,7 @@ def test_local_has_a_rate_of_its_own_and_the_silos_clock(
         ("fedavg", '["personalized", "mixture"]', r"add global or local, or leave \[floor\] out"),
         ("fedlease", '["global", "mixture"]', "with method.name = fedlease"),
         ("flex", "[]", "at least 1 item"),
+        ("comigs", '["mixture"]', r"add global or personalized or local"),
         ("fedavg", '["global"]', None),
         ("zero_shot", '["global"]', None),
     ],
@@ -459,3 +460,17 @@ def test_a_floor_without_a_trained_candidate_is_refused(
         return
     with pytest.raises(ConfigError, match=refused):
         check_floor(make(*settings), workspace.clients)
+
+
+@pytest.mark.parametrize("graft", ['place = "in_place"', 'sharing = "shared"'])
+def test_a_floor_of_mixtures_needs_experts_that_can_be_mixed(make: Callable[..., RunConfig], graft: str) -> None:
+    config = make("method.name=flex", 'floor={candidates = ["mixture"]}', f"graft={{{graft}}}")
+    with pytest.raises(ConfigError, match="would keep the untouched base"):
+        check_settings(config)
+
+
+def test_a_reference_needs_a_candidate_too(make: Callable[..., RunConfig]) -> None:
+    settings = "method.name=flex", 'floor={candidates = ["personalized"]}'
+    check_settings(make(*settings))
+    with pytest.raises(ConfigError, match=r"candidates = \[\"personalized\"\] with method.name = fedavg"):
+        check_settings(make(*settings, "method.reference=fedavg"))

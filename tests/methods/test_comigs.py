@@ -173,6 +173,26 @@ def test_the_routers_steps_count_over_rounds(take_turn: Any, monkeypatch: pytest
     assert found == [two, one, router, one, two, router]
 
 
+def test_the_router_shares_the_runs_cosine_with_the_experts(
+    take_turn: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a client that was away: in round 7 its second update is the run's fourth, of 20 steps."""
+    places: list[tuple[int, int]] = []
+    with take_turn("method.name=comigs", "method.options={router_every=3, router_steps=4}") as (method, turn):
+        settle = type(method)._router_settings
+
+        def spy(its: Any, settings: Any, done: int) -> Any:
+            found = settle(its, settings, done)
+            places.append((found.first_step, found.total_steps))
+            return found
+
+        monkeypatch.setattr(type(method), "_router_settings", spy)
+        for number in (1, 2, 7):
+            settings = replace(turn.settings, steps=2, first_step=2 * (number - 1), total_steps=20)
+            method.train(replace(turn, round=number, settings=settings, memory=turn.memory))
+    assert places == [(0, 24), (12, 24)]
+
+
 def test_the_source_waits_for_thirty_steps_and_takes_ten(take_turn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found = phases(take_turn, monkeypatch, "{}", range(1, 16))
     assert [kind for kind, _, _ in found].count("router") == 1

@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from flexperts.methods.registry import _METHODS, method_class, method_names
+from flexperts.config.run import MethodConfig
+from flexperts.methods.registry import _METHODS, make_method, method_class, method_names
 
 PARTS = ("Source:", "Trained:", "Sent:", "Aggregated:", "Stays:", "Inference:", "Open choices:")
 
@@ -54,7 +55,8 @@ BUDGETS = {
 def test_budgets_and_variants_are_told_of_the_methods_that_have_them() -> None:
     assert {name for name in method_names() if method_class(name).budget_note} == BUDGETS.keys()
     for name, words in BUDGETS.items():
-        assert words in method_class(name).budget_note
-    fdlora = method_class("fdlora").Options()
-    for option in ("fusion_budget", "fusion_rows"):
-        assert f"({getattr(fdlora, option)})" in method_class("fdlora").budget_note
+        assert words in make_method(MethodConfig(name=name)).budget()
+    fdlora = make_method(MethodConfig(name="fdlora", options={"fusion_budget": 33}))
+    assert "(33) on fusion_rows of its train rows (8)" in fdlora.budget()
+    assert make_method(MethodConfig(name="flex")).budget() == ""
+    assert "4 more rounds" in make_method(MethodConfig(name="flex", options={"finish": 4})).budget()

@@ -291,6 +291,8 @@ def test_the_note_says_what_the_interval_is(whole: Comparison) -> None:
     note = tables(whole)["main"].note
     for words in ("95 %", "10,000 resamples", "bootstrap", "Benjamini", "2 comparisons", "3 seeds, 2 clients"):
         assert words in note
+    whole["entries"][1]["against"]["rouge_l"] = None
+    assert "for 1 comparison of ROUGE-L, 2 comparisons of NLL; the" in tables(whole)["main"].note
     whole["seeds"] = [0]
     assert "does not cover other seeds" in tables(whole)["main"].note
 

@@ -151,3 +151,25 @@ def test_names_that_cannot_be_left_out_are_refused_before_anything_is_written(
     with pytest.raises(DataError, match=said):
         run_comparison(plan(f"compare.newcomers=[{names}]", entries=ENTRIES), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            ('compare.newcomers=["bank"]', "data.validation_fraction=0", "data.validation_rows=5"),
+            "bank: 9 train rows with data.validation_rows = 5: at most half",
+        ),
+        (
+            (FARM, 'compare.variants={fedavg = ["floor={}"]}'),
+            r"farm: 4 validation rows: \[floor\] needs at least 8",
+        ),
+    ],
+)
+def test_newcomers_whose_rows_do_not_fit_are_refused_before_anything_is_trained(
+    plan: Planned, tmp_path: Path, settings: tuple[str, ...], said: str
+) -> None:
+    """They join when a run has finished, but it would be lost then."""
+    with pytest.raises(DataError, match=said):
+        run_comparison(plan(*SMALL, *settings, entries=ENTRIES), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

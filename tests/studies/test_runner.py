@@ -25,7 +25,7 @@ from flexperts.client.states import in_states
 from flexperts.config.run import RunConfig
 from flexperts.errors import ArtifactError, ConfigError, FlexpertsError
 from flexperts.evaluation.scores import evaluate
-from flexperts.files import read_json
+from flexperts.files import read_json, write_json
 from flexperts.methods.kit.turn import Turn
 from flexperts.observer import Observer
 from flexperts.studies import runner
@@ -114,6 +114,24 @@ def test_another_recipes_directory_is_refused(
         run_comparison(plan(setting, seeds=3), out)
     assert ran == []
     assert (out / "compare.json").read_text() == claim
+
+
+def test_a_comparison_goes_on_with_what_it_left_open_when_it_began(
+    plan: Planned, compared: Path, tmp_path: Path, ran: Runs
+) -> None:
+    """One of a version whose FLEx was the paper's; what the recipe sets is another one's all the same."""
+    out = shutil.copytree(compared, tmp_path / "older")
+    claim = read_json(out / "compare.json")
+    recipe = claim["recipe"].replace('output = "auto"', 'output = "expert"')
+    write_json(out / "compare.json", claim | {"recipe": recipe.replace('moments = "auto"', 'moments = "fresh"')})
+    used: list[RunConfig] = []
+    make, planned = ComparisonPlan.config, plan(seeds=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ComparisonPlan, "config", lambda *its: used.append(make(*its)) or used[-1])
+        assert run_comparison(planned, out) == []
+    assert {(c.graft.output, c.training.personal_moments) for c in used} == {("expert", "fresh")}
+    with pytest.raises(ArtifactError, match=r"graft\.output: 'expert', now 'difference'"):
+        run_comparison(plan("graft.output=difference", seeds=3), out)
 
 
 def test_a_variant_that_changed_is_not_taken_for_what_was_run(

@@ -349,6 +349,7 @@ def test_shipped_recipes_parse(path: Path | None) -> None:
         (["graft.start=silent", "graft.rank=4"], "start = 'silent' needs rank = 'full' and place = 'beside'"),
         (["graft.sharing=shared", "graft.dropout=0.5"], "dropout = 0.5 is for a personal graft"),
         (["graft.sharing=shared", "graft.scale=2"], "scale = 2.0 is for a personal graft"),
+        (["graft.sharing=shared", "graft.selection=random"], "selection = 'random' is for a personal graft"),
     ],
 )
 def test_graft_variants_that_cannot_be(overrides: list[str], said: str) -> None:

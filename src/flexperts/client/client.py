@@ -295,9 +295,7 @@ class Client:
 
     def _candidates(self, request: Request) -> list[str]:
         """Return the models to compare; one that is trained on the client's rows alone is trained here."""
-        with self.in_use(request) as turn:
-            mixes = self.method.mixed(turn, 0.5) is not None
-        names = candidates_of(self.method, self.config, mixes=mixes)
+        names = candidates_of(self.method, self.config)
         try:
             if "local" in names:
                 self._train_alone(self._stored(request.round)[1])
@@ -417,7 +415,7 @@ class Client:
         report(0, 0)
         with repeatable(self.model.device):
             prepared = self.method.prepare(replace(self.model.site(self.name, self.examples), on_batch=report))
-        if prepared.choice:
+        if prepared.choice and self.config.graft.sharing != "shared":  # else the clients choose together
             self.observer.chosen(self.name, prepared.choice)
             write_json(self.folder / "selection" / f"{self.name}.json", asdict(prepared))
         return prepared

@@ -37,17 +37,11 @@ def states_of(method: Method, config: RunConfig) -> tuple[State, ...]:
     return (*method.states, "chosen") if config.floor else method.states
 
 
-def candidates_of(method: Method, config: RunConfig, *, mixes: bool) -> list[str]:
-    """Return the candidates that a recipe asks for and the method has, from simple to complex.
-
-    Args:
-        method: The run's method.
-        config: The run, with a ``[floor]``.
-        mixes: Whether the method has models between global and personalized.
-    """
+def candidates_of(method: Method, config: RunConfig) -> list[str]:
+    """Return the candidates that a recipe's ``[floor]`` asks for and the method has, from simple to complex."""
     assert config.floor is not None
     asked, has = {"zero_shot", *config.floor.candidates}, {*method.states, "local"}
-    if mixes and {"global", "personalized"} <= has:
+    if method.mixes(config) and {"global", "personalized"} <= has:
         has.add("mixture")
     return [name for name in CANDIDATES if name.partition(" ")[0] in asked & has]
 
@@ -101,8 +95,7 @@ def read_choice(path: Path, of: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def check_floor(config: RunConfig, clients: Clients) -> None:
     """Refuse a floor with no trained model to choose, and clients with too few validation rows to choose by."""
-    if config.floor:
-        _check_candidates(make_method(config.method), config)
+    check_candidates(make_method(config.method), config)
     few = {name: len(its.validation) for name, its in clients.items() if len(its.validation) < _FEWEST}
     if config.floor and few:
         name, count = next(iter(few.items()))
@@ -114,10 +107,9 @@ def check_floor(config: RunConfig, clients: Clients) -> None:
         )
 
 
-def _check_candidates(method: Method, config: RunConfig) -> None:
-    assert config.floor is not None
-    mixes = type(method).mixed is not Method.mixed
-    if method.states == ("zero_shot",) or candidates_of(method, config, mixes=mixes) != ["zero_shot"]:
+def check_candidates(method: Method, config: RunConfig) -> None:
+    """Refuse a floor with no trained model to choose."""
+    if not config.floor or method.states == ("zero_shot",) or candidates_of(method, config) != ["zero_shot"]:
         return
     named = ", ".join(f'"{name}"' for name in config.floor.candidates)
     has = [state for state in method.states if state != "zero_shot"]

@@ -50,6 +50,14 @@ class FloorConfig(Section):
     local_lr: float | None = Field(None, gt=0)
     """Peak learning rate of the local candidate; without it training.personal_lr, or training.lr."""
 
+    @model_validator(mode="after")
+    def _rate_of_a_candidate(self) -> Self:
+        if self.local_lr is not None and "local" not in self.candidates:
+            raise ValueError(
+                f"local_lr = {self.local_lr} is for a candidate that is missing: add 'local' to candidates"
+            )
+        return self
+
 
 class KnowledgeConfig(Section):
     """What the models can do beyond the clients' tasks, measured after the last round; nothing by default."""

@@ -191,7 +191,7 @@ class GraftConfig(Section):
 
     @model_validator(mode="after")
     def _personal_settings_need_a_personal_graft(self) -> Self:
-        for name, only in (("scale", 1.0), ("dropout", 0.0)):
+        for name, only in (("selection", "reconstruction"), ("scale", 1.0), ("dropout", 0.0)):
             if self.sharing == "shared" and (value := getattr(self, name)) != only:
                 raise ValueError(f"{name} = {value!r} is for a personal graft; sharing = 'shared' has none")
         return self

@@ -176,7 +176,7 @@ def _floor_note(config: RunConfig, method: Method) -> str:
     """Return what a floor adds to the costs of a run."""
     if config.floor is None:
         return ""
-    names = candidates_of(method, config, mixes=True)
+    names = candidates_of(method, config)
     rounds = f"{config.federation.rounds} more rounds of training by {method.alone} at each client, nothing sent; "
     return f"floor: {rounds if 'local' in names else ''}up to {len(names)} models read validation and test rows"
 

@@ -18,6 +18,7 @@ import torch
 
 from flexperts.artifacts import RunDirectory
 from flexperts.client.answer_limit import check_limit
+from flexperts.client.floor import check_candidates
 from flexperts.client.workspace import Workspace
 from flexperts.config.run import RunConfig
 from flexperts.data.check import short_line
@@ -175,6 +176,7 @@ def check_settings(config: RunConfig) -> None:
         method = make_method(its.method)
         method.check(its)
         check_protections(method, its)
+        check_candidates(method, its)
 
 
 def check_clients(config: RunConfig, clients: Clients) -> None:

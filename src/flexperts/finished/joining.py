@@ -142,6 +142,7 @@ def join_left_out(
         if workspace.template_date == config.model.template_date:  # else prompts differ, and so does the workspace
             config = config.model_copy(update={"model": workspace.config.model})
         own = workspace.for_run(left_out_rows(run, config, name))
+        own.check(config, needs_experts=method.needs_experts)
         known = {"client": name, "data": None, "rows": partition_manifest(own.clients)["clients"][name]}
         return _admit(run, own, with_recorded_limit(config, summary), None, known, states, observer)
 

@@ -55,8 +55,9 @@ class CoMiGS(Method):
     keeps = "personal low-rank expert and router of every MoE layer"
     needs_experts = True
     budget_note = (
-        "FedAvg's steps, and router_steps (10) of the router on top after every router_every of them (30); the "
-        "experts never see the share of the train rows that the router trains on (validation, 0.1)"
+        "FedAvg's steps, and router_steps ({router_steps}) of the router on top after every router_every of them "
+        "({router_every}); the experts never see the share of the train rows that the router trains on "
+        "(validation, {validation})"
     )
     states: ClassVar[tuple[State, ...]] = ("zero_shot", "global", "personalized")
 
@@ -123,7 +124,9 @@ class CoMiGS(Method):
                 )
                 count += results[-1].steps
                 if count % every == 0:
-                    part = left(self._router_settings(settings, count // every - 1))
+                    # Its place among all of the run's steps, also for a client that has missed rounds.
+                    place = (settings.first_step + count - first) // every
+                    part = left(self._router_settings(settings, max(0, place - 1)))
                     turn.fit(
                         shared=False, trains=_is_router, examples=validation, settings=part, objective=objective
                     )

@@ -54,8 +54,9 @@ class FDLoRA(Method):
     settles = True
     budget_note = (
         "FedAvg's steps, but all clients train in round 1; afterwards each client searches two fusion weights in "
-        "fusion_budget loss evaluations (20) on fusion_rows of its train rows (8), not on held-out rows; outer "
-        "rate and momentum are a re-implementation's, whose search has 5 evaluations: there is no official code"
+        "fusion_budget loss evaluations ({fusion_budget}) on fusion_rows of its train rows ({fusion_rows}), not on "
+        "held-out rows; outer rate and momentum are a re-implementation's, whose search has 5 evaluations: there "
+        "is no official code"
     )
 
     class Options(Method.Options):

@@ -68,8 +68,8 @@ class FedLEASE(Method):
     additive = False
     sends_back = True
     budget_note = (
-        "FedAvg's steps, but all clients train in the warm-up (warmup_rounds, 5), even if only a share is sampled "
-        "per round"
+        "FedAvg's steps, but all clients train in the warm-up (warmup_rounds, {warmup_rounds}), even if only a "
+        "share is sampled per round"
     )
     plan_note = "as if there were max_experts clusters, which a run can have fewer of"
 

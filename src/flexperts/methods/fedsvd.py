@@ -24,7 +24,8 @@ class FedSVD(FFALoRA):
     from round 2 on, A has orthonormal rows. The SVD is that of two small triangles from QR decompositions, in
     float64; the largest entry of every row of A is positive. A goes down in every round, also to a client that
     could compute it, because one that missed rounds needs it. A client's reply is linear in B, and A is computed
-    from averages of replies: with ``privacy.noise``, noise is on B alone, and is not multiplied by noise on A.
+    from averages of replies: with ``privacy.noise``, noise is on B alone, and is not multiplied by noise on A. With
+    ``compression`` what packing lost of B is added to the next round's change as it is, although A has changed.
     """
 
     name = "fedsvd"

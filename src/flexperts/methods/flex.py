@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
@@ -167,6 +167,12 @@ class Flex(PersonalRounds, Grafted):
         super().__init__(options)
         self.additive = self.options.aggregation == "factors"
 
+    def budget(self) -> str:
+        """Return what ``finish`` adds."""
+        if not self.options.finish:
+            return ""
+        return f"FedAvg's steps, and {self.options.finish} more rounds of all clients on the personal part (finish)"
+
     def check(self, config: RunConfig) -> None:
         """Refuse a share of no phase, and a personal phase or personal rounds if nothing is personal."""
         if self.options.phases == "joint" and "personal_share" in self.options.model_fields_set:
@@ -234,10 +240,13 @@ class Flex(PersonalRounds, Grafted):
         new = named(truncated_mean(weighted, factors(server.shared.tensors())))
         server.shared = Payload.of(mean | new)
 
-    def mixed(self, turn: Turn, weight: float) -> AbstractContextManager[None] | None:
-        """Return the model with a share of the personal experts' outputs; none for experts adapted in place."""
-        graft = turn.parts.get("graft")
-        return _weakened(graft, weight) if isinstance(graft, Grafts) else None
+    def mixes(self, config: RunConfig) -> bool:
+        """Return whether there are personal experts beside the pretrained ones."""
+        return config.graft.place == "beside" and config.graft.sharing != "shared"
+
+    def mixed(self, turn: Turn, weight: float) -> AbstractContextManager[None]:
+        """Return the model with a share of the personal experts' outputs."""
+        return _weakened(cast(Grafts, turn.parts["graft"]), weight)
 
 
 @contextmanager

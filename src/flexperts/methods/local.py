@@ -22,7 +22,7 @@ class Local(Grafted):
     Inference: the client's own LoRA, experts and gate.
     Open choices: those of flex about the graft. The LoRA is personal, so its rate is ``training.personal_lr`` if
     that is set. flex's options are about a shared part and do not exist here; ``graft.sharing`` must be "personal".
-    Every round has a new AdamW, as for every method, unless ``training.personal_moments = "kept"``.
+    Every round has a new AdamW, as FLEx in its paper, unless ``training.personal_moments = "kept"``.
     """
 
     name = "local"
@@ -63,8 +63,8 @@ class LocalLoRA(Method):
     Trained: attention LoRA. Sent: nothing. Aggregated: nothing. Stays: attention LoRA. Inference: the client's own
     LoRA.
     Open choices: the LoRA is personal, so its rate is ``training.personal_lr`` if that is set. Training is
-    continuous, except that every round has a new AdamW, as for every method; ``training.personal_moments = "kept"``
-    ends this too. ``local`` is this bound with FLEx's graft.
+    continuous, except that every round has a new AdamW; ``training.personal_moments = "kept"`` ends this
+    too. ``local`` is this bound with FLEx's graft.
     """
 
     name = "local_lora"

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from flexperts.reports.cells import Table
 from flexperts.reports.reading import (
+    LOWER_IS_BETTER,
     METRICS,
     REWARDS,
     STATES,
@@ -36,9 +37,17 @@ def counts(comparison: Comparison) -> str:
 
 def interval_note(comparison: Comparison, metrics: Mapping[str, str] = METRICS) -> str:
     """Return the explanation of intervals and p-values of some scores; empty if nothing is compared."""
-    compared = sum(bool(entry.get("against")) for entry in comparison["entries"])
-    if not compared:
+    scores: dict[int, list[str]] = {}
+    for metric, name in metrics.items():
+        if tests := sum(against(entry, metric) is not None for entry in comparison["entries"]):
+            scores.setdefault(tests, []).append(name)
+    if not scores:
         return ""
+    differ = len(scores) > 1  # a score that is not finite has no test
+    compared = ", ".join(
+        _count(tests, "comparison") + (f" of {' and '.join(names)}" if differ else "")
+        for tests, names in scores.items()
+    )
     level, resamples = f"{100 * comparison['confidence']:g} %", f"{comparison['resamples']:,}"
     many = len(comparison["seeds"]) > 1
     seeds = "widened by Student's t for the training seeds" if many else "which does not cover other seeds"
@@ -48,7 +57,7 @@ def interval_note(comparison: Comparison, metrics: Mapping[str, str] = METRICS) 
         f"Δ: own state minus the reference's own state ({comparison['reference']}), row by row. In brackets the "
         f"{level} interval of a paired bootstrap over rows ({resamples} resamples), {seeds}; it does not "
         "apply to other clients. p-values are from the same draws, adjusted by Benjamini and Hochberg for "
-        f"{_count(compared, 'comparison')}; the intervals are not adjusted.{_border_words(comparison, metrics)}"
+        f"{compared}; the intervals are not adjusted.{_border_words(comparison, metrics)}"
     )
 
 
@@ -111,7 +120,7 @@ def main_note(comparison: Comparison) -> str:
 
 def client_note(comparison: Comparison, metric: str, last: str) -> str:
     """Return the note of a table by client; ``last`` says where its means are: in the last column or row."""
-    better = "lower" if metric == "nll" else "higher"
+    better = "lower" if metric in LOWER_IS_BETTER else "higher"
     shown = "mean over seeds" if last == "row" else "mean ± sample standard deviation over seeds"
     shown = shown if len(comparison["seeds"]) > 1 else "one seed"
     best = _best_words(comparison).replace("column", "row" if last == "row" else "column")

@@ -19,6 +19,8 @@ METRICS = {"rouge_l": "ROUGE-L", "nll": "NLL"}
 """A score's name in ``comparison.json`` -> its name in reports."""
 REWARDS = {"reward_accuracy": "reward accuracy, %", "reward_margin": "reward margin"}
 """The same for the scores of preference rows."""
+LOWER_IS_BETTER = {"nll"}
+"""Scores of which less is better."""
 
 
 def stat(entry: Entry, state: str, place: str, metric: str) -> Mapping[str, Any] | None:
@@ -60,7 +62,7 @@ def verdict(comparison: Comparison, entry: Entry, metric: str) -> str:
         return "none"
     if holds_zero(test) or (finite(test.get("p_adjusted")) or 0.0) >= 1 - comparison["confidence"]:
         return "open"
-    return "better" if (test["low"] > 0) != (metric == "nll") else "worse"
+    return "better" if (test["low"] > 0) != (metric in LOWER_IS_BETTER) else "worse"
 
 
 def border_error(comparison: Comparison, entry: Entry, metric: str) -> float | None:

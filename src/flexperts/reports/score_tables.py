@@ -39,7 +39,6 @@ from flexperts.reports.reading import (
 
 DIGITS = {"rouge_l": 1, "nll": 3, "reward_accuracy": 1, "reward_margin": 3}
 """Score -> digits after the point."""
-LOWEST_IS_BEST = {"nll"}
 WHO = (Column("entry", words=True), Column("own state", words=True))
 """The first columns of a table of entries in their own state."""
 _WITHIN_ABILITY = (("general", "rouge_l"), ("general", "nll"), ("mmlu", "accuracy"))

@@ -8,6 +8,7 @@ from typing import Any
 from flexperts.reports.cells import MISSING, Cell, Column, Table, bounded, mark_best, number, spread, words
 from flexperts.reports.notes import client_note, counts
 from flexperts.reports.reading import (
+    LOWER_IS_BETTER,
     METRICS,
     REWARDS,
     STATES,
@@ -19,7 +20,7 @@ from flexperts.reports.reading import (
     own,
     own_state_words,
 )
-from flexperts.reports.score_tables import DIGITS, LOWEST_IS_BEST, WHO, own_state, place_words
+from flexperts.reports.score_tables import DIGITS, WHO, own_state, place_words
 
 _MOST_COLUMNS = 6
 """Most silos that are columns: more scores with their spread are too wide for a page."""
@@ -40,7 +41,7 @@ def client_table(comparison: Comparison, metric: str) -> Table:
         cells = [spread(((found or {}).get("clients") or {}).get(c), digits) for c in clients]
         rows.append((words(entry["name"]), own_state(entry), *cells, spread(found, digits)))
     for column in range(2, len(clients) + 3):
-        rows = mark_best(rows, column, lowest=metric in LOWEST_IS_BEST)
+        rows = mark_best(rows, column, lowest=metric in LOWER_IS_BETTER)
     group = place_words(comparison, own_state_words(comparison), "own")
     header = (*WHO, *(Column(c, group) for c in clients), Column("mean", group))
     return _by_client(comparison, metric, "column", header, rows)
@@ -54,7 +55,7 @@ def silo_table(comparison: Comparison, metric: str) -> Table:
         [words(c), *(number(mean((stat.get("clients") or {}).get(c)), digits) for stat in stats)] for c in clients
     ]
     rows.append([words("mean"), *(number(mean(stat), digits) for stat in stats)])
-    marked = [_mark_best(row, lowest=metric in LOWEST_IS_BEST) for row in rows]
+    marked = [_mark_best(row, lowest=metric in LOWER_IS_BETTER) for row in rows]
     group = place_words(comparison, own_state_words(comparison), "own")
     header = (Column("silo", words=True), *(Column(entry["name"], group) for entry in entries))
     return _by_client(comparison, metric, "row", header, marked)
@@ -165,7 +166,7 @@ def newcomer_table(comparison: Comparison) -> Table:
             for e in entries
         ]
         for place, (state, metric) in enumerate(columns, 2):
-            its = its if state == "zero_shot" else mark_best(its, place, lowest=metric in LOWEST_IS_BEST)
+            its = its if state == "zero_shot" else mark_best(its, place, lowest=metric in LOWER_IS_BETTER)
         rows += its
     heads = (Column("newcomer", words=True), Column("entry", words=True))
     header = (*heads, *(Column(METRICS[metric], STATES[state]) for state, metric in columns))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from flexperts.config.changes import recipe_changes
 from flexperts.config.names import normal
 from flexperts.errors import ArtifactError, ConfigError, shown
 from flexperts.files import unwritable
+from flexperts.recipe import parse_recipe
 from flexperts.studies.entries import ComparisonPlan
 from flexperts.studies.finished import CLAIM, RUNS, finished_marks, folder_name, read_claim
 
@@ -30,6 +32,13 @@ def alone_in(out: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def continued(plan: ComparisonPlan, out: Path) -> ComparisonPlan:
+    """Return the comparison with what it leaves open as it was when the directory's began, if there is one."""
+    if not (out / CLAIM).exists():
+        return plan
+    return replace(plan, begun=parse_recipe(read_claim(out)["recipe"], where=str(out / CLAIM)))
 
 
 def claimed(plan: ComparisonPlan, out: Path) -> dict[str, Any]:

@@ -17,10 +17,11 @@ import numpy as np
 import tomli_w
 
 from flexperts.artifacts import RunDirectory
+from flexperts.config.run import MethodConfig, RunConfig
 from flexperts.errors import ArtifactError, ConfigError
 from flexperts.evaluation.scores import REWARDS, SCORES, Scores, kinds_in, mean_of
 from flexperts.files import placeless, read_json
-from flexperts.methods.registry import method_class
+from flexperts.methods.registry import make_method
 from flexperts.recipe import recorded_recipe
 from flexperts.studies.contrast import abilities, contrasts
 from flexperts.studies.finished import CLAIM, KEPT, RUNS, Finished, choices_of, read_claim, with_kept
@@ -52,8 +53,13 @@ def collect(
     """
     by_name = {entry.name: entry for entry in finished}
     if reference not in by_name:
+        others = (
+            f", or compare with another entry: --reference {' or '.join(map(repr, by_name))}" if by_name else ""
+        )
         raise ArtifactError(
-            f"{reference} of {title}", "the reference has no finished run", "run the comparison until it has"
+            f"{reference} of {title}",
+            "the reference has no finished run",
+            f"run the comparison until it has{others}",
         )
     first = by_name[reference]
     against = contrasts(finished, first, confidence, resamples)
@@ -120,7 +126,7 @@ def _read(path: Path, samples: int) -> dict[str, Any]:
         raise ArtifactError(f"{path}", "it contains no comparison", "give the --out of a `flexperts compare`")
     shown = {client: rows[:samples] for client, rows in (found.get("examples") or {}).items() if samples}
     noted = [
-        entry if "budget_note" in entry else entry | {"budget_note": _budget_note(str(entry.get("method")))}
+        entry | {"budget_note": entry.get("budget_note", _budget(MethodConfig(name=str(entry.get("method")))))}
         for entry in found["entries"]
     ]
     return found | {"entries": noted, "examples": shown}
@@ -152,7 +158,7 @@ def _entry(entry: Finished) -> dict[str, Any]:
     return {
         "name": entry.name,
         "method": entry.method,
-        "budget_note": _budget_note(entry.method),
+        "budget_note": _budget_of(entry.recipe),
         "settings": [_setting(setting) for setting in entry.settings],
         "seeds": list(entry.runs),
         "own_state": entry.scored_states[-1],
@@ -171,10 +177,17 @@ def _entry(entry: Finished) -> dict[str, Any]:
     }
 
 
-def _budget_note(method: str) -> str:
+def _budget_of(recipe: RunConfig) -> str:
+    """Return the note on a run's budget: its method's, and the second training of a floor."""
+    alone = recipe.floor is not None and "local" in recipe.floor.candidates
+    second = "its floor trains a second model in as many rounds, on each client's rows alone" if alone else ""
+    return "; ".join(filter(None, (_budget(recipe.method), second)))
+
+
+def _budget(method: MethodConfig) -> str:
     """Return a method's note on its budget; empty for one that is not installed here."""
     try:
-        return method_class(method).budget_note
+        return make_method(method).budget()
     except ConfigError:
         return ""
 
@@ -251,9 +264,9 @@ def _others(entry: Finished, state: str) -> list[dict[str, Any]]:
     noted = _beyond(entry, "others", state)
     if state in ("personalized", KEPT) or all(noted):
         return noted
-    if not entry.others_rows or len(entry.clients) < 2:
+    if not entry.recipe.evaluation.others_rows or len(entry.clients) < 2:
         return [{} for _ in entry.runs]
-    return [_of_the_others(seed, state, entry.others_rows) for seed in entry.predictions.values()]
+    return [_of_the_others(seed, state, entry.recipe.evaluation.others_rows) for seed in entry.predictions.values()]
 
 
 def _of_the_others(clients: Mapping[str, Sequence[Any]], state: str, count: int) -> dict[str, Any]:

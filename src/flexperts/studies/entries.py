@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flexperts.client.floor import check_candidates
 from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError, did_you_mean
 from flexperts.methods.registry import make_method, method_names
@@ -37,6 +38,7 @@ class ComparisonPlan:
         seeds: The seeds; every entry runs with each.
         reference: Name of the entry with which the others are compared; None means the directory's reference, else
             the recipe's, else the first entry.
+        begun: The recipe with which the comparison began, if it goes on.
     """
 
     recipe: Path
@@ -44,15 +46,16 @@ class ComparisonPlan:
     entries: tuple[Entry, ...]
     seeds: tuple[int, ...]
     reference: str | None
+    begun: RunConfig | None = None
 
     @property
     def base(self) -> RunConfig:
         """The recipe without any entry's settings; as in every run, the newcomers are left out."""
-        return _without_newcomers(load_recipe(self.recipe, self.settings))
+        return self._whole(load_recipe(self.recipe, self.settings))
 
     def config(self, entry: Entry, seed: int) -> RunConfig:
         """Return the whole configuration of one run."""
-        config = _without_newcomers(load_recipe(self.recipe, (*self.settings, *entry.settings, f"seed={seed}")))
+        config = self._whole(load_recipe(self.recipe, (*self.settings, *entry.settings, f"seed={seed}")))
         return config.model_copy(update={"method": config.method.model_copy(update={"reference": None})})
 
     def check(self) -> None:
@@ -62,13 +65,15 @@ class ComparisonPlan:
             method = make_method(config.method)
             method.check(config)
             check_protections(method, config)
+            check_candidates(method, config)
 
-
-def _without_newcomers(config: RunConfig) -> RunConfig:
-    if not config.compare.newcomers:
-        return config
-    left = dict.fromkeys((*(config.data.leave_out or ()), *config.compare.newcomers))
-    return config.model_copy(update={"data": config.data.model_copy(update={"leave_out": tuple(left)})})
+    def _whole(self, config: RunConfig) -> RunConfig:
+        """Return a configuration without the newcomers, and with what it leaves open as the comparison began."""
+        config = config.as_begun(self.begun) if self.begun else config
+        if not config.compare.newcomers:
+            return config
+        left = dict.fromkeys((*(config.data.leave_out or ()), *config.compare.newcomers))
+        return config.model_copy(update={"data": config.data.model_copy(update={"leave_out": tuple(left)})})
 
 
 def plan_comparison(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flexperts.artifacts import RunDirectory
-from flexperts.config.run import as_written_now
+from flexperts.config.run import RunConfig, as_written_now
 from flexperts.errors import ArtifactError
 from flexperts.evaluation.scores import kinds_in
 from flexperts.files import opened, read_json
@@ -89,9 +89,9 @@ class Finished:
         return {seed: with_kept(summary["clients"], self.kept.get(seed, {})) for seed, summary in by_seed}
 
     @cached_property
-    def others_rows(self) -> int:
-        """Number of rows of each other client on which models were scored."""
-        return recorded_recipe(next(iter(self.runs.values())).path).evaluation.others_rows
+    def recipe(self) -> RunConfig:
+        """The first run's recipe."""
+        return recorded_recipe(next(iter(self.runs.values())).path)
 
     @property
     def method(self) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from flexperts.client.floor import check_floor
 from flexperts.client.workspace import Workspace
 from flexperts.config.run import EngineConfig
 from flexperts.data.clients import load_clients
@@ -25,7 +26,7 @@ from flexperts.files import content_of, write_json, write_text
 from flexperts.finished.joining import join_left_out
 from flexperts.observer import Observer, Observers, Once, Relay, current_observer, observing
 from flexperts.progress import RunProgress
-from flexperts.studies.claim import alone_in, claimed
+from flexperts.studies.claim import alone_in, claimed, continued
 from flexperts.studies.entries import ComparisonPlan, Entry
 from flexperts.studies.finished import CLAIM, DONE, RUNS, SEED, folder_name
 from flexperts.tracking import Tracking, tracker_classes
@@ -101,9 +102,9 @@ def run_comparison(
         on_done: Called after each job, with its error if it failed.
     """
     tracker_classes(track)
+    plan = continued(plan, out)
     claimed(plan, out)  # refuse before anything is written
-    if plan.base.data.leave_out:
-        load_clients(plan.base.data, plan.base.seed)  # likewise names that the data does not have
+    _check_newcomers(plan)
     with alone_in(out):
         write_json(out / CLAIM, claimed(plan, out))
     observer = Once(observer or Observer())  # runs of one recipe repeat many notices
@@ -121,6 +122,20 @@ def run_comparison(
             observer.stage(f"waiting for runs of another process: {', '.join(map(str, busy))}")
             failed += _sort_out(_run_all(manner, _FOREVER, busy, workers, out), ended)[0]
     return failed
+
+
+def _check_newcomers(plan: ComparisonPlan) -> None:
+    """Refuse newcomers that the data does not have or whose rows do not fit an entry, before any run is trained."""
+    if not plan.base.data.leave_out:
+        return
+    others, workspace = tuple(load_clients(plan.base.data, plan.base.seed)), None
+    for seed in plan.seeds:
+        for entry in plan.entries:
+            config = plan.config(entry, seed)
+            data = config.data.model_copy(update={"leave_out": others})
+            config = config.model_copy(update={"data": data})
+            workspace = workspace.for_run(config) if workspace else Workspace(config)
+            check_floor(config, workspace.clients)
 
 
 class _Notes(Observer):

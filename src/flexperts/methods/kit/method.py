@@ -82,10 +82,15 @@ class Method:
     """How a run's costs can differ from the planned ones; empty if they cannot."""
     budget_note: ClassVar[str] = ""
     """What a reader of its scores must know: steps and searched rows relative to FedAvg, and in what it differs
-    from its paper or from the code of other studies. It is below every table with its rows; empty adds nothing."""
+    from its paper or from the code of other studies. It is below every table with its rows, and options in braces
+    have the run's values there; empty adds nothing."""
 
     def __init__(self, options: Method.Options | None = None) -> None:
         self.options = options or self.Options()
+
+    def budget(self) -> str:
+        """Return ``budget_note`` with the values of its options."""
+        return self.budget_note.format(**self.options.model_dump())
 
     def check(self, config: RunConfig) -> None:
         """Raise a ConfigError for settings that are wrong for this method."""
@@ -181,17 +186,21 @@ class Method:
                     stack.enter_context(part.shared_alone())
             yield None
 
-    def mixed(self, turn: Turn, weight: float) -> AbstractContextManager[OnBatch | None] | None:
+    def mixes(self, config: RunConfig) -> bool:
+        """Return whether the method has models between global and personalized; by default, if it has ``mixed``."""
+        return type(self).mixed is not Method.mixed
+
+    def mixed(self, turn: Turn, weight: float) -> AbstractContextManager[OnBatch | None]:
         """Return a context in which the model lies between global and personalized, such as ``in_state``.
 
         Every output that personal parameters add or replace gets the share ``weight``, and the global one the rest.
-        The turn is not used for anything else afterwards. By default None: the method has no such model.
+        The turn is not used for anything else afterwards. It is called if the method ``mixes``.
 
         Args:
             turn: The client's turn with the finished model.
             weight: Above 0 (global) and below 1 (personalized).
         """
-        return None
+        raise NotImplementedError
 
     # The server.
 
