@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -19,12 +20,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from entries import folder_of, run_entry
 from scipy.stats import t as student
 
 from flexperts.client.workspace import Workspace
+from flexperts.engines.run import run_federation
 from flexperts.environment import environment
 from flexperts.files import write_json
+from flexperts.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "quickstart.toml"
@@ -34,6 +36,7 @@ STEPS, ROUNDS, SLOW = 4, 8, 4
 """Steps of a turn, synchronous rounds, and how many times longer a slow silo's step takes."""
 SETTINGS = (
     "method.name=fedavg",
+    "method.reference=",
     f"training.local_steps={STEPS}",
     f"federation.step_seconds={{law_firm = {SLOW}.0, shop = {SLOW}.0}}",
     "evaluation.max_new_tokens=1",
@@ -54,6 +57,24 @@ ENTRIES = {
         f"evaluation.every={SLOW}",
     ),
 }
+
+
+_HEAVY = ("personal", "shared", "copies", "checkpoint.safetensors", "predictions")
+
+
+def run_entry(folder: Path, settings: tuple[str, ...], workspace: Workspace | None) -> Workspace:
+    """Run the recipe with settings, keep the run's small files, and return the workspace for the next one."""
+    config = load_recipe(RECIPE, settings)
+    workspace = workspace or Workspace(config)
+    run_federation(config, folder, resume=True, workspace=workspace)
+    for path in (folder / name for name in _HEAVY):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    return workspace
+
+
+def folder_of(out: Path, name: str, seed: int) -> Path:
+    """Return the run directory of an entry with a seed."""
+    return out / "".join(c if c.isalnum() else "-" for c in name) / f"seed-{seed}"
 
 
 def losses(folder: Path) -> list[tuple[float, float]]:
@@ -123,7 +144,7 @@ def main() -> None:
             workspace: Workspace | None = None
             for name, settings in ENTRIES.items():
                 folder = folder_of(given.out, name, seed)
-                workspace = run_entry(RECIPE, folder, (*SETTINGS, f"seed={seed}", *settings), workspace)
+                workspace = run_entry(folder, (*SETTINGS, f"seed={seed}", *settings), workspace)
                 print(f"{name}, seed {seed}: NLL {losses(folder)[-1][1]:.3f}", flush=True)
         seeds = range(given.seeds)
         curves = {name: [losses(folder_of(given.out, name, seed)) for seed in seeds] for name in ENTRIES}

@@ -17,27 +17,14 @@ from .scripts import script
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_communication_page_shows_the_committed_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    benchmark = script("benchmarks/communication.py")
-    found = json.loads((ROOT / "benchmarks" / "results" / "communication.json").read_text())
-    assert (ROOT / "docs" / "communication.md").read_text() == benchmark.page(found)
-    assert found["planned"].keys() == benchmark.entries(benchmark.ROUNDS).keys()
-    half, whole = (found["planned"][name] for name in ("half of the signs", "fp32"))
-    assert whole["up"] >= 20 * half["up"]
-    assert whole["down"] >= 4 * half["down"]
-
-
-def test_the_page_of_slow_silos_shows_the_committed_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def test_the_page_of_slow_silos_shows_the_committed_results() -> None:
     benchmark = script("benchmarks/slow_silos.py")
     found = json.loads((ROOT / "benchmarks" / "results" / "slow_silos.json").read_text())
     assert (ROOT / "docs" / "slow-silos.md").read_text() == benchmark.page(found)
     assert found["curves"].keys() == benchmark.ENTRIES.keys()
 
 
-def test_times_to_a_loss_are_read_on_lines_between_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def test_times_to_a_loss_are_read_on_lines_between_evaluations() -> None:
     benchmark = script("benchmarks/slow_silos.py")
     curve = [(10.0, 4.0), (20.0, 3.0), (30.0, 3.5), (40.0, 2.0)]
     found = [benchmark.seconds_to(loss, curve) for loss in (5.0, 3.5, 3.0, 2.75, 1.0)]
@@ -59,13 +46,6 @@ def test_a_mixture_has_no_passage_twice_and_none_that_rates_were_chosen_on() -> 
     assert one_per_passage(rows, [{"instruction": ask.format("When", "Bob read.")}]) == [rows[0], rows[3]]
     process = "Process:\n- rain\n\nQuestion:\nsuppose {} happens, how will it affect b."
     assert len(one_per_passage([{"instruction": process.format(c)} for c in "ab"], [])) == 1
-
-
-def test_the_page_on_packing_shows_the_committed_results() -> None:
-    benchmark = script("benchmarks/compression.py")
-    entries = json.loads((ROOT / "benchmarks" / "results" / "compression.json").read_text())["entries"]
-    assert len(entries) >= 4
-    assert benchmark.table(entries) in (ROOT / "docs" / "privacy.md").read_text()
 
 
 def test_the_page_on_the_audit_shows_the_committed_results() -> None:

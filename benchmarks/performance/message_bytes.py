@@ -3,19 +3,17 @@
     python benchmarks/performance/message_bytes.py
 
 Each kind is one round of FLEx on four silos of a few rows: the bytes are those that the run's own ledger holds, as
-Flower encodes them. They depend on names and sizes of what is sent, not on rows or steps. The scores are those of
-benchmarks/compression.py, which trains for three rounds.
+Flower encodes them. They depend on names and sizes of what is sent, not on rows or steps. What packing costs in
+quality is on docs/communication.md.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from figures import RESULTS, ROOT, Benchmark, Figure, parser
+from figures import ROOT, Benchmark, Figure, parser
 
 from flexperts.artifacts import RunDirectory
 from flexperts.client.workspace import Workspace
@@ -34,9 +32,10 @@ SMALL = (
     "graft.selection=random",
     "evaluation.rows=1",
     "evaluation.max_new_tokens=1",
+    "method.reference=",
 )
-ENTRIES = {"none": "none", "fp16": "fp16", "int8": "int8", "top_k": "top_k 5 %"}
-"""Kind of packing -> its name in compression.json."""
+ENTRIES = {"none": "fp32", "fp16": "fp16", "int8": "int8", "int4": "int4", "top_k": "top_k 5 %"}
+"""Kind of packing -> its name on the page."""
 _FP32 = 4
 """Bytes of a value."""
 
@@ -46,7 +45,6 @@ Ledger = dict[str, int]
 def ledger(kind: str, folder: Path, workspace: Workspace | None) -> tuple[Ledger, Workspace]:
     """Run one round; return the bytes of its messages and payloads, added up over clients, and the workspace."""
     config = load_recipe(RECIPE, (*SMALL, f"compression.kind={kind}"))
-    config = config.model_copy(update={"method": config.method.model_copy(update={"reference": None})})
     workspace = workspace or Workspace(config)
     run_federation(config, folder, workspace=workspace)
     (log,) = RunDirectory.open(folder).rounds()
@@ -68,13 +66,6 @@ def packed_bytes(values: int, settings: CompressionConfig) -> int:
     return sum(array.nbytes for array in pack(np.ones(values, np.float32), settings).arrays.values())
 
 
-def scores(path: Path) -> dict[str, dict[str, Any]]:
-    """Return each kind's mean scores, of the first seed."""
-    entries = json.loads(path.read_text(encoding="utf-8"))["entries"]
-    by_name = {one["entry"]: one["mean"] for one in reversed(entries)}
-    return {kind: by_name[name] for kind, name in ENTRIES.items()}
-
-
 def figure(name: str, found: Ledger, direction: str, also: str = "") -> Figure:
     """Return how much larger the encoded messages of a direction are than their payload."""
     payload = found[f"{direction} payload"]
@@ -89,18 +80,6 @@ def figure(name: str, found: Ledger, direction: str, also: str = "") -> Figure:
     )
 
 
-def costs(found: dict[str, Ledger], quality: dict[str, dict[str, Any]], kind: str) -> str:
-    """Return what a packing saves, and its scores with those without packing."""
-    rouge, nll = (
-        [quality[k][score][state] for k in (kind, "none")]
-        for score, state in (("rouge_l", "personalized"), ("nll", "global"))
-    )
-    return (
-        f" {found[kind]['uplink'] / found['none']['uplink']:.1%} of the fp32 message; ROUGE-L personalized "
-        f"{rouge[0]:.1f} (fp32: {rouge[1]:.1f}), NLL of the global model {nll[0]:.2f} (fp32: {nll[1]:.2f})."
-    )
-
-
 def main() -> None:
     """Run every kind once, and write message_bytes.json."""
     given = parser(__doc__).parse_args()
@@ -109,10 +88,7 @@ def main() -> None:
         "Bytes of messages",
         "One round of FLEx (attention LoRA of rank 8) on `smol-moe`, four silos: encoded bytes of the messages, as "
         "the run's ledger has them, over the bytes of the weights in them; 1 % more is a ratio of 1.01.",
-        notes=[
-            "Downlinks are not packed here. Scores: benchmarks/results/compression.json, the three rounds of the "
-            "quick start, seed 0; with so few rows they move by points from seed to seed.",
-        ],
+        notes=["Downlinks are not packed here."],
     )
     found: dict[str, Ledger] = {}
     workspace: Workspace | None = None
@@ -120,13 +96,14 @@ def main() -> None:
         for kind in ENTRIES:
             found[kind], workspace = ledger(kind, Path(folder) / kind, workspace)
             print(f"{kind}: {found[kind]}", flush=True)
-    quality = scores(RESULTS / "compression.json")
+    whole = found["none"]["uplink"]
+    share = {kind: f" {one['uplink'] / whole:.1%} of the fp32 message." for kind, one in found.items()}
     figures = [
         figure("fp32", found["none"], "uplink"),
         figure("fp32", found["none"], "downlink"),
-        *(figure(ENTRIES[k], found[k], "uplink", costs(found, quality, k)) for k in ENTRIES if k != "none"),
+        *(figure(name, found[kind], "uplink", share[kind]) for kind, name in ENTRIES.items() if kind != "none"),
     ]
-    benchmark.write(given.out, figures, {"settings": SMALL, "bytes": found, "scores": quality})
+    benchmark.write(given.out, figures, {"settings": SMALL, "bytes": found})
 
 
 if __name__ == "__main__":
