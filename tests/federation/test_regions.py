@@ -21,6 +21,7 @@ from flexperts.parameters.vector import Payload
 from flexperts.server.checkpoint import load_server
 from flexperts.server.forget_client import forget_client
 from flexperts.server.region import Region, check_region, check_same
+from flexperts.terminal.display import RunDisplay
 
 from .masking_silos import CLIP, MaskingSilo
 from .scripted_grid import (
@@ -99,7 +100,12 @@ def test_two_tiers_are_one(recipe: Recipe, tmp_path: Path, method: str) -> None:
         assert [log["number"] for log in inside] == [1, 2, 3, 4]
         assert [bool(log["scores"]) for log in inside] == [False, True, False, True]
         assert tier.region.finished
-        assert sorted(tier.region.run.summary()["clients"]) == sorted(tier.region.server.clients)
+        summary = tier.region.run.summary()
+        assert sorted(summary["clients"]) == sorted(tier.region.server.clients)
+        RunDisplay().result(summary, tier.folder)
+        assert list(summary["seconds"]) == ["setup", "training", "evaluation", "total"]
+        spent = [log["seconds"] for log in inside if not log["scores"]]
+        assert all(0 < its["evaluation"] < its["training"] for its in spent)
     means = [log["scores"]["south"]["nll.global"] for log in logs if log["scores"]]
     assert means == [6.0, 6.0]  # each scripted silo scores its number of rows: 5, 6 and 7
     assert [log["scores"]["south"]["rows"] for log in logs if log["scores"]] == [6, 6]

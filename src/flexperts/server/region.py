@@ -6,6 +6,7 @@ region is a client; to its silos it is the server.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -84,9 +85,10 @@ class Region:
         check_region(config)
         check_apart(config)
         self.name, self.grid, self.config, self.run = name, grid, config, run
-        method, observer = _averaging(make_method(config.method)), Once(observer)
+        started, method, observer = time.monotonic(), _averaging(make_method(config.method)), Once(observer)
         members = Membership(observer, run.run_id)
         self.server, self.initial = joined(grid, config, run, method, members)
+        self._setup = time.monotonic() - started
         finished = [RoundLog(**record) for record in run.keep_rounds(self.server.round)]
         save_server(run.checkpoint, self.server)
         self.strategy = FlexpertsStrategy(method, config, members, self.server, run, observer, finished)
@@ -130,6 +132,7 @@ class Region:
         if self.strategy.evaluates():
             self._catch_up(number)  # its scores follow
         else:
+            self.strategy.configure_evaluate(number, ArrayRecord(), ConfigRecord(), self.grid)
             self.strategy.aggregate_evaluate(number, [])
 
     def _join(self, content: RecordDict) -> RecordDict:
@@ -191,7 +194,7 @@ class Region:
         if self.run.written_rounds() > asked.round:  # its line has no scores yet, or those of other weights
             self.run.write_rounds(map(vars, rounds))
         if asked.round == strategy.rounds_total:
-            finish(self.config, self.run, strategy, strategy.seconds(), self.initial.size)
+            finish(self.config, self.run, strategy, self._setup, self.initial.size)
         log, most = rounds[-1], (self.config.evaluation.rows or MOST_ROWS) * self._known()["silos"]
         return records({"client": self.name, "round": asked.round}, _scores(log.scores, log.answers, most))
 
