@@ -335,6 +335,19 @@ def test_a_round_that_failed_and_is_asked_again_is_one_round(recipe: Recipe, tmp
     assert numbers(tier)[:4] == [1, 2, 3, 4]
 
 
+def test_a_round_without_quorum_has_no_clients(recipe: Recipe, tmp_path: Path) -> None:
+    """One of three silos has sent an update, which is in no mean."""
+    tier = Tier("south", recipe(*FOUR, *OPEN), tmp_path, *five()[2:])
+    for name in "de":
+        tier.grid.faults["train", 1, name] = drop
+    with pytest.raises(FederationError, match="quorum"):
+        tier.answer("train", train(1))
+    tier.answer("train", train(2))
+    failed, _ = tier.region.run.rounds()
+    assert (failed["clients"], failed["uplink"], failed["declared"]["uplink"]) == ({}, {}, {})
+    assert failed["missing"] == ["d", "e"]
+
+
 def test_a_round_that_failed_and_is_evaluated_is_one_round(recipe: Recipe, tmp_path: Path) -> None:
     """Also where a later one has failed too."""
     config = recipe(*FOUR, *OPEN, "federation.rounds=6", "evaluation.every=1")

@@ -166,8 +166,13 @@ class Region:
             strategy.configure_train(asked.round, ArrayRecord(), ConfigRecord(), self.grid),
             timeout=self.config.federation.deadline,
         )
-        strategy.aggregate_train(asked.round, replies)
         log = strategy.rounds[-1]
+        try:
+            strategy.aggregate_train(asked.round, replies)
+        except Exception:  # the root gets no mean
+            for name in list(log.clients):
+                log.withdraw(name)
+            raise
         if spoilt := log.secure.get("spoilt"):
             raise FederationError(f"{self.name}, round {asked.round}", spoilt, "see the region's log")
         heading = {"client": self.name, "round": asked.round, "base": self.server.base}
