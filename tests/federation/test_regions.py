@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from flexperts.observer import Observer
 from flexperts.parameters.vector import Payload
 from flexperts.server.checkpoint import load_server
 from flexperts.server.forget_client import forget_client
-from flexperts.server.region import Region, check_region, check_same
+from flexperts.server.region import _SAME, Region, check_region, check_same
 from flexperts.terminal.display import RunDisplay
 
 from .masking_silos import CLIP, MaskingSilo
@@ -310,8 +311,27 @@ def test_a_root_with_another_recipe_is_refused(recipe: Recipe, setting: str, nam
         check_same(recipe("method.name=fedavg", setting), recipe("method.name=fedavg"))
     check_same(
         recipe("method.name=fedavg", "federation.quorum=0.9"),
-        recipe("method.name=fedavg", "privacy.aggregation=secure", "federation.participation=0.5"),
+        recipe(
+            "method.name=fedavg",
+            "privacy.aggregation=secure",
+            "federation.participation=0.5",
+            "federation.deadline=1800",
+        ),
     )
+
+
+def test_the_page_names_what_must_be_the_same() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text(encoding="utf-8")
+    listed = page.partition("Recipes must agree in ")[2].partition(", and in")[0]
+    assert re.findall(r"`\[?([\w.]+)\]?`", listed) == [*_SAME, "federation.rounds"]
+
+
+def test_a_region_that_waits_as_long_as_its_root_is_refused(recipe: Recipe) -> None:
+    """One slow silo would make it late in every round; the remedy's setting is accepted."""
+    root = recipe("method.name=fedavg", "federation.deadline=500")
+    with pytest.raises(FederationError, match=r"--set federation\.deadline=250") as error:
+        check_same(root, root)
+    check_same(root, recipe("method.name=fedavg", str(error.value).rpartition("--set ")[2]))
 
 
 def test_a_region_answers_no_other_requests(recipe: Recipe, tmp_path: Path) -> None:

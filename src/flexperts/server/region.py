@@ -248,7 +248,7 @@ class Region:
 
 
 def check_same(root: RunConfig, own: RunConfig) -> None:
-    """Refuse a root whose recipe is another one, but for rounds, rows and privacy.
+    """Refuse a root whose recipe is another one, but for rounds, rows and privacy, or that waits too short a time.
 
     Args:
         root: The recipe that came with a request.
@@ -264,6 +264,13 @@ def check_same(root: RunConfig, own: RunConfig) -> None:
             f"the root's recipe differs from the region's in {', '.join(differ)}",
             "these must be the same in all regions",
             "submit the region's run with the root's recipe",
+        )
+    most = root.federation.deadline / 2
+    if own.federation.deadline > most:
+        raise FederationError(
+            f"federation.deadline = {own.federation.deadline:g} in a region, {2 * most:g} at its root",
+            "a region waits at most half as long, or one slow silo makes all of it late at the root",
+            f"submit the region's run again, to another --out, with --set federation.deadline={most:g}",
         )
 
 
