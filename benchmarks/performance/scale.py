@@ -23,7 +23,6 @@ from typing import Any
 import scale_page
 from figures import RESULTS, Benchmark, Figure, parser
 
-from flexperts.costs.plan import plan
 from flexperts.testing import save_tiny_base
 
 SILOS = (10, 100, 1_000, 10_000)
@@ -34,7 +33,6 @@ TRAIN, TEST = 6, 2
 """Rows of a silo."""
 RUNS = 5
 MEGABYTES = 20
-MODELS = ("smol-moe", "qwen1.5-moe-a2.7b")
 
 Sizes = Mapping[str, Mapping[str, Any]]
 
@@ -51,7 +49,7 @@ def main() -> None:
     averaging = _child("scale_aggregation.py", {"clients": given.clients, "megabytes": MEGABYTES, "times": 7})
     print("averaged", flush=True)
     rows = {"train": TRAIN, "test": TEST}
-    details = {"sizes": sizes, "averaging": averaging, "rows_of_a_silo": rows, "plans": plans()}
+    details = {"sizes": sizes, "averaging": averaging, "rows_of_a_silo": rows}
     benchmark.write(given.out, [*of_silos(sizes), *of_participants(sizes), *of_averaging(averaging)], details)
     if given.out == RESULTS:
         scale_page.write()
@@ -79,16 +77,6 @@ def measure(folder: Path, silos: list[int]) -> dict[str, dict[str, Any]]:
             f"{name}: {found[name]['median_round']:.2f} s a round ({time.perf_counter() - started:.0f} s)",
             flush=True,
         )
-    return found
-
-
-def plans() -> dict[str, dict[str, float]]:
-    """Return bytes of FLEx on the models of docs/scale.md, as `flexperts plan` has them."""
-    found = {}
-    for model in MODELS:
-        whole, low_rank = (plan(model, ["flex"], settings).methods[0] for settings in ((), ("graft.rank=8",)))
-        states = {"whole_state": whole.personal_state, "low_rank_state": low_rank.personal_state}
-        found[model] = {"uplink": whole.uplink, "downlink": whole.downlink, **states}
     return found
 
 

@@ -5,7 +5,6 @@ python benchmarks/performance/scale_page.py            # after scale.py, which d
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
@@ -13,7 +12,11 @@ from typing import Any
 
 from figures import RESULTS, ROOT
 
+from flexperts.costs.plan import plan
+from flexperts.files import read_json, write_json
+
 PAGE = ROOT / "docs" / "scale.md"
+MODELS = ("smol-moe", "qwen1.5-moe-a2.7b")
 MILLION, DRAWN, REGIONS = 1_000_000, 1_000, 100
 LINK = 10e9 / 8
 """Bytes a second of the server's link."""
@@ -119,9 +122,22 @@ def _bytes(size: float) -> str:
     return f"{size:.3g} PB"
 
 
+def plans() -> dict[str, dict[str, float]]:
+    """Return bytes of FLEx on the page's models, as `flexperts plan` has them."""
+    found = {}
+    for model in MODELS:
+        whole, low_rank = (plan(model, ["flex"], settings).methods[0] for settings in ((), ("graft.rank=8",)))
+        states = {"whole_state": whole.personal_state, "low_rank_state": low_rank.personal_state}
+        found[model] = {"uplink": whole.uplink, "downlink": whole.downlink, **states}
+    return found
+
+
 def write() -> None:
-    """Write the page from the file among the results."""
-    PAGE.write_text(page(json.loads((RESULTS / "scale.json").read_text(encoding="utf-8"))), encoding="utf-8")
+    """Plan the models anew, and write their sizes into the file among the results, and the page from that file."""
+    found = read_json(results := RESULTS / "scale.json")
+    found["details"]["plans"] = plans()
+    write_json(results, found)
+    PAGE.write_text(page(found), encoding="utf-8")
     print(f"written: {PAGE.relative_to(ROOT)}")
 
 

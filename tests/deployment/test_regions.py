@@ -26,7 +26,7 @@ def test_two_regions_are_one_federation(
     tmp_path: Path, silos: Path, tiny_base: Path, deployed: Callable[..., Path]
 ) -> None:
     """The same as one tier within rounding, down to the silos' scores."""
-    recipe = deployed(3, method="fedavg", deadline=200)
+    recipe = deployed(3, method="fedavg", deadline=400)
     with ExitStack() as stack:
 
         def cluster(name: str, members: tuple[str, ...]) -> Cluster:
@@ -37,7 +37,7 @@ def test_two_regions_are_one_federation(
         regions = {name: cluster(name, members) for name, members in REGIONS.items()}
         for name, region in regions.items():
             region.start_everything()
-            region.submit(recipe, "inside", "--region", name)
+            region.submit(recipe, "inside", "--region", name, "--set", "federation.deadline=200")
         root = cluster("root", ())
         root.start_superlink()
         for name, region in regions.items():

@@ -19,15 +19,20 @@ from flexperts.deployment.region_door import RegionDoor
 Recipe = Callable[..., RunConfig]
 
 
+INSIDE = (*FOUR, *OPEN, "federation.deadline=25")
+"""The region's recipe."""
+
+
 @pytest.fixture
 def config(recipe: Recipe) -> RunConfig:
+    """The root's recipe."""
     return recipe(*FOUR, *OPEN)
 
 
 @pytest.fixture
-def tier(config: RunConfig, tmp_path: Path) -> Tier:
+def tier(recipe: Recipe, tmp_path: Path) -> Tier:
     (tmp_path / "region").mkdir()
-    return Tier("north", config, tmp_path, Silo("a", 3), Silo("b", 5))
+    return Tier("north", recipe(*INSIDE), tmp_path, Silo("a", 3), Silo("b", 5))
 
 
 def asked(config: RunConfig, number: int, kind: str = "train") -> bytes:
@@ -87,7 +92,7 @@ def test_a_root_that_cannot_read_the_measures_is_refused_on_joining(
 ) -> None:
     """Before silos train, because with noise every round costs them some of their privacy."""
     (folder := tmp_path / "region").mkdir()
-    noised = recipe(*FOUR, *OPEN, "privacy.noise=local")
+    noised = recipe(*INSIDE, "privacy.noise=local")
     tier = Tier("north", noised, tmp_path, Silo("a", 3), Silo("b", 5))
     join = serialize({"kind": "query.join", "run": "r", "recipe": config.to_toml()}, records({"run": "r"}))
     assert deserialize(RegionDoor(tier.region, folder).reply(join))[0] == {"error": "FederationError"}
@@ -97,7 +102,7 @@ def test_a_finished_region_stays_until_its_root_has_the_last_evaluation(recipe: 
     """The root lost the last reply: it joins again, takes the start, and asks once more."""
     config = recipe(*FOUR, *OPEN, "federation.rounds=1")
     (folder := tmp_path / "region").mkdir()
-    tier = Tier("north", config, tmp_path, Silo("a", 3), Silo("b", 5))
+    tier = Tier("north", recipe(*INSIDE, "federation.rounds=1"), tmp_path, Silo("a", 3), Silo("b", 5))
     told = {"run": "r", "round": 1, "agreement": "null", "states": ["zero_shot", "global"], "answers": True}
     evaluate = serialize({"kind": "evaluate", "run": "r", "recipe": config.to_toml()}, records(told, payload=START))
     join = serialize({"kind": "query.join", "run": "r", "recipe": config.to_toml()}, records({"run": "r"}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from flexperts.observer import Observer
 from flexperts.parameters.vector import Payload
 from flexperts.server.checkpoint import load_server
 from flexperts.server.forget_client import forget_client
-from flexperts.server.region import Region, check_region, check_same
+from flexperts.server.region import _SAME, Region, check_region, check_same
+from flexperts.terminal.display import RunDisplay
 
 from .masking_silos import CLIP, MaskingSilo
 from .scripted_grid import (
@@ -99,7 +101,12 @@ def test_two_tiers_are_one(recipe: Recipe, tmp_path: Path, method: str) -> None:
         assert [log["number"] for log in inside] == [1, 2, 3, 4]
         assert [bool(log["scores"]) for log in inside] == [False, True, False, True]
         assert tier.region.finished
-        assert sorted(tier.region.run.summary()["clients"]) == sorted(tier.region.server.clients)
+        summary = tier.region.run.summary()
+        assert sorted(summary["clients"]) == sorted(tier.region.server.clients)
+        RunDisplay().result(summary, tier.folder)
+        assert list(summary["seconds"]) == ["setup", "training", "evaluation", "total"]
+        spent = [log["seconds"] for log in inside if not log["scores"]]
+        assert all(0 < its["evaluation"] < its["training"] for its in spent)
     means = [log["scores"]["south"]["nll.global"] for log in logs if log["scores"]]
     assert means == [6.0, 6.0]  # each scripted silo scores its number of rows: 5, 6 and 7
     assert [log["scores"]["south"]["rows"] for log in logs if log["scores"]] == [6, 6]
@@ -304,8 +311,27 @@ def test_a_root_with_another_recipe_is_refused(recipe: Recipe, setting: str, nam
         check_same(recipe("method.name=fedavg", setting), recipe("method.name=fedavg"))
     check_same(
         recipe("method.name=fedavg", "federation.quorum=0.9"),
-        recipe("method.name=fedavg", "privacy.aggregation=secure", "federation.participation=0.5"),
+        recipe(
+            "method.name=fedavg",
+            "privacy.aggregation=secure",
+            "federation.participation=0.5",
+            "federation.deadline=1800",
+        ),
     )
+
+
+def test_the_page_names_what_must_be_the_same() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text(encoding="utf-8")
+    listed = page.partition("Recipes must agree in ")[2].partition(", and in")[0]
+    assert re.findall(r"`\[?([\w.]+)\]?`", listed) == [*_SAME, "federation.rounds"]
+
+
+def test_a_region_that_waits_as_long_as_its_root_is_refused(recipe: Recipe) -> None:
+    """One slow silo would make it late in every round; the remedy's setting is accepted."""
+    root = recipe("method.name=fedavg", "federation.deadline=500")
+    with pytest.raises(FederationError, match=r"--set federation\.deadline=250") as error:
+        check_same(root, root)
+    check_same(root, recipe("method.name=fedavg", str(error.value).rpartition("--set ")[2]))
 
 
 def test_a_region_answers_no_other_requests(recipe: Recipe, tmp_path: Path) -> None:
@@ -327,6 +353,19 @@ def test_a_round_that_failed_and_is_asked_again_is_one_round(recipe: Recipe, tmp
     inside = tier.region.run.rounds()
     assert [bool(log["clients"]) for log in inside[:4]] == [True, True, False, False]
     assert numbers(tier)[:4] == [1, 2, 3, 4]
+
+
+def test_a_round_without_quorum_has_no_clients(recipe: Recipe, tmp_path: Path) -> None:
+    """One of three silos has sent an update, which is in no mean."""
+    tier = Tier("south", recipe(*FOUR, *OPEN), tmp_path, *five()[2:])
+    for name in "de":
+        tier.grid.faults["train", 1, name] = drop
+    with pytest.raises(FederationError, match="quorum"):
+        tier.answer("train", train(1))
+    tier.answer("train", train(2))
+    failed, _ = tier.region.run.rounds()
+    assert (failed["clients"], failed["uplink"], failed["declared"]["uplink"]) == ({}, {}, {})
+    assert failed["missing"] == ["d", "e"]
 
 
 def test_a_round_that_failed_and_is_evaluated_is_one_round(recipe: Recipe, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -193,8 +193,13 @@ def _hollow(manifest: Manifest) -> Payload:
 
 
 def _sample(settings: CompressionConfig, number: int = 0) -> Packed:
-    """Return a few packed values; those of another number are other ones, because equal arrays are sent once."""
-    return pack(np.arange(1, 100, dtype=np.float32) * (number + 1), settings)
+    """Return the wrapping of packed values around a few bytes; those of another number are other ones.
+
+    Equal arrays are sent once. In a run only empty ones are equal.
+    """
+    packed, random = pack(np.arange(1, 100, dtype=np.float32), settings), np.random.default_rng(number)
+    arrays = {n: np.frombuffer(random.bytes(8 * its.nbytes), its.dtype) for n, its in packed.arrays.items()}
+    return replace(packed, arrays=arrays)
 
 
 def _around(content: Any) -> int:

@@ -35,7 +35,7 @@ from flexperts.modeling.quantization import planned_bytes
 from flexperts.moe.experts import find_experts
 from flexperts.moe.quantized import Scheme
 from flexperts.moe.router import find_router
-from flexperts.protection.pipeline import check_protections
+from flexperts.protection.pipeline import check_enough, check_protections
 from flexperts.recipe import parse_recipe
 
 _FP32 = 4
@@ -82,6 +82,7 @@ def plan(
     for name, method, own in _rows(methods):
         try:
             config = _config([*given, f"method.name={method}", *own])
+            check_enough(config, clients)
             plans.append(plan_method(base, facts, config, names, bandwidth, name))
         except FlexpertsError as error:
             if "all" not in methods:
@@ -187,21 +188,22 @@ def _dense(base: LoadedBase, facts: ModelFacts, config: RunConfig, clients: int,
     left_out = sum(_values(e.stored) + find_router(base.model, e).weight.numel() for e in experts)
     values = facts.parameters - left_out
     size, sent = float(_FP32 * values), float(packed_bytes(values, config.compression))
+    received = float(packed_bytes(values, config.compression.down))  # of one version
     return MethodPlan(
         name=DENSE,
         method="",
         shared=values,
         personal=0,
         uplink=sent,
-        downlink=size,
+        downlink=received,
         uplink_groups={"dense weights": size},
         downlink_groups={"dense weights": size},
         memory=_memory(facts, config, values, values),
         personal_state=0,
         flops_per_token=facts.flops_per_token,
         overhead=0.0,
-        seconds=_seconds(sent + size, bandwidth),
-        at_server=(sent + size) * clients,
+        seconds=_seconds(sent + received, bandwidth),
+        at_server=(sent + received) * clients,
         note="not a method of flexperts; all weights except routed experts and routers",
     )
 

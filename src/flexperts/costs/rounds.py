@@ -21,7 +21,7 @@ from flexperts.costs.messages import Encoded, Messages, PlannedDownlink
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.kit.turn import Prepared, Site
 from flexperts.parameters.vector import Manifest, Payload, sizes_only
-from flexperts.protection.pipeline import check_enough, is_secure
+from flexperts.protection.pipeline import is_secure
 from flexperts.protection.secure import rules_of
 from flexperts.seeding import drawn
 from flexperts.selection.selection import LayerScores
@@ -93,8 +93,6 @@ def planned_rounds(model: ClientModel, sites: dict[str, PlannedSite]) -> list[Ro
     """Return the recipe's rounds and the method's extra ones, with the clients that a run draws."""
     method, federation, compression = model.method, model.config.federation, model.config.compression
     server, initial = _server(model, sites)
-    if is_secure(model.config):
-        check_enough(model.config, len(sites))
     downlink, encoded = PlannedDownlink(model.config, server, initial), Encoded(model)
     rounds = []
     for number in range(1, method.total_rounds(federation.rounds) + 1):
@@ -111,7 +109,7 @@ def planned_rounds(model: ClientModel, sites: dict[str, PlannedSite]) -> list[Ro
         if is_secure(model.config) and method.sends_weights(server):
             privacy = model.config.privacy
             value = rules_of(privacy).numbers(len(participants)).dtype.itemsize
-            added = message_bytes(participants, privacy.survivors)
+            added = message_bytes(participants, privacy.survivors, agreement=privacy.agreement)
             packed = {name: value * manifest.size + added[name][0] for name, manifest in declared.items()}
             keys = {name: size for name, (_, size) in added.items()}
         requests = {name: downlink.request(name, manifest) for name, manifest in broadcasts.items()}

@@ -6,6 +6,7 @@ region is a client; to its silos it is the server.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -84,9 +85,10 @@ class Region:
         check_region(config)
         check_apart(config)
         self.name, self.grid, self.config, self.run = name, grid, config, run
-        method, observer = _averaging(make_method(config.method)), Once(observer)
+        started, method, observer = time.monotonic(), _averaging(make_method(config.method)), Once(observer)
         members = Membership(observer, run.run_id)
         self.server, self.initial = joined(grid, config, run, method, members)
+        self._setup = time.monotonic() - started
         finished = [RoundLog(**record) for record in run.keep_rounds(self.server.round)]
         save_server(run.checkpoint, self.server)
         self.strategy = FlexpertsStrategy(method, config, members, self.server, run, observer, finished)
@@ -130,6 +132,7 @@ class Region:
         if self.strategy.evaluates():
             self._catch_up(number)  # its scores follow
         else:
+            self.strategy.configure_evaluate(number, ArrayRecord(), ConfigRecord(), self.grid)
             self.strategy.aggregate_evaluate(number, [])
 
     def _join(self, content: RecordDict) -> RecordDict:
@@ -163,8 +166,13 @@ class Region:
             strategy.configure_train(asked.round, ArrayRecord(), ConfigRecord(), self.grid),
             timeout=self.config.federation.deadline,
         )
-        strategy.aggregate_train(asked.round, replies)
         log = strategy.rounds[-1]
+        try:
+            strategy.aggregate_train(asked.round, replies)
+        except Exception:  # the root gets no mean
+            for name in list(log.clients):
+                log.withdraw(name)
+            raise
         if spoilt := log.secure.get("spoilt"):
             raise FederationError(f"{self.name}, round {asked.round}", spoilt, "see the region's log")
         heading = {"client": self.name, "round": asked.round, "base": self.server.base}
@@ -191,7 +199,7 @@ class Region:
         if self.run.written_rounds() > asked.round:  # its line has no scores yet, or those of other weights
             self.run.write_rounds(map(vars, rounds))
         if asked.round == strategy.rounds_total:
-            finish(self.config, self.run, strategy, strategy.seconds(), self.initial.size)
+            finish(self.config, self.run, strategy, self._setup, self.initial.size)
         log, most = rounds[-1], (self.config.evaluation.rows or MOST_ROWS) * self._known()["silos"]
         return records({"client": self.name, "round": asked.round}, _scores(log.scores, log.answers, most))
 
@@ -240,7 +248,7 @@ class Region:
 
 
 def check_same(root: RunConfig, own: RunConfig) -> None:
-    """Refuse a root whose recipe is another one, but for rounds, rows and privacy.
+    """Refuse a root whose recipe is another one, but for rounds, rows and privacy, or that waits too short a time.
 
     Args:
         root: The recipe that came with a request.
@@ -256,6 +264,13 @@ def check_same(root: RunConfig, own: RunConfig) -> None:
             f"the root's recipe differs from the region's in {', '.join(differ)}",
             "these must be the same in all regions",
             "submit the region's run with the root's recipe",
+        )
+    most = root.federation.deadline / 2
+    if own.federation.deadline > most:
+        raise FederationError(
+            f"federation.deadline = {own.federation.deadline:g} in a region, {2 * most:g} at its root",
+            "a region waits at most half as long, or one slow silo makes all of it late at the root",
+            f"submit the region's run again, to another --out, with --set federation.deadline={most:g}",
         )
 
 

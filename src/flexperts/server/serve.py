@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from flwr.app import ArrayRecord
@@ -64,16 +64,14 @@ def serve(
     strategy = FlexpertsStrategy(method, config, members, server, run, observer, finished)
     left = strategy.rounds_total - server.round
     strategy.start(grid, ArrayRecord(), num_rounds=left, timeout=config.federation.deadline)
-    total = time.monotonic() - started + sum(sum(log.seconds.values()) for log in finished)
-    seconds = {"setup": setup, **strategy.seconds(), "total": total}
-    finish(config, run, strategy, seconds, initial.size, amend)
+    finish(config, run, strategy, setup, initial.size, amend)
 
 
 def finish(
     config: RunConfig,
     run: RunDirectory,
     strategy: FlexpertsStrategy,
-    seconds: Mapping[str, float],
+    setup: float,
     initial: int,
     amend: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> None:
@@ -83,14 +81,14 @@ def finish(
         config: The run.
         run: Its directory.
         strategy: Its finished rounds.
-        seconds: Wall time by phase.
+        setup: Seconds before the rounds.
         initial: Encoded bytes of the initial weights.
         amend: See ``serve``.
     """
     server = strategy.server
     adapter = strategy.method.adapter(server)
     write_adapter(run.shared, adapter_config(config, adapter), adapter)
-    summary = summarize(config, strategy.rounds, seconds, server.base, server.clients)
+    summary = summarize(config, strategy.rounds, strategy.seconds(setup), server.base, server.clients)
     summary["bytes"]["join_total"] = sum(one.size for one in strategy.members.told.values()) + initial
     run.write_summary(amend(summary))
 

@@ -75,10 +75,16 @@ class FlexpertsStrategy(Strategy):
         self.rounds_total = method.total_rounds(config.federation.rounds)
         self._asked = Asked()
         self._started = 0.0
+        self._opened = time.monotonic() - sum(sum(log.seconds.values()) for log in finished)
 
-    def seconds(self) -> dict[str, float]:
-        """Return wall time by phase, over all rounds."""
-        return {phase: sum(log.seconds[phase] for log in self.rounds) for phase in ("training", "evaluation")}
+    def seconds(self, setup: float) -> dict[str, float]:
+        """Return wall time by phase over all rounds, and in all, without the breaks before the run was resumed.
+
+        Args:
+            setup: Seconds before this object was made.
+        """
+        phases = {phase: sum(log.seconds[phase] for log in self.rounds) for phase in ("training", "evaluation")}
+        return {"setup": setup, **phases, "total": setup + time.monotonic() - self._opened}
 
     def begun(self, number: int) -> RoundLog:
         """Return the log of a round that begins."""

@@ -50,7 +50,10 @@ def test_the_usual_comparison_by_hand(tiny: str) -> None:
 
     dense = row(made, DENSE)
     assert dense.shared == values - LAYERS * N * (EXPERT + D)
-    assert dense.uplink == 4 * dense.shared
+    assert dense.uplink == dense.downlink == 4 * dense.shared
+    packed = row(plan(tiny, settings=["compression.downlink=fp16"], clients=3), DENSE)
+    assert (packed.uplink, packed.downlink) == (4 * dense.shared, 2 * dense.shared)
+    assert packed.at_server == 3 * 6 * dense.shared
 
 
 def test_memory_is_weights_and_four_times_what_trains(tiny: str) -> None:
@@ -127,6 +130,10 @@ def test_broken_rules_are_refused(tiny: str) -> None:
         plan(tiny, ["flex"], ["graft.experts=5"])
     with pytest.raises(ConfigError, match="clients are client-1"):
         plan(tiny, ["hetlora"], ["method.options={ranks={bank=2}}"])
+    with pytest.raises(ConfigError, match="buffer = 10 with 4 clients"):
+        plan(tiny, ["fedavg"], ["federation.mode=buffered", "federation.buffer=10"], clients=4)
+    with pytest.raises(ConfigError, match="with 4 clients in a round"):
+        plan(tiny, ["fedavg"], ["federation.aggregation=krum", "federation.malicious_clients=2"], clients=4)
 
 
 def test_a_dense_model_is_refused(tmp_path: Path) -> None:

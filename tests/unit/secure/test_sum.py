@@ -17,6 +17,7 @@ from flexperts.communication.secure import ciphers, graph, silo, tally
 from flexperts.communication.secure.discrete_gaussian import discrete_gaussian
 from flexperts.communication.secure.fixed_point import FixedPoint, Ring
 from flexperts.communication.secure.masks import common_mask, own_mask
+from flexperts.communication.secure.messages import Advertised, Message
 from flexperts.errors import FederationError
 
 from .rounds import CLIP, Round
@@ -49,6 +50,24 @@ def test_the_sum_is_the_plain_sum_or_the_round_is_refused(data: st.DataObject) -
     rows = {name: one.rows[name] for name in kept}
     exact = sum(one.changes[n].astype(np.float64) * k for n, k in rows.items()) / sum(rows.values())
     assert np.abs(mean - exact).max() <= len(kept) * one.tally.numbers.step / 2 / one.tally.weight
+
+
+@pytest.mark.parametrize("agrees", [False, True])
+def test_the_planned_bytes_are_those_of_a_silos_messages(agrees: bool) -> None:
+    one, keys = Round(19, agrees=agrees), dict[str, Advertised]()
+    for name in one.names:
+        keys[name] = one.silos[name].advertise(one.tally.setup(name))
+        one.tally.advertise(name, keys[name])
+    one.mask()
+    agreed = {name: one.silos[name].agree(one.tally.closed(name)) for name in one.names if agrees}
+    asked = one.tally.unmask("s03", {name: its.signature for name, its in agreed.items()})
+    closing = [one.tally.closed("s03")] if agrees else []
+    signed = [agreed["s03"]] if agrees else []
+    sent: list[Message] = [keys["s03"], *signed, one.silos["s03"].reveal(asked)]
+    received: list[Message] = [one.tally.setup("s03"), one.tally.masking("s03"), *closing, asked]
+    sizes = [sum(len(message.model_dump_json()) for message in messages) for messages in (sent, received)]
+    planned = tally.message_bytes(one.names, one.share, agreement=agrees)["s03"]
+    assert list(planned) == pytest.approx(sizes, rel=0.01)
 
 
 @settings(max_examples=60, deadline=None)

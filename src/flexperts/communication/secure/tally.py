@@ -19,6 +19,7 @@ from flexperts.communication.secure.masks import SpoiltError, check_of, common_m
 from flexperts.communication.secure.messages import (
     SEALED,
     Advertised,
+    Agreed,
     Card,
     Closed,
     Masking,
@@ -257,7 +258,7 @@ class Tally:
         return secret
 
 
-def message_bytes(names: Sequence[str], share: float) -> dict[str, tuple[int, int]]:
+def message_bytes(names: Sequence[str], share: float, *, agreement: bool) -> dict[str, tuple[int, int]]:
     """Return client -> bytes that it sends and receives in a round without drop-outs, without the masked update.
 
     They are those of the messages themselves, of clients that do not exist.
@@ -265,6 +266,7 @@ def message_bytes(names: Sequence[str], share: float) -> dict[str, tuple[int, in
     Args:
         names: The round's clients.
         share: ``privacy.survivors``.
+        agreement: ``privacy.agreement``.
     """
     key, signature, sealed = ("0" * 2 * size for size in (ciphers.SIZE, 2 * ciphers.SIZE, SEALED))
     cards = dict.fromkeys(names, Card(identity=key, sealing=key, signature=signature))
@@ -275,10 +277,16 @@ def message_bytes(names: Sequence[str], share: float) -> dict[str, tuple[int, in
         keys[name] = Advertised(mask=f"{number:064x}", check=key, sealed=dealt, signature=signature)
         tally.advertise(name, keys[name])
     tally.survivors = list(tally.cards)
+    signed, signatures = ([Agreed(signature=signature)], dict.fromkeys(names, signature)) if agreement else ([], {})
     return {
         name: (
-            _bytes(its, Revealed(secrets=dict.fromkeys(tally.holders[name], key), keys={})),
-            _bytes(tally.setup(name), tally.masking(name), tally.unmask(name)),
+            _bytes(its, *signed, Revealed(secrets=dict.fromkeys(tally.holders[name], key), keys={})),
+            _bytes(
+                tally.setup(name),
+                tally.masking(name),
+                *([tally.closed(name)] if agreement else []),
+                tally.unmask(name, signatures),
+            ),
         )
         for name, its in keys.items()
     }
