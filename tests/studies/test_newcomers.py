@@ -20,6 +20,7 @@ from flexperts.finished.trained import TrainedRun
 from flexperts.recipe import load_recipe
 from flexperts.reports.html import html_report
 from flexperts.reports.tables import tables
+from flexperts.studies import runner
 from flexperts.studies.collect import collect_comparison
 from flexperts.studies.entries import ComparisonPlan, plan_comparison
 from flexperts.studies.runner import HEAVY, jobs, run_comparison
@@ -173,3 +174,14 @@ def test_newcomers_whose_rows_do_not_fit_are_refused_before_anything_is_trained(
     with pytest.raises(DataError, match=said):
         run_comparison(plan(*SMALL, *settings, entries=ENTRIES), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_a_client_that_neither_trains_nor_joins_do_not_matter(
+    plan: Planned, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(work / "clients", tmp_path / "clients")
+    (tmp_path / "clients" / "bank" / "train.jsonl").write_text("no JSON")
+    monkeypatch.setattr(runner, "run_federation", lambda *_, **__: None)
+    monkeypatch.setattr(runner, "join_left_out", lambda *_: None)
+    settings = f"data.folder={tmp_path / 'clients'}", 'data.leave_out=["bank"]', 'compare.newcomers=["cafe"]'
+    assert run_comparison(plan(*SMALL, *settings, entries=ENTRIES, seeds=1), tmp_path / "out") == []

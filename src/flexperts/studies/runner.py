@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from flexperts.client.floor import check_floor
 from flexperts.client.workspace import Workspace
+from flexperts.config.names import normal
 from flexperts.config.run import EngineConfig
 from flexperts.data.clients import load_clients
 from flexperts.engines.pool import Call, pool_for
@@ -126,13 +127,17 @@ def run_comparison(
 
 def _check_newcomers(plan: ComparisonPlan) -> None:
     """Refuse newcomers that the data does not have or whose rows do not fit an entry, before any run is trained."""
-    if not plan.base.data.leave_out:
+    base, workspace = plan.base, None
+    if not base.data.leave_out:
         return
-    others, workspace = tuple(load_clients(plan.base.data, plan.base.seed)), None
+    joining = {*map(normal, base.compare.newcomers)}
+    others = {*load_clients(base.data, base.seed), *map(normal, base.data.leave_out)} - joining
+    if not joining:
+        return
     for seed in plan.seeds:
         for entry in plan.entries:
             config = plan.config(entry, seed)
-            data = config.data.model_copy(update={"leave_out": others})
+            data = config.data.model_copy(update={"leave_out": tuple(sorted(others))})
             config = config.model_copy(update={"data": data})
             workspace = workspace.for_run(config) if workspace else Workspace(config)
             check_floor(config, workspace.clients)
