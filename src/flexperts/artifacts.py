@@ -17,7 +17,8 @@ Its files::
   personal/NAME.safetensors   each client's personal state; personal/before has that of the round before,
                          personal/settled values from train rows that some methods need, personal/local the states
                          of training alone (in a deployed run these files are at the client)
-  copies/NAME.safetensors     the shared weights that a client has, with a packed downlink (likewise)
+  copies/NAME.safetensors     the shared weights that a client has, with a packed downlink; copies/before has the
+                         version before (likewise)
   predictions/NAME.jsonl      each client's generated answers and every row's scores (likewise)
   floor/NAME.json        which model a client keeps, and the NLL of its candidates by row (likewise)
   selection/NAME.json         the experts that a client chose, and every expert's loss (likewise)

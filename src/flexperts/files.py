@@ -67,6 +67,15 @@ def make_folder(folder: Path, mode: int = PRIVATE) -> None:
             place.mkdir(mode | (mode & 0o444) >> 2, exist_ok=True)
 
 
+def move_file(path: Path, to: Path) -> None:
+    """Move a file into the place of another one, whose folder is created if it does not exist."""
+    try:
+        make_folder(to.parent)
+        path.replace(to)
+    except OSError as error:
+        raise unwritable(to, error) from error
+
+
 def placeless(value: Any) -> Any:
     """Return a value without folders: absolute paths are cut to their last name, also in lists and mappings."""
     if isinstance(value, Mapping):

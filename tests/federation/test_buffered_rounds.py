@@ -31,6 +31,7 @@ from flexperts.server.checkpoint import load_server
 
 from .scripted_grid import (
     START,
+    Fault,
     ScriptedGrid,
     Silo,
     Watch,
@@ -82,6 +83,11 @@ def mean(shared: Vector, *changes: tuple[Silo, Vector]) -> Vector:
     return shared + sum(silo.rows * change for silo, change in changes) / rows
 
 
+def taking(steps: int, personal: int = 0) -> Fault:
+    """A silo reports so many steps of the shared weights, and others of its own."""
+    return changed(metrics={"steps": steps + personal, "shared_steps": steps})
+
+
 # By hand.
 
 
@@ -114,11 +120,11 @@ def test_staleness_is_the_exponent(recipe: Recipe, tmp_path: Path, time: list[fl
 
 
 def test_changes_count_per_step(recipe: Recipe, tmp_path: Path) -> None:
-    """FedNova by hand: 2 and 8 steps, 3 and 5 rows."""
+    """FedNova by hand: 2 and 8 steps, 3 and 5 rows. Steps of the personal weights alone do not count."""
     a, b = Silo("a", 3), Silo("b", 5)
     grid = ScriptedGrid(a, b)
-    for name, steps in (("a", 2), ("b", 8)):
-        grid.faults["train", 1, name] = changed(metrics={"steps": steps})
+    for name, steps, personal in (("a", 2, 5), ("b", 8, 0)):
+        grid.faults["train", 1, name] = taking(steps, personal)
     config = recipe(
         "method.name=fedavg",
         "training.local_seconds=9",
@@ -136,27 +142,44 @@ def test_a_silo_that_reports_one_step_is_not_multiplied_without_limit(recipe: Re
     silos = [Silo(name, 4) for name in "abcd"]
     grid = ScriptedGrid(*silos)
     for name, steps in (("a", 1), ("b", 400), ("c", 400), ("d", 400)):
-        grid.faults["train", 1, name] = changed(metrics={"steps": steps})
+        grid.faults["train", 1, name] = taking(steps)
     config = recipe("method.name=fedavg", "training.local_seconds=9", "federation.rounds=1")
     _, logs = run_on(grid, config, tmp_path / "run")
     assert list(logs[0]["refused"]) == ["a"]
     assert "max_norm_ratio" in logs[0]["refused"]["a"]
 
 
+def test_an_update_is_not_multiplied_past_the_largest_size(
+    recipe: Recipe, tmp_path: Path, time: list[float]
+) -> None:
+    """Of two updates no ratio is judged; the one that is left counts as in a round of its own."""
+    a, b = Silo("a", 4), Silo("b", 4)
+    grid = SlowGrid(a, b)
+    for name, steps in (("a", 1), ("b", 400)):
+        grid.faults["train", 1, name] = taking(steps)
+    options = ("training.local_seconds=9", "training.local_steps=400", "federation.max_update_rms=3")
+    config = recipe(*BUFFERED, "federation.buffer=2", "federation.rounds=1", *options)
+    server, [log] = run_on(grid, config, tmp_path / "run")
+    assert "max_update_rms = 3" in log["refused"]["a"]
+    assert "it reports 1 steps of the shared weights" in log["refused"]["a"]
+    assert list(log["clients"]) == list(log["uplink"]) == ["b"]
+    np.testing.assert_allclose(server.shared.vector, START.vector + b.change(1), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("steps", [100, 2**53])
 def test_a_silo_that_reports_many_steps_does_not_multiply_the_changes(
     recipe: Recipe, tmp_path: Path, steps: int
 ) -> None:
-    """At most twice the recipe's steps count in the mean; its own change is divided by what it reports."""
+    """At most the recipe's steps count in the mean; its own change is divided by what it reports."""
     silos = [Silo(name, 4) for name in "abcd"]
     grid = ScriptedGrid(*silos)
-    grid.faults["train", 1, "a"] = changed(metrics={"steps": steps})
+    for name, its in (("a", steps), ("b", 1), ("c", 1), ("d", 1)):
+        grid.faults["train", 1, name] = taking(its)
     config = recipe(
         "method.name=fedavg", "training.local_seconds=9", "training.local_steps=1", "federation.rounds=1"
     )
     server, _ = run_on(grid, config, tmp_path / "run")
-    effective = (2 + 1 + 1 + 1) / 4
-    expected = START.vector + effective * (silos[0].change(1) / steps + sum(s.change(1) for s in silos[1:])) / 4
+    expected = START.vector + (silos[0].change(1) / steps + sum(s.change(1) for s in silos[1:])) / 4
     np.testing.assert_allclose(server.shared.vector, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -177,6 +200,17 @@ def test_who_does_not_answer_in_time_is_missing_and_asked_again(
     assert logs[0]["missing"] == ["b", "c"]
     assert time[0] >= 50
     assert ("train", "c") in grid.asked[grid.asked.index(("train", "c")) + 1 :]
+
+
+def test_a_silo_that_trains_is_not_scored_until_the_last_round(
+    recipe: Recipe, tmp_path: Path, time: list[float]
+) -> None:
+    grid = SlowGrid(*trio(), looks={"c": 100})
+    config = recipe(*BUFFERED, "federation.buffer=2", "federation.rounds=2", "evaluation.every=1")
+    _, logs = run_on(grid, config, tmp_path / "run")
+    assert [sorted(log["scores"]) for log in logs] == [["a", "b"], ["a", "b", "c"]]
+    assert [log["unscored"] for log in logs] == [{"c": "it is training"}, {}]
+    assert grid.asked.count(("evaluate", "c")) == 1
 
 
 def test_errors_do_not_end_a_round(recipe: Recipe, tmp_path: Path, time: list[float]) -> None:
@@ -405,20 +439,56 @@ def test_workers_do_not_change_a_buffered_run(recipe: Recipe, shared_base: None,
     assert kept(tmp_path / "one") == kept(tmp_path / "two")
 
 
-def test_a_slow_client_takes_fewer_steps(recipe: Recipe, shared_base: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "shared"),
+    [
+        (("method.name=fedavg",), [4, 4]),
+        (("method.name=fedrep",), [2, 2]),
+        (("method.name=flex", 'method.options={phases="alternating"}'), [2, 2]),
+        (("method.name=ditto",), [4, 4]),
+        (("method.name=feddpa_t",), [4, 4]),
+    ],
+)
+def test_steps_of_the_personal_weights_alone_are_told_apart(
+    recipe: Recipe, shared_base: None, tmp_path: Path, method: tuple[str, ...], shared: list[int]
+) -> None:
+    settings = ("training.local_steps=4", "training.local_seconds=9", "federation.rounds=2")
+    run_federation(recipe(*method, *SHORT, *settings), tmp_path / "run")
+    logs = [json.loads(line) for line in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()]
+    assert [log["clients"]["shop"]["shared_steps"] for log in logs] == shared
+
+
+@pytest.mark.parametrize(
+    ("seconds", "table", "steps", "clock"),
+    [
+        # The clinic's second step begins after 4 of 6 seconds, as on a real silo.
+        (6, {"clinic": 4.0, "shop": 2.0, "law_firm": 60.0}, [2, 6, 1, 3], 60.0),
+        (0.6, {"clinic": 0.2, "shop": 0.15}, [3, 1, 1, 4], 1.0),  # 0.6 / 0.2 is 2.9999999999999996
+        (2.1, {"clinic": 0.7, "shop": 1e-9}, [3, 3, 3, 6], 3.0),  # 2.1 / 0.7 is 3.0000000000000004
+        (1e-12, {}, [1, 1, 1, 1], 1.0),
+    ],
+)
+def test_a_slow_client_takes_fewer_steps(
+    recipe: Recipe,
+    shared_base: None,
+    tmp_path: Path,
+    seconds: float,
+    table: dict[str, float],
+    steps: list[int],
+    clock: float,
+) -> None:
     config = recipe(
         "method.name=fedavg",
         *SHORT,
         "training.local_steps=6",
-        "training.local_seconds=6",
+        f"training.local_seconds={seconds}",
         "federation.rounds=1",
-        "federation.step_seconds={clinic = 4.0, shop = 2.0, law_firm = 60.0}",
+        "federation.step_seconds={" + ", ".join(f"{n} = {v}" for n, v in table.items()) + "}",
     )
     run_federation(config, tmp_path / "run")
     [log] = [json.loads(line) for line in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()]
-    steps = {name: its["steps"] for name, its in log["clients"].items()}
-    assert steps == {"clinic": 1, "help_desk": 6, "law_firm": 1, "shop": 3}
-    assert log["clock"] == 60.0
+    assert [log["clients"][name]["steps"] for name in ("clinic", "help_desk", "law_firm", "shop")] == steps
+    assert log["clock"] == pytest.approx(clock)
 
 
 # What is refused.

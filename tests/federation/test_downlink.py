@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import Message, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flexperts.client.copy import with_weights
 from flexperts.communication.compression import pack, unpack
-from flexperts.communication.messages import difference_records, differences_of, info_of, payload_of, records
+from flexperts.communication.messages import (
+    LACKS_COPY,
+    VERSIONS,
+    difference_records,
+    differences_of,
+    info_of,
+    payload_of,
+    records,
+)
 from flexperts.communication.schema import MOST_VERSIONS
 from flexperts.communication.traffic import encoded_bytes
 from flexperts.communication.versions import Versions, size_of
@@ -32,6 +42,8 @@ from flexperts.protection.pipeline import check_protections
 from flexperts.server.checkpoint import load_server, save_server
 from flexperts.testing import METHOD_SETTINGS
 
+from .scripted_grid import ScriptedGrid, Silo, drop, run_on
+
 Recipe = Callable[..., RunConfig]
 SHORT = ("evaluation.max_new_tokens=1", "evaluation.rows=1", "training.local_steps=1", "lora.rank=64")
 KINDS = ["fp16", "int8", "int4", "top_k_int4"]
@@ -47,7 +59,7 @@ def rounds(folder: Path) -> list[dict[str, Any]]:
 
 
 def kept(folder: Path) -> dict[str, bytes]:
-    wanted = ("checkpoint.safetensors", "personal/*", "copies/*", "shared/*", "predictions/*")
+    wanted = ("checkpoint.safetensors", "personal/*", "copies/**/*", "shared/*", "predictions/*")
     return {str(p.relative_to(folder)): p.read_bytes() for w in wanted for p in folder.glob(w) if p.is_file()}
 
 
@@ -241,17 +253,32 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int], list[Payload
 
 
 class AfterRound(Observer):
-    """Breaks the run off when a round is written down, when a client trains in it, or when it is evaluated."""
+    """Breaks the run off when a round is written down, when a client trains in it, or before clients are evaluated.
 
-    def __init__(self, number: int, client: str | None = None, *, evaluates: bool = False) -> None:
-        self.number, self.client, self.evaluates = number, client, evaluates
+    Args:
+        number: The round.
+        client: Who trains.
+        evaluated: How many clients are evaluated first; None = it is not broken off there.
+    """
+
+    def __init__(self, number: int, client: str | None = None, *, evaluated: int | None = None) -> None:
+        self.number, self.client, self.evaluated, self.evaluates = number, client, evaluated, False
 
     def round(self, record: Mapping[str, Any]) -> None:
-        if self.client is None and not self.evaluates and record["number"] == self.number:
+        if self.client is None and self.evaluated is None and record["number"] == self.number:
             raise KeyboardInterrupt
 
     def phase(self, name: str, clients: int, number: int = 0, rounds: int = 0) -> None:
-        if self.evaluates and (name, number) == ("evaluation", self.number):
+        self.evaluates = self.evaluated is not None and (name, number) == ("evaluation", self.number)
+        self._break_off()
+
+    def turn_ended(self, client: str) -> None:
+        if self.evaluates and self.evaluated is not None:
+            self.evaluated -= 1
+        self._break_off()
+
+    def _break_off(self) -> None:
+        if self.evaluates and self.evaluated == 0:
             raise KeyboardInterrupt
 
     def progress(self, task: str, done: int, total: int) -> None:
@@ -266,15 +293,18 @@ def test_a_resumed_run_ends_with_the_same_bits(recipe: Recipe, tmp_path: Path, m
     run_federation(config, tmp_path / "straight")
     expected = kept(tmp_path / "straight")
     assert len(expected) >= 11
-    breaks = {"after": AfterRound(1), "within": AfterRound(2, "law_firm"), "in": AfterRound(1, evaluates=True)}
+    breaks = {"after": AfterRound(1), "within": AfterRound(2, "law_firm")}
+    breaks |= {f"evaluated-{n}-{count}": AfterRound(n, evaluated=count) for n in (1, 2) for count in (0, 3)}
     for name, observer in breaks.items():
         with pytest.raises(KeyboardInterrupt):
             run_federation(config, tmp_path / name, observer)
         run_federation(config, tmp_path / name, resume=True)
         assert kept(tmp_path / name) == expected, name
-        assert [log["downlink"] for log in rounds(tmp_path / name)] == [
-            log["downlink"] for log in rounds(tmp_path / "straight")
-        ]
+        sent, straight = (
+            [(log["downlink"], log["evaluation"]["downlink"]) for log in rounds(tmp_path / its)]
+            for its in (name, "straight")
+        )
+        assert sent == straight, name
 
 
 def test_a_client_that_missed_rounds_gets_the_chain(recipe: Recipe, tmp_path: Path) -> None:
@@ -342,6 +372,36 @@ def test_a_copy_that_is_rebuilt_to_other_bits_is_not_used(
     run_federation(config, tmp_path / "run", observer)
     assert any(stage.startswith("all weights again: clinic, help_desk") for stage in observer.stages)
     assert kept(tmp_path / "run") == kept(tmp_path / "straight")
+
+
+class Forgetful(Silo):
+    """A silo that lacks every version."""
+
+    def answer(self, kind: str, content: RecordDict) -> RecordDict:
+        lacks = VERSIONS in info_of(content)
+        return records({"client": self.name, "error": LACKS_COPY}) if lacks else super().answer(kind, content)
+
+
+def test_all_weights_come_within_the_deadline(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asks for them just before it, and says nothing after that, is missing."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    class Slow(ScriptedGrid):
+        def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+            now[0] += 40 if timeout == 50 else 0
+            return super().send_and_receive(messages, timeout=timeout)
+
+    grid = Slow(Forgetful("a", 3), Forgetful("b", 5), Silo("c", 7))
+    grid.faults["train", 1, "a"] = lambda request, reply: [reply] if VERSIONS in info_of(request.content) else []
+    grid.faults["train", 1, "c"] = drop
+    options = ("compression.downlink=int8", "federation.deadline=50", "federation.quorum=0.3")
+    config = recipe("method.name=fedavg", "federation.rounds=1", *options)
+    _, [log] = run_on(grid, config, tmp_path / "run")
+    assert (list(log["clients"]), log["missing"], log["refused"]) == (["b"], ["a", "c"], {})
+    assert grid.timeouts[-3:] == [50, 10, 50]
 
 
 @pytest.mark.parametrize("setting", ["privacy.aggregation=secure", "privacy.noise=central"])

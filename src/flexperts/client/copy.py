@@ -1,7 +1,9 @@
 """A client's copy of the shared weights, and requests that hold only what changed in them.
 
-The copy is on the client's disk, in its own folder. It is used only if its digest is that of a version in the
-request, and what is rebuilt only if it has the newest version's digest; else the client asks for all weights.
+Copies are on the client's disk, in its own folder: the newest one and the one before, because an interrupted run
+resumes at the start of a round, after which some clients may already have been evaluated. A copy is used only if
+its digest is that of a version in the request, and what is rebuilt only if it has the newest version's digest; else
+the client asks for all weights.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from flexperts.communication.messages import (
 )
 from flexperts.communication.schema import EvaluateRequest, TrainRequest
 from flexperts.errors import FlexpertsError
+from flexperts.files import move_file
 from flexperts.parameters.vector import Manifest, Payload
 
 _FORMAT = "flexperts-copy-1"
@@ -49,35 +52,43 @@ def with_weights(kind: str, content: RecordDict, client: Client) -> RecordDict |
     if settings.kind == "none" or kind not in _SCHEMAS:
         return content
     info = info_of(content)
-    path = client.folder / "copies" / f"{client.name}.safetensors"
+    newest = client.folder / "copies" / f"{client.name}.safetensors"
+    older = newest.parent / "before" / newest.name
     if VERSIONS not in info:
         if (payload := payload_of(content, _SERVER)).size:
-            _write(path, payload)
+            if newest.exists():
+                move_file(newest, older)
+            _write(newest, payload)
         return content
     digests, differences = differences_of(content, _SERVER)
     bare = {name: value for name, value in info.items() if name != VERSIONS}
     asked = fields_of(records(bare), _SCHEMAS[kind], _SERVER)
-    payload = _copy(path, asked.agreement, client)
-    if (digest := payload.digest()) not in digests:
+    for path in (newest, older, None):
+        copy = _read(path) if path else client.initial(json.loads(asked.agreement))[0]
+        if copy is not None and (digest := copy.digest()) in digests:
+            payload, have = copy, digests.index(digest)
+            break
+    else:
         return None
-    have = digests.index(digest)
     for packed in differences[have:]:
         change = unpack(packed, payload.size, settings, _SERVER)
         payload = replace(payload, vector=payload.vector + change)
     if have < len(differences) and payload.digest() != digests[-1]:
         return None
-    if have < len(differences) or not path.exists():
-        _write(path, payload)
+    if have < len(differences) or not path:
+        if path == newest:
+            move_file(newest, older)
+        _write(newest, payload)
     return records(bare, payload=payload)
 
 
-def _copy(path: Path, agreement: str, client: Client) -> Payload:
-    """Return the client's copy; without one that can be read, the initial weights."""
+def _read(path: Path) -> Payload | None:
+    """Return a copy; None if it cannot be read."""
     try:
         tensors, manifest = read_sealed(path, _FORMAT)
         return Payload(Manifest.from_json(manifest), tensors["shared"].numpy())
     except (FlexpertsError, KeyError, TypeError):
-        return client.initial(json.loads(agreement))[0]
+        return None
 
 
 def _write(path: Path, payload: Payload) -> None:

@@ -147,6 +147,7 @@ class TrainedHeading(Heading):
 MEASURES: Mapping[str, Any] = {
     "loss": Number,
     "steps": Count,
+    "shared_steps": Count,  # only where changes count per step
     "tokens": Count,
     "shared_parameters": Count,
     "personal_parameters": Count,

@@ -86,7 +86,9 @@ def check_loss(policy: SiloPolicy, config: RunConfig, rows: int) -> None:
         config: The run.
         rows: Number of the silo's train rows.
     """
-    size, steps = config.training.batch_size, config.training.steps_per_round(rows)
+    training = config.training
+    # However short the time, one step is taken: the server decides the seconds.
+    size, steps = training.batch_size, 1 if training.local_seconds is not None else training.steps_per_round(rows)
     # The last batch of a pass may be smaller than the others, and a round of few steps may consist of it.
     behind = rows if steps * size >= rows else (steps - 1) * size + (rows % size or size)
     if config.privacy.noise != "local" and behind < policy.min_score_rows:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flexperts.checked_file import read_meta, read_sealed, write_sealed
 from flexperts.errors import ArtifactError
-from flexperts.files import damaged, make_folder
+from flexperts.files import damaged, move_file
 
 MOMENTS = "moments."
 """Begins the name of each of AdamW's kept moments."""
@@ -127,13 +127,7 @@ class PersonalStore:
     def save(self, tensors: Mapping[str, Tensor], meta: PersonalMeta) -> None:
         """Write the state of a round; a state of an earlier round becomes the one before."""
         if self.path.exists() and _meta(self.path, read_meta(self.path, _FORMAT)).round < meta.round:
-            try:
-                make_folder(self.older.parent)
-                self.path.replace(self.older)
-            except OSError as error:
-                raise ArtifactError(
-                    f"{self.older}", f"it cannot be written ({error})", "free some space or choose another folder"
-                ) from error
+            move_file(self.path, self.older)
         save_personal(self.path, tensors, meta)
 
 

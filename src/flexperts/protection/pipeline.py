@@ -213,6 +213,8 @@ def is_secure(config: RunConfig) -> bool:
 def told(config: RunConfig, names: Iterable[str]) -> list[str]:
     """Return those of a round's measures that the server receives."""
     hidden = {name for protection in protections(config) for name in protection.hides}
+    if config.training.local_seconds is None:
+        hidden.add("shared_steps")
     return [name for name in names if name not in hidden]
 
 

@@ -209,6 +209,24 @@ class Admission:
                 "lower training.lr on that silo",
             )
 
+    def check_scaled(self, update: Update, sent: Payload, factor: float) -> None:
+        """Refuse an update that is too far from the sent weights once its change is multiplied.
+
+        Args:
+            update: The update.
+            sent: The shared weights that its client was sent.
+            factor: The factor on its change.
+        """
+        allowed = self.config.federation.max_update_rms
+        found = factor * root_mean_square(update.vector, sent.vector)
+        if not found <= allowed:
+            raise FederationError(
+                f"{update.client}: root mean square of the update {found:.3g}, {factor:.3g} times what it sent "
+                f"because it reports {update.metrics['shared_steps']} steps of the shared weights",
+                f"it must be at most federation.max_update_rms = {allowed:g}",
+                "look at that silo's log; if its steps are right, lower training.lr",
+            )
+
     def sizes(self, update: Update, shared: Payload | None = None) -> dict[str, float]:
         """Return the root mean square of an update's change to what was sent: of parameters, of derived values.
 

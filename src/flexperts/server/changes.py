@@ -14,9 +14,6 @@ from flexperts.parameters.vector import Payload
 from flexperts.server.buffered_rounds import BufferedRounds
 from flexperts.server.round_log import RoundLog
 
-_MOST_PASSES = 2
-"""How many times a round's steps a method takes at most: once for the shared and once for the personal weights."""
-
 
 class Changes:
     """The changes in the updates of a run's rounds.
@@ -41,14 +38,14 @@ class Changes:
     def factor(self, client: str, log: RoundLog) -> float:
         """Return the factor on a client's change, but for what all have in common."""
         late = 1.0 if self._buffered is None else self._buffered.weight(client, log.number)
-        return late / (max(1, log.clients[client]["steps"]) if self._per_step else 1)
+        return late / (max(1, log.clients[client]["shared_steps"]) if self._per_step else 1)
 
     def factors(self, rows: Mapping[str, int], log: RoundLog) -> dict[str, float]:
         """Return the factor on every change.
 
-        Where clients take different numbers of steps, changes count per step, times the mean number (FedNova: Wang
-        et al., 2020, https://arxiv.org/abs/2007.07481). A client reports its steps itself, so in that mean it has
-        at most those that its rows allow.
+        Where clients take different numbers of steps, changes count per step of the shared weights, times the mean
+        number (FedNova: Wang et al., 2020, https://arxiv.org/abs/2007.07481). A client reports its steps itself, so
+        in that mean it has at most those that its rows allow.
 
         Args:
             rows: Client -> the rows that its update counts for.
@@ -56,13 +53,10 @@ class Changes:
         """
         mean = 1.0
         if self._per_step and rows:
-            total = sum(count * min(log.clients[name]["steps"], self._most(count)) for name, count in rows.items())
-            mean = total / sum(rows.values())
+            most = self._training.steps_per_round
+            steps = {name: min(log.clients[name]["shared_steps"], most(count)) for name, count in rows.items()}
+            mean = sum(count * steps[name] for name, count in rows.items()) / sum(rows.values())
         return {name: mean * self.factor(name, log) for name in rows}
-
-    def _most(self, rows: int) -> int:
-        """Return the most steps that a client with so many rows can have taken."""
-        return _MOST_PASSES * self._training.steps_per_round(rows)
 
     def moved(self, update: Update, factor: float) -> Update:
         """Return an update whose change, times a factor, starts from the present shared weights."""

@@ -7,17 +7,18 @@ the next round's difference.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from flwr.app import RecordDict
+from flwr.app import Message, RecordDict
 
-from flexperts.communication.messages import difference_records, records
+from flexperts.communication.messages import LACKS_COPY, difference_records, records
 from flexperts.communication.versions import Versions
 from flexperts.config.federation import CompressionConfig
 from flexperts.methods.kit.server_state import Server
 from flexperts.parameters.vector import Payload
+from flexperts.server.exchange import error_of
 
 
 class Downlink:
@@ -49,6 +50,36 @@ class Downlink:
         """Record that a client has answered, and so has the newest version."""
         if (versions := self.server.versions) is not None:
             versions.held[client] = versions.newest
+
+    def completed(
+        self,
+        replies: Iterator[Message],
+        client: Callable[[Message], str],
+        send: Callable[[list[str]], Iterable[Message]],
+    ) -> Iterator[Message]:
+        """Yield replies in their order; after the first client that lacks its copy, the rest is held in memory.
+
+        A client that lacks its copy and sends nothing after it got all weights has no reply.
+
+        Args:
+            replies: The replies to an exchange.
+            client: Returns who has sent a reply.
+            send: Sends clients all weights, and returns their replies.
+        """
+        for reply in replies:
+            if error_of(reply) != LACKS_COPY:
+                if error_of(reply) is None:
+                    self.received(client(reply))
+                yield reply
+                continue
+            rest = {client(other): other for other in (reply, *replies)}
+            lacking = sorted(name for name, other in rest.items() if error_of(other) == LACKS_COPY)
+            rest = {name: other for name, other in rest.items() if name not in lacking}
+            rest |= {client(other): other for other in send(lacking)}
+            for name in sorted(rest):
+                if error_of(rest[name]) is None:
+                    self.received(name)
+                yield rest[name]
 
     def advance(self, before: Payload) -> None:
         """Make the shared weights the next version, after a round has been aggregated.

@@ -79,3 +79,12 @@ def check_no_error(name: str, reply: Message) -> None:
         raise FederationError(f"{name} cannot be reached", rule, "look at its network and its SuperNode's log")
     if (error := error_of(reply)) is not None:
         raise FederationError(f"{name} answers with an error", error, "see that silo's log")
+
+
+def check_turn(name: str, reply: Message, wanted: Iterable[str], already: Iterable[str]) -> None:
+    """Refuse an error reply, and a client that was not asked or has answered already."""
+    check_no_error(name, reply)
+    if name not in wanted:
+        raise FederationError(f"a reply of {name}", "this client was not asked", "see that silo's log")
+    if name in already:
+        raise FederationError(f"duplicate: {name} has answered", "the first reply counts", "see that silo's log")

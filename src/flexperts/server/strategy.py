@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import Strategy
 
 from flexperts.artifacts import RunDirectory
 from flexperts.communication.average import capped_rows
-from flexperts.communication.messages import LACKS_COPY, Update
+from flexperts.communication.messages import Update
 from flexperts.communication.traffic import encoded_bytes
 from flexperts.config.run import RunConfig
 from flexperts.errors import FederationError, one_line
@@ -32,7 +32,7 @@ from flexperts.server.changes import Changes
 from flexperts.server.checkpoint import save_server
 from flexperts.server.downlink import Downlink
 from flexperts.server.enrolment import enrol_fitting
-from flexperts.server.exchange import Asked, LazyGrid, check_no_error, error_of, is_unreachable, request, sendable
+from flexperts.server.exchange import Asked, LazyGrid, check_no_error, check_turn, is_unreachable, request, sendable
 from flexperts.server.masked_rounds import MaskedRounds
 from flexperts.server.membership import Membership
 from flexperts.server.round_log import RoundLog
@@ -74,15 +74,11 @@ class FlexpertsStrategy(Strategy):
         self.rounds: list[RoundLog] = list(finished)
         self.rounds_total = method.total_rounds(config.federation.rounds)
         self._asked = Asked()
-        self._started = 0.0
+        self._started = self._until = 0.0
         self._opened = time.monotonic() - sum(sum(log.seconds.values()) for log in finished)
 
     def seconds(self, setup: float) -> dict[str, float]:
-        """Return wall time by phase over all rounds, and in all, without the breaks before the run was resumed.
-
-        Args:
-            setup: Seconds before this object was made.
-        """
+        """Return wall time by phase and in all, without breaks; ``setup`` = seconds before this object was made."""
         phases = {phase: sum(log.seconds[phase] for log in self.rounds) for phase in ("training", "evaluation")}
         return {"setup": setup, **phases, "total": setup + time.monotonic() - self._opened}
 
@@ -114,7 +110,7 @@ class FlexpertsStrategy(Strategy):
         if self._masks():
             self.masked.begin(grid, self._masked_rows(asked, log), log)
         self.observer.phase("training", len(asked), log.number, self.rounds_total)
-        return sendable(grid, self._train_requests(asked, log))
+        return self._first_requests(self._train_requests(asked, log))
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -149,12 +145,13 @@ class FlexpertsStrategy(Strategy):
     ) -> Iterable[Message]:
         """Return one request per client that is scored and online, in rounds that evaluate."""
         self._started, self._asked = time.monotonic(), Asked()
+        self._grid = grid
         if not self.evaluates():
             return sendable(grid, iter(()))
-        asked = sorted(set(self.config.evaluation.scored(self.server.clients)) & set(self.members.online))
+        idle = set(self.members.online) - self._training()
+        asked = sorted(set(self.config.evaluation.scored(self.server.clients)) & idle)
         self.observer.phase("evaluation", len(asked), self.server.round, self.rounds_total)
-        self._grid = grid
-        return sendable(grid, self._evaluate_requests(asked))
+        return self._first_requests(self._evaluate_requests(asked))
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Collect the clients' scores, and write the round and the checkpoint."""
@@ -278,6 +275,21 @@ class FlexpertsStrategy(Strategy):
             sent[name] = before + encoded_bytes(content)
             yield self._asked.note(request(content, "evaluate", self.members.node(name), str(self.server.round)))
 
+    def _first_requests(self, messages: Iterator[Message]) -> Iterable[Message]:
+        """Return an exchange's first requests; all of its replies come within the deadline, which begins now."""
+        made = sendable(self._grid, messages)
+        self._until = time.monotonic() + self.config.federation.deadline
+        return made
+
+    def _training(self) -> set[str]:
+        """Return the clients that are online and cannot be scored now: they would answer after their training.
+
+        What is trained after the last round is not used, so all are scored. Simulated evaluations take no time.
+        """
+        if self.buffered is None or isinstance(self._grid, LazyGrid) or self.server.round == self.rounds_total:
+            return set()
+        return self.server.flights.keys() & set(self.members.online)
+
     def evaluates(self) -> bool:
         """Return whether the round that was just trained is evaluated."""
         every = self.config.evaluation.every
@@ -298,8 +310,7 @@ class FlexpertsStrategy(Strategy):
         """
         if isinstance(replies, list | tuple):
             usable = self._fitting(replies, log)
-            rows = self._counted(usable, log)
-            factors = self.changes.factors(rows, log)
+            rows, factors = self._scaled(usable, log)
             for name, reply in usable.items():
                 moved = self.changes.moved(self._read(name, reply.content), factors[name])
                 yield replace(moved, rows=rows[name])
@@ -320,11 +331,34 @@ class FlexpertsStrategy(Strategy):
                 if not isinstance(self._grid, LazyGrid):
                     factor, (_, sent) = self.changes.factor(name, log), self.changes.asked(name)
                     sizes[name] = {k: factor * size for k, size in self.admission.sizes(update, sent).items()}
-        for name, error in self.admission.too_large(sizes).items():
+        self._withdraw(self.admission.too_large(sizes), usable, log)
+        return usable
+
+    def _scaled(self, usable: dict[str, Message], log: RoundLog) -> tuple[dict[str, int], dict[str, float]]:
+        """Return the rows that each update counts for, and the factor on its change.
+
+        Updates that are too large times their factor are taken out. The others' factors are different without them,
+        so they are judged again.
+        """
+        while True:
+            rows = self._counted(usable, log)
+            factors, found = self.changes.factors(rows, log), dict[str, FederationError]()
+            for name in (name for name, factor in factors.items() if factor > 1):
+                (_, sent), update = self.changes.asked(name), self._read(name, usable[name].content)
+                try:
+                    self.admission.check_scaled(update, sent, factors[name])
+                except FederationError as error:
+                    found[name] = error
+            if not found:
+                return rows, factors
+            self._withdraw(found, usable, log)
+
+    def _withdraw(self, errors: Mapping[str, FederationError], usable: dict[str, Message], log: RoundLog) -> None:
+        """Refuse updates that were usable by themselves."""
+        for name, error in errors.items():
             log.withdraw(name)
             log.refuse(name, self._refused(name, error))
             del usable[name]
-        return usable
 
     def _read(self, name: str, content: RecordDict) -> Update:
         return self.admission.update(name, content, *self.changes.asked(name))
@@ -367,7 +401,7 @@ class FlexpertsStrategy(Strategy):
         if name in log.missing:
             log.missing.remove(name)
         try:
-            self._check_turn(name, reply, log.participants, log.clients)
+            check_turn(name, reply, log.participants, log.clients)
             log.personal_sent += leaked(reply.content)
             read = self._take_masked if self._masks() else self._read
             update = read(name, reply.content)
@@ -382,23 +416,13 @@ class FlexpertsStrategy(Strategy):
     def _score(self, name: str, reply: Message, log: RoundLog) -> None:
         """Record a reply's scores, or why there are none."""
         try:
-            self._check_turn(name, reply, log.evaluation["downlink"], log.scores)
+            check_turn(name, reply, log.evaluation["downlink"], log.scores)
             log.score(name, self.admission.scores(name, reply.content, answers=self._answers()))
             log.evaluation["uplink"][name] = encoded_bytes(reply.content)
             for state, reason in not_finite(log.scores[name]).items():
                 self.observer.notice(f"{name}, {state}: no score; {reason}")
         except FederationError as error:
             log.unscored[name] = self._refused(name, error)
-
-    def _check_turn(self, name: str, reply: Message, wanted: Iterable[str], already: Iterable[str]) -> None:
-        """Refuse an error reply, and a client that was not asked or has answered already."""
-        check_no_error(name, reply)
-        if name not in wanted:
-            raise FederationError(f"a reply of {name}", "this client was not asked", "see that silo's log")
-        if name in already:
-            raise FederationError(
-                f"duplicate: {name} has answered", "the first reply counts", "see that silo's log"
-            )
 
     def _refused(self, name: str, error: FederationError) -> str:
         reason = one_line(str(error))
@@ -423,10 +447,12 @@ class FlexpertsStrategy(Strategy):
 
     def _close_evaluation(self, log: RoundLog) -> None:
         """Record the clients without scores; after the last round at least one client must have them."""
+        training = self._training()
         for name in self.config.evaluation.scored(self.server.clients):
             if name not in log.scores and name not in log.unscored:
+                absent = "it is training" if name in training else "it was not online"
                 asked = name in log.evaluation["downlink"]
-                log.unscored[name] = "it did not answer in time" if asked else "it was not online"
+                log.unscored[name] = "it did not answer in time" if asked else absent
         log.unscored = {name: reason for name, reason in log.unscored.items() if name not in log.scores}
         if self.server.round == self.rounds_total and not log.scores:
             raise FederationError(
@@ -447,30 +473,14 @@ class FlexpertsStrategy(Strategy):
         """
         if self.server.versions is None:
             return replies
-        if isinstance(replies, list | tuple):
-            return list(self._complete(iter(replies), again))
-        return self._complete(iter(replies), again)
 
-    def _complete(
-        self, replies: Iterator[Message], again: Callable[[Iterable[str]], Iterator[Message]]
-    ) -> Iterator[Message]:
-        """Yield replies in their order; after the first client that lacks its copy, the rest is held in memory."""
-        for reply in replies:
-            if error_of(reply) != LACKS_COPY:
-                if error_of(reply) is None:
-                    self.downlink.received(self._client(reply))
-                yield reply
-                continue
-            rest = {self._client(other): other for other in (reply, *replies)}
-            lacking = sorted(name for name, other in rest.items() if error_of(other) == LACKS_COPY)
+        def send(lacking: list[str]) -> Iterable[Message]:
             self.observer.stage(f"all weights again: {', '.join(lacking)}")
-            deadline, messages = self.config.federation.deadline, sendable(self._grid, again(lacking))
-            answers = list(self._grid.send_and_receive(messages, timeout=deadline))
-            rest |= {self._client(other): other for other in answers}
-            for name in sorted(rest):
-                if error_of(rest[name]) is None:
-                    self.downlink.received(name)
-                yield rest[name]
+            messages, left = sendable(self._grid, again(lacking)), max(0.0, self._until - time.monotonic())
+            return self._grid.send_and_receive(messages, timeout=left)
+
+        complete = self.downlink.completed(iter(replies), self._client, send)
+        return list(complete) if isinstance(replies, list | tuple) else complete
 
     def _by_client(self, replies: Iterable[Message]) -> Iterable[tuple[str, Message]]:
         """Return replies with their clients, sorted by name; a lazy grid's replies are already in that order."""

@@ -101,6 +101,7 @@ class TrainResult:
         rows: Rows in the client's train split: its weight in the average.
         tokens: Tokens processed, without padding.
         lr_sum: Sum of the shared parameters' learning rates over the steps.
+        shared_steps: The steps in which shared parameters trained.
     """
 
     loss: float
@@ -108,6 +109,7 @@ class TrainResult:
     rows: int
     tokens: int
     lr_sum: float = 0.0
+    shared_steps: int = 0
 
 
 def joined(*phases: TrainResult) -> TrainResult:
@@ -119,6 +121,7 @@ def joined(*phases: TrainResult) -> TrainResult:
         rows=phases[0].rows,
         tokens=sum(phase.tokens for phase in phases),
         lr_sum=sum(phase.lr_sum for phase in phases),
+        shared_steps=sum(phase.shared_steps for phase in phases),
     )
 
 
@@ -182,7 +185,8 @@ def train_local(
         _put_moments(optimizer, split.personal, moments)
     optimizer.state.clear()  # a reference cycle with the schedule would keep the moments until garbage collection
     model.eval()
-    return TrainResult(sum(losses) / len(losses), len(losses), len(examples), tokens, lr_sum)
+    steps = len(losses)
+    return TrainResult(sum(losses) / steps, steps, len(examples), tokens, lr_sum, steps if split.shared else 0)
 
 
 def _backward(parts: Iterator[Tensor], penalty: Callable[[], Tensor] | None) -> float:
