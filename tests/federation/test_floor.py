@@ -432,7 +432,7 @@ def test_local_has_a_rate_of_its_own_and_the_silos_clock(
         (("training.lr=0.02", 'floor={candidates = ["local"], local_lr = 0.7}', *usual[1:]), 0.7),
     ):
         config = make(*settings, "federation.step_seconds={north = 20.0}")
-        for standing, steps in ((None, 1), (Standing(), 4)):
+        for standing, steps in ((None, 2), (Standing(), 4)):
             resident = Resident(workspace, config, tmp_path, standing)
             client = resident.client("north").alone
             assert client.config.training.personal_lr == rate
