@@ -78,7 +78,8 @@ class SiloPolicy(Section):
     delta: float = Field(1e-5, gt=0, lt=1)
     """The delta at which the silo counts epsilon."""
     scores: bool = True
-    """Whether evaluations are answered. A round's mean train loss is sent either way, unless noise is local."""
+    """Whether evaluations are answered. A round's mean train loss is sent either way, unless noise is local
+    or training.local_seconds is set."""
     min_score_rows: int = Field(5, ge=1)
     """Fewest rows behind a score, behind the difference between two scores, and behind a round's train loss."""
     min_clients: int | None = Field(None, ge=1)

@@ -7,6 +7,7 @@ from flexperts.config.silo import SiloPolicy
 from flexperts.errors import PolicyError, shown
 from flexperts.methods.kit.method import Method
 from flexperts.methods.registry import method_class
+from flexperts.protection.pipeline import told
 
 
 def rules(policy: SiloPolicy) -> dict[str, str]:
@@ -79,17 +80,15 @@ def check_recipe(policy: SiloPolicy, config: RunConfig, method: Method) -> None:
 
 
 def check_loss(policy: SiloPolicy, config: RunConfig, rows: int) -> None:
-    """Refuse to train if the round's mean loss, which is sent unless noise is local, would stand for too few rows.
+    """Refuse to train if the round's mean loss is sent and would stand for too few rows.
 
     Args:
         policy: The silo's policy.
         config: The run.
         rows: Number of the silo's train rows.
     """
-    training = config.training
-    # However short the time, one step is taken: the server decides the seconds.
-    size, steps = training.batch_size, 1 if training.local_seconds is not None else training.steps_per_round(rows)
+    size, steps = config.training.batch_size, config.training.steps_per_round(rows)
     # The last batch of a pass may be smaller than the others, and a round of few steps may consist of it.
     behind = rows if steps * size >= rows else (steps - 1) * size + (rows % size or size)
-    if config.privacy.noise != "local" and behind < policy.min_score_rows:
+    if told(config, ["loss"]) and behind < policy.min_score_rows:
         raise refusal(policy, "min_score_rows", f"a round of {behind} rows")
