@@ -25,6 +25,7 @@ if any(
     backend.load()
 
 import torch
+from hypothesis import settings
 
 from flexperts.config.run import RunConfig
 from flexperts.data.silos.generate import write_silos
@@ -34,6 +35,10 @@ from flexperts.terminal import live
 from flexperts.testing import byte_tokenizer, save_tiny_base
 
 collect_ignore = [] if "backend" in sys.modules else ["pretend_cuda"]
+
+# A test that is slow beside others is not wrong.
+settings.register_profile("untimed", settings(), deadline=None)
+settings.load_profile("untimed")
 
 # Tiny matrices gain nothing from threads, and tests that run side by side would wait for each other's.
 torch.set_num_threads(1)

@@ -222,7 +222,7 @@ def test_what_llama_cpp_computes_otherwise_is_refused(make: Callable[[], Any], s
 )
 @example(values=np.full((2, 64), 1.2e-38, np.float32), kind=KINDS.Q8_0, place=0)
 @example(values=np.eye(2, 64, dtype=np.float32) * np.float32(1.2e-38), kind=KINDS.Q8_0, place=3)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_types_rounding_passes_and_a_step_more_does_not(values: Any, kind: Any, place: int) -> None:
     stored = dequantize(encoded(values, kind), kind)
     assert _is_rounded(values, stored, kind)
@@ -383,7 +383,7 @@ def test_ollamas_template_writes_the_prompts_of_training(chat: str, tokenizer: A
     assert 'PARAMETER stop "<|im_end|>"\n' in text
 
     @given(TURNS, st.none() | st.text(max_size=12))
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     def same(turns: list[dict[str, str]], system: str | None) -> None:
         whole = [*([] if system is None else [{"role": "system", "content": system}]), *turns]
         wanted = tokenizer.apply_chat_template(whole, tokenize=False, add_generation_prompt=True)

@@ -62,7 +62,7 @@ def test_alpaca_prompts_are_those_of_training(make: Any, chat: bool, messages: l
 
 
 @given(st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), st.text(max_size=20)), max_size=4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_alpaca_prompts_of_any_conversation(turns: list[tuple[str, str]]) -> None:
     encoder = PromptEncoder(with_bos(chat=False), "alpaca", 4096)
     if not any(token in text for _, text in turns for token in encoder.tokenizer.all_special_tokens):

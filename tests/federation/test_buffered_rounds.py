@@ -341,7 +341,7 @@ def by_events(
     return shared, late, clock
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.sampled_from([0.5, 1.0, 2.5, 4.0, 17.0]), min_size=2, max_size=5),
     st.data(),

@@ -78,7 +78,7 @@ def test_round_trip_is_bit_equal(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["checkpoint.safetensors"]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.dictionaries(NAMES, SHAPES, max_size=4),
     st.dictionaries(NAMES, st.tuples(SHAPES, DTYPES), max_size=4),

@@ -57,7 +57,7 @@ def configs() -> dict[str, RunConfig]:
     return {kind: RunConfig.model_validate(data | {"compression": c}) for kind, c in given.items()}
 
 
-@hypothesis_settings(max_examples=40, deadline=None)
+@hypothesis_settings(max_examples=40)
 @given(st.sampled_from(sorted(PACKED)), st.integers(0, 2**32), st.integers(1, 200))
 def test_error_feedback_makes_up_for_what_was_lost(
     configs: Mapping[str, RunConfig], kind: str, seed: int, size: int

@@ -145,7 +145,7 @@ def test_a_round_broadcasts_what_was_there_before_it() -> None:
         method.aggregate(server, [])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.dictionaries(st.sampled_from("abcdefgh"), st.floats(-1e3, 1e3, width=32), min_size=1),
     st.sampled_from("abcdefgh"),

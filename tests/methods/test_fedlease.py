@@ -84,7 +84,7 @@ def some_distances(size: int, seed: int) -> np.ndarray:
     return half + half.T
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 9), st.integers(2, 6), st.integers(0, 10**6))
 def test_clusters_are_those_of_brute_force(size: int, most: int, seed: int) -> None:
     d = some_distances(size, seed)
@@ -98,7 +98,7 @@ def test_clusters_are_those_of_brute_force(size: int, most: int, seed: int) -> N
     assert together == {(i, j): again[i] == again[j] for i in range(size) for j in range(size)}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(3, 9), st.integers(0, 10**6))
 def test_silhouettes_are_those_of_brute_force(size: int, seed: int) -> None:
     d = some_distances(size, seed)

@@ -121,7 +121,7 @@ def test_a_run_that_resumes_behind_its_last_round_is_read_again(run: RunDirector
 STEPS = st.lists(st.sampled_from(["round", "half", "resume", "cut", "look"]), max_size=14)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(steps=STEPS)
 def test_looking_often_finds_what_looking_once_finds(
     steps: list[str], tmp_path_factory: pytest.TempPathFactory

@@ -127,7 +127,7 @@ def test_a_state_with_missing_parameters_is_refused(tiny, partition):
         upcycle.upcycle(tiny.config, state, partition)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(clusters=st.integers(1, 6), size=st.integers(1, 12), seed=st.integers(0, 2**32 - 1), flat=st.booleans())
 def test_clusters_have_equal_size_and_hold_every_point_once(clusters, size, seed, flat):
     draw = np.random.default_rng(seed)

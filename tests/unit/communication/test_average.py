@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -156,7 +156,6 @@ def test_nobody_sends_anything() -> None:
 HELD = st.lists(st.tuples(st.sets(st.sampled_from("xyz")), st.integers(1, 5000)), min_size=1, max_size=6)
 
 
-@settings(deadline=None)  # torch's first sum is slow
 @given(HELD, st.integers(0, 2**32))
 def test_holders_against_float64(holders: list[tuple[set[str], int]], seed: int) -> None:
     stream = torch.Generator().manual_seed(seed)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flexperts.config.data import PartitionConfig
@@ -226,7 +226,6 @@ def test_a_dirichlet_draw_below_min_rows_is_refused() -> None:
 TABLES = st.lists(st.text(max_size=2), min_size=1, max_size=60)
 
 
-@settings(deadline=None)
 @given(
     TABLES,
     st.sampled_from(["pathological", "dirichlet", "natural", "iid"]),

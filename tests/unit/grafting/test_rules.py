@@ -96,7 +96,7 @@ def test_random_is_uniform_and_only_of_the_stream() -> None:
     assert pick("random", layer, 3, seed=5) == pick("random", layer, 3, seed=5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(SEEDS, st.integers(2, 7), st.integers(1, 3))
 def test_each_greedy_step_is_the_best_extension(seed: int, N: int, k: int) -> None:
     (layer, experts, target), k = problem(seed, N), min(k, N)
@@ -107,7 +107,7 @@ def test_each_greedy_step_is_the_best_extension(seed: int, N: int, k: int) -> No
     assert chosen[:1] == pick("scaled", layer, 1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(SEEDS, st.integers(2, 7), st.integers(1, 3))
 def test_exhaustive_is_the_minimum_over_all_subsets(seed: int, N: int, k: int) -> None:
     (layer, experts, target), k = problem(seed, N), min(k, N)

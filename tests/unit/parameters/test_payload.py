@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flexperts.errors import FederationError, printable
@@ -19,7 +19,6 @@ def filled(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, torch
     return {name: torch.randn(shape, generator=stream) for name, shape in shapes.items()}
 
 
-@settings(deadline=None)
 @given(SHAPES, st.sampled_from([torch.float32, torch.bfloat16]))
 def test_round_trip_is_exact(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
     tensors = {n: t.to(dtype) for n, t in filled(shapes).items()}
@@ -34,7 +33,6 @@ def test_round_trip_is_exact(shapes: dict[str, tuple[int, ...]], dtype: torch.dt
     assert payload.check(Manifest.of(tensors), "bank") is payload
 
 
-@settings(deadline=None)
 @given(SHAPES, SHAPES)
 def test_check_passes_only_for_equal_names_and_shapes(
     sent: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]

@@ -25,7 +25,7 @@ from .rounds import CLIP, Round
 FOLDER = Path(secure.__file__).parent
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_the_sum_is_the_plain_sum_or_the_round_is_refused(data: st.DataObject) -> None:
     """Rosters, drop-outs at each phase, orders of messages; equality is bit for bit."""
@@ -70,7 +70,7 @@ def test_the_planned_bytes_are_those_of_a_silos_messages(agrees: bool) -> None:
     assert list(planned) == pytest.approx(sizes, rel=0.01)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(3, 5000),
     st.floats(1e-3, 1e4),
