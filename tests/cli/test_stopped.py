@@ -223,7 +223,7 @@ def test_a_command_can_be_pasted(words: tuple[str, ...], options: list[tuple[str
 
 def test_what_stands_is_counted_for_the_reference_too(tmp_path: Path) -> None:
     assert "nothing is kept" in standing(tmp_path / "run", "again")
-    text = "[federation]\nrounds = 3\n[method]\nname = 'flex'\n"
+    text = "[data]\nsilos = {}\n[federation]\nrounds = 3\n[method]\nname = 'flex'\n"
     run = RunDirectory.create(tmp_path / "run", text)
     assert standing(run.path, "again") == f"0 of 3 rounds of flex finished, kept in {run.path}; resume with again"
     run.append_round({"number": 1})
