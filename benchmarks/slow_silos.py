@@ -3,8 +3,8 @@
     python benchmarks/slow_silos.py --out runs/slow-silos --seeds 5     # resumable; finished runs are not run again
     python benchmarks/slow_silos.py --page                            # docs/slow-silos.md from the JSON
 
-Two of the quick start's silos take a second for a step, two take four. Every entry has the same simulated time, and
-its learning rate's cosine is over that time. Writes benchmarks/results/slow_silos.json and the page.
+Two of the quick start's silos take a second for a step, two take four. Every entry is planned for the same
+simulated time, and its learning rate's cosine is over that time. Writes benchmarks/results/slow_silos.json and the page.
 """
 
 from __future__ import annotations

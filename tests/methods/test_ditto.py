@@ -116,20 +116,3 @@ def test_one_local_step_leaves_no_personal_byte_in_a_message(recipe: Any, tmp_pa
     """After one step no A has moved: v's A would be the very bytes that are sent."""
     config = recipe("method.name=ditto", "training.local_steps=1", "evaluation.max_new_tokens=1")
     assert run_federation(config, tmp_path / "run")["bytes"]["personal_sent"] == 0
-
-
-def test_both_fits_share_the_seconds_of_a_round(take_turn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with take_turn("method.name=ditto", round=2) as (method, turn):
-        fit, seconds = type(turn).fit, []
-
-        def spy(its: Any, **settings: Any) -> Any:
-            seconds.append(settings["settings"].seconds)
-            return fit(its, **settings)
-
-        monkeypatch.setattr(type(turn), "fit", spy)
-        method.receive(turn)
-        for given, each in ((60.0, 30.0), (None, None)):
-            turn.settings = replace(turn.settings, seconds=given)
-            assert method.train(turn).steps == 2 * turn.settings.steps
-            assert seconds == [each, each]
-            seconds.clear()

@@ -310,20 +310,3 @@ def test_a_run_of_f_is_fedavg_and_one_silent_round(recipe: Any, tmp_path: Path) 
 def test_a_run_of_t_with_one_local_step_sends_no_personal_byte(recipe: Any, tmp_path: Path) -> None:
     config = recipe("method.name=feddpa_t", "training.local_steps=1", "evaluation.max_new_tokens=1")
     assert run_federation(config, tmp_path / "run")["bytes"]["personal_sent"] == 0
-
-
-def test_both_fits_share_the_seconds_of_a_round(take_turn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with take_turn("method.name=feddpa_t", round=2) as (method, turn):
-        fit, seconds = type(turn).fit, []
-
-        def spy(its: Any, **settings: Any) -> Any:
-            seconds.append(settings["settings"].seconds)
-            return fit(its, **settings)
-
-        monkeypatch.setattr(type(turn), "fit", spy)
-        method.receive(turn)
-        for given, each in ((60.0, 30.0), (None, None)):
-            turn.settings = replace(turn.settings, seconds=given)
-            assert method.train(turn).steps == 2 * turn.settings.steps
-            assert seconds == [each, each]
-            seconds.clear()

@@ -52,3 +52,21 @@ def test_a_share_of_no_phase_is_refused(recipe: Callable[..., RunConfig]) -> Non
     config = recipe("method.options={personal_share=0.9}")
     with pytest.raises(ConfigError, match=r"personal_share = 0\.9: both parts train together"):
         make_method(config.method).check(config)
+
+
+@pytest.mark.parametrize("name", ["ditto", "feddpa_t"])
+def test_both_fits_share_the_seconds_of_a_round(take_turn: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    with take_turn(f"method.name={name}", round=2) as (method, turn):
+        fit, seconds = type(turn).fit, []
+
+        def spy(its: Any, **settings: Any) -> Any:
+            seconds.append(settings["settings"].seconds)
+            return fit(its, **settings)
+
+        monkeypatch.setattr(type(turn), "fit", spy)
+        method.receive(turn)
+        for given, each in ((60.0, 30.0), (None, None)):
+            turn.settings = replace(turn.settings, seconds=given)
+            assert method.train(turn).steps == 2 * turn.settings.steps
+            assert seconds == [each, each]
+            seconds.clear()

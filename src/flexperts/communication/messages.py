@@ -161,9 +161,7 @@ _Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 class _Versions(Fields):
     """Digests of the versions in a request, oldest first, and what unpacking each difference also needs."""
 
-    digests: Annotated[
-        list[Annotated[str, Field(pattern="^[0-9a-f]{64}$")]], Field(min_length=1, max_length=MOST_VERSIONS)
-    ]
+    digests: Annotated[list[_Digest], Field(min_length=1, max_length=MOST_VERSIONS)]
     about: list[dict[str, str | int]]
 
 

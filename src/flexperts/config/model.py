@@ -131,7 +131,7 @@ class GraftConfig(Section):
     default output, gate_bias, gate_start, gate_lr, scale, sharing and dropout)."""
     sharing: Literal["personal", "shared", "both"] = "personal"
     """personal = the client owns the grafted expert; shared = it is averaged over the clients (needs the default
-    scale and dropout); both = one of each."""
+    selection, scale and dropout); both = one of each."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of training batches without the graft, so that the shared part learns to work without it."""
 
