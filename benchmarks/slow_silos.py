@@ -4,7 +4,8 @@
     python benchmarks/slow_silos.py --page                            # docs/slow-silos.md from the JSON
 
 Two of the quick start's silos take a second for a step, two take four. Every entry is planned for the same
-simulated time, and its learning rate's cosine is over that time. Writes benchmarks/results/slow_silos.json and the page.
+simulated time, and its learning rate's cosine is over that time. Writes benchmarks/results/slow_silos.json and the
+page.
 """
 
 from __future__ import annotations
