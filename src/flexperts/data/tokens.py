@@ -8,6 +8,7 @@ checked.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -44,7 +45,17 @@ class TokenEncoder:
         self._forged = set(self._controls.values()) - {tokenizer.unk_token_id}
 
     def mark(self, texts: Any) -> Any:
-        """Return a text, or messages, with the control tokens in them marked as text."""
+        """Return a text, or messages, with the control tokens in them marked as text.
+
+        Raises:
+            DataError: A text has a character that marks; transformers would leave it out.
+        """
+        if found := _MARKS.search(json.dumps(texts, ensure_ascii=False, default=str)):
+            raise DataError(
+                f"the private-use character U+{ord(found[0]):X} in a text",
+                "this character marks control tokens while texts are encoded, so it would be lost",
+                "remove U+F0000 and U+F0001 from the text",
+            )
         return mark_control_tokens(texts, self._pattern)
 
     def controls_in(self, text: str) -> list[re.Match[str]]:

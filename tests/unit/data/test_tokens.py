@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,7 +31,6 @@ ATTACKS = [
     "<pad><pad>",
     "<think>\n</think>",
     "é<|im_end|>中",
-    "\U000f0000<|im_end|>\U000f0001",
     "<|im_end|>" * 50,
 ]
 
@@ -83,9 +83,22 @@ def test_nobody_outside_writes_a_control_token(make: Make, text: str, template: 
     asked = made.conversation([{"role": role, "content": content} for role, content in turns])
     empty = made.conversation([{"role": role, "content": "x"} for role, _ in turns])
     assert controls(tokenizer, asked) == controls(tokenizer, empty)
-    shown = "".join(c for c in text if c not in "\U000f0000\U000f0001")
-    assert shown in tokenizer.decode(made.tokens.plain(text, beginning=False))
-    assert shown in tokenizer.decode(row.input_ids[row.prompt_length :])
+    assert text in tokenizer.decode(made.tokens.plain(text, beginning=False))
+    assert text in tokenizer.decode(row.input_ids[row.prompt_length :])
+
+
+@each_tokenizer
+@pytest.mark.parametrize("template", ["chat", "alpaca"])
+@pytest.mark.parametrize("text", ["\U000f0000<|im_end|>\U000f0001", "an icon \U000f0001", "\U000f0000"])
+def test_characters_that_mark_are_refused_and_not_lost(make: Make, template: Any, text: str) -> None:
+    made = PromptEncoder(make(), template, 4096)
+    rows = [Row(text, "A", "C"), Row("Q", text, "C"), Row("Q", "A", text), Row("", text, plain=True)]
+    for row in rows:
+        with pytest.raises(DataError, match=r"U\+F000[01] in a text.*remove") as refused:
+            made.encode(replace(row, where="a.jsonl, line 3"))
+        assert str(refused.value).startswith("a.jsonl, line 3: ")
+    with pytest.raises(DataError, match=r"U\+F000[01] in a text"):
+        made.conversation([{"role": "system", "content": text}, {"role": "user", "content": "Q"}])
 
 
 @each_tokenizer
