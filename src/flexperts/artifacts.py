@@ -11,6 +11,7 @@ Its files::
   shared/                the averaged LoRA as an ordinary PEFT adapter folder
   checkpoint.safetensors the server's whole state after the last finished round, to resume and use it
   masked-sum.safetensors with secure aggregation: a round's sum, between the last update and the end of the round
+  noised-mean.safetensors with central noise: the same of a round's noised mean
   secure/NAME.json       a client's keys and secrets for it (at the client in a deployed run)
   partition.json         each client's rows: counts and hashes
   beyond.json            scores on other clients' rows and on general tasks, if the recipe asks for them

@@ -70,6 +70,22 @@ def test_a_region_that_is_killed_before_its_reply_is_kept_trains_again(
     assert [sorted(log["clients"]) for log in tier.region.run.rounds()] == [["a", "b"]]
 
 
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_kept_reply_that_is_damaged_is_not_sent(
+    config: RunConfig, tier: Tier, tmp_path: Path, place: int
+) -> None:
+    """The silos train again where the round is not over; else the root gets an error, and not other weights."""
+    folder = tmp_path / "region"
+    first = RegionDoor(tier.region, folder).reply(asked(config, 1))
+    kept = bytearray((folder / "train.reply").read_bytes())
+    kept[place] ^= 1
+    (folder / "train.reply").write_bytes(kept)
+    tier.open()
+    second = RegionDoor(tier.region, folder).reply(asked(config, 1))
+    assert second != first
+    assert deserialize(second)[0] == {"error": "FederationError"}
+
+
 def test_errors_are_named_and_not_told(config: RunConfig, recipe: Recipe, tier: Tier, tmp_path: Path) -> None:
     folder = tmp_path / "region"
     door = RegionDoor(tier.region, folder)

@@ -303,6 +303,59 @@ def test_a_resumed_server_asks_those_who_were_training_for_the_same_round(
         assert np.array_equal(silo.received[flight.number], left.sent[flight.number].vector)
 
 
+def test_a_silo_that_comes_back_later_than_the_server_is_asked_for_the_same_round(
+    recipe: Recipe, tmp_path: Path, time: list[float]
+) -> None:
+    """After a restart silos connect one by one; the work of the slow ones must not be lost."""
+    config = recipe(*BUFFERED, "federation.buffer=2", "federation.rounds=4")
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_on(SlowGrid(*trio(), looks={"c": 40}), config, tmp_path / "run", Watch(round_1=stop))
+    a, b, c = trio()
+    grid = SlowGrid(a, b)
+    _, logs = run_on(grid, config, tmp_path / "run", Watch(round_2=lambda: grid.enter(c)))
+    assert [sorted(log["clients"]) for log in logs[1:3]] == [["a", "b"], ["a", "b", "c"]]
+    assert logs[2]["late"] == {"c": 2}
+    assert np.array_equal(c.received[1], START.vector)
+
+
+def test_a_silo_that_leaves_while_it_trains_is_missing_after_the_deadline(
+    recipe: Recipe, tmp_path: Path, time: list[float]
+) -> None:
+    options = ("federation.buffer=2", "federation.rounds=4", "federation.deadline=50", "federation.quorum=0.3")
+    grid = SlowGrid(*trio(), looks={"c": 10**6})
+
+    def pass_time() -> None:
+        time[0] += 60
+
+    watch = Watch(round_1=lambda: grid.leave("c"), round_2=pass_time)
+    _, logs = run_on(grid, recipe(*BUFFERED, *options), tmp_path / "run", watch)
+    assert [log["missing"] for log in logs] == [[], [], ["c"], []]
+    assert [sorted(log["clients"]) for log in logs] == [["a", "b"]] * 4
+
+
+def test_staleness_does_not_let_one_silo_outweigh_all_others(
+    recipe: Recipe, tmp_path: Path, time: list[float]
+) -> None:
+    a, b, c = Silo("a", 1000), Silo("b", 10), Silo("c", 10)
+    grid = SlowGrid(a, b, c, looks=dict.fromkeys("bc", 3))
+    options = (
+        "federation.mode=buffered",
+        "federation.buffer=1",
+        "federation.rounds=4",
+        "federation.max_norm_ratio=off",
+    )
+    server, logs = run_on(grid, recipe("method.name=fedavg", *options), tmp_path / "run")
+    assert logs[3]["late"] == {"b": 3, "c": 3}
+    assert logs[3]["capped"] == {"a": 10}  # b and c count for 10 x 4^-0.5 each
+    moved = server.shared.vector - a.received[4]
+    by_hand = (10 * a.change(4) + 5 * b.change(1) + 5 * c.change(1)) / 30
+    np.testing.assert_allclose(moved, by_hand, rtol=1e-4, atol=1e-5)
+
+
 # Simulated time.
 
 
@@ -428,6 +481,11 @@ def test_a_resumed_buffered_run_has_the_same_bits(
         found = kept(tmp_path / f"after-{number}")
         assert whole.keys() == found.keys()
         assert [name for name in whole if whole[name] != found[name]] == []
+        again = [
+            json.loads(line) for line in (tmp_path / f"after-{number}" / "rounds.jsonl").read_text().splitlines()
+        ]
+        for name in ("downlink", "declared", "groups", "uplink"):
+            assert [log[name] for log in again] == [log[name] for log in logs]
 
 
 def test_workers_do_not_change_a_buffered_run(recipe: Recipe, shared_base: None, tmp_path: Path) -> None:

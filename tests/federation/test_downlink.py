@@ -15,6 +15,7 @@ from flwr.app import Message, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flexperts.client.answer import answer
 from flexperts.client.copy import with_weights
 from flexperts.communication.compression import pack, unpack
 from flexperts.communication.messages import (
@@ -42,7 +43,7 @@ from flexperts.protection.pipeline import check_protections
 from flexperts.server.checkpoint import load_server, save_server
 from flexperts.testing import METHOD_SETTINGS
 
-from .scripted_grid import ScriptedGrid, Silo, drop, run_on
+from .scripted_grid import START, ScriptedGrid, Silo, drop, run_on
 
 Recipe = Callable[..., RunConfig]
 SHORT = ("evaluation.max_new_tokens=1", "evaluation.rows=1", "training.local_steps=1", "lora.rank=64")
@@ -374,6 +375,31 @@ def test_a_copy_that_is_rebuilt_to_other_bits_is_not_used(
     assert kept(tmp_path / "run") == kept(tmp_path / "straight")
 
 
+def test_a_request_that_is_refused_replaces_no_copy(recipe: Recipe, tmp_path: Path) -> None:
+    """A server could push out the copies of its silos, or fill their disks, by rounds that a run does not have."""
+
+    class Client:
+        config = recipe("compression.downlink=int4")
+        folder, name, last_round, observer = tmp_path, "clinic", 2, Observer()
+
+    def files() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+
+    whole = with_weights("train", _train(1, START), Client())  # type: ignore[arg-type]
+    assert whole is not None
+    assert not files()
+    whole[1]()
+    before = files()
+    assert len(before) == 1
+    with pytest.raises(FederationError, match="this run has rounds 1 to 2"):
+        answer("train", _train(10**6, payload([1.0] * 9)), Client())  # type: ignore[arg-type]
+    assert files() == before
+
+
+def _train(number: int, sent: Payload) -> RecordDict:
+    return records({"run": "r", "round": number, "agreement": "null"}, payload=sent)
+
+
 class Forgetful(Silo):
     """A silo that lacks every version."""
 
@@ -436,5 +462,7 @@ def test_what_a_recipe_without_the_setting_does_with_differences(recipe: Recipe,
 
     assume_identity(1)
     content = difference_records({"round": 1}, ["a" * 64], [])
-    assert with_weights("train", content, Silent()) is content  # type: ignore[arg-type]
-    assert with_weights("query.join", content, Silent()) is content  # type: ignore[arg-type]
+    for kind in ("train", "query.join"):
+        whole = with_weights(kind, content, Silent())  # type: ignore[arg-type]
+        assert whole is not None
+        assert whole[0] is content

@@ -280,6 +280,20 @@ def test_local_is_the_local_methods_run_and_cannot_be_encoded(
         resident.model.close()
 
 
+def test_local_takes_as_many_rounds_as_a_client_takes_part_in(
+    make: Callable[..., RunConfig], workspace: Workspace, tmp_path: Path
+) -> None:
+    """With all rounds it would have twice the steps of the models that it is compared with."""
+    half = ("federation.rounds=4", "federation.participation=0.5")
+    run_federation(make("method.name=fedavg", ALL, *half), tmp_path / "floor", workspace=workspace)
+    run_federation(make("method.name=local_lora"), tmp_path / "alone", workspace=workspace)
+    for name in ("north", "south"):
+        tensors, meta = load_personal(tmp_path / f"floor/personal/local/personal/{name}.safetensors")
+        expected, its = load_personal(tmp_path / f"alone/personal/{name}.safetensors")
+        assert meta == its
+        assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+
+
 def test_a_missing_or_damaged_local_state_is_not_trained_anew(
     make: Callable[..., RunConfig], workspace: Workspace, tmp_path: Path
 ) -> None:

@@ -27,6 +27,7 @@ from flexperts.parameters.vector import Manifest, Payload, Vector
 from flexperts.protection.packing import RESIDUAL
 from flexperts.protection.pipeline import privacy_spent, protect
 from flexperts.server.checkpoint import load_server
+from flexperts.server.kept_round import kept_round
 from flexperts.terminal.display import RunDisplay
 from flexperts.tracking import scalars
 
@@ -256,6 +257,45 @@ def test_the_robust_rules_run(recipe: Recipe, tmp_path: Path, monkeypatch: pytes
         assert list(rounds(tmp_path / rule)[0]["clients"]) == CLIENTS
         shared = load_server(tmp_path / rule / "checkpoint.safetensors").shared.vector
         np.testing.assert_allclose(shared, seen[-1][0].vector, rtol=1e-6)
+
+
+class StopsBeforeScores(Observer):
+    """Ends a run as a kill would, when its weights are about to be sent for scoring."""
+
+    def phase(self, name: str, clients: int, round_number: int, rounds: int) -> None:
+        if name == "evaluation":
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", ["flex", "fedavg", "fedadam"])
+def test_a_mean_is_noised_once(recipe: Recipe, tmp_path: Path, method: str) -> None:
+    """A second one with other noise would tell more than the epsilon that is counted."""
+    options = (f"method.name={method}", "federation.rounds=1", "privacy.noise=central", "privacy.clip=0.2", *SHORT)
+    config, out = recipe(*options), tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run_federation(config, out, StopsBeforeScores())
+    found = kept_round(out / "noised-mean.safetensors", 1)
+    assert found is not None
+    log, noised, _ = found
+    stages = Stages()
+    summary = run_federation(config, out, stages, resume=True)
+    assert "training" not in stages.phases
+    assert "evaluation" in stages.phases
+    if method != "fedadam":  # whose server moves by a step of its own
+        np.testing.assert_array_equal(load_server(out / "checkpoint.safetensors").shared.vector, noised.numpy())
+    assert not (out / "noised-mean.safetensors").exists()
+    assert summary["privacy"] == privacy_spent(config, 1)
+    assert list(rounds(out)[0]["clients"]) == list(log.clients) == CLIENTS
+
+
+class Stages(Observer):
+    """Remembers the phases."""
+
+    def __init__(self) -> None:
+        self.phases: list[str] = []
+
+    def phase(self, name: str, clients: int, round_number: int, rounds: int) -> None:
+        self.phases.append(name)
 
 
 @pytest.mark.parametrize("noise", ["central", "local"])

@@ -235,6 +235,19 @@ def test_a_silo_that_joins_later_costs_its_region_nothing(recipe: Recipe, tmp_pa
     assert server.silos["north"] == 3
 
 
+def test_a_region_may_begin_with_one_silo(recipe: Recipe, tmp_path: Path) -> None:
+    """Its rounds without that silo have other rows, as those of any region."""
+    config = recipe(*FOUR, *OPEN, "federation.max_norm_ratio=off", "federation.rounds=3", "federation.quorum=0.3")
+    north = Tier("north", config, tmp_path, Silo("a", 9))
+    south = Tier("south", config, tmp_path, Silo("c", 5), Silo("d", 6))
+    north.grid.faults["train", 2, "a"] = drop
+    watch = Watch(round_1=lambda: north.grid.enter(Silo("b", 4)))
+    server, logs = run_on(ScriptedGrid(north, south), config, tmp_path / "root", watch)  # type: ignore[arg-type]
+    assert [log["refused"] for log in logs] == [{}] * 3
+    assert [log["clients"]["north"]["rows"] for log in logs] == [9, 4, 9]
+    assert server.silos == {"north": 1, "south": 2}
+
+
 def test_regions_of_regions(recipe: Recipe, tmp_path: Path) -> None:
     config = recipe(*FOUR, *OPEN, "evaluation.rows=2", "federation.rounds=2")
     one, _ = run_on(ScriptedGrid(*five()), config, tmp_path / "one")
@@ -244,6 +257,7 @@ def test_regions_of_regions(recipe: Recipe, tmp_path: Path) -> None:
     two, logs = run_on(ScriptedGrid(*regions), config, tmp_path / "root")  # type: ignore[arg-type]
     np.testing.assert_allclose(two.shared.vector, one.shared.vector, rtol=2e-6, atol=2e-6)
     assert two.silos == {"north": 3, "south": 2}
+    assert low[1].region.server.silos == {}
     assert not logs[-1]["unscored"]
     assert logs[-1]["scores"]["north"]["rows"] == 6
 

@@ -28,6 +28,8 @@ from flexperts.parameters.vector import Payload
 from flexperts.seeding import generator
 from flexperts.testing import byte_tokenizer
 
+from .conftest import SETTINGS
+
 ROWS = [
     Row("Name the colour of the sky.", "", "blue"),
     Row("Add.", "one and two", "three, I should say"),
@@ -257,6 +259,18 @@ def test_which_adapter_moves_when(take_turn: Any, moves: Any) -> None:
     assert phases(take_turn, moves, "feddpa_f", 2) == [{"shared"}] * 2
     assert phases(take_turn, moves, "feddpa_f", 3) == [{"personal"}] * 4
     assert phases(take_turn, moves, "feddpa_f", 3, "federation.participation=0.5") == [{"personal"}] * 2
+
+
+def test_the_local_phase_warms_up_over_its_own_steps(take_turn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(FedDPAF, "personalize", lambda _, turn, settings: seen.append(settings))
+    training = SETTINGS.training.model_copy(update={"warmup_ratio": 0.5})
+    given = replace(SETTINGS, training=training, warmup_steps=2, total_steps=4)  # of two rounds
+    options = ("method.name=feddpa_f", "federation.participation=0.5")
+    with take_turn(*options, round=3, settings=given) as (method, turn):
+        method.train(turn)
+    [settings] = seen
+    assert (settings.steps, settings.total_steps, settings.warmup_steps) == (2, 2, 1)
 
 
 def test_an_untrained_l_starts_at_a_draw_of_the_clients_own(take_turn: Any) -> None:

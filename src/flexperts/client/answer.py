@@ -39,11 +39,14 @@ def answer(kind: str, content: RecordDict, client: Client) -> RecordDict:
     whole = with_weights(kind, content, client)
     if whole is None:
         return records({"client": client.name, "error": LACKS_COPY})
-    return answer_whole(kind, whole, client)
+    content, keep = whole
+    reply = answer_whole(kind, content, client)
+    keep()
+    return reply
 
 
 def answer_whole(kind: str, content: RecordDict, client: Client) -> RecordDict:
-    """Return the same for a request that ``with_weights`` has returned: it has all weights, and they are kept."""
+    """Return the same for a request that ``with_weights`` has returned: it has all weights."""
     try:
         return ANSWERS[kind](content, client)
     finally:

@@ -315,15 +315,15 @@ class Client:
 
     def alone_request(self, number: int | None = None) -> Request:
         """Return the request of a round of ``alone``, the last one by default."""
-        return Request(Payload.empty(), None, number or self.config.federation.rounds)
+        return Request(Payload.empty(), None, number or self.config.federation.turns)
 
     def _train_alone(self, meta: PersonalMeta) -> None:
-        """Train ``alone`` for the run's rounds, from where it was interrupted; each round is saved."""
+        """Train ``alone`` for the rounds of a client, from where it was interrupted; each round is saved."""
         store = self.alone.store
         if store.load(_NEWEST) is None:  # the same experts: no second selection
             store.save({}, replace(meta, round=0, shared=""))
         first = self.alone._stored(_NEWEST)[1].round + 1
-        for number in range(first, self.config.federation.rounds + 1):
+        for number in range(first, self.config.federation.turns + 1):
             self.alone.train(self.alone_request(number))
 
     def answer_counts(self, scores: Mapping[_State, Scores]) -> dict[str, int]:

@@ -9,8 +9,9 @@ the client asks for all weights.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ from flexperts.errors import FlexpertsError
 from flexperts.files import move_file
 from flexperts.parameters.vector import Manifest, Payload
 
+Keep = Callable[[], None]
 _FORMAT = "flexperts-copy-1"
 _SERVER = "server"
 _SCHEMAS: Mapping[str, type[TrainRequest] | type[EvaluateRequest]] = {
@@ -40,8 +42,10 @@ _SCHEMAS: Mapping[str, type[TrainRequest] | type[EvaluateRequest]] = {
 }
 
 
-def with_weights(kind: str, content: RecordDict, client: Client) -> RecordDict | None:
-    """Return a request with all weights, and keep them; None if the client has no copy that can be changed to them.
+def with_weights(kind: str, content: RecordDict, client: Client) -> tuple[RecordDict, Keep] | None:
+    """Return a request with all weights, and what keeps them; None if the client has no copy to change to them.
+
+    They are kept when the request has been answered: one that is refused must not replace the copies.
 
     Args:
         kind: The request's kind; others than train and evaluate are returned as they are.
@@ -50,16 +54,13 @@ def with_weights(kind: str, content: RecordDict, client: Client) -> RecordDict |
     """
     settings = client.config.compression.down
     if settings.kind == "none" or kind not in _SCHEMAS:
-        return content
+        return content, _nothing
     info = info_of(content)
     newest = client.folder / "copies" / f"{client.name}.safetensors"
     older = newest.parent / "before" / newest.name
     if VERSIONS not in info:
-        if (payload := payload_of(content, _SERVER)).size:
-            if newest.exists():
-                move_file(newest, older)
-            _write(newest, payload)
-        return content
+        payload = payload_of(content, _SERVER)
+        return content, partial(_keep, newest, payload, older) if payload.size else _nothing
     digests, differences = differences_of(content, _SERVER)
     bare = {name: value for name, value in info.items() if name != VERSIONS}
     asked = fields_of(records(bare), _SCHEMAS[kind], _SERVER)
@@ -75,11 +76,21 @@ def with_weights(kind: str, content: RecordDict, client: Client) -> RecordDict |
         payload = replace(payload, vector=payload.vector + change)
     if have < len(differences) and payload.digest() != digests[-1]:
         return None
-    if have < len(differences) or not path:
-        if path == newest:
-            move_file(newest, older)
-        _write(newest, payload)
-    return records(bare, payload=payload)
+    is_new = have < len(differences) or not path
+    keep = partial(_keep, newest, payload, older if path == newest else None) if is_new else _nothing
+    return records(bare, payload=payload), keep
+
+
+def _keep(newest: Path, payload: Payload, older: Path | None) -> None:
+    """Write a copy; the one that it replaces becomes the older one, if that is named."""
+    if older is not None and newest.exists():
+        move_file(newest, older)
+    vector = torch.from_numpy(payload.vector.copy())  # a message's own memory is read-only
+    write_sealed(newest, _FORMAT, {"shared": vector}, payload.manifest.to_json())
+
+
+def _nothing() -> None:
+    """Keep nothing."""
 
 
 def _read(path: Path) -> Payload | None:
@@ -89,8 +100,3 @@ def _read(path: Path) -> Payload | None:
         return Payload(Manifest.from_json(manifest), tensors["shared"].numpy())
     except (FlexpertsError, KeyError, TypeError):
         return None
-
-
-def _write(path: Path, payload: Payload) -> None:
-    vector = torch.from_numpy(payload.vector.copy())  # a message's own memory is read-only
-    write_sealed(path, _FORMAT, {"shared": vector}, payload.manifest.to_json())

@@ -95,8 +95,8 @@ class Joining(Fields):
     report: Json
     card: Annotated[str, Field(max_length=ROOM)] = ""
     """JSON of its keys for secure aggregation."""
-    silos: Annotated[int, Field(ge=1, le=MOST_ROWS)] = 1
-    """Silos behind it: more than one for a region, whose rows may be fewer in a round without some of them."""
+    silos: Annotated[int, Field(ge=0, le=MOST_ROWS)] = 0
+    """Silos of a region, whose rows may be fewer in a round without some of them; 0 = a silo itself."""
 
 
 class InitialFields(Fields):

@@ -63,6 +63,11 @@ class FederationConfig(Section):
         """Return the simulated seconds of a client's optimizer step."""
         return self.step_seconds.get(client, 1.0)
 
+    @property
+    def turns(self) -> int:
+        """Rounds in which a client takes part, on average; at least one."""
+        return max(1, round(self.rounds * self.participation))
+
     def drawn(self, clients: int) -> int:
         """Return how many of a run's clients train at the same time, at least one."""
         return max(1, round(self.participation * clients))

@@ -73,10 +73,13 @@ class RegionDoor:
             return serialize({"error": type(error).__name__})
 
     def _once(self, kind: str, digest: bytes, content: RecordDict) -> bytes:
-        kept = self.folder / f"{kind}.reply"
-        reply = kept.read_bytes() if kept.exists() else b""
-        if not reply.startswith(digest):
-            reply = digest + serialize({}, self.region.answer(kind, content))
-            write_bytes(kept, reply)
+        file = self.folder / f"{kind}.reply"
+        kept = file.read_bytes() if file.exists() else b""
+        reply = kept[2 * len(digest) :]
+        if kept != digest + hashlib.sha256(reply).digest() + reply:
+            if kept.startswith(digest):
+                log.warning("%s is damaged: the region answers anew", file.name)
+            reply = serialize({}, self.region.answer(kind, content))
+            write_bytes(file, digest + hashlib.sha256(reply).digest() + reply)
         self.region.settle()
-        return reply[len(digest) :]
+        return reply

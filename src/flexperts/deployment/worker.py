@@ -119,7 +119,7 @@ class Worker:
                 reply, when = serialize({}, answer(kind, content, client)), f"run {run[:8]}"
                 done = "asked for all weights" if whole is None else _DONE[kind]
             else:
-                content = whole
+                content, keep = whole
                 asked = _asked(run, kind, content, client)
                 self._entry.round = asked.round
                 stored = self._ledger.reply_to(asked, client.config.privacy)
@@ -128,6 +128,7 @@ class Worker:
                 if stored:
                     self._entry.outcome = "repeated"
                 reply = stored or self._released(asked, content, client)
+                keep()
                 when = f"run {run[:8]}, round {asked.round}"
                 done = f"{_DONE[kind]} before, and sent the same reply" if stored else _DONE[kind]
                 if kind == "evaluate" and asked.round == client.last_round and client.config.floor:

@@ -186,8 +186,10 @@ class FedDPAF(PersonalRounds, FedDPA):
         federation = turn.site.config.federation
         if turn.round <= federation.rounds:
             return turn.fit(personal=False)
-        steps = max(1, round(federation.rounds * federation.participation)) * turn.settings.steps
-        return self.personalize(turn, replace(turn.settings, steps=steps, first_step=0, total_steps=steps))
+        steps = federation.turns * turn.settings.steps
+        warmup = round(turn.settings.training.warmup_ratio * steps)
+        settings = replace(turn.settings, steps=steps, first_step=0, total_steps=steps, warmup_steps=warmup)
+        return self.personalize(turn, settings)
 
     def is_extra(self, server: Server) -> bool:
         """Return whether all rounds of the clients' recipes are finished."""

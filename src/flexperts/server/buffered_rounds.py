@@ -47,21 +47,27 @@ class BufferedRounds:
         self.full = False
         """Whether the round ended with ``buffer`` usable updates: it needs no quorum then."""
         self._waiting: dict[str, Message] = {}
-        self._pending: dict[str, tuple[str, float]] = {}
+        self._pending: dict[str, str] = {}
+        self._until: dict[str, float] = {}
 
     def ask(self, number: int, online: Collection[str]) -> list[str]:
-        """Return the clients to ask, sorted: those that are drawn now, and after a resume those that were at work.
+        """Return the clients to ask, sorted: those that are drawn now, and those that were at work and are back.
+
+        A client that goes offline while it trains may have finished, so it is asked the same again when it is back.
+        It is waited for as long as for any reply.
 
         Args:
             number: The round.
             online: The clients that are online.
         """
         server, flights = self.server, self.server.flights
-        for name in sorted(flights.keys() - set(online)):
-            self._forget(name)
-        again = [name for name in flights if name not in self._waiting and name not in self._pending]
+        for name in flights.keys() - set(online):
+            self._pending.pop(name, None)
+            self._until.setdefault(name, time.monotonic() + self.settings.deadline)
+        at_work = flights.keys() & set(online)
+        again = at_work - self._waiting.keys() - self._pending.keys()
         idle = sorted(set(server.clients) & set(online) - flights.keys())
-        room = max(0, self.settings.drawn(len(server.clients)) - len(flights))
+        room = max(0, self.settings.drawn(len(server.clients)) - len(at_work))
         order = torch.randperm(len(idle), generator=generator(server.seed, "participants", number)).tolist()
         new = [idle[place] for place in order[:room]]
         flights.update({name: Flight(number, server.clock) for name in new})
@@ -120,17 +126,19 @@ class BufferedRounds:
         names = [self._members.nodes[message.metadata.dst_node_id] for message in messages]
         until = time.monotonic() + self.settings.deadline
         ids = grid.push_messages(messages)
-        self._pending |= {name: (its, until) for name, its in zip(names, ids, strict=True) if its}
+        self._pending |= {name: its for name, its in zip(names, ids, strict=True) if its}
+        self._until |= dict.fromkeys(names, until)
         found, usable = dict[str, Message](), 0
         while True:
-            for name, (message_id, _) in list(self._pending.items()):
+            for name, message_id in list(self._pending.items()):
                 for reply in grid.pull_messages([message_id]):
                     found[name] = reply
                     usable += accepts(name, reply)
                     del self._pending[name]
-            late = [name for name, (_, end) in self._pending.items() if end < time.monotonic()]
+            now = time.monotonic()
+            late = [name for name, end in self._until.items() if end < now and name not in found]
             self.full = usable >= (self.settings.buffer or 1)
-            if self.full or len(late) == len(self._pending):
+            if self.full or self._pending.keys() <= set(late):
                 self.overdue = late
                 return found
             time.sleep(_POLL)
@@ -139,3 +147,4 @@ class BufferedRounds:
         self.server.flights.pop(name, None)
         self._waiting.pop(name, None)
         self._pending.pop(name, None)
+        self._until.pop(name, None)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from flexperts.communication.average import capped
 from flexperts.communication.messages import Update
 from flexperts.config.run import RunConfig
 from flexperts.methods.kit.server_state import Server
@@ -39,6 +40,20 @@ class Changes:
         """Return the factor on a client's change, but for what all have in common."""
         late = 1.0 if self._buffered is None else self._buffered.weight(client, log.number)
         return late / (max(1, log.clients[client]["shared_steps"]) if self._per_step else 1)
+
+    def capped(self, rows: Mapping[str, int], share: float, number: int) -> dict[str, int]:
+        """Return the rows that updates count for, so that none is more than a share of a round's, late as they are.
+
+        Args:
+            rows: Client -> its rows.
+            share: The largest share.
+            number: The round.
+        """
+        late = {name: 1.0 if self._buffered is None else self._buffered.weight(name, number) for name in rows}
+        counts = {name: rows[name] if late[name] == 1 else rows[name] * late[name] for name in rows}
+        most = dict(zip(rows, capped(list(counts.values()), share), strict=True))
+        lowered = {name: max(1, int(most[name] / late[name])) for name in rows if most[name] < counts[name]}
+        return {**rows, **lowered}
 
     def factors(self, rows: Mapping[str, int], log: RoundLog) -> dict[str, float]:
         """Return the factor on every change.

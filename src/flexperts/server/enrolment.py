@@ -80,7 +80,7 @@ def found(method: Method, members: Membership, server: Server) -> None:
     """Make the online clients the clients of a new run, and make the method's agreement from their reports."""
     server.agreement, server.reports = _fitting(method, members)
     server.clients = {name: members.told[name].rows for name in server.reports}
-    server.silos = {name: many for name in server.reports if (many := members.told[name].silos) > 1}
+    server.silos = {name: many for name in server.reports if (many := members.told[name].silos)}
     method.check_clients(server.clients)
 
 
@@ -160,7 +160,7 @@ def enrol(method: Method, server: Server, one: Introduction) -> None:
     """Add a client to a run that has begun; a client that returns may have other rows or another report."""
     if server.base and one.base != server.base:
         raise other_base(one, server.base)
-    known = server.clients.get(one.client), server.reports.get(one.client, ...), server.silos.get(one.client, 1)
+    known = server.clients.get(one.client), server.reports.get(one.client, ...), server.silos.get(one.client, 0)
     if known == (one.rows, one.report, one.silos):
         return
     if one.client not in server.clients and (other := alike(one.client, readings_of(server.clients))) is not None:
@@ -180,7 +180,7 @@ def enrol(method: Method, server: Server, one: Introduction) -> None:
         server.clients, server.reports, server.memory = before
         raise
     server.silos.pop(one.client, None)
-    if one.silos > 1:
+    if one.silos:
         server.silos[one.client] = one.silos
 
 

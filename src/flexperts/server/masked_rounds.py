@@ -11,7 +11,6 @@ import torch
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from flexperts.checked_file import read_sealed, write_sealed
 from flexperts.communication.messages import check_records, fields_of, payload_of, records
 from flexperts.communication.schema import LONGEST_TEXT, KeysFields, NoNumbers, check_size, checked
 from flexperts.communication.secure.masks import SpoiltError
@@ -25,10 +24,10 @@ from flexperts.files import damaged
 from flexperts.parameters.vector import Payload, Vector
 from flexperts.protection.secure import rules_of
 from flexperts.server.exchange import Asked, check_no_error, request, sendable
+from flexperts.server.kept_round import keep_round, kept_round
 from flexperts.server.membership import Membership
 from flexperts.server.round_log import RoundLog
 
-_FORMAT = "flexperts-masked-sum-1"
 _SLACK = 1e-3
 """Share by which rounding may leave the norm of a mean above the clip."""
 _NOISE = 10.0
@@ -74,23 +73,19 @@ class MaskedRounds:
     def keep(self, path: Path, log: RoundLog) -> None:
         """Write the masked sum before it is unmasked: silos give shares for one sum of a round only."""
         kept, total = self.tally.kept()
-        tensors = {"sum": torch.from_numpy(total.view(f"i{total.itemsize}").copy())}
-        write_sealed(path, _FORMAT, tensors, {"kept": kept.model_dump_json(), "log": vars(log)})
+        values = torch.from_numpy(total.view(f"i{total.itemsize}").copy())
+        keep_round(path, log, values, kept.model_dump_json())
 
     def resumed(self, path: Path, number: int) -> RoundLog | None:
         """Return the record of a round whose masked sum was written, to continue with it; None without."""
-        if not path.exists():
+        if (found := kept_round(path, number)) is None:
             return None
-        tensors, rest = read_sealed(path, _FORMAT)
+        log, values, rest = found
+        total = values.numpy()
         try:
-            kept, log = Kept.model_validate_json(rest["kept"]), RoundLog(**rest["log"])
-            total = tensors["sum"].numpy()
-            tally = Tally.of(kept, total.view(f"<u{total.itemsize}"))
+            self.tally = Tally.of(Kept.model_validate_json(rest), total.view(f"<u{total.itemsize}"))
         except (KeyError, TypeError, ValueError) as error:
             raise damaged(path, f"its content is not valid: {error!r}") from error
-        if log.number != number:
-            return None
-        self.tally = tally
         return log
 
     def mean(self, grid: Grid, rows_next: _Rows, log: RoundLog) -> Vector | None:

@@ -37,7 +37,7 @@ class Introduction:
         report: The value of the method's ``report``.
         size: Encoded bytes of the message.
         card: Its keys for secure aggregation, as JSON; empty without.
-        silos: Silos behind it: 1, or those of a region.
+        silos: Silos of a region; 0 = a silo itself.
     """
 
     client: str
@@ -46,7 +46,7 @@ class Introduction:
     report: Any
     size: int
     card: str = ""
-    silos: int = 1
+    silos: int = 0
 
     @classmethod
     def read(cls, reply: Message) -> Introduction:

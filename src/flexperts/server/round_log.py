@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from flexperts.communication.traffic import group_bytes, payload_bytes
+from flexperts.errors import FederationError
 from flexperts.parameters.vector import Manifest
 
 _ANSWERS = ("max_new_tokens", "longer_references", "cut")
@@ -89,6 +91,36 @@ class RoundLog:
         self.scores[client] = {name: value for name, value in metrics.items() if name not in about}
         if about:
             self.answers[client] = about
+
+    def check_quorum(self, share: float) -> None:
+        """Raise ``FederationError`` if fewer than a share of the participants have sent a usable update."""
+        count = len(self.participants)
+        least = max(1, math.ceil(share * count - 1e-9)) if count else 0
+        if len(self.clients) >= least:
+            return
+        refused = [f"{name} refused ({reason})" for name, reason in self.refused.items()]
+        faults = [*(f"{name} missing" for name in self.missing), *refused]
+        sent = f"{len(self.clients)} of {count} clients sent a usable update"
+        raise FederationError(
+            f"round {self.number}: {sent} ({', '.join(faults)})",
+            f"federation.quorum = {share:g} asks for {least}",
+            "resume the run when the clients are back, remove those that stay away with `flexperts forget`, or "
+            "start a new run with a lower federation.quorum",
+        )
+
+    def close_evaluation(self, clients: Iterable[str], training: Collection[str]) -> None:
+        """Record why clients that should be scored have no scores.
+
+        Args:
+            clients: Those that should be.
+            training: Those that were not asked because they train.
+        """
+        for name in clients:
+            if name not in self.scores and name not in self.unscored:
+                absent = "it is training" if name in training else "it was not online"
+                asked = name in self.evaluation["downlink"]
+                self.unscored[name] = "it did not answer in time" if asked else absent
+        self.unscored = {name: reason for name, reason in self.unscored.items() if name not in self.scores}
 
     def refuse(self, client: str, reason: str) -> None:
         """Record why a message was not used; a client can have several reasons."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -11,12 +10,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from flexperts.artifacts import RunDirectory
-from flexperts.communication.average import capped_rows
 from flexperts.communication.messages import Update
 from flexperts.communication.traffic import encoded_bytes
 from flexperts.config.run import RunConfig
@@ -24,6 +23,7 @@ from flexperts.errors import FederationError, one_line
 from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.server_state import Server
 from flexperts.observer import Observer
+from flexperts.parameters.vector import Payload
 from flexperts.protection.pipeline import EVERYONE, is_secure, privacy_spent, reduced
 from flexperts.seeding import drawn
 from flexperts.server.admission import Admission, leaked
@@ -33,6 +33,7 @@ from flexperts.server.checkpoint import save_server
 from flexperts.server.downlink import Downlink
 from flexperts.server.enrolment import enrol_fitting
 from flexperts.server.exchange import Asked, LazyGrid, check_no_error, check_turn, is_unreachable, request, sendable
+from flexperts.server.kept_round import keep_round, kept_round
 from flexperts.server.masked_rounds import MaskedRounds
 from flexperts.server.membership import Membership
 from flexperts.server.round_log import RoundLog
@@ -74,6 +75,7 @@ class FlexpertsStrategy(Strategy):
         self.rounds: list[RoundLog] = list(finished)
         self.rounds_total = method.total_rounds(config.federation.rounds)
         self._asked = Asked()
+        self._noised: Update | None = None
         self._started = self._until = 0.0
         self._opened = time.monotonic() - sum(sum(log.seconds.values()) for log in finished)
 
@@ -95,15 +97,13 @@ class FlexpertsStrategy(Strategy):
         """Return one request per participant that is online, sorted by client; no two share their records."""
         self._started = time.monotonic()
         log = self.begun(self.server.round + 1)
-        kept = self.masked.resumed(self._masked_sum, log.number) if self._masks() else None
+        kept = self._resumed(log.number)
         self.rounds.append(log := kept or log)
         self.observer.stage(f"round {log.number} of {self.rounds_total}")
         self._meet(grid, log)
         self._grid = grid
-        if kept is not None:  # its clients have trained
+        if kept is not None or self.buffered is not None:  # its clients have trained, or aggregate_train asks
             return sendable(grid, iter(()))
-        if self.buffered is not None:
-            return sendable(grid, iter(()))  # aggregate_train asks
         log.participants, self._asked = self._participants(log.number), Asked()
         log.missing = list(log.participants)
         asked = sorted(set(log.participants) & set(self.members.online))
@@ -125,6 +125,8 @@ class FlexpertsStrategy(Strategy):
         replies = self._with_copies(replies, lambda names: self._train_requests(names, log, whole=True))
         if self._masks():
             self._aggregate_masked(replies, log)
+        elif self._noised is not None:
+            self.method.aggregate(self.server, [self._noised])
         else:
             self._aggregate(replies, log)
         if self.buffered is not None:
@@ -164,7 +166,8 @@ class FlexpertsStrategy(Strategy):
         log.seconds["evaluation"] = time.monotonic() - self._started
         self.run.append_round(vars(log))
         save_server(self.run.checkpoint, self.server)
-        self._masked_sum.unlink(missing_ok=True)
+        self._noised = None
+        self._result.unlink(missing_ok=True)
         self.observer.round(vars(log))
         return None
 
@@ -208,6 +211,10 @@ class FlexpertsStrategy(Strategy):
             arrived: Iterable[Update] = updates or ()
             if self.method.sends_weights(self.server):
                 arrived = reduced(self.config, self.server.shared, arrived)
+                if self.config.privacy.noise == "central":
+                    self._check_quorum(log)
+                    (noised,) = arrived
+                    keep_round(self._result, log, torch.from_numpy(noised.vector), str(noised.rows))
             self.method.aggregate(self.server, arrived)
         self._check_quorum(log)
 
@@ -216,7 +223,7 @@ class FlexpertsStrategy(Strategy):
         for name, reply in self._by_client(replies):
             self._usable(name, reply, log)
         self._check_quorum(log)
-        self.masked.keep(self._masked_sum, log)
+        self.masked.keep(self._result, log)
         rows, capped = dict[str, int](), log.capped
         if log.number < self.config.federation.rounds:
             online = set(self._participants(log.number + 1)) & set(self.members.online)
@@ -228,9 +235,20 @@ class FlexpertsStrategy(Strategy):
             self.method.aggregate(self.server, [Update(EVERYONE, mean, self.masked.tally.counted, {})])
 
     @property
-    def _masked_sum(self) -> Path:
-        """Where a round's sum is until the round is over."""
-        return self.run.checkpoint.with_name("masked-sum.safetensors")
+    def _result(self) -> Path:
+        """Where a result that must not be made twice is until the round is over."""
+        name = "masked-sum" if is_secure(self.config) else "noised-mean"
+        return self.run.checkpoint.with_name(f"{name}.safetensors")
+
+    def _resumed(self, number: int) -> RoundLog | None:
+        """Return the record of a round whose result was made before the run stopped; None without."""
+        if self._masks():
+            return self.masked.resumed(self._result, number)
+        if (found := kept_round(self._result, number)) is None:
+            return None
+        log, values, rows = found
+        self._noised = Update(EVERYONE, Payload(self.server.shared.manifest, values.numpy()), int(rows), {})
+        return log
 
     def _masked_rows(self, names: Iterable[str], log: RoundLog) -> dict[str, int]:
         """Return the rows by which clients weight their masked updates; with noise, every client counts once."""
@@ -261,9 +279,10 @@ class FlexpertsStrategy(Strategy):
                     continue
                 info |= {"masking": self.masked.tally.masking(name).model_dump_json()}
             content = self.downlink.content(info, payload, name, whole=whole)
-            before = log.downlink.get(name, 0) if whole else 0
-            log.downlink[name] = before + encoded_bytes(content)
-            log.declare("downlink", name, payload.manifest)
+            if number == log.number or not isinstance(self._grid, LazyGrid):  # a resumed simulation asks again
+                before = log.downlink.get(name, 0) if whole else 0
+                log.downlink[name] = before + encoded_bytes(content)
+                log.declare("downlink", name, payload.manifest)
             yield self._asked.note(request(content, "train", self.members.node(name), str(number)))
 
     def _evaluate_requests(self, names: Iterable[str], *, whole: bool = False) -> Iterator[Message]:
@@ -381,7 +400,7 @@ class FlexpertsStrategy(Strategy):
         for region in self.server.silos.keys() & log.clients.keys():  # some of its silos may not have taken part
             has = {**has, region: int(log.clients[region]["rows"])}
             known[region] = min(known[region], has[region])
-        rows = capped_rows({name: known[name] for name in names}, share)
+        rows = self.changes.capped({name: known[name] for name in names}, share, log.number)
         log.capped = {name: count for name, count in rows.items() if count < has[name]}
         for name, count in log.capped.items():
             self.observer.notice(
@@ -430,30 +449,12 @@ class FlexpertsStrategy(Strategy):
         return reason
 
     def _check_quorum(self, log: RoundLog) -> None:
-        if self.buffered is not None and self.buffered.full and log.clients:
-            return
-        share, count = self.config.federation.quorum, len(log.participants)
-        least = max(1, math.ceil(share * count - 1e-9)) if count else 0
-        if len(log.clients) >= least:
-            return
-        refused = [f"{name} refused ({reason})" for name, reason in log.refused.items()]
-        faults = [*(f"{name} missing" for name in log.missing), *refused]
-        raise FederationError(
-            f"round {log.number}: {len(log.clients)} of {count} clients sent a usable update ({', '.join(faults)})",
-            f"federation.quorum = {share:g} asks for {least}",
-            "resume the run when the clients are back, remove those that stay away with `flexperts forget`, or "
-            "start a new run with a lower federation.quorum",
-        )
+        if not (self.buffered is not None and self.buffered.full and log.clients):
+            log.check_quorum(self.config.federation.quorum)
 
     def _close_evaluation(self, log: RoundLog) -> None:
         """Record the clients without scores; after the last round at least one client must have them."""
-        training = self._training()
-        for name in self.config.evaluation.scored(self.server.clients):
-            if name not in log.scores and name not in log.unscored:
-                absent = "it is training" if name in training else "it was not online"
-                asked = name in log.evaluation["downlink"]
-                log.unscored[name] = "it did not answer in time" if asked else absent
-        log.unscored = {name: reason for name, reason in log.unscored.items() if name not in log.scores}
+        log.close_evaluation(self.config.evaluation.scored(self.server.clients), self._training())
         if self.server.round == self.rounds_total and not log.scores:
             raise FederationError(
                 f"round {log.number}: no client has scores "
