@@ -28,6 +28,7 @@ from flexperts.evaluation.scores import evaluate
 from flexperts.files import read_json, write_json
 from flexperts.methods.kit.turn import Turn
 from flexperts.observer import Observer
+from flexperts.recipe import load_recipe
 from flexperts.studies import runner
 from flexperts.studies.collect import collect_comparison
 from flexperts.studies.entries import ComparisonPlan, plan_comparison
@@ -132,6 +133,40 @@ def test_a_comparison_goes_on_with_what_it_left_open_when_it_began(
     assert {(c.graft.output, c.training.personal_moments) for c in used} == {("expert", "fresh")}
     with pytest.raises(ArtifactError, match=r"graft\.output: 'expert', now 'difference'"):
         run_comparison(plan("graft.output=difference", seeds=3), out)
+
+
+@pytest.mark.parametrize("start", ["begun", "pinned"])
+def test_an_entry_goes_on_as_it_began_where_the_recipe_sets_what_it_leaves_open(
+    plan: Planned, tmp_path: Path, ran: Runs, start: str
+) -> None:
+    """Else its later seeds would be another method under its name."""
+    pins = ("graft.output=expert", "training.personal_moments=fresh") if start == "pinned" else ()
+    auto = '"graft.output=auto", "training.personal_moments=auto"'
+    variants = f'compare.variants={{open = [{auto}], section = ["graft={{experts=2}}"], silent = []}}'
+    used: list[RunConfig] = []
+    make = ComparisonPlan.config
+    planned = plan(*pins, variants, entries=["open", "section", "silent"], seeds=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ComparisonPlan, "config", lambda *its: used.append(make(*its)) or used[-1])
+        for _ in range(2):
+            assert run_comparison(planned, tmp_path / "out") == []
+            for job in jobs(planned, tmp_path / "out"):
+                (job.folder / DONE).unlink()
+    first, again = used[: len(used) // 2], used[len(used) // 2 :]
+    assert first == again
+    resolved = {(c.graft.output, c.training.personal_moments) for c in first if c.graft.experts == 1}
+    assert resolved == {("auto", "auto"), *([("expert", "fresh")] if pins else [])}
+
+
+def test_an_entry_that_leaves_it_open_itself_is_not_what_an_older_comparison_began_with(
+    plan: Planned, tmp_path: Path, ran: Runs
+) -> None:
+    """The claim of a version whose default was the paper's, and one whose template got a date."""
+    planned = plan('compare.variants.open=["graft.output=auto"]', entries=["open", "flex"], seeds=1)
+    begun = load_recipe(planned.recipe, ("graft.output=expert", 'model.template_date="2026-02-03"'))
+    opened, flex = (planned.as_begun(begun).config(entry, 0) for entry in planned.entries)
+    assert (opened.graft.output, flex.graft.output) == ("auto", "expert")
+    assert {opened.model.template_date, flex.model.template_date} == {"2026-02-03"}
 
 
 def test_a_variant_that_changed_is_not_taken_for_what_was_run(
