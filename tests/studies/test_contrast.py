@@ -26,8 +26,6 @@ from flexperts.studies.entries import plan_comparison
 from flexperts.studies.runner import run_comparison
 from flexperts.studies.statistics import Paired, paired_bootstrap
 
-from .conftest import write
-
 Json = dict[str, Any]
 Entries = dict[str, Json]
 OWN = {"fedavg": "global", "flex": "personalized", "local": "personalized", "zero_shot": "zero_shot"}
@@ -345,7 +343,7 @@ def test_nll_over_other_tokens_is_not_compared_and_the_rest_is(
 def test_a_limit_that_cuts_texts_elsewhere_is_no_better_nll(tmp_path: Path, speaking_base: Path) -> None:
     for side, count in (("train", 3), ("test", 3)):
         texts = [{"text": f"{side} {i} {'e t a o i n ' * (4 + 10 * (i > 0))}"} for i in range(count)]
-        write(tmp_path / f"{side}.jsonl", texts)
+        (tmp_path / f"{side}.jsonl").write_text("\n".join(map(json.dumps, texts)))
     recipe = f"""
         [model]
         base = "{speaking_base}"

@@ -23,13 +23,14 @@ from flexperts.artifacts import RunDirectory
 from flexperts.client.client import Client
 from flexperts.client.states import in_states
 from flexperts.config.run import RunConfig
+from flexperts.data.clients import Clients, load_clients
 from flexperts.errors import ArtifactError, ConfigError, FlexpertsError
 from flexperts.evaluation.scores import evaluate
 from flexperts.files import read_json, write_json
 from flexperts.methods.kit.turn import Turn
 from flexperts.observer import Observer
 from flexperts.recipe import load_recipe
-from flexperts.studies import runner, scored
+from flexperts.studies import runner
 from flexperts.studies.collect import collect_comparison
 from flexperts.studies.entries import ComparisonPlan, plan_comparison
 from flexperts.studies.finished import DONE
@@ -216,8 +217,12 @@ def test_other_settings_that_leave_the_scored_rows_as_they_are_are_allowed(
 ) -> None:
     """Rows are read once for the same settings, and not at all where no setting of theirs differs."""
     read: list[Any] = []
-    load = scored.load_clients
-    monkeypatch.setattr(scored, "load_clients", lambda *its: read.append(its) or load(*its))
+
+    def noted(*its: Any) -> Clients:
+        read.append(its)
+        return load_clients(*its)
+
+    monkeypatch.setattr("flexperts.studies.scored.load_clients", noted)
     variants = 'compare.variants={less = ["data.validation_fraction=0.4"], all = ["evaluation.rows=6"], k2 = []}'
     variants = variants.replace("all =", "six =")
     assert run_comparison(plan(variants, entries=["flex", "k2", "fedavg"]), tmp_path / "same") == []
