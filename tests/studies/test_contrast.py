@@ -13,12 +13,17 @@ import pytest
 
 from flexperts.engines.run import run_federation
 from flexperts.errors import ArtifactError
+from flexperts.files import opened, sealed
 from flexperts.recipe import load_recipe
+from flexperts.reports.cells import MISSING, Table
 from flexperts.reports.html import html_report
 from flexperts.reports.markdown import markdown_report
+from flexperts.reports.summary import summary
 from flexperts.reports.tables import tables
 from flexperts.seeding import derive_seed
 from flexperts.studies.collect import collect_comparison, collect_run
+from flexperts.studies.entries import plan_comparison
+from flexperts.studies.runner import run_comparison
 from flexperts.studies.statistics import Paired, paired_bootstrap
 
 Json = dict[str, Any]
@@ -285,3 +290,87 @@ def test_a_silo_with_one_test_row_leaves_a_difference_without_interval(compared:
     row = next(row for row in tables(found)["main"].rows if row[0].text == "local")
     assert "–" in [cell.text for cell in row]
     assert "includes 0" not in html_report(found)
+
+
+def cells(table: Table, name: str, column: str) -> list[Any]:
+    """Return an entry's cells in the columns of one name."""
+    row = next(row for row in table.rows if row[0].text.split(" ")[0] == name)
+    return [cell for cell, head in zip(row, table.header, strict=True) if head.name.startswith(column)]
+
+
+def test_nll_over_other_tokens_is_not_compared_and_the_rest_is(
+    compared: Path, tmp_path: Path, comparison: Json
+) -> None:
+    out = shutil.copytree(compared, tmp_path / "copy")
+
+    def shorter(line: Json) -> None:
+        line["scores"]["personalized"] |= {"tokens": 1, "nll": 0.001}
+
+    change(out / "runs" / "local" / "seed-1" / "predictions" / "cafe.jsonl", shorter)
+    for seed in (0, 1):
+        path = out / "runs" / "local" / f"seed-{seed}" / "summary.json"
+        summed = opened(path, json.loads(path.read_text()))
+        for its in summed["clients"].values():
+            its["nll"]["personalized"] = 0.001
+        path.write_text(json.dumps(sealed(summed)))
+    changed = collect_comparison(out)
+    found, whole = by_name(changed), by_name(comparison)
+    assert found["local"]["other_tokens"] == {"rows": 26, "differ": 4}
+    assert [name for name in found if "other_tokens" in found[name]] == ["local"]
+    assert list(found["local"]["against"]) == ["rouge_l"]
+    assert found["local"]["against"] == {"rouge_l": whole["local"]["against"]["rouge_l"]}
+    assert (found["local"]["silos"]["nll"]["improvement"], found["local"]["silos"]["nll"]["harmed"]) == (None, None)
+    assert found["local"]["silos"]["nll"]["iqm"]["value"] == pytest.approx(0.001)
+    assert found["local"]["silos"]["rouge_l"] == whole["local"]["silos"]["rouge_l"]
+    left = [name for name in OTHERS if name != "local"]
+    tests = [found[name]["against"]["nll"] for name in left]
+    adjusted = benjamini_hochberg([test["p"] for test in tests])
+    assert [test["p_adjusted"] for test in tests] == pytest.approx(adjusted)
+    made = tables(changed)
+    said = "local: its NLL is over other tokens than the reference's: 4 of 26 rows differ. Such an NLL is neither"
+    assert said in made["main"].note
+    for key, column in (("main", "NLL"), ("clients-nll", "mean"), ("robust", "IQM"), ("spread", "mean")):
+        assert not cells(made[key], "local", column)[-1 if key == "robust" else 0].best, key
+        marked = [row for row in made[key].rows if any(cell.best for cell in row)]
+        assert marked, key
+    assert cells(made["robust"], "local", "P(better")[1].text == MISSING
+    assert cells(made["spread"], "local", "harmed")[0].text == MISSING
+    assert not [line for line in summary(changed) if line.startswith("local") and "best NLL" in line]
+    assert said in html_report(changed).replace("&#39;", "'")
+    assert said in markdown_report(changed)
+
+
+def test_a_limit_that_cuts_texts_elsewhere_is_no_better_nll(tmp_path: Path, speaking_base: Path) -> None:
+    for side, count in (("train", 3), ("test", 3)):
+        texts = [{"text": f"{side} {i} {'e t a o i n ' * (4 + 10 * (i > 0))}"} for i in range(count)]
+        (tmp_path / f"{side}.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    recipe = f"""
+        [model]
+        base = "{speaking_base}"
+        dtype = "float32"
+        precision = "fp32"
+        [data.clients.one]
+        train = "train.jsonl"
+        test = "test.jsonl"
+        [evaluation]
+        max_new_tokens = 1
+        [federation]
+        rounds = 1
+        [compare]
+        seeds = 2
+        resamples = 100
+        entries = ["long", "also_long", "short"]
+        [compare.variants]
+        long = ["method.name=zero_shot", "training.max_length=250"]
+        also_long = ["method.name=zero_shot", "training.max_length=240"]
+        short = ["method.name=zero_shot", "training.max_length=80"]
+    """
+    (tmp_path / "recipe.toml").write_text(recipe)
+    assert run_comparison(plan_comparison(tmp_path / "recipe.toml"), tmp_path / "out") == []
+    comparison = collect_comparison(tmp_path / "out")
+    found = by_name(comparison)
+    assert found["short"]["other_tokens"] == {"rows": 6, "differ": 4}
+    assert "nll" not in found["short"]["against"]
+    assert found["also_long"]["against"]["nll"]["difference"] == 0
+    assert "other_tokens" not in found["also_long"]
+    assert [row[0].text.split(" ")[0] for row in tables(comparison)["main"].rows][-1] == "short"

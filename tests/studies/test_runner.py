@@ -23,11 +23,13 @@ from flexperts.artifacts import RunDirectory
 from flexperts.client.client import Client
 from flexperts.client.states import in_states
 from flexperts.config.run import RunConfig
+from flexperts.data.clients import Clients, load_clients
 from flexperts.errors import ArtifactError, ConfigError, FlexpertsError
 from flexperts.evaluation.scores import evaluate
 from flexperts.files import read_json, write_json
 from flexperts.methods.kit.turn import Turn
 from flexperts.observer import Observer
+from flexperts.recipe import load_recipe
 from flexperts.studies import runner
 from flexperts.studies.collect import collect_comparison
 from flexperts.studies.entries import ComparisonPlan, plan_comparison
@@ -132,6 +134,114 @@ def test_a_comparison_goes_on_with_what_it_left_open_when_it_began(
     assert {(c.graft.output, c.training.personal_moments) for c in used} == {("expert", "fresh")}
     with pytest.raises(ArtifactError, match=r"graft\.output: 'expert', now 'difference'"):
         run_comparison(plan("graft.output=difference", seeds=3), out)
+
+
+@pytest.mark.parametrize("start", ["begun", "pinned"])
+def test_an_entry_goes_on_as_it_began_where_the_recipe_sets_what_it_leaves_open(
+    plan: Planned, tmp_path: Path, ran: Runs, start: str
+) -> None:
+    """Else its later seeds would be another method under its name."""
+    pins = ("graft.output=expert", "training.personal_moments=fresh") if start == "pinned" else ()
+    auto = '"graft.output=auto", "training.personal_moments=auto"'
+    variants = f'compare.variants={{open = [{auto}], section = ["graft={{experts=2}}"], silent = []}}'
+    used: list[RunConfig] = []
+    make = ComparisonPlan.config
+    planned = plan(*pins, variants, entries=["open", "section", "silent"], seeds=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ComparisonPlan, "config", lambda *its: used.append(make(*its)) or used[-1])
+        for _ in range(2):
+            assert run_comparison(planned, tmp_path / "out") == []
+            for job in jobs(planned, tmp_path / "out"):
+                (job.folder / DONE).unlink()
+    first, again = used[: len(used) // 2], used[len(used) // 2 :]
+    assert first == again
+    resolved = {(c.graft.output, c.training.personal_moments) for c in first if c.graft.experts == 1}
+    assert resolved == {("auto", "auto"), *([("expert", "fresh")] if pins else [])}
+
+
+def test_an_entry_that_leaves_it_open_itself_is_not_what_an_older_comparison_began_with(
+    plan: Planned, tmp_path: Path, ran: Runs
+) -> None:
+    """The claim of a version whose default was the paper's, and one whose template got a date."""
+    planned = plan('compare.variants.open=["graft.output=auto"]', entries=["open", "flex"], seeds=1)
+    begun = load_recipe(planned.recipe, ("graft.output=expert", 'model.template_date="2026-02-03"'))
+    opened, flex = (planned.as_begun(begun).config(entry, 0) for entry in planned.entries)
+    assert (opened.graft.output, flex.graft.output) == ("auto", "expert")
+    assert {opened.model.template_date, flex.model.template_date} == {"2026-02-03"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "count"),
+    [
+        ("evaluation.rows=3", 9),
+        ("evaluation.split=validation", 10),
+        ("evaluation.clients=2", None),
+        ('data.leave_out=["farm"]', 7),
+        ("data.folder=others", 13),
+    ],
+)
+def test_an_entry_on_other_rows_is_refused_before_anything_is_trained(
+    plan: Planned, work: Path, tmp_path: Path, ran: Runs, setting: str, count: int | None
+) -> None:
+    """Else all of it would be trained, and no report be written."""
+    others = tmp_path / "others"
+    shutil.copytree(work / "clients", others)
+    (others / "farm" / "test.jsonl").write_text(
+        (others / "farm" / "test.jsonl").read_text().replace("farm", "barn")
+    )
+    variants = f"compare.variants.odd={json.dumps([setting.replace('others', str(others))])}"
+    with pytest.raises(ConfigError, match="must be scored on the same rows") as caught:
+        run_comparison(plan(variants, entries=["fedavg", "odd"]), tmp_path / "out")
+    said = str(caught.value)
+    assert "entry 'odd' with" in said
+    assert f"seed 0: {count} scored rows" in said or count is None
+    assert "not the 13 of 'fedavg'" in said
+    assert "another --out" in said
+    assert "barn" not in said
+    assert "farm test" not in said
+    assert (ran, (tmp_path / "out").exists()) == ([], False)
+
+
+def test_an_entry_on_other_rows_than_a_directorys_reference_is_refused(
+    plan: Planned, compared: Path, tmp_path: Path, ran: Runs
+) -> None:
+    out = shutil.copytree(compared, tmp_path / "more")
+    claim = (out / "compare.json").read_text()
+    with pytest.raises(ConfigError, match=r"entry 'odd' with .* of 'flex'"):
+        run_comparison(plan('compare.variants.odd=["evaluation.rows=3"]', entries=["odd"]), out)
+    assert (ran, (out / "compare.json").read_text()) == ([], claim)
+
+
+def test_other_settings_that_leave_the_scored_rows_as_they_are_are_allowed(
+    plan: Planned, tmp_path: Path, ran: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are read once for the same settings, and not at all where no setting of theirs differs."""
+    read: list[Any] = []
+
+    def noted(*its: Any) -> Clients:
+        read.append(its)
+        return load_clients(*its)
+
+    monkeypatch.setattr("flexperts.studies.scored.load_clients", noted)
+    variants = 'compare.variants={less = ["data.validation_fraction=0.4"], all = ["evaluation.rows=6"], k2 = []}'
+    variants = variants.replace("all =", "six =")
+    assert run_comparison(plan(variants, entries=["flex", "k2", "fedavg"]), tmp_path / "same") == []
+    assert read == []
+    assert run_comparison(plan(variants, entries=["flex", "less", "k2", "six"]), tmp_path / "out") == []
+    assert sorted(seed for _, seed in read) == [0, 0, 0, 1, 1, 1]
+
+
+def test_rows_that_an_entry_would_drop_are_missing_from_its_scored_rows(
+    plan: Planned, work: Path, tmp_path: Path, ran: Runs
+) -> None:
+    folder = tmp_path / "clients"
+    shutil.copytree(work / "clients", folder)
+    with (folder / "farm" / "test.jsonl").open("a") as file:
+        file.write(json.dumps({"instruction": "long" * 33, "response": "e"}) + "\n")
+    settings = f"data.folder={folder}", "data.on_bad_row=drop", "training.max_length=250"
+    variants = 'compare.variants.short=["training.max_length=128"]'
+    with pytest.raises(ConfigError, match=r"seed 0: 13 scored rows: .* not the 14 of 'flex'"):
+        run_comparison(plan(*settings, variants, entries=["flex", "short"]), tmp_path / "out")
 
 
 def test_a_variant_that_changed_is_not_taken_for_what_was_run(

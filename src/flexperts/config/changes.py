@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Mapping
 from typing import Any
@@ -63,6 +64,17 @@ def recipe_changes(before: str, now: str) -> str:
     told = [f"{key}: {_at(old, key)}, now {_at(new, key)}" for key in keys[:_MOST_TOLD]]
     more = [f"and {len(keys) - _MOST_TOLD} more"] if keys[_MOST_TOLD:] else []
     return "; ".join([*told, *more]) or "only in its formatting"
+
+
+def overrides_to(before: str, now: str) -> tuple[str, ...]:
+    """Return KEY=VALUE overrides that change one recipe's settings to another's, where the other sets them.
+
+    Args:
+        before: A recipe's TOML.
+        now: Another's.
+    """
+    old, new = (flat(tomllib.loads(text)) for text in (before, now))
+    return tuple(f"{key}={json.dumps(value)}" for key, value in new.items() if old.get(key) != value)
 
 
 def _at(settings: Mapping[str, Any], key: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -148,15 +148,24 @@ def percent(value: Any, *, sign: bool = False) -> Cell:
     return Cell(_signed(100 * value, 1) if sign else _fixed(100 * value, 1), value)
 
 
-def mark_best(rows: Sequence[tuple[Cell, ...]], column: int, *, lowest: bool = False) -> list[tuple[Cell, ...]]:
-    """Return rows with the best cells of a column marked, if at least two rows have a number."""
-    values = [row[column].value for row in rows]
+def mark_best(
+    rows: Sequence[tuple[Cell, ...]], column: int, *, lowest: bool = False, left_out: Collection[int] = ()
+) -> list[tuple[Cell, ...]]:
+    """Return rows with the best cells of a column marked, if at least two rows have a number.
+
+    Args:
+        rows: The rows.
+        column: The place of the column.
+        lowest: Whether less is better.
+        left_out: Places of rows whose numbers cannot be compared with the others'.
+    """
+    values = [None if place in left_out else row[column].value for place, row in enumerate(rows)]
     present = [v for v in values if v is not None]
     if len(present) < 2:
         return list(rows)
     best = min(present) if lowest else max(present)
     return [
-        (*row[:column], replace(row[column], best=value == best), *row[column + 1 :])
+        (*row[:column], replace(row[column], best=value is not None and value == best), *row[column + 1 :])
         for row, value in zip(rows, values, strict=True)
     ]
 

@@ -112,6 +112,7 @@ def main_note(comparison: Comparison) -> str:
         tokenizer_words(comparison),
         _cut_words(comparison),
         _not_finite_words(comparison),
+        _token_words(comparison),
         _best_words(comparison),
         interval_note(comparison),
         counts(comparison),
@@ -231,6 +232,17 @@ def _not_finite_words(comparison: Comparison) -> str:
     ]
     more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
     return f"No score, and no mean that includes it: {'; '.join(found[:_NAMED])}{more}." if found else ""
+
+
+def _token_words(comparison: Comparison) -> str:
+    """Return which entries' NLL is over other tokens than the reference's; empty if none is."""
+    found = [
+        f"{entry['name']}: its NLL is over other tokens than the reference's: "
+        f"{its['differ']} of {its['rows']} rows differ"
+        for entry in comparison["entries"]
+        if (its := entry.get("other_tokens"))
+    ]
+    return f"{'; '.join(found)}. Such an NLL is neither compared nor marked as best." if found else ""
 
 
 def _best_words(comparison: Comparison) -> str:

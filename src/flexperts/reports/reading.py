@@ -51,6 +51,16 @@ def against(entry: Entry, metric: str) -> Mapping[str, Any] | None:
     return (entry.get("against") or {}).get(metric) or None
 
 
+def is_ranked(entry: Entry, metric: str) -> bool:
+    """Return whether an entry's score can be the best: its NLL cannot if it is over other tokens."""
+    return metric != "nll" or not entry.get("other_tokens")
+
+
+def unranked(entries: Iterable[Entry], metric: str) -> set[int]:
+    """Return the places of the entries whose score cannot be the best."""
+    return {place for place, entry in enumerate(entries) if not is_ranked(entry, metric)}
+
+
 def verdict(comparison: Comparison, entry: Entry, metric: str) -> str:
     """Return an entry's verdict against the reference: better, worse, open (not significant), or none (no test).
 
@@ -112,7 +122,7 @@ def change(entry: Entry, state: str, place: str, metric: str) -> dict[str, Any] 
 def ordered(comparison: Comparison) -> list[Entry]:
     """Return entries best first: by ROUGE-L of the own state on own rows, then by NLL; unscored ones last.
 
-    Where ``sorted_by_nll``, by NLL alone.
+    Where ``sorted_by_nll``, by NLL alone. NLL over other tokens comes after NLL over the reference's.
     """
     by_nll = sorted_by_nll(comparison)
     return sorted(comparison["entries"], key=lambda entry: _rank(entry)[2 if by_nll else 0 :])
@@ -179,4 +189,4 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 def _rank(entry: Entry) -> tuple[bool, float, bool, float]:
     rouge, nll = mean(own(entry, "own", "rouge_l")), mean(own(entry, "own", "nll"))
-    return rouge is None, -(rouge or 0.0), nll is None, nll or 0.0
+    return rouge is None, -(rouge or 0.0), nll is None or not is_ranked(entry, "nll"), nll or 0.0

@@ -29,12 +29,14 @@ from flexperts.reports.reading import (
     ability,
     against,
     change,
+    is_ranked,
     mean,
     ordered,
     own,
     own_state_words,
     stat,
     trained_state,
+    unranked,
 )
 
 DIGITS = {"rouge_l": 1, "nll": 3, "reward_accuracy": 1, "reward_margin": 3}
@@ -46,8 +48,9 @@ _WITHIN_ABILITY = (("general", "rouge_l"), ("general", "nll"), ("mmlu", "accurac
 
 def main_table(comparison: Comparison) -> Table:
     """Return the comparison: one row per entry, best first, and the unchanged base last."""
-    rows = [_main_row(comparison, entry) for entry in ordered(comparison)]
-    rows = mark_best(mark_best(rows, 2), 5, lowest=True)
+    entries = ordered(comparison)
+    rows = [_main_row(comparison, entry) for entry in entries]
+    rows = mark_best(mark_best(rows, 2), 5, lowest=True, left_out=unranked(entries, "nll"))
     rows += _base_row(comparison)
     return Table("main", "Scores and differences", main_note(comparison), _main_header(comparison), tuple(rows))
 
@@ -177,7 +180,7 @@ def _tested(entry: Entry, metric: str) -> tuple[Cell, Cell, Cell]:
 
 def _base_row(comparison: Comparison) -> list[tuple[Cell, ...]]:
     """Return the unchanged base's row, from the first entry with its scores, unless the base is an entry."""
-    entries = comparison["entries"]
+    entries = sorted(comparison["entries"], key=lambda entry: not is_ranked(entry, "nll"))
     measured = [e for e in entries if stat(e, "zero_shot", "own", "nll") or stat(e, "zero_shot", "own", "rouge_l")]
     if not measured or any(e["own_state"] == "zero_shot" for e in entries):
         return []

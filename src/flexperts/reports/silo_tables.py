@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from flexperts.reports.cells import MISSING, Cell, Column, Table, bounded, mark_best, number, spread, words
@@ -19,6 +19,7 @@ from flexperts.reports.reading import (
     over_silos,
     own,
     own_state_words,
+    unranked,
 )
 from flexperts.reports.score_tables import DIGITS, WHO, own_state, place_words
 
@@ -34,14 +35,14 @@ def client_table(comparison: Comparison, metric: str) -> Table:
     clients: Sequence[str] = comparison["clients"]
     if len(clients) > _MOST_COLUMNS:
         return silo_table(comparison, metric)
-    digits = DIGITS[metric]
+    digits, entries = DIGITS[metric], ordered(comparison)
     rows = []
-    for entry in ordered(comparison):
+    for entry in entries:
         found = own(entry, "own", metric)
         cells = [spread(((found or {}).get("clients") or {}).get(c), digits) for c in clients]
         rows.append((words(entry["name"]), own_state(entry), *cells, spread(found, digits)))
     for column in range(2, len(clients) + 3):
-        rows = mark_best(rows, column, lowest=metric in LOWER_IS_BETTER)
+        rows = mark_best(rows, column, lowest=metric in LOWER_IS_BETTER, left_out=unranked(entries, metric))
     group = place_words(comparison, own_state_words(comparison), "own")
     header = (*WHO, *(Column(c, group) for c in clients), Column("mean", group))
     return _by_client(comparison, metric, "column", header, rows)
@@ -55,15 +56,16 @@ def silo_table(comparison: Comparison, metric: str) -> Table:
         [words(c), *(number(mean((stat.get("clients") or {}).get(c)), digits) for stat in stats)] for c in clients
     ]
     rows.append([words("mean"), *(number(mean(stat), digits) for stat in stats)])
-    marked = [_mark_best(row, lowest=metric in LOWER_IS_BETTER) for row in rows]
+    left_out = unranked(entries, metric)
+    marked = [_mark_best(row, lowest=metric in LOWER_IS_BETTER, left_out=left_out) for row in rows]
     group = place_words(comparison, own_state_words(comparison), "own")
     header = (Column("silo", words=True), *(Column(entry["name"], group) for entry in entries))
     return _by_client(comparison, metric, "row", header, marked)
 
 
-def _mark_best(row: Sequence[Cell], *, lowest: bool) -> tuple[Cell, ...]:
+def _mark_best(row: Sequence[Cell], *, lowest: bool, left_out: Collection[int]) -> tuple[Cell, ...]:
     """Return a row with its best numbers marked, if there are at least two."""
-    marked = mark_best([(cell,) for cell in row[1:]], 0, lowest=lowest)
+    marked = mark_best([(cell,) for cell in row[1:]], 0, lowest=lowest, left_out=left_out)
     return (row[0], *(cell for (cell,) in marked))
 
 
@@ -80,7 +82,7 @@ def robust_table(comparison: Comparison) -> Table:
     rows = [
         (words(e["name"]), own_state(e), *(c for metric in METRICS for c in _robust(e, metric))) for e in entries
     ]
-    rows = mark_best(mark_best(rows, 2), 4, lowest=True)
+    rows = mark_best(mark_best(rows, 2), 4, lowest=True, left_out=unranked(entries, "nll"))
     level = f"{100 * comparison['confidence']:g} %"
     better = f"P(better than {comparison['reference']}) [{level}]"
     header = (*WHO, *(Column(text, name) for name in METRICS.values() for text in (f"IQM [{level}]", better)))
@@ -107,10 +109,11 @@ def _robust(entry: Entry, metric: str) -> tuple[Cell, Cell]:
 
 def spread_table(comparison: Comparison) -> Table:
     """Return how far the silos' NLL of own states are apart, and how many silos an entry harms."""
-    found = [(entry, over_silos(entry, "nll")) for entry in ordered(comparison)]
-    rows = [(words(e["name"]), own_state(e), *_spread(e, its)) for e, its in found if its]
+    found = [(entry, its) for entry in ordered(comparison) if (its := over_silos(entry, "nll"))]
+    rows = [(words(e["name"]), own_state(e), *_spread(e, its)) for e, its in found]
+    left_out = unranked([entry for entry, _ in found], "nll")
     for column in (2, 3, 5, 6):
-        rows = mark_best(rows, column, lowest=True)
+        rows = mark_best(rows, column, lowest=True, left_out=left_out)
     group = place_words(comparison, own_state_words(comparison), "own")
     level = f"{100 * comparison['confidence']:g} %"
     header = (
@@ -166,7 +169,9 @@ def newcomer_table(comparison: Comparison) -> Table:
             for e in entries
         ]
         for place, (state, metric) in enumerate(columns, 2):
-            its = its if state == "zero_shot" else mark_best(its, place, lowest=metric in LOWER_IS_BETTER)
+            if state != "zero_shot":
+                lowest = metric in LOWER_IS_BETTER
+                its = mark_best(its, place, lowest=lowest, left_out=unranked(entries, metric))
         rows += its
     heads = (Column("newcomer", words=True), Column("entry", words=True))
     header = (*heads, *(Column(METRICS[metric], STATES[state]) for state, metric in columns))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from flexperts.reports.cells import interval, number, p_value, spread
 from flexperts.reports.reading import (
     METRICS,
@@ -10,6 +12,7 @@ from flexperts.reports.reading import (
     Entry,
     against,
     holds_zero,
+    is_ranked,
     mean,
     ordered,
     own,
@@ -26,9 +29,9 @@ def summary(comparison: Comparison) -> list[str]:
     with_rouge = [] if sorted_by_nll(comparison) else ordered(comparison)
     by_rouge = next((e for e in with_rouge if mean(own(e, "own", "rouge_l")) is not None), None)
     with_nll = [e for e in entries if mean(own(e, "own", "nll")) is not None]
-    by_nll = min(with_nll, key=lambda e: mean(own(e, "own", "nll")) or 0.0, default=None)
-    if not by_rouge and not by_nll:
+    if not by_rouge and not with_nll:
         return ["No entry has a score yet."]
+    by_nll = _lowest(with_nll)
     sentences = []
     if by_rouge:
         sentences.append(_best(comparison, by_rouge, "rouge_l"))
@@ -37,6 +40,14 @@ def summary(comparison: Comparison) -> list[str]:
     elif by_nll and len(entries) > 1:
         sentences.append(f"It is also best by NLL ({spread(own(by_nll, 'own', 'nll'), DIGITS['nll']).text}).")
     return [*sentences, *_standing(comparison, "rouge_l" if by_rouge else "nll"), *_caution(comparison)]
+
+
+def _lowest(entries: Sequence[Entry]) -> Entry | None:
+    """Return the entry with the lowest NLL; None if the tokens leave no two to compare."""
+    ranked = [entry for entry in entries if is_ranked(entry, "nll")]
+    if len(ranked) < min(2, len(entries)):
+        return None
+    return min(ranked, key=lambda entry: mean(own(entry, "own", "nll")) or 0.0, default=None)
 
 
 def facts(comparison: Comparison) -> list[tuple[str, str]]:

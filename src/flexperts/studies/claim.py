@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ def continued(plan: ComparisonPlan, out: Path) -> ComparisonPlan:
     """Return the comparison with what it leaves open as it was when the directory's began, if there is one."""
     if not (out / CLAIM).exists():
         return plan
-    return replace(plan, begun=parse_recipe(read_claim(out)["recipe"], where=str(out / CLAIM)))
+    return plan.as_begun(parse_recipe(read_claim(out)["recipe"], where=str(out / CLAIM)))
 
 
 def claimed(plan: ComparisonPlan, out: Path) -> dict[str, Any]:

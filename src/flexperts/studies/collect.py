@@ -23,7 +23,7 @@ from flexperts.evaluation.scores import REWARDS, SCORES, Scores, kinds_in, mean_
 from flexperts.files import placeless, read_json
 from flexperts.methods.registry import make_method
 from flexperts.recipe import recorded_recipe
-from flexperts.studies.contrast import abilities, contrasts
+from flexperts.studies.contrast import abilities, contrasts, other_tokens
 from flexperts.studies.finished import CLAIM, KEPT, RUNS, Finished, choices_of, read_claim, with_kept
 from flexperts.studies.floor import floors
 from flexperts.studies.over_silos import over_silos
@@ -80,6 +80,7 @@ def collect(
             _entry(entry)
             | {"ability": abilities(entry, confidence, resamples), "against": against.get(entry.name)}
             | ({"floor": found} if (found := floors(entry, confidence, resamples)) else {})
+            | ({"other_tokens": differ} if (differ := other_tokens(entry, first)) else {})
             | {"silos": silos[entry.name], "newcomers": _newcomers(entry, newcomers)}
             for entry in finished
         ],

@@ -26,8 +26,8 @@ def contrasts(
     """Return, by entry and score, the entry's last scored state minus the reference's, on the clients' own rows.
 
     Pairs are formed over the seeds that both have finished. An entry without a common seed is left out, and so is a
-    score that is not finite on some row. The p-values of one score are adjusted over all its tests
-    (Benjamini-Hochberg).
+    score that is not finite on some row, and NLL over other tokens. The p-values of one score are adjusted over all
+    its tests (Benjamini-Hochberg).
     """
     others = [f for f in finished if f is not reference and f.runs.keys() & reference.runs.keys()]
     found: dict[str, dict[str, Any]] = {entry.name: {} for entry in others}
@@ -40,6 +40,30 @@ def contrasts(
     return found
 
 
+def other_tokens(entry: Finished, reference: Finished) -> dict[str, int] | None:
+    """Return whether an entry's NLL is over other tokens than the reference's, such as those of longer chats.
+
+    Returns:
+        Over the seeds that both have finished, the number of scored ``rows``, and of those that ``differ``; None
+        where none does.
+    """
+    seeds = [seed for seed in entry.runs if seed in reference.runs]
+    ours, theirs = ([count for seed in seeds for count in _tokens(of, seed)] for of in (entry, reference))
+    differ = sum(a != b for a, b in zip(ours, theirs, strict=True))
+    return {"rows": len(ours), "differ": differ} if differ else None
+
+
+def is_comparable(entry: Finished, reference: Finished, kind: str) -> bool:
+    """Return whether an entry's score is over the same as the reference's on the same rows."""
+    return kind != "nll" or other_tokens(entry, reference) is None
+
+
+def _tokens(entry: Finished, seed: int) -> list[int | None]:
+    """Return the number of tokens over which each row's NLL is."""
+    state = entry.scored_states[-1]
+    return [row["scores"][state].get("tokens") for rows in entry.predictions[seed].values() for row in rows]
+
+
 def _test(
     entry: Finished, reference: Finished, kind: str, confidence: float, resamples: int
 ) -> dict[str, Any] | None:
@@ -48,6 +72,8 @@ def _test(
     pairs = [(entry.predictions[seed], reference.predictions[seed]) for seed in seeds]
     for seed, (ours, theirs) in zip(seeds, pairs, strict=True):
         _check_same(entry.runs[seed], reference.runs[seed], ours, theirs)
+    if not is_comparable(entry, reference, kind):
+        return None
     paired = [_paired(ours, theirs, states, kind) for ours, theirs in pairs]
     found = [test for test in paired if test is not None]
     if len(found) < len(paired):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flexperts.client.floor import check_candidates
+from flexperts.config.changes import overrides_to
 from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError, did_you_mean
 from flexperts.methods.registry import make_method, method_names
@@ -38,7 +39,6 @@ class ComparisonPlan:
         seeds: The seeds; every entry runs with each.
         reference: Name of the entry with which the others are compared; None means the directory's reference, else
             the recipe's, else the first entry.
-        begun: The recipe with which the comparison began, if it goes on.
     """
 
     recipe: Path
@@ -46,16 +46,26 @@ class ComparisonPlan:
     entries: tuple[Entry, ...]
     seeds: tuple[int, ...]
     reference: str | None
-    begun: RunConfig | None = None
 
     @property
     def base(self) -> RunConfig:
         """The recipe without any entry's settings; as in every run, the newcomers are left out."""
-        return self._whole(load_recipe(self.recipe, self.settings))
+        return _without_newcomers(load_recipe(self.recipe, self.settings))
+
+    def as_begun(self, begun: RunConfig) -> ComparisonPlan:
+        """Return the comparison with what its recipe leaves open as it was when it began.
+
+        What an entry sets goes on top, so an entry's "auto" stays "auto".
+
+        Args:
+            begun: The recipe with which the comparison began.
+        """
+        now = load_recipe(self.recipe, self.settings)
+        return replace(self, settings=(*self.settings, *overrides_to(now.to_toml(), now.as_begun(begun).to_toml())))
 
     def config(self, entry: Entry, seed: int) -> RunConfig:
         """Return the whole configuration of one run."""
-        config = self._whole(load_recipe(self.recipe, (*self.settings, *entry.settings, f"seed={seed}")))
+        config = _without_newcomers(load_recipe(self.recipe, (*self.settings, *entry.settings, f"seed={seed}")))
         return config.model_copy(update={"method": config.method.model_copy(update={"reference": None})})
 
     def check(self) -> None:
@@ -66,14 +76,6 @@ class ComparisonPlan:
             method.check(config)
             check_protections(method, config)
             check_candidates(method, config)
-
-    def _whole(self, config: RunConfig) -> RunConfig:
-        """Return a configuration without the newcomers, and with what it leaves open as the comparison began."""
-        config = config.as_begun(self.begun) if self.begun else config
-        if not config.compare.newcomers:
-            return config
-        left = dict.fromkeys((*(config.data.leave_out or ()), *config.compare.newcomers))
-        return config.model_copy(update={"data": config.data.model_copy(update={"leave_out": tuple(left)})})
 
 
 def plan_comparison(
@@ -108,6 +110,14 @@ def plan_comparison(
     plan = ComparisonPlan(recipe, tuple(settings), found, tuple(range(count)), reference)
     plan.check()
     return plan
+
+
+def _without_newcomers(config: RunConfig) -> RunConfig:
+    """Return a configuration whose data leaves out the newcomers."""
+    if not config.compare.newcomers:
+        return config
+    left = dict.fromkeys((*(config.data.leave_out or ()), *config.compare.newcomers))
+    return config.model_copy(update={"data": config.data.model_copy(update={"leave_out": tuple(left)})})
 
 
 def _expanded(names: Sequence[str]) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from scipy.stats import binomtest, trim_mean
 
 from flexperts.evaluation.scores import REWARDS, SCORES
 from flexperts.seeding import derive_seed
+from flexperts.studies.contrast import is_comparable
 from flexperts.studies.finished import Finished
 from flexperts.studies.statistics import Floats, worst_tenth
 
@@ -39,8 +40,9 @@ def over_silos(
 
     Returns:
         Entry -> score -> ``iqm`` (value, low, high), ``std``, ``worst`` (client, value) and ``worst_tenth`` over
-        silos, ``improvement`` and ``harmed`` against the reference (None for the reference itself). A score that is
-        not finite in some silo and seed is left out. Intervals have no ends (None) where there is one seed.
+        silos, ``improvement`` and ``harmed`` against the reference (None for the reference itself, and for NLL over
+        other tokens). A score that is not finite in some silo and seed is left out. Intervals have no ends (None)
+        where there is one seed.
     """
     found: dict[str, dict[str, Any]] = {}
     for entry in finished:
@@ -64,7 +66,7 @@ def _measures(
 
     spread = spread_over(dict(zip(entry.clients, ours.mean(axis=0), strict=True)), is_lower_better)
     made = {"iqm": bounded(interquartile_mean, ours), **spread, "improvement": None, "harmed": None}
-    pair = reference and _paired(entry, reference, kind)
+    pair = reference and is_comparable(entry, reference, kind) and _paired(entry, reference, kind)
     if pair:
         ours, theirs = (-its if is_lower_better else its for its in pair)  # higher is better from here on
         made["improvement"] = bounded(probability_of_improvement, ours, theirs)

@@ -30,6 +30,7 @@ from flexperts.progress import RunProgress
 from flexperts.studies.claim import alone_in, claimed, continued
 from flexperts.studies.entries import ComparisonPlan, Entry
 from flexperts.studies.finished import CLAIM, DONE, RUNS, SEED, folder_name
+from flexperts.studies.scored import check_scored_rows
 from flexperts.tracking import Tracking, tracker_classes
 
 HEAVY = ("personal", "shared", "checkpoint.safetensors")
@@ -104,10 +105,13 @@ def run_comparison(
     """
     tracker_classes(track)
     plan = continued(plan, out)
-    claimed(plan, out)  # refuse before anything is written
+    claim = claimed(plan, out)
     _check_newcomers(plan)
+    check_scored_rows(plan, claim, out)  # all is refused before anything is written
     with alone_in(out):
-        write_json(out / CLAIM, claimed(plan, out))
+        if (joint := claimed(plan, out)) != claim:  # another process has begun meanwhile
+            check_scored_rows(plan, joint, out)
+        write_json(out / CLAIM, joint)
     observer = Once(observer or Observer())  # runs of one recipe repeat many notices
     manner = _Manner(plan, keep_weights, tuple(track), workers > 1, observer if workers == 1 else Observer())
 
