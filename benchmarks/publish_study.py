@@ -32,6 +32,7 @@ from flexperts.reports.reading import (
     Entry,
     ability,
     against,
+    each_of,
     mean,
     ordered,
     over_silos,
@@ -117,7 +118,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Comparison, Entry], str]]] = {
         _text(lambda e: interval(_general(e), 2)),
     ),
     "received": ("received", _text(lambda e: size(e["bytes"]["downlink_per_client_per_round"]))),
-    "sent": ("sent per client and round", _text(lambda e: size(e["bytes"]["uplink_per_client_per_round"]))),
+    "sent": ("sent", _text(lambda e: size(e["bytes"]["uplink_per_client_per_round"]))),
     "up": ("MB up, of the reference's", _megabytes("up")),
     "down": ("MB down, of the reference's", _megabytes("down")),
     "link_10": ("10 Mbit/s", _link(10e6)),
@@ -145,10 +146,11 @@ def table(comparison: Comparison, columns: str) -> str:
     """Return a Markdown table of entries: best ROUGE-L first, or lowest NLL first where ROUGE-L is not shown."""
     names, entries = columns.split(), ordered(comparison)
     chosen = [COLUMNS[name] for name in names]
+    headings = [f"sent {each_of(comparison)}" if name == "sent" else COLUMNS[name][0] for name in names]
     if "rouge_l" not in names:
         entries.sort(key=lambda entry: mean(own(entry, "own", "nll")) or math.inf)
     lines = [[entry["name"], *(text(comparison, entry) for _, text in chosen)] for entry in entries]
-    return _markdown([heading for heading, _ in chosen], lines)
+    return _markdown(headings, lines)
 
 
 def rounds(comparison: Comparison, metric: str) -> str:

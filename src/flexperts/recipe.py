@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from flexperts.config import yaml_tree
 from flexperts.config.data import GIVEN, ClientFiles, DataConfig
-from flexperts.config.run import EngineConfig, RunConfig
+from flexperts.config.run import EngineConfig, RunConfig, as_recorded
 from flexperts.config.section import Section
 from flexperts.config.silo import SiloConfig
 from flexperts.errors import ConfigError, closest, require, shown
@@ -86,10 +86,15 @@ def recorded_recipe(run: Path, overrides: Iterable[str] = ()) -> RunConfig:
     path = run / "config.toml"
     text = text_of(path)
     try:
-        config = parse_recipe(text, where=str(path))
+        config = parse_recorded(text, where=str(path))
     except ConfigError as error:
         raise damaged(path, error.rule) from error
-    return parse_recipe(text, overrides, where=str(path)) if overrides else config
+    return parse_recorded(text, overrides, where=str(path)) if overrides else config
+
+
+def parse_recorded(text: str, overrides: Iterable[str] = (), *, where: str = "recipe") -> RunConfig:
+    """Parse a recipe that ``RunConfig.to_toml`` wrote, in this version or an earlier one."""
+    return _overridden(as_recorded(_tree(text, where)), overrides, where=where)
 
 
 def check_trust(config: RunConfig, where: Path, *, trusted: bool) -> None:
@@ -136,7 +141,12 @@ def parse_recipe(
     text: str, overrides: Iterable[str] = (), *, folder: Path | None = None, where: str = "recipe"
 ) -> RunConfig:
     """Parse a recipe's text; see ``load_recipe``."""
-    tree = _tree(text, where)
+    return _overridden(_tree(text, where), overrides, folder=folder, where=where)
+
+
+def _overridden(
+    tree: dict[str, Any], overrides: Iterable[str], *, folder: Path | None = None, where: str
+) -> RunConfig:
     for override in overrides:
         _override(tree, override)
     return recipe_of_tree(tree, folder=folder, where=where)

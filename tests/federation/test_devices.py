@@ -46,6 +46,22 @@ def test_a_directory_that_names_a_device_is_resumed_elsewhere(recipe: Recipe, tm
     assert recipe_changes(now, as_written_now(path.read_text())) == "only in its formatting"
 
 
+def test_a_directory_of_a_version_without_the_two_settings_goes_on_as_it_began(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    papers = recipe(*TINY, "method.name=flex", "graft.output=expert", "training.personal_moments=fresh")
+    whole = papers.model_copy(update={"federation": papers.federation.model_copy(update={"rounds": 2})})
+    wanted = run_federation(whole, tmp_path / "whole")
+    run_federation(papers, tmp_path / "run")
+    path = tmp_path / "run" / "config.toml"
+    older = path.read_text().replace('output = "expert"\n', "").replace('personal_moments = "fresh"\n', "")
+    assert older != path.read_text()
+    path.write_text(older)
+    more = recipe(*TINY, "method.name=flex", "federation.rounds=2")
+    assert run_federation(more, tmp_path / "run", resume=True)["rounds"] == wanted["rounds"] == 2
+    assert path.read_text() == (tmp_path / "whole" / "config.toml").read_text()
+
+
 def test_the_key_of_the_recipe_still_works_and_is_told_to_be_deprecated(recipe: Recipe, tmp_path: Path) -> None:
     notices = Notices()
     with pytest.raises(ModelError, match=r"device .cuda:7.: torch cannot use it"):

@@ -85,6 +85,21 @@ def test_the_personal_part_trains_alone_on_one_more_cosine(
     assert len(rounds_of(tmp_path / "run")) == 4
 
 
+def test_means_of_bytes_are_of_messages_with_weights(recipe: Recipe, tmp_path: Path) -> None:
+    """Rounds in which a method sends nothing would make it look cheaper than it is."""
+    sent = {}
+    for name, more in (("plain", ()), ("finish", (FINISH,)), ("local", ("method.name=local",))):
+        sent[name] = run_federation(recipe(*SHORT, *more), tmp_path / name)["bytes"]
+        sent[name]["rounds"] = rounds_of(tmp_path / name)
+    first = sent["finish"]["rounds"][:2]
+    assert sent["finish"]["uplink_per_client_per_round"] == sum(sum(log["uplink"].values()) for log in first) / 8
+    assert sent["finish"]["groups"] == sent["plain"]["groups"]
+    assert sent["finish"]["replies_with_weights"] == sent["plain"]["replies_with_weights"] == 8
+    replies = [size for log in sent["local"]["rounds"] for size in log["uplink"].values()]
+    assert sent["local"]["replies_with_weights"] == 0
+    assert sent["local"]["uplink_per_client_per_round"] == sum(replies) / len(replies) > 0
+
+
 def test_warm_up_is_the_recipes_share_of_the_extra_steps(take_turn: Any) -> None:
     with take_turn(FINISH, "training.warmup_ratio=0.5") as (method, turn):
         training = turn.settings.training.model_copy(update={"warmup_ratio": 0.5})
@@ -138,3 +153,6 @@ def test_the_plan_has_them(tiny_base: Path) -> None:
     assert len(sent) == 5
     assert all(sent[:3])
     assert sent[3:] == [0, 0]
+    (plain,) = plan(str(tiny_base), ["flex"], ["federation.rounds=3"]).methods
+    for number in ("uplink", "downlink", "uplink_groups", "downlink_groups", "seconds", "at_server"):
+        assert getattr(row, number) == getattr(plain, number), number

@@ -201,6 +201,20 @@ def test_cost_and_groups(whole: Comparison, read: Callable[[Comparison], dict[st
         close(groups[1], [group], 50 if group < 999_950 else 5e4)
 
 
+def test_bytes_are_told_to_be_of_rounds_with_weights_where_they_are(whole: Comparison) -> None:
+    """Comparisons of earlier versions counted the other rounds too."""
+
+    def groups() -> dict[str, str]:
+        found = tables(whole)
+        return {key: next(c.group for c in found[key].header if c.name == "sent") for key in ("main", "cost")}
+
+    assert groups() == dict.fromkeys(("main", "cost"), "per client and round")
+    for entry in whole["entries"]:
+        entry["bytes"]["replies_with_weights"] = 12
+    assert groups() == dict.fromkeys(("main", "cost"), "per client and round with weights")
+    assert tables(whole)["groups"].note.startswith("Payload per client and round with weights, ")
+
+
 def test_routing(whole: Comparison, read: Callable[[Comparison], dict[str, Grid]]) -> None:
     whole["entries"][0]["routing"]["personalized"]["shop"]["model.layers.0.mlp.experts"]["dead"] = [1, 4, 6, 7]
     grid = read(whole)["routing"]

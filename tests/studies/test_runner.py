@@ -118,14 +118,18 @@ def test_another_recipes_directory_is_refused(
     assert (out / "compare.json").read_text() == claim
 
 
+@pytest.mark.parametrize("written", ['output = "expert"\n', ""], ids=["has the settings", "had no such settings"])
 def test_a_comparison_goes_on_with_what_it_left_open_when_it_began(
-    plan: Planned, compared: Path, tmp_path: Path, ran: Runs
+    plan: Planned, compared: Path, tmp_path: Path, ran: Runs, written: str
 ) -> None:
     """One of a version whose FLEx was the paper's; what the recipe sets is another one's all the same."""
     out = shutil.copytree(compared, tmp_path / "older")
     claim = read_json(out / "compare.json")
-    recipe = claim["recipe"].replace('output = "auto"', 'output = "expert"')
-    write_json(out / "compare.json", claim | {"recipe": recipe.replace('moments = "auto"', 'moments = "fresh"')})
+    recipe = claim["recipe"].replace('output = "auto"\n', written)
+    moments = 'personal_moments = "fresh"\n' if written else ""
+    recipe = recipe.replace('personal_moments = "auto"\n', moments)
+    assert not {'output = "auto"', 'personal_moments = "auto"'} & {*recipe.splitlines()}
+    write_json(out / "compare.json", claim | {"recipe": recipe})
     used: list[RunConfig] = []
     make, planned = ComparisonPlan.config, plan(seeds=3)
     with pytest.MonkeyPatch.context() as patch:

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flexperts.artifacts import RunDirectory
 from flexperts.config.changes import recipe_changes
 from flexperts.config.data import DataConfig
-from flexperts.config.run import RunConfig
-from flexperts.errors import ConfigError
+from flexperts.config.run import RunConfig, as_written_now
+from flexperts.errors import ArtifactError, ConfigError
 from flexperts.methods.registry import make_method
-from flexperts.recipe import load_recipe, parse_recipe
+from flexperts.recipe import load_recipe, parse_recipe, recorded_recipe
 
 SILOS = "[data.silos]\n"
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
@@ -407,6 +408,28 @@ def test_flex_prefers_a_difference_and_kept_moments_where_they_are_possible(
     method = make_method(config.method)
     assert config.graft.opens_to(method.opens_to) == opens_to
     assert config.training.moments(method.moments) == moments
+
+
+def test_a_recorded_recipe_without_the_two_settings_is_of_a_version_that_had_the_papers_alone(
+    tmp_path: Path,
+) -> None:
+    written = parse_recipe("data.silos = {}").to_toml()
+    older = written.replace('output = "auto"\n', "").replace('personal_moments = "auto"\n', "")
+    assert len(older.splitlines()) == len(written.splitlines()) - 2
+    (tmp_path / "config.toml").write_text(older)
+    papers = parse_recipe(written, ["graft.output=expert", "training.personal_moments=fresh"])
+    assert recorded_recipe(tmp_path) == papers
+    assert RunDirectory.open(tmp_path).config_toml == as_written_now(older) == papers.to_toml()
+    assert recorded_recipe(tmp_path, ["graft.output=difference"]).graft.output == "difference"
+    assert parse_recipe(older).to_toml() == as_written_now(written) == written
+    assert parse_recipe(older).as_begun(recorded_recipe(tmp_path)) == papers
+
+
+@pytest.mark.parametrize("section", ["graft", "training"])
+def test_a_recorded_section_that_is_a_value_is_told_to_be_damaged(tmp_path: Path, section: str) -> None:
+    (tmp_path / "config.toml").write_text(f"{section} = 3\ndata.silos = {{}}\n")
+    with pytest.raises(ArtifactError, match=f"{section} = 3"):
+        recorded_recipe(tmp_path)
 
 
 def test_a_resumed_run_keeps_the_defaults_with_which_it_began() -> None:

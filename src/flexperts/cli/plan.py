@@ -138,7 +138,7 @@ def _tables(made: Any) -> Iterator[Any]:
         "run, s": lambda row: _seconds(row.run_seconds) if row.method else "",
         "FLOPs": lambda row: f"{100 * row.overhead:+.2f} %",
     }
-    yield _table("one client, one round: what is sent", moves, made.methods)
+    yield _table("one client, one round with weights: what is sent", moves, made.methods)
     yield _table("one client: what it needs", takes, made.methods)
 
 

@@ -120,10 +120,21 @@ def _bytes(values: Tensor) -> bytes:
 
 
 def mean_groups(rounds: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str, float]:
-    """Return mean bytes by tensor group over rounds and the clients in each; empty without any client."""
-    payloads = [groups for clients in rounds for groups in clients.values()]
+    """Return mean bytes by tensor group over the payloads of rounds that hold values; empty without any."""
+    payloads = [groups for clients in rounds for groups in clients.values() if any(groups.values())]
     names = sorted({name for groups in payloads for name in groups})
     return {name: sum(groups.get(name, 0) for groups in payloads) / len(payloads) for name in names}
+
+
+def mean_with_weights(messages: Iterable[tuple[int, int]]) -> float:
+    """Return the mean size of the messages that hold weights; if none does, of all; 0 without messages.
+
+    Args:
+        messages: Size and payload bytes of each.
+    """
+    found = list(messages)
+    counted = [size for size, payload in found if payload] or [size for size, _ in found]
+    return sum(counted) / max(1, len(counted))
 
 
 def payload_bytes(manifest: Manifest) -> int:

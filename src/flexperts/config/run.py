@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import tomllib
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 import tomli_w
 from pydantic import Field, model_validator
@@ -14,6 +15,9 @@ from flexperts.config.evaluation import CompareConfig, EvaluationConfig, FloorCo
 from flexperts.config.federation import CompressionConfig, FederationConfig, PrivacyConfig
 from flexperts.config.model import GraftConfig, LoraConfig, ModelConfig
 from flexperts.config.section import FreeSettings, Section
+
+_BEFORE = {"graft": {"output": "expert"}, "training": {"personal_moments": "fresh"}}
+"""What versions did that had no setting for it, where the present default is another."""
 
 
 class MethodConfig(Section):
@@ -179,12 +183,24 @@ class RunConfig(Section):
         return self.model_copy(update={"method": MethodConfig(name=name)})
 
 
-def as_written_now(recipe: str) -> str:
-    """Return a recipe's TOML as ``RunConfig.to_toml`` writes it in this version; other text is returned unchanged.
+def as_recorded(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recorded recipe's sections, with what its version did where that version had no setting for it.
 
-    A version that adds a setting writes its default too, and earlier ones wrote the device.
+    Every version writes out all its settings, so a setting that is not there did not exist.
+
+    Args:
+        tree: The sections of a recipe that ``RunConfig.to_toml`` wrote, in this version or an earlier one.
+    """
+    sections = {name: tree.get(name, {}) for name in _BEFORE}
+    return {**tree, **{n: {**_BEFORE[n], **its} for n, its in sections.items() if isinstance(its, Mapping)}}
+
+
+def as_written_now(recipe: str) -> str:
+    """Return a recorded recipe's TOML as ``RunConfig.to_toml`` writes it now; other text is returned unchanged.
+
+    A version that adds a setting writes what earlier ones did, and earlier ones wrote the device.
     """
     try:
-        return RunConfig.model_validate(tomllib.loads(recipe)).to_toml()
+        return RunConfig.model_validate(as_recorded(tomllib.loads(recipe))).to_toml()
     except ValueError:
         return recipe

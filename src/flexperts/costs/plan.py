@@ -24,6 +24,7 @@ from flexperts.costs.rounds import (
     mean_keys,
     mean_packed,
     mean_received,
+    mean_total,
     planned_rounds,
     planned_sites,
 )
@@ -164,7 +165,7 @@ def plan_method(
         flops_per_token=flops,
         overhead=flops / facts.flops_per_token - 1,
         seconds=_seconds(sent + received, bandwidth),
-        at_server=sum(r.total for r in rounds) / len(rounds),
+        at_server=mean_total(rounds),
         note="; ".join(filter(None, (method.plan_note, _floor_note(config, method), pairs))),
         rounds=tuple(rounds),
         run_up=sum(sum(each.messages.up.values()) for each in rounds),
@@ -280,19 +281,20 @@ class Memory:
 
 @dataclass(frozen=True)
 class MethodPlan:
-    """A method's costs for one client; bytes are means over rounds and their participants.
+    """A method's costs for one client; bytes are means over the messages that hold weights.
 
     Args:
         name, method: The row's name, and the method's, which is empty for ``DENSE``.
         shared, personal: Numbers of trained parameters.
-        uplink, downlink: Payload bytes per client and round.
+        uplink, downlink: Payload bytes of a client in a round with weights.
         uplink_groups, downlink_groups: The same by tensor group, before packing.
         memory: Memory in training.
         personal_state: Bytes on disk of one of the two stored states of the personal parameters, with kept moments.
         flops_per_token: FLOPs of a forward pass with everything that the method adds.
         overhead: The added FLOPs as a share of the base's.
         seconds: Time to send both payloads of a round over the client's link.
-        at_server: Payload bytes of a round, all participants, both directions; a mean over rounds.
+        at_server: Payload bytes of a round, all participants, both directions; a mean over the rounds in which
+            clients send weights.
         note: How a run can differ from the plan, or an empty text.
         rounds: The payloads, round by round.
         run_up, run_down: Encoded bytes of all messages of all rounds with their evaluations, as a run's ledger

@@ -6,7 +6,7 @@ method then chooses is arbitrary; how many it chooses is the same as in a run.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from flexperts.client.model import ClientModel
 from flexperts.communication.compression import packed_bytes
 from flexperts.communication.messages import Update
 from flexperts.communication.secure.tally import message_bytes
-from flexperts.communication.traffic import group_bytes
+from flexperts.communication.traffic import group_bytes, mean_with_weights
 from flexperts.costs.messages import Encoded, Messages, PlannedDownlink
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.kit.turn import Prepared, Site
@@ -155,20 +155,24 @@ def _shapes(manifest: Manifest) -> Payload:
 
 
 def mean_packed(rounds: Sequence[RoundBytes]) -> float:
-    """Return mean bytes of a reply over all rounds and their participants; 0 without participants."""
-    return _mean(size for each in rounds for size in each.packed.values())
+    """Return mean bytes of the replies that hold weights; 0 without any."""
+    return mean_with_weights((size, _held(r.uplink[name])) for r in rounds for name, size in r.packed.items())
 
 
 def mean_received(rounds: Sequence[RoundBytes]) -> float:
-    """Return mean bytes of the weights in a request to train."""
-    return _mean(size for each in rounds for size in each.received.values())
+    """Return mean bytes of the weights in the requests to train that hold any."""
+    return mean_with_weights((size, _held(r.downlink[name])) for r in rounds for name, size in r.received.items())
 
 
 def mean_keys(rounds: Sequence[RoundBytes]) -> float:
-    """Return mean bytes that a client receives for secure aggregation in a round."""
-    return _mean(each.keys.get(name, 0) for each in rounds for name in each.packed)
+    """Return mean bytes that a client receives for secure aggregation in a round in which it sends weights."""
+    return mean_with_weights((r.keys.get(name, 0), _held(sent)) for r in rounds for name, sent in r.uplink.items())
 
 
-def _mean(sizes: Iterable[int]) -> float:
-    found = list(sizes)
-    return sum(found) / len(found) if found else 0.0
+def mean_total(rounds: Sequence[RoundBytes]) -> float:
+    """Return mean bytes of all clients, in both directions, of the rounds in which clients send weights."""
+    return mean_with_weights((each.total, sum(map(_held, each.uplink.values()))) for each in rounds)
+
+
+def _held(groups: Groups) -> int:
+    return sum(groups.values())

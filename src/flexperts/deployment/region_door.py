@@ -17,7 +17,7 @@ from flexperts.deployment.state import socket_of
 from flexperts.errors import logged
 from flexperts.files import write_bytes
 from flexperts.observer import Observer
-from flexperts.recipe import parse_recipe
+from flexperts.recipe import parse_recorded
 from flexperts.server.region import Region, check_same
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class RegionDoor:
             if request is None:
                 raise ValueError("the request is longer than federation.max_message_bytes")
             fields, content = deserialize(request)
-            check_same(parse_recipe(fields["recipe"]), self.region.config)
+            check_same(parse_recorded(fields["recipe"]), self.region.config)
             if fields["kind"] not in ("train", "evaluate"):
                 return serialize({}, self.region.answer(fields["kind"], content))
             reply = self._once(fields["kind"], hashlib.sha256(request).digest(), content)

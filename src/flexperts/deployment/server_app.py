@@ -20,7 +20,7 @@ from flexperts.deployment.settings import METRICS, run_folder
 from flexperts.errors import ArtifactError, FlexpertsError, optional
 from flexperts.files import sole_writer
 from flexperts.observer import Observer, Observers, current_observer, observing
-from flexperts.recipe import parse_recipe, recorded_recipe
+from flexperts.recipe import parse_recorded, recorded_recipe
 from flexperts.server.extending import extend, is_extended
 from flexperts.server.serve import serve
 
@@ -36,7 +36,7 @@ def main(grid: Grid, context: Context) -> None:
     """Serve the run in the configuration: ``recipe`` (its text), ``out`` and ``region`` (names), ``resume``."""
     _quiet_but_for_us()
     try:
-        config = parse_recipe(str(context.run_config["recipe"]))
+        config = parse_recorded(str(context.run_config["recipe"]))
         out = run_folder(str(context.run_config["out"]))
         resume, region = bool(context.run_config["resume"]), str(context.run_config["region"])
         # An earlier process of the same run can take a minute to notice that it has lost its SuperLink.

@@ -35,7 +35,7 @@ from flexperts.methods.registry import make_method
 from flexperts.modeling.load import LoadedBase, load_base
 from flexperts.observer import Observer, observing
 from flexperts.protection.pipeline import check_protections
-from flexperts.recipe import parse_recipe
+from flexperts.recipe import parse_recorded
 
 if TYPE_CHECKING:
     from flexperts.deployment.silo_metrics import SiloMetrics
@@ -163,7 +163,7 @@ class Worker:
         folder = private_folder(Path(self.silo.state), run)
         self._entry.run = run
         if self._resident is None or self._run != (run, recipe):
-            config = parse_recipe(recipe)
+            config = parse_recorded(recipe)
             self._release()
             self._resident = self._open(config, folder)
             self._run = run, recipe

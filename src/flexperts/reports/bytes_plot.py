@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from flexperts.reports.cells import finite, size
 from flexperts.reports.figures import MUTED, PAPER, canvas, drawing, looks, shortened, svg
 from flexperts.reports.plots import WIDTH, Plot
-from flexperts.reports.reading import METRICS, Comparison, Entry, mean, ordered, own
+from flexperts.reports.reading import METRICS, Comparison, Entry, each_of, mean, ordered, own
 
 _LETTER, _LINE, _GAP = 5.8, 11, 9
 """Width of a letter, height of a line, distance from dot to label, in pixels."""
@@ -35,7 +35,7 @@ def bytes_plot(comparison: Comparison, metric: str) -> Plot | None:
             axes.plot(
                 x, y, look.marker, color=look.colour, markeredgecolor=PAPER, markeredgewidth=0.8, markersize=8
             )
-        axes.set_xlabel("bytes sent and received, per client and round")
+        axes.set_xlabel(f"bytes sent and received, {each_of(comparison)}")
         axes.set_ylabel(f"{METRICS[metric]}, {'lower' if metric == 'nll' else 'higher'} is better")
         axes.grid(alpha=0.6)
         axes.margins(x=0.12, y=0.1)

@@ -23,6 +23,21 @@ LOWER_IS_BETTER = {"nll"}
 """Scores of which less is better."""
 
 
+def each_words(*sent: Mapping[str, Any]) -> str:
+    """Return what bytes ``per_client_per_round`` are means over: in earlier versions, also rounds without weights.
+
+    Args:
+        sent: The bytes of summaries or entries.
+    """
+    weights = all("replies_with_weights" in its for its in sent)
+    return "per client and round with weights" if weights else "per client and round"
+
+
+def each_of(comparison: Comparison) -> str:
+    """Return ``each_words`` of all entries."""
+    return each_words(*(sent for entry in comparison["entries"] if (sent := entry.get("bytes"))))
+
+
 def stat(entry: Entry, state: str, place: str, metric: str) -> Mapping[str, Any] | None:
     """Return mean, std and seeds of a state's score on some rows; None if it was not measured.
 

@@ -29,6 +29,7 @@ from flexperts.reports.reading import (
     ability,
     against,
     change,
+    each_of,
     is_ranked,
     mean,
     ordered,
@@ -127,7 +128,7 @@ def _main_header(comparison: Comparison) -> tuple[Column, ...]:
         *(Column(name, shared) for name in ("ROUGE-L", "NLL")),
         *(Column(name, others) for name in ("ROUGE-L", "NLL")),
         *(Column(name, shared_others) for name in ("ROUGE-L", "NLL")),
-        *(Column(name, "per client and round") for name in ("sent", "received")),
+        *(Column(name, each_of(comparison)) for name in ("sent", "received")),
         Column("training, s"),
     )
 

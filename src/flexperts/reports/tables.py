@@ -9,7 +9,7 @@ from typing import Any
 from flexperts.config.changes import flat
 from flexperts.reports.cells import MISSING, Cell, Column, Table, finite, number, significant, size, words
 from flexperts.reports.notes import counts, with_budgets
-from flexperts.reports.reading import Comparison, Entry, layer_names, ordered, routing_measure, routing_of
+from flexperts.reports.reading import Comparison, Entry, each_of, layer_names, ordered, routing_measure, routing_of
 from flexperts.reports.score_tables import (
     WHO,
     ability_table,
@@ -62,7 +62,7 @@ def cost_table(comparison: Comparison) -> Table:
     run, one = "whole run, all clients", "one client, trained"
     header = (
         Column("entry", words=True),
-        *(Column(name, "per client and round") for name in _DIRECTIONS.values()),
+        *(Column(name, each_of(comparison)) for name in _DIRECTIONS.values()),
         *(Column(name, run) for name in _DIRECTIONS.values()),
         Column("personal bytes sent", run),
         *(Column(f"{name} parameters", one) for name in ("shared", "personal")),
@@ -86,7 +86,8 @@ def groups_table(comparison: Comparison) -> Table:
         (words(e["name"]), *(_group(e, *c) for c in columns)) for e in ordered(comparison) if _has_groups(e)
     )
     note = (
-        "Payload per client and round, without the encoding's own bytes; – is a group that the entry does not send."
+        f"Payload {each_of(comparison)}, without the encoding's own bytes; – is a group that the entry does not "
+        "send."
     )
     return Table("groups", "Bytes by tensor group", note, header, rows)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flexperts.communication.traffic import mean_groups
+from flexperts.communication.traffic import mean_groups, mean_with_weights
 from flexperts.config.run import RunConfig
 from flexperts.evaluation.scores import REWARDS, SCORES, Scores, kinds_in
 from flexperts.evaluation.words import TOKENIZER
@@ -40,6 +40,7 @@ def summarize(
     a mean that includes it is null too. Only preference rows have ``reward_margin`` and ``reward_accuracy``. A
     client's ``answers`` are the longest answer in tokens, the number of scored references that are longer, and the
     number of cut answers of each state. ``privacy`` is the guarantee of differential privacy; null without noise.
+    Bytes ``per_client_per_round`` are means over the messages that hold weights; if none does, over all.
 
     Args:
         config: The run.
@@ -153,13 +154,14 @@ def _parameters(rounds: Iterable[RoundLog], group: str) -> int:
 
 def _bytes(rounds: Iterable[RoundLog]) -> dict[str, Any]:
     logs = list(rounds)
-    up = [size for log in logs for size in log.uplink.values()]
-    down = [size for log in logs for size in log.downlink.values()]
+    up = [(size, log.declared["uplink"].get(name, 0)) for log in logs for name, size in log.uplink.items()]
+    down = [(size, log.declared["downlink"].get(name, 0)) for log in logs for name, size in log.downlink.items()]
     return {
-        "uplink_per_client_per_round": sum(up) / max(1, len(up)),
-        "downlink_per_client_per_round": sum(down) / max(1, len(down)),
-        "uplink_total": sum(up),
-        "downlink_total": sum(down),
+        "uplink_per_client_per_round": mean_with_weights(up),
+        "downlink_per_client_per_round": mean_with_weights(down),
+        "replies_with_weights": sum(1 for _, payload in up if payload),
+        "uplink_total": sum(size for size, _ in up),
+        "downlink_total": sum(size for size, _ in down),
         "evaluation_total": sum(sum(sizes.values()) for log in logs for sizes in log.evaluation.values()),
         "keys_total": sum(sum(log.secure.get(way, {}).values()) for log in logs for way in ("uplink", "downlink")),
         "personal_sent": sum(log.personal_sent for log in logs),

@@ -13,7 +13,7 @@ from flexperts.config.changes import recipe_changes
 from flexperts.config.names import normal
 from flexperts.errors import ArtifactError, ConfigError, shown
 from flexperts.files import unwritable
-from flexperts.recipe import parse_recipe
+from flexperts.recipe import parse_recorded
 from flexperts.studies.entries import ComparisonPlan
 from flexperts.studies.finished import CLAIM, RUNS, finished_marks, folder_name, read_claim
 
@@ -37,7 +37,7 @@ def continued(plan: ComparisonPlan, out: Path) -> ComparisonPlan:
     """Return the comparison with what it leaves open as it was when the directory's began, if there is one."""
     if not (out / CLAIM).exists():
         return plan
-    return plan.as_begun(parse_recipe(read_claim(out)["recipe"], where=str(out / CLAIM)))
+    return plan.as_begun(parse_recorded(read_claim(out)["recipe"], where=str(out / CLAIM)))
 
 
 def claimed(plan: ComparisonPlan, out: Path) -> dict[str, Any]:

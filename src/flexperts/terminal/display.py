@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flexperts.reports.cells import size
-from flexperts.reports.reading import STATES
+from flexperts.reports.reading import STATES, each_words
 from flexperts.terminal.live import ProgressDisplay
 
 
@@ -68,8 +68,9 @@ class RunDisplay(ProgressDisplay):
                 self.console.print(floor_table(source))
         sent = summary["bytes"]
         self.console.print(
-            f"per client and round: {size(sent['uplink_per_client_per_round']).text} up, "
-            f"{size(sent['downlink_per_client_per_round']).text} down, {sent['personal_sent']} personal bytes sent"
+            f"{each_words(sent)}: {size(sent['uplink_per_client_per_round']).text} up, "
+            f"{size(sent['downlink_per_client_per_round']).text} down, {sent['personal_sent']} personal bytes sent",
+            soft_wrap=True,
         )
         if privacy := summary.get("privacy"):
             self.console.print(
