@@ -45,10 +45,12 @@ class RecordingProxy:
                 inner, _ = self._listener.accept()
             except OSError:
                 return
-            if self._takes(inner):
-                outer = socket.create_connection(("127.0.0.1", self.target))
-                self._open += [inner, outer]
-                self._join(inner, outer)
+            if not self._takes(inner):
+                inner.close()
+                continue
+            outer = socket.create_connection(("127.0.0.1", self.target))
+            self._open += [inner, outer]
+            self._join(inner, outer)
 
     def _takes(self, inner: socket.socket) -> bool:
         """Return whether a connection is passed on."""
