@@ -59,9 +59,9 @@ def is_comparable(entry: Finished, reference: Finished, kind: str) -> bool:
 
 
 def _tokens(entry: Finished, seed: int) -> list[int | None]:
-    """Return the number of tokens over which each row's NLL is."""
-    state = entry.scored_states[-1]
-    return [row["scores"][state].get("tokens") for rows in entry.predictions[seed].values() for row in rows]
+    """Return the number of tokens over which each row's NLL is; no numbers where rows stay at the silos."""
+    state, found = entry.scored_states[-1], entry.predictions[seed].values()
+    return [row["scores"][state].get("tokens") for rows in found for row in rows or ()]
 
 
 def _test(
