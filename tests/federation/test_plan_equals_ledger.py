@@ -157,6 +157,12 @@ PACKINGS = {
     ),
     "many rounds": ("compression.kind=int4", "compression.downlink=int8", "federation.rounds=5"),
     "with a start of its own": ("method.name=ffa_lora", "compression.downlink=int4", "federation.rounds=3"),
+    "a round of no change": (
+        "compression.downlink=int4",
+        "federation.rounds=4",
+        "training.warmup_ratio=0.25",
+        "training.local_steps=1",
+    ),
     "an extra round": ("method.name=flex", "method.options.finish=1", "compression.downlink=int4"),
 }
 

@@ -17,6 +17,7 @@ from flexperts.communication.compression import packed_bytes
 from flexperts.communication.messages import Update
 from flexperts.communication.secure.tally import message_bytes
 from flexperts.communication.traffic import group_bytes, mean_with_weights
+from flexperts.config.run import RunConfig
 from flexperts.costs.messages import Encoded, Messages, PlannedDownlink
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.kit.turn import Prepared, Site
@@ -119,7 +120,7 @@ def planned_rounds(model: ClientModel, sites: dict[str, PlannedSite]) -> list[Ro
         if method.sends_back:
             updates = [Update(name, _shapes(manifest), 1, {}) for name, manifest in declared.items()]
             method.aggregate(server, updates)
-        downlink.trained(participants, new=method.sends_weights(server))
+        downlink.trained(participants, new=method.sends_weights(server) and _moves(model.config, number))
         server.round = number
         if encoded.is_evaluated(number):
             scored = model.config.evaluation.scored(sites)
@@ -127,6 +128,12 @@ def planned_rounds(model: ClientModel, sites: dict[str, PlannedSite]) -> list[Ro
             messages.add(encoded.evaluation(server, finals))
             downlink.received(scored)
     return rounds
+
+
+def _moves(config: RunConfig, number: int) -> bool:
+    """Return whether a round can change the weights: the first step of a warm-up has the rate 0."""
+    training, rounds = config.training, config.federation.rounds
+    return number > 1 or training.local_steps != 1 or not round(training.warmup_ratio * rounds)
 
 
 def _reports(model: ClientModel, sites: dict[str, PlannedSite]) -> dict[str, Any]:
