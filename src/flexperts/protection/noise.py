@@ -91,6 +91,8 @@ class CentralNoise(Noise):
     holds all replies in memory. ``tests/federation/test_reduction.py`` compares clipping and mean with it.
     """
 
+    draws = True
+
     def check(self, method: Method) -> None:
         """Refuse robust rules too: it is not known how much one client can change their result."""
         if self.config.federation.aggregation != "mean":

@@ -210,6 +210,11 @@ def is_secure(config: RunConfig) -> bool:
     return config.privacy.aggregation == "secure"
 
 
+def draws(config: RunConfig) -> bool:
+    """Return whether the server draws noise on what it combines, and so may combine a round's updates once only."""
+    return any(protection.draws for protection in protections(config))
+
+
 def told(config: RunConfig, names: Iterable[str]) -> list[str]:
     """Return those of a round's measures that the server receives."""
     hidden = {name for protection in protections(config) for name in protection.hides}

@@ -39,6 +39,9 @@ class Protection:
     counts_once: ClassVar[bool] = False
     """Whether every client has weight 1 in the average, with any number of rows, as in ``combined``."""
 
+    draws: ClassVar[bool] = False
+    """Whether ``combined`` draws noise: a round's result is then made once, also if the server is stopped."""
+
     def __init__(self, config: RunConfig, name: str = "", options: Any = None) -> None:
         self.config, self.name = config, name
         self.options = options or self.Options()

@@ -24,7 +24,7 @@ from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.server_state import Server
 from flexperts.observer import Observer
 from flexperts.parameters.vector import Payload
-from flexperts.protection.pipeline import EVERYONE, is_secure, privacy_spent, reduced
+from flexperts.protection.pipeline import EVERYONE, draws, is_secure, privacy_spent, reduced
 from flexperts.seeding import drawn
 from flexperts.server.admission import Admission, leaked
 from flexperts.server.buffered_rounds import BufferedRounds
@@ -211,7 +211,7 @@ class FlexpertsStrategy(Strategy):
             arrived: Iterable[Update] = updates or ()
             if self.method.sends_weights(self.server):
                 arrived = reduced(self.config, self.server.shared, arrived)
-                if self.config.privacy.noise == "central":
+                if draws(self.config):
                     self._check_quorum(log)
                     (noised,) = arrived
                     keep_round(self._result, log, torch.from_numpy(noised.vector), str(noised.rows))
