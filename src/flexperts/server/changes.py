@@ -38,8 +38,8 @@ class Changes:
 
     def factor(self, client: str, log: RoundLog) -> float:
         """Return the factor on a client's change, but for what all have in common."""
-        late = 1.0 if self._buffered is None else self._buffered.weight(client, log.number)
-        return late / (max(1, log.clients[client]["shared_steps"]) if self._per_step else 1)
+        steps = max(1, log.clients[client]["shared_steps"]) if self._per_step else 1
+        return self._lateness(client, log.number) / steps
 
     def capped(self, rows: Mapping[str, int], share: float, number: int) -> dict[str, int]:
         """Return the rows that updates count for, so that none is more than a share of a round's, late as they are.
@@ -49,11 +49,14 @@ class Changes:
             share: The largest share.
             number: The round.
         """
-        late = {name: 1.0 if self._buffered is None else self._buffered.weight(name, number) for name in rows}
-        counts = {name: rows[name] if late[name] == 1 else rows[name] * late[name] for name in rows}
+        late = {name: self._lateness(name, number) for name in rows}
+        counts = {name: count * late[name] for name, count in rows.items()}
         most = dict(zip(rows, capped(list(counts.values()), share), strict=True))
         lowered = {name: max(1, int(most[name] / late[name])) for name in rows if most[name] < counts[name]}
         return {**rows, **lowered}
+
+    def _lateness(self, client: str, number: int) -> float:
+        return 1.0 if self._buffered is None else self._buffered.weight(client, number)
 
     def factors(self, rows: Mapping[str, int], log: RoundLog) -> dict[str, float]:
         """Return the factor on every change.
