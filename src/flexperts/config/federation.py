@@ -65,7 +65,7 @@ class FederationConfig(Section):
 
     @property
     def turns(self) -> int:
-        """Rounds in which a client takes part, on average; at least one."""
+        """Rounds in which a client takes part, on average and where rounds are synchronous; at least one."""
         return max(1, round(self.rounds * self.participation))
 
     def drawn(self, clients: int) -> int:
