@@ -6,7 +6,7 @@
 After the second command ``flexperts compare RECIPE --out runs/study-nineteen`` runs only what is missing. The file
 holds recipes, scores, rounds and choices. A scored row is a hash of its text; ``unpack`` puts back the text of the
 recipe's data, so that later runs can be compared row by row. Generated answers are not kept. Paths in the file are
-relative to the repository.
+relative to the repository; a recipe with a path outside of it is refused.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ import argparse
 import hashlib
 import io
 import json
+import re
 import tarfile
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from flexperts.data.clients import load_clients
 from flexperts.errors import ArtifactError, DataError
-from flexperts.files import opened, read_json, read_lines, sealed, write_bytes
+from flexperts.files import opened, read_lines, sealed, write_bytes
 from flexperts.recipe import recorded_recipe
 from flexperts.studies.finished import CLAIM, DONE, RUNS
 
@@ -57,6 +60,14 @@ def unpack(file: Path, out: Path) -> int:
     """Write the runs of a file into a comparison's new directory; return their number."""
     if out.exists():
         raise ArtifactError(f"{out}", "it exists already", "name a new directory, or go on in this one")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out.parent) as begun:  # what cannot be finished leaves nothing that looks finished
+        count = _restore(file, Path(begun) / out.name)
+        (Path(begun) / out.name).rename(out)
+    return count
+
+
+def _restore(file: Path, out: Path) -> int:
     with tarfile.open(file) as archive:
         archive.extractall(out, filter="data")
     for path in [path for path in out.rglob("*") if path.is_file()]:
@@ -84,15 +95,45 @@ def _runs(out: Path) -> list[Path]:
 
 def _relocated(path: Path, old: str, new: str) -> bytes:
     """Return a file's content with one folder in place of another; a record gets a new checksum."""
-    content = path.read_bytes().replace(old.encode(), new.encode())
-    if path.suffix != ".json" or content == path.read_bytes():
+    content = path.read_bytes()
+    if path.suffix == ".toml":
+        text = _moved(content.decode(), old, new)
+        _check_placed(path, tomllib.loads(text), new)
+        return text.encode()
+    if path.suffix != ".json":
         return content
     record = json.loads(content)
-    if "sha256" not in record:
+    moved = _moved(record, old, new)
+    if path.name == CLAIM:
+        _check_placed(path, [tomllib.loads(moved["recipe"]), moved["entries"]], new)
+    if moved == record:
         return content
-    opened(path, read_json(path))
-    del record["sha256"]
-    return json.dumps(sealed(record), indent=2).encode()
+    if "sha256" in record:
+        opened(path, record)
+        moved = sealed({key: value for key, value in moved.items() if key != "sha256"})
+    return json.dumps(moved, indent=2).encode()
+
+
+def _moved(value: Any, old: str, new: str) -> Any:
+    """Return a JSON value in which every path in ``old`` is one in ``new``, also inside of a recipe's text."""
+    if isinstance(value, Mapping):
+        return {key: _moved(its, old, new) for key, its in value.items()}
+    if isinstance(value, list):
+        return [_moved(its, old, new) for its in value]
+    return re.sub(f"{re.escape(old)}(?=$|[/\"'])", lambda _: new, value) if isinstance(value, str) else value
+
+
+def _check_placed(path: Path, value: Any, new: str) -> None:
+    """Refuse a recipe that is to be packed with a path outside of the repository: it names a machine's folder."""
+    if new != PLACE:
+        return
+    if isinstance(value, Mapping | list):
+        for its in value.values() if isinstance(value, Mapping) else value:
+            _check_placed(path, its, new)
+    elif isinstance(value, str) and Path(value.rpartition("=")[2].strip(" \"'")).is_absolute():
+        raise ArtifactError(
+            f"{path}: {value}", "this path is outside of the repository", "put the data inside of it"
+        )
 
 
 def _digest(row: Mapping[str, Any]) -> str:

@@ -82,7 +82,7 @@ def _megabytes(way: str) -> Callable[[Comparison, Entry], str]:
     def text(comparison: Comparison, entry: Entry) -> str:
         (reference,) = [one for one in comparison["entries"] if one["name"] == comparison["reference"]]
         own, whole = (moved(one, len(comparison["clients"]))[way] for one in (entry, reference))
-        return f"{own / 1e6:.2f}, 1/{whole / own:.1f}"
+        return f"{own / 1e6:.2f}, 1/{whole / own:.1f}" if own else "0"
 
     return text
 

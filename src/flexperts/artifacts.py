@@ -45,7 +45,7 @@ from uuid import uuid4
 
 from flexperts.config.changes import recipe_changes, way_on
 from flexperts.config.run import as_written_now
-from flexperts.environment import environment
+from flexperts.environment import environment, together
 from flexperts.errors import ArtifactError
 from flexperts.files import (
     content_of,
@@ -140,6 +140,9 @@ class RunDirectory:
                 "it is missing although rounds have finished",
                 "restore it from a copy, or start a new run",
             )
+        if not run.has_finished:
+            so_far = [run.environment()] if (run.path / "environment.json").exists() else []
+            write_json(run.path / "environment.json", together([*so_far, environment()]))
         return run
 
     @classmethod

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,16 @@ def environment() -> dict[str, Any]:
     }
 
 
+def together(found: Sequence[Any]) -> Any:
+    """Return equally nested values as one; where values differ, a list of the different ones."""
+    nested = [each for each in found if isinstance(each, Mapping)]
+    if nested:
+        keys = dict.fromkeys(key for each in nested for key in each)
+        return {key: together([each.get(key) for each in nested]) for key in keys}
+    distinct = list(dict.fromkeys(one for each in found for one in (each if isinstance(each, list) else [each])))
+    return distinct[0] if len(distinct) == 1 else distinct
+
+
 def _version(name: str) -> str | None:
     try:
         return version(name)
@@ -38,8 +50,12 @@ def _version(name: str) -> str | None:
         return None
 
 
+@cache
 def _revision(checkout: Path) -> str | None:
-    """Return a checkout's commit, with "-dirty" appended if files differ from it; None for an installed package."""
+    """Return a checkout's commit, with "-dirty" appended if files differ from it; None for an installed package.
+
+    It is asked once: a process goes on with the code that it has loaded, whatever is committed meanwhile.
+    """
     if not (checkout / ".git").exists():
         return None
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=10"]

@@ -91,7 +91,7 @@ def test_without_a_terminal_a_line_comes_every_30_seconds(made: Made) -> None:
 def test_runs_in_other_processes_have_a_line_each(made: Made) -> None:
     make, text, clock = made
     display = make()
-    display.stage("")
+    display.stage("loading a base")
     display.follow("a", ("a, round 1 of 9, training", "2 of 8 clients", 0, 0))
     display.follow("b", ("b, loading", "0:00:04", 0, 0))
     clock.now = 30

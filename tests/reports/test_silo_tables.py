@@ -84,7 +84,7 @@ def test_robust_measures_and_what_they_are_against(nineteen: Comparison) -> None
     assert rows["local"][2:] == ["3.5 [3.2, 3.8]", "0.50 [0.20, 0.60]", "3.500 [3.250, 3.750]", "0.50 [0.20, 0.60]"]
     best = {row[0].text: (row[2].best, row[4].best) for row in table.rows}
     assert best == {"flex": (False, True), "fedavg": (False, False), "local": (True, False)}
-    assert "stratified bootstrap" in table.note
+    assert "test rows are drawn with replacement, the same for all entries, and in every silo" in table.note
 
 
 def test_the_spread_names_the_worst_silo_and_counts_the_harmed_ones(nineteen: Comparison) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from flexperts.reports.reading import verdict
+from flexperts.reports.reading import ordered, verdict
 from flexperts.reports.summary import facts, summary
+from flexperts.reports.tables import tables
 
 Comparison = dict[str, Any]
 
@@ -107,5 +108,26 @@ def test_without_answers_nll_decides(made: Callable[..., Comparison]) -> None:
 def test_one_seed_is_said_to_be_one(whole: Comparison) -> None:
     caution = "All scores are from one seed; another seed may give another order."
     assert caution not in summary(whole)
+    entries = {entry["name"]: entry for entry in whole["entries"]}
+    entries["local"]["seeds"] = [0]
+    assert summary(whole)[-1] == "The differences of local are from one seed; another seed may give another order."
     whole["seeds"] = [0]
+    for entry in whole["entries"]:
+        entry["seeds"] = [0]
     assert summary(whole)[-1] == caution
+
+
+def test_an_entry_with_other_seeds_than_the_reference_is_the_best_of_nothing(
+    made: Callable[..., Comparison],
+) -> None:
+    """Its mean is over other runs: it comes last, and no mark and no sentence say that it is best."""
+    comparison = made(["flex", "fedavg", "local"], ["clinic"], 2) | {"reference": "local"}
+    best = ordered(comparison)[0]
+    assert summary(comparison)[0].startswith(best["name"])
+    best |= {"other_seeds": True, "seeds": [0]}
+    assert ordered(comparison)[-1] is best
+    assert not summary(comparison)[0].startswith(best["name"])
+    main = tables(comparison)["main"]
+    assert main.rows[2][0].text == best["name"]
+    assert not any(cell.best for cell in main.rows[2])
+    assert f"come last, and none is marked as best: {best['name']}." in main.note

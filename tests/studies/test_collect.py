@@ -202,10 +202,48 @@ def test_a_methods_budget_is_noted_also_in_a_comparison_from_before(comparison: 
 def test_an_entrys_settings_do_not_tell_where_its_files_lie(compared: Path, tmp_path: Path) -> None:
     out = shutil.copytree(compared, tmp_path / "elsewhere")
     claim = json.loads((out / "compare.json").read_text())
-    claim["entries"]["k2"] = ["graft.experts=2", f"data.folder='{tmp_path}/wards'"]
+    claim["entries"]["k2"] = [
+        "graft.experts=2",
+        f"data.folder='{tmp_path}/wards'",
+        f"model.base={tmp_path}/base",
+        f'data.clients={{a = {{train = "{tmp_path}/a.jsonl"}}}}',
+        'compare.newcomers=["north"]',
+    ]
     (out / "compare.json").write_text(json.dumps(claim))
     entry = next(e for e in collect_comparison(out)["entries"] if e["name"] == "k2")
-    assert entry["settings"] == ["graft.experts=2", "data.folder=wards"]
+    assert entry["settings"] == [
+        "graft.experts=2", "data.folder=wards", "model.base=base", 'data.clients={"a": {"train": "a.jsonl"}}',
+        'compare.newcomers=["north"]',
+    ]  # fmt: skip
+
+
+def test_bytes_of_an_older_run_are_means_over_messages_with_weights_too(compared: Path, tmp_path: Path) -> None:
+    """Its summary has them over all messages; one entry's seeds must have one meaning."""
+    out = shutil.copytree(compared, tmp_path / "older")
+    run = out / "runs" / "flex" / "seed-0"
+    rounds = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+    client = next(iter(rounds[0]["uplink"]))
+    rounds[0]["declared"]["uplink"][client], rounds[0]["uplink"][client] = 0, 7  # a reply without weights
+    del rounds[0]["sha256"]
+    lines = [sealed(rounds[0]), *rounds[1:]]
+    (run / "rounds.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    summary = opened(run / "summary.json", json.loads((run / "summary.json").read_text()))
+    del summary["bytes"]["replies_with_weights"]
+    (run / "summary.json").write_text(json.dumps(sealed(summary)))
+    before, found = (
+        next(e for e in collect_comparison(o)["entries"] if e["name"] == "flex") for o in (compared, out)
+    )
+    for way in ("uplink", "downlink"):
+        key = f"{way}_per_client_per_round"
+        assert found["bytes"][key] == pytest.approx(before["bytes"][key], rel=1e-3)
+    assert found["bytes"]["replies_with_weights"] == before["bytes"]["replies_with_weights"] - 0.5
+    assert found["bytes"]["join_total"] == before["bytes"]["join_total"]
+
+
+def test_a_copy_of_a_run_is_no_run(compared: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(compared, tmp_path / "out")
+    shutil.copytree(out / "runs" / "flex" / "seed-0", out / "runs" / "flex" / "seed-0 copy")
+    assert collect_comparison(out)["seeds"] == [0, 1]
 
 
 @every_entry

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from flexperts.errors import ArtifactError, DataError
 from flexperts.files import read_lines, sealed, write_json, write_text
@@ -36,7 +37,7 @@ def test_kept_runs_are_the_runs_without_their_texts(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(keeping, "HERE", str(work))
+    monkeypatch.setattr(keeping, "HERE", str(work.parent))
     out, file, back = tmp_path / "before" / "study", tmp_path / "runs.tar.xz", tmp_path / "after" / "study"
     shutil.copytree(compared, out)
     missing = [job for job in jobs(plan(), out) if job.seed == 1]
@@ -65,10 +66,39 @@ def test_kept_runs_are_the_runs_without_their_texts(
 
 
 def test_a_scored_row_that_the_data_no_longer_has_is_refused(
-    keeping: Any, compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    keeping: Any, work: Path, compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = tmp_path / "runs.tar.xz"
+    """Nothing is left that a comparison would take for finished runs."""
+    monkeypatch.setattr(keeping, "HERE", str(work.parent))
+    file, back = tmp_path / "runs.tar.xz", tmp_path / "new" / "back"
     keeping.pack(compared, file)
     monkeypatch.setattr(keeping, "load_clients", lambda *_: {})
-    with pytest.raises(DataError, match="does not have it"):
-        keeping.unpack(file, tmp_path / "back")
+    for _ in range(2):
+        with pytest.raises(DataError, match="does not have it"):
+            keeping.unpack(file, back)
+        assert list(back.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["plain", "jürgen's"])
+def test_no_folder_of_a_machine_is_packed(
+    keeping: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Also where JSON escapes it, and a folder whose name only begins the same is another one."""
+    here = tmp_path / name
+    monkeypatch.setattr(keeping, "HERE", str(here))
+    recipe = tomli_w.dumps({"data": {"folder": str(here / "data")}})
+    for file in (CLAIM, "config.toml"):
+        path = tmp_path / file
+        claim = {"recipe": recipe, "entries": {"a": [f"knowledge.general={here}/data/g.jsonl"]}}
+        path.write_text(recipe if file == "config.toml" else json.dumps(claim))
+        packed = keeping._relocated(path, str(here), keeping.PLACE)
+        assert str(here).encode() not in packed
+        assert name.encode() not in packed
+        (tmp_path / file).write_bytes(packed)
+        back = keeping._relocated(path, keeping.PLACE, str(here)).decode()
+        assert back == recipe if file == "config.toml" else json.loads(back) == claim
+    for elsewhere in (f"{here}-data/silos", "/mnt/hospital-7/silos"):
+        claim = {"recipe": tomli_w.dumps({"data": {"folder": elsewhere}}), "entries": {}}
+        (tmp_path / CLAIM).write_text(json.dumps(claim))
+        with pytest.raises(ArtifactError, match="outside of the repository"):
+            keeping._relocated(tmp_path / CLAIM, str(here), keeping.PLACE)

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from flexperts.files import opened, sealed
+from flexperts.reports.tables import tables
 from flexperts.studies.collect import collect_comparison
 
 Json = dict[str, Any]
 CLIENTS = ["bank", "cafe", "farm"]
 KINDS = ("rouge_l", "nll")
+OWN = {"fedavg": "global", "flex": "personalized"}
 
 
 def scores(out: Path, entry: Json, kind: str) -> dict[str, list[float]]:
@@ -69,7 +71,29 @@ def test_seeds_that_only_one_entry_has_are_not_compared(compared: Path, tmp_path
     out = shutil.copytree(compared, tmp_path / "out")
     shutil.rmtree(out / "runs" / "fedavg" / "seed-1")
     found = {entry["name"]: entry["silos"]["nll"] for entry in collect_comparison(out)["entries"]}
-    assert found["fedavg"]["iqm"]["low"] is None
-    assert found["fedavg"]["improvement"]["low"] is None
-    assert 0 <= found["fedavg"]["improvement"]["value"] <= 1
-    assert found["local"]["improvement"]["low"] is not None
+    ours, reference = (scores(compared, {"name": name, "own_state": state}, "nll") for name, state in OWN.items())
+    better = fmean((ours[c][0] < reference[c][0]) + (ours[c][0] == reference[c][0]) / 2 for c in CLIENTS)
+    assert found["fedavg"]["improvement"]["value"] == pytest.approx(better)
+
+
+def test_silos_that_are_drawn_anew_in_each_seed_are_other_silos(compared: Path, tmp_path: Path) -> None:
+    """A seed of one entry is compared with the same seed of the other: another seed's rows are other rows."""
+    out = shutil.copytree(compared, tmp_path / "out")
+    for path in out.glob("runs/*/seed-1/predictions/*.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text(
+            "".join(f"{json.dumps({**line, 'instruction': line['instruction'] + ' 1'})}\n" for line in lines)
+        )
+    comparison = collect_comparison(out)
+    assert comparison["redrawn"]
+    assert "Each seed has other rows" in tables(comparison)["clients-nll"].note
+    found = {entry["name"]: entry["silos"]["nll"] for entry in comparison["entries"]}
+    ours, reference = (scores(compared, {"name": name, "own_state": state}, "nll") for name, state in OWN.items())
+    pairs = [(a, b) for c in CLIENTS for a, b in zip(ours[c], reference[c], strict=True)]
+    assert found["fedavg"]["improvement"]["value"] == pytest.approx(fmean((a < b) + (a == b) / 2 for a, b in pairs))
+    assert found["fedavg"]["harmed"]["count"] == sum(a > b for a, b in pairs)
+    assert found["fedavg"]["harmed"]["silos"] == 6
+    assert found["fedavg"]["worst"]["value"] == pytest.approx(
+        max(value for values in ours.values() for value in values)
+    )
+    assert found["fedavg"]["worst"]["client"].endswith((", seed 0", ", seed 1"))

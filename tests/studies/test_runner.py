@@ -31,6 +31,7 @@ from flexperts.methods.kit.turn import Turn
 from flexperts.observer import Observer
 from flexperts.recipe import load_recipe
 from flexperts.studies import runner
+from flexperts.studies.claim import alone_in, claimed
 from flexperts.studies.collect import collect_comparison
 from flexperts.studies.entries import ComparisonPlan, plan_comparison
 from flexperts.studies.finished import DONE
@@ -272,6 +273,16 @@ def test_a_directory_keeps_its_reference(plan: Planned, tmp_path: Path, ran: Run
     assert reference("local") == "flex"
     with pytest.raises(ConfigError, match="reference 'ditto': it must be one of local, fedavg, flex, fedprox"):
         reference("local", reference="ditto")
+
+
+def test_the_reference_stands_while_it_has_no_finished_run(plan: Planned, tmp_path: Path) -> None:
+    """Another process with other entries, or a start after a kill, does not change what is compared with what."""
+    out = tmp_path / "out"
+    for entries in (["local", "flex"], ["fedavg"], ["local", "fedavg"]):
+        with alone_in(out):
+            claim = claimed(plan(entries=entries), out)
+            write_json(out / "compare.json", claim)
+        assert claim["reference"] == "flex"
 
 
 def test_the_recipes_reference_stands_where_it_is_an_entry(plan: Planned, tmp_path: Path, ran: Runs) -> None:

@@ -51,7 +51,8 @@ def interval_note(comparison: Comparison, metrics: Mapping[str, str] = METRICS) 
     level, resamples = f"{100 * comparison['confidence']:g} %", f"{comparison['resamples']:,}"
     many = len(comparison["seeds"]) > 1
     seeds = "widened by Student's t for the training seeds" if many else "which does not cover other seeds"
-    single = [e["name"] for e in comparison["entries"] if many and e.get("against") and _paired(comparison, e) == 1]
+    tested = [entry for entry in comparison["entries"] if many and entry.get("against")]
+    single = [entry["name"] for entry in tested if common_seeds(comparison, entry) == 1]
     seeds += f" (not for {', '.join(single)}: one seed in common)" if single else ""
     return (
         f"Δ: own state minus the reference's own state ({comparison['reference']}), row by row. In brackets the "
@@ -99,7 +100,7 @@ def with_budgets(table: Table, comparison: Comparison) -> Table:
     return replace(table, note=_joined(table.note, f"Budgets and variants. {told}."))
 
 
-def _paired(comparison: Comparison, entry: Entry) -> int:
+def common_seeds(comparison: Comparison, entry: Entry) -> int:
     """Return the number of seeds that an entry has in common with the reference."""
     reference = next(e for e in comparison["entries"] if e["name"] == comparison["reference"])
     return len({*entry["seeds"]} & {*reference["seeds"]})
@@ -113,6 +114,7 @@ def main_note(comparison: Comparison) -> str:
         _cut_words(comparison),
         _not_finite_words(comparison),
         _token_words(comparison),
+        _seed_words(comparison),
         _best_words(comparison),
         interval_note(comparison),
         counts(comparison),
@@ -127,7 +129,8 @@ def client_note(comparison: Comparison, metric: str, last: str) -> str:
     best = _best_words(comparison).replace("column", "row" if last == "row" else "column")
     name = (METRICS | REWARDS)[metric]
     text = f"{name}, {better} is better; {shown}. The last {last} is the plain mean over clients."
-    return _joined(text, best, counts(comparison))
+    other = "Each seed has other rows, so a client of one seed is another silo than in the next."
+    return _joined(text, other if comparison.get("redrawn") else "", best, counts(comparison))
 
 
 def reward_note(comparison: Comparison) -> str:
@@ -155,14 +158,18 @@ def floor_note(comparison: Comparison, entries: Sequence[Entry]) -> str:
     counted = ((e["name"], ((STATES.get(c, c), n) for c, n in e["floor"]["kept"].items())) for e in entries)
     kept = [f"{name}: {', '.join(f'{model} {n}' for model, n in its)}" for name, its in counted]
     level = f"{100 * comparison['confidence']:g} %"
-    seeds = ", widened by Student's t for the training seeds" if len(comparison["seeds"]) > 1 else ""
+    single = [entry["name"] for entry in entries if len(entry["seeds"]) == 1]
+    without = f" (not for {', '.join(single)}: one seed)" if single else ""
+    seeds = ", widened by Student's t for the training seeds" + without if len(single) < len(entries) else ""
     loss = "DPO loss" if any("loss" in entry["floor"] for entry in entries) else "NLL"
+    chance = f"{50 * (1 - comparison['confidence']):g} %"
     text = (
         f"Each client keeps one model by its validation rows. Kept, over all seeds: {'; '.join(kept)}. Harmed: the "
-        f"{loss} on its test rows is higher than this choice's. The best is picked on the same test rows, so the "
-        "mean against it, the regret, is never below 0, and its interval, in which the pick stays the same, is cut "
-        f"there. In brackets the {level} interval of a bootstrap over rows{seeds}; it does not apply to other "
-        "clients."
+        f"{loss} on its test rows is higher than this choice's, by however little; of two equal models about half "
+        f"the clients are. Clearly: its own {level} interval is above 0; by chance {chance} of equal ones are. The "
+        "worst tenth, and each client's best model, are picked on one half of the test rows and measured on the "
+        "other, both ways. The mean against the best is the regret. In brackets the "
+        f"{level} interval of a bootstrap over rows{seeds}; it does not apply to other clients."
     )
     return _joined(text, counts(comparison))
 
@@ -243,6 +250,13 @@ def _token_words(comparison: Comparison) -> str:
         if (its := entry.get("other_tokens"))
     ]
     return f"{'; '.join(found)}. Such an NLL is neither compared nor marked as best." if found else ""
+
+
+def _seed_words(comparison: Comparison) -> str:
+    """Return which entries have other seeds than the reference; empty if none has."""
+    found = [entry["name"] for entry in comparison["entries"] if entry.get("other_seeds")]
+    text = "These have other seeds than the reference, so they come last, and none is marked as best"
+    return f"{text}: {', '.join(found)}. Δ is over the seeds in common." if found else ""
 
 
 def _best_words(comparison: Comparison) -> str:

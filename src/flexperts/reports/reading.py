@@ -67,8 +67,8 @@ def against(entry: Entry, metric: str) -> Mapping[str, Any] | None:
 
 
 def is_ranked(entry: Entry, metric: str) -> bool:
-    """Return whether an entry's score can be the best: its NLL cannot if it is over other tokens."""
-    return metric != "nll" or not entry.get("other_tokens")
+    """Return whether a score can be the best: not if its seeds, or its NLL's tokens, are not the reference's."""
+    return not entry.get("other_seeds") and (metric != "nll" or not entry.get("other_tokens"))
 
 
 def unranked(entries: Iterable[Entry], metric: str) -> set[int]:
@@ -137,10 +137,10 @@ def change(entry: Entry, state: str, place: str, metric: str) -> dict[str, Any] 
 def ordered(comparison: Comparison) -> list[Entry]:
     """Return entries best first: by ROUGE-L of the own state on own rows, then by NLL; unscored ones last.
 
-    Where ``sorted_by_nll``, by NLL alone. NLL over other tokens comes after NLL over the reference's.
+    Where ``sorted_by_nll``, by NLL alone. What is not ranked comes after what is.
     """
     by_nll = sorted_by_nll(comparison)
-    return sorted(comparison["entries"], key=lambda entry: _rank(entry)[2 if by_nll else 0 :])
+    return sorted(comparison["entries"], key=lambda entry: _rank(entry)[3 if by_nll else 0 :])
 
 
 def sorted_by_nll(comparison: Comparison) -> bool:
@@ -202,6 +202,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _rank(entry: Entry) -> tuple[bool, float, bool, float]:
+def _rank(entry: Entry) -> tuple[bool, bool, float, bool, bool, float]:
     rouge, nll = mean(own(entry, "own", "rouge_l")), mean(own(entry, "own", "nll"))
-    return rouge is None, -(rouge or 0.0), nll is None or not is_ranked(entry, "nll"), nll or 0.0
+    by_rouge = not is_ranked(entry, "rouge_l"), rouge is None, -(rouge or 0.0)
+    return *by_rouge, not is_ranked(entry, "nll"), nll is None, nll or 0.0

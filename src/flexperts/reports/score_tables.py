@@ -51,7 +51,8 @@ def main_table(comparison: Comparison) -> Table:
     """Return the comparison: one row per entry, best first, and the unchanged base last."""
     entries = ordered(comparison)
     rows = [_main_row(comparison, entry) for entry in entries]
-    rows = mark_best(mark_best(rows, 2), 5, lowest=True, left_out=unranked(entries, "nll"))
+    rows = mark_best(rows, 2, left_out=unranked(entries, "rouge_l"))
+    rows = mark_best(rows, 5, lowest=True, left_out=unranked(entries, "nll"))
     rows += _base_row(comparison)
     return Table("main", "Scores and differences", main_note(comparison), _main_header(comparison), tuple(rows))
 
@@ -201,7 +202,7 @@ def floor_table(comparison: Comparison) -> Table:
     header = (
         Column("entry", words=True),
         Column("instead of", words=True),
-        *(Column(name, group) for name in ("clients harmed, %", "mean", "worst tenth of clients")),
+        *(Column(name, group) for name in ("clients harmed (clearly)", "mean", "worst tenth of clients")),
     )
     entries = [entry for entry in ordered(comparison) if entry.get("floor")]
     rows = tuple(
@@ -214,8 +215,9 @@ def floor_table(comparison: Comparison) -> Table:
 
 
 def _floor_cells(test: Mapping[str, Any]) -> tuple[Cell, ...]:
-    shares = {key: value and 100 * value for key, value in test["harmed"].items()}
-    return interval(shares, 0), *(interval(test[kind], DIGITS["nll"]) for kind in ("mean", "worst"))
+    harmed = test["harmed"]
+    counted = Cell(f"{harmed['count']} of {harmed['clients']} ({harmed['clear']})", harmed["count"])
+    return counted, *(interval(test.get(kind), DIGITS["nll"]) for kind in ("mean", "worst"))
 
 
 _ANSWERING = [state for state in STATES if state != "chosen"]

@@ -82,15 +82,17 @@ def robust_table(comparison: Comparison) -> Table:
     rows = [
         (words(e["name"]), own_state(e), *(c for metric in METRICS for c in _robust(e, metric))) for e in entries
     ]
-    rows = mark_best(mark_best(rows, 2), 4, lowest=True, left_out=unranked(entries, "nll"))
+    rows = mark_best(rows, 2, left_out=unranked(entries, "rouge_l"))
+    rows = mark_best(rows, 4, lowest=True, left_out=unranked(entries, "nll"))
     level = f"{100 * comparison['confidence']:g} %"
     better = f"P(better than {comparison['reference']}) [{level}]"
     header = (*WHO, *(Column(text, name) for name in METRICS.values() for text in (f"IQM [{level}]", better)))
-    many = len(comparison["seeds"]) > 1
+    seeds = ", and in every silo and entry its seeds" if len(comparison["seeds"]) > 1 else ", not seeds"
     drawn = (
-        "In brackets a stratified bootstrap: in every silo and entry, seeds are drawn with replacement. It is for "
-        "these silos, and too narrow where a seed is better or worse in all silos at once. "
-        if many
+        "In brackets a bootstrap: in every silo, test rows are drawn with replacement, the same for all "
+        f"entries{seeds}. It is for these silos. IQMs share their rows, so two may differ although their "
+        "intervals overlap; the interval of P leans to 0.5. "
+        if any(map(_has_ends, entries))
         else ""
     )
     note = (
@@ -100,6 +102,10 @@ def robust_table(comparison: Comparison) -> Table:
         f"Agarwal et al., NeurIPS 2021. {drawn}{counts(comparison)}"
     )
     return Table("robust", "Interquartile mean and probability of improvement", note, header, tuple(rows))
+
+
+def _has_ends(entry: Entry) -> bool:
+    return any((over_silos(entry, metric).get("iqm") or {}).get("low") is not None for metric in METRICS)
 
 
 def _robust(entry: Entry, metric: str) -> tuple[Cell, Cell]:
@@ -132,7 +138,8 @@ def spread_table(comparison: Comparison) -> Table:
     )
     note = (
         "NLL, lower is better; each silo's score is its mean over seeds. The worst tenth is rounded up to whole "
-        f"silos. {about if any(its.get('harmed') for _, its in found) else ''}{counts(comparison)}"
+        "silos. The worst are picked by the same scores, and so look worse than they are. "
+        f"{about if any(its.get('harmed') for _, its in found) else ''}{counts(comparison)}"
     )
     return Table("spread", "Spread over silos", note, header, tuple(rows))
 

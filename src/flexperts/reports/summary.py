@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flexperts.reports.cells import interval, number, p_value, spread
+from flexperts.reports.notes import common_seeds
 from flexperts.reports.reading import (
     METRICS,
     STATES,
@@ -26,7 +27,7 @@ from flexperts.reports.score_tables import DIGITS
 def summary(comparison: Comparison) -> list[str]:
     """Return sentences: the best entry, its interval against the reference, and the verdicts of the others."""
     entries = comparison["entries"]
-    with_rouge = [] if sorted_by_nll(comparison) else ordered(comparison)
+    with_rouge = [] if sorted_by_nll(comparison) else [e for e in ordered(comparison) if is_ranked(e, "rouge_l")]
     by_rouge = next((e for e in with_rouge if mean(own(e, "own", "rouge_l")) is not None), None)
     with_nll = [e for e in entries if mean(own(e, "own", "nll")) is not None]
     if not by_rouge and not with_nll:
@@ -104,7 +105,10 @@ def _standing(comparison: Comparison, metric: str) -> list[str]:
 
 
 def _caution(comparison: Comparison) -> list[str]:
-    """Return a caution if a comparison has only one seed."""
-    compared = any(entry.get("against") for entry in comparison["entries"])
-    one = compared and len(comparison["seeds"]) == 1
-    return ["All scores are from one seed; another seed may give another order."] if one else []
+    """Return a caution where differences are over a single seed."""
+    tested = [entry for entry in comparison["entries"] if entry.get("against")]
+    single = [entry["name"] for entry in tested if common_seeds(comparison, entry) == 1]
+    if not single:
+        return []
+    what = f"The differences of {', '.join(single)} are" if len(comparison["seeds"]) > 1 else "All scores are"
+    return [f"{what} from one seed; another seed may give another order."]

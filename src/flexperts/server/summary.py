@@ -66,7 +66,7 @@ def summarize(
         "mean": _means(scores, dict.fromkeys(clients, 1.0)),
         "weighted_mean": _means(scores, weights),
         "parameters": {group: _parameters(rounds, group) for group in ("shared", "personal")},
-        "bytes": _bytes(rounds),
+        "bytes": traffic(rounds),
         "privacy": rounds[-1].privacy,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
     }
@@ -152,7 +152,8 @@ def _parameters(rounds: Iterable[RoundLog], group: str) -> int:
     return int(max(counts, default=0))
 
 
-def _bytes(rounds: Iterable[RoundLog]) -> dict[str, Any]:
+def traffic(rounds: Iterable[RoundLog]) -> dict[str, Any]:
+    """Return the bytes of rounds: means over the messages with weights, totals, and means by group of tensors."""
     logs = list(rounds)
     up = [(size, log.declared["uplink"].get(name, 0)) for log in logs for name, size in log.uplink.items()]
     down = [(size, log.declared["downlink"].get(name, 0)) for log in logs for name, size in log.downlink.items()]

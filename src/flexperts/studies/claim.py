@@ -54,12 +54,13 @@ def claimed(plan: ComparisonPlan, out: Path) -> dict[str, Any]:
     entries = _entries(plan, before.get("entries", {}), out)
     planned = [entry.name for entry in plan.entries]
     there = [name for name in entries if name in planned or finished_marks(out, name)]
-    known = [name for name in (before.get("reference"), compare.reference) if name in there]
-    reference = plan.reference or [*known, *planned][0]
-    if reference not in there:
+    if plan.reference and plan.reference not in there:
         raise ConfigError(
-            f"reference {reference!r}", f"it must be one of {', '.join(there)}", "add it to the entries"
+            f"reference {plan.reference!r}", f"it must be one of {', '.join(there)}", "add it to the entries"
         )
+    # The directory's stays, also while another process has not finished its first run.
+    known = [name for name in (before.get("reference"), compare.reference) if name in entries]
+    reference = plan.reference or [*known, *planned][0]
     bootstrap = {"confidence": compare.confidence, "resamples": compare.resamples}
     return claim | {"entries": entries, "reference": reference, **bootstrap}
 

@@ -7,6 +7,7 @@ rows), ``general`` tasks, ``mmlu``.
 
 from __future__ import annotations
 
+import json
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -18,12 +19,15 @@ import tomli_w
 
 from flexperts.artifacts import RunDirectory
 from flexperts.config.run import MethodConfig, RunConfig
+from flexperts.environment import together
 from flexperts.errors import ArtifactError, ConfigError
 from flexperts.evaluation.scores import REWARDS, SCORES, Scores, kinds_in, mean_of
 from flexperts.files import placeless, read_json
 from flexperts.methods.registry import make_method
 from flexperts.recipe import recorded_recipe
-from flexperts.studies.contrast import abilities, contrasts, other_tokens
+from flexperts.server.round_log import RoundLog
+from flexperts.server.summary import traffic
+from flexperts.studies.contrast import abilities, contrasts, have_same_rows, other_tokens
 from flexperts.studies.finished import CLAIM, KEPT, RUNS, Finished, choices_of, read_claim, with_kept
 from flexperts.studies.floor import floors
 from flexperts.studies.over_silos import over_silos
@@ -68,40 +72,38 @@ def collect(
         "kind": "comparison",
         "title": title,
         "recipe": tomli_w.dumps(placeless(tomllib.loads(recipe))),
-        "environment": _together([run.environment() for entry in finished for run in entry.runs.values()]),
+        "environment": together([run.environment() for entry in finished for run in entry.runs.values()]),
         "split": first.summaries[0]["split"],
         "reference": reference,
         "seeds": sorted({seed for entry in finished for seed in entry.runs}),
         "confidence": confidence,
         "resamples": resamples,
         "clients": first.clients,
+        "redrawn": not have_same_rows(first.predictions.values()),
         "newcomers": list(newcomers),
         "entries": [
             _entry(entry)
             | {"ability": abilities(entry, confidence, resamples), "against": against.get(entry.name)}
             | ({"floor": found} if (found := floors(entry, confidence, resamples)) else {})
             | ({"other_tokens": differ} if (differ := other_tokens(entry, first)) else {})
+            | ({"other_seeds": True} if entry.runs.keys() != first.runs.keys() else {})
             | {"silos": silos[entry.name], "newcomers": _newcomers(entry, newcomers)}
             for entry in finished
         ],
-        "rouge_tokenizer": _together([entry.rouge_tokenizer for entry in finished]),
+        "rouge_tokenizer": together([entry.rouge_tokenizer for entry in finished]),
         "examples": examples(first, finished, samples),
     }
-
-
-def _together(found: Sequence[Any]) -> Any:
-    """Return equally nested values as one; where values differ, a list of the different ones."""
-    if isinstance(found[0], Mapping):
-        return {key: _together([each.get(key) for each in found]) for key in found[0]}
-    distinct = list(dict.fromkeys(found))
-    return distinct[0] if len(distinct) == 1 else distinct
 
 
 def _setting(setting: str) -> str:
     """Return a KEY=VALUE of an entry without local paths."""
     key, _, value = setting.partition("=")
-    bare = value.strip(" \"'")
-    return setting if placeless(bare) == bare else f"{key}={placeless(bare)}"
+    try:
+        given = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        given = value.strip()
+    bare = placeless(given)
+    return setting if bare == given else f"{key}={bare if isinstance(bare, str) else json.dumps(bare)}"
 
 
 def collect_comparison(path: Path, *, samples: int = 0) -> dict[str, Any]:
@@ -165,7 +167,7 @@ def _entry(entry: Finished) -> dict[str, Any]:
         "own_state": entry.scored_states[-1],
         "trained_state": entry.states[-1],
         "scores": {state: _scores(entry, state) for state in entry.scored_states},
-        "bytes": _mean_of([s["bytes"] for s in summaries]),
+        "bytes": _mean_of([_bytes(run, s["bytes"]) for run, s in zip(entry.runs.values(), summaries, strict=True)]),
         "parameters": {group: summaries[0]["parameters"][group] for group in ("shared", "personal")},
         "seconds": _mean_of([s["seconds"] for s in summaries]),
         "peak_memory": max((s["peak_memory"] for s in summaries if s.get("peak_memory")), default=None),
@@ -176,6 +178,13 @@ def _entry(entry: Finished) -> dict[str, Any]:
         "curves": curves(entry),
         **routing_and_selection(entry),
     }
+
+
+def _bytes(run: RunDirectory, sent: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's bytes; earlier versions took means over all messages, also those without weights."""
+    if "replies_with_weights" in sent:
+        return sent
+    return sent | traffic(RoundLog(**record) for record in run.rounds())
 
 
 def _budget_of(recipe: RunConfig) -> str:

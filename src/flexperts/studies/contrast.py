@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from flexperts.errors import ArtifactError
 from flexperts.evaluation.scores import SCORES
 from flexperts.seeding import derive_seed
 from flexperts.studies.finished import Finished
-from flexperts.studies.statistics import Paired, adjust, paired_bootstrap
+from flexperts.studies.statistics import Floats, Paired, adjust, paired_bootstrap
 
 Rows = Sequence[Mapping[str, Any]]
 Predictions = Mapping[str, Rows]
@@ -80,7 +80,7 @@ def _test(
         return None
     result = paired_bootstrap(
         found,
-        same_rows=len({row_texts(ours) for ours, _ in pairs}) == 1,
+        same_rows=have_same_rows(ours for ours, _ in pairs),
         resamples=resamples,
         confidence=confidence,
         generator=np.random.default_rng(derive_seed(0, "bootstrap", kind, entry.name)),
@@ -100,21 +100,30 @@ def _check_same(run: RunDirectory, reference: RunDirectory, ours: Predictions, t
 def _paired(ours: Predictions, theirs: Predictions, states: tuple[str, str], kind: str) -> Paired | None:
     differences, weights = {}, {}
     for client, rows in ours.items():
-        differences[client] = _column(rows, states[0], kind) - _column(theirs[client], states[1], kind)
-        weight = _WEIGHTS[kind]
-        weights[client] = np.ones(len(rows)) if weight is None else _column(rows, states[0], weight)
+        scores, weights[client] = columns_of(rows, states[0], kind)
+        differences[client] = scores - columns_of(theirs[client], states[1], kind)[0]
     is_whole = all(np.isfinite(values).all() for values in differences.values())
     return Paired(differences, weights, texts_of(ours)) if is_whole else None
 
 
-def _column(rows: Rows, state: str, kind: str) -> Any:
-    """Return one score of every row, ``[R]``; not-a-number where it is null, or the rows have no such score."""
-    return np.array([row["scores"][state].get(kind) for row in rows], dtype=float)
+def columns_of(rows: Rows, state: str, kind: str) -> tuple[Floats, Floats]:
+    """Return one score of every row and the rows' weights, ``[R]`` each.
+
+    A score is not-a-number where it is null, or the rows have no such score.
+    """
+    scores, weight = [row["scores"][state] for row in rows], _WEIGHTS[kind]
+    weights = [1.0 if weight is None else its[weight] for its in scores]
+    return np.array([its.get(kind) for its in scores], dtype=float), np.array(weights, dtype=float)
+
+
+def have_same_rows(seeds: Iterable[Predictions]) -> bool:
+    """Return whether runs were scored on the same rows."""
+    return len({row_texts(rows) for rows in seeds}) == 1
 
 
 def row_texts(predictions: Predictions) -> tuple[tuple[str, ...], ...]:
     """Return the texts of the rows on which a run was scored."""
-    return tuple(_text(line) for rows in predictions.values() for line in rows)
+    return tuple(_text(line) for rows in predictions.values() for line in rows or ())
 
 
 def texts_of(predictions: Predictions) -> dict[str, list[tuple[str, ...]]]:

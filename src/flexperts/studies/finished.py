@@ -155,8 +155,9 @@ def read_claim(out: Path) -> dict[str, Any]:
 
 
 def finished_marks(out: Path, name: str) -> list[Path]:
-    """Return the marks of an entry's finished runs."""
-    return sorted((out / RUNS / folder_name(name)).glob(f"{SEED}*/{DONE}"))
+    """Return the marks of an entry's finished runs; a folder with another name, such as a copy, is no run."""
+    found = (out / RUNS / folder_name(name)).glob(f"{SEED}*/{DONE}")
+    return sorted(mark for mark in found if mark.parent.name.removeprefix(SEED).isdecimal())
 
 
 def folder_name(entry: str) -> str:

@@ -1,30 +1,33 @@
-"""What a run's floor brought: the models that clients keep against each simple choice, on test rows."""
+"""What a run's floor brought: the models that clients keep against each simple choice, on test rows.
+
+Whoever picks the worst clients, or the best model, by the rows on which these are then measured, finds harm and
+regret also where there is none. So a client's rows are two halves here: what is picked on one is measured on the
+other, both ways.
+"""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from math import ceil
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from flexperts.seeding import derive_seed
-from flexperts.studies.contrast import Predictions, row_texts, texts_of
+from flexperts.studies.contrast import Predictions, have_same_rows, texts_of
 from flexperts.studies.finished import Finished
-from flexperts.studies.statistics import Difference, Floats, Paired, paired_bootstrap, worst_tenth
+from flexperts.studies.statistics import Difference, Floats, Paired, paired_bootstrap
 
 _Records = Mapping[str, Mapping[str, Any]]
+_Test = Callable[[Sequence[Paired], str], Difference]
+_HALVES = slice(0, None, 2), slice(1, None, 2)
 SIMPLE = ("zero_shot", "global", "local", "personalized")
 """The choices that a run without a floor makes for all clients alike."""
 BEST = "best"
-"""The candidate of each client with the lowest NLL on its test rows, known only afterwards."""
-
-
-def harmed(differences: Floats) -> Floats:
-    """Return the share of clients whose NLL is higher: ``[C, ...]`` to ``[...]``."""
-    return np.asarray((differences > 0).mean(axis=0))
+"""The candidate of each client with the lowest NLL on its other test rows, known only afterwards."""
 
 
 def floors(entry: Finished, confidence: float, resamples: int) -> dict[str, Any] | None:
@@ -32,22 +35,28 @@ def floors(entry: Finished, confidence: float, resamples: int) -> dict[str, Any]
 
     Returns:
         ``kept``: candidate -> how many clients keep it, over all seeds. ``against``: simple choice, or best -> the
-        differences in NLL of what clients keep: ``mean`` over clients, share of clients ``harmed``, mean of the
-        ``worst`` tenth (rounded up), each with an interval. Against the best, the mean is the regret; the best is
-        not picked again in each resample, so the interval is cut at 0, below which no regret is. ``loss`` is
-        dpo where the differences are in DPO's loss instead.
+        differences in NLL of what clients keep: ``mean`` over clients (against the best, the regret) and mean of
+        the ``worst`` tenth of clients (rounded up), each with an interval; and ``harmed``, the number of clients
+        with a difference above 0 in the mean over seeds, of them ``clear`` those whose own interval is above 0.
+        ``loss`` is dpo where the differences are in DPO's loss instead.
     """
     seeds = list(entry.choices.values())
     if not seeds:
         return None
-    same_rows = len({row_texts(rows) for rows in entry.predictions.values()}) == 1
-    settings = {"same_rows": same_rows, "resamples": resamples, "confidence": confidence}
+    same_rows = have_same_rows(entry.predictions.values())
+
+    def test(simple: str, paired: Sequence[Paired], kind: str) -> Difference:
+        generator = np.random.default_rng(derive_seed(0, "bootstrap", "floor", simple, kind, entry.name))
+        return paired_bootstrap(
+            paired, same_rows=same_rows, resamples=resamples, confidence=confidence, generator=generator
+        )
+
     against: dict[str, dict[str, Any]] = {}
     for simple in (*SIMPLE, BEST):
         paired = [_paired(entry.choices[seed], simple, entry.predictions[seed]) for seed in entry.runs]
         found = [each for each in paired if each is not None]
         if len(found) == len(paired):
-            against[simple] = _tests(found, partial(_stream, entry.name, simple), settings, simple == BEST)
+            against[simple] = _measures(found, partial(test, simple))
     kept = Counter(record["chosen"] for records in seeds for record in records.values())
     dpo = {"loss": "dpo"} if any("dpo" in its["test"] for records in seeds for its in records.values()) else {}
     return {"kept": dict(sorted(kept.items())), "against": against, **dpo}
@@ -59,41 +68,59 @@ def _paired(records: _Records, simple: str, predictions: Predictions) -> Paired 
     for client, record in records.items():
         test = record["test"]
         means = {name: loss for name, loss in (test.get("dpo") or test["nll"]).items() if loss is not None}
-        name = min(means, key=lambda each: means[each], default=simple) if simple == BEST else simple
-        if name not in means or record["chosen"] not in means:
-            return None
-        differences[client] = _column(test, record["chosen"]) - _column(test, name)
         weights[client] = np.array(test["tokens"], dtype=float)
+        losses = {name: np.array(test["rows"][name], dtype=float) for name in means}
+        if simple == BEST and len(weights[client]) > 1:
+            losses[BEST] = _best_of_the_other_half(losses, weights[client])
+        if simple not in losses or record["chosen"] not in losses:
+            return None
+        differences[client] = losses[record["chosen"]] - losses[simple]
     return Paired(differences, weights, texts_of(predictions))
 
 
-def _column(test: Mapping[str, Any], name: str) -> Floats:
-    return np.array(test["rows"][name], dtype=float)
+def _best_of_the_other_half(losses: Mapping[str, Floats], weights: Floats) -> Floats:
+    """Return for every row, ``[R]``, the loss of the candidate that is best on the half without this row."""
+    best = np.empty(len(weights))
+    for half, other in (_HALVES, _HALVES[::-1]):
+        name = min(losses, key=lambda each: np.average(losses[each][other], weights=weights[other]))
+        best[half] = losses[name][half]
+    return best
 
 
-def _stream(entry: str, simple: str, kind: str) -> np.random.Generator:
-    return np.random.default_rng(derive_seed(0, "bootstrap", "floor", simple, kind, entry))
-
-
-def _tests(
-    seeds: Sequence[Paired],
-    stream: Callable[[str], np.random.Generator],
-    settings: Mapping[str, Any],
-    is_best: bool,
-) -> dict[str, Any]:
-    kinds = {"mean": None, "harmed": harmed, "worst": worst_tenth}
-    found = {
-        kind: paired_bootstrap(seeds, generator=stream(kind), over=over, **settings) for kind, over in kinds.items()
+def _measures(seeds: Sequence[Paired], test: _Test) -> dict[str, Any]:
+    """Return the measures of ``floors`` against one choice, from each seed's differences."""
+    clients = list(seeds[0].differences)
+    each = [test([_parts(seed, [(c, slice(None))]) for seed in seeds], c) for c in clients]
+    found = {"mean": test(seeds, "mean")}
+    if all(len(rows) > 1 for seed in seeds for rows in seed.differences.values()):
+        found["worst"] = test(_worst_by_the_other_half(seeds), "worst")
+    harmed = {
+        "count": sum(its.difference > 0 for its in each),
+        "clear": sum(its.low is not None and its.low > 0 for its in each),
+        "clients": len(clients),
     }
-    found["harmed"] = _within(found["harmed"], 0.0, 1.0)
-    if is_best:
-        found |= {kind: _within(found[kind], 0.0) for kind in ("mean", "worst")}
-    return {kind: {key: value for key, value in vars(its).items() if key != "p"} for kind, its in found.items()}
+    told = {kind: {key: value for key, value in vars(its).items() if key != "p"} for kind, its in found.items()}
+    return told | {"harmed": harmed}
 
 
-def _within(found: Difference, lowest: float, highest: float = math.inf) -> Difference:
-    """Return a difference with its interval cut to the values that there can be."""
-    if found.low is None or found.high is None:
-        return found
-    low, high = (min(highest, max(lowest, end)) for end in (found.low, found.high))
-    return Difference(found.difference, low, high, found.p)
+def _worst_by_the_other_half(seeds: Sequence[Paired]) -> list[Paired]:
+    """Return each seed's differences of the worst tenth of clients: on the half by which they were not picked."""
+    clients, parts = seeds[0].differences, []
+    for picked, measured in (_HALVES, _HALVES[::-1]):
+        means = {
+            c: fmean(np.average(s.differences[c][picked], weights=s.weights[c][picked]) for s in seeds)
+            for c in clients
+        }
+        worst = sorted(means, key=lambda client: means[client])[-ceil(len(means) / 10) :]
+        parts += [(client, measured) for client in worst]
+    return [_parts(seed, parts) for seed in seeds]
+
+
+def _parts(seed: Paired, parts: Sequence[tuple[str, slice]]) -> Paired:
+    """Return a seed's differences on parts of clients' rows; each part is a client of its own."""
+    named = {f"{number} {client}": (client, rows) for number, (client, rows) in enumerate(parts)}
+    return Paired(
+        {name: seed.differences[client][rows] for name, (client, rows) in named.items()},
+        {name: seed.weights[client][rows] for name, (client, rows) in named.items()},
+        seed.rows and {name: seed.rows[client][rows] for name, (client, rows) in named.items()},
+    )

@@ -1,16 +1,18 @@
 """Measures over silos and seeds that no mean shows: robust ones, and how far the silos are apart.
 
-The interquartile mean, the probability of improvement and their stratified bootstrap are those of Agarwal et al.,
-"Deep reinforcement learning at the edge of the statistical precipice" (NeurIPS 2021), and of their library rliable,
-with a silo as a task and a seed as a run. rliable is not used: it needs arch, statsmodels and seaborn.
+The interquartile mean and the probability of improvement are those of Agarwal et al., "Deep reinforcement learning
+at the edge of the statistical precipice" (NeurIPS 2021), and of their library rliable, with a silo as a task and a
+seed as a run. rliable is not used: its intervals cover no other test rows; it needs arch, statsmodels and seaborn.
 
-Shapes: S seeds, C silos (clients), B resamples.
+Shapes: S seeds, C silos, R rows of one silo, B resamples.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -19,13 +21,15 @@ from scipy.stats import binomtest, trim_mean
 
 from flexperts.evaluation.scores import REWARDS, SCORES
 from flexperts.seeding import derive_seed
-from flexperts.studies.contrast import is_comparable
+from flexperts.studies.contrast import columns_of, have_same_rows, is_comparable
 from flexperts.studies.finished import Finished
-from flexperts.studies.statistics import Floats, worst_tenth
+from flexperts.studies.statistics import Floats, times_drawn
 
 LOWER_IS_BETTER = {"nll"}
 _CELLS = 1_000_000
-"""Most drawn scores in memory at the same time."""
+"""Most drawn rows in memory at the same time."""
+_MOST = 10_000
+"""Most resamples: these intervals have no p-value, which would need more."""
 
 
 def over_silos(
@@ -42,7 +46,7 @@ def over_silos(
         Entry -> score -> ``iqm`` (value, low, high), ``std``, ``worst`` (client, value) and ``worst_tenth`` over
         silos, ``improvement`` and ``harmed`` against the reference (None for the reference itself, and for NLL over
         other tokens). A score that is not finite in some silo and seed is left out. Intervals have no ends (None)
-        where there is one seed.
+        where the scores of the rows are not known.
     """
     found: dict[str, dict[str, Any]] = {}
     for entry in finished:
@@ -55,38 +59,62 @@ def over_silos(
 def _measures(
     entry: Finished, reference: Finished | None, kind: str, confidence: float, resamples: int
 ) -> dict[str, Any] | None:
-    ours, is_lower_better = _scores(entry, kind), kind in LOWER_IS_BETTER
-    if not np.isfinite(ours).all():
+    ours, is_lower_better = _scores(entry, kind, entry.runs), kind in LOWER_IS_BETTER
+    if not np.isfinite(ours.means).all():
         return None
     generator = np.random.default_rng(derive_seed(0, "bootstrap", "silos", kind, entry.name))
 
-    def bounded(measure: Callable[..., Any], *scores: Floats) -> dict[str, float | None]:
-        ends = stratified_interval(measure, scores, resamples, confidence, generator)
-        return {"value": float(measure(*(its[None] for its in scores))[0]), "low": ends[0], "high": ends[1]}
+    def bounded(measure: Callable[..., Any], *scores: SiloScores) -> dict[str, float | None]:
+        ends = joint_interval(measure, scores, min(resamples, _MOST), confidence, generator)
+        return {"value": float(measure(*(its.means[None] for its in scores))[0]), "low": ends[0], "high": ends[1]}
 
-    spread = spread_over(dict(zip(entry.clients, ours.mean(axis=0), strict=True)), is_lower_better)
+    spread = spread_over(dict(zip(ours.silos, ours.means.mean(axis=0), strict=True)), is_lower_better)
     made = {"iqm": bounded(interquartile_mean, ours), **spread, "improvement": None, "harmed": None}
     pair = reference and is_comparable(entry, reference, kind) and _paired(entry, reference, kind)
     if pair:
-        ours, theirs = (-its if is_lower_better else its for its in pair)  # higher is better from here on
-        made["improvement"] = bounded(probability_of_improvement, ours, theirs)
-        made["harmed"] = share_of(ours.mean(axis=0) < theirs.mean(axis=0), confidence)
+        sign = -1 if is_lower_better else 1
+        made["improvement"] = bounded(lambda a, b: probability_of_improvement(sign * a, sign * b), *pair)
+        mine, other = (sign * its.means.mean(axis=0) for its in pair)
+        made["harmed"] = share_of(mine < other, confidence)
     return made
 
 
-def _scores(entry: Finished, kind: str, seeds: Sequence[int] | None = None) -> Floats:
-    """Return the scores of an entry's own state, ``[S, C]``; not-a-number where there is none."""
-    wanted = list(entry.runs) if seeds is None else seeds
-    own = entry.scored_states[-1]
-    clients = [[entry.scored[s][c] for c in entry.clients] for s in wanted]
-    return np.array([[its.get(kind, {}).get(own) for its in seed] for seed in clients], dtype=float)
+@dataclass(frozen=True)
+class SiloScores:
+    """The scores of an entry's own state.
+
+    Args:
+        silos: Names of the C silos. Where seeds draw other rows for a client, each seed's is a silo of its own.
+        means: ``[S, C]``; not-a-number where there is none.
+        rows: For each silo the scores and the weights of its rows, ``[R, S]`` each; None where they are not known.
+    """
+
+    silos: Sequence[str]
+    means: Floats
+    rows: Sequence[tuple[Floats, Floats]] | None = None
 
 
-def _paired(entry: Finished, reference: Finished, kind: str) -> tuple[Floats, Floats] | None:
+def _scores(entry: Finished, kind: str, seeds: Iterable[int]) -> SiloScores:
+    own, seeds = entry.scored_states[-1], list(seeds)
+    predictions = {seed: entry.predictions[seed] for seed in seeds}
+    apart = len(seeds) > 1 and not have_same_rows(predictions.values())
+    silos = [(c, [seed]) for seed in seeds for c in entry.clients] if apart else [(c, seeds) for c in entry.clients]
+    means = [[entry.scored[seed][c].get(kind, {}).get(own) for seed in its] for c, its in silos]
+    names = [f"{c}, seed {its[0]}" if apart else c for c, its in silos]
+    if any(rows is None for clients in predictions.values() for rows in clients.values()):
+        return SiloScores(names, np.array(means, dtype=float).T)
+    rows = []
+    for client, its in silos:
+        columns = [columns_of(predictions[seed][client], own, kind) for seed in its]
+        rows.append((np.stack([of[0] for of in columns], axis=1), np.stack([of[1] for of in columns], axis=1)))
+    return SiloScores(names, np.array(means, dtype=float).T, rows)
+
+
+def _paired(entry: Finished, reference: Finished, kind: str) -> tuple[SiloScores, SiloScores] | None:
     """Return both entries' scores over the seeds that they have in common; None if there is none, or a gap."""
     seeds = [seed for seed in entry.runs if seed in reference.runs]
     pair = _scores(entry, kind, seeds), _scores(reference, kind, seeds)
-    return pair if seeds and all(np.isfinite(its).all() for its in pair) else None
+    return pair if seeds and all(np.isfinite(its.means).all() for its in pair) else None
 
 
 def interquartile_mean(scores: Floats) -> Floats:
@@ -104,30 +132,48 @@ def probability_of_improvement(ours: Floats, theirs: Floats) -> Floats:
     return np.asarray(((mine > other) + 0.5 * (mine == other)).mean(axis=(1, 2, 3)))
 
 
-def stratified_interval(
+def joint_interval(
     measure: Callable[..., Any],
-    scores: Sequence[Floats],
+    scores: Sequence[SiloScores],
     resamples: int,
     confidence: float,
     generator: np.random.Generator,
 ) -> tuple[float, float] | tuple[None, None]:
-    """Return a percentile interval of a measure: in every silo and every array, seeds are drawn with replacement.
+    """Return a percentile interval of a measure over other test rows and other seeds of the same silos.
+
+    In every silo, rows are drawn with replacement, the same ones for all seeds and entries; then, in every silo and
+    entry, seeds. (rliable draws only seeds: there each plays new episodes, here all answer the same rows.) In
+    simulations with three seeds and 60 rows, intervals of 95 % cover in 91 % to 98 % of cases for the interquartile
+    mean, in 87 % to 99 % for the probability of improvement, whose ends lean to 0.5: to no difference.
 
     Args:
         measure: From one ``[B, S, C]`` array for each of ``scores`` to ``[B]`` values.
-        scores: Arrays of ``[S, C]``; each is drawn by itself.
+        scores: Scores of the same silos, of equal seeds or not.
         resamples, confidence, generator: As for ``paired_bootstrap``.
+
+    Returns:
+        The ends; None where rows are not known, a silo has a single one, or one has no finite score.
     """
-    if any(len(its) < 2 for its in scores):
+    tables = [its.rows for its in scores if its.rows is not None]
+    if len(tables) < len(scores):
         return None, None
-    step = max(1, _CELLS // math.prod([scores[0].size, *(len(its) for its in scores[1:])]))
-    values = []
+    values = [column for rows in tables for column, _ in rows]
+    if any(len(column) < 2 or not np.isfinite(column).all() for column in values):
+        return None, None
+    step = max(1, _CELLS // max(map(len, values)) // len(tables[0]))
+    found = []
     for start in range(0, resamples, step):
         count = min(step, resamples - start)
-        rows = [generator.integers(len(its), size=(count, *its.shape)) for its in scores]
-        drawn = [np.take_along_axis(its[None], i, axis=1) for its, i in zip(scores, rows, strict=True)]
-        values.append(measure(*drawn))
-    low, high = np.quantile(np.concatenate(values), [(1 - confidence) / 2, (1 + confidence) / 2])
+        drawn = [[np.empty(0)] * len(tables[0]) for _ in tables]
+        for silo in range(len(tables[0])):
+            times = times_drawn(len(tables[0][silo][0]), count, generator)
+            for place, rows in enumerate(tables):
+                column, weights = rows[silo]
+                means = (times @ (column * weights)) / (times @ weights)
+                seeds = generator.integers(means.shape[1], size=means.shape)
+                drawn[place][silo] = np.take_along_axis(means, seeds, axis=1)
+        found.append(measure(*(np.stack(silos, axis=2) for silos in drawn)))
+    low, high = np.quantile(np.concatenate(found), [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 
@@ -135,19 +181,18 @@ def spread_over(silos: Mapping[str, float], is_lower_better: bool) -> dict[str, 
     """Return how far silos are apart.
 
     Args:
-        silos: Client -> score, mean over seeds.
+        silos: Silo -> score, mean over seeds.
         is_lower_better: Whether the highest score is the worst.
 
     Returns:
         ``std`` (n - 1; None for one silo), ``worst`` (client and value), and ``worst_tenth``: the mean of the worst
         tenth of the silos, rounded up to whole silos.
     """
-    worst = (max if is_lower_better else min)(silos, key=lambda client: silos[client])
-    values, sign = np.array(list(silos.values())), 1 if is_lower_better else -1
+    ranked = sorted(silos, key=lambda silo: silos[silo], reverse=is_lower_better)
     return {
-        "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-        "worst": {"client": worst, "value": float(silos[worst])},
-        "worst_tenth": sign * float(worst_tenth(sign * values)),
+        "std": float(np.std(list(silos.values()), ddof=1)) if len(silos) > 1 else None,
+        "worst": {"client": ranked[0], "value": float(silos[ranked[0]])},
+        "worst_tenth": fmean(silos[silo] for silo in ranked[: math.ceil(len(ranked) / 10)]),
     }
 
 

@@ -100,7 +100,7 @@ def run_comparison(
             workers that its recipe says.
         keep_weights: Whether to keep every run's weights.
         track: Trackers that log every run, by accelerate's names.
-        observer: Receives the progress of runs in this process (``workers`` = 1).
+        observer: Receives stages and notices; with ``workers`` = 1 the progress of runs, else only where each is.
         on_done: Called after each job, with its error if it failed.
     """
     tracker_classes(track)

@@ -5,9 +5,8 @@ Shapes: B resamples, R rows of one client, S seeds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
 from typing import Any
 
 import numpy as np
@@ -51,8 +50,7 @@ class Difference:
     """Method a minus method b, in the score's unit.
 
     Args:
-        difference: Macro mean: over seeds, of the mean (or another statistic) over clients, of the weighted mean
-            over rows.
+        difference: Macro mean: over seeds, of the mean over clients, of the weighted mean over rows.
         low: Lower end of the confidence interval; None, as ``high`` and ``p``, where a client has a single row,
             whose variance nothing tells.
         high: Upper end.
@@ -72,7 +70,6 @@ def paired_bootstrap(
     resamples: int = 100_000,
     confidence: float = 0.95,
     generator: np.random.Generator,
-    over: Callable[[Floats], Floats] | None = None,
 ) -> Difference:
     """Return the macro difference with interval and p-value from a bootstrap of rows and seeds.
 
@@ -106,19 +103,15 @@ def paired_bootstrap(
         resamples: B, which also bounds p from below by 2 / (B + 1).
         confidence: Coverage probability of the interval, in (0, 1).
         generator: Source of the draws; the order of clients does not matter.
-        over: Another statistic than the mean over the C clients of a seed: from ``[C, ...]`` to ``[...]``. Its
-            deviations by rows are scaled as those of the mean.
     """
     _check_seeds(seeds, same_rows=same_rows)
-    clients, means = sorted(seeds[0].differences), _seed_means(seeds, over or _mean)
+    clients, means = sorted(seeds[0].differences), _seed_means(seeds)
     if any(len(rows) < 2 for seed in seeds for rows in seed.differences.values()):
         return Difference(float(means.mean()), None, None, None)
     values, factor = np.full(resamples, means.mean()), _row_factor(seeds, same_rows)
     if factor > 0:
         by_client = (_resampled(seeds, c, same_rows, resamples, generator) for c in clients)
-        drawn = (over(np.stack(list(by_client))) if over else np.asarray(sum(by_client)) / len(clients)).mean(
-            axis=1
-        )
+        drawn = (np.asarray(sum(by_client)) / len(clients)).mean(axis=1)
         values = drawn if factor == 1 else values + factor * (drawn - values)
     if len(seeds) > 1:
         error = means.std(ddof=1) / np.sqrt(len(seeds))
@@ -155,25 +148,15 @@ def _row_factor(seeds: Sequence[Paired], same_rows: bool) -> float:
     return float(np.sqrt(left / drawn)) if left > 1e-9 * drawn else 0.0  # nested rows leave rounding errors
 
 
-def worst_tenth(losses: Floats) -> Floats:
-    """Return the mean over the tenth (rounded up) of clients with the largest losses: ``[C, ...]`` to ``[...]``."""
-    return np.asarray(np.sort(losses, axis=0)[-ceil(len(losses) / 10) :].mean(axis=0))
-
-
 def adjust(p_values: Sequence[float]) -> list[float]:
     """Return p-values adjusted for the false discovery rate over all of them (Benjamini and Hochberg, 1995)."""
     return [float(p) for p in false_discovery_control(p_values)] if len(p_values) else []
 
 
-def _mean(by_client: Floats) -> Floats:
-    return np.asarray(by_client.mean(axis=0))
-
-
-def _seed_means(seeds: Sequence[Paired], over: Callable[[Floats], Floats]) -> Floats:
-    """Return every seed's statistic over clients ``[S]``; the clients are in the order of their names."""
+def _seed_means(seeds: Sequence[Paired]) -> Floats:
+    """Return every seed's mean over clients ``[S]``; the clients are in the order of their names."""
     clients = sorted(seeds[0].differences)
-    by_client = ([np.average(s.differences[c], weights=s.weights[c]) for c in clients] for s in seeds)
-    return np.array([over(np.array(means)) for means in by_client])
+    return np.array([np.mean([np.average(s.differences[c], weights=s.weights[c]) for c in clients]) for s in seeds])
 
 
 def _resampled(seeds: Sequence[Paired], client: str, same_rows: bool, count: int, generator: Any) -> Floats:
@@ -192,12 +175,12 @@ def _draw(values: Floats, weights: Floats, count: int, generator: np.random.Gene
     step = max(1, _CELLS // len(values))
     chunks = []
     for start in range(0, count, step):
-        times = _times_drawn(len(values), min(step, count - start), generator)
+        times = times_drawn(len(values), min(step, count - start), generator)
         chunks.append((times @ (values * weights)) / (times @ weights))
     return np.concatenate(chunks)
 
 
-def _times_drawn(rows: int, count: int, generator: np.random.Generator) -> Floats:
+def times_drawn(rows: int, count: int, generator: np.random.Generator) -> Floats:
     """Return how often each row is drawn when R rows are drawn from R: ``[B, R]``."""
     draws = generator.integers(rows, size=(count, rows)) + rows * np.arange(count)[:, None]
     return np.bincount(draws.ravel(), minlength=count * rows).reshape(count, rows).astype(float)

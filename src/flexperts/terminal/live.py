@@ -99,9 +99,10 @@ class ProgressDisplay(Relay):
         return table
 
     def follow(self, run: str, line: tuple[str, str, float, float] | None) -> None:
-        """Show where a run in another process is."""
+        """Show where a run in another process is; the stage that led to it has ended."""
         self._elsewhere.pop(run, None)
         if line is not None:
+            self._here.stage("")
             self._elsewhere[run] = Line(*line)
 
     def say(self, text: str) -> None:
