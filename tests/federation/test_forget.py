@@ -25,8 +25,9 @@ from flexperts.methods.fedmoe_da import FedMoEDA, _mix_experts, mixing
 from flexperts.methods.flora import FLoRA
 from flexperts.methods.hetlora import HetLoRA
 from flexperts.methods.kit.server_state import Server
+from flexperts.methods.scaffold import Scaffold
 from flexperts.parameters.vector import Payload
-from flexperts.server.checkpoint import load_server
+from flexperts.server.checkpoint import load_server, save_server
 from flexperts.server.enrolment import change_clients
 from flexperts.server.forget_client import forget_client
 
@@ -103,6 +104,21 @@ def state(shared: Payload = START, round: int = 1, **memory: Any) -> Server:
     names = "abcd"
     kept = {n.replace("__", "."): torch.as_tensor(t) for n, t in memory.items()}
     return Server(shared, dict.fromkeys(names, 4), dict.fromkeys(names), round=round, memory=kept)
+
+
+def test_control_variates_of_the_departed_are_forgotten(recipe: Recipe, tmp_path: Path) -> None:
+    """c = (6 * 1 + 2 * 4) / 12: of the others' rows, a has no more than ``federation.max_share``."""
+    config = recipe("method.name=scaffold", "training.optimizer=sgd", "federation.max_share=0.5")
+    run = RunDirectory.create_or_resume(tmp_path / "run", config.to_toml())
+    rows = {"a": 50, "b": 2, "c": 4, "d": 9}
+    server = Server(Payload.of({"x": torch.zeros(1)}), rows, dict.fromkeys(rows), round=1)
+    Scaffold().start(server)
+    server.memory |= {f"last.{name}": torch.tensor([value]) for name, value in (("a", 1.0), ("b", 4.0), ("d", 7.0))}
+    save_server(run.checkpoint, server)
+    forget_client(run, "d")
+    memory = load_server(run.checkpoint).memory
+    assert sorted(memory) == ["last.a", "last.b", "x"]
+    assert memory["x"].item() == pytest.approx(14 / 12)
 
 
 def test_ranks_and_stacks_of_the_departed_are_forgotten() -> None:

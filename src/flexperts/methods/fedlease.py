@@ -175,9 +175,7 @@ class FedLEASE(Method):
 
     def regroup(self, server: Server) -> None:
         """Forget the clusters of clients that have left; experts and their centres stay."""
-        current = {_CLUSTER + client for client in server.clients}
-        for name in [n for n in server.memory if n.startswith(_CLUSTER) and n not in current]:
-            del server.memory[name]
+        server.forget_departed(_CLUSTER)
 
     def aggregate(self, server: Server, updates: Iterable[Update]) -> None:
         """Average every cluster's expert and router; in the last round of the warm-up, make the clusters before."""
