@@ -31,7 +31,20 @@ from flexperts.server.checkpoint import load_server, save_server
 from flexperts.server.enrolment import change_clients
 from flexperts.server.forget_client import forget_client
 
-from .scripted_grid import FOUR, SHARING, START, ScriptedGrid, Silo, bits, expected, losses, run_on, stopped, trio
+from .scripted_grid import (
+    FOUR,
+    SHARING,
+    START,
+    ScriptedGrid,
+    Silo,
+    Watch,
+    bits,
+    expected,
+    losses,
+    run_on,
+    stopped,
+    trio,
+)
 
 Recipe = Callable[..., RunConfig]
 
@@ -93,6 +106,25 @@ def test_a_silo_on_which_the_method_has_settled_stays(recipe: Recipe, tmp_path: 
         forget_client(run, "a")
     forget_client(run, "c")
     assert sorted(load_server(run.checkpoint).clients) == ["a", "b"]
+
+
+def test_a_silo_with_a_rank_may_come_late_and_be_forgotten(recipe: Recipe, tmp_path: Path) -> None:
+    a, b, c = trio()
+    config = recipe(*FOUR, "method.name=flexlora", "method.options={ranks={b=1}}")
+    out, watch = tmp_path / "run", Watch()
+    grid = ScriptedGrid(a, c)
+    watch.after["round_1"] = lambda: grid.enter(b)
+    watch.after["round_3"] = lambda: grid.leave("b")
+    run_on(grid, config, out, watch)
+    assert watch.notices == ["method.options names b, which has not joined"]
+    assert {number: vector.size for number, vector in b.received.items()} == {
+        2: START.size // 2,
+        3: START.size // 2,
+    }
+    stopped(config, tmp_path / "stopped", a, b, c)
+    forget_client(RunDirectory(tmp_path / "stopped"), "b")
+    server, _ = run_on(ScriptedGrid(a, c), config, tmp_path / "stopped")
+    assert sorted(server.clients) == ["a", "c"]
 
 
 def without(method: Any, server: Server, client: str) -> None:

@@ -144,4 +144,6 @@ def _begun(grid: Grid, config: RunConfig, method: Method, members: Membership, s
             except FlexpertsError as error:
                 members.turn_away(name, str(error))
         if members.online == sorted(server.clients):
+            for name in sorted(set(method.named_clients()) - server.clients.keys()):
+                members.observer.notice(f"method.options names {name}, which has not joined")
             return initial

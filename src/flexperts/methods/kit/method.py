@@ -98,6 +98,10 @@ class Method:
     def check_clients(self, clients: Collection[str]) -> None:
         """Raise a ConfigError for settings that are wrong for these clients."""
 
+    def named_clients(self) -> Collection[str]:
+        """Return the clients that the options name; a recipe with rows must have them, in the run or left out."""
+        return ()
+
     def extra_rounds(self, rounds: int) -> int:
         """Return how many extra rounds of the method follow the recipe's rounds."""
         return 0
