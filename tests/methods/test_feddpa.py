@@ -197,6 +197,21 @@ def test_another_lambda_is_another_model_and_0_is_the_global_one(take_turn: Any,
     assert (seen[2] - seen[1]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", ["feddpa_t", "feddpa_f"])
+def test_an_untrained_l_takes_no_weight_from_g(name: str, take_turn: Any, encoder: PromptEncoder) -> None:
+    batch, scored = batch_of(encoder), {}
+    with take_turn(f"method.name={name}") as (method, turn), torch.no_grad():
+        for parameter_name, parameter in turn.split.personal.items():
+            if ".lora_B." in parameter_name:
+                parameter.zero_()
+        for state in ("global", "personalized"):
+            with method.in_state(turn, state) as weigh:
+                if weigh is not None:
+                    weigh(batch)
+                scored[state] = turn.site.lora.model(batch.input_ids, attention_mask=batch.attention_mask).logits
+    assert torch.equal(scored["personalized"], scored["global"])
+
+
 def test_nothing_is_left_behind(take_turn: Any, encoder: PromptEncoder) -> None:
     batch = batch_of(encoder)
     with take_turn("method.name=feddpa_t") as (method, turn), torch.no_grad():
