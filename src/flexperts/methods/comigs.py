@@ -84,7 +84,15 @@ class CoMiGS(Method):
     def parts(self, site: Site) -> dict[str, Part]:
         """Return a pair with a linear router for every MoE layer."""
         rank, alpha, stream = self.options.rank, self.options.alpha, site.common_generator("comigs")
-        return {_PART: GatedAdapters(site.experts, rank=rank, alpha=alpha, gate_width=None, generator=stream)}
+        pairs = GatedAdapters(
+            site.experts,
+            rank=rank,
+            alpha=alpha,
+            gate_width=None,
+            generator=stream,
+            dropout=site.config.lora.dropout,
+        )
+        return {_PART: pairs}
 
     def shared(self, names: Collection[str]) -> set[str]:
         """Return the names of attention LoRA and G's parameters."""

@@ -87,6 +87,7 @@ class FedMoEDA(OwnParts):
             self.options.rank or site.config.lora.rank,
             site.config.lora.alpha,
             lambda layer, _expert: site.common_generator("experts", layer),
+            dropout=site.config.lora.dropout,
         )
         return {"experts": experts, "router": RouterDeltas(site.lora.base, site.experts)}
 
