@@ -222,7 +222,10 @@ class Method:
         """Adapt the server's memory to ``server.clients`` after clients have joined or left between two rounds."""
 
     def participants(self, server: Server, sampled: Sequence[str]) -> Sequence[str]:
-        """Return the clients that train in the coming round; by default the sampled clients."""
+        """Return the clients that train in round ``server.round + 1``; by default the sampled clients.
+
+        With secure aggregation this is asked while the round before ends: ``round`` alone is then as after it.
+        """
         return sampled
 
     def broadcast(self, server: Server, client: str) -> Payload:
