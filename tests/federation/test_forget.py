@@ -210,6 +210,21 @@ def test_experts_are_mixed_without_the_departed() -> None:
     _mix_experts(server, ["a", "c"])  # in rounds that do not compute A
 
 
+def test_nothing_is_mixed_when_all_known_clients_have_left() -> None:
+    """The others mix again when they send router rows."""
+    method, server = fedmoe_da()
+    method._compute_mix(server)
+    for client in "abc":
+        without(method, server, client)
+    assert server.memory == {}
+    server.round = 2  # A is not computed in round 3
+    sent = method.broadcast(server, "d")
+    assert method.uplink(server, "d") == sent.manifest
+    method.aggregate(server, [Update("d", sent, 4, {})])
+    assert torch.equal(server.memory["own.d.experts.l.0.A"], sent.tensors()["experts.l.0.A"])
+    assert not [name for name in server.memory if name.startswith("mix.")]
+
+
 @pytest.mark.parametrize("round", [0, 2])
 def test_experts_are_assigned_to_the_clients_that_there_are(round: int) -> None:
     site = "mixture.sites.l"
