@@ -81,7 +81,7 @@ def test_a_stack_grows_with_the_clients_of_the_round_before(tiny: str) -> None:
 def test_experts_are_planned_as_if_there_were_most(tiny: str) -> None:
     """Rounds 1 and 2 of the warm-up send nothing and the pair, later ones the pair and 2M - 1 router rows."""
     rounds, options = "federation.rounds=5", "method.options={warmup_rounds=2, max_experts=3}"
-    for clients, experts in ((8, 3), (2, 2)):
+    for clients, experts in ((8, 3), (4, 3), (3, 2), (2, 2)):
         (planned,) = plan(tiny, ["fedlease"], [rounds, options], clients=clients).methods
         up, down = ([{sum(g.values()) for g in getattr(r, way).values()} for r in planned.rounds] for way in WAYS)
         routers = 4 * SITES * D * (2 * experts - 1)
