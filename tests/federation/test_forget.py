@@ -25,12 +25,26 @@ from flexperts.methods.fedmoe_da import FedMoEDA, _mix_experts, mixing
 from flexperts.methods.flora import FLoRA
 from flexperts.methods.hetlora import HetLoRA
 from flexperts.methods.kit.server_state import Server
+from flexperts.methods.scaffold import Scaffold
 from flexperts.parameters.vector import Payload
-from flexperts.server.checkpoint import load_server
+from flexperts.server.checkpoint import load_server, save_server
 from flexperts.server.enrolment import change_clients
 from flexperts.server.forget_client import forget_client
 
-from .scripted_grid import FOUR, SHARING, START, ScriptedGrid, Silo, bits, expected, losses, run_on, stopped, trio
+from .scripted_grid import (
+    FOUR,
+    SHARING,
+    START,
+    ScriptedGrid,
+    Silo,
+    Watch,
+    bits,
+    expected,
+    losses,
+    run_on,
+    stopped,
+    trio,
+)
 
 Recipe = Callable[..., RunConfig]
 
@@ -94,6 +108,25 @@ def test_a_silo_on_which_the_method_has_settled_stays(recipe: Recipe, tmp_path: 
     assert sorted(load_server(run.checkpoint).clients) == ["a", "b"]
 
 
+def test_a_silo_with_a_rank_may_come_late_and_be_forgotten(recipe: Recipe, tmp_path: Path) -> None:
+    a, b, c = trio()
+    config = recipe(*FOUR, "method.name=flexlora", "method.options={ranks={b=1}}")
+    out, watch = tmp_path / "run", Watch()
+    grid = ScriptedGrid(a, c)
+    watch.after["round_1"] = lambda: grid.enter(b)
+    watch.after["round_3"] = lambda: grid.leave("b")
+    run_on(grid, config, out, watch)
+    assert watch.notices == ["method.options names b, which has not joined"]
+    assert {number: vector.size for number, vector in b.received.items()} == {
+        2: START.size // 2,
+        3: START.size // 2,
+    }
+    stopped(config, tmp_path / "stopped", a, b, c)
+    forget_client(RunDirectory(tmp_path / "stopped"), "b")
+    server, _ = run_on(ScriptedGrid(a, c), config, tmp_path / "stopped")
+    assert sorted(server.clients) == ["a", "c"]
+
+
 def without(method: Any, server: Server, client: str) -> None:
     clients = {n: r for n, r in server.clients.items() if n != client}
     change_clients(method, server, clients, dict.fromkeys(clients), "")
@@ -103,6 +136,21 @@ def state(shared: Payload = START, round: int = 1, **memory: Any) -> Server:
     names = "abcd"
     kept = {n.replace("__", "."): torch.as_tensor(t) for n, t in memory.items()}
     return Server(shared, dict.fromkeys(names, 4), dict.fromkeys(names), round=round, memory=kept)
+
+
+def test_control_variates_of_the_departed_are_forgotten(recipe: Recipe, tmp_path: Path) -> None:
+    """c = (6 * 1 + 2 * 4) / 12: of the others' rows, a has no more than ``federation.max_share``."""
+    config = recipe("method.name=scaffold", "training.optimizer=sgd", "federation.max_share=0.5")
+    run = RunDirectory.create_or_resume(tmp_path / "run", config.to_toml())
+    rows = {"a": 50, "b": 2, "c": 4, "d": 9}
+    server = Server(Payload.of({"x": torch.zeros(1)}), rows, dict.fromkeys(rows), round=1)
+    Scaffold().start(server)
+    server.memory |= {f"last.{name}": torch.tensor([value]) for name, value in (("a", 1.0), ("b", 4.0), ("d", 7.0))}
+    save_server(run.checkpoint, server)
+    forget_client(run, "d")
+    memory = load_server(run.checkpoint).memory
+    assert sorted(memory) == ["last.a", "last.b", "x"]
+    assert memory["x"].item() == pytest.approx(14 / 12)
 
 
 def test_ranks_and_stacks_of_the_departed_are_forgotten() -> None:
@@ -160,6 +208,21 @@ def test_experts_are_mixed_without_the_departed() -> None:
     assert torch.equal(server.memory["mix.l"], mixing(rows, method.options.peers, method.options.tau))
     assert all(torch.equal(server.memory[n], t) for n, t in kept.items())
     _mix_experts(server, ["a", "c"])  # in rounds that do not compute A
+
+
+def test_nothing_is_mixed_when_all_known_clients_have_left() -> None:
+    """The others mix again when they send router rows."""
+    method, server = fedmoe_da()
+    method._compute_mix(server)
+    for client in "abc":
+        without(method, server, client)
+    assert server.memory == {}
+    server.round = 2  # A is not computed in round 3
+    sent = method.broadcast(server, "d")
+    assert method.uplink(server, "d") == sent.manifest
+    method.aggregate(server, [Update("d", sent, 4, {})])
+    assert torch.equal(server.memory["own.d.experts.l.0.A"], sent.tensors()["experts.l.0.A"])
+    assert not [name for name in server.memory if name.startswith("mix.")]
 
 
 @pytest.mark.parametrize("round", [0, 2])

@@ -13,6 +13,7 @@ from flexperts.communication.secure.messages import Revealed
 from flexperts.config.run import RunConfig
 from flexperts.errors import FederationError
 from flexperts.parameters.vector import Vector
+from flexperts.server.masked_rounds import MaskedRounds
 
 from .masking_silos import CLIP, MASKED, MaskingSilo, four
 from .scripted_grid import START, ScriptedGrid, StopError, Watch, dead, drop, run_on
@@ -51,6 +52,24 @@ def test_the_mean_is_the_plain_one_and_the_server_has_no_update(recipe: Recipe, 
     assert all(log["clients"].keys() == set("abcd") for log in logs)
     for log in logs:
         assert 0 < log["secure"]["norm"] <= CLIP
+
+
+def test_keys_are_asked_of_the_clients_that_train(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of FDLoRA's clients train in round 1, and three of four in later ones, whose keys come a round before."""
+    sessions: dict[int, list[str]] = {}
+    make = MaskedRounds._session
+
+    def spy(its: MaskedRounds, rows: dict[str, int], number: int, log: Any) -> Any:
+        sessions[number] = sorted(rows)
+        return make(its, rows, number, log)
+
+    monkeypatch.setattr(MaskedRounds, "_session", spy)
+    config = recipe(*MASKED, "method.name=fdlora", "federation.participation=0.75", "privacy.survivors=0.5")
+    _, logs = run_on(ScriptedGrid(*four()), config, tmp_path / "run")
+    assert sessions == {log["number"]: log["participants"] for log in logs}
+    assert [len(log["participants"]) for log in logs] == [4, 3, 3]
 
 
 @pytest.mark.parametrize("fault", ["drop", "dead", "spoilt"])

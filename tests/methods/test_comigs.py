@@ -243,5 +243,24 @@ def test_all_phases_of_a_turn_share_its_seconds(take_turn: Any) -> None:
         assert method.train(turn).steps == 1
         assert turn.memory["steps"] == 1
         turn.settings = replace(settings, seconds=None)
-        assert method.train(turn).steps == 6
+        assert method.train(turn).steps == 6 + 3 * 2
         assert turn.memory["steps"] == 7
+
+
+def test_the_routers_steps_are_reported_and_its_loss_is_not(
+    take_turn: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits: list[Any] = []
+    with take_turn("method.name=comigs", "method.options={router_every=1, router_steps=3}") as (method, turn):
+        fit = type(turn).fit
+
+        def spy(its: Any, **settings: Any) -> Any:
+            fits.append(fit(its, **settings))
+            return fits[-1]
+
+        monkeypatch.setattr(type(turn), "fit", spy)
+        result = method.train(turn)
+    assert [each.steps for each in fits] == [1, 3, 1, 3]
+    assert (result.steps, result.shared_steps) == (8, 2)
+    assert result.tokens == sum(each.tokens for each in fits)
+    assert result.loss == pytest.approx((fits[0].loss + fits[2].loss) / 2)

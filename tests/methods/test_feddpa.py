@@ -24,6 +24,7 @@ from flexperts.evaluation.scores import EvaluationSettings, evaluate
 from flexperts.methods.feddpa import FedDPAF, InstanceWeights
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.kit.turn import Turn
+from flexperts.observer import Observer
 from flexperts.parameters.vector import Payload
 from flexperts.seeding import generator
 from flexperts.testing import byte_tokenizer
@@ -197,6 +198,21 @@ def test_another_lambda_is_another_model_and_0_is_the_global_one(take_turn: Any,
     assert (seen[2] - seen[1]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", ["feddpa_t", "feddpa_f"])
+def test_an_untrained_l_takes_no_weight_from_g(name: str, take_turn: Any, encoder: PromptEncoder) -> None:
+    batch, scored = batch_of(encoder), {}
+    with take_turn(f"method.name={name}") as (method, turn), torch.no_grad():
+        for parameter_name, parameter in turn.split.personal.items():
+            if ".lora_B." in parameter_name:
+                parameter.zero_()
+        for state in ("global", "personalized"):
+            with method.in_state(turn, state) as weigh:
+                if weigh is not None:
+                    weigh(batch)
+                scored[state] = turn.site.lora.model(batch.input_ids, attention_mask=batch.attention_mask).logits
+    assert torch.equal(scored["personalized"], scored["global"])
+
+
 def test_nothing_is_left_behind(take_turn: Any, encoder: PromptEncoder) -> None:
     batch = batch_of(encoder)
     with take_turn("method.name=feddpa_t") as (method, turn), torch.no_grad():
@@ -319,6 +335,31 @@ def test_a_run_of_f_is_fedavg_and_one_silent_round(recipe: Any, tmp_path: Path) 
     assert set(rounds[2]["declared"]["uplink"].values()) == {0}
     assert [r["clients"]["shop"]["steps"] for r in rounds[2:]] == [2]  # one round of two is its share
     assert summary["mean"]["nll"]["personalized"] != summary["mean"]["nll"]["global"]
+
+
+class Notices(Observer):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def notice(self, text: str) -> None:
+        self.texts.append(text)
+
+
+def test_kept_moments_have_no_effect_on_f_and_it_says_so(recipe: Any, tmp_path: Path) -> None:
+    said, scores = {}, {}
+    for moments in ("fresh", "kept"):
+        seen = Notices()
+        config = recipe(
+            "method.name=feddpa_f", f"training.personal_moments={moments}", "evaluation.max_new_tokens=1"
+        )
+        scores[moments] = run_federation(config, tmp_path / moments, seen)["clients"]
+        said[moments] = [text for text in seen.texts if "personal_moments" in text]
+    assert scores["fresh"] == scores["kept"]
+    assert said["fresh"] == []
+    (text,) = said["kept"]
+    assert "has no effect: feddpa_f trains" in text
 
 
 def test_a_run_of_t_with_one_local_step_sends_no_personal_byte(recipe: Any, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from flexperts.config.run import RunConfig
 from flexperts.engines.run import run_federation
 from flexperts.errors import ConfigError
 from flexperts.finished.trained import TrainedRun
-from flexperts.methods.fedlease import FedLEASE, clusters, direction, silhouette
+from flexperts.methods.fedlease import FedLEASE, clusters, direction, most_clusters, silhouette
 from flexperts.methods.kit.server_state import Server
 from flexperts.parameters.vector import Payload
 from flexperts.server.checkpoint import load_server
@@ -82,6 +82,16 @@ def by_brute_force(d: np.ndarray, most: int) -> list[int]:
 def some_distances(size: int, seed: int) -> np.ndarray:
     half = np.triu(np.random.default_rng(seed).uniform(0.1, 2, (size, size)), 1)
     return half + half.T
+
+
+def test_a_plan_has_the_most_clusters_that_clients_can_get() -> None:
+    drawn = np.random.default_rng(0)
+    for clients in range(1, 7):
+        found = set()
+        for _ in range(200):
+            one = drawn.random((clients, clients))
+            found.add(1 + max(clusters(one + one.T, 4)))
+        assert max(found) == most_clusters(clients, 4)
 
 
 @settings(max_examples=60)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from flexperts.communication.average import capped
 from flexperts.communication.messages import Update, encode
 from flexperts.config.run import RunConfig, TrainingConfig
 from flexperts.data.prompts import Example
@@ -52,10 +53,10 @@ def gradient(client: str, x: Array) -> Array:
     return np.asarray(A[client].T @ (A[client] @ x - B[client]))
 
 
-def optimum() -> Array:
+def optimum(clients: Sequence[str] = tuple(ROWS)) -> Array:
     """Of sum_i (n_i / n) f_i, by the normal equations."""
-    left = sum(ROWS[c] * A[c].T @ A[c] for c in ROWS)
-    right = sum(ROWS[c] * A[c].T @ B[c] for c in ROWS)
+    left = sum(ROWS[c] * A[c].T @ A[c] for c in clients)
+    right = sum(ROWS[c] * A[c].T @ B[c] for c in clients)
     return np.asarray(np.linalg.solve(left, right))
 
 
@@ -201,7 +202,7 @@ def test_scaffold_corrects_after_clipping_and_divides_by_the_real_rates() -> Non
         assert federation.results[client].lr_sum == pytest.approx(sum(rates))
         assert np.allclose(sent["x"], end, atol=1e-5)
         assert np.allclose(federation.memories[client]["x"].double().numpy(), mean, atol=1e-5)
-        assert np.allclose(sent["derived.control.x"], mean - own[client], atol=1e-5)
+        assert np.allclose(sent["derived.control.x"], mean, atol=1e-5)
 
 
 def test_the_servers_control_variates_stay_the_mean_of_all_clients() -> None:
@@ -217,6 +218,58 @@ def test_the_servers_control_variates_stay_the_mean_of_all_clients() -> None:
         held = {c: m["x"].double().numpy() for c, m in federation.memories.items() if m}
         expected = sum(ROWS[c] * held[c] for c in held) / 9
         assert np.allclose(federation.server.memory["x"].double().numpy(), expected, atol=1e-5)
+
+
+def off(federation: Federation) -> float:
+    """Return how far c is from the mean by rows of the c_i that the run's clients have."""
+    rows = federation.server.counted
+    mean = sum(n * federation.memories[c].get("x", torch.zeros(2)).double() for c, n in rows.items())
+    return float((federation.server.memory["x"] - mean / sum(rows.values())).norm())
+
+
+def test_a_lost_reply_is_made_good_by_the_clients_next_one() -> None:
+    federation = Federation(Scaffold())
+    federation.round()
+    federation.update("a")  # it trains and keeps its c_i, and the reply does not arrive
+    federation.round(("b", "c"))
+    assert off(federation) > 0.01
+    for _ in range(40):
+        federation.round()
+        assert off(federation) < 1e-5
+    assert np.linalg.norm(federation.x - optimum()) < 1e-4
+
+
+def test_control_variates_follow_the_clients_of_a_run() -> None:
+    """c is a forgotten silo, then joins again with what it kept."""
+    federation = Federation(Scaffold())
+    method, server = federation.method, federation.server
+    federation.round()
+    server.clients = {name: ROWS[name] for name in ("a", "b")}
+    method.regroup(server)
+    assert off(federation) < 1e-6
+    for _ in range(60):
+        federation.round(("a", "b"))
+        assert off(federation) < 1e-5
+    assert np.linalg.norm(federation.x - optimum(("a", "b"))) < 1e-4
+    server.clients, federation.memories["c"] = dict(ROWS), {}
+    method.regroup(server)
+    assert off(federation) < 1e-6
+    for _ in range(60):
+        federation.round()
+        assert off(federation) < 1e-5
+    assert np.linalg.norm(federation.x - optimum()) < 1e-4
+
+
+def test_control_variates_count_by_the_rows_of_the_run_and_not_of_the_round() -> None:
+    """In a round a client counts for less than in the run, where more clients share with it."""
+    federation = Federation(Scaffold())
+    federation.server.max_share = 0.4
+    for participants in (["a", "b"], ["a", "b", "c"], ["b", "c"]):
+        updates = [federation.update(client) for client in participants]
+        rows = capped([ROWS[client] for client in participants], 0.4)
+        counted = [replace(update, rows=n) for update, n in zip(updates, rows, strict=True)]
+        federation.method.aggregate(federation.server, counted)
+        assert off(federation) < 1e-5
 
 
 def test_a_round_without_any_rate_leaves_the_control_variates() -> None:

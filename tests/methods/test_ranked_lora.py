@@ -21,7 +21,7 @@ from flexperts.client.model import ClientModel
 from flexperts.client.workspace import Workspace
 from flexperts.communication.messages import Update
 from flexperts.config.run import RunConfig
-from flexperts.engines.run import run_federation
+from flexperts.engines.run import check_clients, run_federation
 from flexperts.errors import ConfigError, FederationError
 from flexperts.finished.trained import TrainedRun
 from flexperts.methods.flora import FLoRA
@@ -84,16 +84,22 @@ def best(matrix: Array, rank: int) -> Array:
 
 @pytest.mark.parametrize("name", RANKED)
 def test_ranks_of_unknown_clients_or_above_the_adapters_are_refused(recipe: Recipe, name: str) -> None:
-    options = method_class(name).Options(ranks={"shpo": 2})
-    server = Server(Payload.of(lora(4, 0)), {"clinic": 1, "shop": 1})
-    with pytest.raises(ConfigError, match="did you mean 'shop'"):
-        method_class(name)(options).check_clients(server.clients)
+    config = recipe(f"method.name={name}", "method.options={ranks={shpo=2}}")
+    with pytest.raises(ConfigError, match=r"method\.options: 'shpo': .*did you mean 'shop'"):
+        check_clients(config, Workspace(config).clients)
     assert method_class(name).Options(ranks={"Zu\u0308rich": 2}).ranks == {"Zürich": 2}  # as the client is called
     config = recipe(f"method.name={name}", "method.options={ranks={shop=9}}")
     with pytest.raises(ConfigError, match=r"ranks.shop = 9: .* at most lora.rank = 8"):
         make_method(config.method).check(config)
     with pytest.raises(ConfigError, match="greater than or equal to 1"):
         make_method(recipe(f"method.name={name}", "method.options={ranks={shop=0}}").method)
+
+
+@pytest.mark.parametrize("name", RANKED)
+def test_a_client_with_a_rank_may_be_left_out(recipe: Recipe, name: str) -> None:
+    """As a newcomer of a comparison, which joins the finished run."""
+    config = recipe(f"method.name={name}", "method.options={ranks={shop=2}}", "data.leave_out=['shop']")
+    check_clients(config, Workspace(config).clients)
 
 
 @pytest.mark.parametrize("name", RANKED)

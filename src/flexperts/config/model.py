@@ -85,7 +85,8 @@ class LoraConfig(Section):
     alpha: float = Field(16.0, gt=0)
     """Scaling numerator: LoRA's output is multiplied by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout on LoRA's input."""
+    """Dropout on the input of every LoRA in training, also of LoRA and low-rank experts that a method adds; grafts
+    have none."""
     projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     """Last names of the attention Linear layers to adapt; empty = every attention projection that is found."""
 

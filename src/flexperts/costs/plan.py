@@ -74,7 +74,7 @@ def plan(
     if clients < 1 or not 0 < bandwidth < math.inf:  # nan is neither
         wrong = f"clients = {clients}" if clients < 1 else f"bandwidth = {bandwidth}"
         raise ConfigError(wrong, "it must be finite and above 0", "give such a value")
-    given, names = list(settings), [f"client-{number}" for number in range(1, clients + 1)]
+    given = list(settings)
     description = describe(model)
     base = meta_base(description, _config(given).model.dtype)
     facts = model_facts(description, base, _config(given).model.quantization)
@@ -84,7 +84,7 @@ def plan(
         try:
             config = _config([*given, f"method.name={method}", *own])
             check_enough(config, clients)
-            plans.append(plan_method(base, facts, config, names, bandwidth, name))
+            plans.append(plan_method(base, facts, config, _clients(config, clients), bandwidth, name))
         except FlexpertsError as error:
             if "all" not in methods:
                 raise
@@ -92,6 +92,16 @@ def plan(
     if not methods:
         plans.append(_dense(base, facts, _config(given), clients, bandwidth))
     return Plan(facts, clients, bandwidth, tuple(plans), refused)
+
+
+def _clients(config: RunConfig, count: int) -> list[str]:
+    """Return names of so many clients, those that the method's options name among them."""
+    named = make_method(config.method).named_clients()
+    if len(named) > count:
+        rule, remedy = f"method.options names {len(named)} clients", f"plan with clients = {len(named)} or more"
+        raise ConfigError(f"clients = {count}", rule, remedy)
+    others = (f"client-{number}" for number in range(1, count + 1))
+    return list(dict.fromkeys([*named, *others]))[:count]
 
 
 def model_facts(

@@ -20,6 +20,7 @@ from flexperts.artifacts import RunDirectory
 from flexperts.client.answer_limit import check_limit
 from flexperts.client.floor import check_candidates
 from flexperts.client.workspace import Workspace
+from flexperts.config.names import normal
 from flexperts.config.run import RunConfig
 from flexperts.data.check import short_line
 from flexperts.data.clients import Clients, partition_manifest
@@ -180,14 +181,18 @@ def check_settings(config: RunConfig) -> None:
 
 
 def check_clients(config: RunConfig, clients: Clients) -> None:
-    """Refuse clients whose number or rows do not fit the run's methods and defences."""
+    """Refuse clients whose number or rows do not fit the methods and defences, and names that no client has."""
+    known = {*clients, *map(normal, config.data.leave_out or ())}
+    named = [("federation.step_seconds", name) for name in config.federation.step_seconds]
     for its in _configs(config):
-        make_method(its.method).check_clients(clients)
+        method = make_method(its.method)
+        method.check_clients(clients)
+        named += [("method.options", name) for name in method.named_clients()]
     check_enough(config, len(clients))
-    for name in config.federation.step_seconds:
-        if name not in clients:
-            remedy = did_you_mean(name, clients, f"name one of {', '.join(sorted(clients)[:_NAMED])}")
-            raise ConfigError(f"federation.step_seconds: {shown(name)}", "the data has no such client", remedy)
+    for section, name in named:
+        if name not in known:
+            remedy = did_you_mean(name, known, f"name one of {', '.join(sorted(known)[:_NAMED])}")
+            raise ConfigError(f"{section}: {shown(name)}", "the data has no such client", remedy)
 
 
 def _rows_line(clients: Clients) -> str:

@@ -39,12 +39,13 @@ class CoMiGS(Method):
     Open choices: the source's base is dense, and its expert is the FFN with a LoRA on both of its matrices; here
     the site is the MoE layer's output, as in pfedmoe_style: the pair's output is added to the routed output. The
     validation rows are set aside from the client's train rows, always the same ones; n_i and a round's steps count
-    all of them. A client with one row uses it for both. Steps count over the rounds in which the client trains; if
-    it has fewer than ``router_every``, its router keeps its start, which is the same on all clients. A new
-    optimizer starts after each update of the router, as it does in each round. The router's rate is
-    ``training.personal_lr``, with one cosine over all of its steps (the source: constant). The source's f_e counts
-    chosen experts, and of two it chooses both: f_e = 1/2, and at target 0.5 its balance loss is the constant 1,
-    without gradient, as with ``balance = 0`` here. Padding counts in it. The global state has G at weight 1,
+    all of them. The router's steps come on top of ``training.local_steps``; they are in the reply's steps and
+    tokens, and their loss is not in its mean. A client with one row uses it for both. Steps count over the rounds
+    in which the client trains; if it has fewer than ``router_every``, its router keeps its start, which is the same
+    on all clients. A new optimizer starts after each update of the router, as it does in each round. The router's
+    rate is ``training.personal_lr``, with one cosine over all of its steps (the source: constant). The source's f_e
+    counts chosen experts, and of two it chooses both: f_e = 1/2, and at target 0.5 its balance loss is the constant
+    1, without gradient, as with ``balance = 0`` here. Padding counts in it. The global state has G at weight 1,
     although training weights it by a_0 < 1.
     """
 
@@ -84,7 +85,15 @@ class CoMiGS(Method):
     def parts(self, site: Site) -> dict[str, Part]:
         """Return a pair with a linear router for every MoE layer."""
         rank, alpha, stream = self.options.rank, self.options.alpha, site.common_generator("comigs")
-        return {_PART: GatedAdapters(site.experts, rank=rank, alpha=alpha, gate_width=None, generator=stream)}
+        pairs = GatedAdapters(
+            site.experts,
+            rank=rank,
+            alpha=alpha,
+            gate_width=None,
+            generator=stream,
+            dropout=site.config.lora.dropout,
+        )
+        return {_PART: pairs}
 
     def shared(self, names: Collection[str]) -> set[str]:
         """Return the names of attention LoRA and G's parameters."""
@@ -101,7 +110,7 @@ class CoMiGS(Method):
     def _alternate(self, turn: Turn, *, shared: bool) -> TrainResult:
         rows, validation = self.sides(turn.site)
         settings, every = turn.settings, self.options.router_every
-        results: list[TrainResult] = []
+        results, routers = list[TrainResult](), list[TrainResult]()
         first = count = int(turn.memory.get(_STEPS, 0))
         last, end = first + settings.steps, time.monotonic() + (settings.seconds or 0.0)
 
@@ -127,11 +136,13 @@ class CoMiGS(Method):
                     # Its place among all of the run's steps, also for a client that has missed rounds.
                     place = (settings.first_step + count - first) // every
                     part = left(self._router_settings(settings, max(0, place - 1)))
-                    turn.fit(
+                    fit = turn.fit(
                         shared=False, trains=_is_router, examples=validation, settings=part, objective=objective
                     )
+                    routers.append(fit)
         turn.memory[_STEPS] = torch.tensor(count)
-        return joined(*results)
+        whole = joined(*results, *routers)
+        return replace(whole, loss=joined(*results).loss)
 
     def sides(self, site: Site) -> tuple[Sequence[Example], Sequence[Example]]:
         """Return the rows for the experts and those for the router."""

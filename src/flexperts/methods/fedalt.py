@@ -112,9 +112,7 @@ class FedALT(Method):
 
     def regroup(self, server: Server) -> None:
         """Forget the pairs of clients that have left."""
-        for name in _last(server):
-            if name.removeprefix(_LAST) not in server.clients:
-                del server.memory[name]
+        server.forget_departed(_LAST)
         _add_up(server)
 
     def aggregate(self, server: Server, updates: Iterable[Update]) -> None:

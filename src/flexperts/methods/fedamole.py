@@ -52,7 +52,8 @@ class FedAMoLE(OwnParts):
     (scipy) instead of SCIP; among equal optima the solver decides. Round 1 has a random feasible assignment. The
     paper averages P uniformly over clients; here by rows. The auxiliary rows are trained on too. A client that has
     not taken part yet has t_i = 0. Every client has the whole pool in memory and trains its share of it: the pool
-    is small. The paper's 30 experts are for 10 clients; the default of 12 is for four.
+    is small. The paper's 30 experts are for 10 clients; the default of 12 is for four. ``lora.dropout`` is on the
+    experts' input; the scores see the whole one.
     """
 
     name = "fedamole"
@@ -88,10 +89,16 @@ class FedAMoLE(OwnParts):
         """Return the whole pool for every adapted layer; ``receive`` activates the client's experts."""
         pool, lora = self.options.experts, site.config.lora
         held = {name: range(pool) for name in site.lora.targets}
-        seed = site.config.seed
-        return {
-            "mixture": LoraMixture(site.lora.base, held, pool=pool, rank=lora.rank, alpha=lora.alpha, seed=seed)
-        }
+        mixture = LoraMixture(
+            site.lora.base,
+            held,
+            pool=pool,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            seed=site.config.seed,
+            dropout=lora.dropout,
+        )
+        return {"mixture": mixture}
 
     def trains(self, name: str) -> bool:
         """Return False for PEFT's adapter, which stays at zero: the mixture replaces it."""

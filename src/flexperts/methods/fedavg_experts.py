@@ -46,7 +46,8 @@ class FedAvgExperts(Method):
         rank = self.options.rank or site.lora.rank
         every = {e.name: range(e.num_experts) for e in site.experts}
         alpha, stream = site.lora.scale * rank, site.common_generator("experts")
-        return {"experts": ExpertAdapters(site.experts, every, rank, alpha, stream)}
+        dropout = site.config.lora.dropout
+        return {"experts": ExpertAdapters(site.experts, every, rank, alpha, stream, dropout=dropout)}
 
     def shared(self, names: Collection[str]) -> set[str]:
         """Return all trained parameters: everything is shared."""

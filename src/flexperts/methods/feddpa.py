@@ -92,7 +92,7 @@ class InstanceWeights:
         alpha(x) = lam * mean_s cos(h(x), h(x_s))        y = W0 x + (1 - alpha) dW_g x + alpha dW_l x
 
     h is the last layer's hidden state of the prompt's last token with l alone; x_s are S of the client's train
-    prompts, drawn once per client.
+    prompts, drawn once per client. While l is untrained, alpha is 0: there is nothing to weight against g.
 
     Args:
         turn: The client's turn; its model is in use until ``close``.
@@ -101,7 +101,7 @@ class InstanceWeights:
     """
 
     def __init__(self, turn: Turn, lam: float, instances: int) -> None:
-        self.turn, self.lam = turn, lam
+        self.turn, self.lam = turn, 0.0 if untrained(turn) else lam
         self.stack = ExitStack()
         self.own = turn.settled[_INSTANCES] if turn.settled else self._of_rows(instances)
 
@@ -145,6 +145,7 @@ class FedDPAF(PersonalRounds, FedDPA):
     Rounds 1..R: g <- sum_i p_i g_i, g_i by steps on W0 + dW_g, p_i = n_i / n (FedAvg). dW = s B A.
     Then one more round: l_i <- steps on W0 + a dW_l + (1 - a) dW_g, g final and fixed.
     Inference as FedDPA-T: y = W0 x + (1 - alpha) dW_g x + alpha dW_l x, alpha = lam mean_s cos(h(x), h(x_s)).
+    Before the last round l is untrained and alpha is 0: personalized = global.
     Trained: the global LoRA g in rounds 1..R, the local LoRA l in round R+1. Sent: g in rounds 1..R, nothing in the
     last. Aggregated: mean of A and of B by rows. Stays: l. Inference: personalized = the weighted sum above, one
     alpha per row, for generation and for scores; global = g alone.
@@ -152,10 +153,11 @@ class FedDPAF(PersonalRounds, FedDPA):
     names no number of steps for l: ours is those of R x participation rounds, which is how often a client takes
     part, with a separate learning-rate schedule, so that both variants cost about the same. In the extra round all
     clients train, even if only a share is sampled per round: each needs its l. The server gets R from the clients'
-    reports, which must agree.
+    reports, which must agree. As l trains in one round, ``training.personal_moments = "kept"`` has no effect.
     """
 
     additive = False
+    personal_once = True
 
     name = "feddpa_f"
     summary = "FedAvg, then a local LoRA trained with the finished global one, weighted by each input's similarity"
@@ -211,7 +213,8 @@ class FedDPAT(FedDPA):
     the formula. In its default batched mode, it generates answers before it sets the weights, so they have no
     effect. We follow the formula, on every batch. The code averages clients uniformly; ours is by rows. x_s are
     prompts without responses, drawn once per client (all rows if it has fewer than S). alpha is not clamped: a
-    negative cosine gives l a negative weight, and lam above 1 can give g a negative weight. h is taken after the
+    negative cosine gives l a negative weight, and lam above 1 can give g a negative weight. As long as a client has
+    not trained l, its alpha is 0, so that personalized = global. h is taken after the
     final norm, as transformers returns it. l starts from an A drawn for the client and B = 0. From round 2 on a
     round has twice FedAvg's steps.
     """

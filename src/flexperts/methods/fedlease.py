@@ -71,7 +71,7 @@ class FedLEASE(Method):
         "FedAvg's steps, but all clients train in the warm-up (warmup_rounds, {warmup_rounds}), even if only a "
         "share is sampled per round"
     )
-    plan_note = "as if there were max_experts clusters, which a run can have fewer of"
+    plan_note = "as if there were max_experts clusters, or one fewer than clients; a run can have fewer"
 
     class Options(Method.Options):
         """The warm-up and the number of experts."""
@@ -175,9 +175,7 @@ class FedLEASE(Method):
 
     def regroup(self, server: Server) -> None:
         """Forget the clusters of clients that have left; experts and their centres stay."""
-        current = {_CLUSTER + client for client in server.clients}
-        for name in [n for n in server.memory if n.startswith(_CLUSTER) and n not in current]:
-            del server.memory[name]
+        server.forget_departed(_CLUSTER)
 
     def aggregate(self, server: Server, updates: Iterable[Update]) -> None:
         """Average every cluster's expert and router; in the last round of the warm-up, make the clusters before."""
@@ -200,7 +198,7 @@ class FedLEASE(Method):
         tensors = [update.tensors() for update in updates]
         directions = torch.stack([direction(each) for each in tensors])
         if directions.is_meta:  # in a plan: as many as there can be
-            labels = [i % min(self.options.max_experts, len(updates)) for i in range(len(updates))]
+            labels = [i % most_clusters(len(updates), self.options.max_experts) for i in range(len(updates))]
         else:
             labels = clusters(1 - (directions @ directions.T).numpy(), self.options.max_experts)
         experts = len(set(labels))
@@ -254,20 +252,25 @@ def direction(tensors: Mapping[str, Tensor]) -> Tensor:
     return torch.cat(layers) / math.sqrt(len(layers))
 
 
+def most_clusters(clients: int, most: int) -> int:
+    """Return the most clusters that so many clients can be divided into; from three on, one cluster has two."""
+    return clients if clients < 3 else min(most, clients - 1)
+
+
 def clusters(distances: NDArray[np.float64], most: int) -> list[int]:
     """Return every client's cluster, numbered by first member: average linkage, cut where silhouettes are largest.
 
     Args:
         distances: Symmetric, ``[C, C]``; the diagonal is not used.
-        most: Most clusters. Of equally good numbers the smallest is taken. With fewer than three clients, each is
-            a cluster.
+        most: Most clusters, if there are more clients. Of equally good numbers the smallest is taken. With fewer
+            than three clients, each is a cluster.
     """
     size = len(distances)
     if size < 3:
         return list(range(size))
     off = distances * (1 - np.eye(size))
     tree = linkage(squareform(off, checks=False), "average")
-    cuts = [cut_tree(tree, n_clusters=number).ravel() for number in range(2, min(most, size - 1) + 1)]
+    cuts = [cut_tree(tree, n_clusters=number).ravel() for number in range(2, most_clusters(size, most) + 1)]
     best = max(cuts, key=lambda labels: silhouette(off, labels))
     numbers = {label: number for number, label in enumerate(dict.fromkeys(best.tolist()))}
     return [numbers[label] for label in best.tolist()]

@@ -87,6 +87,7 @@ class FedMoEDA(OwnParts):
             self.options.rank or site.config.lora.rank,
             site.config.lora.alpha,
             lambda layer, _expert: site.common_generator("experts", layer),
+            dropout=site.config.lora.dropout,
         )
         return {"experts": experts, "router": RouterDeltas(site.lora.base, site.experts)}
 
@@ -147,9 +148,12 @@ class FedMoEDA(OwnParts):
         return (number - 1) % self.options.every == 0
 
     def _compute_mix(self, server: Server) -> None:
+        """Compute A of every layer anew; a layer whose known clients have all left has none."""
         for layer in _layers(server):
+            server.memory.pop(_mix(layer), None)
             rows = [server.memory[_own(client, _ROUTER_ROWS + layer)] for client in _known(server, layer)]
-            server.memory[_mix(layer)] = mixing(torch.cat(rows), self.options.peers, self.options.tau)
+            if rows:
+                server.memory[_mix(layer)] = mixing(torch.cat(rows), self.options.peers, self.options.tau)
 
 
 def mixing(rows: Tensor, peers: int, tau: float) -> Tensor:
@@ -166,7 +170,8 @@ def mixing(rows: Tensor, peers: int, tau: float) -> Tensor:
 def _mix_experts(server: Server, present: Collection[str]) -> None:
     """Replace the participants' experts by their mixtures, all computed from the experts before mixing."""
     for layer in _layers(server):
-        clients = _known(server, layer)
+        if not (clients := _known(server, layer)):
+            continue
         for names in _expert_names(server, layer).values():
             pairs = [(client, _own(client, name)) for client in clients for name in names]
             before = [server.memory[own] for _, own in pairs]

@@ -101,6 +101,7 @@ class FedMoEStyle(OwnParts):
             rank,
             alpha,
             lambda layer, expert: site.common_generator("expert", layer, expert),
+            dropout=site.config.lora.dropout,
             restrict=True,
         )
         if not self.options.router:

@@ -103,8 +103,7 @@ class HetLoRA(RankedMethod):
 
     def regroup(self, server: Server) -> None:
         """Forget the ranks of clients that have left."""
-        for name in [n for n in server.memory if n.removeprefix(_RANK) not in server.clients]:
-            del server.memory[name]
+        server.forget_departed(_RANK)
 
     def check_update(self, server: Server, update: Update) -> None:
         """Refuse a rank that the client cannot have."""

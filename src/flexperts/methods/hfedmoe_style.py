@@ -78,8 +78,9 @@ class HFedMoEStyle(Method):
     def parts(self, site: Site) -> dict[str, Part]:
         """Return parts that adapt every expert and every router."""
         every = {e.name: range(e.num_experts) for e in site.experts}
-        rank, stream = self.options.rank or site.config.lora.rank, site.common_generator("experts")
-        experts = ExpertAdapters(site.experts, every, rank, site.config.lora.alpha, stream)
+        lora, stream = site.config.lora, site.common_generator("experts")
+        rank = self.options.rank or lora.rank
+        experts = ExpertAdapters(site.experts, every, rank, lora.alpha, stream, dropout=lora.dropout)
         return {"experts": experts, "router": RouterDeltas(site.lora.base, site.experts)}
 
     def shared(self, names: Collection[str]) -> set[str]:

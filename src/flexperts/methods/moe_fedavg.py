@@ -50,8 +50,9 @@ class MoEFedAvg(Method):
     def parts(self, site: Site) -> dict[str, Part]:
         """Return the adaptation of every expert of every layer."""
         every = {e.name: range(e.num_experts) for e in site.experts}
-        stream = site.common_generator("experts")
-        return {"experts": ExpertAdapters(site.experts, every, self.options.rank, site.config.lora.alpha, stream)}
+        stream, lora = site.common_generator("experts"), site.config.lora
+        experts = ExpertAdapters(site.experts, every, self.options.rank, lora.alpha, stream, dropout=lora.dropout)
+        return {"experts": experts}
 
     def shared(self, names: Collection[str]) -> set[str]:
         """Return all trained parameters: everything is shared."""

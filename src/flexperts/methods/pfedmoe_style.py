@@ -66,6 +66,7 @@ class PFedMoEStyle(Method):
             alpha=options.alpha,
             gate_width=options.gate_width,
             generator=site.common_generator(_PART),
+            dropout=site.config.lora.dropout,
         )
         return {_PART: pairs}
 

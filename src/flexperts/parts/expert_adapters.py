@@ -34,15 +34,22 @@ class AdaptedLayer(nn.ModuleDict):
         rank: LoRA rank, or ``"full"`` for trainable copies.
         alpha: LoRA scaling numerator; not used by ``"full"``.
         generator: Stream for LoRA's A, or one for each expert.
+        dropout: Dropout on LoRA's input in training; not used by ``"full"``.
     """
 
     def __init__(
-        self, experts: LayerExperts, indices: Sequence[int], rank: Rank, alpha: float, generator: Streams
+        self,
+        experts: LayerExperts,
+        indices: Sequence[int],
+        rank: Rank,
+        alpha: float,
+        generator: Streams,
+        dropout: float,
     ) -> None:
         _check_layout(experts)
         _check_indices(experts, indices)
         streams = (lambda _name, _index: generator) if isinstance(generator, Generator) else generator
-        own = {i: personal_expert(experts, i, rank, alpha, streams(experts.name, i)) for i in indices}
+        own = {i: personal_expert(experts, i, rank, alpha, streams(experts.name, i), dropout) for i in indices}
         super().__init__({str(i): expert for i, expert in own.items()})
         self.experts, self.indices = experts, tuple(indices)
         self.register_buffer("_chosen", torch.tensor(self.indices), persistent=False)
@@ -91,8 +98,8 @@ class ExpertAdapters(Part):
     Args:
         experts: The base's experts modules, from ``find_experts``.
         choice: Experts to adapt by experts module; modules that are not named do not change.
-        rank, alpha, generator: See ``AdaptedLayer``; one stream is used module after module. If clients adapt
-            different experts, an expert starts alike on all of them only with one stream per expert.
+        rank, alpha, generator, dropout: See ``AdaptedLayer``; one stream is used module after module. If clients
+            adapt different experts, an expert starts alike on all of them only with one stream per expert.
         restrict: Use only the chosen experts: the weights of other experts are 0, and the kept weights are scaled
             so that a token's sum of weights stays; a token without a chosen expert has a routed output of 0.
         gradient_for: While the experts module trains, only the adapted experts that this returns pass gradient, to
@@ -108,6 +115,7 @@ class ExpertAdapters(Part):
         alpha: float = 16.0,
         generator: Streams | None = None,
         *,
+        dropout: float = 0.0,
         restrict: bool = False,
         gradient_for: GradientFor | None = None,
     ) -> None:
@@ -119,7 +127,7 @@ class ExpertAdapters(Part):
             raise GraftError(f"choice names {unknown}", f"experts modules are {names}", "choose again on this base")
         self.layers = nn.ModuleDict(
             {
-                key(e.name): AdaptedLayer(e, choice[e.name], rank, alpha, generator)
+                key(e.name): AdaptedLayer(e, choice[e.name], rank, alpha, generator, dropout)
                 for e in experts
                 if e.name in choice
             }

@@ -87,13 +87,20 @@ class GatedPair(nn.Module):
         rank, scale: Rank and output factor of both experts.
         gate_width: ``h``; None makes the gate linear.
         generator: Stream for shared expert, personal expert and gate, in this order.
+        dropout: Dropout on the experts' input while their module is in training mode; the gate's is whole.
     """
 
     def __init__(
-        self, experts: LayerExperts, rank: int, scale: float, gate_width: int | None, generator: Generator
+        self,
+        experts: LayerExperts,
+        rank: int,
+        scale: float,
+        gate_width: int | None,
+        generator: Generator,
+        dropout: float,
     ) -> None:
         super().__init__()
-        self.experts = experts
+        self.experts, self.dropout = experts, dropout
         self.shared = Bottleneck(experts.width, rank, scale, generator)
         self.personal = Bottleneck(experts.width, rank, scale, generator)
         self.gate: nn.Module = (
@@ -106,8 +113,13 @@ class GatedPair(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the pair's addition to the layer's routed output, ``[T, D]``."""
         shared, personal = self.gate(hidden).unsqueeze(-1).unbind(-2)
-        output: Tensor = shared * self.shared(hidden) + personal * self.personal(hidden)
+        output: Tensor = shared * self.shared(self._dropped(hidden)) + personal * self.personal(
+            self._dropped(hidden)
+        )
         return output
+
+    def _dropped(self, hidden: Tensor) -> Tensor:
+        return F.dropout(hidden, self.dropout, self.experts.module.training)
 
 
 class GatedAdapters(Part):
@@ -119,6 +131,7 @@ class GatedAdapters(Part):
         alpha: Scaling numerator: an expert's output is multiplied by alpha / rank.
         gate_width: h, width of the gate's inner layer; None makes the gate linear.
         generator: Stream for all initial values.
+        dropout: See ``GatedPair``.
     """
 
     def __init__(
@@ -129,11 +142,12 @@ class GatedAdapters(Part):
         alpha: float = 16.0,
         gate_width: int | None = 8,
         generator: Generator | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         stream = generator or torch.Generator().manual_seed(0)
         self.layers = nn.ModuleDict(
-            {key(e.name): GatedPair(e, rank, alpha / rank, gate_width, stream) for e in experts}
+            {key(e.name): GatedPair(e, rank, alpha / rank, gate_width, stream, dropout) for e in experts}
         )
 
     def __iter__(self) -> Iterator[GatedPair]:

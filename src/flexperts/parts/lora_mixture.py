@@ -56,12 +56,18 @@ class LayerMixture(nn.Module):
         self.experts = nn.ModuleDict({str(e): LoraExpert(sizes, seed, name, e) for e in held})
         self.projection = uniform_matrix(sizes[0], sizes[1], generator(seed, "lora mixture", name, "projection"))
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the unscaled delta ``[..., out]`` for ``hidden [..., in]``, and the fp32 routing ``[..., E]``."""
+    def forward(self, hidden: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Return the unscaled delta ``[..., out]`` for ``hidden [..., in]``, and the fp32 routing ``[..., E]``.
+
+        With ``dropout``, this share of the experts' input is set to zero; the routing's is whole.
+        """
         experts = [cast(LoraExpert, self.experts[str(e)]) for e in self.active]
         stacked_A, stacked_B = torch.cat([e.A for e in experts]), torch.cat([e.B for e in experts], 1)
         low = torch.unflatten(_linear(hidden, stacked_A), -1, (len(experts), -1))
         routing = self._routing(low, _linear(hidden, self.projection))
+        if dropout:
+            hidden = F.dropout(hidden, dropout)
+            low = torch.unflatten(_linear(hidden, stacked_A), -1, (len(experts), -1))
         mixed = low * self._best(routing).unsqueeze(-1).to(low.dtype)
         shared = _linear(_linear(hidden, self.shared.A), self.shared.B)
         return shared + _linear(mixed.flatten(-2), stacked_B), routing
@@ -89,6 +95,7 @@ class LoraMixture(Part):
         alpha: Scaling numerator: s = alpha / rank.
         seed: The run's seed; with layer and expert number it determines every A, the same on all clients.
         top_k: Experts per token, without the shared one.
+        dropout: Dropout on the experts' input while their module is in training mode.
     """
 
     def __init__(
@@ -101,9 +108,10 @@ class LoraMixture(Part):
         alpha: float = 16.0,
         seed: int = 0,
         top_k: int = 2,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.scale = alpha / rank
+        self.scale, self.dropout = alpha / rank, dropout
         self._linears = {name: submodule(model, name) for name in held}
         self._balance: dict[str, Tensor] = {}
         # The name is part of the tensor names in run directories: it cannot change.
@@ -160,7 +168,8 @@ class LoraMixture(Part):
         def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if not self.enabled:
                 return output
-            delta, routing = mixture(args[0].to(output.dtype))
+            dropout = self.dropout if module.training else 0.0
+            delta, routing = mixture(args[0].to(output.dtype), dropout)
             if module.training:
                 self._balance[name] = _balance(routing, mixture.top_k)
             total: Tensor = output + self.scale * delta.to(output.dtype)

@@ -27,11 +27,20 @@ class LowRankExpert(nn.Module):
         rank: r, at least 1.
         alpha: LoRA's scaling numerator.
         generator: Stream for A; B starts at zero, so training starts from the pretrained expert.
+        dropout: Dropout on the input of both pairs while the experts module is in training mode.
     """
 
-    def __init__(self, experts: LayerExperts, index: int, rank: int, alpha: float, generator: Generator) -> None:
+    def __init__(
+        self,
+        experts: LayerExperts,
+        index: int,
+        rank: int,
+        alpha: float,
+        generator: Generator,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.experts, self.index, self.scale = experts, index, alpha / rank
+        self.experts, self.index, self.scale, self.dropout = experts, index, alpha / rank, dropout
         up, down = ((w.T if experts.is_transposed else w).shape for w in _matrices(self.frozen))
         self.up_lora_A = uniform_matrix(rank, up[1], generator)
         self.up_lora_B = nn.Parameter(torch.zeros(up[0], rank))
@@ -53,7 +62,8 @@ class LowRankExpert(nn.Module):
         return experts.finish(output + self._delta(intermediate, self.down_lora_A, self.down_lora_B))
 
     def _delta(self, hidden: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        low = F.linear(hidden, lora_A.to(hidden.dtype))
+        dropped = F.dropout(hidden, self.dropout, self.experts.module.training)
+        low = F.linear(dropped, lora_A.to(hidden.dtype))
         return F.linear(low, lora_B.to(low.dtype)) * self.scale
 
 
@@ -85,12 +95,12 @@ class FullExpert(nn.Module):
 
 
 def personal_expert(
-    experts: LayerExperts, index: int, rank: Rank, alpha: float, generator: Generator
+    experts: LayerExperts, index: int, rank: Rank, alpha: float, generator: Generator, dropout: float = 0.0
 ) -> LowRankExpert | FullExpert:
     """Return a personal expert from expert ``index``: low-rank for an integer ``rank``, a copy for ``"full"``."""
     if rank == "full":
         return FullExpert(experts, index)
-    return LowRankExpert(experts, index, rank, alpha, generator)
+    return LowRankExpert(experts, index, rank, alpha, generator, dropout)
 
 
 def _matrices(weights: ExpertWeights) -> tuple[Tensor, Tensor]:

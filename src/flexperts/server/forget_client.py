@@ -43,7 +43,8 @@ def _forget(run: RunDirectory, client: str, *, key_only: bool) -> None:
         return
     if len(server.clients) == 1:
         raise ArtifactError(f"client {client!r}", "the run has no other client", "delete the run's folder instead")
-    method = make_method(recorded_recipe(run.path).method)
+    config = recorded_recipe(run.path)
+    method, server.max_share = make_method(config.method), config.federation.max_share
     clients = {name: rows for name, rows in server.clients.items() if name != client}
     reports = {name: report for name, report in server.reports.items() if name != client}
     server.flights.pop(client, None)

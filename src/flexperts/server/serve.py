@@ -55,6 +55,10 @@ def serve(
     check_protections(method, config)
     if not isinstance(grid, LazyGrid):
         check_apart(config)
+    if method.personal_once and config.training.personal_moments == "kept":
+        observer.notice(
+            f"training.personal_moments = 'kept' has no effect: {method.name} trains what is personal in one round"
+        )
     observer.stage(f"{config.method.name}: clients join")
     server, initial = joined(grid, config, run, method, members)
     observer.split(method.name, initial.split)
@@ -144,4 +148,6 @@ def _begun(grid: Grid, config: RunConfig, method: Method, members: Membership, s
             except FlexpertsError as error:
                 members.turn_away(name, str(error))
         if members.online == sorted(server.clients):
+            for name in sorted(set(method.named_clients()) - server.clients.keys()):
+                members.observer.notice(f"method.options names {name}, which has not joined")
             return initial

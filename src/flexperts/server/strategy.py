@@ -264,9 +264,9 @@ class FlexpertsStrategy(Strategy):
     def _participants(self, number: int) -> list[str]:
         """Return the clients that train in a round, sorted; they are drawn online or not."""
         clients = self.server.clients
-        count = self.config.federation.drawn(len(clients))
-        sampled = drawn(clients, count, self.config.seed, number)
-        return sorted(self.method.participants(self.server, sampled))
+        sampled = drawn(clients, self.config.federation.drawn(len(clients)), self.config.seed, number)
+        before = replace(self.server, round=number - 1)  # the round's number decides, also while another ends
+        return sorted(self.method.participants(before, sampled))
 
     def _train_requests(self, names: Iterable[str], log: RoundLog, *, whole: bool = False) -> Iterator[Message]:
         for name in names:

@@ -81,7 +81,7 @@ def test_a_stack_grows_with_the_clients_of_the_round_before(tiny: str) -> None:
 def test_experts_are_planned_as_if_there_were_most(tiny: str) -> None:
     """Rounds 1 and 2 of the warm-up send nothing and the pair, later ones the pair and 2M - 1 router rows."""
     rounds, options = "federation.rounds=5", "method.options={warmup_rounds=2, max_experts=3}"
-    for clients, experts in ((8, 3), (2, 2)):
+    for clients, experts in ((8, 3), (4, 3), (3, 2), (2, 2)):
         (planned,) = plan(tiny, ["fedlease"], [rounds, options], clients=clients).methods
         up, down = ([{sum(g.values()) for g in getattr(r, way).values()} for r in planned.rounds] for way in WAYS)
         routers = 4 * SITES * D * (2 * experts - 1)
@@ -96,6 +96,14 @@ def test_all_methods_are_planned_or_refused_with_a_reason(tiny: str) -> None:
     assert made.refused.keys() == {"fedlease", "scaffold"}
     assert "SGD" in made.refused["scaffold"]
     assert "set federation.rounds to 6 or more" in made.refused["fedlease"]
+
+
+@pytest.mark.parametrize("method", ["flora", "flexlora", "hetlora"])
+def test_clients_with_a_rank_are_planned_with_it(tiny: str, method: str) -> None:
+    (planned,) = plan(tiny, [method], ["method.options={ranks={bank=2,client-2=4}}"], clients=3).methods
+    lora = ("attention LoRA A", "attention LoRA B")
+    sent = {name: sum(map(groups.get, lora)) for name, groups in planned.rounds[0].uplink.items()}
+    assert sent == {"bank": LORA, "client-1": 4 * LORA, "client-2": 2 * LORA}
 
 
 def test_a_plan_is_json(tiny: str) -> None:
@@ -128,8 +136,8 @@ def test_broken_rules_are_refused(tiny: str) -> None:
         plan(tiny, ["fedavg"], ['lora.projections=["w"]'])
     with pytest.raises(GraftError, match="use a number from 1 to 4"):
         plan(tiny, ["flex"], ["graft.experts=5"])
-    with pytest.raises(ConfigError, match="clients are client-1"):
-        plan(tiny, ["hetlora"], ["method.options={ranks={bank=2}}"])
+    with pytest.raises(ConfigError, match=r"names 2 clients; plan with clients = 2 or more"):
+        plan(tiny, ["hetlora"], ["method.options={ranks={bank=2,shop=2}}"], clients=1)
     with pytest.raises(ConfigError, match="buffer = 10 with 4 clients"):
         plan(tiny, ["fedavg"], ["federation.mode=buffered", "federation.buffer=10"], clients=4)
     with pytest.raises(ConfigError, match="with 4 clients in a round"):

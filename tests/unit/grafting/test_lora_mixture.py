@@ -135,6 +135,22 @@ def test_balance_loss_by_hand_is_a_sum_over_layers_of_both_choices() -> None:
         assert projection.grad.abs().sum() > 0
 
 
+def test_dropout_is_on_the_experts_input_and_not_on_the_routings(model: Any) -> None:
+    """With every input dropped the experts add nothing, and the balance loss is that of the whole input."""
+    hidden, losses = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(1)), []
+    plain = model.body.proj(hidden)
+    for dropout in (0.0, 1.0):
+        mixture = mixture_of(model, dropout=dropout).attach()
+        disturb(mixture)
+        model.eval()
+        assert not torch.equal(model.body.proj(hidden), plain)
+        model.train()
+        assert torch.equal(model.body.proj(hidden), plain) == (dropout == 1.0)
+        losses.append(mixture.balance_loss())
+        mixture.detach()
+    assert torch.equal(*losses)
+
+
 def test_balance_loss_is_even_at_one_and_is_forgotten(model: Any) -> None:
     mixture = mixture_of(model, (2,)).attach()
     model.body.proj(torch.ones(3, 6))

@@ -59,9 +59,7 @@ def received_up_to(server: Server, client: str) -> int:
 
 def forget_departed(server: Server) -> None:
     """Forget what clients that have left had received."""
-    for name in [n for n in server.memory if n.startswith(_RECEIVED)]:
-        if name.removeprefix(_RECEIVED) not in server.clients:
-            del server.memory[name]
+    server.forget_departed(_RECEIVED)
 
 
 def outdated(turn: Turn, missing: int) -> FederationError:

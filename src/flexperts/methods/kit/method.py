@@ -73,6 +73,8 @@ class Method:
     """What the gates of its grafts open to where the recipe has ``graft.output = "auto"``."""
     moments: ClassVar[Literal["fresh", "kept"]] = "fresh"
     """What becomes of AdamW's personal moments where the recipe has ``training.personal_moments = "auto"``."""
+    personal_once: ClassVar[bool] = False
+    """Whether a client trains its personal parameters in one round alone, so that kept moments have no effect."""
     alone: ClassVar[str] = "local_lora"
     """The method with which a client trains the same parts on its own rows alone, for the run's ``[floor]``."""
     report_type: ClassVar[Any] = None
@@ -97,6 +99,10 @@ class Method:
 
     def check_clients(self, clients: Collection[str]) -> None:
         """Raise a ConfigError for settings that are wrong for these clients."""
+
+    def named_clients(self) -> Collection[str]:
+        """Return the clients that the options name; a recipe with rows must have them, in the run or left out."""
+        return ()
 
     def extra_rounds(self, rounds: int) -> int:
         """Return how many extra rounds of the method follow the recipe's rounds."""
@@ -218,7 +224,10 @@ class Method:
         """Adapt the server's memory to ``server.clients`` after clients have joined or left between two rounds."""
 
     def participants(self, server: Server, sampled: Sequence[str]) -> Sequence[str]:
-        """Return the clients that train in the coming round; by default the sampled clients."""
+        """Return the clients that train in round ``server.round + 1``; by default the sampled clients.
+
+        With secure aggregation this is asked while the round before ends: ``round`` alone is then as after it.
+        """
         return sampled
 
     def broadcast(self, server: Server, client: str) -> Payload:

@@ -19,7 +19,7 @@ from flexperts.communication.average import checked
 from flexperts.communication.messages import Update
 from flexperts.config.names import client_names
 from flexperts.config.run import RunConfig
-from flexperts.errors import ConfigError, did_you_mean
+from flexperts.errors import ConfigError
 from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.kit.turn import Turn
@@ -142,14 +142,9 @@ class RankedMethod(Method):
                     "lower it or raise lora.rank",
                 )
 
-    def check_clients(self, clients: Collection[str]) -> None:
-        """Raise a ConfigError for ranks of clients that the run does not have."""
-        for client in sorted(self.options.ranks.keys() - set(clients)):
-            raise ConfigError(
-                f"method.options.ranks.{client}",
-                f"the run's clients are {', '.join(sorted(clients))}",
-                did_you_mean(client, clients, "use one of these names"),
-            )
+    def named_clients(self) -> Collection[str]:
+        """Return the clients that have a rank of their own."""
+        return self.options.ranks
 
     def rank(self, server: Server, client: str) -> int:
         """Return a client's rank in the coming round."""

@@ -76,6 +76,12 @@ class Server:
         """Client -> the rows that it counts for in means: what it reported, up to ``max_share`` of all rows."""
         return capped_rows(self.clients, self.max_share)
 
+    def forget_departed(self, prefix: str) -> None:
+        """Remove from the memory what is there as ``<prefix><client>`` of clients that have left."""
+        for name in [n for n in self.memory if n.startswith(prefix)]:
+            if name.removeprefix(prefix) not in self.clients:
+                del self.memory[name]
+
     def generator(self, *purpose: str | int) -> Generator:
         """Return a random stream for the server."""
         return generator(self.seed, "server", *purpose)
