@@ -24,6 +24,7 @@ from flexperts.evaluation.scores import EvaluationSettings, evaluate
 from flexperts.methods.feddpa import FedDPAF, InstanceWeights
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.kit.turn import Turn
+from flexperts.observer import Observer
 from flexperts.parameters.vector import Payload
 from flexperts.seeding import generator
 from flexperts.testing import byte_tokenizer
@@ -334,6 +335,31 @@ def test_a_run_of_f_is_fedavg_and_one_silent_round(recipe: Any, tmp_path: Path) 
     assert set(rounds[2]["declared"]["uplink"].values()) == {0}
     assert [r["clients"]["shop"]["steps"] for r in rounds[2:]] == [2]  # one round of two is its share
     assert summary["mean"]["nll"]["personalized"] != summary["mean"]["nll"]["global"]
+
+
+class Notices(Observer):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def notice(self, text: str) -> None:
+        self.texts.append(text)
+
+
+def test_kept_moments_have_no_effect_on_f_and_it_says_so(recipe: Any, tmp_path: Path) -> None:
+    said, scores = {}, {}
+    for moments in ("fresh", "kept"):
+        seen = Notices()
+        config = recipe(
+            "method.name=feddpa_f", f"training.personal_moments={moments}", "evaluation.max_new_tokens=1"
+        )
+        scores[moments] = run_federation(config, tmp_path / moments, seen)["clients"]
+        said[moments] = [text for text in seen.texts if "personal_moments" in text]
+    assert scores["fresh"] == scores["kept"]
+    assert said["fresh"] == []
+    (text,) = said["kept"]
+    assert "has no effect: feddpa_f trains" in text
 
 
 def test_a_run_of_t_with_one_local_step_sends_no_personal_byte(recipe: Any, tmp_path: Path) -> None:

@@ -153,10 +153,11 @@ class FedDPAF(PersonalRounds, FedDPA):
     names no number of steps for l: ours is those of R x participation rounds, which is how often a client takes
     part, with a separate learning-rate schedule, so that both variants cost about the same. In the extra round all
     clients train, even if only a share is sampled per round: each needs its l. The server gets R from the clients'
-    reports, which must agree.
+    reports, which must agree. As l trains in one round, ``training.personal_moments = "kept"`` has no effect.
     """
 
     additive = False
+    personal_once = True
 
     name = "feddpa_f"
     summary = "FedAvg, then a local LoRA trained with the finished global one, weighted by each input's similarity"

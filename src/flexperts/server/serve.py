@@ -55,6 +55,10 @@ def serve(
     check_protections(method, config)
     if not isinstance(grid, LazyGrid):
         check_apart(config)
+    if method.personal_once and config.training.personal_moments == "kept":
+        observer.notice(
+            f"training.personal_moments = 'kept' has no effect: {method.name} trains what is personal in one round"
+        )
     observer.stage(f"{config.method.name}: clients join")
     server, initial = joined(grid, config, run, method, members)
     observer.split(method.name, initial.split)

@@ -73,6 +73,8 @@ class Method:
     """What the gates of its grafts open to where the recipe has ``graft.output = "auto"``."""
     moments: ClassVar[Literal["fresh", "kept"]] = "fresh"
     """What becomes of AdamW's personal moments where the recipe has ``training.personal_moments = "auto"``."""
+    personal_once: ClassVar[bool] = False
+    """Whether a client trains its personal parameters in one round alone, so that kept moments have no effect."""
     alone: ClassVar[str] = "local_lora"
     """The method with which a client trains the same parts on its own rows alone, for the run's ``[floor]``."""
     report_type: ClassVar[Any] = None
