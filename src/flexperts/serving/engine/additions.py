@@ -98,9 +98,9 @@ def _tensors(lora: Mapping[str, FactorPairs]) -> list[Tensor]:
 
 
 def _graft_tensors(grafts: Mapping[str, list[Graft]]) -> list[Tensor]:
-    """Return what distinguishes grafts: parameters, scales, and the experts from which they started."""
+    """Return what distinguishes grafts: parameters, scales, first experts, and whether these are subtracted."""
     modules: list[Graft] = [graft for layer in grafts.values() for graft in layer]
-    constants = [torch.tensor([*graft.indices, *graft.scales]) for graft in modules]
+    constants = [torch.tensor([*graft.indices, *graft.scales, graft.difference]) for graft in modules]
     return constants + [parameter for graft in modules for parameter in graft.parameters()]
 
 
