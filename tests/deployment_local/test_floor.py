@@ -8,9 +8,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import torch
 from flwr.app import RecordDict
 
 from flexperts.artifacts import RunDirectory
+from flexperts.client.client import Client
+from flexperts.communication.messages import info_of, payload_of, records
+from flexperts.communication.wire import deserialize, serialize
 from flexperts.config.run import RunConfig
 from flexperts.data.silos.generate import write_silos
 from flexperts.deployment.home import HomeModel, HomeRun
@@ -21,16 +25,27 @@ from flexperts.engines.grid import InProcessGrid
 from flexperts.engines.run import run_federation
 from flexperts.finished.trained import TrainedRun
 from flexperts.observer import Observer
+from flexperts.parameters.store import PersonalMeta
+from flexperts.parameters.vector import Payload, vector_hash
 from flexperts.recipe import load_silo
 from flexperts.server.serve import serve
 from flexperts.serving.engine.additions import all_models
 from flexperts.studies.collect import collect_run
 
-from .asking import serving, through_relay
+from .asking import RUN, converse, serving, through_relay
 
 SILOS = ("clinic", "law_firm")
 FLOOR = 'floor={candidates = ["global", "local", "personalized", "mixture"]}'
 SHORT = ("training.local_steps=2", "evaluation.rows=2", "federation.min_clients=2", "data.validation_rows=8", FLOOR)
+
+
+@pytest.fixture
+def roomy(silo_file: Path, silos: Path, tmp_path: Path) -> Path:
+    """The file of a silo with rows enough for a floor, and a state folder."""
+    write_silos(tmp_path / "rows", 0, 20, 4)
+    silo_file.write_text(silo_file.read_text().replace(str(silos), str(tmp_path / "rows")))
+    make_private(tmp_path / "state")
+    return silo_file
 
 
 @pytest.mark.parametrize("policy", ["min_score_rows = 2", "scores = false"])
@@ -85,6 +100,42 @@ def test_a_silo_chooses_as_in_one_process_and_sends_nothing_of_it(
     words = ("chosen", "local", "mixture")
     assert replies["evaluate"]
     assert not [name for names in replies.values() for name in names for word in words if word in name]
+
+
+@pytest.mark.parametrize("policy", ["min_score_rows = 1", "scores = false"])
+def test_a_silo_that_dies_in_its_second_training_has_its_final_model(
+    handed: Callable[..., RunConfig],
+    roomy: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    policy: str,
+) -> None:
+    """The shared weights are at the silo before its local model trains; weights that do not fit replace none."""
+    roomy.write_text(roomy.read_text().replace("min_score_rows = 1", policy))
+    silo = load_silo(roomy)
+    recipe, sent = handed("federation.rounds=1", "data.validation_rows=8", FLOOR).to_toml(), []
+
+    class Killed(BaseException):
+        """As of a signal."""
+
+    def ask(kind: str, content: RecordDict) -> RecordDict:
+        sent.append(content)
+        return deserialize(worker.reply(serialize({"run": RUN, "kind": kind, "recipe": recipe}, content)))[1]
+
+    def dies(self: Client, meta: PersonalMeta) -> None:
+        raise Killed
+
+    worker = Worker(silo)
+    monkeypatch.setattr(Client, "_train_alone", dies)
+    with pytest.raises(Killed):
+        converse(ask)
+    home = HomeModel(silo, RUN)
+    expected = payload_of(sent[-1], "server")
+    assert vector_hash(home.request.payload.vector) == vector_hash(expected.vector)
+    assert home.generate("Which?", state="global") is not None
+    other = records(dict(info_of(sent[-1])), payload=Payload.of({"nothing": torch.ones(3)}))
+    fields, _ = deserialize(worker.reply(serialize({"run": RUN, "kind": "evaluate", "recipe": recipe}, other)))
+    assert fields == {"error": "FederationError"}
+    assert HomeModel(silo, RUN).request.payload.digest() == home.request.payload.digest()
 
 
 def heard(ask: Callable[..., RecordDict], replies: dict[str, set[str]]) -> Callable[..., RecordDict]:

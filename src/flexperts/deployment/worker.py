@@ -144,17 +144,17 @@ class Worker:
             check_loss(policy, client.config, len(client.rows.train))
             scored = ()
         else:
+            request, _ = request_of(content, EvaluateRequest)
+            with client.in_use(request):  # weights that do not fit are refused
+                keep_received(client.folder, content)  # first: what follows may train, and end badly
             try:
                 if not policy.scores:
                     raise refusal(policy, "scores", "an evaluation")
                 self._ledger.check_scored(scored)
-            except PolicyError:  # without scores, the evaluation still brings the weights of the silo's own model
-                client.settle(request_of(content, EvaluateRequest)[0])
-                keep_received(client.folder, content)
+            except PolicyError:  # without scores, the evaluation still brings the silo its own model
+                client.settle(request)
                 raise
         reply = serialize({}, answer_whole(asked.kind, content, client))
-        if asked.kind == "evaluate":
-            keep_received(client.folder, content)
         self._ledger.record(asked, reply, privacy, scored)
         return reply
 
