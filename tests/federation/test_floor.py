@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from flexperts.artifacts import RunDirectory
-from flexperts.client.client import Client, Resident
+from flexperts.client.client import Resident
 from flexperts.client.floor import check_floor
 from flexperts.client.masking import Standing
 from flexperts.client.request import Request
@@ -28,6 +29,7 @@ from flexperts.errors import ArtifactError, ConfigError, DataError, PrivacyError
 from flexperts.export.exporting import export_run
 from flexperts.finished.joining import join
 from flexperts.finished.trained import TrainedRun
+from flexperts.library.run import Run
 from flexperts.methods.fedavg import FedAvg
 from flexperts.methods.flex import Flex
 from flexperts.methods.kit.method import Method
@@ -421,17 +423,38 @@ def test_a_newcomer_chooses_too(
         run.close()
 
 
+@pytest.mark.usefixtures("exports_checked_here")
+@pytest.mark.parametrize("use", ["generate", "library", "export", "serve"])
 def test_a_client_that_was_not_scored_chooses_when_it_is_used(
-    make: Callable[..., RunConfig], workspace: Workspace, tmp_path: Path
+    make: Callable[..., RunConfig], workspace: Workspace, tmp_path: Path, use: str
 ) -> None:
-    summary = run_federation(make("evaluation.clients=1"), tmp_path, workspace=workspace)
+    """Whatever uses it first; it has no scores, and `evaluate` scores whom the run has scored."""
+    bf16 = ("model.dtype=bfloat16", "model.precision=bf16")
+    config = make("evaluation.clients=1", *ONCE, *bf16, 'floor={candidates = ["local"]}')
+    summary = run_federation(config, tmp_path / "run")
     [scored] = summary["floor"]
     [other] = {"north", "south"} - {scored}
-    run = TrainedRun(tmp_path, workspace)
+    path = tmp_path / "run" / "floor" / f"{other}.json"
+    assert not path.exists()
+    if use == "export":  # in another type than that in which the local model trains
+        export_run(tmp_path / "run", tmp_path / "model", client=other, dtype="float32")
+    elif use == "library":
+        with Run(tmp_path / "run") as found:
+            assert found.clients == ["north", "south"]
+            assert [*found.scores["nll"]] == [scored]
+            found.model(other).generate(["which?"])
+    run = TrainedRun(tmp_path / "run")
     try:
-        client = Client(other, workspace, run.model, tmp_path)
-        assert client.choice(run.request(other))["chosen"] in client.choice(run.request(other))["validation"]["nll"]
-        assert (tmp_path / "floor" / f"{other}.json").exists()
+        if use == "generate":
+            run.generate(other, "which?")
+        elif use == "serve":
+            assert find_model(other, all_models(run)).state == "chosen"
+            additions(run, find_model(other, all_models(run)))
+        assert [*run.evaluate()] == [scored]
+        made = json.loads(path.read_text())
+        shutil.rmtree(tmp_path / "run/personal/local/personal")
+        path.unlink()
+        assert run.client(other).choice(run.request(other)).items() <= made.items()
     finally:
         run.close()
 

@@ -112,6 +112,8 @@ def export_run(
         _check_plain(run, form)
         architecture = architecture_of(run.workspace.base.model) if form == "gguf" else None
         stored = dtype or ("float16" if architecture else run.config.model.dtype)
+        if client is not None and "chosen" in _states(run, form, state, client):
+            run.client(client).choice(run.request(client))  # on first use it is made, on the base as it was trained
         # Smaller types of GGUF are made from float32, tensor by tensor; baking computes in it.
         computed = "bfloat16" if stored == "bfloat16" and not baked else "float32"
         if form in _WHOLE and computed != run.config.model.dtype:

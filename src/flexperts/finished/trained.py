@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +97,10 @@ class TrainedRun:
         """Remove the adapters from the base."""
         self.model.close()
 
-    @property
+    @cached_property
     def clients(self) -> list[str]:
-        """Names of the run's clients: those that took part, and those that joined after training."""
-        return sorted({*self.participants, *self.joined})
+        """Names of the run's clients that have a model; see ``RunDirectory.clients``."""
+        return self.run.clients
 
     @property
     def participants(self) -> list[str]:
@@ -182,7 +182,7 @@ class TrainedRun:
 
         Args:
             observer: Receives progress.
-            rows: Client -> rows to score; by default, every client's rows that the run itself has scored.
+            rows: Client -> rows to score; by default those of ``own_rows``.
 
         Raises:
             DataError: The run's rows are not where the recipe says, or are not those that it started with.
@@ -197,13 +197,13 @@ class TrainedRun:
         return scored
 
     def own_rows(self) -> dict[str, Sequence[Row]]:
-        """Return every client's rows that the run itself has scored.
+        """Return the rows that the run itself has scored, by client, and those of clients that joined later.
 
         Raises:
             DataError: They are not where the recipe says, or are not those that the run started with.
         """
         try:
-            return {name: self.client(name).scored_rows for name in self.clients}
+            return {name: self.client(name).scored_rows for name in sorted({*self.participants, *self.joined})}
         except DataError as error:
             remedy = f"{error.remedy}; or give rows from another place with `flexperts evaluate --data`"
             raise DataError(error.value, error.rule, remedy) from error
