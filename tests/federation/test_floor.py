@@ -296,6 +296,27 @@ def test_local_takes_as_many_rounds_as_a_client_takes_part_in(
         assert all(torch.equal(tensors[key], expected[key]) for key in expected)
 
 
+def test_local_begins_again_where_the_number_of_rounds_has_changed(
+    make: Callable[..., RunConfig], workspace: Workspace, tmp_path: Path
+) -> None:
+    """Its cosine is over the run's rounds. The method's model is the same here; the choice is made again."""
+    settings = "method.name=local_lora", ALL, "federation.participation=0.5"
+    found = {}
+    for name, numbers in (("changed", (8, 4)), ("shrunk", (2, 4)), ("fresh", (4,))):
+        run_federation(make(*settings, f"federation.rounds={numbers[0]}"), tmp_path / name, workspace=workspace)
+        path = tmp_path / name / "personal/local/personal/north.safetensors"
+        for rounds in numbers:
+            resident = Resident(workspace, make(*settings, f"federation.rounds={rounds}"), tmp_path / name)
+            client = resident.client("north")
+            client.choice(Request(Payload.empty(), None, 8))
+            resident.model.close()
+            assert load_personal(path)[1].round == rounds // 2
+        found[name] = load_personal(path)
+    for name in ("changed", "shrunk"):
+        assert found[name][1] == found["fresh"][1]
+        assert all(torch.equal(found[name][0][key], found["fresh"][0][key]) for key in found["fresh"][0])
+
+
 def test_a_missing_or_damaged_local_state_is_not_trained_anew(
     make: Callable[..., RunConfig], workspace: Workspace, tmp_path: Path
 ) -> None:

@@ -10,7 +10,8 @@ Breiman et al. (1984), with the error of the paired difference.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from flexperts.config.run import RunConfig
 from flexperts.data.clients import Clients
 from flexperts.errors import ConfigError, DataError
 from flexperts.evaluation.scores import Scores, finite_or_none
-from flexperts.files import opened, read_json
+from flexperts.files import holding, make_folder, opened, read_json
 from flexperts.methods.kit.method import Method, State
 from flexperts.methods.registry import make_method
 
@@ -32,9 +33,10 @@ _FEWEST = 8
 """Fewest validation rows: with fewer, the standard error itself is too uncertain to decide by."""
 
 
-def states_of(method: Method, config: RunConfig) -> tuple[State, ...]:
-    """Return the states in which a client's finished model can be used, its own one last."""
-    return (*method.states, "chosen") if config.floor else method.states
+def states_of(method: Method, config: RunConfig, number: int) -> tuple[State, ...]:
+    """Return the states in which a client's model can be used after a round, its own one last."""
+    ends = number == method.total_rounds(config.federation.rounds)
+    return (*method.states, "chosen") if config.floor and ends else method.states
 
 
 def candidates_of(method: Method, config: RunConfig) -> list[str]:
@@ -82,15 +84,29 @@ def record_of(scores: Mapping[str, Scores]) -> dict[str, Any]:
     }
 
 
-def read_choice(path: Path, of: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the record of a client's choice if there is one for this model, else None.
+@contextmanager
+def deciding(
+    path: Path, of: Mapping[str, Any], patience: float, waiting: Callable[[str], None]
+) -> Iterator[dict[str, Any] | None]:
+    """Yield the record of a client's choice if there is one for this model, else None, in a block of one process.
 
     Args:
         path: The client's file.
-        of: What the record must say of the model that it is about.
+        of: What the record must say of the model that it is about, as far as its version says it.
+        patience: Seconds to wait for another process that decides it now.
+        waiting: Receives a line that names this other process.
     """
-    record = opened(path, read_json(path), needed=True) if path.exists() else {}
-    return record if of.items() <= record.items() else None
+    if (record := _read(path, of)) is not None:
+        yield record
+        return
+    make_folder(path.parent)
+    with holding(path.with_suffix(".lock"), path, patience=patience, waiting=waiting):
+        yield _read(path, of)
+
+
+def _read(path: Path, of: Mapping[str, Any]) -> dict[str, Any] | None:
+    record = opened(path, read_json(path), needed=True) if path.exists() else None
+    return record if record and of.items() <= {**of, **record}.items() else None
 
 
 def check_floor(config: RunConfig, clients: Clients) -> None:

@@ -28,7 +28,7 @@ from flexperts.export.gguf.folder import check_gguf, write_gguf
 from flexperts.export.template import stop_where_trained, trained_tokenizer
 from flexperts.export.verification import REFERENCE_TEXT, LogitDifference, verify
 from flexperts.files import holding, unwritable
-from flexperts.finished.trained import TrainedRun, state_named
+from flexperts.finished.trained import TrainedRun
 from flexperts.methods.kit.method import State
 from flexperts.observer import current_observer
 
@@ -229,9 +229,9 @@ def _states(run: TrainedRun, form: str, name: str | None, client: str | None) ->
     if name == "zero_shot" or method.states == ("zero_shot",):
         raise ConfigError("state zero_shot", "it is the unchanged base", "use the base itself")
     if run.config.floor and client is not None:
-        return [state_named(method, run.config, name)]
+        return [run.state(name)]
     if name is not None or form == "merged" or (form == "gguf" and client is None):
-        return [state_named(method, run.config, name or "global")]
+        return [run.state(name or "global")]
     beyond = [s for s in reversed(method.states) if s != "zero_shot"]
     return beyond if form == "adapter" else beyond[:1]
 

@@ -142,9 +142,14 @@ class TrainedRun:
         """Return the request with which a client uses the finished model, as the server would send it."""
         return Request(self.model.method.final(self.server, normal(name)), self.server.agreement, self.server.round)
 
+    @property
+    def states(self) -> tuple[State, ...]:
+        """The states in which a client's model can be used, its own one last."""
+        return states_of(self.model.method, self.config, self.server.round)
+
     def state(self, name: str | None) -> State:
         """Return a model state by name, the most personal one by default; see ``state_named``."""
-        return state_named(self.model.method, self.config, name)
+        return state_named(self.model.method, self.config, self.server.round, name)
 
     def generate(
         self,
@@ -192,7 +197,7 @@ class TrainedRun:
         scored: dict[str, dict[State, Scores]] = {}
         for name, its in sorted(rows.items()):
             client, request = self.client(name, observer), self.request(name)
-            scored[name] = client.evaluate(request, states_of(self.model.method, self.config), its)
+            scored[name] = client.evaluate(request, self.states, its)
             observer.turn_ended(name)
         return scored
 
@@ -229,9 +234,17 @@ def recipe_of(run: RunDirectory, base: str | None = None, *, trusted: bool) -> R
     return config
 
 
-def state_named(method: Method, config: RunConfig, name: str | None) -> State:
-    """Return one of a run's states by name; by default the client's own: chosen, or the most personal one."""
-    states = states_of(method, config)
+def state_named(method: Method, config: RunConfig, number: int, name: str | None) -> State:
+    """Return one of a run's states after a round; by default the client's own: chosen, or the most personal one.
+
+    Raises:
+        ConfigError: There is no such state, or not yet: a client chooses after the last round.
+    """
+    states = states_of(method, config, number)
+    if name == "chosen" and config.floor and name not in states:
+        last = method.total_rounds(config.federation.rounds)
+        rule = f"a client chooses after the last round, which is {last}"
+        raise ConfigError(f"state 'chosen' after round {number}", rule, f"wait for it, or choose {states[-1]}")
     if name is None:
         return states[-1]
     for state in states:

@@ -97,7 +97,7 @@ class Run:
         name, config = normal(client), recorded_recipe(self.path)
         if name not in self.clients:
             raise ConfigError(f"client {name!r}", f"the run's clients are {', '.join(self.clients)}", "choose one")
-        chosen = state_named(make_method(config.method), config, state)
+        chosen = state_named(make_method(config.method), config, self.summary["rounds"], state)
         return PersonalModel(name, RunHome(self.path, lambda: self._trained, name, chosen))
 
     def evaluate(self, rows: Mapping[str, Any] | None = None) -> Table:

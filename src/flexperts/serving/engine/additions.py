@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flexperts.client.floor import states_of
 from flexperts.client.states import in_states
 from flexperts.finished.trained import TrainedRun
 from flexperts.methods.kit.turn import Turn
@@ -41,8 +40,8 @@ class Additions:
 
 def all_models(trained: TrainedRun) -> tuple[ModelName, ...]:
     """Return every client in every state of the run, its own state last."""
-    states, floor = states_of(trained.model.method, trained.config), trained.config.floor is not None
-    return tuple(ModelName(client, state, floor) for client in trained.clients for state in states)
+    states = trained.states
+    return tuple(ModelName(client, state, "chosen" in states) for client in trained.clients for state in states)
 
 
 def additions(trained: TrainedRun, name: ModelName) -> Additions | None:
