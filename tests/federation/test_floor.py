@@ -27,7 +27,7 @@ from flexperts.config.run import RunConfig
 from flexperts.engines.run import check_settings, run_federation
 from flexperts.errors import ArtifactError, ConfigError, DataError, PrivacyError
 from flexperts.export.exporting import export_run
-from flexperts.finished.joining import join
+from flexperts.finished.joining import join, join_left_out
 from flexperts.finished.trained import TrainedRun
 from flexperts.library.run import Run
 from flexperts.methods.fedavg import FedAvg
@@ -40,6 +40,8 @@ from flexperts.parameters.vector import Payload
 from flexperts.recipe import parse_recipe
 from flexperts.serving.contract import find_model
 from flexperts.serving.engine.additions import additions, all_models
+from flexperts.studies.collect import collect
+from flexperts.studies.finished import Finished
 from flexperts.terminal.display import floor_table
 
 ALL = 'floor={candidates = ["global", "local", "personalized", "mixture"]}'
@@ -440,6 +442,30 @@ def test_a_newcomer_chooses_too(
         own = run.client("east").choice(run.request("east"))
         assert own["chosen"] == record["chosen"]
         assert isinstance(answer, str)
+    finally:
+        run.close()
+
+
+def test_a_newcomer_chooses_also_where_the_method_trains_nothing_personal(
+    make: Callable[..., RunConfig], workspace: Workspace, tmp_path: Path
+) -> None:
+    """The global model fits those who answer in the opposite way; all tables show the same state of all."""
+    config = make('data.leave_out=["south"]', *OPPOSITE)
+    own = workspace.for_run(config)
+    run_federation(config, tmp_path, workspace=own)
+    record = join_left_out(tmp_path, "south", own)
+    assert record is not None
+    assert record["steps"] == 0
+    chosen = RunDirectory(tmp_path).of_client("floor", "south")
+    assert chosen["chosen"] == "local"
+    assert chosen["test"]["nll"]["global"] == record["nll"]["global"] > chosen["test"]["nll"]["local"]
+    entry = Finished("fedavg", (), {0: RunDirectory(tmp_path)})
+    [found] = collect("", config.to_toml(), [entry], "fedavg", newcomers=["south"], resamples=100)["entries"]
+    assert found["own_state"] == "chosen"
+    assert "chosen" in found["newcomers"]
+    run = TrainedRun(tmp_path, own)
+    try:
+        assert run.evaluate()["south"]["chosen"].nll == chosen["test"]["nll"]["local"]
     finally:
         run.close()
 

@@ -201,18 +201,16 @@ class Newcomer(Client):
         self.config, self.steps = config, steps
 
     def onboard(self, request: Request, states: Sequence[State]) -> dict[str, Any]:
-        """Train the client if it has a personalized state, score it, and return its entries for the record."""
+        """Train the client if it has a personalized state, let it choose, score it; return its record's entries."""
         result = None
         if "personalized" in states:
             self.observer.stage(f"{self.name}: {self.method.keeps}, on the shared weights of round {request.round}")
             result = self.personalize(request)
         self.observer.stage(f"{self.name}: evaluation")
-        if result:
-            self.settle(request)
+        self.settle(request)
         scores = self.evaluate(request, states)
         self.write_predictions(scores)
-        if result:
-            self.test_candidates(request, scores)
+        self.test_candidates(request, scores)
         found = _scored(scores)
         for state, reason in found["not_finite"].items():
             self.observer.notice(f"{self.name}, {state}: no score; {reason}")
