@@ -10,20 +10,21 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 
 from flexperts.artifacts import RunDirectory
 from flexperts.client.client import Resident
-from flexperts.client.floor import check_floor
 from flexperts.client.masking import Standing
 from flexperts.client.request import Request
 from flexperts.client.routing_log import prompt_batches
 from flexperts.client.workspace import Workspace
 from flexperts.communication.messages import encode
 from flexperts.config.run import RunConfig
+from flexperts.costs.plan import plan
+from flexperts.engines.grid import InProcessGrid
 from flexperts.engines.run import check_settings, run_federation
 from flexperts.errors import ArtifactError, ConfigError, DataError, PrivacyError
 from flexperts.export.exporting import export_run
@@ -37,7 +38,10 @@ from flexperts.methods.kit.turn import Turn
 from flexperts.observer import Observer
 from flexperts.parameters.store import load_personal
 from flexperts.parameters.vector import Payload
+from flexperts.protection.pipeline import checked_method
 from flexperts.recipe import parse_recipe
+from flexperts.server.region import Region
+from flexperts.server.serve import serve
 from flexperts.serving.contract import find_model
 from flexperts.serving.engine.additions import additions, all_models
 from flexperts.studies.collect import collect
@@ -536,14 +540,31 @@ def test_local_has_a_rate_of_its_own_and_the_silos_clock(
     ],
 )
 def test_a_floor_without_a_trained_candidate_is_refused(
-    make: Callable[..., RunConfig], workspace: Workspace, method: str, candidates: str, refused: str | None
+    make: Callable[..., RunConfig], method: str, candidates: str, refused: str | None
 ) -> None:
-    settings = f"method.name={method}", f"floor={{candidates = {candidates}}}"
+    settings = f"method.name={method}", f"floor={{candidates = {candidates}}}", "federation.rounds=9"
     if refused is None:
-        check_floor(make(*settings), workspace.clients)
+        assert checked_method(make(*settings)).name == method
         return
     with pytest.raises(ConfigError, match=refused):
-        check_floor(make(*settings), workspace.clients)
+        checked_method(make(*settings))
+
+
+def test_a_server_and_a_region_refuse_such_a_floor_before_they_ask_a_silo(
+    make: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    def asked(kind: str, content: object) -> NoReturn:
+        raise AssertionError(f"{kind} was asked")
+
+    settings = ["data.validation_rows=8", 'floor={candidates = ["mixture"]}']
+    config, grid = make("method.name=fedavg", *settings), InProcessGrid({1: asked})
+    for start in (
+        lambda: serve(grid, config, RunDirectory(tmp_path), Observer()),
+        lambda: Region("east", grid, config, RunDirectory(tmp_path), Observer()),
+        lambda: plan(config.model.base, ["fedavg"], settings),
+    ):
+        with pytest.raises(ConfigError, match="so each client would keep the untouched base"):
+            start()
 
 
 @pytest.mark.parametrize("graft", ['place = "in_place"', 'sharing = "shared"'])

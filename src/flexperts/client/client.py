@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from flexperts.client.answer_limit import answer_limit, longer_references, scored_rows
-from flexperts.client.floor import candidates_of, choose, deciding, record_of
+from flexperts.client.floor import choose, deciding, record_of
 from flexperts.client.masking import Masked, Standing
 from flexperts.client.model import ClientModel
 from flexperts.client.request import Request, Trained
@@ -31,6 +31,7 @@ from flexperts.data.rows import ClientRows, Row
 from flexperts.errors import FederationError
 from flexperts.evaluation.scores import EvaluationSettings, Scores, evaluate
 from flexperts.files import json_text, sealed, write_json, write_text
+from flexperts.methods.kit.candidates import candidates_of
 from flexperts.methods.kit.method import OnBatch, State
 from flexperts.methods.kit.turn import Prepared, Turn
 from flexperts.methods.registry import make_method
@@ -314,10 +315,8 @@ class Client:
     @cached_property
     def alone(self) -> Client:
         """The same client, trained on its own rows alone: its state is personal, and has a folder of its own."""
-        folder = self.folder / "personal" / "local"
-        return Client(
-            self.name, self.workspace, self.model.alone(self.config), folder, self.observer, self.standing
-        )
+        model, folder = self.model.alone(self.config), self.folder / "personal" / "local"
+        return Client(self.name, self.workspace, model, folder, self.observer, self.standing)
 
     def alone_request(self, number: int | None = None) -> Request:
         """Return the request of a round of ``alone``, the last one by default."""

@@ -19,33 +19,13 @@ import numpy as np
 
 from flexperts.config.run import RunConfig
 from flexperts.data.clients import Clients
-from flexperts.errors import ConfigError, DataError
+from flexperts.errors import DataError
 from flexperts.evaluation.scores import Scores, finite_or_none
 from flexperts.files import holding, make_folder, opened, read_json
-from flexperts.methods.kit.method import Method, State
-from flexperts.methods.registry import make_method
+from flexperts.methods.kit.candidates import CANDIDATES
 
-MIXTURES = {f"mixture {weight}": weight for weight in (0.25, 0.5, 0.75)}
-"""Candidate -> weight of the personal part between the global model (0) and the personalized one (1)."""
-CANDIDATES = ("zero_shot", "global", "local", "personalized", *MIXTURES)
-"""All candidates, from simple to complex."""
 _FEWEST = 8
 """Fewest validation rows: with fewer, the standard error itself is too uncertain to decide by."""
-
-
-def states_of(method: Method, config: RunConfig, number: int) -> tuple[State, ...]:
-    """Return the states in which a client's model can be used after a round, its own one last."""
-    ends = number == method.total_rounds(config.federation.rounds)
-    return (*method.states, "chosen") if config.floor and ends else method.states
-
-
-def candidates_of(method: Method, config: RunConfig) -> list[str]:
-    """Return the candidates that a recipe's ``[floor]`` asks for and the method has, from simple to complex."""
-    assert config.floor is not None
-    asked, has = {"zero_shot", *config.floor.candidates}, {*method.states, "local"}
-    if method.mixes(config) and {"global", "personalized"} <= has:
-        has.add("mixture")
-    return [name for name in CANDIDATES if name.partition(" ")[0] in asked & has]
 
 
 def choose(nlls: Mapping[str, Sequence[float]], tokens: Sequence[int]) -> str:
@@ -110,8 +90,7 @@ def _read(path: Path, of: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def check_floor(config: RunConfig, clients: Clients) -> None:
-    """Refuse a floor with no trained model to choose, and clients with too few validation rows to choose by."""
-    check_candidates(make_method(config.method), config)
+    """Refuse clients with too few validation rows to choose by."""
     few = {name: len(its.validation) for name, its in clients.items() if len(its.validation) < _FEWEST}
     if config.floor and few:
         name, count = next(iter(few.items()))
@@ -121,16 +100,3 @@ def check_floor(config: RunConfig, clients: Clients) -> None:
             f"[floor] needs at least {_FEWEST} of each client",
             "raise data.validation_rows, add rows, leave this client out, or leave [floor] out",
         )
-
-
-def check_candidates(method: Method, config: RunConfig) -> None:
-    """Refuse a floor with no trained model to choose."""
-    if not config.floor or method.states == ("zero_shot",) or candidates_of(method, config) != ["zero_shot"]:
-        return
-    named = ", ".join(f'"{name}"' for name in config.floor.candidates)
-    has = [state for state in method.states if state != "zero_shot"]
-    raise ConfigError(
-        f"floor.candidates = [{named}] with method.name = {method.name}",
-        "the method has none of them, so each client would keep the untouched base",
-        f"add {' or '.join((*has, 'local'))}, or leave [floor] out",
-    )

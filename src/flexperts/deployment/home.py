@@ -10,7 +10,6 @@ from flwr.app import RecordDict
 from flexperts.artifacts import RunDirectory
 from flexperts.client.answer import request_of
 from flexperts.client.client import Client, Resident
-from flexperts.client.floor import states_of
 from flexperts.client.request import Request
 from flexperts.client.workspace import Workspace
 from flexperts.communication.schema import EvaluateRequest
@@ -24,6 +23,7 @@ from flexperts.errors import ArtifactError
 from flexperts.evaluation.generation import Answer
 from flexperts.files import write_bytes
 from flexperts.finished.trained import TrainedRun, answer_one, state_named
+from flexperts.methods.kit.candidates import states_of
 from flexperts.methods.kit.method import State
 from flexperts.methods.registry import make_method
 from flexperts.observer import Observer

@@ -34,7 +34,7 @@ from flexperts.errors import ArtifactError, PolicyError, incompatible, logged, o
 from flexperts.methods.registry import make_method
 from flexperts.modeling.load import LoadedBase, load_base
 from flexperts.observer import Observer, observing
-from flexperts.protection.pipeline import check_protections
+from flexperts.protection.pipeline import checked_method
 from flexperts.recipe import parse_recorded
 
 if TYPE_CHECKING:
@@ -175,8 +175,7 @@ class Worker:
         method = make_method(mine.method)
         self._entry.method = method.name
         check_recipe(self.silo.policy, config, method)
-        method.check(mine)
-        check_protections(method, mine)
+        checked_method(mine)
         # The adapter that is sent names the base as the recipe does, not by its path here.
         mine = mine.model_copy(update={"model": mine.model.model_copy(update={"base": config.model.base})})
         workspace = Workspace(mine, self._load_as(config))

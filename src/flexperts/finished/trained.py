@@ -11,7 +11,6 @@ from typing import Any
 from flexperts.artifacts import RunDirectory
 from flexperts.client.answer_limit import answer_limit, with_recorded_limit
 from flexperts.client.client import Client
-from flexperts.client.floor import states_of
 from flexperts.client.model import ClientModel
 from flexperts.client.request import Request
 from flexperts.client.workspace import Workspace
@@ -26,6 +25,7 @@ from flexperts.data.unchanged import check_same_rows, check_unchanged, read_mani
 from flexperts.errors import ArtifactError, ConfigError, DataError, ModelError
 from flexperts.evaluation.generation import Answer, generate
 from flexperts.evaluation.scores import Scores
+from flexperts.methods.kit.candidates import states_of
 from flexperts.methods.kit.method import Method, OnBatch, State
 from flexperts.methods.registry import make_method
 from flexperts.modeling.forward import Precision
