@@ -302,6 +302,43 @@ def test_local_takes_as_many_rounds_as_a_client_takes_part_in(
         assert all(torch.equal(tensors[key], expected[key]) for key in expected)
 
 
+def test_local_takes_the_steps_of_extra_rounds_too(
+    make: Callable[..., RunConfig], workspace: Workspace, tmp_path: Path
+) -> None:
+    """With finish = 2 the personalized model has four rounds, of which local would have two."""
+    run_federation(make(ALL, "method.options={finish = 2}"), tmp_path / "floor", workspace=workspace)
+    run_federation(make("method.name=local", "federation.rounds=4"), tmp_path / "alone", workspace=workspace)
+    tensors, meta = load_personal(tmp_path / "floor/personal/local/personal/north.safetensors")
+    expected, its = load_personal(tmp_path / "alone/personal/north.safetensors")
+    assert meta == its
+    assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("steps", [None, 3])
+def test_a_newcomers_local_model_takes_as_many_steps_as_its_personal_part(
+    make: Callable[..., RunConfig], workspace: Workspace, silos: Path, tmp_path: Path, steps: int | None
+) -> None:
+    """By default those of all rounds, also where a share of the clients trained in each."""
+    config = make(ALL, "federation.participation=0.5", "training.local_seconds=2")
+    run_federation(config, tmp_path / "run", workspace=workspace)
+    rows = {side: silos / "north" / f"{side}.jsonl" for side in ("train", "test")}
+    record = join(tmp_path / "run", rows["train"], test=rows["test"], name="east", workspace=workspace, steps=steps)
+    assert record["steps"] == (steps or 2 * 4)
+    files = f"data.clients={{east = {{train = '{rows['train']}', test = '{rows['test']}'}}}}"
+    alone = make("data.folder=", files, "method.name=local", f"training.local_steps={record['steps']}", ONCE[0])
+    run_federation(alone, tmp_path / "alone")
+    tensors, meta = load_personal(tmp_path / "run/personal/local/personal/east.safetensors")
+    expected, its = load_personal(tmp_path / "alone/personal/east.safetensors")
+    assert meta == its
+    assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+    run = TrainedRun(tmp_path / "run", workspace)
+    try:
+        with run.client("east").in_state(run.request("east"), "local") as (model, _):
+            assert model is not None
+    finally:
+        run.close()
+
+
 def test_local_begins_again_where_the_number_of_rounds_has_changed(
     make: Callable[..., RunConfig], workspace: Workspace, tmp_path: Path
 ) -> None:

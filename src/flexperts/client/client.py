@@ -288,8 +288,7 @@ class Client:
         record, known = self.choice(request), {str(state): its for state, its in scores.items()}
         names = [*record["validation"]["nll"]]
         known |= self.evaluate(request, [name for name in names if name not in known], answers=False)
-        tested = record | {"test": record_of({name: known[name] for name in names})}
-        write_json(self._choice_path, sealed(tested))
+        write_json(self._choice_path, sealed(record | {"test": record_of({name: known[name] for name in names})}))
 
     @property
     def _choice_path(self) -> Path:

@@ -177,7 +177,7 @@ def _floor_note(config: RunConfig, method: Method) -> str:
     if config.floor is None:
         return ""
     names = candidates_of(method, config)
-    rounds = f"{config.federation.turns} more rounds of training by {method.alone} at each client, nothing sent; "
+    rounds = f"{method.turns(config)} more rounds of training by {method.alone} at each client, nothing sent; "
     return f"floor: {rounds if 'local' in names else ''}up to {len(names)} models read validation and test rows"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,15 @@ class Newcomer(Client):
             result = self.method.personalize(turn)
             self._keep(turn, meta, vector_hash(request.payload.vector))
         return result
+
+    @cached_property
+    def alone(self) -> Client:
+        """The same client, trained on its own rows alone, for as many steps at one time as its personal part."""
+        alone, steps = super().alone, self._local_settings(1).total_steps
+        training = alone.config.training.model_copy(update={"local_steps": steps, "local_seconds": None})
+        federation = alone.config.federation.model_copy(update={"rounds": 1})
+        alone.config = alone.config.model_copy(update={"training": training, "federation": federation})
+        return alone
 
     def _local_settings(self, round_number: int) -> LocalSettings:
         """Return settings for one optimizer and one cosine over all steps: no averaging interrupts training."""
