@@ -475,6 +475,9 @@ def test_a_newcomer_chooses_too(
     join(tmp_path, rows / "train.jsonl", test=rows / "test.jsonl", name="east", workspace=workspace)
     assert (tmp_path / "personal/local/personal/east.safetensors").exists()
     assert not (tmp_path / "joined/east.part").exists()
+    left = {str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("east*")}
+    folders = {"floor", "joined", "personal", "personal/local/personal", "predictions", "selection"}
+    assert left == folders, "docs/joining.md lists what undoing a join deletes"
     record = RunDirectory(tmp_path).of_client("floor", "east")
     assert record["test"]["nll"][record["chosen"]] > 0
     run = TrainedRun(tmp_path, workspace)
