@@ -28,6 +28,7 @@ from flexperts.engines.grid import InProcessGrid
 from flexperts.engines.run import check_settings, run_federation
 from flexperts.errors import ArtifactError, ConfigError, DataError, PrivacyError
 from flexperts.export.exporting import export_run
+from flexperts.finished.elsewhere import rows_elsewhere
 from flexperts.finished.joining import join, join_left_out
 from flexperts.finished.trained import TrainedRun
 from flexperts.library.run import Run
@@ -517,7 +518,7 @@ def test_a_newcomer_chooses_also_where_the_method_trains_nothing_personal(
 @pytest.mark.usefixtures("exports_checked_here")
 @pytest.mark.parametrize("use", ["generate", "library", "export", "serve"])
 def test_a_client_that_was_not_scored_chooses_when_it_is_used(
-    make: Callable[..., RunConfig], workspace: Workspace, tmp_path: Path, use: str
+    make: Callable[..., RunConfig], silos: Path, tmp_path: Path, use: str
 ) -> None:
     """Whatever uses it first; it has no scores, and `evaluate` scores whom the run has scored."""
     bf16 = ("model.dtype=bfloat16", "model.precision=bf16")
@@ -538,6 +539,8 @@ def test_a_client_that_was_not_scored_chooses_when_it_is_used(
     try:
         if use == "generate":
             run.generate(other, "which?")
+            assert [*rows_elsewhere(run, [str(silos)])] == [scored]
+            assert [*rows_elsewhere(run, [f"{other}={silos / other / 'test.jsonl'}"])] == [other]
         elif use == "serve":
             assert find_model(other, all_models(run)).state == "chosen"
             additions(run, find_model(other, all_models(run)))

@@ -107,6 +107,11 @@ class TrainedRun:
         """Names of the clients that the summary scores."""
         return sorted(self.summary["clients"])
 
+    @property
+    def scored(self) -> list[str]:
+        """Names of the clients that have scores: those of the summary, and those that joined later."""
+        return sorted({*self.participants, *self.joined})
+
     def client(self, name: str, observer: Observer | None = None) -> Client:
         """Return a client with its stored personal state.
 
@@ -202,13 +207,13 @@ class TrainedRun:
         return scored
 
     def own_rows(self) -> dict[str, Sequence[Row]]:
-        """Return the rows that the run itself has scored, by client, and those of clients that joined later.
+        """Return the rows on which clients have been scored, by client, for all of ``scored``.
 
         Raises:
             DataError: They are not where the recipe says, or are not those that the run started with.
         """
         try:
-            return {name: self.client(name).scored_rows for name in sorted({*self.participants, *self.joined})}
+            return {name: self.client(name).scored_rows for name in self.scored}
         except DataError as error:
             remedy = f"{error.remedy}; or give rows from another place with `flexperts evaluate --data`"
             raise DataError(error.value, error.rule, remedy) from error
