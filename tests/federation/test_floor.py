@@ -495,12 +495,15 @@ def test_a_newcomer_chooses_also_where_the_method_trains_nothing_personal(
     make: Callable[..., RunConfig], workspace: Workspace, tmp_path: Path
 ) -> None:
     """The global model fits those who answer in the opposite way; all tables show the same state of all."""
-    config = make('data.leave_out=["south"]', *OPPOSITE)
+    half = "federation.rounds=4", "federation.participation=0.5"
+    config = make('data.leave_out=["south"]', *OPPOSITE, *half)
     own = workspace.for_run(config)
     run_federation(config, tmp_path, workspace=own)
     record = join_left_out(tmp_path, "south", own)
     assert record is not None
     assert record["steps"] == 0
+    states = [tmp_path / f"personal/local/personal/{name}.safetensors" for name in ("north", "south")]
+    assert [load_personal(state)[1].round for state in states] == [2, 2]
     chosen = RunDirectory(tmp_path).of_client("floor", "south")
     assert chosen["chosen"] == "local"
     assert chosen["test"]["nll"]["global"] == record["nll"]["global"] > chosen["test"]["nll"]["local"]

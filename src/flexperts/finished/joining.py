@@ -244,8 +244,13 @@ class Newcomer(Client):
 
     @cached_property
     def alone(self) -> Client:
-        """The same client, trained on its own rows alone, for as many steps at one time as its personal part."""
+        """The same client, trained on its own rows alone, for as many steps at one time as its personal part.
+
+        Without a personal part it is compared with the participants' model, and takes as many steps as they.
+        """
         alone, steps = super().alone, self._local_settings(1).total_steps
+        if "personalized" not in self.method.states:
+            return alone
         training = alone.config.training.model_copy(update={"local_steps": steps, "local_seconds": None})
         federation = alone.config.federation.model_copy(update={"rounds": 1})
         alone.config = alone.config.model_copy(update={"training": training, "federation": federation})
