@@ -117,3 +117,15 @@ def test_every_link_points_to_something(page: Path) -> None:
         assert target.exists(), f"{page.name} links to {path}"
         if anchor:
             assert anchor in anchors(target), f"{page.name} links to {path}#{anchor}"
+
+
+def test_the_pages_name_the_study_whose_flex_is_not_the_papers() -> None:
+    recipes = {path.stem: tomllib.loads(path.read_text()) for path in (ROOT / "recipes").glob("study-*.toml")}
+    papers = {
+        name: (its.get("graft", {}).get("output"), its["training"].get("personal_moments"))
+        for name, its in recipes.items()
+        if its.get("method", {}).get("name", "flex") == "flex"
+    }
+    assert [name for name, its in papers.items() if its != ("expert", "fresh")] == ["study-packing-nineteen"]
+    for page in ("flex.md", "results/README.md"):
+        assert "study-packing-nineteen" in (ROOT / "docs" / page).read_text()

@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from flexperts.checked_file import read_sealed
 from flexperts.config.model import ModelConfig
 from flexperts.errors import ConfigError, ModelError
 from flexperts.modeling.load import load_base
@@ -149,6 +150,48 @@ def test_a_killed_run_continues_with_the_same_bits(
     assert not any("own text" in line or "step 2/6" in line for line in lines)
     for name in ("delta.safetensors", "training.safetensors", "partition.safetensors", "model/model.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("place", ["loss", "gradient", "term"])
+def test_training_that_diverges_is_an_error_and_leaves_the_last_good_checkpoint(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Steps 1 to 3 are well, of which 2 are on disk; a run that goes on from there ends as if nothing had been."""
+    distillation = sys.modules["distillation"]
+    losses, steps = distillation.losses, []
+
+    def diverging(*arguments: Any) -> Any:
+        loss, kl = losses(*arguments)
+        steps.append(loss)
+        if len(steps) < 4:
+            return loss, kl
+        if place == "loss":
+            return loss * torch.nan, kl
+        if place == "gradient":
+            loss.register_hook(lambda gradient: gradient * torch.inf)
+        return loss, kl
+
+    step = torch.optim.AdamW.step
+
+    @torch.no_grad()
+    def spoiling(optimizer: torch.optim.AdamW) -> None:
+        step(optimizer)
+        if len(steps) == 4:
+            optimizer.param_groups[0]["params"][0].fill_(torch.inf)
+
+    run(tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(distillation, "losses", diverging)
+        if place == "term":
+            patched.setattr(torch.optim.AdamW, "step", spoiling)
+        with pytest.raises(ModelError, match=r"step 4: .* it must be finite; training has diverged"):
+            run(tmp_path / "out")
+    assert len(steps) == 4
+    assert read_sealed(tmp_path / "out" / "training.safetensors", distillation.FORMAT)[1] == 2
+    assert not (tmp_path / "out" / "delta.safetensors").exists()
+    run(tmp_path / "out")
+    for name in ("delta.safetensors", "training.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 def test_what_would_be_too_large_is_refused_before_training(

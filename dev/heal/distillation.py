@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
 
 from flexperts.checked_file import read_sealed, write_sealed
+from flexperts.errors import ModelError
 from flexperts.seeding import generator
 
 FORMAT = "flexperts.healing.1"
@@ -128,6 +129,9 @@ def train(
         schedule: How they are trained.
         checkpoint: The file of terms and optimizer state.
         report: Receives progress lines.
+
+    Raises:
+        ModelError: A loss, a gradient or a term is not finite; the checkpoint before stays.
     """
     matrices = [term for term in terms.values() if term.dim() == 3]
     small = [term for term in terms.values() if term.dim() < 3]
@@ -145,17 +149,27 @@ def train(
             loss.backward()
         if counter:
             report(f"a step is {counter.get_total_flops() / 1e12:.3g} TFLOP on {ids.numel()} tokens")
-        nn.utils.clip_grad_norm_(terms.values(), 1.0)
+        norm, done = nn.utils.clip_grad_norm_(terms.values(), 1.0), step + 1
+        _check_finite(done, {"the loss": loss, "the gradients' norm": norm})
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        done = step + 1
         if done % schedule.save_every == 0 or done == schedule.steps:
+            _check_finite(done, terms)
             _save(checkpoint, terms, optimizer, done)
         each = (time.perf_counter() - began) / (done - first)
         left = each * (schedule.steps - done) / 60
         report(
             f"step {done}/{schedule.steps}: KL {kl:.4f}, loss {loss:.4f}, {each:.2f} s/step, {left:.0f} min left"
         )
+
+
+def _check_finite(step: int, found: Mapping[str, Tensor]) -> None:
+    for name, value in found.items():
+        if not value.isfinite().all():
+            rule = "it must be finite; training has diverged, and its checkpoint is that of a step before"
+            raise ModelError(
+                f"step {step}: {name}", rule, "start in another folder with a lower --lr or --small-lr"
+            )
 
 
 def _save(file: Path, terms: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, done: int) -> None:

@@ -222,6 +222,17 @@ class RunDirectory:
         return {path.stem: opened(path, read_json(path), needed=True) for path in paths}
 
     @property
+    def clients(self) -> list[str]:
+        """Names of the finished run's clients that have a model, sorted.
+
+        These are the clients that the summary scores, those of the run that have a state here, also without scores,
+        and those that joined after training.
+        """
+        known = mapping(self.partition, read_json(self.partition))["clients"] if self.partition.exists() else ()
+        stored = (name for name in known if (self.path / "personal" / f"{name}.safetensors").exists())
+        return sorted({*self.summary()["clients"], *stored, *self.joined()})
+
+    @property
     def partition(self) -> Path:
         """File of each client's rows when the run started, as counts and hashes."""
         return self.path / "partition.json"

@@ -264,6 +264,28 @@ def test_what_cannot_be_exported_is_refused_by_name(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("setting", "refused", "said"),
+    [
+        (
+            "model.quantization=nf4",
+            {"transformers", "merged", "personal", "gguf"},
+            "generate` or `flexperts serve`",
+        ),
+        ("model.device_map=auto", {"transformers", "merged", "gguf"}, "use --form adapter or personal"),
+    ],
+)
+def test_a_form_that_needs_weights_which_the_run_has_not_is_refused(
+    recipe: Callable[..., RunConfig], setting: str, refused: set[str], said: str
+) -> None:
+    for form in exporting.FORMS:
+        if form in refused:
+            with pytest.raises(ConfigError, match=re.escape(said)):
+                exporting._check_base(recipe(setting), form)
+        else:
+            exporting._check_base(recipe(setting), form)
+
+
 def test_a_folder_that_exists_is_left_alone(run: Run, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="it already exists"):
         export_run(run(), tmp_path, client="clinic")

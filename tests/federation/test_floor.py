@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 
 from flexperts.artifacts import RunDirectory
-from flexperts.client.client import Client, Resident
-from flexperts.client.floor import check_floor
+from flexperts.client.client import Resident
 from flexperts.client.masking import Standing
 from flexperts.client.request import Request
 from flexperts.client.routing_log import prompt_batches
 from flexperts.client.workspace import Workspace
 from flexperts.communication.messages import encode
 from flexperts.config.run import RunConfig
+from flexperts.costs.plan import plan
+from flexperts.engines.grid import InProcessGrid
 from flexperts.engines.run import check_settings, run_federation
 from flexperts.errors import ArtifactError, ConfigError, DataError, PrivacyError
 from flexperts.export.exporting import export_run
-from flexperts.finished.joining import join
+from flexperts.finished.elsewhere import rows_elsewhere
+from flexperts.finished.joining import join, join_left_out
 from flexperts.finished.trained import TrainedRun
+from flexperts.library.run import Run
 from flexperts.methods.fedavg import FedAvg
 from flexperts.methods.flex import Flex
 from flexperts.methods.kit.method import Method
@@ -35,9 +39,14 @@ from flexperts.methods.kit.turn import Turn
 from flexperts.observer import Observer
 from flexperts.parameters.store import load_personal
 from flexperts.parameters.vector import Payload
+from flexperts.protection.pipeline import checked_method
 from flexperts.recipe import parse_recipe
+from flexperts.server.region import Region
+from flexperts.server.serve import serve
 from flexperts.serving.contract import find_model
 from flexperts.serving.engine.additions import additions, all_models
+from flexperts.studies.collect import collect
+from flexperts.studies.finished import Finished
 from flexperts.terminal.display import floor_table
 
 ALL = 'floor={candidates = ["global", "local", "personalized", "mixture"]}'
@@ -294,6 +303,64 @@ def test_local_takes_as_many_rounds_as_a_client_takes_part_in(
         assert all(torch.equal(tensors[key], expected[key]) for key in expected)
 
 
+def test_local_takes_the_steps_of_extra_rounds_too(
+    make: Callable[..., RunConfig], workspace: Workspace, tmp_path: Path
+) -> None:
+    """With finish = 2 the personalized model has four rounds, of which local would have two."""
+    run_federation(make(ALL, "method.options={finish = 2}"), tmp_path / "floor", workspace=workspace)
+    run_federation(make("method.name=local", "federation.rounds=4"), tmp_path / "alone", workspace=workspace)
+    tensors, meta = load_personal(tmp_path / "floor/personal/local/personal/north.safetensors")
+    expected, its = load_personal(tmp_path / "alone/personal/north.safetensors")
+    assert meta == its
+    assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("steps", [None, 3])
+def test_a_newcomers_local_model_takes_as_many_steps_as_its_personal_part(
+    make: Callable[..., RunConfig], workspace: Workspace, silos: Path, tmp_path: Path, steps: int | None
+) -> None:
+    """By default those of all rounds, also where a share of the clients trained in each."""
+    config = make(ALL, "federation.participation=0.5", "training.local_seconds=2")
+    run_federation(config, tmp_path / "run", workspace=workspace)
+    rows = {side: silos / "north" / f"{side}.jsonl" for side in ("train", "test")}
+    record = join(tmp_path / "run", rows["train"], test=rows["test"], name="east", workspace=workspace, steps=steps)
+    assert record["steps"] == (steps or 2 * 4)
+    files = f"data.clients={{east = {{train = '{rows['train']}', test = '{rows['test']}'}}}}"
+    alone = make("data.folder=", files, "method.name=local", f"training.local_steps={record['steps']}", ONCE[0])
+    run_federation(alone, tmp_path / "alone")
+    tensors, meta = load_personal(tmp_path / "run/personal/local/personal/east.safetensors")
+    expected, its = load_personal(tmp_path / "alone/personal/east.safetensors")
+    assert meta == its
+    assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+    run = TrainedRun(tmp_path / "run", workspace)
+    try:
+        with run.client("east").in_state(run.request("east"), "local") as (model, _):
+            assert model is not None
+    finally:
+        run.close()
+
+
+def test_local_begins_again_where_the_number_of_rounds_has_changed(
+    make: Callable[..., RunConfig], workspace: Workspace, tmp_path: Path
+) -> None:
+    """Its cosine is over the run's rounds. The method's model is the same here; the choice is made again."""
+    settings = "method.name=local_lora", ALL, "federation.participation=0.5"
+    found = {}
+    for name, numbers in (("changed", (8, 4)), ("shrunk", (2, 4)), ("fresh", (4,))):
+        run_federation(make(*settings, f"federation.rounds={numbers[0]}"), tmp_path / name, workspace=workspace)
+        path = tmp_path / name / "personal/local/personal/north.safetensors"
+        for rounds in numbers:
+            resident = Resident(workspace, make(*settings, f"federation.rounds={rounds}"), tmp_path / name)
+            client = resident.client("north")
+            client.choice(Request(Payload.empty(), None, 8))
+            resident.model.close()
+            assert load_personal(path)[1].round == rounds // 2
+        found[name] = load_personal(path)
+    for name in ("changed", "shrunk"):
+        assert found[name][1] == found["fresh"][1]
+        assert all(torch.equal(found[name][0][key], found["fresh"][0][key]) for key in found["fresh"][0])
+
+
 def test_a_missing_or_damaged_local_state_is_not_trained_anew(
     make: Callable[..., RunConfig], workspace: Workspace, tmp_path: Path
 ) -> None:
@@ -409,6 +476,9 @@ def test_a_newcomer_chooses_too(
     join(tmp_path, rows / "train.jsonl", test=rows / "test.jsonl", name="east", workspace=workspace)
     assert (tmp_path / "personal/local/personal/east.safetensors").exists()
     assert not (tmp_path / "joined/east.part").exists()
+    left = {str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("east*")}
+    folders = {"floor", "joined", "personal", "personal/local/personal", "predictions", "selection"}
+    assert left == folders, "docs/joining.md lists what undoing a join deletes"
     record = RunDirectory(tmp_path).of_client("floor", "east")
     assert record["test"]["nll"][record["chosen"]] > 0
     run = TrainedRun(tmp_path, workspace)
@@ -421,17 +491,67 @@ def test_a_newcomer_chooses_too(
         run.close()
 
 
-def test_a_client_that_was_not_scored_chooses_when_it_is_used(
+def test_a_newcomer_chooses_also_where_the_method_trains_nothing_personal(
     make: Callable[..., RunConfig], workspace: Workspace, tmp_path: Path
 ) -> None:
-    summary = run_federation(make("evaluation.clients=1"), tmp_path, workspace=workspace)
+    """The global model fits those who answer in the opposite way; all tables show the same state of all."""
+    half = "federation.rounds=4", "federation.participation=0.5"
+    config = make('data.leave_out=["south"]', *OPPOSITE, *half)
+    own = workspace.for_run(config)
+    run_federation(config, tmp_path, workspace=own)
+    record = join_left_out(tmp_path, "south", own)
+    assert record is not None
+    assert record["steps"] == 0
+    states = [tmp_path / f"personal/local/personal/{name}.safetensors" for name in ("north", "south")]
+    assert [load_personal(state)[1].round for state in states] == [2, 2]
+    chosen = RunDirectory(tmp_path).of_client("floor", "south")
+    assert chosen["chosen"] == "local"
+    assert chosen["test"]["nll"]["global"] == record["nll"]["global"] > chosen["test"]["nll"]["local"]
+    entry = Finished("fedavg", (), {0: RunDirectory(tmp_path)})
+    [found] = collect("", config.to_toml(), [entry], "fedavg", newcomers=["south"], resamples=100)["entries"]
+    assert found["own_state"] == "chosen"
+    assert "chosen" in found["newcomers"]
+    run = TrainedRun(tmp_path, own)
+    try:
+        assert run.evaluate()["south"]["chosen"].nll == chosen["test"]["nll"]["local"]
+    finally:
+        run.close()
+
+
+@pytest.mark.usefixtures("exports_checked_here")
+@pytest.mark.parametrize("use", ["generate", "library", "export", "serve"])
+def test_a_client_that_was_not_scored_chooses_when_it_is_used(
+    make: Callable[..., RunConfig], silos: Path, tmp_path: Path, use: str
+) -> None:
+    """Whatever uses it first; it has no scores, and `evaluate` scores whom the run has scored."""
+    bf16 = ("model.dtype=bfloat16", "model.precision=bf16")
+    config = make("evaluation.clients=1", *ONCE, *bf16, 'floor={candidates = ["local"]}')
+    summary = run_federation(config, tmp_path / "run")
     [scored] = summary["floor"]
     [other] = {"north", "south"} - {scored}
-    run = TrainedRun(tmp_path, workspace)
+    path = tmp_path / "run" / "floor" / f"{other}.json"
+    assert not path.exists()
+    if use == "export":  # in another type than that in which the local model trains
+        export_run(tmp_path / "run", tmp_path / "model", client=other, dtype="float32")
+    elif use == "library":
+        with Run(tmp_path / "run") as found:
+            assert found.clients == ["north", "south"]
+            assert [*found.scores["nll"]] == [scored]
+            found.model(other).generate(["which?"])
+    run = TrainedRun(tmp_path / "run")
     try:
-        client = Client(other, workspace, run.model, tmp_path)
-        assert client.choice(run.request(other))["chosen"] in client.choice(run.request(other))["validation"]["nll"]
-        assert (tmp_path / "floor" / f"{other}.json").exists()
+        if use == "generate":
+            run.generate(other, "which?")
+            assert [*rows_elsewhere(run, [str(silos)])] == [scored]
+            assert [*rows_elsewhere(run, [f"{other}={silos / other / 'test.jsonl'}"])] == [other]
+        elif use == "serve":
+            assert find_model(other, all_models(run)).state == "chosen"
+            additions(run, find_model(other, all_models(run)))
+        assert [*run.evaluate()] == [scored]
+        made = json.loads(path.read_text())
+        shutil.rmtree(tmp_path / "run/personal/local/personal")
+        path.unlink()
+        assert run.client(other).choice(run.request(other)).items() <= made.items()
     finally:
         run.close()
 
@@ -466,14 +586,31 @@ def test_local_has_a_rate_of_its_own_and_the_silos_clock(
     ],
 )
 def test_a_floor_without_a_trained_candidate_is_refused(
-    make: Callable[..., RunConfig], workspace: Workspace, method: str, candidates: str, refused: str | None
+    make: Callable[..., RunConfig], method: str, candidates: str, refused: str | None
 ) -> None:
-    settings = f"method.name={method}", f"floor={{candidates = {candidates}}}"
+    settings = f"method.name={method}", f"floor={{candidates = {candidates}}}", "federation.rounds=9"
     if refused is None:
-        check_floor(make(*settings), workspace.clients)
+        assert checked_method(make(*settings)).name == method
         return
     with pytest.raises(ConfigError, match=refused):
-        check_floor(make(*settings), workspace.clients)
+        checked_method(make(*settings))
+
+
+def test_a_server_and_a_region_refuse_such_a_floor_before_they_ask_a_silo(
+    make: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    def asked(kind: str, content: object) -> NoReturn:
+        raise AssertionError(f"{kind} was asked")
+
+    settings = ["data.validation_rows=8", 'floor={candidates = ["mixture"]}']
+    config, grid = make("method.name=fedavg", *settings), InProcessGrid({1: asked})
+    for start in (
+        lambda: serve(grid, config, RunDirectory(tmp_path), Observer()),
+        lambda: Region("east", grid, config, RunDirectory(tmp_path), Observer()),
+        lambda: plan(config.model.base, ["fedavg"], settings),
+    ):
+        with pytest.raises(ConfigError, match="so each client would keep the untouched base"):
+            start()
 
 
 @pytest.mark.parametrize("graft", ['place = "in_place"', 'sharing = "shared"'])

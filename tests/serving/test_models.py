@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 from importlib.resources import files
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from flexperts.finished.trained import TrainedRun
 from flexperts.methods.kit.method import State
+from flexperts.moe.experts import find_experts
+from flexperts.parts.grafts import Grafts
 from flexperts.parts.personal_expert import FullExpert
 from flexperts.serving.contract import ModelName, find_model
 from flexperts.serving.engine.additions import Additions, additions, all_models
 from flexperts.serving.engine.lanes import Lanes, MixedLane, OwnLane
 from flexperts.serving.engine.mixed_grafts import MixedGrafts
+from flexperts.testing import tiny_model
 
 from .disturbed_run import Recipe, disturbed_run
 
@@ -77,6 +81,43 @@ def test_low_rank_experts_read_the_base_where_it_lies(recipe: Recipe, tmp_path: 
         assert layer._selected
         assert {w.up.untyped_storage().data_ptr() for w, _ in layer._selected.runs} <= stored
         assert layer._selected.rows.tolist() == [0]
+
+
+@pytest.mark.parametrize("rank", ["full", 4])
+def test_grafts_of_differences_and_of_outputs_share_a_batch(rank: Any) -> None:
+    """A floor's local model has whole outputs where the method has differences; every row is as on its own."""
+    experts = find_experts(tiny_model("qwen2_moe"))
+    stream = torch.Generator().manual_seed(0)
+    kinds = {"whole": (False, (1, 2)), "difference": (True, (2, 1)), "whole too": (False, (2, 3))}
+    grafts = {
+        name: Grafts(experts, {e.name: indices for e in experts}, rank=rank, difference=difference)
+        for name, (difference, indices) in kinds.items()
+    }
+    with torch.no_grad():
+        for parameter in (p for own in grafts.values() for p in own.parameters()):
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=stream))
+    mixed = MixedGrafts({name: {g.experts.name: [g] for g in own} for name, own in grafts.items()})
+    hidden = torch.randn(4, 8, experts[0].width, generator=stream)
+    for order in itertools.permutations([*kinds, None]):
+        mixed.select(order)
+        for number, layer in enumerate(mixed._layers):
+            with torch.no_grad():
+                term = layer.term(hidden)
+                assert term is not None
+                for row, name, found in zip(hidden, order, term, strict=True):
+                    alone = [*grafts[name]][number](row) if name else torch.zeros_like(row)
+                    torch.testing.assert_close(found, alone)
+
+
+def test_models_that_differ_only_in_what_is_subtracted_have_different_keys(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = disturbed_run(recipe, tmp_path / "run", "graft.output=difference")
+    name = ModelName("clinic", "personalized")
+    difference = _added(trained, name)
+    whole = trained.config.graft.model_copy(update={"output": "expert"})
+    monkeypatch.setattr(trained.model, "config", trained.config.model_copy(update={"graft": whole}))
+    assert _added(trained, name).graft_key != difference.graft_key
 
 
 def test_other_parts_have_a_lane_of_their_own(recipe: Recipe, tmp_path: Path) -> None:

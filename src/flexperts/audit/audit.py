@@ -38,7 +38,7 @@ from flexperts.finished.trained import TrainedRun
 from flexperts.methods.kit.server_state import Server
 from flexperts.methods.registry import make_method
 from flexperts.observer import Observer, current_observer, observing
-from flexperts.protection.pipeline import check_enough, check_protections
+from flexperts.protection.pipeline import check_enough, checked_method
 from flexperts.recipe import recorded_recipe
 from flexperts.seeding import derive_seed, generator
 from flexperts.server.checkpoint import load_server
@@ -179,7 +179,7 @@ def _planned(config: RunConfig, clients: Clients, plan: Plan) -> tuple[list[Clie
         raise ConfigError(f"--only {unknown[0]!r}", "there is no such setting", remedy)
     chosen = [row for row in rows if not plan.only or row.name in plan.only]
     for row in chosen:
-        check_protections(make_method(config.method), its := row.config(config))
+        checked_method(its := row.config(config))
         check_enough(its, row.silos)
     return dealt(clients, name, max(row.silos for row in rows)), chosen
 

@@ -152,7 +152,7 @@ def _of_run(run: str, base: str | None, trust: bool) -> _Opened:
 
         return open_engine(path, base=base, trust_remote_code=trust, **sizes)
 
-    return {*directory.summary()["clients"], *directory.joined()}, recipe, load
+    return directory.clients, recipe, load
 
 
 def _at_silo(path: Path, run: str, base: str | None) -> _Opened:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from flexperts.client.answer_limit import answer_limit, longer_references, scored_rows
-from flexperts.client.floor import candidates_of, choose, read_choice, record_of
+from flexperts.client.floor import choose, deciding, record_of
 from flexperts.client.masking import Masked, Standing
 from flexperts.client.model import ClientModel
 from flexperts.client.request import Request, Trained
@@ -31,6 +31,7 @@ from flexperts.data.rows import ClientRows, Row
 from flexperts.errors import FederationError
 from flexperts.evaluation.scores import EvaluationSettings, Scores, evaluate
 from flexperts.files import json_text, sealed, write_json, write_text
+from flexperts.methods.kit.candidates import candidates_of
 from flexperts.methods.kit.method import OnBatch, State
 from flexperts.methods.kit.turn import Prepared, Turn
 from flexperts.methods.registry import make_method
@@ -255,19 +256,24 @@ class Client:
         """Return which candidate the client keeps, with the scores that decided; on first use it is decided.
 
         Nothing of it is sent. The record is in the client's own folder, and counts for one finished model only.
+        If another process decides it now, this one waits for it.
 
         Args:
             request: The finished global model.
 
         Returns:
             ``chosen``, ``validation`` and ``test`` (None until ``test_candidates``); see ``floor.record_of``.
+
+        Raises:
+            ArtifactError: Another process has been deciding it for longer than ``federation.deadline``.
         """
-        record = read_choice(self._choice_path, of := self._finished(request))
-        if record is None:
-            scores = self.evaluate(request, self._candidates(request), self.rows.validation, answers=False)
-            chosen = choose({name: its.losses for name, its in scores.items()}, scores["zero_shot"].weights)
-            record = {**of, "chosen": chosen, "validation": record_of(scores), "test": None}
-            write_json(self._choice_path, sealed(record))
+        path, of = self._choice_path, self._finished(request)
+        with deciding(path, of, self.config.federation.deadline, self.observer.notice) as record:
+            if record is None:
+                scores = self.evaluate(request, self._candidates(request), self.rows.validation, answers=False)
+                chosen = choose({name: its.losses for name, its in scores.items()}, scores["zero_shot"].weights)
+                record = {**of, "chosen": chosen, "validation": record_of(scores), "test": None}
+                write_json(path, sealed(record))
         return record
 
     def test_candidates(self, request: Request, scores: Mapping[_State, Scores]) -> None:
@@ -282,8 +288,7 @@ class Client:
         record, known = self.choice(request), {str(state): its for state, its in scores.items()}
         names = [*record["validation"]["nll"]]
         known |= self.evaluate(request, [name for name in names if name not in known], answers=False)
-        tested = record | {"test": record_of({name: known[name] for name in names})}
-        write_json(self._choice_path, sealed(tested))
+        write_json(self._choice_path, sealed(record | {"test": record_of({name: known[name] for name in names})}))
 
     @property
     def _choice_path(self) -> Path:
@@ -291,8 +296,9 @@ class Client:
 
     def _finished(self, request: Request) -> dict[str, str | int]:
         """Return what distinguishes the client's finished model from others."""
-        _, meta = self._stored(request.round)
-        return {"base": meta.base, "round": meta.round, "shared": vector_hash(request.payload.vector)}
+        (_, meta), rounds = self._stored(request.round), self.config.federation.rounds
+        shared = vector_hash(request.payload.vector)
+        return {"base": meta.base, "round": meta.round, "shared": shared, "rounds": rounds}
 
     def _candidates(self, request: Request) -> list[str]:
         """Return the models to compare; one that is trained on the client's rows alone is trained here."""
@@ -308,23 +314,25 @@ class Client:
     @cached_property
     def alone(self) -> Client:
         """The same client, trained on its own rows alone: its state is personal, and has a folder of its own."""
-        folder = self.folder / "personal" / "local"
-        return Client(
-            self.name, self.workspace, self.model.alone(self.config), folder, self.observer, self.standing
-        )
+        model, folder = self.model.alone(self.config), self.folder / "personal" / "local"
+        return Client(self.name, self.workspace, model, folder, self.observer, self.standing)
 
     def alone_request(self, number: int | None = None) -> Request:
         """Return the request of a round of ``alone``, the last one by default."""
-        return Request(Payload.empty(), None, number or self.config.federation.turns)
+        return Request(Payload.empty(), None, number or self.alone.config.federation.rounds)
 
     def _train_alone(self, meta: PersonalMeta) -> None:
-        """Train ``alone`` for the rounds of a client, from where it was interrupted; each round is saved."""
-        store = self.alone.store
-        if store.load(_NEWEST) is None:  # the same experts: no second selection
-            store.save({}, replace(meta, round=0, shared=""))
-        first = self.alone._stored(_NEWEST)[1].round + 1
-        for number in range(first, self.config.federation.turns + 1):
-            self.alone.train(self.alone_request(number))
+        """Train ``alone`` for its rounds, from where it was interrupted; each round is saved."""
+        alone, stored = self.alone, self.alone.store.load(_NEWEST)
+        steps = alone._local_settings(1).total_steps
+        if stored is None or stored[1].total_steps != steps:  # another schedule
+            stored = (
+                {},
+                replace(meta, round=0, shared="", total_steps=steps),
+            )  # the same experts: no second selection
+            alone.store.save(*stored)
+        for number in range(stored[1].round + 1, alone.config.federation.rounds + 1):
+            alone.train(self.alone_request(number))
 
     def answer_counts(self, scores: Mapping[_State, Scores]) -> dict[str, int]:
         """Return the answer limit in tokens, the number of longer references, and each state's cut answers."""
@@ -394,7 +402,7 @@ class Client:
 
     def _keep(self, turn: Turn, meta: PersonalMeta, shared: str) -> None:
         state = _under(_MEMORY, turn.memory) | _under(MOMENTS, turn.moments or {})
-        new = PersonalMeta(self.name, meta.base, turn.round, shared, meta.choice, meta.selection, meta.scales)
+        new = replace(meta, round=turn.round, shared=shared, total_steps=turn.settings.total_steps)
         self.store.save({**turn.split.personal, **state}, new)
 
     def _stored(self, up_to: int) -> tuple[dict[str, Tensor], PersonalMeta]:

@@ -10,7 +10,8 @@ Breiman et al. (1984), with the error of the paired difference.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +19,13 @@ import numpy as np
 
 from flexperts.config.run import RunConfig
 from flexperts.data.clients import Clients
-from flexperts.errors import ConfigError, DataError
+from flexperts.errors import DataError
 from flexperts.evaluation.scores import Scores, finite_or_none
-from flexperts.files import opened, read_json
-from flexperts.methods.kit.method import Method, State
-from flexperts.methods.registry import make_method
+from flexperts.files import holding, make_folder, opened, read_json
+from flexperts.methods.kit.candidates import CANDIDATES
 
-MIXTURES = {f"mixture {weight}": weight for weight in (0.25, 0.5, 0.75)}
-"""Candidate -> weight of the personal part between the global model (0) and the personalized one (1)."""
-CANDIDATES = ("zero_shot", "global", "local", "personalized", *MIXTURES)
-"""All candidates, from simple to complex."""
 _FEWEST = 8
 """Fewest validation rows: with fewer, the standard error itself is too uncertain to decide by."""
-
-
-def states_of(method: Method, config: RunConfig) -> tuple[State, ...]:
-    """Return the states in which a client's finished model can be used, its own one last."""
-    return (*method.states, "chosen") if config.floor else method.states
-
-
-def candidates_of(method: Method, config: RunConfig) -> list[str]:
-    """Return the candidates that a recipe's ``[floor]`` asks for and the method has, from simple to complex."""
-    assert config.floor is not None
-    asked, has = {"zero_shot", *config.floor.candidates}, {*method.states, "local"}
-    if method.mixes(config) and {"global", "personalized"} <= has:
-        has.add("mixture")
-    return [name for name in CANDIDATES if name.partition(" ")[0] in asked & has]
 
 
 def choose(nlls: Mapping[str, Sequence[float]], tokens: Sequence[int]) -> str:
@@ -82,20 +64,33 @@ def record_of(scores: Mapping[str, Scores]) -> dict[str, Any]:
     }
 
 
-def read_choice(path: Path, of: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the record of a client's choice if there is one for this model, else None.
+@contextmanager
+def deciding(
+    path: Path, of: Mapping[str, Any], patience: float, waiting: Callable[[str], None]
+) -> Iterator[dict[str, Any] | None]:
+    """Yield the record of a client's choice if there is one for this model, else None, in a block of one process.
 
     Args:
         path: The client's file.
-        of: What the record must say of the model that it is about.
+        of: What the record must say of the model that it is about, as far as its version says it.
+        patience: Seconds to wait for another process that decides it now.
+        waiting: Receives a line that names this other process.
     """
-    record = opened(path, read_json(path), needed=True) if path.exists() else {}
-    return record if of.items() <= record.items() else None
+    if (record := _read(path, of)) is not None:
+        yield record
+        return
+    make_folder(path.parent)
+    with holding(path.with_suffix(".lock"), path, patience=patience, waiting=waiting):
+        yield _read(path, of)
+
+
+def _read(path: Path, of: Mapping[str, Any]) -> dict[str, Any] | None:
+    record = opened(path, read_json(path), needed=True) if path.exists() else None
+    return record if record and of.items() <= {**of, **record}.items() else None
 
 
 def check_floor(config: RunConfig, clients: Clients) -> None:
-    """Refuse a floor with no trained model to choose, and clients with too few validation rows to choose by."""
-    check_candidates(make_method(config.method), config)
+    """Refuse clients with too few validation rows to choose by."""
     few = {name: len(its.validation) for name, its in clients.items() if len(its.validation) < _FEWEST}
     if config.floor and few:
         name, count = next(iter(few.items()))
@@ -105,16 +100,3 @@ def check_floor(config: RunConfig, clients: Clients) -> None:
             f"[floor] needs at least {_FEWEST} of each client",
             "raise data.validation_rows, add rows, leave this client out, or leave [floor] out",
         )
-
-
-def check_candidates(method: Method, config: RunConfig) -> None:
-    """Refuse a floor with no trained model to choose."""
-    if not config.floor or method.states == ("zero_shot",) or candidates_of(method, config) != ["zero_shot"]:
-        return
-    named = ", ".join(f'"{name}"' for name in config.floor.candidates)
-    has = [state for state in method.states if state != "zero_shot"]
-    raise ConfigError(
-        f"floor.candidates = [{named}] with method.name = {method.name}",
-        "the method has none of them, so each client would keep the untouched base",
-        f"add {' or '.join((*has, 'local'))}, or leave [floor] out",
-    )

@@ -57,7 +57,7 @@ class ClientModel:
         """Return a model on the same base and adapters, on which clients train without a server.
 
         Its method shares nothing, so that no split of it has a tensor that could be encoded. Defences of an update
-        are off: there is none. It has as many rounds as a client takes part in.
+        are off: there is none. It has the rounds of the method's ``turns``.
 
         Args:
             config: The client's run.
@@ -67,7 +67,7 @@ class ClientModel:
         graft = config.graft.model_copy(update={"sharing": "personal"})
         rate = config.floor.local_lr if config.floor else None
         training = config.training.model_copy(update={"personal_lr": rate or config.training.personal_lr})
-        federation = config.federation.model_copy(update={"rounds": config.federation.turns})
+        federation = config.federation.model_copy(update={"rounds": self.method.turns(config)})
         other.config = config.model_copy(
             update={**off, "graft": graft, "training": training, "federation": federation}
         )

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from flexperts.client.floor import MIXTURES
 from flexperts.client.request import Request
+from flexperts.methods.kit.candidates import MIXTURES
 from flexperts.methods.kit.method import OnBatch
 from flexperts.methods.kit.turn import Turn
 from flexperts.parameters.store import load_personal

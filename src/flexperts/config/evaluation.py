@@ -46,7 +46,8 @@ class FloorConfig(Section):
         ("global", "personalized", "mixture"), min_length=1
     )
     """Models that are compared with the untouched base, if the method has them. local = trained on the client's
-    rows alone, for as many rounds as the run: a second training."""
+    rows alone, with as many steps as a client takes on average in the run: rounds x participation, and a method's
+    extra rounds. A newcomer's takes the steps of its personal part. This is a second training."""
     local_lr: float | None = Field(None, gt=0)
     """Peak learning rate of the local candidate; without it training.personal_lr, or training.lr."""
 

@@ -12,7 +12,6 @@ from typing import Literal
 
 import torch
 
-from flexperts.client.floor import candidates_of
 from flexperts.client.model import ClientModel
 from flexperts.communication.compression import packed_bytes
 from flexperts.communication.traffic import mean_groups
@@ -29,14 +28,15 @@ from flexperts.costs.rounds import (
     planned_sites,
 )
 from flexperts.errors import ConfigError, FlexpertsError
+from flexperts.methods.kit.candidates import candidates_of
 from flexperts.methods.kit.method import Method
-from flexperts.methods.registry import make_method, method_names
+from flexperts.methods.registry import method_names
 from flexperts.modeling.load import LoadedBase
 from flexperts.modeling.quantization import planned_bytes
 from flexperts.moe.experts import find_experts
 from flexperts.moe.quantized import Scheme
 from flexperts.moe.router import find_router
-from flexperts.protection.pipeline import check_enough, check_protections
+from flexperts.protection.pipeline import check_enough, checked_method
 from flexperts.recipe import parse_recipe
 
 _FP32 = 4
@@ -142,9 +142,7 @@ def plan_method(
         bandwidth: Mbit/s.
         name: The row's name; the method's by default.
     """
-    method = make_method(config.method)
-    method.check(config)
-    check_protections(method, config)
+    method = checked_method(config)
     method.check_clients(clients)
     model = ClientModel(base, config, method)
     try:
@@ -189,7 +187,7 @@ def _floor_note(config: RunConfig, method: Method) -> str:
     if config.floor is None:
         return ""
     names = candidates_of(method, config)
-    rounds = f"{config.federation.turns} more rounds of training by {method.alone} at each client, nothing sent; "
+    rounds = f"{method.turns(config)} more rounds of training by {method.alone} at each client, nothing sent; "
     return f"floor: {rounds if 'local' in names else ''}up to {len(names)} models read validation and test rows"
 
 

@@ -23,6 +23,8 @@ from flexperts.errors import ArtifactError
 from flexperts.evaluation.generation import Answer
 from flexperts.files import write_bytes
 from flexperts.finished.trained import TrainedRun, answer_one, state_named
+from flexperts.methods.kit.candidates import states_of
+from flexperts.methods.kit.method import State
 from flexperts.methods.registry import make_method
 from flexperts.observer import Observer
 from flexperts.recipe import recorded_recipe
@@ -68,12 +70,15 @@ class HomeModel:
         max_new_tokens: int | None = None,
         before: Sequence[Mapping[str, str]] = (),
     ) -> Answer:
-        """Return the greedy answer to one instruction, by the most personal model unless a state is named.
+        """Return the greedy answer to one instruction, by the silo's own model unless a state is named.
+
+        After the last round of a run with a floor its own model is the one that it chooses, which may train a local
+        model first; before that it is the most personal one.
 
         Args:
             instruction, context, state, max_new_tokens, before: As for ``TrainedRun.generate``.
         """
-        chosen = state_named(self.method, self.client.config, state)
+        chosen = state_named(self.method, self.client.config, self.request.round, state)
         asked = instruction, context, max_new_tokens
         return answer_one(self.client, self.request, chosen, *asked, before=before)
 
@@ -103,6 +108,11 @@ class HomeRun(TrainedRun):
     def encoder_of(self, name: str) -> PromptEncoder:
         """Return the encoder of the silo's prompts."""
         return self._home.client.encoder
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        """The states in which the silo's model can be used after the round that it received last."""
+        return states_of(self.model.method, self.config, self._home.request.round)
 
     def request(self, name: str) -> Request:
         """Return the last request that the silo received."""

@@ -34,7 +34,7 @@ from flexperts.errors import ArtifactError, PolicyError, incompatible, logged, o
 from flexperts.methods.registry import make_method
 from flexperts.modeling.load import LoadedBase, load_base
 from flexperts.observer import Observer, observing
-from flexperts.protection.pipeline import check_protections
+from flexperts.protection.pipeline import checked_method
 from flexperts.recipe import parse_recorded
 
 if TYPE_CHECKING:
@@ -144,17 +144,17 @@ class Worker:
             check_loss(policy, client.config, len(client.rows.train))
             scored = ()
         else:
+            request, _ = request_of(content, EvaluateRequest)
+            with client.in_use(request):  # weights that do not fit are refused
+                keep_received(client.folder, content)  # first: what follows may train, and end badly
             try:
                 if not policy.scores:
                     raise refusal(policy, "scores", "an evaluation")
                 self._ledger.check_scored(scored)
-            except PolicyError:  # without scores, the evaluation still brings the weights of the silo's own model
-                client.settle(request_of(content, EvaluateRequest)[0])
-                keep_received(client.folder, content)
+            except PolicyError:  # without scores, the evaluation still brings the silo its own model
+                client.settle(request)
                 raise
         reply = serialize({}, answer_whole(asked.kind, content, client))
-        if asked.kind == "evaluate":
-            keep_received(client.folder, content)
         self._ledger.record(asked, reply, privacy, scored)
         return reply
 
@@ -175,8 +175,7 @@ class Worker:
         method = make_method(mine.method)
         self._entry.method = method.name
         check_recipe(self.silo.policy, config, method)
-        method.check(mine)
-        check_protections(method, mine)
+        checked_method(mine)
         # The adapter that is sent names the base as the recipe does, not by its path here.
         mine = mine.model_copy(update={"model": mine.model.model_copy(update={"base": config.model.base})})
         workspace = Workspace(mine, self._load_as(config))

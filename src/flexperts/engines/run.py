@@ -18,7 +18,6 @@ import torch
 
 from flexperts.artifacts import RunDirectory
 from flexperts.client.answer_limit import check_limit
-from flexperts.client.floor import check_candidates
 from flexperts.client.workspace import Workspace
 from flexperts.config.names import normal
 from flexperts.config.run import RunConfig
@@ -39,7 +38,7 @@ from flexperts.methods.kit.server_state import Server
 from flexperts.methods.registry import make_method
 from flexperts.observer import Observer, current_observer, observing
 from flexperts.parameters.store import PersonalStore
-from flexperts.protection.pipeline import check_enough, check_protections
+from flexperts.protection.pipeline import check_enough, checked_method
 from flexperts.recipe import check_extras, recorded_recipe
 from flexperts.server.checkpoint import load_server
 from flexperts.server.extending import extend, is_extended
@@ -174,10 +173,7 @@ def check_settings(config: RunConfig) -> None:
     """Refuse settings that do not fit each other, or need what is not installed; no rows are read."""
     check_extras(config)
     for its in _configs(config):
-        method = make_method(its.method)
-        method.check(its)
-        check_protections(method, its)
-        check_candidates(method, its)
+        checked_method(its)
 
 
 def check_clients(config: RunConfig, clients: Clients) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flexperts.client.answer_limit import answer_limit
 from flexperts.config.names import normal
+from flexperts.config.run import RunConfig
 from flexperts.errors import ArtifactError, ConfigError
 from flexperts.evaluation.scores import EvaluationSettings, evaluate
 from flexperts.export.baking import BakingLoss, attached, bake
@@ -28,7 +29,7 @@ from flexperts.export.gguf.folder import check_gguf, write_gguf
 from flexperts.export.template import stop_where_trained, trained_tokenizer
 from flexperts.export.verification import REFERENCE_TEXT, LogitDifference, verify
 from flexperts.files import holding, unwritable
-from flexperts.finished.trained import TrainedRun, state_named
+from flexperts.finished.trained import TrainedRun
 from flexperts.methods.kit.method import State
 from flexperts.observer import current_observer
 
@@ -39,6 +40,7 @@ MAX_LOSS = 0.05
 """Default of the most nats per token that baking may lose."""
 _WHOLE = ("transformers", "merged", "gguf")
 """Forms that hold the base, too."""
+_IN_RUN = "use the model in its run with `flexperts generate` or `flexperts serve`"
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,11 @@ def export_run(
         run = TrainedRun(path, base=base, trust_remote_code=trust_remote_code)
         tokens = _reference_tokens(run)
         form = form or _smallest(run, client, state, tokens)
-        _check_plain(run, form)
+        _check_base(run.config, form)
         architecture = architecture_of(run.workspace.base.model) if form == "gguf" else None
         stored = dtype or ("float16" if architecture else run.config.model.dtype)
+        if client is not None and "chosen" in _states(run, form, state, client):
+            run.client(client).choice(run.request(client))  # on first use it is made, on the base as it was trained
         # Smaller types of GGUF are made from float32, tensor by tensor; baking computes in it.
         computed = "bfloat16" if stored == "bfloat16" and not baked else "float32"
         if form in _WHOLE and computed != run.config.model.dtype:
@@ -201,7 +205,9 @@ def _read(
         if problem is None:
             return client, each, content
     assert problem is not None
-    raise ConfigError(f"--form {form} of {run.model.method.name}, state {states[-1]}", *problem)
+    rule, remedy = problem
+    remedy = remedy if run.config.model.quantization == "none" else _IN_RUN  # no other form is possible
+    raise ConfigError(f"--form {form} of {run.model.method.name}, state {states[-1]}", rule, remedy)
 
 
 def _baked(run: TrainedRun, owner: str, content: Content, tokens: Tensor, dtype: str) -> tuple[BakingLoss, Content]:
@@ -227,9 +233,9 @@ def _states(run: TrainedRun, form: str, name: str | None, client: str | None) ->
     if name == "zero_shot" or method.states == ("zero_shot",):
         raise ConfigError("state zero_shot", "it is the unchanged base", "use the base itself")
     if run.config.floor and client is not None:
-        return [state_named(method, run.config, name)]
+        return [run.state(name)]
     if name is not None or form == "merged" or (form == "gguf" and client is None):
-        return [state_named(method, run.config, name or "global")]
+        return [run.state(name or "global")]
     beyond = [s for s in reversed(method.states) if s != "zero_shot"]
     return beyond if form == "adapter" else beyond[:1]
 
@@ -243,16 +249,21 @@ def _any_client(run: TrainedRun, is_global: bool) -> str:
     )
 
 
-def _check_plain(run: TrainedRun, form: str) -> None:
-    """Refuse to write weights of a base that is quantized or offloaded."""
-    model = run.config.model
-    for name, usual in (("quantization", "none"), ("device_map", None)):
-        if form in _WHOLE and (found := getattr(model, name)) != usual:
-            raise ConfigError(
-                f"model.{name} = {found!r}",
-                "whole models can only be exported from a base that is in memory and not quantized",
-                "use --form adapter or personal",
-            )
+def _check_base(config: RunConfig, form: str) -> None:
+    """Refuse a form that would need the weights of a quantized or offloaded base."""
+    model = config.model
+    if model.quantization != "none" and form != "adapter":
+        raise ConfigError(
+            f"model.quantization = {model.quantization!r} with --form {form}",
+            "its experts have no other weights to write or to graft on than the quantized ones",
+            f"{_IN_RUN}, or export a state that is LoRA alone with --form adapter",
+        )
+    if model.device_map is not None and form in _WHOLE:
+        raise ConfigError(
+            f"model.device_map = {model.device_map!r} with --form {form}",
+            "whole models can only be exported from a base that is in memory",
+            "use --form adapter or personal",
+        )
 
 
 def _misfit(form: str, content: Content) -> tuple[str, str] | None:

@@ -82,14 +82,14 @@ def _clients(run: TrainedRun, config: RunConfig) -> Clients:
 
 
 def _of_folder(run: TrainedRun, folder: Path) -> dict[str, Elsewhere]:
-    """Return the rows in a folder, for all clients that it has."""
+    """Return the rows in a folder, for all clients with scores that it has."""
     if not folder.is_dir():
         rule = "it must be an existing folder, or NAME=FILE"
         raise ConfigError(f"--data {folder}", rule, "give an existing path, or put the client's name before a file")
     clients = _clients(run, run.config.model_copy(update={"data": _moved(run.config.data, folder.resolve())}))
-    names = sorted(clients.keys() & set(run.clients))
+    names = sorted(clients.keys() & set(run.scored))
     if not names:
-        rule = f"the run's clients are {', '.join(run.clients)}"
+        rule = f"the run has scores of {', '.join(run.scored)}"
         raise DataError(f"{folder} has rows of {', '.join(sorted(clients))}", rule, "give the files as NAME=FILE")
     sides = {name: _side(run.config, clients[name]) for name in names}
     return {name: _scored(run, name, rows, own=_is_own(run, name, rows)) for name, rows in sides.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -201,18 +202,16 @@ class Newcomer(Client):
         self.config, self.steps = config, steps
 
     def onboard(self, request: Request, states: Sequence[State]) -> dict[str, Any]:
-        """Train the client if it has a personalized state, score it, and return its entries for the record."""
+        """Train the client if it has a personalized state, let it choose, score it; return its record's entries."""
         result = None
         if "personalized" in states:
             self.observer.stage(f"{self.name}: {self.method.keeps}, on the shared weights of round {request.round}")
             result = self.personalize(request)
         self.observer.stage(f"{self.name}: evaluation")
-        if result:
-            self.settle(request)
+        self.settle(request)
         scores = self.evaluate(request, states)
         self.write_predictions(scores)
-        if result:
-            self.test_candidates(request, scores)
+        self.test_candidates(request, scores)
         found = _scored(scores)
         for state, reason in found["not_finite"].items():
             self.observer.notice(f"{self.name}, {state}: no score; {reason}")
@@ -242,6 +241,20 @@ class Newcomer(Client):
             result = self.method.personalize(turn)
             self._keep(turn, meta, vector_hash(request.payload.vector))
         return result
+
+    @cached_property
+    def alone(self) -> Client:
+        """The same client, trained on its own rows alone, for as many steps at one time as its personal part.
+
+        Without a personal part it is compared with the participants' model, and takes as many steps as they.
+        """
+        alone, steps = super().alone, self._local_settings(1).total_steps
+        if "personalized" not in self.method.states:
+            return alone
+        training = alone.config.training.model_copy(update={"local_steps": steps, "local_seconds": None})
+        federation = alone.config.federation.model_copy(update={"rounds": 1})
+        alone.config = alone.config.model_copy(update={"training": training, "federation": federation})
+        return alone
 
     def _local_settings(self, round_number: int) -> LocalSettings:
         """Return settings for one optimizer and one cosine over all steps: no averaging interrupts training."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from flexperts.artifacts import RunDirectory
 from flexperts.client.answer_limit import answer_limit, with_recorded_limit
 from flexperts.client.client import Client
-from flexperts.client.floor import states_of
 from flexperts.client.model import ClientModel
 from flexperts.client.request import Request
 from flexperts.client.workspace import Workspace
@@ -26,6 +25,7 @@ from flexperts.data.unchanged import check_same_rows, check_unchanged, read_mani
 from flexperts.errors import ArtifactError, ConfigError, DataError, ModelError
 from flexperts.evaluation.generation import Answer, generate
 from flexperts.evaluation.scores import Scores
+from flexperts.methods.kit.candidates import states_of
 from flexperts.methods.kit.method import Method, OnBatch, State
 from flexperts.methods.registry import make_method
 from flexperts.modeling.forward import Precision
@@ -97,15 +97,20 @@ class TrainedRun:
         """Remove the adapters from the base."""
         self.model.close()
 
-    @property
+    @cached_property
     def clients(self) -> list[str]:
-        """Names of the run's clients: those that took part, and those that joined after training."""
-        return sorted({*self.participants, *self.joined})
+        """Names of the run's clients that have a model; see ``RunDirectory.clients``."""
+        return self.run.clients
 
     @property
     def participants(self) -> list[str]:
         """Names of the clients that the summary scores."""
         return sorted(self.summary["clients"])
+
+    @property
+    def scored(self) -> list[str]:
+        """Names of the clients that have scores: those of the summary, and those that joined later."""
+        return sorted({*self.participants, *self.joined})
 
     def client(self, name: str, observer: Observer | None = None) -> Client:
         """Return a client with its stored personal state.
@@ -142,9 +147,14 @@ class TrainedRun:
         """Return the request with which a client uses the finished model, as the server would send it."""
         return Request(self.model.method.final(self.server, normal(name)), self.server.agreement, self.server.round)
 
+    @property
+    def states(self) -> tuple[State, ...]:
+        """The states in which a client's model can be used, its own one last."""
+        return states_of(self.model.method, self.config, self.server.round)
+
     def state(self, name: str | None) -> State:
         """Return a model state by name, the most personal one by default; see ``state_named``."""
-        return state_named(self.model.method, self.config, name)
+        return state_named(self.model.method, self.config, self.server.round, name)
 
     def generate(
         self,
@@ -182,7 +192,7 @@ class TrainedRun:
 
         Args:
             observer: Receives progress.
-            rows: Client -> rows to score; by default, every client's rows that the run itself has scored.
+            rows: Client -> rows to score; by default those of ``own_rows``.
 
         Raises:
             DataError: The run's rows are not where the recipe says, or are not those that it started with.
@@ -192,18 +202,18 @@ class TrainedRun:
         scored: dict[str, dict[State, Scores]] = {}
         for name, its in sorted(rows.items()):
             client, request = self.client(name, observer), self.request(name)
-            scored[name] = client.evaluate(request, states_of(self.model.method, self.config), its)
+            scored[name] = client.evaluate(request, self.states, its)
             observer.turn_ended(name)
         return scored
 
     def own_rows(self) -> dict[str, Sequence[Row]]:
-        """Return every client's rows that the run itself has scored.
+        """Return the rows on which clients have been scored, by client, for all of ``scored``.
 
         Raises:
             DataError: They are not where the recipe says, or are not those that the run started with.
         """
         try:
-            return {name: self.client(name).scored_rows for name in self.clients}
+            return {name: self.client(name).scored_rows for name in self.scored}
         except DataError as error:
             remedy = f"{error.remedy}; or give rows from another place with `flexperts evaluate --data`"
             raise DataError(error.value, error.rule, remedy) from error
@@ -229,9 +239,17 @@ def recipe_of(run: RunDirectory, base: str | None = None, *, trusted: bool) -> R
     return config
 
 
-def state_named(method: Method, config: RunConfig, name: str | None) -> State:
-    """Return one of a run's states by name; by default the client's own: chosen, or the most personal one."""
-    states = states_of(method, config)
+def state_named(method: Method, config: RunConfig, number: int, name: str | None) -> State:
+    """Return one of a run's states after a round; by default the client's own: chosen, or the most personal one.
+
+    Raises:
+        ConfigError: There is no such state, or not yet: a client chooses after the last round.
+    """
+    states = states_of(method, config, number)
+    if name == "chosen" and config.floor and name not in states:
+        last = method.total_rounds(config.federation.rounds)
+        rule = f"a client chooses after the last round, which is {last}"
+        raise ConfigError(f"state 'chosen' after round {number}", rule, f"wait for it, or choose {states[-1]}")
     if name is None:
         return states[-1]
     for state in states:

@@ -61,8 +61,8 @@ class Run:
 
     @property
     def clients(self) -> list[str]:
-        """Names of the clients that the run has scored, and of those that joined later."""
-        return sorted(self._scored)
+        """Names of the clients that have a model here, also without scores, and of those that joined later."""
+        return self.directory.clients
 
     @property
     def _scored(self) -> dict[str, Any]:
@@ -95,9 +95,9 @@ class Run:
             ConfigError: The run has no such client or state.
         """
         name, config = normal(client), recorded_recipe(self.path)
-        if name not in self._scored:
+        if name not in self.clients:
             raise ConfigError(f"client {name!r}", f"the run's clients are {', '.join(self.clients)}", "choose one")
-        chosen = state_named(make_method(config.method), config, state)
+        chosen = state_named(make_method(config.method), config, self.summary["rounds"], state)
         return PersonalModel(name, RunHome(self.path, lambda: self._trained, name, chosen))
 
     def evaluate(self, rows: Mapping[str, Any] | None = None) -> Table:

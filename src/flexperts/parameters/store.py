@@ -34,6 +34,7 @@ class PersonalMeta:
         choice: Grafted experts by experts module.
         selection: Relative reconstruction loss of every expert, by experts module.
         scales: Factors of the chosen experts' outputs, by experts module; empty means 1.
+        total_steps: Steps of the schedule of which its last round was a part; 0 before any, or if it is not known.
     """
 
     client: str
@@ -43,6 +44,7 @@ class PersonalMeta:
     choice: dict[str, tuple[int, ...]]
     selection: dict[str, list[float]]
     scales: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    total_steps: int = 0
 
 
 def save_personal(path: Path, tensors: Mapping[str, Tensor], meta: PersonalMeta) -> None:

@@ -21,8 +21,10 @@ from flexperts.communication.compression import Packed
 from flexperts.communication.messages import DERIVED, Update
 from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError
+from flexperts.methods.kit.candidates import check_candidates
 from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.personal_rounds import PersonalRounds
+from flexperts.methods.registry import make_method
 from flexperts.parameters.vector import Payload, Vector
 from flexperts.protection.noise import CentralNoise, DistributedNoise, LocalNoise
 from flexperts.protection.packing import Packing
@@ -49,6 +51,19 @@ def protections(config: RunConfig) -> list[Protection]:
     if config.compression.kind != "none":
         found.append(Packing(config))
     return found
+
+
+def checked_method(config: RunConfig) -> Method:
+    """Return a run's method; refuse settings that do not fit the method, its defences or its floor.
+
+    Raises:
+        ConfigError: The settings that do not fit, the rule, and what to change.
+    """
+    method = make_method(config.method)
+    method.check(config)
+    check_protections(method, config)
+    check_candidates(method, config)
+    return method
 
 
 def check_protections(method: Method, config: RunConfig) -> None:

@@ -23,7 +23,7 @@ from flexperts.files import opened, read_json, sealed, write_json
 from flexperts.methods.kit.method import Method
 from flexperts.methods.registry import make_method
 from flexperts.observer import Observer, Once
-from flexperts.protection.pipeline import check_apart, check_plain, check_protections, told
+from flexperts.protection.pipeline import check_apart, check_plain, checked_method, told
 from flexperts.server.checkpoint import save_server
 from flexperts.server.membership import Membership
 from flexperts.server.round_log import RoundLog
@@ -44,9 +44,7 @@ def check_region(config: RunConfig) -> None:
     Args:
         config: The region's recipe.
     """
-    method = make_method(config.method)
-    method.check(config)
-    check_protections(method, config)
+    method = checked_method(config)
     check_plain(method, config, "a region")
     if method.report_type is not None:
         raise ConfigError(

@@ -16,10 +16,9 @@ from flexperts.config.run import RunConfig
 from flexperts.errors import FlexpertsError
 from flexperts.methods.kit.method import Method
 from flexperts.methods.kit.server_state import Server
-from flexperts.methods.registry import make_method
 from flexperts.observer import Observer, Once
 from flexperts.parameters.vector import Payload
-from flexperts.protection.pipeline import check_apart, check_enough, check_protections
+from flexperts.protection.pipeline import check_apart, check_enough, checked_method
 from flexperts.server.checkpoint import load_server, save_server
 from flexperts.server.enrolment import check_report, enrol_fitting, found, gather, require
 from flexperts.server.exchange import LazyGrid
@@ -50,9 +49,7 @@ def serve(
         amend: Adds to the summary what only the caller knows, before it is written.
     """
     started, observer = time.monotonic(), Once(observer)
-    method, members = make_method(config.method), Membership(observer, run.run_id)
-    method.check(config)
-    check_protections(method, config)
+    method, members = checked_method(config), Membership(observer, run.run_id)
     if not isinstance(grid, LazyGrid):
         check_apart(config)
     if method.personal_once and config.training.personal_moments == "kept":

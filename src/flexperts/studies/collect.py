@@ -190,7 +190,7 @@ def _bytes(run: RunDirectory, sent: dict[str, Any]) -> dict[str, Any]:
 def _budget_of(recipe: RunConfig) -> str:
     """Return the note on a run's budget: its method's, and the second training of a floor."""
     alone = recipe.floor is not None and "local" in recipe.floor.candidates
-    second = "its floor trains a second model in rounds x participation rounds, on its rows alone" if alone else ""
+    second = "its floor trains a second model on each client's rows alone, with a client's steps" if alone else ""
     return "; ".join(filter(None, (_budget(recipe.method), second)))
 
 

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flexperts.client.floor import check_candidates
 from flexperts.config.changes import overrides_to
 from flexperts.config.run import RunConfig
 from flexperts.errors import ConfigError, did_you_mean
-from flexperts.methods.registry import make_method, method_names
-from flexperts.protection.pipeline import check_protections
+from flexperts.methods.registry import method_names
+from flexperts.protection.pipeline import checked_method
 from flexperts.recipe import load_recipe
 
 
@@ -71,11 +70,7 @@ class ComparisonPlan:
     def check(self) -> None:
         """Refuse settings that are invalid for any entry, before the first run."""
         for entry in self.entries:
-            config = self.config(entry, self.seeds[0])
-            method = make_method(config.method)
-            method.check(config)
-            check_protections(method, config)
-            check_candidates(method, config)
+            checked_method(self.config(entry, self.seeds[0]))
 
 
 def plan_comparison(

@@ -118,7 +118,7 @@ def score_table(summary: Mapping[str, Any]) -> Table:
 
 def floor_table(summary: Mapping[str, Any]) -> Table:
     """Return the table of what clients keep: all candidates' loss on validation rows, and its own on test rows."""
-    from flexperts.client.floor import CANDIDATES
+    from flexperts.methods.kit.candidates import CANDIDATES
 
     clients = summary["floor"]
     shown = [name for name in CANDIDATES if any(name in its["validation"] for its in clients.values())]

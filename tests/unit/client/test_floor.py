@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexperts.client.floor import CANDIDATES, MIXTURES, choose
+from flexperts.client.floor import choose
+from flexperts.methods.kit.candidates import CANDIDATES, MIXTURES
 
 ROWS = 4
 NLL = st.floats(0.0, 8.0, allow_subnormal=False)

@@ -15,6 +15,8 @@ from flexperts.config.model import ModelConfig
 from flexperts.config.run import RunConfig
 from flexperts.engines.run import run_federation
 from flexperts.errors import ConfigError, ModelError
+from flexperts.export.exporting import export_run
+from flexperts.finished.trained import TrainedRun
 from flexperts.modeling.load import LoadedBase, load_base
 from flexperts.modeling.quantization import (
     ExpertsQuantization,
@@ -183,6 +185,21 @@ def test_a_run_on_a_quantized_base(
     summary = run_federation(config, tmp_path / "run")
     assert summary["mean"]["nll"]["personalized"] < summary["mean"]["nll"]["zero_shot"]
     assert summary["bytes"]["personal_sent"] == 0
+
+
+@pytest.mark.parametrize("form", [None, "personal", "transformers", "adapter"])
+def test_a_model_with_grafts_of_a_quantized_base_is_used_in_its_run(
+    recipe: Callable[..., RunConfig], tmp_path: Path, form: str | None
+) -> None:
+    """No exported folder has the quantized experts; the error names what does work, and LoRA alone is exported."""
+    run_federation(recipe("model.quantization=int8", "federation.rounds=1"), tmp_path / "run")
+    with pytest.raises(
+        ConfigError, match="use the model in its run with `flexperts generate` or `flexperts serve`"
+    ):
+        export_run(tmp_path / "run", tmp_path / "out", client="clinic", form=form, state="personalized")
+    assert not (tmp_path / "out").exists()
+    assert TrainedRun(tmp_path / "run").generate("clinic", "Which?") is not None
+    export_run(tmp_path / "run", tmp_path / "out", form="adapter", state="global")
 
 
 def test_experts_that_stay_in_full_precision_are_refused_with_their_bytes() -> None:

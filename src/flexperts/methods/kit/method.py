@@ -112,6 +112,10 @@ class Method:
         """Return how many rounds a run has: the recipe's and the method's extra ones."""
         return rounds + self.extra_rounds(rounds)
 
+    def turns(self, config: RunConfig) -> int:
+        """Return in how many rounds' steps a client trains its model, on average: also those of extra rounds."""
+        return config.federation.turns + self.extra_rounds(config.federation.rounds)
+
     # A client's model.
 
     def prepare(self, site: Site) -> Prepared:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flexperts.client.floor import states_of
 from flexperts.client.states import in_states
 from flexperts.finished.trained import TrainedRun
 from flexperts.methods.kit.turn import Turn
@@ -41,8 +40,8 @@ class Additions:
 
 def all_models(trained: TrainedRun) -> tuple[ModelName, ...]:
     """Return every client in every state of the run, its own state last."""
-    states, floor = states_of(trained.model.method, trained.config), trained.config.floor is not None
-    return tuple(ModelName(client, state, floor) for client in trained.clients for state in states)
+    states = trained.states
+    return tuple(ModelName(client, state, "chosen" in states) for client in trained.clients for state in states)
 
 
 def additions(trained: TrainedRun, name: ModelName) -> Additions | None:
@@ -98,9 +97,9 @@ def _tensors(lora: Mapping[str, FactorPairs]) -> list[Tensor]:
 
 
 def _graft_tensors(grafts: Mapping[str, list[Graft]]) -> list[Tensor]:
-    """Return what distinguishes grafts: parameters, scales, and the experts from which they started."""
+    """Return what distinguishes grafts: parameters, scales, first experts, and whether these are subtracted."""
     modules: list[Graft] = [graft for layer in grafts.values() for graft in layer]
-    constants = [torch.tensor([*graft.indices, *graft.scales]) for graft in modules]
+    constants = [torch.tensor([*graft.indices, *graft.scales, graft.difference]) for graft in modules]
     return constants + [parameter for graft in modules for parameter in graft.parameters()]
 
 

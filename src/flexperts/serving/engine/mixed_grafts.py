@@ -116,9 +116,9 @@ class _Selected:
     """The experts and gates that one layer computes for the rows of a batch.
 
     Args:
-        rows: Row of each of the P pairs, ``[P]``; pairs that share weights are adjacent.
+        rows: Row of each of the P pairs, ``[P]``, differences first; pairs that share weights are adjacent.
         runs: Weights, and the number of adjacent pairs that use them.
-        frozen: The same of the frozen experts whose outputs are subtracted; empty if none are.
+        frozen: The same of the frozen experts whose outputs are subtracted from the pairs of differences.
         gate_weight, gate_bias, scale: One per pair, ``[P, D, 1]``, ``[P, 1, 1]``, ``[P, 1, 1]``.
         deltas: Low-rank factors ``[P, in, r]``, ``[P, r, out]`` of up, then of down; empty for whole experts.
     """
@@ -142,9 +142,9 @@ class _Layer:
         self._selected: _Selected | None = None
 
     def select(self, rows: Sequence[str | None]) -> None:
-        """Order the pairs of rows and experts so that pairs which share weights are adjacent."""
+        """Order the pairs of rows and experts: differences first, and pairs which share weights adjacent."""
         pairs = [(row, p) for row, key in enumerate(rows) if key in self.personal for p in self.personal[key]]
-        pairs.sort(key=lambda pair: pair[1].shared_by)
+        pairs.sort(key=lambda pair: (not pair[1].difference, pair[1].shared_by))
         self._batch, self._selected = len(rows), _gathered(pairs) if pairs else None
 
     def term(self, hidden: Tensor) -> Tensor | None:
@@ -159,8 +159,8 @@ class _Layer:
     def _terms(self, hidden: Tensor, selected: _Selected) -> Tensor:
         """Return every pair's gated expert output ``[P, S, D]`` for ``hidden [P, S, D]``."""
         output = self._outputs(hidden, selected.runs, selected.deltas)
-        if selected.frozen:
-            output = output - self._outputs(hidden, selected.frozen)
+        if differences := sum(count for _, count in selected.frozen):
+            output[:differences] -= self._outputs(hidden[:differences], selected.frozen)
         gates = torch.baddbmm(selected.gate_bias, hidden, selected.gate_weight).sigmoid()
         return gates * selected.scale.to(gates.dtype) * output
 
@@ -194,9 +194,8 @@ def _gathered(pairs: Sequence[tuple[int, _Personal]]) -> _Selected:
     rows, personal = zip(*pairs, strict=True)
     gate = personal[0].gate_weight
     runs = [list(run) for _, run in groupby(personal, key=lambda p: p.shared_by)]
-    frozen = (
-        [list(run) for _, run in groupby(personal, key=lambda p: p.expert.index)] if personal[0].difference else []
-    )
+    differences = [p for p in personal if p.difference]
+    frozen = [list(run) for _, run in groupby(differences, key=lambda p: p.expert.index)]
     deltas = zip(*(p.deltas for p in personal), strict=True)
     return _Selected(
         rows=torch.tensor(rows, device=gate.device),
