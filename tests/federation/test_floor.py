@@ -303,12 +303,15 @@ def test_local_takes_as_many_rounds_as_a_client_takes_part_in(
         assert all(torch.equal(tensors[key], expected[key]) for key in expected)
 
 
+@pytest.mark.parametrize(
+    ("method", "alone"), [("method.options={finish = 2}", "local"), ("method.name=feddpa_f", "local_lora")]
+)
 def test_local_takes_the_steps_of_extra_rounds_too(
-    make: Callable[..., RunConfig], workspace: Workspace, tmp_path: Path
+    make: Callable[..., RunConfig], workspace: Workspace, tmp_path: Path, method: str, alone: str
 ) -> None:
-    """With finish = 2 the personalized model has four rounds, of which local would have two."""
-    run_federation(make(ALL, "method.options={finish = 2}"), tmp_path / "floor", workspace=workspace)
-    run_federation(make("method.name=local", "federation.rounds=4"), tmp_path / "alone", workspace=workspace)
+    """The personalized model takes four rounds' steps, FedDPA-F two of them in one; local would take two."""
+    run_federation(make(ALL, method), tmp_path / "floor", workspace=workspace)
+    run_federation(make(f"method.name={alone}", "federation.rounds=4"), tmp_path / "alone", workspace=workspace)
     tensors, meta = load_personal(tmp_path / "floor/personal/local/personal/north.safetensors")
     expected, its = load_personal(tmp_path / "alone/personal/north.safetensors")
     assert meta == its

@@ -325,11 +325,8 @@ class Client:
         """Train ``alone`` for its rounds, from where it was interrupted; each round is saved."""
         alone, stored = self.alone, self.alone.store.load(_NEWEST)
         steps = alone._local_settings(1).total_steps
-        if stored is None or stored[1].total_steps != steps:  # another schedule
-            stored = (
-                {},
-                replace(meta, round=0, shared="", total_steps=steps),
-            )  # the same experts: no second selection
+        if stored is None or stored[1].total_steps != steps:  # none, or of another schedule
+            stored = {}, replace(meta, round=0, shared="", total_steps=steps)  # same experts: no second selection
             alone.store.save(*stored)
         for number in range(stored[1].round + 1, alone.config.federation.rounds + 1):
             alone.train(self.alone_request(number))

@@ -30,7 +30,7 @@ from flexperts.costs.rounds import (
 from flexperts.errors import ConfigError, FlexpertsError
 from flexperts.methods.kit.candidates import candidates_of
 from flexperts.methods.kit.method import Method
-from flexperts.methods.registry import method_names
+from flexperts.methods.registry import make_method, method_names
 from flexperts.modeling.load import LoadedBase
 from flexperts.modeling.quantization import planned_bytes
 from flexperts.moe.experts import find_experts

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from flexperts.communication.schema import Count
+from flexperts.config.run import RunConfig
 from flexperts.data.batches import PaddedBatch, pad_batch
 from flexperts.data.prompts import Example
 from flexperts.errors import FederationError
@@ -163,6 +164,10 @@ class FedDPAF(PersonalRounds, FedDPA):
     summary = "FedAvg, then a local LoRA trained with the finished global one, weighted by each input's similarity"
     budget_note = "twice FedAvg's steps: the local LoRA takes as many as a client's rounds, in one more round"
     report_type: ClassVar[Any] = Count
+
+    def turns(self, config: RunConfig) -> int:
+        """Return a client's rounds with g, and as many again: l takes all their steps in the last round."""
+        return 2 * config.federation.turns
 
     def extra_rounds(self, rounds: int) -> int:
         """Return 1: one round follows the recipe's."""
