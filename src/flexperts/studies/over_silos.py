@@ -164,14 +164,13 @@ def joint_interval(
     found = []
     for start in range(0, resamples, step):
         count = min(step, resamples - start)
-        drawn = [[np.empty(0)] * len(tables[0]) for _ in tables]
-        for silo in range(len(tables[0])):
-            times = times_drawn(len(tables[0][silo][0]), count, generator)
-            for place, rows in enumerate(tables):
-                column, weights = rows[silo]
-                means = (times @ (column * weights)) / (times @ weights)
-                seeds = generator.integers(means.shape[1], size=means.shape)
-                drawn[place][silo] = np.take_along_axis(means, seeds, axis=1)
+        drawn: list[list[Floats]] = [[] for _ in tables]
+        for of_silo in zip(*tables, strict=True):  # of each entry: the silo's scores and weights
+            times = times_drawn(len(of_silo[0][0]), count, generator)
+            for means, (column, weights) in zip(drawn, of_silo, strict=True):
+                by_seed = (times @ (column * weights)) / (times @ weights)
+                seeds = generator.integers(by_seed.shape[1], size=by_seed.shape)
+                means.append(np.take_along_axis(by_seed, seeds, axis=1))
         found.append(measure(*(np.stack(silos, axis=2) for silos in drawn)))
     low, high = np.quantile(np.concatenate(found), [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
