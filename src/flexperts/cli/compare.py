@@ -14,7 +14,7 @@ from flexperts.cli.report import Samples
 
 def command(
     recipe: Annotated[
-        Path, typer.Argument(help="Recipe: a TOML file, or one that ships: quickstart, large, study-silos.")
+        Path, typer.Argument(help="Recipe: a TOML or YAML file, or one that ships: quickstart, large, study-silos.")
     ],
     methods: Annotated[
         str | None,
