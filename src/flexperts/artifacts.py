@@ -140,10 +140,14 @@ class RunDirectory:
                 "it is missing although rounds have finished",
                 "restore it from a copy, or start a new run",
             )
-        if not run.has_finished:
-            so_far = [run.environment()] if (run.path / "environment.json").exists() else []
-            write_json(run.path / "environment.json", together([*so_far, environment()]))
         return run
+
+    def note_environment(self) -> None:
+        """Add what this process runs on to ``environment.json``, where it differs from what began the run."""
+        path, now = self.path / "environment.json", environment()
+        before = self.environment() if path.exists() else now
+        if (both := together([before, now])) != before or not path.exists():
+            write_json(path, both)
 
     @classmethod
     def open(cls, path: Path | str) -> RunDirectory:
@@ -220,17 +224,6 @@ class RunDirectory:
         """Return the records of the clients that joined after training, by name."""
         paths = sorted((self.path / JOINED).glob("*.json"))
         return {path.stem: opened(path, read_json(path), needed=True) for path in paths}
-
-    @property
-    def clients(self) -> list[str]:
-        """Names of the finished run's clients that have a model, sorted.
-
-        These are the clients that the summary scores, those of the run that have a state here, also without scores,
-        and those that joined after training.
-        """
-        known = mapping(self.partition, read_json(self.partition))["clients"] if self.partition.exists() else ()
-        stored = (name for name in known if (self.path / "personal" / f"{name}.safetensors").exists())
-        return sorted({*self.summary()["clients"], *stored, *self.joined()})
 
     @property
     def partition(self) -> Path:

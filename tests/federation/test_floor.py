@@ -43,8 +43,9 @@ from flexperts.protection.pipeline import checked_method
 from flexperts.recipe import parse_recipe
 from flexperts.server.region import Region
 from flexperts.server.serve import serve
-from flexperts.serving.contract import find_model
+from flexperts.serving.contract import ModelName, find_model
 from flexperts.serving.engine.additions import additions, all_models
+from flexperts.serving.engine.lanes import Lanes
 from flexperts.studies.collect import collect
 from flexperts.studies.finished import Finished
 from flexperts.terminal.display import floor_table
@@ -304,12 +305,16 @@ def test_local_takes_as_many_rounds_as_a_client_takes_part_in(
 
 
 @pytest.mark.parametrize(
-    ("method", "alone"), [("method.options={finish = 2}", "local"), ("method.name=feddpa_f", "local_lora")]
+    ("method", "alone"),
+    [
+        ("method.options={finish = 2}", "local"),
+        *((f"method.name={name}", "local_lora") for name in ("feddpa_f", "feddpa_t", "ditto")),
+    ],
 )
 def test_local_takes_the_steps_of_extra_rounds_too(
     make: Callable[..., RunConfig], workspace: Workspace, tmp_path: Path, method: str, alone: str
 ) -> None:
-    """The personalized model takes four rounds' steps, FedDPA-F two of them in one; local would take two."""
+    """Those of finish, or of a second model; two rounds have half as many."""
     run_federation(make(ALL, method), tmp_path / "floor", workspace=workspace)
     run_federation(make(f"method.name={alone}", "federation.rounds=4"), tmp_path / "alone", workspace=workspace)
     tensors, meta = load_personal(tmp_path / "floor/personal/local/personal/north.safetensors")
@@ -557,6 +562,39 @@ def test_a_client_that_was_not_scored_chooses_when_it_is_used(
         assert run.client(other).choice(run.request(other)).items() <= made.items()
     finally:
         run.close()
+
+
+def test_serving_the_global_model_of_a_silo_that_has_not_chosen_does_not_choose(
+    make: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """Choosing may train a model, and needs rows."""
+    summary = run_federation(make("evaluation.clients=1", ONCE[0], 'floor={candidates = ["local"]}'), tmp_path)
+    [other] = {"north", "south"} - {*summary["floor"]}
+    run = TrainedRun(tmp_path)
+    lanes = Lanes(run)
+    try:
+        for state in ("global", "personalized"):
+            assert lanes[ModelName(other, state, True)] is not None
+        assert not (tmp_path / f"floor/{other}.json").exists()
+        assert lanes[ModelName(other, "chosen", True)] is not None
+        assert (tmp_path / f"floor/{other}.json").exists()
+    finally:
+        lanes.close()
+
+
+def test_an_fdlora_newcomer_has_no_personal_model_to_choose(
+    make: Callable[..., RunConfig], workspace: Workspace, tmp_path: Path
+) -> None:
+    """FDLoRA trains nothing personal in a round, so a newcomer has the global model; it may train a local one."""
+    config = make("method.name=fdlora", ALL, 'data.leave_out=["south"]')
+    own = workspace.for_run(config)
+    run_federation(config, tmp_path, workspace=own)
+    record = join_left_out(tmp_path, "south", own)
+    assert record is not None
+    assert record["steps"] == 0
+    kept = json.loads((tmp_path / "floor/south.json").read_text())
+    assert {*kept["validation"]["nll"]} == {"zero_shot", "global", "local"}
+    assert not (tmp_path / "personal/settled/south.safetensors").exists()
 
 
 def test_local_has_a_rate_of_its_own_and_the_silos_clock(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -126,6 +127,8 @@ def test_every_writer_of_a_run_is_refused_beside_another(recipe: Callable[..., R
     with held(out), pytest.raises(ArtifactError, match="writes it"):
         run_federation(config, out)
     run_federation(config, out)
+    elsewhere = json.loads((out / "environment.json").read_text()) | {"revision": "of another machine"}
+    (out / "environment.json").write_text(json.dumps(elsewhere))  # who is refused does not add its own
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     with held(out):
         with pytest.raises(ArtifactError, match="writes it"):

@@ -239,6 +239,26 @@ def test_a_lost_reply_is_made_good_by_the_clients_next_one() -> None:
     assert np.linalg.norm(federation.x - optimum()) < 1e-4
 
 
+def test_a_server_of_an_earlier_version_takes_its_c_as_every_clients() -> None:
+    """It has no client's own: counted as 0, they would pull c away until each takes part again."""
+    federation = Federation(Scaffold())
+    federation.round()
+    c = federation.server.memory["x"].clone()
+    for participants in ((), ("b",), tuple(ROWS)):
+        for name in [name for name in federation.server.memory if name.startswith("last.")]:
+            del federation.server.memory[name]
+        federation.server.memory["x"] = c
+        if participants:
+            federation.round(participants)
+        else:
+            federation.method.regroup(federation.server)
+        total = sum(ROWS.values())
+        own = {name: federation.memories[name]["x"] if name in participants else c for name in ROWS}
+        expected = sum(ROWS[name] / total * value for name, value in own.items())
+        assert torch.allclose(federation.server.memory["x"], expected, atol=1e-5)
+    assert off(federation) < 1e-5
+
+
 def test_control_variates_follow_the_clients_of_a_run() -> None:
     """c is a forgotten silo, then joins again with what it kept."""
     federation = Federation(Scaffold())

@@ -28,7 +28,7 @@ Form = Annotated[
 ]
 StateOption = Annotated[
     str | None,
-    typer.Option("--state", help="global, personalized, or with a floor chosen.", show_default="depends on the form"),
+    typer.Option("--state", help="global, personalized; with a floor chosen.", show_default="depends on the form"),
 ]
 Dtype = Annotated[
     str | None,

@@ -213,7 +213,7 @@ class Client:
         Args:
             request: The finished global model.
             state: zero_shot is the untouched base, global the shared weights alone, personalized everything, chosen
-                what the client keeps; or one of ``floor.CANDIDATES``.
+                what the client keeps; or one of ``kit.candidates.CANDIDATES``.
         """
         with in_states(self, request) as enter, enter(state) as found:
             yield found
@@ -228,10 +228,7 @@ class Client:
             yield turn
 
     def settle(self, request: Request) -> None:
-        """Save what the states need from the client's rows, so that the model can be used without them.
-
-        After the last round that includes the choice of the model that the client keeps.
-        """
+        """Save what the states need from the client's rows, and after the last round what the client keeps."""
         if self.method.settles:
             with self._turn(request, request.round, self._settings()) as (turn, meta):
                 self.method.receive(turn)
@@ -289,6 +286,11 @@ class Client:
         names = [*record["validation"]["nll"]]
         known |= self.evaluate(request, [name for name in names if name not in known], answers=False)
         write_json(self._choice_path, sealed(record | {"test": record_of({name: known[name] for name in names})}))
+
+    @property
+    def has_chosen(self) -> bool:
+        """Whether the client has decided what it keeps."""
+        return self._choice_path.exists()
 
     @property
     def _choice_path(self) -> Path:

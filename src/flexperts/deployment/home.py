@@ -23,8 +23,6 @@ from flexperts.errors import ArtifactError
 from flexperts.evaluation.generation import Answer
 from flexperts.files import write_bytes
 from flexperts.finished.trained import TrainedRun, answer_one, state_named
-from flexperts.methods.kit.candidates import states_of
-from flexperts.methods.kit.method import State
 from flexperts.methods.registry import make_method
 from flexperts.observer import Observer
 from flexperts.recipe import recorded_recipe
@@ -110,9 +108,9 @@ class HomeRun(TrainedRun):
         return self._home.client.encoder
 
     @property
-    def states(self) -> tuple[State, ...]:
-        """The states in which the silo's model can be used after the round that it received last."""
-        return states_of(self.model.method, self.config, self._home.request.round)
+    def round(self) -> int:
+        """The round that the silo received last."""
+        return self._home.request.round
 
     def request(self, name: str) -> Request:
         """Return the last request that the silo received."""

@@ -92,7 +92,9 @@ def _open(out: Path, recipe: str, *, resume: bool) -> RunDirectory:
         return RunDirectory.create(out, recipe)
     if not (out / "config.toml").exists():
         raise ArtifactError(f"{out}", "there is no run to resume", "check --out, or leave --resume out")
-    return RunDirectory.create_or_resume(out, recipe)
+    run = RunDirectory.create_or_resume(out, recipe)
+    run.note_environment()
+    return run
 
 
 class LogObserver(Observer):

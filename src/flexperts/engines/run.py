@@ -262,7 +262,7 @@ def _run_rounds(engine: Engine, base: str, config: RunConfig, run: RunDirectory,
     with engine.grid(config, run) as grid:
         if not (run.path / "config.toml").exists():  # a resumed run keeps its first file
             write_json(run.partition, partition_manifest(workspace.clients))
-        RunDirectory.create_or_resume(run.path, config.to_toml())
+        RunDirectory.create_or_resume(run.path, config.to_toml()).note_environment()
         serve(grid, config, run, current_observer(), amend)
 
 

@@ -199,16 +199,19 @@ class Newcomer(Client):
 
     def __init__(self, config: RunConfig, steps: int | None, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.config, self.steps = config, steps
+        self.config, self.steps, self.states = config, steps, tuple[State, ...](self.method.states)
 
     def onboard(self, request: Request, states: Sequence[State]) -> dict[str, Any]:
         """Train the client if it has a personalized state, let it choose, score it; return its record's entries."""
-        result = None
+        result, self.states = None, tuple(states)
         if "personalized" in states:
             self.observer.stage(f"{self.name}: {self.method.keeps}, on the shared weights of round {request.round}")
             result = self.personalize(request)
         self.observer.stage(f"{self.name}: evaluation")
-        self.settle(request)
+        if result:
+            self.settle(request)
+        elif self._ends(request):
+            self.choice(request)
         scores = self.evaluate(request, states)
         self.write_predictions(scores)
         self.test_candidates(request, scores)
@@ -249,12 +252,17 @@ class Newcomer(Client):
         Without a personal part it is compared with the participants' model, and takes as many steps as they.
         """
         alone, steps = super().alone, self._local_settings(1).total_steps
-        if "personalized" not in self.method.states:
+        if "personalized" not in self.states:
             return alone
         training = alone.config.training.model_copy(update={"local_steps": steps, "local_seconds": None})
         federation = alone.config.federation.model_copy(update={"rounds": 1})
         alone.config = alone.config.model_copy(update={"training": training, "federation": federation})
         return alone
+
+    def _candidates(self, request: Request) -> list[str]:
+        """Return the models to compare; without a personal part, none that needs it."""
+        names = super()._candidates(request)
+        return [n for n in names if "personalized" in self.states or n in ("zero_shot", "global", "local")]
 
     def _local_settings(self, round_number: int) -> LocalSettings:
         """Return settings for one optimizer and one cosine over all steps: no averaging interrupts training."""

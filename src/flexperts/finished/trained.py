@@ -99,8 +99,8 @@ class TrainedRun:
 
     @cached_property
     def clients(self) -> list[str]:
-        """Names of the run's clients that have a model; see ``RunDirectory.clients``."""
-        return self.run.clients
+        """Names of the run's clients that have a model; see ``usable_clients``."""
+        return usable_clients(self.run)
 
     @property
     def participants(self) -> list[str]:
@@ -145,16 +145,21 @@ class TrainedRun:
 
     def request(self, name: str) -> Request:
         """Return the request with which a client uses the finished model, as the server would send it."""
-        return Request(self.model.method.final(self.server, normal(name)), self.server.agreement, self.server.round)
+        return Request(self.model.method.final(self.server, normal(name)), self.server.agreement, self.round)
+
+    @property
+    def round(self) -> int:
+        """The round after which the models are used."""
+        return self.server.round
 
     @property
     def states(self) -> tuple[State, ...]:
         """The states in which a client's model can be used, its own one last."""
-        return states_of(self.model.method, self.config, self.server.round)
+        return states_of(self.model.method, self.config, self.round)
 
     def state(self, name: str | None) -> State:
         """Return a model state by name, the most personal one by default; see ``state_named``."""
-        return state_named(self.model.method, self.config, self.server.round, name)
+        return state_named(self.model.method, self.config, self.round, name)
 
     def generate(
         self,
@@ -222,6 +227,17 @@ class TrainedRun:
 def elsewhere(error: ModelError) -> ModelError:
     """Return the error for a run's base that cannot be loaded; its remedy names the option for another place."""
     return ModelError(error.value, error.rule, f"{error.remedy}; or give its new path as --base")
+
+
+def usable_clients(run: RunDirectory) -> list[str]:
+    """Return the names of a finished run's clients that have a model here, sorted.
+
+    These are the clients that the summary scores, those with a state, also without scores, and those that joined
+    after training. A client that was drawn in no round has the state with which it began.
+    """
+    known = read_manifest(run.partition) if run.partition.exists() else ()
+    stored = (name for name in known if (run.path / "personal" / f"{name}.safetensors").exists())
+    return sorted({*run.summary()["clients"], *stored, *run.joined()})
 
 
 def recipe_of(run: RunDirectory, base: str | None = None, *, trusted: bool) -> RunConfig:

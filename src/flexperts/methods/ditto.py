@@ -9,6 +9,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
+from flexperts.config.run import RunConfig
 from flexperts.methods.kit.local_steps import proximal, untrained
 from flexperts.methods.kit.method import Method, OnBatch, State
 from flexperts.methods.kit.turn import Turn
@@ -47,6 +48,10 @@ class Ditto(Method):
         """lambda, strength of the pull of v towards w; 0 trains v alone."""
 
     options: Options
+
+    def turns(self, config: RunConfig) -> int:
+        """Return twice a client's rounds: it trains w and v."""
+        return 2 * config.federation.turns
 
     def receive(self, turn: Turn) -> None:
         """Load w; an untrained v starts from it."""

@@ -50,6 +50,10 @@ class FedDPA(Method):
 
     options: Options
 
+    def turns(self, config: RunConfig) -> int:
+        """Return twice a client's rounds: it trains g and l."""
+        return 2 * config.federation.turns
+
     @torch.no_grad()
     def receive(self, turn: Turn) -> None:
         """Load g; an untrained l gets an A drawn for this client."""
@@ -164,10 +168,6 @@ class FedDPAF(PersonalRounds, FedDPA):
     summary = "FedAvg, then a local LoRA trained with the finished global one, weighted by each input's similarity"
     budget_note = "twice FedAvg's steps: the local LoRA takes as many as a client's rounds, in one more round"
     report_type: ClassVar[Any] = Count
-
-    def turns(self, config: RunConfig) -> int:
-        """Return a client's rounds with g, and as many again: l takes all their steps in the last round."""
-        return 2 * config.federation.turns
 
     def extra_rounds(self, rounds: int) -> int:
         """Return 1: one round follows the recipe's."""

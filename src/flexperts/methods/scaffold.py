@@ -39,7 +39,7 @@ class Scaffold(Method):
     paper averages uniformly; here the mean is by rows, for x and for c. The paper's clients send c_i' - c_i, and
     its server adds them up, which is the same as long as every reply arrives and no client joins or leaves. Ours
     send c_i', and the server keeps the last one of every client: a lost reply is made good by the client's next
-    one.
+    one. So its checkpoint has a vector as long as the LoRA for each client.
     """
 
     name = "scaffold"
@@ -96,6 +96,7 @@ class Scaffold(Method):
 
     def regroup(self, server: Server) -> None:
         """Forget the control variates of clients that have left, and average those of all that are here."""
+        _begin(server)
         server.forget_departed(_LAST)
         _average(server)
 
@@ -117,6 +118,7 @@ class Scaffold(Method):
         """Step towards the clients' mean, keep the participants' control variates, and average those of all."""
         sent: dict[str, Tensor] = {}
         mean = self.uplink(server, "").unflatten(weighted_mean(_noted(updates, sent)))
+        _begin(server)
         server.memory |= sent
         _average(server)
         server.shared = replace(server.shared, vector=flatten(self._stepped(server.shared.tensors(), mean)))
@@ -131,6 +133,13 @@ def _noted(updates: Iterable[Update], sent: dict[str, Tensor]) -> Iterator[Updat
         control = {n: t for n, t in update.tensors().items() if n.startswith(_CONTROL)}
         sent[_LAST + update.client] = torch.from_numpy(flatten(control))
         yield update
+
+
+def _begin(server: Server) -> None:
+    """In a run of an earlier version, whose server has c alone, take c as every client's until it sends its own."""
+    if server.round and not any(name.startswith(_LAST) for name in server.memory):
+        c = flatten({name: server.memory[name] for name in server.shared.tensors()})
+        server.memory |= {_LAST + client: torch.from_numpy(c.copy()) for client in server.clients}
 
 
 def _average(server: Server) -> None:

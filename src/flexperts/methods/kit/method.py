@@ -113,7 +113,7 @@ class Method:
         return rounds + self.extra_rounds(rounds)
 
     def turns(self, config: RunConfig) -> int:
-        """Return in how many rounds' steps a client trains its model, on average: also those of extra rounds."""
+        """Return the rounds of steps that a client takes, on average: rounds x participation, and extra rounds."""
         return config.federation.turns + self.extra_rounds(config.federation.rounds)
 
     # A client's model.

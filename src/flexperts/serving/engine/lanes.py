@@ -228,7 +228,9 @@ class Lanes(Models):
             for own in self._of(client):
                 if own.state != "zero_shot" and self._lanes[own] is self._mixed:
                     self._lanes[own] = None
-        for own, added in all_additions(self._trained, self._of(name.client)).items():
+        chosen = self._trained.client(name.client).has_chosen  # else choosing may train; only who asks for it waits
+        wanted = [own for own in self._of(name.client) if own.state != "chosen" or chosen or own == name]
+        for own, added in all_additions(self._trained, wanted).items():
             self._put(own, added)
         self._last_used[name.client] = None
 
