@@ -112,9 +112,10 @@ def _scores(entry: Finished, kind: str, seeds: Iterable[int]) -> SiloScores:
 
 def _paired(entry: Finished, reference: Finished, kind: str) -> tuple[SiloScores, SiloScores] | None:
     """Return both entries' scores over the seeds that they have in common; None if there is none, or a gap."""
-    seeds = [seed for seed in entry.runs if seed in reference.runs]
+    if not (seeds := [seed for seed in entry.runs if seed in reference.runs]):
+        return None
     pair = _scores(entry, kind, seeds), _scores(reference, kind, seeds)
-    return pair if seeds and all(np.isfinite(its.means).all() for its in pair) else None
+    return pair if all(np.isfinite(its.means).all() for its in pair) else None
 
 
 def interquartile_mean(scores: Floats) -> Floats:
