@@ -117,7 +117,7 @@ def test_one_seed_is_said_to_be_one(whole: Comparison) -> None:
     assert summary(whole)[-1] == caution
 
 
-def test_an_entry_with_other_seeds_than_the_reference_is_the_best_of_nothing(
+def test_an_entry_with_other_seeds_than_most_is_the_best_of_nothing(
     made: Callable[..., Comparison],
 ) -> None:
     """Its mean is over other runs: it comes last, and no mark and no sentence say that it is best."""

@@ -240,6 +240,18 @@ def test_bytes_of_an_older_run_are_means_over_messages_with_weights_too(compared
     assert found["bytes"]["join_total"] == before["bytes"]["join_total"]
 
 
+@pytest.mark.parametrize("ahead", [["flex"], ["fedavg", "local"]])
+def test_the_few_entries_with_other_seeds_are_named(compared: Path, tmp_path: Path, ahead: list[str]) -> None:
+    """As while a second seed runs; the reference, flex, may be one of them."""
+    out = shutil.copytree(compared, tmp_path / "out")
+    for path in (out / "runs").iterdir():
+        if path.name not in ahead:
+            shutil.rmtree(path / "seed-1")
+    found = {entry["name"]: entry.get("other_seeds", False) for entry in collect_comparison(out)["entries"]}
+    assert [name for name, other in found.items() if other] == [name for name in found if name in ahead]
+    assert len(found) > 2 * len(ahead)
+
+
 def test_a_copy_of_a_run_is_no_run(compared: Path, tmp_path: Path) -> None:
     out = shutil.copytree(compared, tmp_path / "out")
     shutil.copytree(out / "runs" / "flex" / "seed-0", out / "runs" / "flex" / "seed-0 copy")

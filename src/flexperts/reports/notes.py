@@ -253,9 +253,9 @@ def _token_words(comparison: Comparison) -> str:
 
 
 def _seed_words(comparison: Comparison) -> str:
-    """Return which entries have other seeds than the reference; empty if none has."""
+    """Return which entries have other seeds than most; empty if none has."""
     found = [entry["name"] for entry in comparison["entries"] if entry.get("other_seeds")]
-    text = "These have other seeds than the reference, so they come last, and none is marked as best"
+    text = "These have other seeds than most entries, so they come last, and none is marked as best"
     return f"{text}: {', '.join(found)}. Δ is over the seeds in common." if found else ""
 
 

@@ -67,7 +67,7 @@ def against(entry: Entry, metric: str) -> Mapping[str, Any] | None:
 
 
 def is_ranked(entry: Entry, metric: str) -> bool:
-    """Return whether a score can be the best: not if its seeds, or its NLL's tokens, are not the reference's."""
+    """Return whether a score can be the best: not over other seeds than most entries', no NLL over other tokens."""
     return not entry.get("other_seeds") and (metric != "nll" or not entry.get("other_tokens"))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import tomllib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ def collect(
     first = by_name[reference]
     against = contrasts(finished, first, confidence, resamples)
     silos = over_silos(finished, first, confidence, resamples)
+    usual = {*_usual_seeds(finished)}
     return {
         "kind": "comparison",
         "title": title,
@@ -86,13 +88,19 @@ def collect(
             | {"ability": abilities(entry, confidence, resamples), "against": against.get(entry.name)}
             | ({"floor": found} if (found := floors(entry, confidence, resamples)) else {})
             | ({"other_tokens": differ} if (differ := other_tokens(entry, first)) else {})
-            | ({"other_seeds": True} if entry.runs.keys() != first.runs.keys() else {})
+            | ({"other_seeds": True} if {*entry.runs} != usual else {})
             | {"silos": silos[entry.name], "newcomers": _newcomers(entry, newcomers)}
             for entry in finished
         ],
         "rouge_tokenizer": together([entry.rouge_tokenizer for entry in finished]),
         "examples": examples(first, finished, samples),
     }
+
+
+def _usual_seeds(finished: Sequence[Finished]) -> tuple[int, ...]:
+    """Return the seeds that most entries have finished; of equally many entries, the larger number of seeds."""
+    counted = Counter(tuple(entry.runs) for entry in finished)
+    return max(counted, key=lambda seeds: (counted[seeds], len(seeds)))
 
 
 def _setting(setting: str) -> str:
