@@ -226,6 +226,16 @@ class RunDirectory:
         return {path.stem: opened(path, read_json(path), needed=True) for path in paths}
 
     @property
+    def clients(self) -> list[str]:
+        """Names of the finished run's clients that have a model here, sorted.
+
+        These are the clients that the summary scores, those with a state, also without scores, and those that
+        joined after training. A client that was drawn in no round has the state with which it began.
+        """
+        stored = (path.stem for path in (self.path / "personal").glob("*.safetensors"))
+        return sorted({*self.summary()["clients"], *stored, *self.joined()})
+
+    @property
     def partition(self) -> Path:
         """File of each client's rows when the run started, as counts and hashes."""
         return self.path / "partition.json"

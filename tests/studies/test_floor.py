@@ -142,7 +142,7 @@ def test_the_table_says_what_was_kept(tmp_path: Path) -> None:
 
 
 def test_what_is_picked_on_one_half_is_measured_on_the_other(tmp_path: Path) -> None:
-    """Global is better by 1 on even rows, personalized on odd ones: whoever follows one half loses on the other."""
+    """Global is better by 1 on even rows, personalized on odd ones: a choice by one half loses on the other."""
     rows = {"global": [1.0, 2.0, 1.0, 2.0], "personalized": [2.0, 1.0, 2.0, 1.0]}
     nll = {"global": 1.6, "personalized": 1.4}
     found = floors(finished(tmp_path, rows=rows, nll=nll, tokens=[1, 1, 1, 1]), 0.95, 200)

@@ -138,12 +138,13 @@ def _of_exported(place: str, base: str | None, trust: bool) -> _Opened:
 def _of_run(run: str, base: str | None, trust: bool) -> _Opened:
     """Open a run."""
     from flexperts.artifacts import RunDirectory
-    from flexperts.finished.trained import recipe_of, usable_clients
 
     path = Path(run)
     directory = RunDirectory.open(path)
 
     def recipe() -> RunConfig:
+        from flexperts.finished.trained import recipe_of
+
         return recipe_of(directory, base, trusted=trust)
 
     def load(**sizes: Any) -> Engine:
@@ -151,7 +152,7 @@ def _of_run(run: str, base: str | None, trust: bool) -> _Opened:
 
         return open_engine(path, base=base, trust_remote_code=trust, **sizes)
 
-    return usable_clients(directory), recipe, load
+    return directory.clients, recipe, load
 
 
 def _at_silo(path: Path, run: str, base: str | None) -> _Opened:

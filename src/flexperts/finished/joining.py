@@ -181,8 +181,8 @@ def _admit(
     name = known["client"]
     check_limit(own, trains, observer)
     with closing(TrainedRun(run.path, own, base=base)) as trained, _staging(run.path, name) as staging:
-        newcomer = Newcomer(trains, steps, name, own, trained.model, staging, observer)
-        record = {**known, **newcomer.onboard(trained.request(name), states)}
+        newcomer = Newcomer(trains, steps, states, name, own, trained.model, staging, observer)
+        record = {**known, **newcomer.onboard(trained.request(name))}
         _publish(staging, run.path)
         write_json(run.path / JOINED / f"{name}.json", sealed(record))  # last: this file makes it a client
     return record
@@ -194,17 +194,18 @@ class Newcomer(Client):
     Args:
         config: The run with the new client's training settings and seed.
         steps: Optimizer steps; None = as many as a participant with its rows has that trains in every round.
+        states: The states in which it has a model; it trains only if one of them is personalized.
         arguments: As ``Client``.
     """
 
-    def __init__(self, config: RunConfig, steps: int | None, *arguments: Any) -> None:
+    def __init__(self, config: RunConfig, steps: int | None, states: Sequence[State], *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.config, self.steps, self.states = config, steps, tuple[State, ...](self.method.states)
+        self.config, self.steps, self.states = config, steps, states
 
-    def onboard(self, request: Request, states: Sequence[State]) -> dict[str, Any]:
+    def onboard(self, request: Request) -> dict[str, Any]:
         """Train the client if it has a personalized state, let it choose, score it; return its record's entries."""
-        result, self.states = None, tuple(states)
-        if "personalized" in states:
+        result = None
+        if "personalized" in self.states:
             self.observer.stage(f"{self.name}: {self.method.keeps}, on the shared weights of round {request.round}")
             result = self.personalize(request)
         self.observer.stage(f"{self.name}: evaluation")
@@ -212,7 +213,7 @@ class Newcomer(Client):
             self.settle(request)
         elif self._ends(request):
             self.choice(request)
-        scores = self.evaluate(request, states)
+        scores = self.evaluate(request, self.states)
         self.write_predictions(scores)
         self.test_candidates(request, scores)
         found = _scored(scores)

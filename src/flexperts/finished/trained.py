@@ -99,8 +99,8 @@ class TrainedRun:
 
     @cached_property
     def clients(self) -> list[str]:
-        """Names of the run's clients that have a model; see ``usable_clients``."""
-        return usable_clients(self.run)
+        """Names of the run's clients that have a model; see ``RunDirectory.clients``."""
+        return self.run.clients
 
     @property
     def participants(self) -> list[str]:
@@ -227,17 +227,6 @@ class TrainedRun:
 def elsewhere(error: ModelError) -> ModelError:
     """Return the error for a run's base that cannot be loaded; its remedy names the option for another place."""
     return ModelError(error.value, error.rule, f"{error.remedy}; or give its new path as --base")
-
-
-def usable_clients(run: RunDirectory) -> list[str]:
-    """Return the names of a finished run's clients that have a model here, sorted.
-
-    These are the clients that the summary scores, those with a state, also without scores, and those that joined
-    after training. A client that was drawn in no round has the state with which it began.
-    """
-    known = read_manifest(run.partition) if run.partition.exists() else ()
-    stored = (name for name in known if (run.path / "personal" / f"{name}.safetensors").exists())
-    return sorted({*run.summary()["clients"], *stored, *run.joined()})
 
 
 def recipe_of(run: RunDirectory, base: str | None = None, *, trusted: bool) -> RunConfig:

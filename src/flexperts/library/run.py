@@ -15,7 +15,7 @@ from flexperts.data.tables import given_source
 from flexperts.errors import ConfigError
 from flexperts.evaluation.scores import kinds_in
 from flexperts.files import placeless
-from flexperts.finished.trained import TrainedRun, state_named, usable_clients
+from flexperts.finished.trained import TrainedRun, state_named
 from flexperts.library.homes import RunHome
 from flexperts.library.personal import PersonalModel
 from flexperts.methods.registry import make_method
@@ -62,7 +62,7 @@ class Run:
     @cached_property
     def clients(self) -> list[str]:
         """Names of the clients that have a model here, also without scores, and of those that joined later."""
-        return usable_clients(self.directory)
+        return self.directory.clients
 
     @property
     def _scored(self) -> dict[str, Any]:

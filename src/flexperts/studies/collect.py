@@ -69,7 +69,7 @@ def collect(
     first = by_name[reference]
     against = contrasts(finished, first, confidence, resamples)
     silos = over_silos(finished, first, confidence, resamples)
-    usual = {*_usual_seeds(finished)}
+    usual = _usual_seeds(finished)
     return {
         "kind": "comparison",
         "title": title,
@@ -88,7 +88,7 @@ def collect(
             | {"ability": abilities(entry, confidence, resamples), "against": against.get(entry.name)}
             | ({"floor": found} if (found := floors(entry, confidence, resamples)) else {})
             | ({"other_tokens": differ} if (differ := other_tokens(entry, first)) else {})
-            | ({"other_seeds": True} if {*entry.runs} != usual else {})
+            | ({"other_seeds": True} if tuple(entry.runs) != usual else {})
             | {"silos": silos[entry.name], "newcomers": _newcomers(entry, newcomers)}
             for entry in finished
         ],

@@ -1,7 +1,7 @@
 """What a run's floor brought: the models that clients keep against each simple choice, on test rows.
 
-Whoever picks the worst clients, or the best model, by the rows on which these are then measured, finds harm and
-regret also where there is none. So a client's rows are two halves here: what is picked on one is measured on the
+If the worst clients, or the best model, are picked by the rows on which they are then measured, harm and regret are
+found also where there is none. So a client's rows are two halves here: what is picked on one is measured on the
 other, both ways.
 """
 
