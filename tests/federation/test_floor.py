@@ -304,6 +304,19 @@ def test_local_takes_as_many_rounds_as_a_client_takes_part_in(
         assert all(torch.equal(tensors[key], expected[key]) for key in expected)
 
 
+def test_local_takes_the_steps_of_rounds_in_which_all_clients_train(
+    make: Callable[..., RunConfig], workspace: Workspace, tmp_path: Path
+) -> None:
+    """A warm-up of two rounds and half of the other four: four rounds, not three."""
+    settings = ("method.options={warmup_rounds = 2}", "federation.rounds=6", "federation.participation=0.5")
+    run_federation(make("method.name=fedlease", ALL, *settings), tmp_path / "floor", workspace=workspace)
+    run_federation(make("method.name=local_lora", "federation.rounds=4"), tmp_path / "alone", workspace=workspace)
+    tensors, meta = load_personal(tmp_path / "floor/personal/local/personal/north.safetensors")
+    expected, its = load_personal(tmp_path / "alone/personal/north.safetensors")
+    assert meta == its
+    assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+
+
 @pytest.mark.parametrize(
     ("method", "alone"),
     [

@@ -63,10 +63,13 @@ class FederationConfig(Section):
         """Return the simulated seconds of a client's optimizer step."""
         return self.step_seconds.get(client, 1.0)
 
-    @property
-    def turns(self) -> int:
-        """Rounds in which a client takes part, on average and where rounds are synchronous; at least one."""
-        return max(1, round(self.rounds * self.participation))
+    def turns(self, full: int = 0) -> int:
+        """Return the rounds that a client takes part in, on average and where rounds are synchronous; at least one.
+
+        Args:
+            full: How many of the first rounds all clients take part in.
+        """
+        return max(1, round(full + (self.rounds - full) * self.participation))
 
     def drawn(self, clients: int) -> int:
         """Return how many of a run's clients train at the same time, at least one."""

@@ -51,7 +51,7 @@ class Ditto(Method):
 
     def turns(self, config: RunConfig) -> int:
         """Return twice a client's rounds: it trains w and v."""
-        return 2 * config.federation.turns
+        return 2 * config.federation.turns()
 
     def receive(self, turn: Turn) -> None:
         """Load w; an untrained v starts from it."""

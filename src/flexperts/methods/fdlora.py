@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -77,9 +77,10 @@ class FDLoRA(Method):
 
     options: Options
 
-    def participants(self, server: Server, sampled: Sequence[str]) -> Sequence[str]:
-        """Return all clients in stage 1, and the sampled ones later."""
-        return sorted(server.clients) if server.round == 0 else sampled
+    @property
+    def full_rounds(self) -> int:
+        """Round 1, stage 1: each client needs a theta_p."""
+        return 1
 
     def train(self, turn: Turn) -> TrainResult:
         """Train from the received LoRA; keep a copy in stage 1 and in every H-th round of stage 2."""

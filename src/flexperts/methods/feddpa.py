@@ -52,7 +52,7 @@ class FedDPA(Method):
 
     def turns(self, config: RunConfig) -> int:
         """Return twice a client's rounds: it trains g and l."""
-        return 2 * config.federation.turns
+        return 2 * config.federation.turns()
 
     @torch.no_grad()
     def receive(self, turn: Turn) -> None:
@@ -193,7 +193,7 @@ class FedDPAF(PersonalRounds, FedDPA):
         federation = turn.site.config.federation
         if turn.round <= federation.rounds:
             return turn.fit(personal=False)
-        steps = federation.turns * turn.settings.steps
+        steps = federation.turns() * turn.settings.steps
         warmup = round(turn.settings.training.warmup_ratio * steps)
         settings = replace(turn.settings, steps=steps, first_step=0, total_steps=steps, warmup_steps=warmup)
         return self.personalize(turn, settings)

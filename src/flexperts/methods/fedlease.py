@@ -93,6 +93,11 @@ class FedLEASE(Method):
                 f"set federation.rounds to {warmup + 1} or more, or method.options.warmup_rounds to fewer rounds",
             )
 
+    @property
+    def full_rounds(self) -> int:
+        """The rounds of the warm-up: every client trains alone, and its LoRA decides its cluster."""
+        return self.options.warmup_rounds
+
     # A client.
 
     def parts(self, site: Site) -> dict[str, Part]:
@@ -150,10 +155,6 @@ class FedLEASE(Method):
         return {n: p[: len(turn.received[n])] for n, p in turn.split.shared.items()}
 
     # The server.
-
-    def participants(self, server: Server, sampled: Sequence[str]) -> Sequence[str]:
-        """Return all clients in the warm-up, and the sampled ones later."""
-        return sorted(server.clients) if server.round < self.options.warmup_rounds else sampled
 
     def broadcast(self, server: Server, client: str) -> Payload:
         """Return all experts, the client's own first, and its cluster's router; nothing without a cluster."""

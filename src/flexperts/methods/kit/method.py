@@ -112,9 +112,14 @@ class Method:
         """Return how many rounds a run has: the recipe's and the method's extra ones."""
         return rounds + self.extra_rounds(rounds)
 
+    @property
+    def full_rounds(self) -> int:
+        """How many of the first rounds all clients take part in, even if only a share is sampled in the others."""
+        return 0
+
     def turns(self, config: RunConfig) -> int:
         """Return the rounds of steps that a client takes, on average: rounds x participation, and extra rounds."""
-        return config.federation.turns + self.extra_rounds(config.federation.rounds)
+        return config.federation.turns(self.full_rounds) + self.extra_rounds(config.federation.rounds)
 
     # A client's model.
 
@@ -228,11 +233,11 @@ class Method:
         """Adapt the server's memory to ``server.clients`` after clients have joined or left between two rounds."""
 
     def participants(self, server: Server, sampled: Sequence[str]) -> Sequence[str]:
-        """Return the clients that train in round ``server.round + 1``; by default the sampled clients.
+        """Return the clients that train in round ``server.round + 1``; by default all or the sampled clients.
 
         With secure aggregation this is asked while the round before ends: ``round`` alone is then as after it.
         """
-        return sampled
+        return sorted(server.clients) if server.round < self.full_rounds else sampled
 
     def broadcast(self, server: Server, client: str) -> Payload:
         """Return the payload sent to a client before it trains."""
