@@ -164,6 +164,26 @@ def harmed(found: Mapping[str, Any] | None) -> Cell:
     return Cell(f"{found['count']} of {found['silos']}: {bounded(in_percent, 1).text}", found["value"])
 
 
+def rounds_table(comparison: Comparison) -> Table:
+    """Return the NLL of own states by the number of rounds that a silo trained in, if silos differ in it."""
+    entries = [entry for entry in ordered(comparison) if entry.get("rounds_trained")]
+    groups = entries[0]["rounds_trained"] if entries else []
+    names = [Column(f"{its['rounds']} ({its['count']})", "rounds (how many silos and seeds)") for its in groups]
+    rows = [(words(e["name"]), own_state(e), *_by_rounds(e)) for e in entries]
+    for column in range(2, len(groups) + 2):
+        rows = mark_best(rows, column, lowest=True, left_out=unranked(entries, "nll"))
+    note = (
+        "NLL, lower is better: mean over the pairs of a silo and a seed that trained in equally many of the "
+        f"recipe's rounds; a method's extra rounds are not counted. The draw is that of {comparison['reference']}. "
+        f"The columns are of other silos, so only entries within one compare. {counts(comparison)}"
+    )
+    return Table("rounds_trained", "By rounds of training", note, (*WHO, *names), tuple(rows))
+
+
+def _by_rounds(entry: Entry) -> tuple[Cell, ...]:
+    return tuple(number(its["nll"], DIGITS["nll"]) for its in entry["rounds_trained"])
+
+
 def newcomer_table(comparison: Comparison) -> Table:
     """Return the scores of clients that joined the finished runs, in every state; none is in any other table."""
     names: Sequence[str] = comparison.get("newcomers") or []

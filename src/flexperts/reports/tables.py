@@ -19,14 +19,14 @@ from flexperts.reports.score_tables import (
     reward_table,
     trained,
 )
-from flexperts.reports.silo_tables import client_table, newcomer_table, robust_table, spread_table
+from flexperts.reports.silo_tables import client_table, newcomer_table, robust_table, rounds_table, spread_table
 
 
 def tables(comparison: Comparison) -> dict[str, Table]:
     """Return every table that has a row, by key, in the order of the report.
 
-    Keys: main, rewards, clients-rouge_l, clients-nll, clients-reward_accuracy, robust, spread, newcomers, answers,
-    floor, ability, cost, groups, privacy, routing, selection, entries, environment.
+    Keys: main, rewards, clients-rouge_l, clients-nll, clients-reward_accuracy, robust, spread, rounds_trained,
+    newcomers, answers, floor, ability, cost, groups, privacy, routing, selection, entries, environment.
     Columns in which every number is missing are left out. Below every table of entries are the budgets and variants
     of its entries' methods.
     """
@@ -38,6 +38,7 @@ def tables(comparison: Comparison) -> dict[str, Table]:
         *([client_table(comparison, "reward_accuracy")] if rewards.rows else []),
         robust_table(comparison),
         spread_table(comparison),
+        rounds_table(comparison),
         newcomer_table(comparison),
         answer_table(comparison),
         floor_table(comparison),

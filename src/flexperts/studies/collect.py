@@ -32,6 +32,7 @@ from flexperts.studies.contrast import abilities, contrasts, have_same_rows, oth
 from flexperts.studies.finished import CLAIM, KEPT, RUNS, Finished, choices_of, read_claim, with_kept
 from flexperts.studies.floor import floors
 from flexperts.studies.over_silos import over_silos
+from flexperts.studies.rounds_trained import by_rounds_trained, rounds_trained
 
 
 def collect(
@@ -69,7 +70,7 @@ def collect(
     first = by_name[reference]
     against = contrasts(finished, first, confidence, resamples)
     silos = over_silos(finished, first, confidence, resamples)
-    usual = _usual_seeds(finished)
+    usual, trained = _usual_seeds(finished), rounds_trained(first)
     return {
         "kind": "comparison",
         "title": title,
@@ -89,7 +90,8 @@ def collect(
             | ({"floor": found} if (found := floors(entry, confidence, resamples)) else {})
             | ({"other_tokens": differ} if (differ := other_tokens(entry, first)) else {})
             | ({"other_seeds": True} if tuple(entry.runs) != usual else {})
-            | {"silos": silos[entry.name], "newcomers": _newcomers(entry, newcomers)}
+            | {"silos": silos[entry.name], "rounds_trained": by_rounds_trained(entry, trained)}
+            | {"newcomers": _newcomers(entry, newcomers)}
             for entry in finished
         ],
         "rouge_tokenizer": together([entry.rouge_tokenizer for entry in finished]),
