@@ -8,8 +8,8 @@ entry -> seed -> client -> state -> score -> one number per scored row, in the o
 
 Pages under docs hold tables made from these numbers, each between two comments, such as
 ``<!-- table study-p3: rouge_l nll -->`` and ``<!-- end -->``: a study's folder, and columns out of ``COLUMNS``;
-``<!-- rounds study-p3: nll -->``: a score after every round; or ``<!-- silos study-p3: nll -->``: a score in every
-silo, mean over seeds.
+``<!-- rounds study-p3: nll -->``: a score after every round; ``<!-- silos study-p3: nll -->``: a score in every
+silo, mean over seeds; or ``<!-- report study-p3: floor -->``: a table of the report, by its key.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from flexperts.reports.reading import (
 )
 from flexperts.reports.score_tables import DIGITS
 from flexperts.reports.silo_tables import harmed, silo_table
+from flexperts.reports.tables import tables
 from flexperts.studies.collect import collect_comparison
 from flexperts.studies.finished import Finished, read_claim
 
@@ -51,7 +52,7 @@ RESULTS = DOCS / "results"
 SAMPLES = 3
 """Rows of each silo that a study of the shipped silos shows; others' data is not passed on."""
 _TABLE = re.compile(
-    r"(?P<head><!-- (?P<kind>table|rounds|silos) (?P<study>[^ :]+): (?P<wanted>[^>]+) -->\n).*?"
+    r"(?P<head><!-- (?P<kind>table|rounds|silos|report) (?P<study>[^ :]+): (?P<wanted>[^>]+) -->\n).*?"
     r"(?P<end><!-- end -->)",
     re.DOTALL,
 )
@@ -96,6 +97,12 @@ def _text(cell: Callable[[Entry], Cell]) -> Callable[[Comparison, Entry], str]:
     return lambda _, entry: cell(entry).text
 
 
+def _newcomers(entry: Entry) -> str:
+    """Return the mean NLL of newcomers in the last state that they have."""
+    states = [its["nll"] for its in (entry.get("newcomers") or {}).values() if mean(its["nll"]) is not None]
+    return number(mean(states[-1]) if states else None, 3).text
+
+
 def _general(entry: Entry) -> Mapping[str, Any] | None:
     return ability(entry, trained_state(entry), "nll")
 
@@ -128,6 +135,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Comparison, Entry], str]]] = {
     "nll_improvement": ("P(better)", _text(lambda e: bounded(over_silos(e, "nll").get("improvement"), 2))),
     "nll_worst": ("NLL, worst tenth of silos", _text(lambda e: number(over_silos(e, "nll").get("worst_tenth"), 3))),
     "nll_harmed": ("harmed silos, %", _text(lambda e: harmed(over_silos(e, "nll").get("harmed")))),
+    "nll_newcomers": ("newcomers' NLL", lambda _, e: _newcomers(e)),
     "seeds": ("seeds", lambda _, e: str(len(e["seeds"]))),
 }
 """A column's name on the page -> its heading, and the text of an entry; significant differences are bold."""
@@ -170,6 +178,11 @@ def silos(comparison: Comparison, metric: str) -> str:
     return markdown_grid(silo_table(comparison, metric), grouped=False) + "\n"
 
 
+def report(comparison: Comparison, key: str) -> str:
+    """Return a table of the report, without its note and groups of columns."""
+    return markdown_grid(tables(comparison)[key], grouped=False) + "\n"
+
+
 def _markdown(headings: list[str], lines: list[list[str]]) -> str:
     head = [["entry", *headings], ["---", *["---:"] * len(headings)]]
     return "".join(f"| {' | '.join(line)} |\n" for line in [*head, *lines])
@@ -186,7 +199,7 @@ def filled(page: str) -> str:
 
     def fill(found: re.Match[str]) -> str:
         numbers = json.loads((RESULTS / found["study"] / "comparison.json").read_text(encoding="utf-8"))
-        make = {"table": table, "rounds": rounds, "silos": silos}[found["kind"]]
+        make = {"table": table, "rounds": rounds, "silos": silos, "report": report}[found["kind"]]
         return f"{found['head']}{make(numbers, found['wanted'])}{found['end']}"
 
     return _TABLE.sub(fill, page)

@@ -127,3 +127,17 @@ def test_a_study_page_has_a_table_by_silo(nineteen: Comparison) -> None:
     row = next(line for line in table.splitlines() if line.startswith("| fedavg |"))
     assert row == "| fedavg | 2.500 [2.250, 2.750] | 0.25 [0.10, 0.30] | 4.000 | 1 of 19: 5.3 [1.0, 40.0] |"
     assert publishing._TABLE.search("<!-- silos study: nll -->\n<!-- end -->")["kind"] == "silos"
+
+
+def test_a_study_page_has_a_table_of_the_report_and_what_newcomers_get(nineteen: Comparison) -> None:
+    publishing = script("benchmarks/publish_study.py")
+    lines = publishing.report(nineteen, "spread").splitlines()
+    assert lines[0].startswith("| entry | own state | mean | std over silos | worst silo |")
+    assert len(lines) == 2 + 3
+    for entry in nineteen["entries"]:
+        entry["newcomers"] = {"zero_shot": {"nll": {"mean": 4.0}}}
+    nineteen["entries"][0]["newcomers"]["personalized"] = {"nll": {"mean": 2.5}}
+    nineteen["entries"][1]["newcomers"]["personalized"] = {"nll": {"mean": None}}
+    del nineteen["entries"][2]["newcomers"]
+    rows = publishing.table(nineteen, "nll_newcomers").splitlines()
+    assert {"| flex | 2.500 |", "| fedavg | 4.000 |", "| local | – |"} < {*rows}
