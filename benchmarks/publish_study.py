@@ -142,7 +142,12 @@ COLUMNS: dict[str, tuple[str, Callable[[Comparison, Entry], str]]] = {
 
 
 def moved(entry: Entry, clients: int) -> dict[str, float]:
-    """Return the bytes of a client in all messages of a run, up and down, mean over clients and seeds."""
+    """Return the bytes of a client in all messages of a run, up and down, mean over clients and seeds.
+
+    Args:
+        entry: The entry.
+        clients: Number of a run's clients; a comparison knows them where ``evaluation.clients`` leaves none out.
+    """
     sent = entry["bytes"]
     return {
         "up": sent["uplink_total"] / clients,
@@ -163,14 +168,14 @@ def table(comparison: Comparison, columns: str) -> str:
 
 def rounds(comparison: Comparison, metric: str) -> str:
     """Return a Markdown table of a score by round, mean over seeds: own states, then the others' global ones."""
-    curves = [(e["name"], e["curves"][trained_state(e)][metric]) for e in ordered(comparison)]
-    curves += [
-        (f"{e['name']}: global state", e["curves"]["global"][metric])
-        for e in ordered(comparison)
-        if trained_state(e) != "global" and "global" in e["curves"]
-    ]
-    lines = [[name, *(number(value, 2).text for value in curve["mean"])] for name, curve in curves]
-    return _markdown([str(i) for i in curves[0][1]["rounds"]], lines)
+    entries = ordered(comparison)
+    wanted = [(e["name"], e, trained_state(e)) for e in entries]
+    wanted += [(f"{e['name']}: global state", e, "global") for e in entries if trained_state(e) != "global"]
+    found = [(name, (e["curves"].get(state) or {}).get(metric)) for name, e, state in wanted]
+    curves = {name: dict(zip(its["rounds"], its["mean"], strict=True)) for name, its in found if its}
+    numbers = sorted({i for curve in curves.values() for i in curve})
+    lines = [[name, *(number(curve.get(i), 2).text for i in numbers)] for name, curve in curves.items()]
+    return _markdown([str(i) for i in numbers], lines)
 
 
 def silos(comparison: Comparison, metric: str) -> str:

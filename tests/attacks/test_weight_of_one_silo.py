@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tests.federation.scripted_grid import FOUR, START, ScriptedGrid, Silo, Watch, bits, drop, run_on
 
@@ -85,6 +85,21 @@ def test_no_share_is_larger_than_the_cap(rows: list[int], share: float) -> None:
     if max(rows) <= share * sum(rows):
         assert found == rows
     assert capped(found, share) == pytest.approx(found)
+
+
+@given(
+    st.lists(st.floats(0.001, 1000), min_size=1, max_size=3),
+    st.integers(1, 3),
+    st.sampled_from((0.01, 1 / 3, 0.5, 1.0)),
+)
+@example([2.3796462709189137, 5.442292252959518], 1, 0.5)
+def test_weights_that_are_no_whole_numbers_are_capped_too(weights: list[float], zeros: int, share: float) -> None:
+    """Such as norms, of which some may be 0; sums of them are rounded."""
+    given_weights = weights + [0.0] * zeros
+    found = capped(given_weights, share)
+    assert all(0 <= after <= before for after, before in zip(found, given_weights, strict=True))
+    if len(found) > 2:
+        assert max(found) <= max(share, 1 / len(found)) * sum(found) * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("method", ["fedavg", "fedavgm", "flexlora"])

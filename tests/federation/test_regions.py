@@ -295,6 +295,7 @@ def test_the_checkpoint_knows_regions(recipe: Recipe, tmp_path: Path) -> None:
     [
         ("method.name=scaffold", "training.optimizer=sgd"),
         ("method.name=feddpa_f",),
+        ("method.name=fdlora",),
         ("method.name=fedamole",),
         ("method.name=local",),
         ("privacy.noise=central",),

@@ -129,6 +129,22 @@ def test_a_study_page_has_a_table_by_silo(nineteen: Comparison) -> None:
     assert publishing._TABLE.search("<!-- silos study: nll -->\n<!-- end -->")["kind"] == "silos"
 
 
+def test_curves_of_a_study_page_stand_under_their_rounds(nineteen: Comparison) -> None:
+    """An entry with more rounds, such as finish has, or without this score."""
+    publishing = script("benchmarks/publish_study.py")
+    for entry in nineteen["entries"]:
+        entry["curves"] = {publishing.trained_state(entry): {"nll": {"rounds": [2, 4], "mean": [2.0, 1.5]}}}
+    nineteen["entries"][0]["curves"]["global"] = {"nll": {"rounds": [4, 6], "mean": [3.0, 2.5]}}
+    nineteen["entries"][1]["curves"] = {}
+    lines = publishing.rounds(nineteen, "nll").splitlines()
+    assert lines[0] == "| entry | 2 | 4 | 6 |"
+    assert sorted(lines[2:]) == [
+        "| flex | 2.00 | 1.50 | – |",
+        "| flex: global state | – | 3.00 | 2.50 |",
+        "| local | 2.00 | 1.50 | – |",
+    ]
+
+
 def test_a_study_page_has_a_table_of_the_report_and_what_newcomers_get(nineteen: Comparison) -> None:
     publishing = script("benchmarks/publish_study.py")
     lines = publishing.report(nineteen, "spread").splitlines()

@@ -376,6 +376,21 @@ def test_where_answers_have_one_token_nll_decides_the_order(whole: Comparison) -
     assert "has the best NLL" in summary(whole)[0]
 
 
+def test_the_best_of_preferences_is_none_of_other_seeds(whole: Comparison) -> None:
+    for place, entry in enumerate(whole["entries"]):
+        own = entry["scores"][entry["own_state"]]["own"]
+        own |= {kind: own["nll"] | {"mean": 60.0 + place} for kind in ("reward_margin", "reward_accuracy")}
+    whole["entries"][-1]["other_seeds"] = True
+    table = tables(whole)["rewards"]
+    best = [
+        [row[0].text, column.name]
+        for row in table.rows
+        for cell, column in zip(row, table.header, strict=True)
+        if cell.best
+    ]
+    assert best == [[whole["entries"][-2]["name"], name] for name in ("reward accuracy, %", "reward margin")]
+
+
 def test_a_border_is_told_of_preferences_too(whole: Comparison) -> None:
     for entry in whole["entries"]:
         own = entry["scores"][entry["own_state"]]["own"]

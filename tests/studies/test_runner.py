@@ -524,3 +524,12 @@ def test_a_comparison_that_was_killed_ends_as_if_it_had_not_been(
     assert any((run / "config.toml").exists() for run in undone)
     assert run_comparison(plan(), started) == []
     assert without_measured(collect_comparison(started)) == without_measured(comparison) | {"title": "started"}
+
+
+def test_what_an_interrupted_start_noticed_is_kept(tmp_path: Path) -> None:
+    """A worker's notices are shown when its run ends, which may be after another start."""
+    runner._Notes(tmp_path / "notes.txt").notice("bank: no score")
+    again = runner._Notes(tmp_path / "notes.txt")
+    for text in ("bank: no score", "cafe: no score"):
+        again.notice(text)
+    assert (tmp_path / "notes.txt").read_text().splitlines() == ["bank: no score", "cafe: no score"]

@@ -64,14 +64,14 @@ def capped(weights: Sequence[float], share: float) -> list[float]:
         weights: Not negative, such as rows; whole numbers stay whole and are rounded down.
         share: The largest share, above 0 and at most 1.
     """
-    ordered, rest = sorted(weights, reverse=True), sum(weights)
-    if len(ordered) < 3 or ordered[0] <= (share := max(share, 1 / len(ordered))) * rest:
+    ordered = sorted(weights, reverse=True)
+    if len(ordered) < 3 or ordered[0] <= (share := max(share, 1 / len(ordered))) * sum(ordered):
         return list(weights)
     for count, largest in enumerate(ordered):  # the first ``count`` are lowered to one value, the others stay
-        most = share * rest / (1 - count * share)
-        if largest <= most:
+        most = share * sum(ordered[count:]) / (1 - count * share)
+        # Where one more share is all, the largest of the rest is at most the rest; only rounding can deny it.
+        if largest <= most or (count + 1) * share > 1 - 1e-9:
             break
-        rest -= largest
     most = max(most, ordered[-1])  # rounding must not lower the smallest
     return [weight if weight <= most else type(weight)(most) for weight in weights]
 

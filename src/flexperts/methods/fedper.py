@@ -59,7 +59,7 @@ class FedPer(Method):
             raise ConfigError(
                 f"personal_layers = {count} of {len(present)} adapted blocks",
                 "at least one block must be shared",
-                "lower personal_layers, or use method 'local'",
+                "lower personal_layers, or use method 'local_lora'",
             )
         return {name for name, block in blocks.items() if block < present[-count]}
 

@@ -136,8 +136,8 @@ def check_plain(method: Method, config: RunConfig, setting: str) -> None:
         setting: What needs such a method.
     """
     own = type(method)
-    draws = own.participants in (Method.participants, PersonalRounds.participants)
-    plain = method.additive and draws and own.broadcast is Method.broadcast
+    sampled = own.participants in (Method.participants, PersonalRounds.participants) and not method.full_rounds
+    plain = method.additive and sampled and own.broadcast is Method.broadcast
     if not plain or method.extra_rounds(config.federation.rounds):
         raise ConfigError(
             f"{setting} with method {method.name!r}",

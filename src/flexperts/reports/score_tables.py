@@ -59,6 +59,7 @@ def main_table(comparison: Comparison) -> Table:
 
 def reward_table(comparison: Comparison) -> Table:
     """Return how well own and global states tell chosen from rejected answers; no rows without preferences."""
+    entries = [entry for entry in ordered(comparison) if own(entry, "own", "reward_margin")]
     state = own_state_words(comparison)
     level = f"{100 * comparison['confidence']:g}\u00a0%"
     groups = (place_words(comparison, state, "own"), place_words(comparison, "global", "own"))
@@ -75,10 +76,10 @@ def reward_table(comparison: Comparison) -> Table:
             *(cell for metric in REWARDS for cell in _tested(entry, metric)),
             *(spread(stat(entry, "global", "own", metric), DIGITS[metric]) for metric in REWARDS),
         )
-        for entry in ordered(comparison)
-        if own(entry, "own", "reward_margin")
+        for entry in entries
     ]
-    rows = mark_best(mark_best(rows, 2), 5)
+    for column, metric in zip((2, 5), REWARDS, strict=True):
+        rows = mark_best(rows, column, left_out=unranked(entries, metric))
     return Table("rewards", "Preferences", reward_note(comparison), header, tuple(rows))
 
 

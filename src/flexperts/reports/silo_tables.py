@@ -172,10 +172,14 @@ def rounds_table(comparison: Comparison) -> Table:
     rows = [(words(e["name"]), own_state(e), *_by_rounds(e)) for e in entries]
     for column in range(2, len(groups) + 2):
         rows = mark_best(rows, column, lowest=True, left_out=unranked(entries, "nll"))
+    others = [e["name"] for e in ordered(comparison) if entries and e not in entries]
+    left_out = (
+        f"Left out, because their silos trained in other rounds or seeds: {', '.join(others)}. " if others else ""
+    )
     note = (
         "NLL, lower is better: mean over the pairs of a silo and a seed that trained in equally many of the "
-        f"recipe's rounds; a method's extra rounds are not counted. The draw is that of {comparison['reference']}. "
-        f"The columns are of other silos, so only entries within one compare. {counts(comparison)}"
+        "recipe's rounds; a method's extra rounds are not counted. Each column has other silos, so only entries "
+        f"within one compare. {left_out}{counts(comparison)}"
     )
     return Table("rounds_trained", "By rounds of training", note, (*WHO, *names), tuple(rows))
 

@@ -32,7 +32,7 @@ from flexperts.studies.contrast import abilities, contrasts, have_same_rows, oth
 from flexperts.studies.finished import CLAIM, KEPT, RUNS, Finished, choices_of, read_claim, with_kept
 from flexperts.studies.floor import floors
 from flexperts.studies.over_silos import over_silos
-from flexperts.studies.rounds_trained import by_rounds_trained, rounds_trained
+from flexperts.studies.rounds_trained import by_rounds_trained
 
 
 def collect(
@@ -70,7 +70,8 @@ def collect(
     first = by_name[reference]
     against = contrasts(finished, first, confidence, resamples)
     silos = over_silos(finished, first, confidence, resamples)
-    usual, trained = _usual_seeds(finished), rounds_trained(first)
+    usual = _usual_seeds(finished)
+    by_rounds = by_rounds_trained(finished, usual)
     return {
         "kind": "comparison",
         "title": title,
@@ -90,7 +91,7 @@ def collect(
             | ({"floor": found} if (found := floors(entry, confidence, resamples)) else {})
             | ({"other_tokens": differ} if (differ := other_tokens(entry, first)) else {})
             | ({"other_seeds": True} if tuple(entry.runs) != usual else {})
-            | {"silos": silos[entry.name], "rounds_trained": by_rounds_trained(entry, trained)}
+            | {"silos": silos[entry.name], "rounds_trained": by_rounds[entry.name]}
             | {"newcomers": _newcomers(entry, newcomers)}
             for entry in finished
         ],

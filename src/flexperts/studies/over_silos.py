@@ -25,7 +25,6 @@ from flexperts.studies.contrast import columns_of, have_same_rows, is_comparable
 from flexperts.studies.finished import Finished
 from flexperts.studies.statistics import Floats, times_drawn
 
-LOWER_IS_BETTER = {"nll"}
 _CELLS = 1_000_000
 """Most drawn rows in memory at the same time."""
 _MOST = 10_000
@@ -59,7 +58,7 @@ def over_silos(
 def _measures(
     entry: Finished, reference: Finished | None, kind: str, confidence: float, resamples: int
 ) -> dict[str, Any] | None:
-    ours, is_lower_better = _scores(entry, kind, entry.runs), kind in LOWER_IS_BETTER
+    ours, is_lower_better = _scores(entry, kind, entry.runs), kind == "nll"
     if not np.isfinite(ours.means).all():
         return None
     generator = np.random.default_rng(derive_seed(0, "bootstrap", "silos", kind, entry.name))

@@ -116,7 +116,7 @@ def run_comparison(
     manner = _Manner(plan, keep_weights, tuple(track), workers > 1, observer if workers == 1 else Observer())
 
     def ended(job: Job, error: str | None) -> None:
-        for line in _notes_of(job):
+        for line in _noted(job.folder / _NOTES):
             observer.notice(line)
         on_done(job, error)
 
@@ -132,12 +132,10 @@ def run_comparison(
 def _check_newcomers(plan: ComparisonPlan) -> None:
     """Refuse newcomers that the data does not have or whose rows do not fit an entry, before any run is trained."""
     base, workspace = plan.base, None
-    if not base.data.leave_out:
-        return
     joining = {*map(normal, base.compare.newcomers)}
-    others = {*load_clients(base.data, base.seed), *map(normal, base.data.leave_out)} - joining
     if not joining:
         return
+    others = {*load_clients(base.data, base.seed), *map(normal, base.data.leave_out or ())} - joining
     for seed in plan.seeds:
         for entry in plan.entries:
             config = plan.config(entry, seed)
@@ -151,20 +149,20 @@ class _Notes(Observer):
     """Observer that writes notices to a file of the run, so that another process can report them.
 
     Args:
-        path: The file.
+        path: The file; notices of a start that was interrupted stay in it.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._texts: list[str] = []
+        self._texts = _noted(path)
 
     def notice(self, text: str) -> None:
-        self._texts.append(text)
-        write_text(self._path, "".join(f"{text}\n" for text in self._texts))
+        if text not in self._texts:  # what every start says
+            self._texts.append(text)
+            write_text(self._path, "".join(f"{text}\n" for text in self._texts))
 
 
-def _notes_of(job: Job) -> list[str]:
-    path = job.folder / _NOTES
+def _noted(path: Path) -> list[str]:
     return content_of(path).decode().splitlines() if path.exists() else []
 
 
