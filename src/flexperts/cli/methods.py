@@ -21,6 +21,7 @@ options = {mu = 0.01}
 ```
 
 All of them take their loss from the run: the NLL of responses, or DPO's on [preferences](preferences.md).
+Where a method has a model per silo although nothing stays, the server has seen each silo's part.
 """
 
 
@@ -35,18 +36,25 @@ def command(
 
     from flexperts.terminal.console import console
 
-    table = Table(Column("method", no_wrap=True), "what it does", "sent", "stays", "source", show_lines=True)
+    columns = ("what it does", "sent", "stays", "model per silo", "source")
+    table = Table(Column("method", no_wrap=True), *columns, show_lines=True)
     for method in _methods():
-        table.add_row(method.name, method.summary, method.sends, method.keeps, method.source)
+        table.add_row(method.name, method.summary, method.sends, method.keeps, _personalizes(method), method.source)
     console().print(table)
     console().print("equations, choices and options of each: docs/methods.md, or --markdown")
 
 
 def methods_page() -> str:
     """Return docs/methods.md: a table of all methods, and each one's docstring and options."""
-    rows = [f"| [{m.name}](#{m.name}) | {m.summary} | {m.sends} | {m.keeps} |" for m in _methods()]
-    table = ["| method | what it does | sent | stays |", "|---|---|---|---|", *rows]
+    rows = [
+        f"| [{m.name}](#{m.name}) | {m.summary} | {m.sends} | {m.keeps} | {_personalizes(m)} |" for m in _methods()
+    ]
+    table = ["| method | what it does | sent | stays | model per silo |", "|---|---|---|---|---|", *rows]
     return "\n".join([_HEAD, *table, *(line for method in _methods() for line in _section(method))]) + "\n"
+
+
+def _personalizes(method: Any) -> str:
+    return "yes" if "personalized" in method.states else "no"
 
 
 def _methods() -> list[Any]:

@@ -46,9 +46,10 @@ class FloorConfig(Section):
         ("global", "personalized", "mixture"), min_length=1
     )
     """Models that are compared with the untouched base, if the method has them. local = trained on the client's
-    rows alone, with as many steps as a client takes on average in the run: those of rounds x participation (of a
-    warm-up, all rounds) and of finish, twice as many with ditto, feddpa_t and feddpa_f, whose clients train two
-    models. A newcomer's takes the steps of its personal part. This is a second training."""
+    rows alone, a second training. It takes as many steps as a client takes on average: those of rounds x
+    participation and of finish. Rounds of a warm-up count whole. With ditto, feddpa_t and feddpa_f, whose clients
+    train two models, it takes twice as many. A newcomer's takes the steps of its personal part, or of a
+    participant."""
     local_lr: float | None = Field(None, gt=0)
     """Peak learning rate of the local candidate; without it training.personal_lr, or training.lr."""
 
