@@ -131,7 +131,9 @@ def test_methods_lists_them_all_with_what_they_send_and_their_sources(monkeypatc
     assert code == 0
     cells = [[c.strip() for c in line.split("│")[1:-1]] for line in printed.splitlines() if line.startswith("│")]
     methods = [method_class(name) for name in method_names()]
-    assert cells == [[m.name, m.summary, m.sends, m.keeps, m.source] for m in methods]
+    own = {m.name: "yes" if "personalized" in m.states else "no" for m in methods}
+    assert (own["flex"], own["local"], own["fedavg"], own["zero_shot"]) == ("yes", "yes", "no", "no")
+    assert cells == [[m.name, m.summary, m.sends, m.keeps, own[m.name], m.source] for m in methods]
 
 
 def test_run_shows_its_stages_and_scores(finished: tuple[Path, str]) -> None:
