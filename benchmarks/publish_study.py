@@ -97,10 +97,10 @@ def _text(cell: Callable[[Entry], Cell]) -> Callable[[Comparison, Entry], str]:
     return lambda _, entry: cell(entry).text
 
 
-def _newcomers(entry: Entry) -> str:
+def _newcomers(entry: Entry) -> Cell:
     """Return the mean NLL of newcomers in the last state that they have."""
     states = [its["nll"] for its in (entry.get("newcomers") or {}).values() if mean(its["nll"]) is not None]
-    return number(mean(states[-1]) if states else None, 3).text
+    return number(mean(states[-1]) if states else None, 3)
 
 
 def _general(entry: Entry) -> Mapping[str, Any] | None:
@@ -135,7 +135,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Comparison, Entry], str]]] = {
     "nll_improvement": ("P(better)", _text(lambda e: bounded(over_silos(e, "nll").get("improvement"), 2))),
     "nll_worst": ("NLL, worst tenth of silos", _text(lambda e: number(over_silos(e, "nll").get("worst_tenth"), 3))),
     "nll_harmed": ("harmed silos, %", _text(lambda e: harmed(over_silos(e, "nll").get("harmed")))),
-    "nll_newcomers": ("newcomers' NLL", lambda _, e: _newcomers(e)),
+    "nll_newcomers": ("newcomers' NLL", _text(_newcomers)),
     "seeds": ("seeds", lambda _, e: str(len(e["seeds"]))),
 }
 """A column's name on the page -> its heading, and the text of an entry; significant differences are bold."""

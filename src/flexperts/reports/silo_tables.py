@@ -91,7 +91,7 @@ def robust_table(comparison: Comparison) -> Table:
     drawn = (
         "In brackets a bootstrap: in every silo, test rows are drawn with replacement, the same for all "
         f"entries{seeds}. It is for these silos. IQMs share their rows, so two may differ although their "
-        "intervals overlap; the interval of P leans to 0.5. "
+        "intervals overlap; the interval of P is biased towards 0.5. "
         if any(map(_has_ends, entries))
         else ""
     )
@@ -169,10 +169,13 @@ def rounds_table(comparison: Comparison) -> Table:
     entries = [entry for entry in ordered(comparison) if entry.get("rounds_trained")]
     groups = entries[0]["rounds_trained"] if entries else []
     names = [Column(f"{its['rounds']} ({its['count']})", "rounds (how many silos and seeds)") for its in groups]
-    rows = [(words(e["name"]), own_state(e), *_by_rounds(e)) for e in entries]
+    rows = [
+        (words(e["name"]), own_state(e), *(number(its["nll"], DIGITS["nll"]) for its in e["rounds_trained"]))
+        for e in entries
+    ]
     for column in range(2, len(groups) + 2):
         rows = mark_best(rows, column, lowest=True, left_out=unranked(entries, "nll"))
-    others = [e["name"] for e in ordered(comparison) if entries and e not in entries]
+    others = [e["name"] for e in ordered(comparison) if entries and not e["rounds_trained"]]
     left_out = (
         f"Left out, because their silos trained in other rounds or seeds: {', '.join(others)}. " if others else ""
     )
@@ -182,10 +185,6 @@ def rounds_table(comparison: Comparison) -> Table:
         f"within one compare. {left_out}{counts(comparison)}"
     )
     return Table("rounds_trained", "By rounds of training", note, (*WHO, *names), tuple(rows))
-
-
-def _by_rounds(entry: Entry) -> tuple[Cell, ...]:
-    return tuple(number(its["nll"], DIGITS["nll"]) for its in entry["rounds_trained"])
 
 
 def newcomer_table(comparison: Comparison) -> Table:

@@ -143,7 +143,8 @@ def joint_interval(
 
     In every silo, rows are drawn with replacement, the same ones for all seeds and entries; then, in every silo and
     entry, seeds. (rliable draws only seeds: there each plays new episodes, here all answer the same rows.) Drawn
-    rows add their noise once more, so the ends of a probability of improvement lean to 0.5: to no difference.
+    rows add their noise once more, so the ends of a probability of improvement are biased towards 0.5: to no
+    difference.
 
     Args:
         measure: From one ``[B, S, C]`` array for each of ``scores`` to ``[B]`` values.
